@@ -1,0 +1,19 @@
+"""Runs named graphs on named arrays. Knows nothing of speech."""
+
+from .base import Array, Engine, State
+from .errors import FishrtError, GraphError, ProviderError
+from .ort import open_engine
+from .spec import GraphSpec, StatePair, TensorSpec
+
+__all__ = [
+    "Array",
+    "Engine",
+    "FishrtError",
+    "GraphError",
+    "GraphSpec",
+    "ProviderError",
+    "State",
+    "StatePair",
+    "TensorSpec",
+    "open_engine",
+]

@@ -1,0 +1,102 @@
+"""What each graph is verified with: several lengths, state carried over several steps, and ragged batches."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import numpy.typing as npt
+
+from .codec.dac import DacConfig
+from .config import ModelConfig
+from .families import AudioIds
+from .verify import Case, Feeds
+
+Ints = npt.NDArray[np.int64]
+STEPS = 3
+
+
+def slow_ar_cases(config: ModelConfig, ids: AudioIds) -> list[Case]:
+    """Prefill and single steps: one row, and two rows of different lengths padded on the right."""
+    rng = np.random.default_rng(1)
+    return [_slow_ar_case(config, ids, lengths, rng) for lengths in ((5,), (9, 4))]
+
+
+def _slow_ar_case(config: ModelConfig, ids: AudioIds, lengths: tuple[int, ...], rng: np.random.Generator) -> Case:
+    lengths = tuple(min(length, max(config.max_seq_len - STEPS, 1)) for length in lengths)
+    batch, longest = len(lengths), max(lengths)
+    ends = np.array(lengths)
+    calls: list[Feeds] = [
+        {
+            "prompt": random_prompt(config, ids, (batch, longest), rng),
+            "position_ids": np.tile(np.arange(longest), (batch, 1)),
+            "write_index": np.zeros(batch, np.int64),
+            "last_index": ends - 1,
+        }
+    ]
+    for step in range(min(STEPS, config.max_seq_len - longest)):
+        calls.append(
+            {
+                "prompt": random_prompt(config, ids, (batch, 1), rng),
+                "position_ids": (ends + step)[:, None],
+                "write_index": ends + step,
+                "last_index": np.zeros(batch, np.int64),
+            }
+        )
+    return Case(tuple(calls), {"batch": batch, "cache": longest + STEPS})
+
+
+def random_prompt(config: ModelConfig, ids: AudioIds, shape: tuple[int, int], rng: np.random.Generator) -> Ints:
+    """A prompt int64 [batch, 1 + codebooks, length] whose columns are text or audio at random."""
+    batch, length = shape
+    codes = rng.integers(0, config.codebook_width, (batch, config.num_codebooks, length))
+    audio = rng.random((batch, length)) < 0.5
+    spoken = rng.integers(ids.semantic.start, ids.semantic.stop, (batch, length))
+    main = np.where(audio, spoken, rng.integers(0, config.vocab_size, (batch, length)))
+    return np.concatenate([main[:, None], codes * audio[:, None]], axis=1)
+
+
+def fast_ar_cases(config: ModelConfig) -> list[Case]:
+    """Two frames on one cache, each with positions 0 and 1 in one call; and two rows one position at a time."""
+    rng = np.random.default_rng(2)
+    return [_fast_ar_case(config, batch, first, rng) for batch, first in ((1, 2), (2, 1))]
+
+
+def _fast_ar_case(config: ModelConfig, batch: int, first: int, rng: np.random.Generator) -> Case:
+    last = config.num_codebooks
+    calls: list[Feeds] = []
+    for _ in range(2):
+        hidden = rng.standard_normal((batch, config.fast.dim)).astype(np.float32)
+        codes = rng.integers(0, config.codebook_width, (batch, last))
+        edges = [0, *range(min(first, last), last + 1)]
+        for start, stop in pairwise(edges):
+            calls.append(
+                {
+                    "hidden": hidden,
+                    "codes": np.ascontiguousarray(codes[:, start:stop]),
+                    "position_ids": np.tile(np.arange(start, stop), (batch, 1)),
+                    "write_index": np.full(batch, start),
+                }
+            )
+    return Case(tuple(calls), {"batch": batch})
+
+
+def codec_encode_cases(config: DacConfig) -> list[Case]:
+    """Noise of two lengths, once with two rows."""
+    rng = np.random.default_rng(3)
+    sizes = ((1, 2), (2, 7))
+    audio = [rng.uniform(-0.5, 0.5, (batch, 1, frames * config.hop)).astype(np.float32) for batch, frames in sizes]
+    return [Case(({"audio": wave},), {}) for wave in audio]
+
+
+def codec_decode_cases(config: DacConfig) -> list[Case]:
+    """Random codes of two lengths, once with two rows; one frame holds codes past the end and an absent codebook."""
+    rng = np.random.default_rng(4)
+    sizes = np.array(config.codebook_sizes)[:, None]
+    cases = []
+    for batch, frames in ((1, 3), (2, 11)):
+        codes = rng.integers(0, sizes, (batch, len(sizes), frames))
+        codes[0, :, -1] += sizes[:, 0]
+        codes[0, -1, 0] = -1
+        cases.append(Case(({"codes": codes},), {}))
+    return cases

@@ -1,0 +1,157 @@
+"""Finds the files of a checkpoint and reads their tensors, under the names that the originals gave them.
+
+Nothing is interpreted here but containers: safetensors shards and their index, pickles with their wrappings, JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from .errors import ExportError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+PICKLE = "model.pth"
+CONFIG = "config.json"
+TOKENIZER = "tokenizer.json"
+CODEC = "codec.pth"
+CODEC_CONFIG = "codec_config.json"
+
+_DAMAGED = "the file may be incomplete; copy or download it again"
+
+
+@dataclass(frozen=True, slots=True)
+class LanguageModelFiles:
+    """The dual-AR half of a checkpoint."""
+
+    config: dict[str, Any]
+    weights: Path
+    """The index of the shards, the single safetensors file, or the pickle."""
+    tokenizer: Path
+
+
+@dataclass(frozen=True, slots=True)
+class CodecFiles:
+    """The codec half of a checkpoint."""
+
+    weights: Path
+    config: dict[str, Any] | None
+    """None: the codec has its family's official sizes."""
+
+
+def find_language_model(folder: Path) -> LanguageModelFiles:
+    """Raises ExportError that names every file the folder lacks."""
+    _require_folder(folder)
+    weights = next((folder / name for name in (INDEX, SINGLE, PICKLE) if (folder / name).is_file()), None)
+    missing = [name for name in (CONFIG, TOKENIZER) if not (folder / name).is_file()]
+    if weights is None:
+        missing.append(f"weights ({INDEX}, {SINGLE} or {PICKLE})")
+    if missing or weights is None:
+        raise ExportError(
+            f"{folder} is not a complete checkpoint: it lacks {', '.join(missing)}",
+            hint="give the folder of an official checkpoint with all its files",
+        )
+    return LanguageModelFiles(read_json(folder / CONFIG), weights, folder / TOKENIZER)
+
+
+def find_codec(folder: Path) -> CodecFiles:
+    """Raises ExportError if the folder has no codec."""
+    _require_folder(folder)
+    if not (folder / CODEC).is_file():
+        raise ExportError(
+            f"{folder} is not a complete checkpoint: it lacks {CODEC}", hint="put the codec beside the model's weights"
+        )
+    config = folder / CODEC_CONFIG
+    return CodecFiles(folder / CODEC, read_json(config) if config.is_file() else None)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """An object from a JSON file. Raises ExportError."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ExportError(f"{path} cannot be read: {error}", hint=_DAMAGED) from None
+    if not isinstance(data, dict):
+        raise ExportError(f"{path} holds no JSON object", hint=_DAMAGED)
+    return data
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Every tensor of the language model, by its name on disk. Raises ExportError for a damaged, missing or foreign file."""
+    if path.name == PICKLE:
+        return _unwrap_pickle(read_pickle(path))
+    return _read_shards(path) if path.name == INDEX else _read_safetensors(path)
+
+
+def read_pickle(path: Path) -> Mapping[str, Any]:
+    """The mapping in a torch file, whose wrapper key `state_dict` is taken off. Loads weights only, never code."""
+    try:
+        # Memory-mapped where the format allows it, so that tensors nobody asks for are not read.
+        data = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # torch.load raises whatever its unpickler meets in a damaged file
+        raise ExportError(f"{path} cannot be read: {_first_line(error)}", hint=_DAMAGED) from None
+    if isinstance(data, Mapping) and isinstance(data.get("state_dict"), Mapping):
+        data = data["state_dict"]
+    if not isinstance(data, Mapping) or not data:
+        raise ExportError(f"{path} holds {type(data).__name__}, not named tensors", hint="is this the right file?")
+    return data
+
+
+def only_tensors(data: Mapping[str, Any], source: str) -> dict[str, Tensor]:
+    """Raises ExportError that lists the entries which are not tensors."""
+    if others := [str(name) for name, value in data.items() if not isinstance(value, Tensor)]:
+        raise ExportError(f"{source} holds entries that are not tensors: {', '.join(others)}", hint="is this the right file?")
+    return dict(data)
+
+
+def _require_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        raise ExportError(f"{folder} is not a folder", hint="give the folder of an official checkpoint")
+
+
+def _unwrap_pickle(data: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Takes off the `model.` of training frameworks, and drops the unreleased audio input that upstream drops by name."""
+    if next(iter(data)).startswith("model."):
+        data = {name.replace("model.", ""): value for name, value in data.items()}
+    return only_tensors({name: value for name, value in data.items() if "audio_" not in name}, PICKLE)
+
+
+def _read_shards(index: Path) -> dict[str, Tensor]:
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
+        raise ExportError(f"{index} has no usable weight_map", hint=_DAMAGED)
+    shards = sorted(set(places.values()))
+    if outside := [name for name in shards if PurePath(name).name != name]:
+        raise ExportError(f"{index} names shards outside its folder: {', '.join(outside)}")
+    if missing := [name for name in shards if not (index.parent / name).is_file()]:
+        raise ExportError(f"{index.parent} lacks shards that {INDEX} names: {', '.join(missing)}", hint="download them too")
+    tensors: dict[str, Tensor] = {}
+    for shard in shards:
+        found = _read_safetensors(index.parent / shard)
+        if lacking := sorted(name for name, place in places.items() if place == shard and name not in found):
+            raise ExportError(f"{shard} lacks tensors that {INDEX} places in it: {', '.join(lacking)}", hint=_DAMAGED)
+        if twice := sorted(found.keys() & tensors.keys()):
+            raise ExportError(f"{shard} repeats tensors of another shard: {', '.join(twice)}", hint=_DAMAGED)
+        tensors |= found
+    return tensors
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict: it has no iterator)
+    except (SafetensorError, OSError) as error:
+        raise ExportError(f"{path} cannot be read: {_first_line(error)}", hint=_DAMAGED) from None
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)

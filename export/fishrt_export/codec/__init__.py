@@ -1,0 +1,1 @@
+"""The codecs as torch modules, their checkpoints and their graphs."""

@@ -1,0 +1,181 @@
+"""Building blocks of the codecs. Sub-module names are the checkpoint's, so that a state dict loads by name."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..rope import apply_rope, rope_table
+
+
+class CausalConv1d(nn.Module):
+    """Convolution that sees no future: zeros of length (k−1)·dilation − (stride−1) stand before the first sample.
+
+    Input [batch, in, stride·n], output [batch, out, n].
+    """
+
+    def __init__(self, inputs: int, outputs: int, kernel: int, *, stride: int = 1, dilation: int = 1, groups: int = 1) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(inputs, outputs, kernel, stride, dilation=dilation, groups=groups)
+        self.left = (kernel - 1) * dilation + 1 - stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, self.conv(F.pad(x, (self.left, 0))))
+
+
+class CausalConvTranspose1d(nn.Module):
+    """Transposed convolution with the last kernel − stride outputs dropped: [batch, in, n] → [batch, out, stride·n]."""
+
+    def __init__(self, inputs: int, outputs: int, kernel: int, stride: int) -> None:
+        super().__init__()
+        self.conv = nn.ConvTranspose1d(inputs, outputs, kernel, stride)
+        self.trim = kernel - stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.conv(x)
+        return y[..., : -self.trim] if self.trim else y
+
+
+class Snake(nn.Module):
+    """x + sin²(αx) / (α + 1e-9), with one α per channel."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.alpha = nn.Parameter(torch.ones(1, channels, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.sin(self.alpha * x).square() / (self.alpha + 1e-9)
+
+
+class ResidualUnit(nn.Module):
+    """x + conv1(snake(conv7(snake(x)))), the wide convolution dilated."""
+
+    def __init__(self, channels: int, dilation: int) -> None:
+        super().__init__()
+        self.block = nn.Sequential(
+            Snake(channels),
+            CausalConv1d(channels, channels, 7, dilation=dilation),
+            Snake(channels),
+            CausalConv1d(channels, channels, 1),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + cast(Tensor, self.block(x))
+
+
+class ConvNeXtBlock(nn.Module):
+    """Depthwise convolution over time, then a two-layer network over channels, scaled by gamma and added to the input."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.dwconv = CausalConv1d(channels, channels, 7, groups=channels)
+        self.norm = nn.LayerNorm(channels, eps=1e-6)
+        self.pwconv1 = nn.Linear(channels, 4 * channels)
+        self.pwconv2 = nn.Linear(4 * channels, channels)
+        self.gamma = nn.Parameter(torch.full((channels,), 1e-1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(self.dwconv(x).transpose(1, 2))
+        y = self.gamma * self.pwconv2(F.gelu(self.pwconv1(y)))
+        return x + cast(Tensor, y.transpose(1, 2))
+
+
+class LayerScale(nn.Module):
+    """A learned factor per channel."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((channels,), 1e-1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
+
+
+class SelfAttention(nn.Module):
+    """Multi-head attention under a given mask, with rotary positions."""
+
+    def __init__(self, dim: int, heads: int, head_dim: int) -> None:
+        super().__init__()
+        self.heads, self.head_dim = heads, head_dim
+        self.wqkv = nn.Linear(dim, 3 * heads * head_dim, bias=False)
+        self.wo = nn.Linear(heads * head_dim, dim, bias=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor, mask: Tensor) -> Tensor:
+        q, k, v = (
+            part.unflatten(-1, (self.heads, self.head_dim)).transpose(1, 2)
+            for part in self.wqkv(x).split(self.heads * self.head_dim, dim=-1)
+        )
+        q, k = apply_rope(q, cos, sin, position_ids), apply_rope(k, cos, sin, position_ids)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return cast(Tensor, self.wo(y.transpose(1, 2).flatten(2)))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: w2(silu(w1 x) · w3 x)."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.w1 = nn.Linear(dim, hidden, bias=False)
+        self.w3 = nn.Linear(dim, hidden, bias=False)
+        self.w2 = nn.Linear(hidden, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, self.w2(F.silu(self.w1(x)) * self.w3(x)))
+
+
+class TransformerLayer(nn.Module):
+    """Pre-norm attention and feed-forward, each branch scaled by a learned gamma."""
+
+    def __init__(self, dim: int, hidden: int, heads: int, head_dim: int, norm_eps: float) -> None:
+        super().__init__()
+        self.attention = SelfAttention(dim, heads, head_dim)
+        self.feed_forward = FeedForward(dim, hidden)
+        self.ffn_norm = nn.RMSNorm(dim, eps=norm_eps)
+        self.attention_norm = nn.RMSNorm(dim, eps=norm_eps)
+        self.attention_layer_scale = LayerScale(dim)
+        self.ffn_layer_scale = LayerScale(dim)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor, mask: Tensor) -> Tensor:
+        x = x + self.attention_layer_scale(self.attention(self.attention_norm(x), cos, sin, position_ids, mask))
+        return x + cast(Tensor, self.ffn_layer_scale(self.feed_forward(self.ffn_norm(x))))
+
+
+class WindowTransformer(nn.Module):
+    """Causal transformer in which position i sees positions i − window + 1 … i. [batch, dim, length] in and out."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(
+        self,
+        *,
+        layers: int,
+        dim: int,
+        hidden: int,
+        heads: int,
+        head_dim: int,
+        window: int,
+        rope_base: float,
+        norm_eps: float,
+        max_length: int,
+    ) -> None:
+        super().__init__()
+        self.window = window
+        self.layers = nn.ModuleList(TransformerLayer(dim, hidden, heads, head_dim, norm_eps) for _ in range(layers))
+        self.norm = nn.RMSNorm(dim, eps=norm_eps)
+        cos, sin = rope_table(max_length, head_dim, rope_base)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.transpose(1, 2)
+        positions = torch.arange(x.shape[1], device=x.device)
+        distance = positions.unsqueeze(1) - positions.unsqueeze(0)
+        mask = (distance >= 0) & (distance < self.window)
+        position_ids = positions.unsqueeze(0).expand(x.shape[0], -1)
+        for layer in self.layers:
+            x = layer(x, self.cos, self.sin, position_ids, mask)
+        return cast(Tensor, self.norm(x)).transpose(1, 2)

@@ -1,0 +1,51 @@
+"""The fast AR: the slow AR's output and the codes so far in, logits of the next code out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fishrt_engines.spec import GraphSpec, StatePair, TensorSpec
+
+from .config import ModelConfig
+from .transformer import Stack, cache_names
+
+
+class FastAR(Stack):
+    """Position 0 takes `hidden`, position j takes the embedding of code j − 1. All codebooks share one table and one head."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config.fast, config.num_codebooks)
+        self.embeddings = nn.Embedding(config.codebook_width, config.fast.dim)
+        self.output = nn.Linear(config.fast.dim, config.codebook_width, bias=False)
+
+    def forward(
+        self, hidden: Tensor, codes: Tensor, position_ids: Tensor, write_index: Tensor, caches: Sequence[Tensor]
+    ) -> tuple[Tensor, ...]:
+        """See `fast_ar_spec`; the caches are one list, and come back after the logits."""
+        x = torch.where((position_ids == 0).unsqueeze(-1), hidden.unsqueeze(1), self.embeddings(codes))
+        x, updated = self.run_layers(x, position_ids, write_index, caches)
+        return self.output(self.norm(x[:, -1])), *updated
+
+
+def fast_ar_spec(config: ModelConfig) -> GraphSpec:
+    """The graph's contract; see the class for what the tensors mean."""
+    cache = ("batch", config.fast.kv_heads, config.num_codebooks, config.fast.head_dim)
+    names = cache_names(config.fast.layers)
+    return GraphSpec(
+        file="fast_ar.onnx",
+        inputs=(
+            TensorSpec("hidden", "float32", ("batch", config.fast.dim)),
+            TensorSpec("codes", "int64", ("batch", "length")),
+            TensorSpec("position_ids", "int64", ("batch", "length")),
+            TensorSpec("write_index", "int64", ("batch",)),
+            *(TensorSpec(name, "float32", cache) for name, _ in names),
+        ),
+        outputs=(
+            TensorSpec("logits", "float32", ("batch", config.codebook_width)),
+            *(TensorSpec(name, "float32", cache) for _, name in names),
+        ),
+        states=tuple(StatePair(*pair) for pair in names),
+    )

@@ -1,0 +1,89 @@
+"""Sizes of the embedded voice: a codec of the DAC kind at 25 frames a second and a dual-AR model, five million weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+SAMPLE_RATE = 16_000
+HOP = 640
+FEATURE_HOP = 160
+"""Samples per step at the rate of the encoder's output: four steps a frame."""
+DELAY = 320
+"""Samples by which the codec's output lags its input: causal layers need this much future to place a sound."""
+
+
+def _transformer(layers: int) -> dict[str, Any]:
+    config = {"block_size": 4096, "n_layer": layers, "n_head": 4, "dim": 128, "intermediate_size": 384, "n_local_heads": -1}
+    return {
+        "causal": True,
+        "window_size": 64,
+        "input_dim": 128,
+        "config": {**config, "head_dim": 32, "rope_base": 10000, "norm_eps": 1e-5, "channels_first": True},
+    }
+
+
+CODEC: dict[str, Any] = {
+    "sample_rate": SAMPLE_RATE,
+    "encoder_dim": 16,
+    "encoder_rates": [4, 5, 8],
+    "decoder_dim": 192,
+    "decoder_rates": [2, 4, 4, 5],
+    "encoder_transformer_layers": [0, 0, 0],
+    "decoder_transformer_layers": [0, 0, 0, 0],
+    "transformer_general_config": {
+        "block_size": 4096,
+        "n_local_heads": -1,
+        "head_dim": 64,
+        "rope_base": 10000,
+        "norm_eps": 1e-5,
+        "channels_first": True,
+    },
+    "quantizer": {
+        "input_dim": 128,
+        "n_codebooks": 7,
+        "codebook_size": 256,
+        "codebook_dim": 8,
+        "semantic_codebook_size": 256,
+        "downsample_factor": [2, 2],
+        "pre_module": _transformer(1),
+        "post_module": _transformer(2),
+    },
+}
+
+LANGUAGE_MODEL: dict[str, Any] = {
+    "model_type": "fish_qwen3_omni",
+    "dtype": "bfloat16",
+    "text_config": {
+        "model_type": "fish_qwen3",
+        "dim": 256,
+        "n_layer": 6,
+        "n_head": 4,
+        "n_local_heads": 2,
+        "head_dim": 64,
+        "intermediate_size": 480,
+        "rope_base": 10000,
+        "norm_eps": 1e-6,
+        "max_seq_len": 2048,
+        "tie_word_embeddings": True,
+        "attention_qkv_bias": False,
+        "attention_o_bias": False,
+        "attention_qk_norm": True,
+    },
+    "audio_decoder_config": {
+        "model_type": "fish_qwen3_audio_decoder",
+        "dim": 192,
+        "n_layer": 2,
+        "n_head": 3,
+        "n_local_heads": 1,
+        "head_dim": 64,
+        "intermediate_size": 384,
+        "rope_base": 10000,
+        "norm_eps": 1e-6,
+        "attention_qkv_bias": False,
+        "attention_o_bias": False,
+        "attention_qk_norm": False,
+        "num_codebooks": 8,
+        "vocab_size": 256,
+    },
+}
+"""The `config.json` in the layout of Fish Audio S2-Pro; token ids and vocabulary size follow from the tokenizer."""

@@ -1,0 +1,27 @@
+"""Rotary position embedding as every Fish Speech model uses it: interleaved pairs, tables rounded to bfloat16."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def rope_table(rows: int, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
+    """cos and sin, each float32 [rows, head_dim/2], for angle = row · base^(−2m/head_dim).
+
+    The angles are computed in float64 and the tables then rounded to bfloat16, because the originals keep bfloat16 tables
+    whatever the model's dtype; float32 tables drift audibly over a long output.
+    """
+    theta = float(base) ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+    angle = torch.from_numpy(np.arange(rows, dtype=np.float64)[:, None] * theta)
+    return tuple(f(angle).to(torch.bfloat16).to(torch.float32) for f in (torch.cos, torch.sin))  # type: ignore[return-value]
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor) -> Tensor:
+    """Rotates pairs (2m, 2m+1) of x [batch, heads, length, head_dim] by the table rows at position_ids [batch, length]."""
+    if torch.onnx.is_in_onnx_export():
+        return torch.onnx.ops.rotary_embedding(x, cos, sin, position_ids, interleaved=True)
+    c, s = cos[position_ids].unsqueeze(1).to(x.dtype), sin[position_ids].unsqueeze(1).to(x.dtype)
+    even, odd = x[..., 0::2], x[..., 1::2]
+    return torch.stack((even * c - odd * s, odd * c + even * s), dim=-1).flatten(-2)

@@ -1,0 +1,80 @@
+"""The slow AR: prompt columns in, the next frame's semantic logits and the fast AR's input out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fishrt_engines.spec import GraphSpec, StatePair, TensorSpec
+
+from .config import ModelConfig
+from .transformer import Stack, cache_names
+
+
+class SlowAR(Stack):
+    """One module for prefill and step.
+
+    `head_size` is the number of logits; None means the whole vocabulary through the token embedding (a tied head).
+    """
+
+    def __init__(self, config: ModelConfig, semantic: range, head_size: int | None) -> None:
+        super().__init__(config.slow, config.max_seq_len)
+        self.config, self.semantic = config, semantic
+        dim = config.slow.dim
+        self.embeddings = nn.Embedding(config.vocab_size, dim)
+        self.codebook_embeddings = nn.Embedding(config.num_codebooks * config.codebook_width, dim)
+        self.output = nn.Linear(dim, head_size, bias=False) if head_size else None
+        self.fast_project_in = nn.Linear(dim, config.fast.dim) if config.projects else nn.Identity()
+
+    def embed(self, prompt: Tensor) -> Tensor:
+        """prompt int64 [batch, 1 + codebooks, length] → [batch, length, dim]."""
+        main = prompt.select(1, 0)
+        offsets = torch.arange(self.config.num_codebooks, device=prompt.device).unsqueeze(-1) * self.config.codebook_width
+        audio = self.codebook_embeddings(prompt.narrow(1, 1, self.config.num_codebooks) + offsets).sum(dim=1)
+        is_audio = ((main >= self.semantic[0]) & (main <= self.semantic[-1])).unsqueeze(-1)
+        text = self.embeddings(main)
+        both = text + audio
+        if self.config.scale_codebook_embeddings:
+            both = both / math.sqrt(self.config.num_codebooks + 1)
+        return torch.where(is_audio, both, text)
+
+    def read_out(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Output of the last block [..., dim] → logits [..., head_size], hidden [..., fast_dim]."""
+        normed = self.norm(x)
+        hidden = self.fast_project_in(normed if self.config.norm_fast_input else x)
+        head = self.output.weight if self.output is not None else self.embeddings.weight
+        return F.linear(normed, head), hidden
+
+    def forward(
+        self, prompt: Tensor, position_ids: Tensor, write_index: Tensor, last_index: Tensor, caches: Sequence[Tensor]
+    ) -> tuple[Tensor, ...]:
+        """See `slow_ar_spec`; the caches are one list, and come back after logits and hidden."""
+        x, updated = self.run_layers(self.embed(prompt), position_ids, write_index, caches)
+        last = x.gather(1, last_index[:, None, None].expand(-1, 1, x.shape[2])).squeeze(1)
+        return *self.read_out(last), *updated
+
+
+def slow_ar_spec(config: ModelConfig, head_size: int) -> GraphSpec:
+    """The graph's contract; see the class for what the tensors mean."""
+    cache = ("batch", config.slow.kv_heads, "cache", config.slow.head_dim)
+    names = cache_names(config.slow.layers)
+    return GraphSpec(
+        file="slow_ar.onnx",
+        inputs=(
+            TensorSpec("prompt", "int64", ("batch", 1 + config.num_codebooks, "length")),
+            TensorSpec("position_ids", "int64", ("batch", "length")),
+            TensorSpec("write_index", "int64", ("batch",)),
+            TensorSpec("last_index", "int64", ("batch",)),
+            *(TensorSpec(name, "float32", cache) for name, _ in names),
+        ),
+        outputs=(
+            TensorSpec("logits", "float32", ("batch", head_size)),
+            TensorSpec("hidden", "float32", ("batch", config.fast.dim)),
+            *(TensorSpec(name, "float32", cache) for _, name in names),
+        ),
+        states=tuple(StatePair(*pair) for pair in names),
+    )

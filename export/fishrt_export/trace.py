@@ -1,0 +1,172 @@
+"""A torch module and its GraphSpec → one portable ONNX file: standard operators of opset 24, weights in external data.
+
+The module computes in float32. A weight whose checkpoint holds it in 16 bits is stored in 16 bits and cast to float32 in the
+graph, which is bit-equal and halves the file. Initialisers keep the names of the module's parameters, in the checkpoint's layout.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import onnx_ir as ir
+import torch
+from onnx_ir.passes import common as passes
+from onnxscript.optimizer import optimize_ir
+from torch import Tensor, nn
+
+from fishrt.version import __version__
+from fishrt_engines.spec import GraphSpec, TensorSpec
+
+from .errors import ExportError
+from .transformer import ONNX_OPSET
+
+IR_VERSION = 10
+
+# Sizes of the example inputs. All differ and none is 0 or 1, so that nothing is taken for a constant or for another dimension.
+_EXAMPLE_DIMS = {"batch": 2, "length": 3, "cache": 7, "frames": 5}
+
+Derived = Mapping[str, tuple[int, str]]
+"""Dimensions that are a multiple of another: {"samples": (hop, "frames")}."""
+
+
+def export_graph(module: nn.Module, spec: GraphSpec, folder: Path, dtypes: Mapping[str, torch.dtype], derived: Derived) -> None:
+    """Writes `spec.file` and `spec.file` + ".data" into `folder`.
+
+    `dtypes` says how the checkpoint holds each parameter. Raises ExportError if the traced graph does not match `spec`.
+    """
+    model = _trace(module, spec, derived)
+    _optimize(model)
+    _describe(model, spec)
+    buffers = {name: torch.bfloat16 for name, _ in module.named_buffers() if name.rpartition(".")[2] in ("cos", "sin")}
+    _store_narrow(model, {**dtypes, **buffers})
+    _clean(model, spec)
+    ir.save(model, folder / spec.file, external_data=f"{spec.file}.data", size_threshold_bytes=1024)
+
+
+def _trace(module: nn.Module, spec: GraphSpec, derived: Derived) -> ir.Model:
+    sizes = _EXAMPLE_DIMS | {name: factor * _EXAMPLE_DIMS[base] for name, (factor, base) in derived.items()}
+    dims = {name: torch.export.Dim(name) for name in _EXAMPLE_DIMS}
+    shapes = dims | {name: factor * dims[base] for name, (factor, base) in derived.items()}
+
+    def example(tensor: TensorSpec) -> Tensor:
+        return torch.zeros(tensor.resolve(sizes), dtype=getattr(torch, tensor.dtype))
+
+    def dynamic(tensor: TensorSpec) -> dict[int, object]:
+        return {axis: shapes[dim] for axis, dim in enumerate(tensor.shape) if isinstance(dim, str)}
+
+    # The state travels as one list, which the exporter takes apart again into one graph input for each tensor.
+    arguments: list[object] = [example(tensor) for tensor in spec.feeds]
+    dynamic_shapes: list[object] = [dynamic(tensor) for tensor in spec.feeds]
+    if spec.states:
+        arguments.append([example(tensor) for tensor in spec.state_tensors])
+        dynamic_shapes.append([dynamic(tensor) for tensor in spec.state_tensors])
+    with torch.no_grad(), _quiet():
+        program = torch.onnx.export(
+            module.eval(),
+            tuple(arguments),
+            dynamo=True,
+            opset_version=ONNX_OPSET,
+            optimize=False,
+            dynamic_shapes=tuple(dynamic_shapes),
+            input_names=[tensor.name for tensor in spec.inputs],
+            output_names=[tensor.name for tensor in spec.outputs],
+            verbose=False,
+        )
+    if program is None:
+        raise AssertionError("the dynamo exporter returned nothing")
+    return program.model
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter speaks of missing torchvision operators and of its own deprecations: nothing a user could mend."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _optimize(model: ir.Model) -> None:
+    """Folds constants, but never a weight: the file keeps each in its own layout under its own name."""
+    weights = set(model.graph.initializers)
+
+    def should_fold(node: ir.Node) -> bool | None:
+        return False if any(value is not None and value.name in weights for value in node.inputs) else None
+
+    optimize_ir(model, should_fold=should_fold, onnx_shape_inference=False)
+    passes.CommonSubexpressionEliminationPass()(model)
+    passes.LiftConstantsToInitializersPass(lift_all_constants=False)(model)
+    passes.RemoveUnusedNodesPass()(model)
+
+
+def _describe(model: ir.Model, spec: GraphSpec) -> None:
+    """Gives inputs and outputs the shapes of `spec`, and checks that they had its names, ranks and dtypes."""
+    for found, wanted in ((model.graph.inputs, spec.inputs), (model.graph.outputs, spec.outputs)):
+        for value, tensor in zip(found, wanted, strict=True):
+            dtype = None if value.dtype is None else value.dtype.numpy().name
+            rank = None if value.shape is None else len(value.shape)
+            if (value.name, dtype, rank) != (tensor.name, tensor.dtype, len(tensor.shape)):
+                raise ExportError(f"{spec.file}: the exporter made {value.name} {dtype} of rank {rank}; expected {tensor}")
+            value.shape = ir.Shape(tensor.shape)
+
+
+def _store_narrow(model: ir.Model, dtypes: Mapping[str, torch.dtype]) -> None:
+    """Replaces float32 initialisers by 16-bit ones with a Cast behind them; a Gather reads the 16-bit table and is cast after."""
+    graph = model.graph
+    for name, dtype in dtypes.items():
+        wide = graph.initializers.get(name)
+        if wide is None or wide.const_value is None or dtype not in (torch.bfloat16, torch.float16):
+            continue
+        tensor = torch.from_numpy(wide.const_value.numpy()).to(dtype)
+        kind = ir.DataType.BFLOAT16 if dtype == torch.bfloat16 else ir.DataType.FLOAT16
+        packed = ir.Tensor(tensor.view(torch.uint16).numpy().view(kind.numpy()), dtype=kind, name=name)
+        narrow = ir.Value(name=name, type=ir.TensorType(kind), shape=ir.Shape(tensor.shape), const_value=packed)
+        cast: ir.Node | None = None
+        for node, index in list(wide.uses()):
+            if node.op_type == "Gather" and index == 0:
+                _cast_result(node, narrow)
+                continue
+            if cast is None:
+                cast = ir.node("Cast", [narrow], {"to": ir.DataType.FLOAT}, name=f"{name}.cast")
+                cast.outputs[0].name = f"{name}.float32"
+                graph.insert_before(graph[0], cast)
+            node.replace_input_with(index, cast.outputs[0])
+        graph.initializers.pop(name)
+        graph.register_initializer(narrow)
+
+
+def _cast_result(gather: ir.Node, table: ir.Value) -> None:
+    gather.replace_input_with(0, table)
+    rows = gather.outputs[0]
+    cast = ir.node("Cast", [rows], {"to": ir.DataType.FLOAT}, name=f"{table.name}.cast_rows")
+    cast.outputs[0].name = f"{table.name}.rows"
+    for node, index in list(rows.uses()):
+        if node is not cast:
+            node.replace_input_with(index, cast.outputs[0])
+    assert gather.graph is not None
+    gather.graph.insert_after(gather, cast)
+
+
+def _clean(model: ir.Model, spec: GraphSpec) -> None:
+    """Drops what the exporter left of this machine (stack traces with source paths) and shapes that name its own dimensions."""
+    outer = {tensor.name for tensor in (*spec.inputs, *spec.outputs)}
+    for node in model.graph:
+        for value in node.outputs:
+            if value.name not in outer:
+                value.shape = value.type = None
+    passes.ClearMetadataAndDocStringPass()(model)
+    passes.RemoveUnusedOpsetsPass()(model)
+    model.ir_version = IR_VERSION
+    model.producer_name, model.producer_version = "fishrt", __version__
+    domains = {node.domain for node in model.graph} | set(model.opset_imports)
+    if domains - {""} or model.opset_imports[""] != ONNX_OPSET:
+        raise ExportError(f"{spec.file}: the exporter used operators beyond ONNX opset {ONNX_OPSET}: {sorted(domains)}")

@@ -1,0 +1,128 @@
+"""Proves an exported graph equal to the torch module: the same calls, with the state carried along, and every output compared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from fishrt.bundle import Parity
+from fishrt_engines import Array, open_engine
+from fishrt_engines.spec import GraphSpec
+
+from .errors import ExportError
+
+PROVIDER = "cpu"
+MARGIN = 1e-4
+"""Codebook rows whose cosine similarity is closer than this to the best may be chosen instead of it."""
+PEAK = 50.0
+"""Float32 rounding grows with the numbers: a tolerance holds for outputs up to this size and grows in proportion beyond."""
+
+
+Feeds = dict[str, Array]
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """Calls that share one state. `dims` are the sizes of the state's symbolic dimensions."""
+
+    calls: tuple[Feeds, ...]
+    dims: Mapping[str, int]
+
+
+Margins = Callable[[Tensor], Tensor]
+"""Input of an encoder → how clear each code was, [batch, codebooks, frames]."""
+
+
+def verify(
+    module: nn.Module, spec: GraphSpec, folder: Path, cases: Iterable[Case], tolerance: float, margins: Margins | None = None
+) -> Parity:
+    """The largest difference found, and what was allowed there. Raises ExportError where it is more than allowed.
+
+    Codes must be equal, but where `margins` says that a choice was a tie within rounding.
+    """
+    engine = open_engine(folder / spec.file, spec, provider=PROVIDER)
+    report = _Report(spec.file, tolerance)
+    for case in cases:
+        state = engine.new_state(**case.dims) if spec.states else None
+        carried = [torch.zeros(tensor.resolve(case.dims)) for tensor in spec.state_tensors]
+        for feeds in case.calls:
+            expected, carried = run_module(module, spec, feeds, carried)
+            actual = engine.run(feeds, state)
+            for name, value in expected.items():
+                if margins is not None and value.dtype == np.int64:
+                    report.codes(name, value, actual[name], _margins(margins, feeds))
+                else:
+                    report.values(name, value, actual[name])
+        if state is not None:
+            for tensor, kept in zip(spec.state_tensors, carried, strict=True):
+                report.values(tensor.name, kept.numpy(), state.read(tensor.name))
+    return Parity(report.error, report.allowed, PROVIDER)
+
+
+def run_module(
+    module: nn.Module, spec: GraphSpec, feeds: Mapping[str, Array], state: Sequence[Tensor] = ()
+) -> tuple[dict[str, Array], list[Tensor]]:
+    """One call of the torch module, as an engine would do it: results by name, and the new state."""
+    arguments: list[Any] = [torch.from_numpy(feeds[tensor.name]) for tensor in spec.feeds]
+    if spec.states:
+        arguments.append(list(state))
+    with torch.no_grad():
+        outputs = module(*arguments)
+    values = (outputs,) if isinstance(outputs, Tensor) else outputs
+    by_name = {tensor.name: value for tensor, value in zip(spec.outputs, values, strict=True)}
+    results = {tensor.name: by_name[tensor.name].numpy() for tensor in spec.results}
+    return results, [by_name[pair.output] for pair in spec.states]
+
+
+def codes_differ(expected: Array, actual: Array, margins: npt.NDArray[np.float32]) -> npt.NDArray[np.bool_]:
+    """Where codes [batch, codebooks, frames] differ without excuse.
+
+    A code within the margin may flip, and then all later codebooks of its frame may, since they code what is left.
+    """
+    excused = np.logical_or.accumulate(margins < MARGIN, axis=1)
+    return np.asarray((expected != actual) & ~excused)
+
+
+def _margins(margins: Margins, feeds: Mapping[str, Array]) -> npt.NDArray[np.float32]:
+    (audio,) = feeds.values()
+    with torch.no_grad():
+        return np.asarray(margins(torch.from_numpy(audio)).numpy(), np.float32)
+
+
+class _Report:
+    """Compares, raises at the first failure, and remembers the largest difference and what was allowed for it."""
+
+    def __init__(self, file: str, tolerance: float) -> None:
+        self.file, self.tolerance = file, tolerance
+        self.error, self.allowed = 0.0, 0.0
+
+    def values(self, name: str, expected: Array, actual: Array) -> None:
+        self._same_shape(name, expected, actual)
+        error = float(np.abs(expected.astype(np.float64) - actual.astype(np.float64)).max())
+        allowed = self.tolerance * max(1.0, float(np.abs(expected).max()) / PEAK)
+        if not error <= allowed:  # also when the error is NaN
+            raise ExportError(
+                f"{self.file} is not the torch module: {name} differs by {error:.3g}; {allowed:.3g} is allowed",
+                hint="this is a fault of the export, not of the checkpoint; please report it",
+            )
+        if error >= self.error:
+            self.error, self.allowed = error, allowed
+
+    def codes(self, name: str, expected: Array, actual: Array, margins: npt.NDArray[np.float32]) -> None:
+        self._same_shape(name, expected, actual)
+        if count := int(codes_differ(expected, actual, margins).sum()):
+            raise ExportError(
+                f"{self.file} is not the torch module: {count} of {expected.size} {name} differ",
+                hint="this is a fault of the export, not of the checkpoint; please report it",
+            )
+
+    def _same_shape(self, name: str, expected: Array, actual: Array) -> None:
+        if expected.shape != actual.shape:
+            raise ExportError(f"{self.file}: {name} has shape {actual.shape}, the torch module gives {expected.shape}")

@@ -1,0 +1,93 @@
+"""Built-in voices: recordings in the checkpoint's `references/<name>/`, encoded with the exported codec."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from fishrt.audio import resample
+from fishrt.bundle import Bundle, Voices
+from fishrt.codec import CodecEncoder
+from fishrt.voices import VoiceStore
+from fishrt_engines import open_engine
+
+from .errors import ExportError
+
+REFERENCES = "references"
+DEFAULT = "default.txt"
+FOLDER = "voices"
+
+
+@dataclass(frozen=True, slots=True)
+class References:
+    """The recordings found, by name, and which voice speaks when none is asked for."""
+
+    store: VoiceStore
+    names: tuple[str, ...]
+    default: str
+
+
+def check_references(checkpoint: Path, bundle: Bundle) -> References | None:
+    """Looks at everything before anything is exported; of `bundle`, only the manifest need be there.
+
+    Raises ExportError for a folder that is no voice and a default that is not there, AudioError or VoiceError for a recording
+    that cannot be read, is too short or too long, or has no transcript.
+    """
+    folder = checkpoint / REFERENCES
+    if not folder.is_dir():
+        return None
+    store = VoiceStore(folder)
+    names = tuple(store.list())
+    folders = {path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")}
+    if others := sorted(folders - set(names)):
+        raise ExportError(
+            f"{folder} holds folders that are not voices: {', '.join(others)}",
+            hint="each needs a recording and its words in a .lab file of the same name, and a name of letters, digits, - and _",
+        )
+    if not names:
+        return None
+    named = folder / DEFAULT
+    default = named.read_text(encoding="utf-8").strip() if named.is_file() else names[0]
+    if default not in names:
+        raise ExportError(f"{named} names {default!r}; the voices are: {', '.join(names)}")
+    for name in names:
+        store.load(name, _Listener(bundle))
+    return References(store, names, default)
+
+
+def encode_references(references: References | None, bundle: Bundle) -> Voices | None:
+    """Writes the voices into a bundle whose codec graphs are there. Raises VoiceError if they do not fit together."""
+    if references is None:
+        return None
+    encoder = _Encoder(bundle)
+    target = VoiceStore(bundle.path / FOLDER)
+    for name in references.names:
+        target.add(references.store.load(name, encoder))
+    return Voices(references.default, references.names)
+
+
+class _Listener:
+    """Stands for an encoder while recordings are checked: takes everything, says nothing."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        self.bundle = bundle
+
+    def encode(self, _pcm: npt.NDArray[np.float32], _rate: int) -> npt.NDArray[np.int64]:
+        """One frame of zeros."""
+        return np.zeros((len(self.bundle.manifest.codec.codebook_sizes), 1), np.int64)
+
+
+class _Encoder:
+    """What a voice store asks of a TTS, before there is one."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        self.bundle = bundle
+        spec = bundle.manifest.graphs["codec_encode"]
+        self._codec = CodecEncoder(open_engine(bundle.file(spec.file), spec, provider="cpu"), bundle.manifest.codec)
+
+    def encode(self, pcm: npt.NDArray[np.float32], rate: int) -> npt.NDArray[np.int64]:
+        """pcm float32 [samples] at `rate` Hz → codes int64 [codebooks, frames]."""
+        return self._codec.encode(resample(pcm, rate, self.bundle.manifest.codec.sample_rate))

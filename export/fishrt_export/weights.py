@@ -1,0 +1,110 @@
+"""Tensors under the names of our modules, checked completely before anything else is done with them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from .errors import ExportError
+
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+M = TypeVar("M", bound=nn.Module)
+
+
+def flat_names(tensors: Mapping[str, Tensor], *, tied_head: bool) -> dict[str, Tensor]:
+    """Renames the nested form of S2-Pro (`text_model.…`, `audio_decoder.…`) and joins separate wq, wk, wv.
+
+    Left out by name: `audio_encoder.*`, and `text_model.lm_head.*` where the head is tied to the embedding.
+    """
+    flat = dict(tensors)
+    if any(name.startswith(("text_model.", "audio_decoder.")) for name in tensors):
+        flat = {
+            _flat_name(name): tensor
+            for name, tensor in tensors.items()
+            if not name.startswith("audio_encoder.") and not (tied_head and name.startswith("text_model.lm_head."))
+        }
+    return _join_legacy_projections(flat)
+
+
+def _flat_name(name: str) -> str:
+    if name == "text_model.lm_head.weight":
+        return "output.weight"
+    if name.startswith("text_model.model."):
+        return name.removeprefix("text_model.model.")
+    if name == "audio_decoder.codebook_embeddings.weight":
+        return "codebook_embeddings.weight"
+    if name.startswith("audio_decoder."):
+        return "fast_" + name.removeprefix("audio_decoder.")
+    return name
+
+
+def _join_legacy_projections(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    prefixes = [match[1] for name in tensors if (match := re.fullmatch(r"(.*attention\.)wq\.weight", name))]
+    for prefix in prefixes:
+        parts = [f"{prefix}{part}.weight" for part in ("wq", "wk", "wv")]
+        if all(part in tensors for part in parts):
+            tensors[f"{prefix}wqkv.weight"] = torch.cat([tensors.pop(part) for part in parts])
+    return tensors
+
+
+def fuse_weight_norm(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """W = g · v / ‖v‖ over all axes but the first, for both spellings that occur; the result has the dtype of v."""
+    fused: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        for magnitude, direction in ((".parametrizations.weight.original0", ".parametrizations.weight.original1"), ("_g", "_v")):
+            stem, pair = name.removesuffix(direction), name.removesuffix(direction) + magnitude
+            if stem != name and pair in tensors:
+                fused[stem if magnitude == "_g" else f"{stem}.weight"] = _scaled(tensors[pair], tensor)
+                break
+            if name.endswith(magnitude) and name.removesuffix(magnitude) + direction in tensors:
+                break
+        else:
+            fused[name] = tensor
+    return fused
+
+
+def _scaled(magnitude: Tensor, direction: Tensor) -> Tensor:
+    v = direction.double()
+    norm = v.square().sum(dim=tuple(range(1, v.ndim)), keepdim=True).sqrt()
+    return (magnitude.double() * v / norm).to(direction.dtype)
+
+
+def expected_shapes(module: nn.Module, prefix: str = "") -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor that a module takes from a checkpoint."""
+    return {prefix + name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+
+
+def find_problems(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, Tensor]) -> list[str]:
+    """Everything in which the tensors of a checkpoint differ from what the config asks for, one line each."""
+    problems = [f"missing: {name} {list(expected[name])}" for name in expected if name not in found]
+    problems += [f"unexpected: {name} {list(found[name].shape)}" for name in found if name not in expected]
+    for name, tensor in found.items():
+        if name not in expected:
+            continue
+        if tuple(tensor.shape) != expected[name]:
+            problems.append(f"wrong shape: {name} is {list(tensor.shape)}, expected {list(expected[name])}")
+        elif tensor.dtype not in FLOATS:
+            problems.append(f"wrong type: {name} holds {tensor.dtype}; expected bfloat16, float16 or float32")
+        elif not bool(tensor.isfinite().all()):
+            problems.append(f"not finite: {name} holds NaN or infinity")
+    return problems
+
+
+def refuse(problems: Sequence[str]) -> None:
+    """Raises one ExportError with every problem, if there is any."""
+    if problems:
+        listing = "\n".join(f"  {problem}" for problem in problems)
+        raise ExportError(
+            f"the weights do not fit the config ({len(problems)} problems):\n{listing}",
+            hint="config and weights must be of one checkpoint, complete and undamaged",
+        )
+
+
+def load(module: M, tensors: Mapping[str, Tensor]) -> M:
+    """Gives a module made on the meta device its weights, in float32. The names must match exactly."""
+    module.load_state_dict({name: tensor.to(torch.float32) for name, tensor in tensors.items()}, assign=True)
+    return module.requires_grad_(False).eval()

@@ -1,0 +1,5 @@
+"""`python -m fishrt`."""
+
+from .cli import main
+
+main(prog_name="fishrt")

@@ -1,0 +1,277 @@
+"""A bundle on disk: `manifest.json`, the graphs with their weights, the tokenizer, and perhaps built-in voices.
+
+The manifest holds everything about a model that the runtime needs, so that no code asks which release it is running. It is
+strict: an unknown or missing key is an error that names it. `Bundle.load` checks sizes; `verify` hashes every file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import types
+import typing
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, TypeVar
+
+from fishrt_engines.spec import GraphSpec
+
+from .errors import BundleError
+
+SCHEMA = 1
+MANIFEST = "manifest.json"
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class RepetitionAware:
+    """Repetition-aware sampling: a token seen in the last `window` frames is drawn again with these settings."""
+
+    window: int
+    temperature: float
+    top_p: float
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingDefaults:
+    """What a request uses where it does not say otherwise."""
+
+    temperature: float
+    top_p: float
+    top_k: int | None
+    """None: every token may be drawn."""
+    repetition_aware: RepetitionAware | None
+
+
+@dataclass(frozen=True, slots=True)
+class LanguageModel:
+    """Ids and rules of the dual-AR model."""
+
+    num_codebooks: int
+    codebook_width: int
+    """Entries of the fast AR's table and head; a codebook of the codec may hold fewer or more."""
+    max_seq_len: int
+    """Positions that the slow AR was trained for: prompt and generated frames together."""
+    head: str
+    """"audio": logits of the end token and the semantic tokens only, in the order of their ids. "full": of every token."""
+    vocab_size: int
+    semantic_begin_id: int
+    semantic_end_id: int
+    end_id: int
+    """The token that ends an utterance, `<|im_end|>`."""
+    prompt_dialect: str
+    """How text and voices become a prompt; see prompt.py."""
+    chunk_bytes: int
+    """UTF-8 bytes of text after which a new piece is begun."""
+    sampling: SamplingDefaults
+
+
+@dataclass(frozen=True, slots=True)
+class Codec:
+    """Waveform ↔ codes."""
+
+    sample_rate: int
+    """Hz."""
+    hop: int
+    """Samples per frame."""
+    codebook_sizes: tuple[int, ...]
+    max_frames: int
+    """Longest sequence that the graphs take, in frames."""
+    fingerprint: str
+    """SHA-256 over the codec's weights: voices of another codec are refused."""
+
+    @property
+    def frame_rate(self) -> float:
+        """Frames per second."""
+        return self.sample_rate / self.hop
+
+
+@dataclass(frozen=True, slots=True)
+class FileEntry:
+    """Size in bytes and SHA-256 of one file of the bundle."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Parity:
+    """How far a graph was from the torch module when it was exported: the largest absolute difference of any output."""
+
+    max_abs_error: float
+    tolerance: float
+    provider: str
+
+
+@dataclass(frozen=True, slots=True)
+class Licence:
+    """Terms of the weights. `file` is the notice inside the bundle, if the checkpoint had one."""
+
+    name: str
+    file: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Voices:
+    """Voices shipped with the bundle, in `voices/<name>/`; `default` speaks when none is asked for."""
+
+    default: str
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """Everything in `manifest.json`."""
+
+    schema: int
+    name: str
+    """For people only."""
+    exported_by: str
+    language_model: LanguageModel
+    codec: Codec
+    tokenizer: str
+    """File name of the tokenizer."""
+    graphs: dict[str, GraphSpec]
+    """By role: slow_ar, fast_ar, codec_encode, codec_decode."""
+    precision: str
+    """Of the arithmetic; weights may be stored narrower."""
+    parity: dict[str, Parity]
+    licence: Licence
+    voices: Voices | None
+    files: dict[str, FileEntry]
+
+    def to_json(self) -> str:
+        """The text of `manifest.json`."""
+        return json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Manifest:
+        """Raises BundleError for text that is not JSON, a schema that is too new, and any missing, unknown or mistyped key."""
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise BundleError(f"{MANIFEST} is not JSON: {error}", hint="export the checkpoint again") from None
+        schema = data.get("schema") if isinstance(data, dict) else None
+        if not isinstance(schema, int):
+            raise BundleError(f"{MANIFEST} has no schema number", hint="is this a fishrt bundle?")
+        if schema != SCHEMA:
+            newer = schema > SCHEMA
+            raise BundleError(
+                f"{MANIFEST} has schema {schema}; this version reads schema {SCHEMA}",
+                hint="update fishrt" if newer else "export the checkpoint again with this version",
+            )
+        return _parse_dataclass(cls, data, "manifest")
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """A bundle that has been found complete."""
+
+    path: Path
+    manifest: Manifest
+
+    @classmethod
+    def load(cls, path: str | Path) -> Bundle:
+        """Reads the manifest and checks that every file is there and of the right size. Raises BundleError."""
+        folder = Path(path)
+        try:
+            text = (folder / MANIFEST).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise BundleError(
+                f"{folder} is not a bundle: its {MANIFEST} cannot be read ({error})",
+                hint="give the folder that `fishrt export` wrote",
+            ) from None
+        bundle = cls(folder, Manifest.from_json(text))
+        for name, entry in bundle.manifest.files.items():
+            file = bundle.file(name)
+            size = file.stat().st_size if file.is_file() else None
+            if size != entry.bytes:
+                found = "is missing" if size is None else f"has {size:,} bytes instead of {entry.bytes:,}"
+                raise BundleError(f"{file} {found}", hint="copy the bundle again, or export the checkpoint again")
+        wanted = [bundle.manifest.tokenizer, *(g.file for g in bundle.manifest.graphs.values())]
+        if missing := [name for name in wanted if name not in bundle.manifest.files]:
+            raise BundleError(f"{MANIFEST} names files that it does not list: {', '.join(missing)}")
+        return bundle
+
+    def file(self, name: str) -> Path:
+        """Where a file of the bundle lies. Raises BundleError for a name that leads out of the folder."""
+        pure = PurePosixPath(name)
+        if pure.is_absolute() or ".." in pure.parts or not pure.parts:
+            raise BundleError(f"{MANIFEST} names a file outside the bundle: {name!r}")
+        return self.path.joinpath(*pure.parts)
+
+    def verify(self, progress: Callable[[int], None] = lambda _: None) -> None:
+        """Hashes every file; `progress` is told the bytes read. Raises BundleError naming the first that was altered."""
+        for name, entry in self.manifest.files.items():
+            if sha256(self.file(name), progress) != entry.sha256:
+                raise BundleError(f"{self.file(name)} was altered: its SHA-256 is not the one in {MANIFEST}")
+
+
+def sha256(path: Path, progress: Callable[[int], None] = lambda _: None) -> str:
+    """Hex digest of a file, read in pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+            progress(len(block))
+    return digest.hexdigest()
+
+
+def _parse(kind: Any, value: Any, where: str) -> Any:
+    """`value` from JSON as the annotated type `kind`: dataclasses, dict[str, X], tuple[X, ...], unions and plain values."""
+    if is_dataclass(kind):
+        return _parse_dataclass(kind, value, where)  # type: ignore[arg-type]
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (types.UnionType, typing.Union):
+        for option in arguments:
+            if option is type(None) and value is None:
+                return None
+            if option is not type(None) and value is not None and _fits(option, value):
+                return _parse(option, value, where)
+    elif origin is dict and isinstance(value, dict):
+        return {key: _parse(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
+    elif origin is tuple and isinstance(value, list):
+        return tuple(_parse(arguments[0], item, f"{where}[{n}]") for n, item in enumerate(value))
+    elif _fits(kind, value):
+        return float(value) if kind is float else value
+    raise BundleError(f"{where} is {value!r}; expected {_kind_name(kind)}", hint="export the checkpoint again")
+
+
+def _parse_dataclass(kind: type[T], value: Any, where: str) -> T:
+    if not isinstance(value, dict):
+        raise BundleError(f"{where} is {value!r}; expected an object")
+    hints = typing.get_type_hints(kind)
+    known = {f.name: f for f in fields(kind)}  # type: ignore[arg-type]
+    if unknown := sorted(value.keys() - known.keys()):
+        raise BundleError(f"{where} has unknown keys: {', '.join(unknown)}", hint="update fishrt, or export again")
+    required = {name for name, f in known.items() if f.default is MISSING and f.default_factory is MISSING}
+    if missing := sorted(required - value.keys()):
+        raise BundleError(f"{where} lacks the keys: {', '.join(missing)}", hint="export the checkpoint again")
+    return kind(**{name: _parse(hints[name], item, f"{where}.{name}") for name, item in value.items()})
+
+
+def _fits(kind: Any, value: Any) -> bool:
+    if kind is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if is_dataclass(kind) or typing.get_origin(kind) is dict:
+        return isinstance(value, dict)
+    return typing.get_origin(kind) is not None or isinstance(value, kind)
+
+
+def _kind_name(kind: Any) -> str:
+    return getattr(kind, "__name__", str(kind))
+
+
+def iter_file_names(folder: Path) -> Iterator[str]:
+    """Every file under a folder but the manifest, relative, with forward slashes, in order."""
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.name != MANIFEST:
+            yield path.relative_to(folder).as_posix()
+
+
+def describe_files(folder: Path) -> Mapping[str, FileEntry]:
+    """The `files` entry of a manifest for everything that lies in a folder."""
+    return {name: FileEntry((folder / name).stat().st_size, sha256(folder / name)) for name in iter_file_names(folder)}

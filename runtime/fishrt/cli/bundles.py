@@ -1,0 +1,171 @@
+"""`fishrt export`, `inspect` and `doctor`: making a bundle, looking at one, and looking at this machine."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..bundle import Bundle, Manifest
+from ..errors import BundleError, FishrtError
+from .base import Reporter, bar, debug_option, json_option, load_bundle, print_json, quiet_option
+
+_EXPORT_NEEDS = ("torch", "onnx", "onnxscript", "onnx_ir", "safetensors", "onnxruntime")
+
+
+@click.command()
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option(
+    "--head",
+    type=click.Choice(["audio", "full"]),
+    default="audio",
+    show_default=True,
+    help="Logits of the slow AR: of what can be spoken, or of the whole vocabulary (larger and slower; for comparisons).",
+)
+@quiet_option
+@json_option
+@debug_option
+def export(checkpoint: Path, out: Path, head: str, quiet: bool, as_json: bool) -> None:
+    """Turn an official CHECKPOINT folder into the bundle OUT, and prove its graphs equal to the torch modules.
+
+    Needs torch: pip install "fishrt[export]". Nothing is left behind when it fails or is interrupted.
+    """
+    reporter = Reporter(quiet=quiet)
+    try:
+        from fishrt_export import export_bundle, peak_memory
+
+        bundle = export_bundle(checkpoint, out, head=head, progress=lambda stage, part: reporter.show(f"{bar(part)} {stage}"))
+    except ImportError as error:
+        if (error.name or "").split(".")[0] not in _EXPORT_NEEDS:
+            raise
+        raise FishrtError(f"exporting needs {error.name}, which is not installed", hint='pip install "fishrt[export]"') from None
+    peak = peak_memory()
+    if as_json:
+        print_json({"command": "export", "bundle": str(out), "bytes": _total(bundle.manifest), "peak_memory_bytes": peak})
+        return
+    for name, entry in bundle.manifest.files.items():
+        reporter.done(f"{_size(entry.bytes):>10}  {name}")
+    reporter.done(f"{_size(_total(bundle.manifest)):>10}  {out}")
+    reporter.done(f"peak memory {_size(peak)}" if peak else "peak memory unknown")
+
+
+@click.command()
+@click.argument("bundle", required=False, type=click.Path(path_type=Path))
+@click.option("--verify", is_flag=True, help="Hash every file and compare with the manifest.")
+@quiet_option
+@json_option
+@debug_option
+def inspect(bundle: Path | None, verify: bool, quiet: bool, as_json: bool) -> None:
+    """Show what is in BUNDLE (default: the embedded voice): graphs, tensors, sizes, precision, parity, licence, voices."""
+    loaded = load_bundle(bundle)
+    if verify:
+        _verify(loaded, quiet=quiet)
+    if as_json:
+        import dataclasses
+
+        print_json(
+            {"command": "inspect", "path": str(loaded.path), "verified": verify, "manifest": dataclasses.asdict(loaded.manifest)}
+        )
+        return
+    click.echo("\n".join(_describe(loaded)))
+    if verify:
+        click.echo("verified      every file has the SHA-256 of the manifest")
+
+
+@click.command()
+@debug_option
+def doctor() -> None:
+    """Show what this machine can do: versions, providers, CPU, memory, audio formats, the embedded voice."""
+    from fishrt_engines import providers
+
+    click.echo(providers.doctor())
+    click.echo(f"audio formats: {_audio_formats()}")
+    click.echo(f"torch for export: {_torch()}")
+    click.echo(f"embedded voice: {_embedded()}")
+
+
+def _verify(bundle: Bundle, *, quiet: bool) -> None:
+    # Tests and pipes see no bar: click draws one on terminals only.
+    with click.progressbar(length=_total(bundle.manifest), label="hashing", file=sys.stderr, hidden=quiet) as bar:
+        bundle.verify(bar.update)
+
+
+def _describe(bundle: Bundle) -> list[str]:
+    m, lm, codec = bundle.manifest, bundle.manifest.language_model, bundle.manifest.codec
+    s = lm.sampling
+    sampling = f"temperature {s.temperature:g}, top-p {s.top_p:g}, top-k {s.top_k or 'off'}"
+    if ras := s.repetition_aware:
+        sampling += f"; repeats within {ras.window} frames drawn again at temperature {ras.temperature:g}, top-p {ras.top_p:g}"
+    lines = [
+        f"bundle        {m.name}",
+        f"path          {bundle.path}",
+        f"size          {_size(_total(m))} in {len(m.files)} files",
+        f"exported by   {m.exported_by} (schema {m.schema})",
+        f"licence       {m.licence.name}" + (f" ({m.licence.file})" if m.licence.file else ""),
+        f"precision     {m.precision}",
+        f"prompts       {lm.prompt_dialect}; context {lm.max_seq_len:,} positions; pieces of about {lm.chunk_bytes} bytes",
+        f"speaks        {lm.num_codebooks} codebooks of {lm.codebook_width:,}; vocabulary {lm.vocab_size:,}; {lm.head} head",
+        f"sampling      {sampling}",
+        f"codec         {codec.sample_rate:,} Hz, {codec.frame_rate:.2f} frames/s, at most {codec.max_frames:,} frames",
+        f"              codebooks {', '.join(f'{size:,}' for size in codec.codebook_sizes)}",
+        f"              fingerprint {codec.fingerprint}",
+        f"voices        {', '.join(m.voices.names) + f' (default {m.voices.default})' if m.voices else 'none'}",
+    ]
+    for role, graph in m.graphs.items():
+        size = sum(entry.bytes for name, entry in m.files.items() if name.startswith(graph.file))
+        lines += ["", f"graph {role}: {graph.file}, {_size(size)}"]
+        if parity := m.parity.get(role):
+            lines.append(
+                f"  largest error {parity.max_abs_error:.2g} of {parity.tolerance:g} allowed, against torch, on {parity.provider}"
+            )
+        carried = {pair.input for pair in graph.states} | {pair.output for pair in graph.states}
+        for arrow, tensors in (("in ", graph.inputs), ("out", graph.outputs)):
+            lines += [f"  {arrow} {t.name} {t.dtype} [{', '.join(map(str, t.shape))}]" for t in tensors if t.name not in carried]
+        if states := graph.state_tensors:
+            shape = ", ".join(map(str, states[0].shape))
+            lines.append(f"  state of {len(states)} tensors, {states[0].name} {states[0].dtype} [{shape}], …")
+    return lines
+
+
+def _total(manifest: Manifest) -> int:
+    return sum(entry.bytes for entry in manifest.files.values())
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            break
+        count /= 1000
+    return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+
+
+def _audio_formats() -> str:
+    try:
+        import soundfile
+    except (ImportError, OSError) as error:
+        return f"soundfile cannot be loaded: {error}"
+    known: dict[str, Any] = soundfile.available_formats()
+    return (
+        ", ".join(name for name in ("WAV", "FLAC", "OGG", "MP3", "AIFF") if name in known)
+        + f" ({soundfile.__libsndfile_version__})"
+    )
+
+
+def _torch() -> str:
+    if importlib.util.find_spec("torch") is None:
+        return 'not installed (pip install "fishrt[export]"; speaking does not need it)'
+    return importlib.metadata.version("torch")
+
+
+def _embedded() -> str:
+    try:
+        bundle = load_bundle(None)
+        bundle.verify()
+    except BundleError as error:
+        return f"not usable: {error}"
+    return f"ok, {bundle.manifest.name}, {_size(_total(bundle.manifest))}"

@@ -1,0 +1,194 @@
+"""`fishrt speak`: text in, audio out."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from ..errors import AudioError, FishrtError, PromptError, VoiceError
+from ..text import check_text
+from ..voices import Voice, VoiceStore, read_codes
+from .base import (
+    Reporter,
+    debug_option,
+    engine_options,
+    json_option,
+    json_to_stderr,
+    load_tts,
+    print_json,
+    quiet_option,
+    user_store,
+    voice_dir_option,
+)
+
+if TYPE_CHECKING:
+    from ..tts import TTS, Progress
+
+
+@click.command()
+@click.argument("text", required=False)
+@click.option("-f", "--file", type=click.Path(path_type=Path), help="Read the text from a UTF-8 file; - is standard input.")
+@click.option(
+    "-o",
+    "--output",
+    default="speech.wav",
+    show_default=True,
+    help="File to write or replace, .wav, .flac, .ogg or .mp3; - writes wav to standard output (and --json to standard error).",
+)
+@click.option(
+    "--voice", "names", multiple=True, metavar="NAME", help="A voice of yours or of the bundle; again for speakers 1, 2, …"
+)
+@voice_dir_option
+@click.option(
+    "--reference",
+    "references",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Recording to imitate (wav, flac, ogg, mp3) or its codes (.npy); each needs a --reference-text. Counted after --voice.",
+)
+@click.option(
+    "--reference-text", "reference_texts", multiple=True, metavar="TEXT", help="What is said in the --reference, word for word."
+)
+@click.option("--temperature", type=float, metavar="T", help="Above 0, below 2; lower is steadier.  [default: the bundle's]")
+@click.option(
+    "--top-p", type=float, metavar="P", help="Above 0, at most 1: draw from the likeliest of this sum.  [default: the bundle's]"
+)
+@click.option("--top-k", type=int, metavar="K", help="At least 1: draw from so many of the likeliest.  [default: the bundle's]")
+@click.option(
+    "--seed", type=click.IntRange(min=0), metavar="N", help="The same seed gives the same speech.  [default: a new one, reported]"
+)
+@click.option(
+    "--max-frames",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Stop each piece of text after so many frames.  [default: what fits]",
+)
+@click.option("--system", metavar="TEXT", help="System text in place of the model's usual instruction.")
+@click.option("--upstream-compat", is_flag=True, help="The original implementation's behaviour to the letter, its bugs included.")
+@engine_options
+@quiet_option
+@json_option
+@debug_option
+def speak(
+    text: str | None,
+    file: Path | None,
+    output: str,
+    names: tuple[str, ...],
+    voice_dir: Path | None,
+    references: tuple[Path, ...],
+    reference_texts: tuple[str, ...],
+    temperature: float | None,
+    top_p: float | None,
+    top_k: int | None,
+    seed: int | None,
+    max_frames: int | None,
+    system: str | None,
+    upstream_compat: bool,
+    bundle: Path | None,
+    provider: str,
+    threads: int | None,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    """Speak TEXT, or a file, or standard input.
+
+    <|speaker:0|>, <|speaker:1|>, … in the text begin the turns of the voices given by --voice and --reference, counted in that
+    order. [Tags] such as [laughing] are passed to the model. Long text is spoken piece by piece.
+
+    Progress on standard error shows frames, seconds of speech, and the RTF: compute seconds per second of speech.
+    """
+    from ..audio import check_writable, write_audio
+    from ..sampling import Sampling
+
+    if len(references) != len(reference_texts):
+        raise click.UsageError(
+            f"{len(references)} --reference, but {len(reference_texts)} --reference-text: each needs the other"
+        )
+    if output == "-":
+        json_to_stderr()
+    else:
+        check_writable(Path(output))
+    content = _read_text(text, file)
+    check_text(content)
+    tts = load_tts(bundle, provider, threads)
+    defaults = tts.bundle.manifest.language_model.sampling
+    sampling = Sampling.from_defaults(defaults, temperature=temperature, top_p=top_p, top_k=top_k)
+    voices = [_find(name, user_store(voice_dir), tts) for name in names]
+    voices += [_reference(path, said, tts) for path, said in zip(references, reference_texts, strict=True)]
+    reporter = Reporter(quiet=quiet)
+    speech = tts.speak(
+        content,
+        voice=voices or None,
+        sampling=sampling,
+        seed=seed,
+        max_frames=max_frames,
+        system=system,
+        upstream_compat=upstream_compat,
+        progress=lambda p: reporter.show(_progress_line(p)),
+    )
+    write_audio(output, speech.pcm, speech.sample_rate)
+    info = speech.info
+    target = "standard output" if output == "-" else output
+    reporter.done(
+        f"{target}: {info.frames:,} frames, {info.audio_s:.2f} s, RTF {info.rtf:.2f}, "
+        f"stopped by {', '.join(dict.fromkeys(info.stop_reasons))}, seed {info.seed}"
+    )
+    if as_json:
+        result = {"command": "speak", "output": output, "sample_rate": speech.sample_rate, "voices": [v.name for v in voices]}
+        print_json({**result, **dataclasses.asdict(info)})
+
+
+def _progress_line(progress: Progress) -> str:
+    piece = f"piece {progress.piece + 1} of {progress.pieces}: " if progress.pieces > 1 else ""
+    rtf = f", RTF {progress.elapsed_s / progress.audio_s:.2f}" if progress.audio_s else ""
+    return f"{piece}{progress.frames:,} frames, {progress.audio_s:.1f} s{rtf}"
+
+
+def _read_text(text: str | None, file: Path | None) -> str:
+    if text is not None and file is not None:
+        raise click.UsageError("give TEXT or --file, not both")
+    if text is not None and text != "-":
+        return text
+    source = "standard input"
+    if file is not None and str(file) != "-":
+        source = str(file)
+        try:
+            data = file.read_bytes()
+        except OSError as error:
+            raise FishrtError(f"{file} cannot be read: {error.strerror}") from None
+    else:
+        if text is None and file is None and sys.stdin.isatty():
+            raise click.UsageError("there is no text: give it as TEXT, with --file, or on standard input")
+        data = sys.stdin.buffer.read()
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise PromptError(f"{source} is not UTF-8: {error.reason} at byte {error.start}", hint="convert it to UTF-8") from None
+
+
+def _find(name: str, store: VoiceStore, tts: TTS) -> Voice:
+    """The user's voice of that name, else the bundle's."""
+    own = store.list()
+    if name in own:
+        return store.load(name, tts)
+    built_in = tts.bundle.manifest.voices
+    if built_in and name in built_in.names:
+        return tts.voice(name)
+    theirs = ", ".join(built_in.names) if built_in else "none"
+    raise VoiceError(
+        f"there is no voice {name!r}; yours in {store.folder}: {', '.join(own) or 'none'}; the bundle's: {theirs}",
+        hint="fishrt voice add NAME --audio FILE --text TEXT",
+    )
+
+
+def _reference(path: Path, transcript: str, tts: TTS) -> Voice:
+    if path.suffix.lower() == ".npy":
+        return Voice(str(path), read_codes(path), transcript, None)
+    if not path.is_file():
+        raise AudioError(f"the reference {path} is not there")
+    return Voice.from_audio(tts, path, transcript, name=path.name)

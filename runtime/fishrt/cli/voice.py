@@ -1,0 +1,156 @@
+"""`fishrt voice`: the user's own voices, and those that come with a bundle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..bundle import Bundle
+from ..errors import BundleError
+from ..voices import Voice
+from .base import (
+    Reporter,
+    built_in_store,
+    bundle_option,
+    debug_option,
+    engine_options,
+    json_option,
+    load_bundle,
+    load_tts,
+    print_json,
+    quiet_option,
+    user_store,
+    voice_dir_option,
+)
+
+
+@click.group()
+def voice() -> None:
+    """Keep voices: what somebody says in a recording, and how."""
+
+
+@voice.command()
+@click.argument("name")
+@click.option("--audio", required=True, type=click.Path(path_type=Path), help="Recording of one speaker; 10 to 30 s are best.")
+@click.option("--text", required=True, help="What is said in it, word for word.")
+@click.option("--force", is_flag=True, help="Replace a voice of this name.")
+@voice_dir_option
+@engine_options
+@quiet_option
+@json_option
+@debug_option
+def add(
+    name: str,
+    audio: Path,
+    text: str,
+    force: bool,
+    voice_dir: Path | None,
+    bundle: Path | None,
+    provider: str,
+    threads: int | None,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    """Store a recording as voice NAME (letters, digits, - _ and spaces), encoded with the bundle's codec."""
+    from ..audio import read_audio
+
+    store = user_store(voice_dir)
+    store.check_free(name, force=force)
+    recording = read_audio(audio)
+    tts = load_tts(bundle, provider, threads)
+    made = Voice.from_audio(tts, recording, text, name=name)
+    folder = store.add(made, force=force)
+    if as_json:
+        print_json({"command": "voice add", "folder": str(folder), **_describe(made, tts.bundle)})
+    else:
+        Reporter(quiet=quiet).done(f"{folder}: {made.codes.shape[1]:,} frames")
+
+
+@voice.command(name="list")
+@voice_dir_option
+@bundle_option
+@json_option
+@debug_option
+def list_voices(voice_dir: Path | None, bundle: Path | None, as_json: bool) -> None:
+    """List your voices, and those that the bundle brings."""
+    store = user_store(voice_dir)
+    loaded = _bundle_if_any(bundle)
+    built_in = loaded.manifest.voices if loaded else None
+    rows = [{"name": name, "from": "user"} for name in store.list()]
+    rows += [{"name": name, "from": "bundle"} for name in (built_in.names if built_in else ())]
+    if as_json:
+        print_json(
+            {
+                "command": "voice list",
+                "folder": str(store.folder),
+                "voices": rows,
+                "default": built_in.default if built_in else None,
+            }
+        )
+        return
+    for row in rows:
+        default = "  (default)" if built_in and row == {"name": built_in.default, "from": "bundle"} else ""
+        click.echo(f"{row['name']}\t{row['from']}{default}")
+    if not rows:
+        click.echo(f"no voices in {store.folder}", err=True)
+
+
+@voice.command()
+@click.argument("name")
+@voice_dir_option
+@bundle_option
+@json_option
+@debug_option
+def show(name: str, voice_dir: Path | None, bundle: Path | None, as_json: bool) -> None:
+    """Show what is known of voice NAME; yours goes before the bundle's of the same name."""
+    store = user_store(voice_dir)
+    loaded = _bundle_if_any(bundle)
+    if loaded and loaded.manifest.voices and name in loaded.manifest.voices.names and name not in store.list():
+        store = built_in_store(loaded)
+    details = _describe(store.load(name), loaded)
+    if as_json:
+        print_json({"command": "voice show", "folder": str(store.folder / name), **details})
+    else:
+        for key, value in {"folder": store.folder / name, **details}.items():
+            click.echo(f"{key + ':':13}{value}")
+
+
+@voice.command()
+@click.argument("name")
+@voice_dir_option
+@json_option
+@debug_option
+def remove(name: str, voice_dir: Path | None, as_json: bool) -> None:
+    """Delete your voice NAME. Folders that fishrt did not make are refused."""
+    store = user_store(voice_dir)
+    store.remove(name)
+    if as_json:
+        print_json({"command": "voice remove", "name": name})
+    else:
+        click.echo(f"removed {name} from {store.folder}", err=True)
+
+
+def _bundle_if_any(path: Path | None) -> Bundle | None:
+    """The user's own voices can be looked at where no bundle is embedded; a bundle that was asked for must be there."""
+    try:
+        return load_bundle(path)
+    except BundleError:
+        if path is not None:
+            raise
+        return None
+
+
+def _describe(made: Voice, bundle: Bundle | None) -> dict[str, Any]:
+    codebooks, frames = made.codes.shape
+    details: dict[str, Any] = {"name": made.name, "codebooks": codebooks, "frames": frames}
+    same_codec = bundle is not None and made.fingerprint == bundle.manifest.codec.fingerprint
+    if bundle is not None and same_codec:
+        details["seconds"] = round(frames / bundle.manifest.codec.frame_rate, 2)
+    details["codec"] = made.fingerprint or "unknown"
+    if bundle is not None:
+        details["this_bundle"] = (
+            "made with its codec" if same_codec else "made with another codec" if made.fingerprint else "unknown"
+        )
+    return {**details, "transcript": made.transcript}

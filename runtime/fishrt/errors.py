@@ -1,0 +1,34 @@
+"""The errors of the runtime: leaves of FishrtError, one for each thing that a user can get wrong."""
+
+from fishrt_engines.errors import FishrtError, GraphError, ProviderError
+
+__all__ = [
+    "AudioError",
+    "BundleError",
+    "FishrtError",
+    "GraphError",
+    "PromptError",
+    "ProviderError",
+    "SamplingError",
+    "VoiceError",
+]
+
+
+class BundleError(FishrtError):
+    """A bundle is missing, damaged, incomplete, or of a schema that this version does not read."""
+
+
+class PromptError(FishrtError):
+    """The text cannot be spoken: empty, not UTF-8, or longer than the model's context."""
+
+
+class VoiceError(FishrtError):
+    """A voice or its codes are missing, damaged, out of range, or belong to another codec."""
+
+
+class AudioError(FishrtError):
+    """An audio file cannot be read or written, or is too short or too long."""
+
+
+class SamplingError(FishrtError):
+    """A sampling parameter is outside its range."""

@@ -1,0 +1,191 @@
+"""Text → pieces that are spoken one after the other. Knows speaker tags and `[tags]`, but no token and no model.
+
+Two ways lead to pieces. Speaker turns (`speaker_turns`, `pack_turns`) are upstream's. `split_sentences` is ours: it cuts text
+that is too long at the best places there are, sentence ends before commas before spaces, and makes the pieces as equal as it can,
+since a leftover of one word is spoken badly. A cut never falls inside a `[tag]`, a `<|…|>`, or a character written as several.
+
+Lengths are UTF-8 bytes, as upstream counts them.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Iterator
+
+from .errors import PromptError
+
+SPEAKER = re.compile(r"<\|speaker:\d+\|>")
+MAX_TURNS = 5
+"""Turns in one piece, upstream's number."""
+
+_MARKUP = re.compile(r"<\|[^|<>]*\|>|\[[^\[\]]*\]")
+_CLOSING = "\"'”’»)\\]」』）】》〉"
+_SENTENCE_END = re.compile(
+    rf"(?:(?<![.!?…‽])[.!?…‽]+[{_CLOSING}]*(?=\s|$)"  # only before white space, so that 3.14 and fish.audio stay whole
+    rf"|[。！？｡．।॥؟۔]+[{_CLOSING}]*"  # scripts that put no space after a sentence
+    r"|(?<=\S)[^\S\n]*\n[^\S\n]*\n)\s*"  # an empty line
+)
+_CLAUSE_END = re.compile(rf"(?:[,;:][{_CLOSING}]*(?=\s|$)|[，、；：،؛]+[{_CLOSING}]*|\s[—–-]+(?=\s)|—|\n)\s*")
+_SPACE = re.compile(r"\s+")
+_ABBREVIATION = re.compile(r"(?:\b(?:Mr|Mrs|Ms|Dr|Prof|St|Sr|Jr|Mt|vs|Nr|z\.B|e\.g|i\.e)|\b[A-Z])\.\s*\Z")
+_JOINERS = "\u200d\ufe0e\ufe0f"
+
+
+def speakable(text: str) -> bool:
+    """Whether there is a letter or a digit to speak, speaker tags aside. A `[tag]` counts: `[laughing]` is heard."""
+    return any(unicodedata.category(char)[0] in "LN" for char in SPEAKER.sub("", text))
+
+
+def check_text(text: str) -> None:
+    """Raises PromptError for text with nothing to speak, or that is not Unicode."""
+    check_unicode(text, "the text")
+    if not speakable(text):
+        why = "it has neither a letter nor a digit" if text.strip() else "it is empty"
+        raise PromptError(f"there is nothing to speak in the text: {why}", hint="give some words")
+
+
+def check_unicode(text: str, what: str) -> None:
+    """Raises PromptError for lone surrogates: what becomes of arguments that were not UTF-8."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise PromptError(
+            f"{what} is not valid UTF-8: {error.reason} (character {error.start})", hint="give UTF-8 text"
+        ) from None
+
+
+def speaker_turns(text: str) -> list[str]:
+    """Each speaker tag with the text after it, stripped. Text before the first tag is not among them; no tags, no turns."""
+    starts = [match.start() for match in SPEAKER.finditer(text)]
+    return [text[start:end].strip() for start, end in zip(starts, [*starts, len(text)][1:], strict=True)]
+
+
+def before_first_turn(text: str) -> str:
+    """The text before the first speaker tag, stripped; all of it if there is none."""
+    match = SPEAKER.search(text)
+    return text[: match.start() if match else None].strip()
+
+
+def pack_turns(turns: list[str], max_turns: int, max_bytes: int) -> list[str]:
+    """Joins turns by newlines into pieces of at most that many turns and bytes (newlines not counted; longer ones stay whole)."""
+    pieces: list[list[str]] = []
+    size = 0
+    for turn in turns:
+        length = _bytes(turn)
+        if not pieces or len(pieces[-1]) >= max_turns or size + length > max_bytes:
+            pieces.append([])
+            size = 0
+        pieces[-1].append(turn)
+        size += length
+    return ["\n".join(piece) for piece in pieces]
+
+
+def split_turn(turn: str, max_bytes: int) -> list[str]:
+    """A turn that is too long as several, each with the turn's speaker tag."""
+    match = SPEAKER.match(turn)
+    tag = match.group() if match else ""
+    return [tag + piece for piece in split_sentences(turn[len(tag) :], max(1, max_bytes - _bytes(tag)))]
+
+
+def split_sentences(text: str, max_bytes: int) -> list[str]:
+    """Pieces of at most `max_bytes`, stripped; together they hold every word. Only markup longer than that exceeds it.
+
+    Text that fits stays whole.
+    """
+    text = text.strip()
+    if _bytes(text) <= max_bytes:
+        return [text] if text else []
+    fixed = [match.span() for match in _MARKUP.finditer(text)]
+    units = _merge(text, _units(text, fixed, max_bytes, level=0), max_bytes)
+    return [text[start:end].strip() for start, end in units]
+
+
+Span = tuple[int, int]
+
+
+def _units(text: str, fixed: list[Span], max_bytes: int, *, level: int, span: Span | None = None) -> list[Span]:
+    """Adjacent spans that fit, cut at sentence ends (level 0), and where those do not suffice at clauses, spaces, characters."""
+    start, end = span or (0, len(text))
+    inside = [f for f in fixed if start <= f[0] and f[1] <= end]
+    if level == 3:
+        return list(_cut_characters(text, inside, max_bytes, start, end))
+    pattern = (_SENTENCE_END, _CLAUSE_END, _SPACE)[level]
+    units: list[Span] = []
+    previous = start
+    for cut in [*_cuts(pattern, text, inside, start, end), end]:
+        unit = (previous, cut)
+        previous = cut
+        if _bytes(text[unit[0] : unit[1]].strip()) <= max_bytes:
+            units.append(unit)
+            continue
+        smaller = _units(text, fixed, max_bytes, level=level + 1, span=unit)
+        units += smaller if level == 2 else _merge(text, smaller, max_bytes)
+    return units
+
+
+def _cuts(pattern: re.Pattern[str], text: str, fixed: list[Span], start: int, end: int) -> Iterator[int]:
+    """Where the pattern lets a span be cut: after each match, outside markup, not after an abbreviation."""
+    nth = 0
+    for match in pattern.finditer(text, start, end):
+        while nth < len(fixed) and fixed[nth][1] <= match.start():
+            nth += 1
+        in_markup = nth < len(fixed) and fixed[nth][0] < match.end() and match.start() < fixed[nth][1]
+        if match.end() >= end or in_markup:
+            continue
+        if pattern is _SENTENCE_END and _ABBREVIATION.search(text, max(start, match.start() - 8), match.end()):
+            continue
+        yield match.end()
+
+
+def _cut_characters(text: str, fixed: list[Span], max_bytes: int, start: int, end: int) -> Iterator[Span]:
+    """Equal parts of a word that is too long, or of a script without spaces; markup is one character here."""
+    markup = dict(fixed)
+    pieces = -(-_bytes(text[start:end]) // max_bytes)
+    wanted = -(-_bytes(text[start:end]) // pieces)
+    size, position, begun = 0, start, start
+    stop = start + len(text[start:end].rstrip())  # the white space behind goes with the last part
+    while position < stop:
+        following = markup.get(position, position + 1)
+        while following < stop and (_continues(text[following]) or text[following - 1] == "\u200d"):
+            following += 1
+        length = _bytes(text[position:following])
+        if position > begun and (size + length > max_bytes or size >= wanted):
+            yield begun, position
+            begun, size = position, 0
+        size += length
+        position = following
+    yield begun, end
+
+
+def _continues(char: str) -> bool:
+    """Whether a character is drawn together with the one before it: accents, vowel signs, emoji modifiers."""
+    return char in _JOINERS or unicodedata.category(char) in ("Mn", "Me", "Mc") or "\U0001f3fb" <= char <= "\U0001f3ff"
+
+
+def _merge(text: str, units: list[Span], max_bytes: int) -> list[Span]:
+    """Joins neighbours into as few spans as fit, and among those ways takes the one with the most equal lengths."""
+    at = [0]
+    for start, end in units:
+        at.append(at[-1] + _bytes(text[start:end]))
+    trailing = [_bytes(text[start:end]) - _bytes(text[start:end].rstrip()) for start, end in units]
+    best: list[tuple[int, int, int]] = [(0, 0, 0)]  # spans used, sum of squared lengths, where the last of them begins
+    for last in range(len(units)):
+        options = []
+        for first in range(last, -1, -1):
+            size = at[last + 1] - at[first] - trailing[last]
+            if size > max_bytes and first < last:
+                break
+            options.append((best[first][0] + 1, best[first][1] + size * size, first))
+        best.append(min(options))
+    merged: list[Span] = []
+    last = len(units)
+    while last:
+        first = best[last][2]
+        merged.append((units[first][0], units[last - 1][1]))
+        last = first
+    return merged[::-1]
+
+
+def _bytes(text: str) -> int:
+    return len(text.encode("utf-8"))

@@ -1,0 +1,211 @@
+"""Engines made of Python functions, and models made of such engines: the loop and everything above it run without a graph.
+
+A fake checks its feeds as strictly as a real engine does, so that a test with fakes also proves that the contract is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fishrt.bundle import Bundle, Codec, LanguageModel, Voices, describe_files
+from fishrt.generate import DualAR
+from fishrt.voices import Voice, VoiceStore
+from fishrt_engines import Array, GraphSpec, StatePair, TensorSpec
+from helpers_text import TINY_TOKENIZER, manifest
+
+HIDDEN = 3
+PEAK = np.float32(50)
+"""A logit so far above the others (0) that every sampling draws it."""
+
+
+class FakeState:
+    """State tensors that nobody reads, and a `memory` for the function."""
+
+    def __init__(self, spec: GraphSpec, dims: Mapping[str, int]) -> None:
+        self.dims = dict(dims)
+        self.arrays = {t.name: np.zeros(t.resolve(dims), t.dtype) for t in spec.state_tensors}
+        self.memory: dict[str, Any] = {}
+
+    def read(self, name: str) -> Array:
+        return self.arrays[name].copy()
+
+
+class FakeEngine:
+    """`function(feeds, state)` gives the results. `calls` and `states` keep what was asked for."""
+
+    def __init__(self, spec: GraphSpec, function: Callable[[Mapping[str, Array], Any], dict[str, Array]]) -> None:
+        self.spec = spec
+        self.provider = "fake"
+        self.calls: list[dict[str, Array]] = []
+        self.states: list[FakeState] = []
+        self._function = function
+
+    def new_state(self, **dims: int) -> FakeState:
+        assert dims.keys() == {d for t in self.spec.state_tensors for d in t.shape if isinstance(d, str)}
+        self.states.append(FakeState(self.spec, dims))
+        return self.states[-1]
+
+    def run(self, feeds: Mapping[str, Array], state: Any = None) -> dict[str, Array]:
+        assert (state is not None) == bool(self.spec.states)
+        dims = dict(state.dims) if state is not None else {}
+        check_fit(self.spec.feeds, feeds, dims)
+        self.calls.append({name: array.copy() for name, array in feeds.items()})
+        results = self._function(feeds, state)
+        check_fit(self.spec.results, results, dims)
+        return results
+
+
+def check_fit(specs: Sequence[TensorSpec], arrays: Mapping[str, Array], dims: dict[str, int]) -> None:
+    assert arrays.keys() == {t.name for t in specs}
+    for t in specs:
+        array = arrays[t.name]
+        assert array.dtype == t.dtype, t.name
+        assert len(array.shape) == len(t.shape), t.name
+        assert all(
+            (d if isinstance(d, int) else dims.setdefault(d, n)) == n for d, n in zip(t.shape, array.shape, strict=True)
+        ), t.name
+
+
+def specs(lm: LanguageModel, codec: Codec) -> dict[str, GraphSpec]:
+    """The four graphs of a bundle, with one attention layer each."""
+    head = lm.vocab_size if lm.head == "full" else 2 + lm.semantic_end_id - lm.semantic_begin_id
+    rows = len(codec.codebook_sizes)
+
+    def caches(length: int | str, suffix: str) -> list[TensorSpec]:
+        return [TensorSpec(f"{kind}_cache{suffix}.0", "float32", ("batch", 1, length, 2)) for kind in ("key", "value")]
+
+    states = tuple(StatePair(f"{kind}_cache.0", f"{kind}_cache_out.0") for kind in ("key", "value"))
+
+    def autoregressive(file: str, inputs: list[TensorSpec], outputs: list[TensorSpec], length: int | str) -> GraphSpec:
+        return GraphSpec(file, (*inputs, *caches(length, "")), (*outputs, *caches(length, "_out")), states)
+
+    positions = [TensorSpec("position_ids", "int64", ("batch", "length")), TensorSpec("write_index", "int64", ("batch",))]
+    hidden = TensorSpec("hidden", "float32", ("batch", HIDDEN))
+    return {
+        "slow_ar": autoregressive(
+            "slow_ar.onnx",
+            [
+                TensorSpec("prompt", "int64", ("batch", 1 + lm.num_codebooks, "length")),
+                *positions,
+                TensorSpec("last_index", "int64", ("batch",)),
+            ],
+            [TensorSpec("logits", "float32", ("batch", head)), hidden],
+            "cache",
+        ),
+        "fast_ar": autoregressive(
+            "fast_ar.onnx",
+            [hidden, TensorSpec("codes", "int64", ("batch", "length")), *positions],
+            [TensorSpec("logits", "float32", ("batch", lm.codebook_width))],
+            lm.num_codebooks,
+        ),
+        "codec_encode": GraphSpec(
+            "codec_encode.onnx",
+            (TensorSpec("audio", "float32", ("batch", 1, "samples")),),
+            (TensorSpec("codes", "int64", ("batch", rows, "frames")),),
+        ),
+        "codec_decode": GraphSpec(
+            "codec_decode.onnx",
+            (TensorSpec("codes", "int64", ("batch", rows, "frames")),),
+            (TensorSpec("audio", "float32", ("batch", 1, "samples")),),
+        ),
+    }
+
+
+def fake_engines(lm: LanguageModel, codec: Codec, main_tokens: Sequence[int] | None = None) -> dict[str, FakeEngine]:
+    """A model that speaks: frame i of every generation has the main token main_tokens[i] (the end token when they are used up),
+    and the codes of `expected_codes`. Without `main_tokens` everything is equally likely.
+
+    The codec's frame t is `sum of codes / 1000`, and encoding gives the codes `frame number + row`.
+    """
+    from fishrt.sampling import audio_ids
+
+    ids = audio_ids(lm)
+
+    def slow(feeds: Mapping[str, Array], state: FakeState) -> dict[str, Array]:
+        length = feeds["prompt"].shape[2]
+        start = state.memory.get("next", 0)
+        assert feeds["write_index"].tolist() == [start]
+        assert feeds["position_ids"].tolist() == [list(range(start, start + length))]
+        assert feeds["last_index"].tolist() == [length - 1]
+        assert start + length <= state.dims["cache"]
+        state.memory["next"] = start + length
+        frame = state.memory["frame"] = state.memory.get("frame", -1) + 1
+        logits = np.zeros((1, feeds_width("slow_ar")), np.float32)
+        hidden = np.zeros((1, HIDDEN), np.float32)
+        if main_tokens is not None:
+            main = main_tokens[frame] if frame < len(main_tokens) else lm.end_id
+            logits[0, main if lm.head == "full" else int(np.searchsorted(ids, main))] = PEAK
+            hidden[0] = main
+        return {"logits": logits, "hidden": hidden}
+
+    def fast(feeds: Mapping[str, Array], state: FakeState) -> dict[str, Array]:
+        codes, position = feeds["codes"][0].tolist(), int(feeds["position_ids"][0, -1])
+        start = int(feeds["write_index"][0])
+        assert feeds["position_ids"].tolist() == [list(range(start, start + len(codes)))]
+        assert start == (0 if start == 0 else state.memory["next"])
+        state.memory["next"] = start + len(codes)
+        if start == 0:
+            state.memory["main"] = int(feeds["hidden"][0, 0])
+        logits = np.zeros((1, lm.codebook_width), np.float32)
+        if main_tokens is not None:
+            logits[0, next_code(lm, state.memory["main"], codes[-1], position)] = PEAK
+        return {"logits": logits}
+
+    def encode(feeds: Mapping[str, Array], state: None) -> dict[str, Array]:
+        frames, rest = divmod(feeds["audio"].shape[2], codec.hop)
+        assert rest == 0
+        rows = len(codec.codebook_sizes)
+        codes = np.arange(frames)[None] + np.arange(rows)[:, None]
+        return {"codes": (codes % np.array(codec.codebook_sizes)[:, None])[None].astype(np.int64)}
+
+    def decode(feeds: Mapping[str, Array], state: None) -> dict[str, Array]:
+        sums = np.where(feeds["codes"] < 0, 0, feeds["codes"]).sum(axis=1) / 1000
+        return {"audio": np.repeat(sums, codec.hop, axis=1)[:, None].astype(np.float32)}
+
+    graphs = specs(lm, codec)
+
+    def feeds_width(role: str) -> int:
+        return int(graphs[role].outputs[0].shape[1])
+
+    functions: dict[str, Any] = {"slow_ar": slow, "fast_ar": fast, "codec_encode": encode, "codec_decode": decode}
+    return {role: FakeEngine(graphs[role], function) for role, function in functions.items()}
+
+
+def fake_dual_ar(lm: LanguageModel, main_tokens: Sequence[int] | None = None) -> DualAR:
+    """Its `slow` and `fast` are FakeEngines."""
+    engines = fake_engines(lm, manifest().codec, main_tokens)
+    return DualAR(engines["slow_ar"], engines["fast_ar"], lm)
+
+
+def next_code(lm: LanguageModel, main: int, previous: int, position: int) -> int:
+    """The code that the fake fast AR gives at a position, from what it was fed there and at position 0."""
+    return (7 * main + 3 * previous + position) % lm.codebook_width
+
+
+def expected_codes(lm: LanguageModel, main: int) -> list[int]:
+    """The frame that the fake model draws for a main token."""
+    codes = [min(max(main - lm.semantic_begin_id, 0), lm.codebook_width - 1)]
+    while len(codes) < lm.num_codebooks:
+        codes.append(next_code(lm, main, codes[-1], len(codes)))
+    return codes
+
+
+def fake_bundle(folder: Path, voices: Sequence[Voice] = (), **changes: Any) -> Bundle:
+    """A bundle that loads, with all four graphs described but none that runs. `changes` go into the manifest."""
+    (folder / "voices").mkdir(parents=True)
+    (folder / "tokenizer.json").write_bytes(TINY_TOKENIZER.read_bytes())
+    for voice in voices:
+        VoiceStore(folder / "voices").add(voice)
+    plain = manifest(**changes)
+    graphs = specs(plain.language_model, plain.codec)
+    for spec in graphs.values():
+        (folder / spec.file).write_bytes(b"not a graph")
+    names = tuple(v.name for v in voices)
+    files = dict(describe_files(folder))
+    content = manifest(**{"graphs": graphs, "voices": Voices(names[0], names) if names else None, "files": files, **changes})
+    (folder / "manifest.json").write_text(content.to_json(), encoding="utf-8")
+    return Bundle.load(folder)

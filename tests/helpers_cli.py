@@ -1,0 +1,93 @@
+"""For the tests of commands: a TTS that only says what it was asked, and a runner that keeps the streams apart."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from click.testing import CliRunner
+
+import fishrt.tts
+from fishrt.cli import main
+from fishrt.tts import Progress, Speech, SpeechInfo, Timings
+from fishrt.voices import VoiceStore
+from helpers_text import bundle_folder, voice
+
+RATE, HOP = 16000, 640
+
+
+class FakeTts:
+    """Speaks a second of tone, and remembers what it was asked."""
+
+    def __init__(self, bundle):
+        self.bundle = bundle
+        self.asked = None
+        self.failure = None
+
+    def speak(self, text, *, progress, seed, sampling, **request):
+        self.asked = {"text": text, "seed": seed, "sampling": sampling, **request}
+        progress(Progress(piece=0, pieces=1, frames=25, audio_s=1.0, elapsed_s=0.5))
+        if self.failure:
+            raise self.failure
+        info = SpeechInfo(
+            seed if seed is not None else 99, sampling, ("end",), 25, 1.0, Timings(0.1, 0.4, 0.1), 0.5, "cpu", "test", "00"
+        )
+        return Speech(tone(1.0), RATE, np.zeros((4, 25), np.int64), info)
+
+    def voice(self, name):
+        return VoiceStore(self.bundle.path / "voices").load(name)
+
+    def encode(self, pcm, rate):
+        return np.full((4, -(-len(pcm) * RATE // rate // HOP)), 5, np.int64)
+
+    def decode(self, codes):
+        return tone(codes.shape[1] * HOP / RATE)
+
+
+def tone(seconds: float) -> np.ndarray:
+    return np.sin(np.arange(int(seconds * RATE)) * 0.1).astype(np.float32) * 0.5
+
+
+@pytest.fixture
+def fake(tmp_path, monkeypatch):
+    """In place of every TTS: `loads` counts how often one was loaded, and with which arguments."""
+    bundle = bundle_folder(tmp_path / "bundle", voices={"minna": voice("minna"), "otto": voice("otto")})
+    made = FakeTts(bundle)
+    made.loads = []
+
+    def load(path, **options):
+        made.loads.append((path, options))
+        return made
+
+    monkeypatch.setattr(fishrt.tts.TTS, "load", load)
+    monkeypatch.setattr(fishrt.tts, "embedded_bundle", lambda: bundle.path)
+    monkeypatch.setenv("FISHRT_VOICE_DIR", str(tmp_path / "own voices"))
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    return made
+
+
+@pytest.fixture
+def recording(tmp_path):
+    soundfile.write(tmp_path / "me.wav", tone(1.0), RATE)
+    return str(tmp_path / "me.wav")
+
+
+def run(*arguments, stdin=None):
+    return CliRunner().invoke(main, [str(a) for a in arguments], input=stdin)
+
+
+def files() -> list[str]:
+    return sorted(p.name for p in Path().iterdir())
+
+
+def refused(result, *words, kind=2) -> str:
+    """The command failed as it should: exit status, an error line, no traceback."""
+    assert result.exit_code == kind, result.output
+    assert "error: " in result.stderr.lower()
+    assert "Traceback" not in result.stderr
+    for word in words:
+        assert word in result.stderr
+    return result.stderr

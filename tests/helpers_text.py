@@ -1,0 +1,99 @@
+"""For the tests of text, prompts, voices and commands: golden vectors, a small tokenizer, bundles whose graphs cannot run."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fishrt.bundle import Bundle, Codec, LanguageModel, Licence, Manifest, SamplingDefaults, Voices, describe_files
+from fishrt.tokenizer import Tokenizer
+from fishrt.voices import Voice
+from fishrt_engines.spec import GraphSpec, StatePair, TensorSpec
+
+OWN_GOLDEN = Path(__file__).parent / "golden"
+TINY_TOKENIZER = OWN_GOLDEN / "s2-pro/lm/checkpoint/tokenizer.json"
+FINGERPRINT = "a1b2c3d4" * 8
+
+
+def golden(tag: str = "s2-pro") -> tuple[Path, dict[str, Any], Any]:
+    """Folder, meta and arrays of the language model's vectors."""
+    folder = Path(os.environ.get("FISHRT_GOLDEN", OWN_GOLDEN)) / tag / "lm"
+    return folder, json.loads((folder / "meta.json").read_text(encoding="utf-8")), np.load(folder / "vectors.npz")
+
+
+def language_model(**changes: Any) -> LanguageModel:
+    """Sizes that suit the small tokenizer."""
+    tokenizer = Tokenizer.load(TINY_TOKENIZER)
+    values: dict[str, Any] = {
+        "num_codebooks": 4,
+        "codebook_width": 160,
+        "max_seq_len": 1024,
+        "head": "audio",
+        "vocab_size": 640,
+        "semantic_begin_id": tokenizer.token_id("<|semantic:0|>"),
+        "semantic_end_id": tokenizer.token_id("<|semantic:159|>"),
+        "end_id": tokenizer.token_id("<|im_end|>"),
+        "prompt_dialect": "conversation",
+        "chunk_bytes": 80,
+        "sampling": SamplingDefaults(temperature=1.0, top_p=0.9, top_k=30, repetition_aware=None),
+    }
+    return LanguageModel(**{**values, **changes})
+
+
+def manifest(**changes: Any) -> Manifest:
+    spec = GraphSpec(
+        "slow_ar.onnx",
+        inputs=(
+            TensorSpec("prompt", "int64", ("batch", 5, "length")),
+            TensorSpec("key_cache.0", "float32", ("batch", 2, "cache", 8)),
+        ),
+        outputs=(
+            TensorSpec("logits", "float32", ("batch", 161)),
+            TensorSpec("key_cache_out.0", "float32", ("batch", 2, "cache", 8)),
+        ),
+        states=(StatePair("key_cache.0", "key_cache_out.0"),),
+    )
+    values: dict[str, Any] = {
+        "schema": 1,
+        "name": "test",
+        "exported_by": "fishrt test",
+        "language_model": language_model(),
+        "codec": Codec(sample_rate=16000, hop=640, codebook_sizes=(160, 160, 160, 160), max_frames=500, fingerprint=FINGERPRINT),
+        "tokenizer": "tokenizer.json",
+        "graphs": {"slow_ar": spec},
+        "precision": "float32",
+        "parity": {},
+        "licence": Licence("Apache-2.0", None),
+        "voices": None,
+        "files": {},
+    }
+    return Manifest(**{**values, **changes})
+
+
+def bundle_folder(folder: Path, *, voices: dict[str, Voice] | None = None) -> Bundle:
+    """A bundle that loads and verifies, although its graph cannot run."""
+    from fishrt.voices import VoiceStore
+
+    folder.mkdir(parents=True)
+    (folder / "tokenizer.json").write_bytes(TINY_TOKENIZER.read_bytes())
+    (folder / "slow_ar.onnx").write_bytes(b"not a graph")
+    for voice in (voices or {}).values():
+        VoiceStore(folder / "voices").add(voice)
+    names = tuple(voices or {})
+    content = manifest(voices=Voices(names[0], names) if names else None, files=dict(describe_files(folder)))
+    (folder / "manifest.json").write_text(content.to_json(), encoding="utf-8")
+    return Bundle.load(folder)
+
+
+def voice(name: str = "anna", transcript: str = "The quick brown fox.", frames: int = 6, **changes: Any) -> Voice:
+    values: dict[str, Any] = {
+        "name": name,
+        "codes": np.arange(4 * frames, dtype=np.int64).reshape(4, frames),
+        "transcript": transcript,
+        "fingerprint": FINGERPRINT,
+    }
+    return Voice(**{**values, **changes})

@@ -1,0 +1,151 @@
+"""Audio files of every format and their errors; nothing half-written."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import soundfile
+
+from fishrt.audio import check_writable, pcm16, read_audio, resample, write_audio
+from fishrt.errors import AudioError
+
+RATE = 16000
+TONE = (0.5 * np.sin(np.arange(RATE // 2) * 2 * np.pi * 440 / RATE)).astype(np.float32)
+
+
+@pytest.mark.parametrize(("suffix", "error"), [(".wav", 2e-5), (".flac", 2e-5), (".WAV", 2e-5), (".ogg", 0.05), (".mp3", 0.05)])
+def test_what_is_written_can_be_read(tmp_path: Path, suffix: str, error: float) -> None:
+    path = tmp_path / f"tone{suffix}"
+    write_audio(path, TONE, RATE)
+    pcm, rate = read_audio(path)
+    assert (rate, pcm.dtype, pcm.ndim) == (RATE, np.float32, 1)
+    assert np.abs(pcm[: len(TONE)] - TONE).max() < error  # mp3 and ogg are lossy
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_long_ogg_is_written(tmp_path: Path) -> None:
+    """libsndfile crashes when it is given minutes of Vorbis in one write."""
+    write_audio(tmp_path / "long.ogg", np.zeros(RATE * 180, np.float32), RATE)
+    assert len(read_audio(tmp_path / "long.ogg")[0]) == RATE * 180
+
+
+def test_channels_are_averaged(tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "s.wav", np.stack([TONE, np.zeros_like(TONE), TONE / 2], axis=1), RATE, "FLOAT")
+    np.testing.assert_allclose(read_audio(tmp_path / "s.wav")[0], TONE / 2, atol=1e-7)
+
+
+def test_an_open_file_is_read() -> None:
+    buffer = io.BytesIO()
+    soundfile.write(buffer, TONE, RATE, format="FLAC")
+    buffer.seek(0)
+    assert len(read_audio(buffer)[0]) == len(TONE)
+
+
+def bad_files(folder: Path) -> dict[str, tuple[Path, str]]:
+    (folder / "text.wav").write_text("this is no audio")
+    (folder / "nothing.wav").write_bytes(b"")
+    soundfile.write(folder / "empty.wav", np.zeros(0), RATE)
+    soundfile.write(folder / "nan.wav", np.array([0, np.nan]), RATE, "FLOAT")
+    return {
+        "missing": (folder / "missing.wav", "No such file"),
+        "folder": (folder, "Is a directory"),
+        "text": (folder / "text.wav", "not audio"),
+        "no bytes": (folder / "nothing.wav", "not audio"),
+        "no samples": (folder / "empty.wav", "no samples"),
+        "not numbers": (folder / "nan.wav", "not numbers"),
+    }
+
+
+@pytest.mark.parametrize("case", ["missing", "folder", "text", "no bytes", "no samples", "not numbers"])
+def test_files_that_cannot_be_used_are_named(tmp_path: Path, case: str) -> None:
+    path, says = bad_files(tmp_path)[case]
+    with pytest.raises(AudioError, match=says) as caught:
+        read_audio(path)
+    assert str(path) in str(caught.value)
+
+
+def test_resampling_keeps_the_tone() -> None:
+    up = resample(TONE, RATE, 44100)
+    assert (len(up), up.dtype) == (22050, np.float32)
+    expected = 0.5 * np.sin(np.arange(22050) * 2 * np.pi * 440 / 44100)
+    assert np.abs(up - expected)[1000:-1000].max() < 1e-3
+    assert resample(TONE, RATE, RATE) is TONE
+
+
+def test_resampling_refuses_nonsense() -> None:
+    with pytest.raises(AudioError, match="0 Hz"):
+        resample(TONE, 0, RATE)
+    with pytest.raises(AudioError, match="too short"):
+        resample(TONE[:1], 48000, 8000)
+
+
+def test_pcm16_rounds_and_clips() -> None:
+    given = np.array([0, 1, -1, 2, -2, 0.5, 0.6 / 32768, -0.6 / 32768], np.float32)
+    assert pcm16(given).tolist() == [0, 32767, -32768, 32767, -32768, 16384, 1, -1]
+    assert pcm16(given).dtype == np.int16
+
+
+def test_standard_output_gets_wav(monkeypatch: pytest.MonkeyPatch) -> None:
+    buffer = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", SimpleNamespace(buffer=buffer))
+    write_audio("-", TONE, RATE)
+    buffer.seek(0)
+    pcm, rate = soundfile.read(buffer)
+    assert (len(pcm), rate) == (len(TONE), RATE)
+    assert buffer.getvalue()[:4] == b"RIFF"
+
+
+def test_an_unknown_suffix_names_the_known_ones(tmp_path: Path) -> None:
+    for name in ("a.xyz", "a"):
+        with pytest.raises(AudioError, match="unknown format") as caught:
+            write_audio(tmp_path / name, TONE, RATE)
+        assert ".flac" in (caught.value.hint or "")
+
+
+def test_a_place_that_cannot_be_written_is_told_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(AudioError, match="no folder"):
+        check_writable(tmp_path / "missing" / "a.wav")
+    (tmp_path / "folder.wav").mkdir()
+    with pytest.raises(AudioError, match="is a folder"):
+        check_writable(tmp_path / "folder.wav")
+    monkeypatch.setattr(os, "access", lambda *_: False)  # the tests may run as root, who may write everywhere
+    with pytest.raises(AudioError, match="cannot be written"):
+        check_writable(tmp_path / "a.wav")
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.wav"
+    path.write_bytes(b"old")
+
+    def full(self: Path, data: bytes) -> int:
+        with self.open("wb") as file:
+            file.write(data[:10])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(AudioError, match="No space left"):
+        write_audio(path, TONE, RATE)
+    assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("a.wav", b"old")]
+
+
+def test_a_link_stays_a_link_and_a_device_a_device(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "a.wav").symlink_to(tmp_path / "real" / "b.wav")
+    write_audio(tmp_path / "a.wav", TONE, RATE)
+    assert (tmp_path / "a.wav").is_symlink()
+    assert (tmp_path / "real" / "b.wav").stat().st_size > len(TONE)
+    (tmp_path / "null.wav").symlink_to("/dev/null")
+    write_audio(tmp_path / "null.wav", TONE, RATE)
+    assert Path("/dev/null").is_char_device()
+
+
+def test_a_rate_that_a_format_lacks_is_told(tmp_path: Path) -> None:
+    with pytest.raises(AudioError, match="mp3 at 12345 Hz"):
+        write_audio(tmp_path / "a.mp3", TONE, 12345)
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,228 @@
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+import fishrt.tts
+import helpers_cli
+from fishrt.voices import VoiceStore
+from helpers_cli import RATE, files, refused, run, tone
+from helpers_text import bundle_folder
+
+fake = helpers_cli.fake
+recording = helpers_cli.recording
+
+
+def test_own_voices_go_before_the_bundles(fake, recording):
+    assert run("voice", "add", "otto", "--audio", recording, "--text", "My words.").exit_code == 0
+    assert run("speak", "Hi.", "--voice", "otto", "--voice", "minna").exit_code == 0
+    assert [v.transcript for v in fake.asked["voice"]] == ["My words.", "The quick brown fox."]
+    refused(run("speak", "Hi.", "--voice", "nobody"), "no voice 'nobody'", "otto", "minna, otto")
+
+
+def test_references(fake, recording):
+    np.save("codes.npy", np.ones((4, 3), np.int32))
+    arguments = [
+        "--voice",
+        "minna",
+        "--reference",
+        recording,
+        "--reference-text",
+        "One.",
+        "--reference",
+        "codes.npy",
+        "--reference-text",
+        "Two.",
+    ]
+    assert run("speak", "Hi.", *arguments).exit_code == 0
+    assert [(v.transcript, v.codes.shape[1]) for v in fake.asked["voice"]] == [
+        ("The quick brown fox.", 6),
+        ("One.", 25),
+        ("Two.", 3),
+    ]
+    fake.loads.clear()
+    refused(run("speak", "Hi.", *arguments[:-2]), "2 --reference, but 1 --reference-text")
+    refused(run("speak", "Hi.", "--reference-text", "x"), "0 --reference, but 1 --reference-text")
+    assert fake.loads == []
+    refused(run("speak", "Hi.", "--reference", "none.wav", "--reference-text", "x"), "none.wav")
+    soundfile.write("short.wav", tone(0.1), RATE)
+    refused(run("speak", "Hi.", "--reference", "short.wav", "--reference-text", "x"), "short.wav is too short")
+
+
+def test_voice_commands(fake, recording):
+    add = ["voice", "add", "me too", "--audio", recording, "--text", "My words."]
+    result = run(*add, "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["frames"] == 25
+    fake.loads.clear()
+    refused(run(*add), "already", "--force")
+    assert fake.loads == []
+    assert run(*add, "--force").exit_code == 0
+
+    listed = run("voice", "list")
+    assert listed.stdout.splitlines() == ["me too\tuser", "minna\tbundle  (default)", "otto\tbundle"]
+    data = json.loads(run("voice", "list", "--json").stdout)
+    assert data["voices"][0] == {"name": "me too", "from": "user"}
+    assert data["default"] == "minna"
+
+    shown = run("voice", "show", "me too").stdout
+    assert "My words." in shown
+    assert "made with its codec" in shown
+    assert json.loads(run("voice", "show", "minna", "--json").stdout)["transcript"] == "The quick brown fox."
+    refused(run("voice", "show", "nobody"), "nobody")
+
+    assert run("voice", "remove", "me too").exit_code == 0
+    refused(run("voice", "remove", "me too"), "no voice 'me too'")
+    refused(run("voice", "remove", "minna"), "no voice 'minna'")
+
+
+def test_voice_dir(fake, recording, tmp_path):
+    run("voice", "add", "a", "--audio", recording, "--text", "x", "--voice-dir", tmp_path / "other")
+    assert VoiceStore(tmp_path / "other").list() == ["a"]
+    assert "a\tuser" not in run("voice", "list").stdout
+    assert "a\tuser" in run("voice", "list", "--voice-dir", tmp_path / "other").stdout
+    assert run("speak", "Hi.", "--voice", "a", "--voice-dir", tmp_path / "other").exit_code == 0
+
+
+@pytest.mark.parametrize("name", ["a/b", "", ".."])
+def test_voice_add_checks_the_name_first(fake, name, recording):
+    refused(run("voice", "add", name, "--audio", recording, "--text", "x"), "cannot be the name")
+    assert fake.loads == []
+
+
+def test_voice_add_of_what_is_no_audio(fake):
+    Path("x.wav").write_bytes(b"no audio")
+    refused(run("voice", "add", "a", "--audio", "x.wav", "--text", "x"), "x.wav")
+    assert fake.loads == []
+    assert "user" not in run("voice", "list").stdout
+
+
+def test_voices_without_an_embedded_bundle(fake, monkeypatch, recording):
+    run("voice", "add", "a", "--audio", recording, "--text", "x")
+    monkeypatch.setattr(fishrt.tts, "embedded_bundle", lambda: Path("none"))
+    assert run("voice", "list").stdout == "a\tuser\n"
+    assert "codec:" in run("voice", "show", "a").stdout
+    refused(run("voice", "list", "--bundle", "none"), "none is not a bundle")
+
+
+def test_codec_there_and_back(fake, recording):
+    assert run("codec", "encode", recording).exit_code == 0
+    codes = np.load("codes.npy")
+    assert codes.dtype == np.int64
+    assert codes.shape == (4, 25)
+    data = json.loads(run("codec", "decode", "codes.npy", "-o", "back.wav", "--json").stdout)
+    assert data == {"ok": True, "command": "codec decode", "output": "back.wav", "sample_rate": RATE, "audio_s": 1.0}
+    assert soundfile.info("back.wav").frames == RATE
+    result = run("codec", "decode", "codes.npy", "-o", "-")
+    assert len(soundfile.read(io.BytesIO(result.stdout_bytes))[0]) == RATE
+    assert files() == ["back.wav", "codes.npy"]
+
+
+def test_codec_bad_input(fake, recording):
+    Path("bad.npy").write_bytes(b"x")
+    Path("folder.npy").mkdir()
+    refused(run("codec", "decode", "bad.npy"), "bad.npy")
+    refused(run("codec", "decode", "none.npy"), "none.npy")
+    refused(run("codec", "encode", "bad.npy"), "bad.npy")
+    refused(run("codec", "encode", recording, "-o", "no/codes.npy"), "no folder")
+    refused(run("codec", "encode", recording, "-o", "folder.npy"), "folder")
+    refused(run("codec", "decode", "bad.npy", "-o", "a.txt"), ".txt")
+    assert fake.loads == []
+    assert files() == ["bad.npy", "folder.npy"]
+
+
+# --- bundles -------------------------------------------------------------------------------------------------------------------
+
+
+def test_inspect(fake):
+    result = run("inspect", fake.bundle.path, "--verify")
+    assert result.exit_code == 0, result.output
+    for words in (
+        "minna, otto (default minna)",
+        "slow_ar.onnx",
+        "prompt int64 [batch, 5, length]",
+        "float32",
+        "Apache-2.0",
+        "SHA-256",
+    ):
+        assert words in result.stdout
+    data = json.loads(run("inspect", "--json").stdout)
+    assert data["verified"] is False
+    assert data["manifest"]["codec"]["sample_rate"] == RATE
+    assert fake.loads == []
+
+
+def test_inspect_finds_what_is_wrong(fake):
+    graph = fake.bundle.path / "slow_ar.onnx"
+    graph.write_bytes(b"Not a graph")
+    assert run("inspect", fake.bundle.path).exit_code == 0
+    refused(run("inspect", fake.bundle.path, "--verify"), "slow_ar.onnx was altered")
+    failed = run("inspect", fake.bundle.path, "--verify", "--json")
+    assert json.loads(failed.stdout)["ok"] is False
+    graph.unlink()
+    refused(run("inspect", fake.bundle.path), "slow_ar.onnx is missing")
+    refused(run("inspect", "nowhere"), "nowhere is not a bundle")
+
+
+def test_export_passes_its_options_on(fake, monkeypatch):
+    import fishrt_export
+
+    def export(checkpoint, out, *, head, progress):
+        progress("reading", 0.5)
+        assert (checkpoint, head) == (Path("ckpt"), "full")
+        return fake.bundle
+
+    monkeypatch.setattr(fishrt_export, "export_bundle", export, raising=False)
+    monkeypatch.setattr(fishrt_export, "peak_memory", lambda: 5_000_000, raising=False)
+    result = run("export", "ckpt", "out", "--head", "full")
+    assert result.exit_code == 0, result.output
+    assert "peak memory 5.0 MB" in result.stderr
+    assert "slow_ar.onnx" in result.stderr
+    assert json.loads(run("export", "ckpt", "out", "--head", "full", "--json").stdout)["peak_memory_bytes"] == 5_000_000
+
+
+def test_export_without_torch_names_the_extra(fake, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    for name in [m for m in sys.modules if m.startswith("fishrt_export")]:
+        monkeypatch.delitem(sys.modules, name)
+    refused(run("export", "ckpt", "out"), "torch", 'pip install "fishrt[export]"')
+    assert files() == []
+
+
+def test_a_bug_in_export_is_not_called_a_missing_package(fake, monkeypatch):
+    import fishrt_export
+
+    def broken(*_, **__):
+        raise ImportError("cannot import name 'x'", name="fishrt.bundle")
+
+    monkeypatch.setattr(fishrt_export, "export_bundle", broken, raising=False)
+    result = run("export", "ckpt", "out")
+    assert isinstance(result.exception, ImportError)
+
+
+def test_doctor(fake, monkeypatch):
+    result = run("doctor")
+    assert result.exit_code == 0, result.output
+    for words in ("python: ", "provider cpu", "audio formats: WAV", "torch for export: ", "embedded voice: ok, test"):
+        assert words in result.stdout
+    monkeypatch.setattr(fishrt.tts, "embedded_bundle", lambda: Path("none"))
+    assert "embedded voice: not usable: none is not a bundle" in run("doctor").stdout
+
+
+def test_looking_at_a_bundle_loads_no_engine(tmp_path):
+    """In a process of its own, with the engines' libraries made impossible to import."""
+    folder = bundle_folder(tmp_path / "b").path
+    code = (
+        "import sys; sys.modules.update(torch=None, onnxruntime=None, onnx=None)\n"
+        f"from fishrt.cli import main; main(['inspect', {str(folder)!r}, '--verify'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "slow_ar" in done.stdout

@@ -1,0 +1,110 @@
+"""Padding, ranges and limits around the codec graphs, over fake engines."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from fakes import FakeEngine, fake_engines
+from fishrt.bundle import Codec
+from fishrt.codec import CodecDecoder, CodecEncoder, check_codes, clamp_codes
+from fishrt.errors import AudioError, GraphError, VoiceError
+from helpers_text import language_model
+
+CODEC = Codec(sample_rate=16000, hop=4, codebook_sizes=(20, 8, 8), max_frames=10, fingerprint="f")
+
+
+@pytest.fixture
+def engines() -> dict[str, FakeEngine]:
+    return fake_engines(language_model(), CODEC)
+
+
+@pytest.mark.parametrize(("samples", "frames"), [(1, 1), (4, 1), (5, 2), (8, 2), (40, 10)])
+def test_audio_is_filled_up_to_whole_frames(engines: dict[str, FakeEngine], samples: int, frames: int) -> None:
+    codes = CodecEncoder(engines["codec_encode"], CODEC).encode(np.ones(samples, np.float32))
+    assert (codes.shape, codes.dtype) == ((3, frames), np.int64)
+    fed = engines["codec_encode"].calls[0]["audio"]
+    assert fed.tolist() == [[[1.0] * samples + [0.0] * (4 * frames - samples)]]
+
+
+@pytest.mark.parametrize(
+    ("pcm", "says"),
+    [
+        (np.zeros(0, np.float32), "empty"),
+        (np.zeros(41, np.float32), "at most"),
+        (np.array([0, np.nan], np.float32), "not numbers"),
+        (np.array([0, np.inf], np.float32), "not numbers"),
+        (np.zeros((2, 8), np.float32), r"\[2, 8\]"),
+        (np.zeros(8), "float64"),
+    ],
+)
+def test_audio_that_the_codec_does_not_take_is_refused(engines: dict[str, FakeEngine], pcm: np.ndarray, says: str) -> None:
+    with pytest.raises(AudioError, match=says):
+        CodecEncoder(engines["codec_encode"], CODEC).encode(pcm)
+    assert not engines["codec_encode"].calls
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "int32", "uint32", "int64", "uint64"])
+def test_codes_of_any_integer_type_are_decoded(engines: dict[str, FakeEngine], dtype: str) -> None:
+    codes = np.array([[19, 0], [7, 1], [0, 2]], dtype)
+    pcm = CodecDecoder(engines["codec_decode"], CODEC).decode(codes)
+    assert pcm.dtype == np.float32
+    np.testing.assert_allclose(pcm, [0.026] * 4 + [0.003] * 4, atol=1e-7)
+    np.testing.assert_array_equal(CodecDecoder(engines["codec_decode"], CODEC).decode(codes[None]), pcm)
+
+
+def test_missing_rows_are_fed_as_absent(engines: dict[str, FakeEngine]) -> None:
+    CodecDecoder(engines["codec_decode"], CODEC).decode(np.array([[3, 4]]))
+    assert engines["codec_decode"].calls[0]["codes"].tolist() == [[[3, 4], [-1, -1], [-1, -1]]]
+
+
+@pytest.mark.parametrize(
+    ("codes", "says"),
+    [
+        ([[0, -1], [0, 0], [0, 0]], "-1 in codebook 0"),
+        ([[0, 0], [0, 0], [-7, 0]], "-7 in codebook 2"),
+        ([[0, 20], [0, 0], [0, 0]], "20 in codebook 0, which has the entries 0 to 19"),
+        ([[0, 0], [8, 0], [0, 0]], "8 in codebook 1, which has the entries 0 to 7"),
+    ],
+)
+def test_values_outside_a_codebook_are_named(codes: list[list[int]], says: str) -> None:
+    with pytest.raises(VoiceError, match=says):
+        check_codes(np.array(codes), CODEC)
+
+
+def test_upstream_takes_too_large_values_for_the_last_entry() -> None:
+    codes = np.array([[5, 99], [8, 7], [0, 1000]])
+    kept = codes.copy()
+    assert check_codes(codes, CODEC, upstream_compat=True).tolist() == [[5, 19], [7, 7], [0, 7]]
+    np.testing.assert_array_equal(codes, kept)
+    with pytest.raises(VoiceError, match="-1"):
+        check_codes(np.array([[-1]]), CODEC, upstream_compat=True)
+
+
+@pytest.mark.parametrize(
+    ("codes", "says"),
+    [
+        (np.zeros((4, 2), int), r"\[4, 2\]"),
+        (np.zeros((0, 2), int), r"\[0, 2\]"),
+        (np.zeros((2, 3, 2), int), r"\[2, 3, 2\]"),
+        (np.zeros(3, int), r"\[3\]"),
+        (np.zeros((3, 0), int), "0 frames"),
+        (np.zeros((3, 11), int), "11 frames"),
+        (np.zeros((3, 2)), "float64"),
+        (np.zeros((3, 2), bool), "bool"),
+    ],
+)
+def test_arrays_that_are_no_codes_are_refused(codes: np.ndarray, says: str) -> None:
+    with pytest.raises(VoiceError, match=says):
+        check_codes(codes, CODEC)
+
+
+def test_clamping_touches_only_what_is_too_large() -> None:
+    assert clamp_codes(np.array([[19, 20], [0, 9]]), CODEC).tolist() == [[19, 19], [0, 7]]
+
+
+def test_a_waveform_that_is_not_numbers_is_an_error(engines: dict[str, FakeEngine]) -> None:
+    spec = engines["codec_decode"].spec
+    broken = FakeEngine(spec, lambda feeds, state: {"audio": np.full((1, 1, 8), np.nan, np.float32)})
+    with pytest.raises(GraphError, match="not numbers"):
+        CodecDecoder(broken, CODEC).decode(np.zeros((3, 2), int))

@@ -1,0 +1,297 @@
+"""Exporting: everything checked first, written completely or not at all, with voices and licence."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+import fishrt_export.graphs
+from fishrt.bundle import Bundle
+from fishrt.errors import AudioError, BundleError, VoiceError
+from fishrt.voices import VoiceStore
+from fishrt_export import export_bundle, peak_memory
+from fishrt_export.errors import ExportError
+from fishrt_export.licence import UNKNOWN, copy_licence
+from fishrt_export.voices import check_references, encode_references
+from synthetic import PLAIN, random_weights, write_flat
+
+ROLES = ("slow_ar", "fast_ar", "codec_encode", "codec_decode")
+
+
+# ---- exporting
+
+
+@pytest.fixture
+def checkpoint(tiny_checkpoint: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_checkpoint, tmp_path / "in/checkpoint"))
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    (tmp_path / "out").mkdir()
+    return tmp_path / "out/bundle"
+
+
+@pytest.fixture
+def no_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For errors that must be found before anything is traced."""
+
+    def run(*_: object) -> None:
+        raise AssertionError("a graph was begun")
+
+    monkeypatch.setattr(fishrt_export.graphs.GraphJob, "run", run)
+
+
+def assert_nothing_left(out: Path) -> None:
+    assert list(out.parent.iterdir()) == []
+
+
+def edit_shard(checkpoint: Path, name: str, edit: Any) -> None:
+    from safetensors.torch import load_file, save_file
+
+    for path in checkpoint.glob("*.safetensors"):
+        tensors = load_file(path)
+        if name in tensors:
+            tensors = edit(tensors)
+            save_file(tensors, path)
+            if (index := checkpoint / "model.safetensors.index.json").is_file():
+                data = json.loads(index.read_text())
+                data["weight_map"] = {key: place for key, place in data["weight_map"].items() if place != path.name}
+                data["weight_map"] |= dict.fromkeys(tensors, path.name)
+                index.write_text(json.dumps(data))
+
+
+@pytest.mark.usefixtures("no_graphs")
+def test_all_problems_of_both_halves_in_one_error(checkpoint: Path, out: Path) -> None:
+    norm, head = "text_model.model.norm.weight", "audio_decoder.output.weight"
+    edit_shard(
+        checkpoint, norm, lambda t: {**{k: v for k, v in t.items() if k != norm}, "text_model.model.stray": torch.zeros(2)}
+    )
+    edit_shard(checkpoint, head, lambda t: {**t, head: torch.full_like(t[head], float("nan"))})
+    codec = torch.load(checkpoint / "codec.pth", weights_only=True)
+    name = "quantizer.pre_module.norm.weight"
+    torch.save({**codec, name: codec[name][:-1].clone()}, checkpoint / "codec.pth")
+    with pytest.raises(ExportError) as caught:
+        export_bundle(checkpoint, out)
+    message = str(caught.value)
+    assert "(4 problems)" in message
+    for part in ("missing: norm.weight", "unexpected: stray", "not finite: fast_output.weight", f"wrong shape: {name}"):
+        assert part in message
+    assert_nothing_left(out)
+
+
+@pytest.mark.usefixtures("no_graphs")
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "codec.pth"])
+def test_a_checkpoint_that_lacks_a_file(checkpoint: Path, out: Path, name: str) -> None:
+    (checkpoint / name).unlink()
+    with pytest.raises(ExportError, match=name):
+        export_bundle(checkpoint, out)
+    assert_nothing_left(out)
+
+
+@pytest.mark.usefixtures("no_graphs")
+def test_halves_of_different_models(checkpoint: Path, out: Path) -> None:
+    write_flat(checkpoint, PLAIN, random_weights(PLAIN))
+    for path in checkpoint.glob("*.safetensors*"):
+        path.unlink()
+    with pytest.raises(ExportError, match="3 codebooks and the codec has"):
+        export_bundle(checkpoint, out)
+    assert_nothing_left(out)
+
+
+@pytest.mark.usefixtures("no_graphs")
+def test_an_output_that_is_taken(checkpoint: Path, tmp_path: Path) -> None:
+    kept = tmp_path / "kept/notes.txt"
+    kept.parent.mkdir()
+    kept.write_text("mine")
+    with pytest.raises(ExportError, match="is not empty"):
+        export_bundle(checkpoint, kept.parent)
+    with pytest.raises(ExportError, match="is a file"):
+        export_bundle(checkpoint, kept)
+    assert kept.read_text() == "mine"
+    assert list(kept.parent.iterdir()) == [kept]
+
+
+@pytest.mark.usefixtures("no_graphs")
+def test_an_output_that_cannot_be_written(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(ExportError, match="cannot be written"):
+        export_bundle(checkpoint, tmp_path / "file/bundle")
+
+
+@pytest.mark.usefixtures("no_graphs")
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda folder: (folder / "empty").mkdir(), ExportError, "folders that are not voices: empty"),
+        (lambda folder: (folder / "default.txt").write_text("nobody"), ExportError, "names 'nobody'; the voices are: anna"),
+        (lambda folder: (folder / "anna/a.lab").unlink(), VoiceError, "a.lab"),
+        (lambda folder: (folder / "anna/a.wav").write_bytes(b"noise"), AudioError, "a.wav"),
+        (lambda folder: write_reference(folder.parent, "ben", seconds=0.1), AudioError, "too short"),
+    ],
+)
+def test_references_that_are_none(checkpoint: Path, out: Path, make: Any, error: type[Exception], message: str) -> None:
+    write_reference(checkpoint, "anna")
+    make(checkpoint / "references")
+    with pytest.raises(error, match=message):
+        export_bundle(checkpoint, out)
+    assert_nothing_left(out)
+
+
+@pytest.mark.parametrize("stage", ["slow_ar: tracing", "hashing the files"])
+def test_an_interruption_leaves_nothing(checkpoint: Path, out: Path, monkeypatch: pytest.MonkeyPatch, stage: str) -> None:
+    """The graphs themselves are left out: what matters is what lies on the disk at each stage."""
+    skip_tracing(monkeypatch)
+    seen = []
+
+    def progress(name: str, _done: float) -> None:
+        seen.append(name)
+        if name == stage:
+            assert [path.name for path in out.parent.iterdir()] == [f".bundle.partial-{os.getpid()}"]
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        export_bundle(checkpoint, out, progress=progress)
+    assert seen[-1] == stage
+    assert_nothing_left(out)
+
+
+def test_progress_grows_to_the_end(checkpoint: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    skip_tracing(monkeypatch)
+    seen: list[tuple[str, float]] = []
+    out.mkdir()  # an empty folder may be there already
+    bundle = export_bundle(checkpoint, out, progress=lambda name, done: seen.append((name, done)))
+    assert [path.name for path in out.parent.iterdir()] == ["bundle"]
+    assert [name for name, _ in seen] == [
+        "reading the checkpoint",
+        *(
+            f"{role}: {stage}"
+            for role in ("codec_encode", "codec_decode", "slow_ar", "fast_ar")
+            for stage in ("tracing", "verifying")
+        ),
+        "hashing the files",
+    ]
+    assert [done for _, done in seen] == sorted(done for _, done in seen)
+    assert (seen[0][1], seen[-1][1]) == (0.0, 1.0)
+    assert bundle.path == out
+
+
+def test_killing_the_process_leaves_nothing_that_loads(checkpoint: Path, out: Path) -> None:
+    """The process is ended without a chance to clean up, when all but the manifest is written."""
+    script = (
+        "import os, signal, sys; from fishrt_export import export_bundle, bundle\n"
+        "bundle.describe_files = lambda folder: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "bundle.GraphJob.run = lambda *_: None\n"
+        "export_bundle(sys.argv[1], sys.argv[2])\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", script, checkpoint, out], env=environment, capture_output=True, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+    assert not out.exists()
+    (left,) = out.parent.iterdir()
+    assert (left / "tokenizer.json").is_file()
+    with pytest.raises(BundleError):
+        Bundle.load(left)
+
+
+def test_a_graph_that_differs_fails_and_leaves_nothing(checkpoint: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fishrt_export.graphs.LanguageModelSource, "jobs", lambda *_: [])
+    monkeypatch.setattr(fishrt_export.graphs, "AUDIO_TOLERANCE", 1e-12)
+    encode = fishrt_export.graphs.CodecSource.jobs
+    monkeypatch.setattr(fishrt_export.graphs.CodecSource, "jobs", lambda source: encode(source)[1:])
+    with pytest.raises(ExportError, match=r"codec_decode\.onnx is not the torch module: audio differs by"):
+        export_bundle(checkpoint, out)
+    assert_nothing_left(out)
+
+
+def skip_tracing(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fishrt.bundle import Parity
+
+    def run(job: fishrt_export.graphs.GraphJob, folder: Path, stage: Any) -> Parity:
+        for name in ("tracing", "verifying"):
+            stage(name)
+        (folder / job.spec.file).write_bytes(b"not a graph")
+        return Parity(0.0, 0.0, "cpu")
+
+    monkeypatch.setattr(fishrt_export.graphs.GraphJob, "run", run)
+
+
+# ---- voices and licence
+
+
+def write_reference(checkpoint: Path, name: str, seconds: float = 0.5) -> None:
+    folder = checkpoint / "references" / name
+    folder.mkdir(parents=True)
+    samples = np.random.default_rng(len(name)).uniform(-0.4, 0.4, int(16000 * seconds))
+    soundfile.write(folder / "a.wav", samples, 16000)
+    (folder / "a.lab").write_text(f"This is {name}.", encoding="utf-8")
+
+
+def test_references_become_voices(checkpoint: Path, tiny_bundle: Bundle, tmp_path: Path) -> None:
+    bundle = Bundle(Path(shutil.copytree(tiny_bundle.path, tmp_path / "bundle")), tiny_bundle.manifest)
+    for name in ("ben", "anna"):
+        write_reference(checkpoint, name)
+    voices = encode_references(check_references(checkpoint, bundle), bundle)
+    assert voices is not None
+    assert (voices.default, voices.names) == ("anna", ("anna", "ben"))
+    store = VoiceStore(bundle.path / "voices")
+    assert store.list() == ["anna", "ben"]
+    voice, codec = store.load("ben"), bundle.manifest.codec
+    assert (voice.transcript, voice.fingerprint) == ("This is ben.", codec.fingerprint)
+    assert voice.codes.shape == (len(codec.codebook_sizes), -(-int(0.5 * codec.sample_rate) // codec.hop))
+
+
+def test_no_references_no_voices(checkpoint: Path, tiny_bundle: Bundle) -> None:
+    assert check_references(checkpoint, tiny_bundle) is None
+    (checkpoint / "references").mkdir()
+    assert check_references(checkpoint, tiny_bundle) is None
+    assert tiny_bundle.manifest.voices is None
+
+
+def test_the_default_voice_can_be_named(checkpoint: Path, tiny_bundle: Bundle) -> None:
+    for name in ("ben", "anna"):
+        write_reference(checkpoint, name)
+    (checkpoint / "references/default.txt").write_text("ben\n")
+    references = check_references(checkpoint, tiny_bundle)
+    assert references is not None
+    assert (references.default, references.names) == ("ben", ("anna", "ben"))
+
+
+@pytest.mark.parametrize(
+    ("files", "name", "file"),
+    [
+        ({}, UNKNOWN, None),
+        ({"LICENSE.md": "\n# Research License\n\ntext"}, "Research License", "LICENSE.md"),
+        ({"README.md": "---\nlicense: other\nlicense_name: research\n---\n"}, "research", "README.md"),
+        ({"README.md": "---\nlicense: apache-2.0\n---\n", "LICENSE": "Apache License\n"}, "apache-2.0", "LICENSE"),
+        ({"README.md": "# A model\n"}, UNKNOWN, "README.md"),
+    ],
+)
+def test_the_terms_of_the_weights(tmp_path: Path, files: dict[str, str], name: str, file: str | None) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "out").mkdir()
+    for path, text in files.items():
+        (tmp_path / "in" / path).write_text(text, encoding="utf-8")
+    licence = copy_licence(tmp_path / "in", tmp_path / "out")
+    assert (licence.name, licence.file) == (name, file)
+    note = (tmp_path / "out/WEIGHTS-LICENCE.txt").read_text()
+    assert "keep the terms of their publisher" in note
+    assert name in note
+    if file:
+        assert (tmp_path / "out" / file).read_text() == files[file]
+
+
+def test_peak_memory_is_plausible() -> None:
+    peak = peak_memory()
+    assert peak is None or 50e6 < peak < 1e12

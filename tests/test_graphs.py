@@ -1,0 +1,323 @@
+"""Exported graphs: portable, and equal to their modules whatever the configuration and however they are called."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+
+from fishrt.bundle import Bundle
+from fishrt_engines import Engine, open_engine
+from fishrt_export.cases import random_prompt
+from fishrt_export.codec.dac import Dac, DacConfig
+from fishrt_export.errors import ExportError
+from fishrt_export.graphs import open_codec, open_language_model
+from fishrt_export.verify import codes_differ
+from reference_lm import fast_forward, slow_forward
+from synthetic import BEGIN, EVERYTHING, PLAIN, SEMANTIC, random_weights, write_flat, write_tokenizer
+from tiny import GoldenModel, chunk_feeds, prefill_feeds
+from tolerances import TOLERANCES
+
+KINDS = {
+    torch.bfloat16: onnx.TensorProto.BFLOAT16,
+    torch.float16: onnx.TensorProto.FLOAT16,
+    torch.float32: onnx.TensorProto.FLOAT,
+}
+ROLES = ("slow_ar", "fast_ar", "codec_encode", "codec_decode")
+
+
+# ---- the files
+
+
+@pytest.fixture(scope="module")
+def graphs(tiny_bundle: Bundle) -> dict[str, onnx.ModelProto]:
+    """The graphs without their weights."""
+    specs = tiny_bundle.manifest.graphs
+    return {role: onnx.load(tiny_bundle.file(spec.file), load_external_data=False) for role, spec in specs.items()}
+
+
+def test_a_bundle_is_complete(tiny_bundle: Bundle) -> None:
+    tiny_bundle.verify()
+    manifest = tiny_bundle.manifest
+    assert set(manifest.graphs) == set(manifest.parity) == set(ROLES)
+    assert {f"{role}.onnx{end}" for role in ROLES for end in ("", ".data")} <= set(manifest.files)
+    for parity in manifest.parity.values():
+        assert parity.max_abs_error <= parity.tolerance
+    assert manifest.parity["slow_ar"].max_abs_error > 0
+
+
+def test_a_bundle_does_not_tell_where_it_was_made(tiny_bundle: Bundle) -> None:
+    traces = [b"site-packages", b".py", str(Path.home()).encode() + b"/", str(tiny_bundle.path.parent).encode()]
+    for name in tiny_bundle.manifest.files:
+        if not name.endswith(".data"):
+            content = tiny_bundle.file(name).read_bytes()
+            assert not [trace for trace in traces if trace in content], name
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_graphs_are_portable(tiny_bundle: Bundle, graphs: dict[str, onnx.ModelProto], role: str) -> None:
+    graph, spec = graphs[role], tiny_bundle.manifest.graphs[role]
+    onnx.checker.check_model(str(tiny_bundle.file(spec.file)), full_check=True)
+    assert [(entry.domain, entry.version) for entry in graph.opset_import] == [("", 24)]
+    assert graph.ir_version in (10, 11)
+    assert not graph.functions
+    assert not graph.metadata_props
+    assert not [node.name for node in graph.graph.node if node.metadata_props or node.doc_string or node.domain]
+    for described, found in ((spec.inputs, graph.graph.input), (spec.outputs, graph.graph.output)):
+        shapes = [[d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim] for value in found]
+        assert [value.name for value in found] == [tensor.name for tensor in described]
+        assert shapes == [list(tensor.shape) for tensor in described]
+    for tensor in graph.graph.initializer:
+        places = {entry.key: entry.value for entry in tensor.external_data}
+        assert places.get("location", f"{spec.file}.data") == f"{spec.file}.data"
+
+
+@pytest.mark.parametrize("role", ["slow_ar", "fast_ar"])
+def test_operators_of_the_cache(graphs: dict[str, onnx.ModelProto], role: str, golden_model: GoldenModel) -> None:
+    config = golden_model.lm.config
+    layers = (config.slow if role == "slow_ar" else config.fast).layers
+    for operator, count, attributes in (
+        ("TensorScatter", 2 * layers, {"axis": -2}),
+        ("Attention", layers, {"is_causal": 0}),
+        ("RotaryEmbedding", 2 * layers, {"interleaved": 1}),
+    ):
+        nodes = [node for node in graphs[role].graph.node if node.op_type == operator]
+        assert len(nodes) == count
+        for node in nodes:
+            found = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+            assert {name: found.get(name) for name in attributes} == attributes
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_weights_keep_their_names_layout_and_type(
+    golden_model: GoldenModel, graphs: dict[str, onnx.ModelProto], role: str
+) -> None:
+    jobs = [*golden_model.lm.jobs("audio"), *golden_model.codec.jobs()]
+    weights = next(job.weights for job in jobs if job.role == role)
+    stored = {tensor.name: tensor for tensor in graphs[role].graph.initializer}
+    found = {name: tensor for name, tensor in weights.items() if name in stored}
+    assert sum(tensor.numel() for tensor in found.values()) > 0.2 * sum(tensor.numel() for tensor in weights.values())
+    for name, tensor in found.items():
+        assert tuple(stored[name].dims) == tuple(tensor.shape)
+        assert stored[name].data_type == KINDS[tensor.dtype], name
+    if role.endswith("ar"):
+        assert not [name for name, tensor in weights.items() if name not in found and tensor.ndim > 1]
+
+
+@pytest.mark.parametrize("role", ["slow_ar", "fast_ar"])
+def test_onnxruntime_folds_the_casts_of_weights(tiny_bundle: Bundle, tmp_path: Path, role: str) -> None:
+    """What is left are the casts behind embedding tables, which stay in 16 bits."""
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+    path = tiny_bundle.file(tiny_bundle.manifest.graphs[role].file)
+    onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    graph = onnx.load(tmp_path / "optimised.onnx", load_external_data=False).graph
+    gathered = {name for node in graph.node if node.op_type == "Gather" for name in node.output}
+    weights = {tensor.name: tensor.data_type for tensor in graph.initializer}
+    casts = [node.input[0] for node in graph.node if node.op_type == "Cast"]
+    assert not [name for name in casts if name in weights]
+    assert {name for name in casts if name in gathered}
+    tables = [node.input[0] for node in graph.node if node.op_type == "Gather" and node.input[0] in weights]
+    assert onnx.TensorProto.BFLOAT16 in {weights[name] for name in tables}
+
+
+def test_a_tied_head_is_stored_once(golden_model: GoldenModel) -> None:
+    if not golden_model.lm.config.tied_head:
+        pytest.skip("the golden model's head is not tied")
+    graph = onnx.load(golden_model.file("slow_ar", "full"), load_external_data=False).graph
+    config = golden_model.lm.config
+    tables = [tensor.name for tensor in graph.initializer if sorted(tensor.dims) == sorted((config.vocab_size, config.slow.dim))]
+    assert tables == ["embeddings.weight"]
+
+
+# ---- what the graphs compute
+
+
+@pytest.fixture
+def slow(golden_model: GoldenModel) -> Engine:
+    return golden_model.engine("slow_ar")
+
+
+def random_prompts(golden_model: GoldenModel, *lengths: int) -> list[np.ndarray]:
+    source, rng = golden_model.lm, np.random.default_rng(7)
+    return [random_prompt(source.config, source.ids, (1, length), rng)[0] for length in lengths]
+
+
+def results(engine: Engine, calls: list[dict[str, np.ndarray]], cache: int) -> dict[str, np.ndarray]:
+    """What the last of several calls gives."""
+    state = engine.new_state(batch=len(calls[0]["prompt"]), cache=cache)
+    for feeds in calls:
+        last = {name: value.copy() for name, value in engine.run(feeds, state).items()}
+    return last
+
+
+def assert_near(first: dict[str, np.ndarray], second: dict[str, np.ndarray]) -> None:
+    assert first.keys() == second.keys()
+    for name in first:
+        assert first[name].shape == second[name].shape
+        assert np.abs(first[name] - second[name]).max() <= TOLERANCES["lm"], name
+
+
+def test_prefill_and_step_are_a_longer_prefill(golden_model: GoldenModel, slow: Engine) -> None:
+    (prompt,) = random_prompts(golden_model, 12)
+    whole = results(slow, [prefill_feeds([prompt])], cache=12)
+    for steps in (1, 4):
+        calls = [prefill_feeds([prompt[:, :-steps]])]
+        calls += [chunk_feeds(prompt[None, :, t : t + 1], np.array([t])) for t in range(12 - steps, 12)]
+        assert_near(results(slow, calls, cache=12), whole)
+
+
+@pytest.mark.parametrize("chunks", [(5, 7), (1, 1, 10), (11, 1), (3, 3, 3, 3)], ids=str)
+def test_a_prefill_in_chunks_is_a_whole_one(golden_model: GoldenModel, slow: Engine, chunks: tuple[int, ...]) -> None:
+    (prompt,) = random_prompts(golden_model, 12)
+    edges = np.cumsum([0, *chunks])
+    calls = [chunk_feeds(prompt[None, :, a:b], np.array([a])) for a, b in itertools.pairwise(edges)]
+    assert_near(results(slow, calls, cache=20), results(slow, [prefill_feeds([prompt])], cache=12))
+
+
+def test_rows_of_a_batch_do_not_see_each_other(golden_model: GoldenModel, slow: Engine) -> None:
+    """Rows of three lengths together, with steps after, against each alone."""
+    prompts = random_prompts(golden_model, 9, 4, 13)
+    column = random_prompts(golden_model, 1)[0]
+    starts = np.array([prompt.shape[1] for prompt in prompts])
+    steps = [chunk_feeds(np.repeat(column[None], 3, axis=0), starts + n) for n in range(3)]
+    together = results(slow, [prefill_feeds(prompts), *steps], cache=16)
+    for row, prompt in enumerate(prompts):
+        calls = [prefill_feeds([prompt]), *(chunk_feeds(column[None], starts[row : row + 1] + n) for n in range(3))]
+        alone = results(slow, calls, cache=16)
+        assert_near({name: value[row : row + 1] for name, value in together.items()}, alone)
+
+
+def test_the_cache_may_be_longer_than_needed(golden_model: GoldenModel, slow: Engine) -> None:
+    (prompt,) = random_prompts(golden_model, 6)
+    calls = [prefill_feeds([prompt])]
+    assert_near(results(slow, calls, cache=6), results(slow, calls, cache=50))
+
+
+def test_more_frames_never_change_earlier_audio(golden_model: GoldenModel) -> None:
+    engine, config = golden_model.engine("codec_decode"), golden_model.codec.config
+    sizes = np.array(config.codebook_sizes)[:, None]
+    codes = np.random.default_rng(5).integers(0, sizes, (1, len(sizes), 40))
+    whole = engine.run({"codes": codes})["audio"].copy()
+    for frames in (1, 2, 7, 39):
+        audio = engine.run({"codes": np.ascontiguousarray(codes[..., :frames])})["audio"]
+        assert audio.shape == (1, 1, frames * config.hop)
+        assert np.abs(audio - whole[..., : frames * config.hop]).max() <= TOLERANCES["prefix"]
+
+
+def test_rows_of_codes_do_not_see_each_other(golden_model: GoldenModel) -> None:
+    engine, config = golden_model.engine("codec_decode"), golden_model.codec.config
+    sizes = np.array(config.codebook_sizes)[:, None]
+    codes = np.random.default_rng(6).integers(0, sizes, (3, len(sizes), 5))
+    together = engine.run({"codes": codes})["audio"].copy()
+    for row in range(3):
+        alone = engine.run({"codes": codes[row : row + 1]})["audio"]
+        assert np.abs(alone[0] - together[row]).max() <= TOLERANCES["prefix"]
+
+
+@pytest.mark.parametrize("head", ["audio", "full"])
+@pytest.mark.parametrize("config", [PLAIN, EVERYTHING], ids=["plain", "everything"])
+def test_graphs_of_other_configurations(tmp_path: Path, config: dict[str, Any], head: str) -> None:
+    """Against the plain numpy model. The end token's id lies above the semantic ones here."""
+    weights, end = random_weights(config), BEGIN + SEMANTIC
+    write_flat(tmp_path, config, weights)
+    write_tokenizer(tmp_path, end=end)
+    source = open_language_model(tmp_path)
+    rng = np.random.default_rng(8)
+    prompt = random_prompt(source.config, source.ids, (1, 11), rng)[0]
+    exact = {name: tensor.double().numpy() for name, tensor in weights.items()}
+    logits, hidden = slow_forward(config, exact, prompt, BEGIN, end - 1)
+    engines = {}
+    for job in source.jobs(head):
+        job.run(tmp_path)
+        engines[job.role] = open_engine(tmp_path / job.spec.file, job.spec, provider="cpu")
+    found = results(engines["slow_ar"], [prefill_feeds([prompt])], cache=11)
+    spoken = [*range(BEGIN, end + 1)] if head == "audio" else slice(None)
+    assert np.abs(found["logits"][0] - logits[-1, spoken]).max() <= TOLERANCES["reference"]
+    assert np.abs(found["hidden"][0] - hidden[-1]).max() <= TOLERANCES["reference"]
+
+    count = config["num_codebooks"]
+    codes = rng.integers(0, config["codebook_size"], count - 1)
+    expected = fast_forward(config, exact, hidden[-1], codes)
+    fast = engines["fast_ar"]
+    state = fast.new_state(batch=1)
+    for position, code in enumerate([0, *codes]):
+        feeds = {
+            "hidden": hidden[-1:].astype(np.float32),
+            "codes": np.array([[code]]),
+            "position_ids": np.array([[position]]),
+            "write_index": np.array([position]),
+        }
+        assert np.abs(fast.run(feeds, state)["logits"][0] - expected[position]).max() <= TOLERANCES["reference"]
+
+
+def test_an_unknown_head_is_refused(tmp_path: Path) -> None:
+    write_flat(tmp_path, PLAIN, random_weights(PLAIN))
+    with pytest.raises(ExportError, match="unknown head 'half'"):
+        open_language_model(tmp_path).jobs("half")
+
+
+def test_codes_may_differ_only_on_the_margin_and_after_it() -> None:
+    expected = np.zeros((1, 3, 4), np.int64)
+    margins = np.full((1, 3, 4), 0.5, np.float32)
+    margins[0, 1, 2] = 5e-5
+    actual = expected.copy()
+    actual[0, 1:, 2] = 7
+    assert not codes_differ(expected, actual, margins).any()
+    actual[0, 0, 2] = actual[0, 2, 3] = 7
+    assert np.argwhere(codes_differ(expected, actual, margins)).tolist() == [[0, 0, 2], [0, 2, 3]]
+
+
+CODEC: dict[str, Any] = {
+    "sample_rate": 8000,
+    "encoder_dim": 32,
+    "encoder_rates": [3, 5],
+    "decoder_dim": 24,
+    "decoder_rates": [5, 3],
+    "encoder_transformer_layers": [1, 0],
+    "transformer_general_config": {"rope_base": 10000, "norm_eps": 1e-5},
+    "quantizer": {
+        "input_dim": 128,
+        "n_codebooks": 2,
+        "codebook_size": 20,
+        "codebook_dim": 3,
+        "semantic_codebook_size": 50,
+        "downsample_factor": [2],
+    },
+}
+for part, layers in (("pre_module", 1), ("post_module", 2)):
+    transformer = {
+        "n_layer": layers,
+        "n_head": 2,
+        "dim": 128,
+        "intermediate_size": 40,
+        "head_dim": 10,
+        "rope_base": 500,
+        "norm_eps": 1e-5,
+    }
+    CODEC["quantizer"][part] = {"window_size": 5, "input_dim": 128, "config": transformer}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_graphs_of_another_codec(tmp_path: Path, dtype: torch.dtype) -> None:
+    """Odd strides, three codebooks, 16-bit weights: verified against the module, and stored in the checkpoint's type."""
+    torch.manual_seed(0)
+    (tmp_path / "codec_config.json").write_text(json.dumps(CODEC), encoding="utf-8")
+    stored = {name: tensor.to(dtype) for name, tensor in Dac(DacConfig.from_json(CODEC)).state_dict().items()}
+    torch.save(stored, tmp_path / "codec.pth")
+    source = open_codec(tmp_path)
+    assert source.problems() == []
+    for job in source.jobs() if dtype == torch.float32 else source.jobs()[1:]:
+        parity = job.run(tmp_path)
+        assert parity.max_abs_error <= parity.tolerance
+        graph = onnx.load(tmp_path / job.spec.file, load_external_data=False).graph
+        kinds = {tensor.data_type for tensor in graph.initializer if tensor.name in stored}
+        assert kinds == {KINDS[dtype]}

@@ -1,0 +1,95 @@
+"""engines ← runtime ← export: an arrow points at what may be imported. `import fishrt` loads nothing heavy."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+NEVER = {
+    "fishrt_engines": {
+        "fishrt",
+        "fishrt_export",
+        "torch",
+        "onnx",
+        "onnxscript",
+        "safetensors",
+        "tokenizers",
+        "soundfile",
+        "soxr",
+    },
+    "fishrt": {"fishrt_export", "torch", "onnx", "onnxscript", "safetensors", "onnxruntime"},
+    "fishrt_export": set[str](),
+}
+"""What a layer must not import, not even inside a function."""
+EXCEPTIONS = {("fishrt", "cli", "fishrt_export")}
+"""The export command imports the exporter, inside a function, so that nobody needs torch who does not export."""
+HEAVY = {"torch", "onnx", "onnxruntime", "onnxscript", "safetensors"}
+
+
+def package_folder(package: str) -> Path:
+    spec = importlib.util.find_spec(package)
+    assert spec is not None
+    assert spec.origin is not None
+    return Path(spec.origin).parent
+
+
+def imports(tree: ast.AST) -> Iterator[str]:
+    """Top-level packages of absolute imports."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            yield str(node.module).split(".")[0]
+
+
+def at_module_level(tree: ast.Module) -> ast.Module:
+    """The module without the bodies of its functions."""
+
+    class Emptied(ast.NodeTransformer):
+        def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
+            node.body = [ast.Pass()]
+            return node
+
+    emptied = Emptied().visit(tree)
+    assert isinstance(emptied, ast.Module)
+    return emptied
+
+
+def files() -> list[tuple[str, Path]]:
+    return [(package, path) for package in NEVER for path in sorted(package_folder(package).rglob("*.py"))]
+
+
+@pytest.mark.parametrize(("package", "path"), files(), ids=lambda value: value.name if isinstance(value, Path) else value)
+def test_a_file_imports_only_from_its_own_and_lower_layers(package: str, path: Path) -> None:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    part = path.relative_to(package_folder(package)).parts[0].removesuffix(".py")
+    allowed = {name for p, module, name in EXCEPTIONS if (p, module) == (package, part)}
+    assert not set(imports(tree)) & NEVER[package] - allowed
+    if package != "fishrt_export":
+        assert not set(imports(at_module_level(tree))) & (HEAVY | allowed)
+
+
+def test_the_layers_have_files() -> None:
+    """A wrong path would make the test above empty and green."""
+    assert {package for package, _ in files()} == set(NEVER)
+    assert len(files()) > 15
+
+
+@pytest.mark.parametrize("module", ["fishrt", "fishrt_engines", "fishrt.cli"])
+def test_importing_loads_nothing_heavy(module: str) -> None:
+    code = f"import sys, {module}; print(*sorted({HEAVY!r} & sys.modules.keys()))"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert loaded == []
+
+
+def test_the_public_names_are_there() -> None:
+    import fishrt
+
+    assert all(hasattr(fishrt, name) for name in fishrt.__all__)
+    assert len(fishrt.__all__) <= 12

@@ -1,0 +1,220 @@
+"""The language model's modules and exported graphs against the original implementation."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fishrt.generate import Columns, generate_frames
+from fishrt.sampling import Sampling, audio_ids
+from fishrt_export.verify import run_module
+from tiny import GoldenModel, assert_same_table, caches, chunk_feeds, prefill_feeds
+from tolerances import TOLERANCES
+
+pytestmark = pytest.mark.parity
+HEADS = ("audio", "full")
+
+
+@dataclass(frozen=True)
+class Vectors:
+    meta: dict[str, Any]
+    arrays: Any
+
+    def prompt(self, name: str) -> np.ndarray:
+        return self.arrays[name].astype(np.int64)
+
+
+@pytest.fixture(scope="module")
+def vectors(golden: Path) -> Vectors:
+    meta = json.loads((golden / "lm/meta.json").read_text(encoding="utf-8"))
+    return Vectors(meta, np.load(golden / "lm/vectors.npz"))
+
+
+def assert_near(actual: Any, expected: np.ndarray) -> None:
+    actual = np.asarray(actual)
+    assert actual.shape == expected.shape
+    assert np.abs(actual - expected).max() <= TOLERANCES["lm"]
+
+
+@pytest.fixture(scope="module")
+def whole_forward(golden_model: GoldenModel, vectors: Vectors) -> dict[str, torch.Tensor]:
+    """All stages of the slow AR's torch module over the whole input, at every position."""
+    module = golden_model.slow_ar
+    prompt = torch.from_numpy(vectors.prompt("slow/input"))[None]
+    length = prompt.shape[2]
+    outputs: list[torch.Tensor] = []
+    hooks = [layer.register_forward_hook(lambda _module, _args, out: outputs.append(out[0][0])) for layer in module.layers]
+    with torch.no_grad():
+        x = module.embed(prompt)
+        states = golden_model.lm.jobs("full")[0].spec.state_tensors
+        y, _ = module.run_layers(
+            x, torch.arange(length)[None], torch.zeros(1, dtype=torch.int64), caches(states, batch=1, cache=length)
+        )
+        logits, hidden = module.read_out(y)
+        normed = module.norm(y)
+    for hook in hooks:
+        hook.remove()
+    return {"embed": x[0], "layer_out": torch.stack(outputs), "normed": normed[0], "logits": logits[0], "fast_input": hidden[0]}
+
+
+@pytest.mark.parametrize("stage", ["embed", "layer_out", "normed", "logits", "fast_input"])
+def test_slow_ar_module(whole_forward: dict[str, torch.Tensor], vectors: Vectors, stage: str) -> None:
+    assert_near(whole_forward[stage], vectors.arrays[f"slow/{stage}"])
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_slow_ar_graph_with_cache(golden_model: GoldenModel, vectors: Vectors, head: str) -> None:
+    """Prefill and single steps: logits, the fast AR's input, and what lies in the caches at the end."""
+    engine, prompt = golden_model.engine("slow_ar", head), vectors.prompt("slow/input")
+    length, prefill = prompt.shape[1], vectors.meta["slow_prefill_len"]
+    state = engine.new_state(batch=1, cache=length)
+    calls = [prefill_feeds([prompt[:, :prefill]])]
+    calls += [chunk_feeds(prompt[None, :, t : t + 1], np.array([t])) for t in range(prefill, length)]
+    results = [{name: value[0].copy() for name, value in engine.run(feeds, state).items()} for feeds in calls]
+    spoken = golden_model.lm.ids.audio_head if head == "audio" else slice(None)
+    assert_near(np.stack([r["logits"] for r in results]), vectors.arrays["slow/logits_cached"][:, spoken])
+    assert_near(np.stack([r["hidden"] for r in results]), vectors.arrays["slow/fast_input_cached"])
+    for kind, name in (("key", "slow/k_cache"), ("value", "slow/v_cache")):
+        layers = range(golden_model.lm.config.slow.layers)
+        assert_near(np.stack([state.read(f"{kind}_cache.{i}")[0] for i in layers]), vectors.arrays[name])
+
+
+@pytest.mark.parametrize("half", ["slow", "fast"])
+def test_rotary_tables(golden_model: GoldenModel, vectors: Vectors, half: str) -> None:
+    module = golden_model.slow_ar if half == "slow" else golden_model.fast_ar
+    expected = vectors.arrays[f"rope/{half}"]
+    rows = len(expected)
+    assert_same_table(torch.stack([module.cos[:rows], module.sin[:rows]], dim=-1), expected)
+
+
+def test_fast_ar_graph(golden_model: GoldenModel, vectors: Vectors) -> None:
+    """Teacher-forced, one position at a time, all cases as one batch; the state still holds another frame."""
+    engine = golden_model.engine("fast_ar")
+    codes = vectors.prompt("fast/forced_codes")
+    hidden = vectors.arrays["slow/fast_input"][vectors.arrays["fast/positions"]]
+    batch, count = codes.shape
+    state = engine.new_state(batch=batch)
+    for feed_codes in (codes[::-1], codes):
+        logits = []
+        for position in range(count):
+            feeds = {
+                "hidden": hidden,
+                "codes": np.zeros((batch, 1), np.int64)
+                if position == 0
+                else np.ascontiguousarray(feed_codes[:, position - 1 : position]),
+                "position_ids": np.full((batch, 1), position),
+                "write_index": np.full(batch, position),
+            }
+            logits.append(engine.run(feeds, state)["logits"].copy())
+    assert_near(np.stack(logits, axis=1), vectors.arrays["fast/logits"])
+
+
+def test_fast_ar_graph_two_positions_at_once(golden_model: GoldenModel, vectors: Vectors) -> None:
+    engine = golden_model.engine("fast_ar")
+    codes = vectors.prompt("fast/forced_codes")
+    batch, count = codes.shape
+    if count < 2:
+        pytest.skip("one codebook only")
+    feeds = {
+        "hidden": vectors.arrays["slow/fast_input"][vectors.arrays["fast/positions"]],
+        "codes": np.stack([np.zeros(batch, np.int64), codes[:, 0]], axis=1),
+        "position_ids": np.tile(np.arange(2), (batch, 1)),
+        "write_index": np.zeros(batch, np.int64),
+    }
+    assert_near(engine.run(feeds, engine.new_state(batch=batch))["logits"], vectors.arrays["fast/logits"][:, 1])
+
+
+def test_fast_ar_module(golden_model: GoldenModel, vectors: Vectors) -> None:
+    spec = golden_model.lm.jobs("audio")[1].spec
+    codes = vectors.prompt("fast/forced_codes")
+    batch, count = codes.shape
+    feeds = {
+        "hidden": vectors.arrays["slow/fast_input"][vectors.arrays["fast/positions"]],
+        "codes": np.concatenate([np.zeros((batch, 1), np.int64), codes[:, :-1]], axis=1),
+        "position_ids": np.tile(np.arange(count), (batch, 1)),
+        "write_index": np.zeros(batch, np.int64),
+    }
+    results, _ = run_module(golden_model.fast_ar, spec, feeds, caches(spec.state_tensors, batch=batch))
+    assert_near(results["logits"], vectors.arrays["fast/logits"][:, -1])
+
+
+class RecordedNoise:
+    """Noise as the originals drew it: slow_draws [frames, draws, vocabulary], fast_draws [frames, draws, width]."""
+
+    def __init__(self, ids: np.ndarray, slow_draws: np.ndarray, fast_draws: np.ndarray) -> None:
+        self._slow, self._fast = (
+            iter(slow_draws[..., ids].reshape(-1, len(ids))),
+            iter(fast_draws.reshape(-1, fast_draws.shape[-1])),
+        )
+
+    def slow(self, width: int) -> np.ndarray:
+        draw = next(self._slow)
+        assert len(draw) == width
+        return draw
+
+    def fast(self, width: int) -> np.ndarray:
+        draw = next(self._fast)
+        assert len(draw) == width
+        return draw
+
+
+class NoNoise:
+    """For greedy runs, where one token is left to draw from."""
+
+    def slow(self, width: int) -> np.ndarray:
+        return np.ones(width, np.float32)
+
+    fast = slow
+
+
+def columns_of(model: Any, prompt: np.ndarray, case: dict[str, Any], noise: Any) -> np.ndarray:
+    limit = case["max_new_tokens"]
+    columns = Columns(model, prompt, Sampling(**case["sampling"]), noise, max_columns=limit, first_may_end=False)
+    return np.stack(list(columns), axis=1)
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("case", ["greedy_text", "greedy_ref", "greedy_eos", "sampled_ref"])
+def test_generation(golden_model: GoldenModel, vectors: Vectors, case: str, head: str) -> None:
+    described, model = vectors.meta["generation"][case], golden_model.dual_ar(head)
+    prompt = vectors.prompt(described["note"].split()[0].rstrip(";,"))
+    noise: Any = NoNoise()
+    if f"gen/{case}/q_slow" in vectors.arrays:
+        ids = audio_ids(model.language_model)
+        noise = RecordedNoise(ids, vectors.arrays[f"gen/{case}/q_slow"], vectors.arrays[f"gen/{case}/q_fast"])
+    actual = columns_of(model, prompt, described, noise)
+    assert np.array_equal(actual, vectors.arrays[f"gen/{case}/raw"])
+    assert (actual[0, -1] == model.language_model.end_id) == described["stopped_by_im_end"]
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_long_generation(golden_model: GoldenModel, vectors: Vectors, head: str) -> None:
+    """Every chunk of every prompt case, and the codes as upstream returns them."""
+    model, compared = golden_model.dual_ar(head), 0
+    for name, case in vectors.meta["prompt_cases"].items():
+        for number, chunk in enumerate(case["chunks"]):
+            key = f"longgen/{name}/{number}"
+            if f"{key}/raw" not in vectors.arrays:
+                continue
+            prompt = vectors.prompt(chunk["prompt"])
+            assert np.array_equal(columns_of(model, prompt, case, NoNoise()), vectors.arrays[f"{key}/raw"]), key
+            sampling, limit = Sampling(**case["sampling"]), case["max_new_tokens"]
+            frames = generate_frames(model, prompt, sampling, NoNoise(), max_frames=limit, upstream_compat=True)
+            assert np.array_equal(np.stack(list(frames), axis=1), vectors.arrays[f"{key}/codes"]), key
+            compared += 1
+    assert compared == sum(key.startswith("longgen/") and key.endswith("/raw") for key in vectors.arrays)
+
+
+def test_codes_of_a_run_that_stops(golden_model: GoldenModel, vectors: Vectors) -> None:
+    described = vectors.meta["generation"]["greedy_eos"]
+    prompt = vectors.prompt(described["note"].split()[0].rstrip(";,"))
+    sampling, limit = Sampling(**described["sampling"]), described["max_new_tokens"]
+    frames = generate_frames(golden_model.dual_ar("audio"), prompt, sampling, NoNoise(), max_frames=limit, upstream_compat=True)
+    assert np.array_equal(np.stack(list(frames), axis=1), vectors.arrays["gen/greedy_eos/codes"])
+    assert frames.stop_reason == "end"

@@ -1,0 +1,209 @@
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from fishrt.errors import BundleError, PromptError, VoiceError
+from fishrt.prompt import Message, PromptBuilder
+from fishrt.tokenizer import Tokenizer
+from helpers_text import TINY_TOKENIZER, language_model, voice
+
+TOKENIZER = Tokenizer.load(TINY_TOKENIZER)
+MODEL = language_model()
+
+
+@pytest.fixture
+def builder():
+    return PromptBuilder(TOKENIZER, MODEL)
+
+
+def spell(prompt: np.ndarray) -> str:
+    """A prompt as text; each frame is #."""
+    text, ids = "", []
+    for token in prompt[0]:
+        if MODEL.semantic_begin_id <= token <= MODEL.semantic_end_id:
+            text += TOKENIZER.decode(ids) + "#"
+            ids = []
+        else:
+            ids.append(int(token))
+    return text + TOKENIZER.decode(ids)
+
+
+def test_without_voice(builder):
+    prompt = builder.start().user("Hi.")
+    assert spell(prompt) == (
+        "<|im_start|>system\nconvert the provided text to speech<|im_end|>\n"
+        "<|im_start|>user\nHi.<|im_end|>\n<|im_start|>assistant\n<|voice|>"
+    )
+    assert prompt.dtype == np.int64
+    assert prompt.shape[0] == 1 + MODEL.num_codebooks
+    assert not prompt[1:].any()
+
+
+def test_with_voices(builder):
+    first, second = voice("a", "One.", 2), voice("b", "<|speaker:4|>Two.", 3)
+    prompt = builder.start([first, second]).user("Hi.")
+    assert spell(prompt).startswith(
+        "<|im_start|>system\nconvert the provided text to speech reference to the following:\n\n"
+        "Text:\n<|speaker:0|>One.\n<|speaker:4|>Two.\n\nSpeech:\n#####<|im_end|>\n<|im_start|>user\nHi."
+    )
+    frames = prompt[:, (prompt[0] >= MODEL.semantic_begin_id) & (prompt[0] <= MODEL.semantic_end_id)]
+    codes = np.concatenate([first.codes, second.codes], axis=1)
+    np.testing.assert_array_equal(frames[1:], codes)
+    np.testing.assert_array_equal(frames[0], codes[0] + MODEL.semantic_begin_id)
+
+
+def test_an_untagged_transcript_gets_its_own_index(builder):
+    prompt = builder.start([voice("a", "<|speaker:1|>One."), voice("b", "Two.")]).user("Hi.")
+    assert "Text:\n<|speaker:1|>One.\n<|speaker:1|>Two.\n" in spell(prompt)
+
+
+def test_system_text(builder):
+    assert spell(builder.start(system="Be kind.").user("Hi.")).startswith(
+        "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\n"
+    )
+    assert spell(builder.start([voice()], "Be kind.").user("Hi.")).startswith(
+        "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>system\nconvert the provided text to speech reference to"
+    )
+    with pytest.raises(PromptError, match="system text is empty"):
+        builder.start(system="  ")
+
+
+def test_what_was_said_is_remembered(builder):
+    conversation = builder.start()
+    first = conversation.user("One.")
+    codes = np.full((4, 3), 7)
+    conversation.assistant(codes)
+    second = conversation.user("Two.")
+    np.testing.assert_array_equal(second[:, : first.shape[1]], first)
+    assert (
+        spell(second[:, first.shape[1] :]) == "###<|im_end|>\n<|im_start|>user\nTwo.<|im_end|>\n<|im_start|>assistant\n<|voice|>"
+    )
+    np.testing.assert_array_equal(second[1:, first.shape[1] : first.shape[1] + 3], codes)
+
+
+def test_an_answer_without_frames_is_not_remembered(builder):
+    conversation = builder.start()
+    conversation.user("One.")
+    conversation.assistant(np.zeros((4, 0), np.int64))
+    assert "One." not in spell(conversation.user("Two."))
+
+
+def test_the_oldest_is_forgotten_first_and_never_the_voice(builder):
+    conversation = builder.start([voice()])
+    for n in range(8):
+        prompt = conversation.user(f"Number {n}.")
+        assert prompt.shape[1] <= builder.max_prompt
+        conversation.assistant(np.zeros((4, 90), np.int64))
+    text = spell(prompt)
+    assert "Text:\n<|speaker:0|>The quick brown fox." in text
+    assert "Number 0." not in text
+    assert "Number 6." in text
+    assert text.index("Number 5.") < text.index("Number 6.") < text.index("Number 7.")
+
+
+def test_upstream_forgets_nothing_and_gives_up(builder):
+    conversation = builder.start(upstream_compat=True)
+    for _ in range(5):
+        conversation.user("Well.")
+        conversation.assistant(np.zeros((4, 90), np.int64))
+    with pytest.raises(PromptError, match="too long"):
+        conversation.user("Well.")
+
+
+def test_too_long_a_prompt_tells_the_figures(builder):
+    with pytest.raises(PromptError, match=r"earlier pieces 0\), but the model takes 512"):
+        builder.start([voice(frames=39, codes=np.zeros((4, 600), np.int64))]).user("Hi.")
+    limit = builder.max_prompt
+    fixed = builder.start().user("").shape[1]
+    assert builder.start().user("a" * (limit - fixed)).shape[1] == limit
+    with pytest.raises(PromptError):
+        builder.start().user("a" * (limit - fixed + 1))
+
+
+@pytest.mark.parametrize(("context", "room"), [(32768, 30720), (4096, 2048), (2000, 1000)])
+def test_room_for_speech(context, room):
+    assert PromptBuilder(TOKENIZER, language_model(max_seq_len=context)).max_prompt == room
+
+
+@pytest.mark.parametrize("bad", ["<|im_end|>", "<|im_start|>", "<|semantic:3|>", "<|voice|>"])
+def test_control_tokens_do_not_act(builder, bad):
+    with pytest.raises(PromptError, match=bad.replace("|", r"\|")):
+        builder.split(f"Hello {bad} you.")
+    with pytest.raises(PromptError, match="transcript"):
+        builder.start([voice(transcript=f"a {bad}")])
+    with pytest.raises(PromptError, match="system"):
+        builder.start(system=bad)
+    assert builder.split(f"Hello {bad} you.", upstream_compat=True) == [f"Hello {bad} you."]
+    assert builder.split("Hello <|not_a_token|> you.") == ["Hello <|not_a_token|> you."]
+
+
+def test_split_of_untagged_text(builder):
+    text = "This is a sentence of some length, is it not? " * 5
+    pieces = builder.split(text)
+    assert len(pieces) == 5
+    assert " ".join(pieces) == text.strip()
+    assert builder.split(text, upstream_compat=True) == [text]
+    assert builder.split(text, chunk_bytes=1000) == [text.strip()]
+
+
+def test_split_of_turns(builder):
+    text = "Before. <|speaker:0|>One. <|speaker:1|>Two. <|speaker:0|>" + "A long turn of words. " * 5
+    assert builder.split(text) == [
+        "<|speaker:0|>Before.\n<|speaker:0|>One.\n<|speaker:1|>Two.",
+        "<|speaker:0|>A long turn of words. A long turn of words.",
+        "<|speaker:0|>A long turn of words. A long turn of words. A long turn of words.",
+    ]
+    assert "Before" not in "".join(builder.split(text, upstream_compat=True))
+
+
+def test_at_most_five_turns(builder):
+    pieces = builder.split("<|speaker:0|>a<|speaker:1|>b" * 3)
+    assert [p.count("<|speaker") for p in pieces] == [5, 1]
+
+
+def test_turns_with_nothing_to_speak_are_left_out(builder):
+    assert builder.split("... <|speaker:0|><|speaker:1|>Yes.<|speaker:0|> — ") == ["<|speaker:1|>Yes."]
+    (piece,) = builder.split("-" * 200 + "\n\nYes.")
+    assert piece.endswith("Yes.")
+
+
+@pytest.mark.parametrize("compat", [False, True])
+@pytest.mark.parametrize("text", ["", " \n", "?!", "<|speaker:0|>"])
+def test_nothing_to_speak(builder, text, compat):
+    with pytest.raises(PromptError, match="nothing to speak"):
+        builder.split(text, upstream_compat=compat)
+
+
+def test_tags_reach_the_model(builder):
+    (piece,) = builder.split("[excited] Oh! [laughing tone] Yes.")
+    assert "user\n[excited] Oh! [laughing tone] Yes.<|im_end|>" in spell(builder.start().user(piece))
+
+
+@pytest.mark.parametrize(
+    "codes",
+    [np.zeros((3, 5), np.int64), np.zeros((5, 5), np.int64), np.full((4, 5), 160), np.full((4, 5), -1), np.zeros(4, np.int64)],
+    ids=["few rows", "many rows", "too large", "negative", "one dimension"],
+)
+def test_codes_of_another_model(builder, codes):
+    with pytest.raises(VoiceError):
+        builder.start([dataclasses.replace(voice(), codes=codes)])
+    with pytest.raises(VoiceError):
+        builder.encode([Message("assistant", (codes,))])
+
+
+def test_code_0_is_bounded_by_the_semantic_ids():
+    builder = PromptBuilder(TOKENIZER, language_model(codebook_width=500, semantic_end_id=MODEL.semantic_begin_id + 9))
+    codes = np.full((4, 2), 400)
+    codes[0] = 9
+    builder.start([voice(codes=codes)])
+    codes[0] = 10
+    with pytest.raises(VoiceError, match="0 to 9"):
+        builder.start([voice(codes=codes)])
+
+
+def test_unknown_dialect():
+    with pytest.raises(BundleError, match="morse"):
+        PromptBuilder(TOKENIZER, language_model(prompt_dialect="morse"))

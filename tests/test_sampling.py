@@ -1,0 +1,192 @@
+"""Filters, draws and the second draw, on cases small enough to work out by hand."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fishrt.bundle import RepetitionAware, SamplingDefaults
+from fishrt.errors import GraphError, SamplingError
+from fishrt.sampling import Sampling, SeededNoise, audio_ids, draw, filter_probs, sample_main
+from helpers_text import language_model
+
+P = np.array([0.1, 0.5, 0.15, 0.25], np.float32)
+LOGITS = np.log(P)
+
+
+def kept(*arguments: Any) -> list[int]:
+    return np.flatnonzero(filter_probs(LOGITS, *arguments)).tolist()
+
+
+def test_without_filters_it_is_softmax() -> None:
+    np.testing.assert_allclose(filter_probs(LOGITS, 1.0, 1.0, None), P, atol=1e-7)
+
+
+def test_temperature_divides_the_logits() -> None:
+    np.testing.assert_allclose(filter_probs(LOGITS, 0.5, 1.0, None), P**2 / (P**2).sum(), atol=1e-7)
+
+
+def test_top_p_removes_the_entry_that_crosses_it() -> None:
+    assert kept(1.0, 0.74, None) == [1]
+    assert kept(1.0, 0.76, None) == [1, 3]
+
+
+def test_top_p_looks_at_logits_before_the_temperature() -> None:
+    """At temperature 0.5 the likeliest entry alone has 0.72 and the first two 0.91, which top_p = 0.8 would separate."""
+    assert kept(0.5, 0.8, None) == [1, 3]
+
+
+def test_what_top_k_removes_still_counts_for_top_p() -> None:
+    """Of the two that top-k leaves the first has 0.67; if top-p saw only those, top_p = 0.6 would remove nothing more."""
+    assert kept(1.0, 0.6, 2) == [1]
+    assert kept(1.0, 1.0, 2) == [1, 3]
+
+
+def test_the_likeliest_always_stays() -> None:
+    assert kept(1.0, 1e-6, None) == [1]
+    assert kept(1.0, 0.9, 1) == [1]
+
+
+def test_of_equal_logits_the_first_rank_first() -> None:
+    assert np.flatnonzero(filter_probs(np.zeros(100, np.float32), 1.0, 1.0, 7)).tolist() == list(range(7))
+
+
+@pytest.mark.parametrize("width", [1, 2, 3, 7, 49, 1000])
+def test_top_p_of_one_keeps_everything(width: int) -> None:
+    assert np.all(filter_probs(np.zeros(width, np.float32), 1.0, 1.0, None) > 0)
+    for seed in range(20):  # sums of so many are rounded now up, now down
+        logits = np.random.default_rng(seed).normal(size=width).astype(np.float32)
+        assert np.all(filter_probs(logits, 1.0, 1.0, None) > 0)
+
+
+@given(st.lists(st.floats(-25, 25, width=32), min_size=1, max_size=60), st.floats(0.01, 1), st.integers(1, 70))
+def test_filters_agree_with_their_definition(values: list[float], top_p: float, top_k: int) -> None:
+    logits = np.array(values, np.float32)
+    order = np.argsort(-logits, kind="stable")
+    exact = np.exp(logits.astype(np.float64) - logits.max())
+    cumulative = np.cumsum(exact[order]) / exact.sum()
+    probs = filter_probs(logits, 0.7, top_p, top_k)
+    assert probs.sum() == pytest.approx(1, abs=1e-6)
+    for rank, index in enumerate(order):
+        if rank and abs(cumulative[rank] - top_p) < 1e-6:
+            continue  # rounding decides
+        assert (probs[index] > 0) == (rank == 0 or (rank < top_k and cumulative[rank] <= top_p))
+
+
+def test_forbidden_entries_are_never_drawn() -> None:
+    probs = filter_probs(np.array([-np.inf, 1, -np.inf], np.float32), 1.0, 1.0, None)
+    assert probs.tolist() == [0, 1, 0]
+
+
+@pytest.mark.parametrize("bad", [[np.nan, 1], [np.inf, 1], [-np.inf, -np.inf]])
+def test_logits_that_are_not_numbers_are_an_error(bad: list[float]) -> None:
+    with pytest.raises(GraphError, match="not numbers"):
+        filter_probs(np.array(bad, np.float32), 1.0, 0.9, 30)
+
+
+def test_draw_divides_by_the_noise() -> None:
+    assert draw(np.array([0.5, 0.3, 0.2], np.float32), np.array([1.0, 0.2, 1.0], np.float32)) == 1
+
+
+def test_draws_follow_the_probabilities() -> None:
+    """20,000 draws: a count is more than five standard deviations off with a probability of 1e-6."""
+    noise, n = SeededNoise(1), 20_000
+    counts = np.bincount([draw(P, noise.fast(4)) for _ in range(n)], minlength=4)
+    assert np.all(np.abs(counts - n * P) < 5 * np.sqrt(n * P * (1 - P)))
+
+
+def test_noise_is_the_seeds() -> None:
+    first, again, other = SeededNoise(7), SeededNoise(7), SeededNoise(8)
+    a = [first.slow(5), first.fast(3)]
+    np.testing.assert_array_equal(np.concatenate(a), np.concatenate([again.slow(5), again.fast(3)]))
+    assert not np.array_equal(a[0], other.slow(5))
+    assert a[0].dtype == np.float32
+    assert np.all(a[0] > 0)
+
+
+def test_a_uniform_zero_forbids_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    noise = SeededNoise(0)
+    monkeypatch.setattr(noise, "_generator", type("Zeros", (), {"random": lambda self, n: np.zeros(n)})())
+    assert draw(np.array([0, 0, 1], np.float32), noise.slow(3)) == 2
+
+
+LM = replace(language_model(semantic_begin_id=10, semantic_end_id=13, end_id=5), sampling=SamplingDefaults(1, 1, None, None))
+RAS = replace(LM, sampling=replace(LM.sampling, repetition_aware=RepetitionAware(3, 1.0, 1.0)))
+IDS = audio_ids(LM)
+ONE = np.ones(5, np.float32)
+
+
+def favour(index: int) -> np.ndarray:
+    """Noise with which the entry is drawn from equal probabilities."""
+    noise = ONE.copy()
+    noise[index] = 0.01
+    return noise
+
+
+def sample(lm: Any, recent: Any, first: int, second: int, logits: Any = None, **sampling: Any) -> int:
+    options = {"temperature": 1.0, "top_p": 1.0, "top_k": None, **sampling}
+    logits = np.zeros(5, np.float32) if logits is None else np.array(logits, np.float32)
+    return sample_main(logits, IDS, Sampling(**options), lm, recent, [favour(first), favour(second)])
+
+
+def test_audio_ids_are_ascending_wherever_the_end_token_is() -> None:
+    assert IDS.tolist() == [5, 10, 11, 12, 13]
+    assert audio_ids(replace(LM, end_id=20)).tolist() == [10, 11, 12, 13, 20]
+
+
+def test_a_repeated_token_is_drawn_again() -> None:
+    assert sample(RAS, [11], 2, 4) == 13
+    assert sample(RAS, [12], 2, 4) == 11
+
+
+def test_the_second_draw_may_repeat_the_token() -> None:
+    assert sample(RAS, [11], 2, 2) == 11
+
+
+def test_the_end_token_is_never_drawn_again() -> None:
+    assert sample(RAS, [5], 0, 4) == 5
+
+
+def test_no_second_draw_without_a_window_or_a_rule() -> None:
+    assert sample(RAS, [], 2, 4) == 11
+    assert sample(LM, [11], 2, 4) == 11
+
+
+def test_the_second_draw_has_the_rules_temperature_and_top_p_but_the_requests_top_k() -> None:
+    logits = [0, 3, 2, 1, 0]
+    assert sample(RAS, [10], 1, 3, logits, top_p=0.1) == 12  # 12 is open to the rule's top_p = 1 only
+    assert sample(RAS, [10], 1, 4, logits, top_k=3) != 13
+    cold = replace(RAS, sampling=replace(RAS.sampling, repetition_aware=RepetitionAware(3, 0.01, 1.0)))
+    assert sample(cold, [10], 1, 3, logits) == 10
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"temperature": 0},
+        {"temperature": 2},
+        {"temperature": float("nan")},
+        {"temperature": -1},
+        {"top_p": 0},
+        {"top_p": 1.01},
+        {"top_p": float("nan")},
+        {"top_k": 0},
+        {"top_k": -3},
+        {"top_k": 1.5},
+    ],
+)
+def test_values_outside_their_range_are_named(bad: dict[str, Any]) -> None:
+    with pytest.raises(SamplingError, match=next(iter(bad))) as caught:
+        Sampling(**{"temperature": 1.0, "top_p": 0.9, "top_k": 30, **bad})
+    assert caught.value.hint
+
+
+def test_defaults_are_the_bundles_where_nothing_is_given() -> None:
+    defaults = SamplingDefaults(0.8, 0.7, 30, None)
+    assert Sampling.from_defaults(defaults) == Sampling(0.8, 0.7, 30)
+    assert Sampling.from_defaults(defaults, top_p=0.5, top_k=None) == Sampling(0.8, 0.5, 30)

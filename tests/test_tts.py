@@ -1,0 +1,259 @@
+"""TTS over fake engines: what goes into the prompt, what comes out, what is reported, what is refused."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fakes import FakeEngine, expected_codes, fake_bundle, fake_engines
+from fishrt import TTS, Bundle, FishrtError, Sampling, Voice
+from fishrt.errors import AudioError, BundleError, GraphError, PromptError, ProviderError, SamplingError, VoiceError
+from fishrt.tts import Progress, embedded_bundle
+from helpers_text import language_model, manifest, voice
+
+LM = language_model()
+CODEC = manifest().codec
+SPOKEN = [LM.semantic_begin_id + n for n in (3, 159, 0, 7)]
+LONG = "The first sentence is about a fox. The second sentence is about a dog. The third one is about both of them, and ends."
+
+
+def fake_tts(folder: Path, main_tokens: list[int] | None = SPOKEN, **changes: Any) -> TTS:
+    bundle = fake_bundle(folder / "bundle", voices=[voice("anna"), voice("ben", "Five boxing wizards.", frames=9)], **changes)
+    content = bundle.manifest
+    return TTS(bundle, fake_engines(content.language_model, content.codec, main_tokens))
+
+
+@pytest.fixture
+def tts(tmp_path: Path) -> TTS:
+    return fake_tts(tmp_path)
+
+
+def prompts(tts: TTS) -> list[np.ndarray]:
+    engine = tts._engines["slow_ar"]
+    assert isinstance(engine, FakeEngine)
+    return [call["prompt"][0] for call in engine.calls if call["write_index"].tolist() == [0]]
+
+
+def codes_in(prompt: np.ndarray) -> np.ndarray:
+    semantic = (prompt[0] >= LM.semantic_begin_id) & (prompt[0] <= LM.semantic_end_id)
+    return prompt[1:, semantic]
+
+
+def test_speech_is_what_the_model_says(tts: TTS) -> None:
+    speech = tts.speak("Hello world!", seed=5)
+    expected = np.array([expected_codes(LM, main) for main in SPOKEN]).T
+    np.testing.assert_array_equal(speech.codes, expected)
+    np.testing.assert_allclose(speech.pcm, np.repeat(expected.sum(axis=0) / 1000, CODEC.hop), atol=1e-6)
+    assert (speech.codes.dtype, speech.pcm.dtype, speech.sample_rate) == (np.int64, np.float32, CODEC.sample_rate)
+
+
+def test_info_tells_what_was_used(tts: TTS) -> None:
+    info = tts.speak("Hello world!", seed=5, sampling=Sampling(0.5, 0.8, 10)).info
+    assert (info.seed, info.sampling, info.stop_reasons, info.frames) == (5, Sampling(0.5, 0.8, 10), ("end",), 4)
+    assert info.audio_s == 4 * CODEC.hop / CODEC.sample_rate
+    assert info.rtf == info.timings.compute_s / info.audio_s > 0
+    assert (info.provider, info.bundle, len(info.bundle_sha256)) == ("fake", "test", 64)
+    json.dumps(asdict(info))
+
+
+def test_defaults_are_the_bundles(tts: TTS) -> None:
+    info = tts.speak("Hello world!").info
+    assert info.sampling == Sampling.from_defaults(LM.sampling)
+    assert tts.speak("Hello world!").info.seed != info.seed  # equal once in 4 billion
+
+
+def test_the_same_seed_gives_the_same_codes(tmp_path: Path) -> None:
+    tts = fake_tts(tmp_path, None)
+    wild = Sampling(1, 1, None)
+    one, again, other = (tts.speak("Hello world!", seed=s, sampling=wild, max_frames=9).codes for s in (1, 1, 2))
+    np.testing.assert_array_equal(one, again)
+    assert not np.array_equal(one, other)
+    drawn = tts.speak("Hello world!", sampling=wild, max_frames=9)
+    repeated = tts.speak("Hello world!", sampling=wild, max_frames=9, seed=drawn.info.seed)
+    np.testing.assert_array_equal(drawn.codes, repeated.codes)
+
+
+def test_long_text_is_spoken_in_pieces_that_know_what_was_said(tts: TTS) -> None:
+    chunks = list(tts.stream(LONG, voice=[]))
+    assert len(chunks) > 1
+    assert [c.piece for c in chunks] == list(range(len(chunks)))
+    assert " ".join(c.text for c in chunks) == LONG
+    for n, prompt in enumerate(prompts(tts)):
+        said = [c.codes for c in chunks[:n]]
+        np.testing.assert_array_equal(codes_in(prompt), np.concatenate(said, axis=1) if said else np.zeros((4, 0)))
+
+
+def test_speak_drains_stream(tts: TTS) -> None:
+    chunks, speech = list(tts.stream(LONG, seed=1)), tts.speak(LONG, seed=1)
+    np.testing.assert_array_equal(speech.pcm, np.concatenate([c.pcm for c in chunks]))
+    assert speech.info.stop_reasons == tuple(c.stop_reason for c in chunks)
+    assert {c.seed for c in chunks} == {1}
+
+
+@pytest.mark.parametrize(
+    ("asked", "names"),
+    [(None, ["anna"]), ("ben", ["ben"]), (["ben", "anna"], ["ben", "anna"]), ([], []), (voice("own", frames=3), ["own"])],
+    ids=["default", "name", "several", "none", "voice"],
+)
+def test_voices_go_into_the_prompt(tts: TTS, asked: Any, names: list[str]) -> None:
+    tts.speak("Hello world!", voice=asked)
+    known = {"anna": tts.voice("anna"), "ben": tts.voice("ben"), "own": voice("own", frames=3)}
+    expected = [known[name].codes for name in names]
+    np.testing.assert_array_equal(codes_in(prompts(tts)[0]), np.concatenate(expected, axis=1) if expected else np.zeros((4, 0)))
+
+
+def test_a_bundle_without_voices_speaks_without_one(tmp_path: Path) -> None:
+    bundle = fake_bundle(tmp_path / "bundle")
+    tts = TTS(bundle, fake_engines(LM, CODEC, SPOKEN))
+    assert codes_in(prompts_after(tts, "Hello!")).shape == (4, 0)
+    with pytest.raises(VoiceError, match="it has: none"):
+        tts.voice("anna")
+
+
+def prompts_after(tts: TTS, text: str, **options: Any) -> np.ndarray:
+    tts.speak(text, **options)
+    return prompts(tts)[-1]
+
+
+def test_system_text_changes_the_prompt(tts: TTS) -> None:
+    assert not np.array_equal(prompts_after(tts, "Hello!"), prompts_after(tts, "Hello!", system="Speak slowly."))
+
+
+def test_a_limit_is_reported_for_each_piece(tts: TTS) -> None:
+    chunks = list(tts.stream(LONG, max_frames=2))
+    assert {c.stop_reason for c in chunks} == {"max_frames"}
+    assert {c.codes.shape[1] for c in chunks} == {2}
+
+
+def test_speech_is_never_longer_than_the_codec_takes(tmp_path: Path) -> None:
+    codec = replace(CODEC, max_frames=3)
+    speech = fake_tts(tmp_path, codec=codec).speak("Hello world!", voice=[], max_frames=100)
+    assert (speech.codes.shape[1], speech.info.stop_reasons) == (3, ("max_frames",))
+
+
+def test_progress_is_told_after_every_frame(tts: TTS) -> None:
+    told: list[Progress] = []
+    chunks = list(tts.stream(LONG, progress=told.append))
+    assert [p.frames for p in told] == list(range(1, 1 + 4 * len(chunks)))
+    assert told[-1].piece == len(chunks) - 1
+    assert {p.pieces for p in told} == {len(chunks)}
+    assert told[-1].audio_s == told[-1].frames * CODEC.hop / CODEC.sample_rate
+
+
+def test_codes_that_the_codec_lacks_become_its_last_but_the_history_keeps_them(tmp_path: Path) -> None:
+    codec = replace(CODEC, codebook_sizes=(160, 5, 5, 5))
+    tts = fake_tts(tmp_path, codec=codec)
+    chunks = list(tts.stream(LONG, voice=[]))
+    drawn = np.array([expected_codes(LM, main) for main in SPOKEN]).T
+    assert drawn[1:].max() >= 5
+    np.testing.assert_array_equal(chunks[0].codes, np.minimum(drawn, [[159], [4], [4], [4]]))
+    np.testing.assert_array_equal(codes_in(prompts(tts)[1]), drawn)
+    tts.decode(chunks[0].codes)
+
+
+def test_upstream_compat_drops_the_last_column_even_at_a_limit(tts: TTS) -> None:
+    speech = tts.speak("Hello world!", upstream_compat=True, max_frames=3)
+    assert (speech.codes.shape[1], speech.info.stop_reasons) == (2, ("max_frames",))
+
+
+def test_a_model_that_says_nothing_is_an_error(tmp_path: Path) -> None:
+    tts = fake_tts(tmp_path, [])
+    with pytest.raises(FishrtError, match="before it said anything"):
+        tts.speak("Hello world!")
+    (chunk,) = tts.stream("Hello world!")
+    assert (chunk.codes.shape, chunk.pcm.shape, chunk.stop_reason) == ((4, 0), (0,), "end")
+
+
+BAD: dict[str, tuple[dict[str, Any], type[FishrtError], str]] = {
+    "no text": ({"text": ""}, PromptError, "empty"),
+    "nothing to speak": ({"text": "..."}, PromptError, "nothing to speak"),
+    "unknown voice": ({"voice": "carl"}, VoiceError, "no voice 'carl'; it has: anna, ben"),
+    "another codec's voice": ({"voice": voice(fingerprint="0" * 64)}, VoiceError, "made with the codec 000000"),
+    "codes out of range": ({"voice": voice(codes=np.full((4, 3), 160))}, VoiceError, "160"),
+    "too few codebooks": ({"voice": voice(codes=np.zeros((3, 3), np.int64))}, VoiceError, "3 codebooks"),
+    "seed": ({"seed": -1}, SamplingError, "seed is -1"),
+    "max_frames": ({"max_frames": 0}, SamplingError, "max_frames is 0"),
+    "system": ({"system": " "}, PromptError, "system"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+@pytest.mark.parametrize("call", ["speak", "stream"])
+def test_what_is_wrong_with_a_request_is_told_before_anything_runs(tts: TTS, case: str, call: str) -> None:
+    options, error, says = BAD[case]
+    with pytest.raises(error, match=says):
+        getattr(tts, call)(**{"text": "Hello world!", **options})
+    assert not prompts(tts)
+
+
+def test_memory_that_does_not_suffice_is_an_error_for_users(tts: TTS, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_memory(*_: Any) -> Any:
+        raise MemoryError("Unable to allocate")
+
+    for role in ("slow_ar", "codec_encode", "codec_decode"):
+        monkeypatch.setattr(tts._engines[role], "_function", no_memory)
+    with pytest.raises(FishrtError, match="not enough memory"):
+        tts.speak("Hello world!")
+    with pytest.raises(FishrtError, match="not enough memory"):
+        tts.encode(np.zeros(1000, np.float32), 16000)
+    with pytest.raises(FishrtError, match="not enough memory"):
+        tts.decode(np.zeros((4, 2), int))
+
+
+def test_encode_resamples(tts: TTS) -> None:
+    assert tts.encode(np.zeros(44100), 44100).shape == (4, 25)
+    fed = tts._engines["codec_encode"].calls[0]["audio"]  # type: ignore[attr-defined]
+    assert fed.shape == (1, 1, 16000)
+    with pytest.raises(AudioError, match=r"\[2, 9\]"):
+        tts.encode(np.zeros((2, 9)), 44100)
+    with pytest.raises(AudioError, match="int16"):
+        tts.encode(np.zeros(9, np.int16), 44100)
+
+
+def test_a_voice_is_made_from_audio(tts: TTS) -> None:
+    own = Voice.from_audio(tts, (np.sin(np.arange(32000) / 20).astype(np.float32), 32000), "La la la.", name="own")
+    assert (own.codes.shape, own.fingerprint) == ((4, 25), CODEC.fingerprint)
+    np.testing.assert_array_equal(codes_in(prompts_after(tts, "Hello!", voice=own)), own.codes)
+
+
+def test_graphs_are_opened_when_they_are_needed(tmp_path: Path) -> None:
+    tts = TTS.load(fake_bundle(tmp_path / "bundle"), provider="cpu")
+    with pytest.raises(GraphError, match=r"codec_decode\.onnx"):
+        tts.decode(np.zeros((4, 2), int))
+    with pytest.raises(GraphError, match=r"slow_ar\.onnx"):
+        tts.speak("Hello!")
+
+
+def test_a_missing_graph_is_named(tmp_path: Path) -> None:
+    bundle = fake_bundle(tmp_path / "bundle")
+    graphs = {role: spec for role, spec in bundle.manifest.graphs.items() if role != "codec_encode"}
+    tts = TTS.load(Bundle(bundle.path, replace(bundle.manifest, graphs=graphs)))
+    with pytest.raises(BundleError, match="'codec_encode'"):
+        tts.encode(np.zeros(100, np.float32), 16000)
+
+
+def test_a_provider_is_refused_when_the_bundle_is_loaded(tmp_path: Path) -> None:
+    with pytest.raises(ProviderError, match="'gpu'"):
+        TTS.load(fake_bundle(tmp_path / "bundle").path, provider="gpu")
+
+
+def test_a_folder_that_is_no_bundle_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="not a bundle"):
+        TTS.load(tmp_path)
+
+
+def test_the_embedded_bundle_is_found_or_its_absence_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "runtime" / "fishrt"
+    package.mkdir(parents=True)
+    monkeypatch.setattr("fishrt.tts.__file__", str(package / "tts.py"))
+    with pytest.raises(BundleError, match="no embedded voice"):
+        embedded_bundle()
+    (tmp_path / "runtime" / "minnow").mkdir()
+    assert embedded_bundle() == tmp_path / "runtime" / "minnow"
+    (package / "minnow").mkdir()
+    assert embedded_bundle() == package / "minnow"

@@ -1,0 +1,297 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import soundfile
+
+from fishrt.errors import AudioError, PromptError, VoiceError
+from fishrt.voices import Voice, VoiceStore, read_codes, user_folder
+from helpers_text import language_model, manifest, voice
+
+RATE = 16000
+
+
+class FakeTts:
+    """Encodes a recording to as many frames as it has."""
+
+    def __init__(self, content=None):
+        self.bundle = SimpleNamespace(manifest=content or manifest())
+
+    def encode(self, pcm, rate):
+        codec = self.bundle.manifest.codec
+        frames = -(-len(pcm) * codec.sample_rate // rate // codec.hop)
+        return np.full((len(codec.codebook_sizes), frames), 5, dtype=np.int64)
+
+
+def tone(seconds: float, rate: int = RATE) -> np.ndarray:
+    return np.sin(np.arange(int(seconds * rate)) * 0.1).astype(np.float32) * 0.5
+
+
+@pytest.fixture
+def store(tmp_path):
+    return VoiceStore(tmp_path / "voices")
+
+
+def same(a: Voice, b: Voice) -> bool:
+    texts = (a.name, a.transcript, a.fingerprint) == (b.name, b.transcript, b.fingerprint)
+    return texts and a.codes.dtype == b.codes.dtype and np.array_equal(a.codes, b.codes)
+
+
+def test_a_store_gives_back_what_it_was_given(store):
+    assert store.list() == []
+    first, second = voice("Anna-Marie 2", "Grüße, 世界!"), voice("bob_b", fingerprint=None)
+    assert store.add(first) == store.folder / "Anna-Marie 2"
+    store.add(second)
+    assert store.list() == ["Anna-Marie 2", "bob_b"]
+    assert same(store.load("Anna-Marie 2"), first)
+    assert same(store.load("bob_b"), second)
+    assert {p.name for p in (store.folder / "bob_b").iterdir()} == {"voice.json", "codes.npy"}
+    store.remove("bob_b")
+    assert store.list() == ["Anna-Marie 2"]
+    assert [p.name for p in store.folder.iterdir()] == ["Anna-Marie 2"]
+
+
+def test_a_taken_name_needs_force(store):
+    store.add(voice(transcript="old"))
+    with pytest.raises(VoiceError, match="already"):
+        store.add(voice(transcript="new"))
+    assert store.load("anna").transcript == "old"
+    store.add(voice(transcript="new"), force=True)
+    assert store.load("anna").transcript == "new"
+    assert [p.name for p in store.folder.iterdir()] == ["anna"]
+
+
+def test_a_failed_write_leaves_the_old_voice(store, monkeypatch):
+    store.add(voice(transcript="old"))
+    rename = Path.rename
+
+    def failing(self, target):
+        if self.name == "new":
+            raise OSError(28, "No space left on device")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(VoiceError, match="No space left"):
+        store.add(voice(transcript="new"), force=True)
+    assert store.load("anna").transcript == "old"
+    assert [p.name for p in store.folder.iterdir()] == ["anna"]
+
+
+@pytest.mark.parametrize("name", ["", " ", " a", "a ", "..", ".", "a/b", "a\\b", "ä", "a\n", ".a", "a" * 256, "a:b"])
+def test_bad_names(store, name):
+    for action in (lambda: store.add(voice(name)), lambda: store.load(name), lambda: store.remove(name)):
+        with pytest.raises(VoiceError, match="cannot be the name"):
+            action()
+    assert not store.folder.exists()
+
+
+def test_the_longest_name(store):
+    store.add(voice("a" * 255))
+    assert store.list() == ["a" * 255]
+
+
+def test_an_unknown_voice_lists_the_known(store):
+    store.add(voice("bob"))
+    for action in (store.load, store.remove):
+        with pytest.raises(VoiceError, match=r"no voice 'carl'.*bob"):
+            action("carl")
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("voice.json", b"{", "not JSON"),
+        ("voice.json", b"[]", "not a JSON object"),
+        ("voice.json", b"\xff", "not UTF-8"),
+        ("voice.json", b'{"schema": 2}', "schema 2"),
+        ("voice.json", b'{"schema": 1, "transcript": "x"}', "keys"),
+        ("voice.json", b'{"schema": 1, "transcript": 3, "fingerprint": null}', "damaged"),
+        ("codes.npy", None, "cannot be read"),
+        ("codes.npy", b"", "not an array"),
+        ("codes.npy", b"\x93NUMPY\x01\x00", "not an array"),
+    ],
+)
+def test_damaged_files_are_named(store, file, content, message):
+    path = store.add(voice()) / file
+    path.unlink() if content is None else path.write_bytes(content)
+    with pytest.raises(VoiceError, match=message) as caught:
+        store.load("anna")
+    assert file in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", ["int64", "int32", "uint16", "uint8"])
+def test_codes_of_any_integer_type(tmp_path, dtype):
+    codes = np.arange(12).reshape(3, 4)
+    np.save(tmp_path / "a.npy", codes.astype(dtype))
+    np.save(tmp_path / "b.npy", codes[None].astype(dtype))
+    for name in ("a.npy", "b.npy"):
+        read = read_codes(tmp_path / name)
+        assert read.dtype == np.int64
+        np.testing.assert_array_equal(read, codes)
+        assert type(read) is np.ndarray
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.zeros((2, 3), np.float32),
+        np.zeros(3, np.int64),
+        np.zeros((2, 2, 3), np.int64),
+        np.zeros((2, 0), np.int64),
+        np.full((2, 3), -1),
+        np.zeros((2, 3), bool),
+        np.array({"a": 1}),
+    ],
+    ids=["floats", "1-d", "two of them", "no frames", "negative", "booleans", "pickle"],
+)
+def test_what_is_no_array_of_codes(tmp_path, array):
+    np.save(tmp_path / "a.npy", array, allow_pickle=True)
+    with pytest.raises(VoiceError, match=r"a\.npy"):
+        read_codes(tmp_path / "a.npy")
+
+
+def test_a_truncated_or_lying_file_costs_no_memory(tmp_path):
+    path = tmp_path / "a.npy"
+    np.save(path, np.zeros((4, 100), np.int64))
+    data = path.read_bytes()
+    path.write_bytes(data[:-1])
+    with pytest.raises(VoiceError, match=r"a\.npy"):
+        read_codes(path)
+    path.write_bytes(data.replace(b"(4, 100), }            ", b"(4, 100000000000000), }"))
+    assert b"100000000000000" in path.read_bytes()
+    with pytest.raises(VoiceError, match=r"a\.npy"):
+        read_codes(path)
+
+
+def test_upstream_references(store):
+    folder = store.folder / "some speaker"
+    folder.mkdir(parents=True)
+    for name, seconds, text in (("b.wav", 1.0, "Second one."), ("a.flac", 0.5, "First one.\n")):
+        soundfile.write(folder / name, tone(seconds), RATE)
+        (folder / name).with_suffix(".lab").write_text(text, encoding="utf-8")
+    assert store.list() == ["some speaker"]
+    loaded = store.load("some speaker", FakeTts())
+    assert loaded.transcript == "First one.\nSecond one."
+    assert loaded.codes.shape == (4, 13 + 25)
+    assert loaded.fingerprint == manifest().codec.fingerprint
+    with pytest.raises(VoiceError, match="encoded first"):
+        store.load("some speaker")
+    for refused in (lambda: store.remove("some speaker"), lambda: store.add(voice("some speaker"), force=True)):
+        with pytest.raises(VoiceError, match="left alone"):
+            refused()
+    assert len(list(folder.iterdir())) == 4
+
+
+@pytest.mark.parametrize(("content", "message"), [(b"caf\xe9", "not UTF-8"), (None, "cannot be read"), (b" \n", "no transcript")])
+def test_upstream_references_with_a_bad_transcript(store, content, message):
+    folder = store.folder / "x"
+    folder.mkdir(parents=True)
+    soundfile.write(folder / "a.wav", tone(1), RATE)
+    if content is not None:
+        (folder / "a.lab").write_bytes(content)
+    with pytest.raises(VoiceError, match=message) as caught:
+        store.load("x", FakeTts())
+    assert "a.lab" in str(caught.value) or "'x'" in str(caught.value)
+
+
+def test_fish_speech_rs_index(store):
+    store.folder.mkdir()
+    (store.folder / "index.json").write_text(
+        json.dumps({"speakers": {"default": "Hello there.", "../evil": "x"}}), encoding="utf-8"
+    )
+    codes = np.arange(8).reshape(4, 2)
+    np.save(store.folder / "default.npy", codes.astype(np.uint32))
+    assert store.list() == ["default"]
+    loaded = store.load("default")
+    assert same(loaded, Voice("default", codes.astype(np.int64), "Hello there.", None))
+    loaded.check(manifest())
+    with pytest.raises(VoiceError, match="left alone"):
+        store.remove("default")
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"speakers": []}', '{"speakers": {"a": 1}}', "nonsense"])
+def test_a_bad_index(store, content):
+    store.folder.mkdir()
+    (store.folder / "index.json").write_text(content, encoding="utf-8")
+    with pytest.raises(VoiceError, match=r"index\.json"):
+        store.list()
+
+
+def test_check_accepts_its_own_bundle_only():
+    voice().check(manifest())
+    voice(fingerprint=None).check(manifest())
+    with pytest.raises(VoiceError, match=r"made with the codec ffffffffffff…; this bundle's is a1b2c3d4") as caught:
+        voice(fingerprint="f" * 64).check(manifest())
+    assert "add it again" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("codes", "message"),
+    [
+        (np.zeros((3, 5), np.int64), "3 codebooks"),
+        (np.zeros((5, 5), np.int64), "5 codebooks"),
+        (np.zeros((4, 0), np.int64), "0 frames"),
+        (np.zeros(4, np.int64), "not codes"),
+        (np.array([[0], [0], [160], [0]]), "160.*codebook 2"),
+        (np.array([[-1], [0], [0], [0]]), "-1.*codebook 0"),
+    ],
+)
+def test_check_of_codes(codes, message):
+    with pytest.raises(VoiceError, match=message):
+        voice(codes=codes).check(manifest())
+
+
+def test_from_audio(tmp_path):
+    soundfile.write(tmp_path / "a.wav", np.stack([tone(1.0, 8000)] * 2, axis=1), 8000)
+    for audio in (tmp_path / "a.wav", str(tmp_path / "a.wav"), (tone(1.0), RATE)):
+        made = Voice.from_audio(FakeTts(), audio, " What I say. ", name="me")
+        assert (made.name, made.transcript, made.codes.shape) == ("me", "What I say.", (4, 25))
+        made.check(manifest())
+
+
+@pytest.mark.parametrize(
+    ("audio", "transcript", "error", "message"),
+    [
+        ((tone(0.19), RATE), "x", AudioError, r"too short: 0\.19 s; a voice takes 0\.2 s to 20\.0 s"),
+        ((tone(20.1), RATE), "x", AudioError, r"too long: 20\.10 s"),
+        ((np.zeros(RATE, np.float32), RATE), "x", VoiceError, "silent"),
+        ((np.full(RATE, 9e-4, np.float32), RATE), "x", VoiceError, "silent"),
+        ((np.full(RATE, np.nan, np.float32), RATE), "x", VoiceError, "not numbers"),
+        ((tone(1), RATE), " ", VoiceError, "no transcript"),
+        ((tone(1), RATE), "\udcff", PromptError, "UTF-8"),
+    ],
+)
+def test_recordings_that_make_no_voice(audio, transcript, error, message):
+    with pytest.raises(error, match=message):
+        Voice.from_audio(FakeTts(), audio, transcript)
+
+
+def test_a_recording_must_fit_the_context_too():
+    small = FakeTts(dataclasses.replace(manifest(), language_model=language_model(max_seq_len=200)))
+    with pytest.raises(AudioError, match=r"0\.2 s to 4\.0 s"):
+        Voice.from_audio(small, (tone(5), RATE), "x")
+
+
+@pytest.mark.parametrize("content", [None, b"", b"RIFF", b"text"])
+def test_a_file_that_is_no_audio_is_named(tmp_path, content):
+    path = tmp_path / "a.wav"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(AudioError, match=r"a\.wav"):
+        Voice.from_audio(FakeTts(), path, "x")
+
+
+def test_where_voices_lie(monkeypatch, tmp_path):
+    monkeypatch.setenv("FISHRT_VOICE_DIR", str(tmp_path / "a"))
+    assert user_folder() == tmp_path / "a"
+    monkeypatch.delenv("FISHRT_VOICE_DIR")
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    assert user_folder() == tmp_path / "fishrt" / "voices"
+    for ignored in ("", "relative"):
+        monkeypatch.setenv("XDG_DATA_HOME", ignored)
+        assert user_folder() == Path.home() / ".local/share/fishrt/voices"

@@ -1,0 +1,132 @@
+"""Tiny models in the official layout, exported: the golden checkpoints, whatever their sizes.
+
+Tests reach these through the fixtures of conftest.py, so that each graph is exported once in a session.
+"""
+
+from __future__ import annotations
+
+import shutil
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fishrt.bundle import Bundle
+from fishrt.generate import DualAR
+from fishrt_engines import Engine, open_engine
+from fishrt_export import export_bundle
+from fishrt_export.bundle import describe_language_model
+from fishrt_export.codec.dac import Dac
+from fishrt_export.fast_ar import FastAR
+from fishrt_export.graphs import CodecSource, GraphJob, LanguageModelSource, open_codec, open_language_model
+from fishrt_export.slow_ar import SlowAR
+from tolerances import TOLERANCES
+
+
+class GoldenModel:
+    """The modules, the graphs and the vectors of one golden folder; each is made when it is first asked for.
+
+    The halves are kept apart: vectors of other sizes need not fit each other.
+    """
+
+    def __init__(self, golden: Path, folder: Path) -> None:
+        self.golden, self.folder = golden, folder
+        self._engines: dict[tuple[str, str], Engine] = {}
+
+    @cached_property
+    def lm(self) -> LanguageModelSource:
+        return open_language_model(self.golden / "lm/checkpoint")
+
+    @cached_property
+    def codec(self) -> CodecSource:
+        return open_codec(self.golden / "codec/checkpoint")
+
+    @cached_property
+    def slow_ar(self) -> SlowAR:
+        return self.lm.slow_ar("full")
+
+    @cached_property
+    def fast_ar(self) -> FastAR:
+        return self.lm.fast_ar()
+
+    @cached_property
+    def dac(self) -> Dac:
+        return self.codec.dac()
+
+    @cached_property
+    def fits(self) -> bool:
+        """Whether the halves can be one model."""
+        return self.lm.config.num_codebooks == len(self.codec.config.codebook_sizes)
+
+    @cached_property
+    def checkpoint(self) -> Path:
+        """One checkpoint folder, as the publisher ships it, of the two halves."""
+        folder = self.folder / "checkpoint"
+        for half in ("lm", "codec"):
+            shutil.copytree(self.golden / half / "checkpoint", folder, dirs_exist_ok=True)
+        return folder
+
+    @cached_property
+    def bundle(self) -> Bundle:
+        return export_bundle(self.checkpoint, self.folder / "bundle")
+
+    def file(self, role: str, head: str = "audio") -> Path:
+        """The exported graph: that of the bundle, where there is one."""
+        job = self._job(role, head)
+        if head == "audio" and self.fits:
+            return self.bundle.file(job.spec.file)
+        folder = self.folder / f"{role}-{head}"
+        if not folder.exists():
+            folder.mkdir()
+            job.run(folder)
+        return folder / job.spec.file
+
+    def engine(self, role: str, head: str = "audio") -> Engine:
+        """The exported graph in ONNX Runtime on the CPU."""
+        if (role, head) not in self._engines:
+            self._engines[role, head] = open_engine(self.file(role, head), self._job(role, head).spec, provider="cpu")
+        return self._engines[role, head]
+
+    def dual_ar(self, head: str) -> DualAR:
+        return DualAR(self.engine("slow_ar", head), self.engine("fast_ar"), describe_language_model(self.lm, head))
+
+    def _job(self, role: str, head: str) -> GraphJob:
+        jobs = self.codec.jobs() if role.startswith("codec") else self.lm.jobs(head)
+        return next(job for job in jobs if job.role == role)
+
+
+def assert_same_table(actual: torch.Tensor, expected: np.ndarray) -> None:
+    """Rotary tables, of bfloat16 values: rare entries may be rounded the other way."""
+    difference = np.abs(actual.numpy() - expected)
+    assert difference.max() <= TOLERANCES["rope"]
+    assert (difference > 0).sum() <= 1 + difference.size // 1000
+
+
+def caches(spec_states: Any, **dims: int) -> list[torch.Tensor]:
+    """Empty caches for a torch module, from a spec's state tensors."""
+    return [torch.zeros(tensor.resolve(dims)) for tensor in spec_states]
+
+
+def prefill_feeds(prompts: list[np.ndarray]) -> dict[str, np.ndarray]:
+    """Feeds of slow_ar for prompts int64 [1 + C, length] of any lengths, padded on the right with zeros."""
+    lengths = np.array([prompt.shape[1] for prompt in prompts])
+    longest = int(lengths.max())
+    return {
+        "prompt": np.stack([np.pad(prompt, ((0, 0), (0, longest - prompt.shape[1]))) for prompt in prompts]),
+        "position_ids": np.tile(np.arange(longest), (len(prompts), 1)),
+        "write_index": np.zeros(len(prompts), np.int64),
+        "last_index": lengths - 1,
+    }
+
+
+def chunk_feeds(columns: np.ndarray, starts: np.ndarray) -> dict[str, np.ndarray]:
+    """Feeds of slow_ar for columns int64 [batch, 1 + C, length] that go on at the positions `starts` [batch]."""
+    length = columns.shape[2]
+    return {
+        "prompt": np.ascontiguousarray(columns),
+        "position_ids": starts[:, None] + np.arange(length),
+        "write_index": starts,
+        "last_index": np.full(len(starts), length - 1),
+    }

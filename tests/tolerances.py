@@ -1,0 +1,18 @@
+"""The only place for tolerances. Each is the largest absolute difference allowed, with the measurement behind it."""
+
+TOLERANCES = {
+    # Probabilities after the filters. The vectors' own suggestion; measured: 3e-8 where the same entries are kept.
+    "probs": 1e-6,
+    # Distance of an entry's cumulative probability from top_p within which rounding decides whether it is kept. Measured: torch's
+    # float32 softmax of 200 logits adds up to 1 + 1.8e-7, so that top_p = 1 removes the last entry there (sampler/2, p = 9e-7).
+    "cumulative": 5e-7,
+    # Logits, hidden vectors and caches of slow and fast AR. The vectors' own suggestion; measured: 3e-5 on logits of up to 45.
+    "lm": 5e-4,
+    # One unit in the last place of a bfloat16 near 1. The originals' tables come from float32 angles, so a rare entry is rounded
+    # the other way (12 of 37,888 in one of their files); measured here: none.
+    "rope": 2**-8,
+    # Our float32 modules and graphs against a float64 numpy model of 2 layers. Measured: 3.4e-6.
+    "reference": 2e-5,
+    # Audio of the same frames in sequences or batches of other sizes: other kernels, other orders of summation. Measured: 1e-6.
+    "prefix": 1e-5,
+}
