@@ -33,6 +33,9 @@ class FakeState:
     def read(self, name: str) -> Array:
         return self.arrays[name].copy()
 
+    def grow(self, **dims: int) -> None:
+        self.dims.update(dims)
+
 
 class FakeEngine:
     """`function(feeds, state)` gives the results. `calls` and `states` keep what was asked for."""

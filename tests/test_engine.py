@@ -71,6 +71,22 @@ def test_state_is_updated_in_place_and_carried(engine) -> None:
     assert state.dims == {"batch": 1, "cache": 8}
 
 
+def test_a_grown_state_keeps_what_it_held(engine) -> None:
+    state = engine.new_state(batch=2, cache=2)
+    engine.run(feeds([1, 2], 0, batch=2), state)
+    state.grow(cache=5)
+    assert state.dims == {"batch": 2, "cache": 5}
+    assert engine.run(feeds([4], 2, batch=2), state)["total"].tolist() == [[7.0] * WIDTH] * 2
+    assert state.read("cache")[1, 0, :, 0].tolist() == [1, 2, 4, 0, 0]
+
+
+@pytest.mark.parametrize("dims", [{"cache": 3}, {"length": 9}], ids=["smaller", "unknown"])
+def test_a_state_cannot_grow_to(engine, dims: dict[str, int]) -> None:
+    state = engine.new_state(batch=1, cache=4)
+    with pytest.raises(ValueError, match="cannot become"):
+        state.grow(**dims)
+
+
 def test_what_read_gives_is_a_copy(engine) -> None:
     state = engine.new_state(batch=1, cache=4)
     state.read("cache")[:] = 9

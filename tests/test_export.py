@@ -17,11 +17,13 @@ import soundfile
 import torch
 
 import fishrt_export.graphs
-from fishrt.bundle import Bundle
+from fishrt.bundle import Bundle, SamplingDefaults
 from fishrt.errors import AudioError, BundleError, VoiceError
 from fishrt.voices import VoiceStore
 from fishrt_export import export_bundle, peak_memory
 from fishrt_export.errors import ExportError
+from fishrt_export.families import DEFAULTS, S2
+from fishrt_export.graphs import open_language_model
 from fishrt_export.licence import UNKNOWN, copy_licence
 from fishrt_export.voices import check_references, encode_references
 from synthetic import PLAIN, random_weights, write_flat
@@ -106,6 +108,25 @@ def test_halves_of_different_models(checkpoint: Path, out: Path) -> None:
     for path in checkpoint.glob("*.safetensors*"):
         path.unlink()
     with pytest.raises(ExportError, match="3 codebooks and the codec has"):
+        export_bundle(checkpoint, out)
+    assert_nothing_left(out)
+
+
+OWN_DEFAULTS = {"chunk_bytes": 99, "sampling": {"temperature": 0.5, "top_p": 0.6, "top_k": None, "repetition_aware": None}}
+
+
+def test_a_checkpoint_may_bring_its_own_defaults(checkpoint: Path) -> None:
+    assert open_language_model(checkpoint).family == S2
+    (checkpoint / DEFAULTS).write_text(json.dumps(OWN_DEFAULTS))
+    family = open_language_model(checkpoint).family
+    assert (family.chunk_bytes, family.sampling) == (99, SamplingDefaults(0.5, 0.6, None, None))
+
+
+@pytest.mark.usefixtures("no_graphs")
+@pytest.mark.parametrize("text", ["{", "[]", json.dumps({**OWN_DEFAULTS, "topk": 3}), json.dumps({"chunk_bytes": 99})])
+def test_defaults_that_are_not_valid(checkpoint: Path, out: Path, text: str) -> None:
+    (checkpoint / DEFAULTS).write_text(text)
+    with pytest.raises(ExportError, match=DEFAULTS):
         export_bundle(checkpoint, out)
     assert_nothing_left(out)
 

@@ -11,6 +11,7 @@ import pytest
 from fakes import expected_codes, fake_dual_ar
 from fishrt.bundle import RepetitionAware
 from fishrt.errors import PromptError, SamplingError
+from fishrt import generate
 from fishrt.generate import Columns, DualAR, generate_frames
 from fishrt.sampling import Sampling, SeededNoise
 from helpers_text import language_model
@@ -74,12 +75,15 @@ def test_columns_are_fed_back_as_drawn() -> None:
     assert columns[-1].shape == (1 + LM.num_codebooks,)
 
 
-def test_the_cache_is_as_long_as_prompt_and_limit_and_no_longer_than_the_context() -> None:
+def test_the_cache_grows_with_what_is_said_up_to_prompt_and_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generate, "FIRST_FRAMES", 2)
     model = fake_dual_ar(LM, SPOKEN)
-    frames(model, max_frames=9)
-    frames(model, max_frames=100_000)
-    states = model.slow.states  # type: ignore[attr-defined]
-    assert [state.dims["cache"] for state in states] == [6 + 9, LM.max_seq_len]
+    sizes = []
+    for limit in (1, len(SPOKEN), 100_000):
+        frames(model, max_frames=limit)
+        sizes.append(model.slow.states[-1].dims["cache"])  # type: ignore[attr-defined]
+    # The prompt has 6 columns; the fake refuses a call that goes past its cache.
+    assert sizes == [6 + 1, min(16, 6 + len(SPOKEN)), 16]
 
 
 def test_an_end_in_the_first_column_says_nothing() -> None:

@@ -25,6 +25,10 @@ class State(Protocol):
         """A copy of one state tensor, by its input name."""
         ...
 
+    def grow(self, **dims: int) -> None:
+        """Enlarges dimensions. What is there stays where it is; the new part is zeros. Raises FishrtError if memory lacks."""
+        ...
+
 
 class Engine(Protocol):
     """One loaded graph."""

@@ -88,6 +88,16 @@ class OrtState:
         """A copy of one state tensor, by its input name."""
         return self.arrays[name].copy()
 
+    def grow(self, **dims: int) -> None:
+        """See `base.State.grow`. Raises ValueError for a dimension that is unknown or would shrink."""
+        if bad := [f"{name} = {size}" for name, size in dims.items() if size < self.dims.get(name, size + 1)]:
+            raise ValueError(f"state dimensions cannot become {', '.join(bad)}; they are {self.dims}")
+        larger = self.owner.new_state(**{**self.dims, **dims})
+        for name, array in self.arrays.items():
+            larger.arrays[name][tuple(map(slice, array.shape))] = array
+        self.dims, self.arrays = larger.dims, larger.arrays
+        self.plans.clear()
+
 
 class OrtEngine:
     """One graph in one ONNX Runtime session. See `base.Engine`."""

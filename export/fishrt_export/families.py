@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
 
-from fishrt.bundle import RepetitionAware, SamplingDefaults
+from fishrt.bundle import RepetitionAware, SamplingDefaults, parse_dataclass
+from fishrt.errors import BundleError
 
 from .config import flatten, is_nested
 from .errors import ExportError
 
 END = "<|im_end|>"
+DEFAULTS = "fishrt.json"
+"""A file of ours that a checkpoint folder may hold: defaults of this checkpoint in place of its family's."""
 MAX_SEMANTIC = 4096
 """Upstream looks for `<|semantic:i|>` only below this."""
 
@@ -40,6 +44,14 @@ S2 = Family(
         repetition_aware=RepetitionAware(window=10, temperature=1.0, top_p=0.9),
     ),
 )
+
+
+@dataclass(frozen=True, slots=True)
+class Defaults:
+    """What `fishrt.json` says; see the manifest's entries of these names."""
+
+    chunk_bytes: int
+    sampling: SamplingDefaults
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +84,18 @@ def identify(config: Mapping[str, Any], vocabulary: Mapping[str, int]) -> Family
         "this checkpoint is of a family that this version does not export: its tokenizer has no <|semantic:0|>",
         hint="Fish Audio S2-Pro is supported",
     )
+
+
+def with_defaults(family: Family, checkpoint: Path) -> Family:
+    """The family with the checkpoint's own defaults, if it has a `fishrt.json`. Raises ExportError for one that is not valid."""
+    path = checkpoint / DEFAULTS
+    if not path.exists():
+        return family
+    try:
+        own = parse_dataclass(Defaults, json.loads(path.read_text(encoding="utf-8")), DEFAULTS)
+    except (OSError, ValueError, BundleError) as error:
+        raise ExportError(f"{path} is not valid: {error}", hint="mend it, or take it away to use the family's defaults") from None
+    return replace(family, chunk_bytes=own.chunk_bytes, sampling=own.sampling)
 
 
 def find_ids(config: Mapping[str, Any], vocabulary: Mapping[str, int], vocab_size: int) -> AudioIds:

@@ -20,7 +20,7 @@ from .codec.load import fingerprint, fuse_codec, read_codec_config, read_stored_
 from .codec.margins import code_margins
 from .config import ModelConfig, read_config
 from .errors import ExportError
-from .families import AudioIds, Family, find_ids, identify, read_vocabulary
+from .families import AudioIds, Family, find_ids, identify, read_vocabulary, with_defaults
 from .fast_ar import FastAR, fast_ar_spec
 from .slow_ar import SlowAR, slow_ar_spec
 from .trace import Derived, export_graph
@@ -182,7 +182,7 @@ def open_language_model(folder: Path) -> LanguageModelSource:
     files = find_language_model(folder)
     config = read_config(files.config)
     vocabulary = read_vocabulary(files.tokenizer)
-    family = identify(files.config, vocabulary)
+    family = with_defaults(identify(files.config, vocabulary), folder)
     ids = find_ids(files.config, vocabulary, config.vocab_size)
     weights = flat_names(read_weights(files.weights), tied_head=config.tied_head)
     return LanguageModelSource(config, family, ids, files.tokenizer, weights)

@@ -119,6 +119,11 @@ class Voices:
     default: str
     names: tuple[str, ...]
 
+    @property
+    def ordered(self) -> tuple[str, ...]:
+        """All names, the default first: the i-th answers to `<|speaker:i|>` when no voice is asked for."""
+        return (self.default, *(name for name in self.names if name != self.default))
+
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
@@ -161,7 +166,7 @@ class Manifest:
                 f"{MANIFEST} has schema {schema}; this version reads schema {SCHEMA}",
                 hint="update fishrt" if newer else "export the checkpoint again with this version",
             )
-        return _parse_dataclass(cls, data, "manifest")
+        return parse_dataclass(cls, data, "manifest")
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,7 +226,7 @@ def sha256(path: Path, progress: Callable[[int], None] = lambda _: None) -> str:
 def _parse(kind: Any, value: Any, where: str) -> Any:
     """`value` from JSON as the annotated type `kind`: dataclasses, dict[str, X], tuple[X, ...], unions and plain values."""
     if is_dataclass(kind):
-        return _parse_dataclass(kind, value, where)  # type: ignore[arg-type]
+        return parse_dataclass(kind, value, where)  # type: ignore[arg-type]
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (types.UnionType, typing.Union):
         for option in arguments:
@@ -238,7 +243,8 @@ def _parse(kind: Any, value: Any, where: str) -> Any:
     raise BundleError(f"{where} is {value!r}; expected {_kind_name(kind)}", hint="export the checkpoint again")
 
 
-def _parse_dataclass(kind: type[T], value: Any, where: str) -> T:
+def parse_dataclass(kind: type[T], value: Any, where: str) -> T:
+    """A dataclass from decoded JSON, strictly; `where` begins the name of what is wrong. Raises BundleError."""
     if not isinstance(value, dict):
         raise BundleError(f"{where} is {value!r}; expected an object")
     hints = typing.get_type_hints(kind)

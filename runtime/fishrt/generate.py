@@ -29,6 +29,11 @@ StopReason = Literal["end", "max_frames", "max_seq_len"]
 """The end token; as many frames as asked for; no position left in the model's context."""
 
 
+FIRST_FRAMES = 256
+"""Frames for which the slow AR's cache has room at first; it doubles when it is full. How much is said is not known before, and a
+step costs time for every row of the cache, used or not."""
+
+
 @dataclass(frozen=True, slots=True)
 class DualAR:
     """The two graphs of a language model and the ids and rules that go with them."""
@@ -70,7 +75,8 @@ class Columns(Iterator[Ints]):
         self._count = 0
         self._ids = audio_ids(lm)
         self._head = slice(None) if lm.head == "audio" else self._ids
-        self._slow_state = model.slow.new_state(batch=1, cache=length + self._limit)
+        self._most_rows = length + self._limit
+        self._slow_state = model.slow.new_state(batch=1, cache=min(length + FIRST_FRAMES, self._most_rows))
         self._fast_state = model.fast.new_state(batch=1)
         self._position = 0
         self._next_input: Ints = np.ascontiguousarray(prompt[None])
@@ -101,6 +107,8 @@ class Columns(Iterator[Ints]):
         """Feeds columns int64 [1, 1 + C, length] at the positions after those that were fed before."""
         start, length = self._position, columns.shape[2]
         self._position += length
+        if self._position > (rows := self._slow_state.dims["cache"]):
+            self._slow_state.grow(cache=min(2 * rows, self._most_rows))
         feeds = {
             "prompt": columns,
             "position_ids": np.arange(start, start + length, dtype=np.int64)[None],
@@ -159,7 +167,7 @@ def generate_frames(
 ) -> Generation:
     """Speaks a prompt, int64 [1 + C, length], frame by frame.
 
-    max_frames: None means until the end token or the end of the context. The caches are allocated for the prompt and this limit.
+    max_frames: None means until the end token or the end of the context. The cache never exceeds the prompt and this limit.
     The column of the end token is not yielded. With `upstream_compat` the literal upstream behaviour: an end token in the first
     column does not stop, and the last column is left out whatever stopped the loop, so that a limit yields one frame less.
     Raises PromptError for a prompt that does not fit the model, SamplingError for max_frames below 1.

@@ -32,6 +32,7 @@ from .errors import AudioError, BundleError, FishrtError, SamplingError, VoiceEr
 from .generate import DualAR, StopReason, generate_frames
 from .prompt import Conversation, PromptBuilder
 from .sampling import Ints, Sampling, SeededNoise
+from .text import speaker_turns
 from .tokenizer import Tokenizer
 from .voices import Voice, VoiceStore
 
@@ -173,7 +174,8 @@ class TTS:
     ) -> Speech:
         """Speaks a text.
 
-        voice: one or several; the i-th speaks `<|speaker:i|>`. None: the bundle's default voice; an empty list: none at all.
+        voice: one or several; the i-th speaks `<|speaker:i|>`. None: the bundle's default voice, or all of its voices, the default
+        first, where the text has speaker tags. An empty list: none at all.
         sampling: None means the bundle's defaults. seed: at least 0; None draws one, which `info` tells. The same seed and
         request give the same codes. max_frames: limit for each piece of text; None means what context and codec allow.
         system: takes the place of the model's usual instruction. upstream_compat: upstream's behaviour to the letter.
@@ -276,17 +278,17 @@ class TTS:
         pieces = self._prompts.split(text, upstream_compat=upstream_compat)
         return _Request(
             pieces=pieces,
-            conversation=self._prompts.start(self._voices(voice), system, upstream_compat=upstream_compat),
+            conversation=self._prompts.start(self._voices(voice, text), system, upstream_compat=upstream_compat),
             sampling=sampling or Sampling.from_defaults(manifest.language_model.sampling),
             seed=secrets.randbits(32) if seed is None else seed,
             max_frames=min(max_frames or manifest.codec.max_frames, manifest.codec.max_frames),
             upstream_compat=upstream_compat,
         )
 
-    def _voices(self, voice: VoiceLike | Sequence[VoiceLike] | None) -> list[Voice]:
+    def _voices(self, voice: VoiceLike | Sequence[VoiceLike] | None, text: str) -> list[Voice]:
         manifest = self.bundle.manifest
         if voice is None:
-            voice = manifest.voices.default if manifest.voices else ()
+            voice = () if manifest.voices is None else manifest.voices.ordered if speaker_turns(text) else manifest.voices.default
         given = [voice] if isinstance(voice, (Voice, str)) else voice
         voices = [self.voice(v) if isinstance(v, str) else v for v in given]
         for v in voices:

@@ -87,3 +87,14 @@ LANGUAGE_MODEL: dict[str, Any] = {
     },
 }
 """The `config.json` in the layout of Fish Audio S2-Pro; token ids and vocabulary size follow from the tokenizer."""
+
+DEFAULTS: dict[str, Any] = {
+    "chunk_bytes": 160,
+    "sampling": {
+        "temperature": 0.6,
+        "top_p": 0.8,
+        "top_k": 20,
+        "repetition_aware": None,
+    },
+}
+"""What the voice sounds best with; written as the checkpoint's `fishrt.json`."""

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..codec.dac import Dac, DacConfig
-from .config import CODEC, LANGUAGE_MODEL
+from .config import CODEC, DEFAULTS, LANGUAGE_MODEL
 from .synth import SAMPLE_RATE, VOICES, flite
 from .text_tokens import CONTROL, build_tokenizer, token_id
 from .train_decoder import DecodeModel, load_tokens
@@ -43,6 +43,7 @@ def write_checkpoint(folder: Path, out: Path) -> None:
     _write_json(out / "special_tokens_map.json", roles)
     torch.save(weight_normed(trained_codec(folder)), out / "codec.pth")
     _write_json(out / "codec_config.json", CODEC)
+    _write_json(out / "fishrt.json", DEFAULTS)
     for voice in VOICES:
         reference = out / "references" / voice
         reference.mkdir(parents=True)
