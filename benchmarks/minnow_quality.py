@@ -1,7 +1,7 @@
 """How well the embedded voice speaks, against flite, which it learned from: `python benchmarks/minnow_quality.py`.
 
-Each held-out sentence is spoken by flite and by minnow in the same voice. Word error rates are pocketsphinx's, so compare them, do not
-take them for what a person hears. Needs the `dev` extra and Debian's package flite; writes results/minnow-quality.json.
+Each held-out sentence is spoken by flite and by minnow in the same voice. Word error rates are pocketsphinx's: compare them, do
+not take them for what a person hears. Needs the `dev` extra and Debian's package flite; writes results/minnow-quality.json.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from typing import Any
 import click
 import numpy as np
 import soundfile
+
+from fishrt import TTS
 from metrics import VoiceClassifier, mfcc_summary, rtf, word_errors, words
 from recogniser import Recogniser
 from record import write_record
-
-from fishrt import TTS
 
 SENTENCES = Path(__file__).parent / "held_out.txt"
 VOICES = ("slt", "rms", "awb")

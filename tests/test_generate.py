@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from fakes import expected_codes, fake_dual_ar
+from fishrt import generate
 from fishrt.bundle import RepetitionAware
 from fishrt.errors import PromptError, SamplingError
-from fishrt import generate
 from fishrt.generate import Columns, DualAR, generate_frames
 from fishrt.sampling import Sampling, SeededNoise
 from helpers_text import language_model

@@ -174,8 +174,8 @@ class TTS:
     ) -> Speech:
         """Speaks a text.
 
-        voice: one or several; the i-th speaks `<|speaker:i|>`. None: the bundle's default voice, or all of its voices, the default
-        first, where the text has speaker tags. An empty list: none at all.
+        voice: one or several; the i-th speaks `<|speaker:i|>`. None: the bundle's default voice, or all of its voices, the
+        default first, where the text has speaker tags. An empty list: none at all.
         sampling: None means the bundle's defaults. seed: at least 0; None draws one, which `info` tells. The same seed and
         request give the same codes. max_frames: limit for each piece of text; None means what context and codec allow.
         system: takes the place of the model's usual instruction. upstream_compat: upstream's behaviour to the letter.

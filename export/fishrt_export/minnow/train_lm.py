@@ -27,13 +27,13 @@ FAST_SHARE = 0.3
 """Share of the frames on which the fast AR is trained in each step; all would cost more than they teach."""
 GUIDE_STEPS = 4000
 GUIDE_WEIGHT = 0.5
-"""In the first steps two attention heads are told to look at the text that is being spoken. Without this the model takes thousands
-of steps to find out that the text matters."""
+"""In the first steps two attention heads are told to look at the text that is being spoken. Without this the model takes long to
+find out that the text matters."""
 SIZE_STEP = 32
 """Lengths and counts are multiples of this: the matrix library compiles a kernel for every new shape and keeps it for ever."""
 NOISE = 0.04
 FRAME_NOISE = 0.08
-"""Shares of input codes, and of whole input frames, replaced at random, so that the model learns to recover from its own slips."""
+"""Shares of input codes, and of whole frames, replaced at random, so that the model learns to recover from its own slips."""
 REFERENCE_FRAMES = range(30, 111)
 MAX_COLUMNS = 640
 SYSTEM = "convert the provided text to speech"
