@@ -1,16 +1,21 @@
 # make speak TEXT="…" OUT=hello.wav   speaks with the embedded voice; installs the runtime only
 # make test                           installs everything, runs every test
+# make lint                           checks style and types
 VENV   := .venv
 PYTHON ?= python3
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
-TEXT   ?= Hello! I am a small voice, and I speak from an O N N X graph.
+TEXT   ?= Hello! I am a small voice, and I speak from an ONNX graph.
 OUT    ?= speech.wav
+
+# The shell reads these from the environment, so that quotes, dollars and backticks in a text are only spoken.
+export FISHRT_TEXT = $(value TEXT)
+export FISHRT_OUT  = $(value OUT)
 
 .PHONY: speak test venv lint clean
 
 speak: $(VENV)/runtime
-	$(BIN)/fishrt speak "$(TEXT)" -o "$(OUT)"
+	@$(BIN)/fishrt speak --output "$$FISHRT_OUT" -- "$$FISHRT_TEXT"
 
 test: venv
 	$(BIN)/python -m pytest tests
@@ -22,15 +27,18 @@ lint: venv
 
 venv: $(VENV)/dev
 
-$(VENV)/bin/python:
-	$(PYTHON) -m venv $(VENV)
+# Opset 24 needs a newer ONNX Runtime than the last with wheels for Python 3.10 (1.23). A half-made environment is not left behind.
+$(VENV)/made:
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed; this is " + sys.version) if sys.version_info < (3, 11) else 0'
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
+	touch $@
 
-$(VENV)/runtime: pyproject.toml constraints.txt | $(VENV)/bin/python
+$(VENV)/runtime: pyproject.toml constraints.txt | $(VENV)/made
 	$(PIP) --editable ".[cpu]"
 	touch $@
 
 # torch alone first: its pinned build must be there before anything asks for "torch" of any version.
-$(VENV)/dev: pyproject.toml constraints.txt | $(VENV)/bin/python
+$(VENV)/dev: pyproject.toml constraints.txt | $(VENV)/made
 	$(PIP) torch
 	$(PIP) --editable ".[dev]"
 	touch $@ $(VENV)/runtime

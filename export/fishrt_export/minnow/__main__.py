@@ -14,7 +14,7 @@ from .train_encoder import train_encoder
 from .train_lm import train_lm
 from .train_tokens import train_tokens
 
-STEPS = {"tokens": 2500, "decoder": 5500, "encoder": 4000, "lm": 7000}
+STEPS = {"tokens": 2500, "decoder": 5500, "encoder": 2500, "lm": 4700}
 
 
 @click.command(context_settings={"show_default": True})

@@ -1,0 +1,137 @@
+"""The recipe of the embedded voice: what it trains on is what the runtime will ask, and what it writes the exporter can read."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fishrt.prompt import PromptBuilder
+from fishrt.tokenizer import Tokenizer
+from fishrt.voices import Voice
+from fishrt_export.codec.dac import Dac, DacConfig
+from fishrt_export.codec.load import fuse_codec
+from fishrt_export.minnow.config import CODEC
+from fishrt_export.minnow.corpus import Sentence
+from fishrt_export.minnow.model import DualAr
+from fishrt_export.minnow.package import weight_normed
+from fishrt_export.minnow.synth import VOICES, Utterance
+from fishrt_export.minnow.text_tokens import build_tokenizer, token_id
+from fishrt_export.minnow.train_lm import Examples, Sound, Spoken, corrupt
+from helpers_text import language_model
+
+CODEBOOKS = 8
+TEXTS = [f"Sentence number {n} is here, isn't it?" for n in range(12)]
+
+
+class Data:
+    """Utterances without sound."""
+
+    utterances = [Utterance(text, "template", n == 11, VOICES[n % 3], 0, 0) for n, text in enumerate(TEXTS)]
+
+
+@pytest.fixture
+def examples(tmp_path: Path) -> Examples:
+    lengths = [40 + n for n in range(len(TEXTS))]
+    codes = np.random.default_rng(0).integers(256, size=(CODEBOOKS, sum(lengths)), dtype=np.uint8)
+    np.savez(tmp_path / "codes.npz", codes=codes, starts=np.cumsum([0, *lengths]))
+    return Examples(tmp_path, Data())  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> PromptBuilder:
+    tokenizer = build_tokenizer()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    begin = token_id(tokenizer, "<|semantic:0|>")
+    lm = language_model(
+        num_codebooks=CODEBOOKS,
+        codebook_width=256,
+        semantic_begin_id=begin,
+        semantic_end_id=begin + 255,
+        end_id=token_id(tokenizer, "<|im_end|>"),
+        vocab_size=tokenizer.get_vocab_size(),
+    )
+    return PromptBuilder(Tokenizer.load(tmp_path / "tokenizer.json"), lm)
+
+
+def test_examples_are_the_prompts_of_the_runtime(examples: Examples, prompts: PromptBuilder) -> None:
+    kinds = set()
+    for seed in range(60):
+        parts = examples._parts(np.random.default_rng(seed))
+        voices, turns = _read(parts)
+        conversation = prompts.start(voices)
+        for text, codes in turns:
+            asked = conversation.user(text)
+            conversation.assistant(codes)
+        trained = examples.draw(np.random.default_rng(seed)).prompt
+        np.testing.assert_array_equal(trained[:, : asked.shape[1]], asked)
+        np.testing.assert_array_equal(trained[1:, asked.shape[1] :][:, : codes.shape[1]], codes)
+        kinds.add((len(voices), len(turns), "<|speaker:1|>" in turns[-1][0]))
+    assert {voices for voices, _, _ in kinds} == {0, 1, 2, 3}
+    assert {turns for _, turns, _ in kinds} == {1, 2}
+
+
+def _read(parts: list[str | Spoken | Sound]) -> tuple[list[Voice], list[tuple[str, np.ndarray]]]:
+    """The voices of an example, and the text and codes of each turn."""
+    voices: list[Voice] = []
+    turns: list[tuple[str, np.ndarray]] = []
+    text = ""
+    for n, part in enumerate(parts):
+        if isinstance(part, Sound):
+            codes = part.of.codes.astype(np.int64)
+            if text.rpartition("<|im_start|>")[2].startswith("system"):
+                voices.append(Voice(f"v{len(voices)}", codes, part.of.text, None))
+            elif isinstance(parts[n - 1], Sound):
+                turns[-1] = (turns[-1][0], np.concatenate((turns[-1][1], codes), axis=1))
+            else:
+                said = re.findall(r"<\|im_start\|>user\n(.*?)<\|im_end\|>", text, re.DOTALL)[-1]
+                turns.append((said, codes))
+        else:
+            text += part if isinstance(part, str) else part.text
+    return voices, turns
+
+
+def test_every_frame_knows_where_its_text_is(examples: Examples) -> None:
+    tokenizer = examples.tokenizer
+    for seed in range(20):
+        example = examples.draw(np.random.default_rng(seed))
+        is_audio = example.prompt[0] >= examples.begin
+        np.testing.assert_array_equal(example.width[:-1] > 0, is_audio[1:])
+        centres = example.centre[example.width > 0].astype(int)
+        letters = tokenizer.decode([int(i) for i in example.prompt[0, centres]])
+        assert not re.search(r"[<|>\n]", letters)
+
+
+def test_held_out_sentences_are_never_drawn(examples: Examples) -> None:
+    spoken = [s.text for sentences in examples.by_voice.values() for s in sentences]
+    assert sorted(spoken) == sorted(TEXTS[:11])
+
+
+def test_a_sentence_is_held_out_by_its_own_words() -> None:
+    texts = [f"Line {n}." for n in range(3000)]
+    held = [Sentence(t, "template").held_out for t in texts]
+    assert 0.01 < np.mean(held) < 0.03
+    assert held == [Sentence(t.upper(), "words").held_out for t in texts]
+
+
+def test_corruption_touches_audio_only_and_keeps_main_and_code_together(examples: Examples) -> None:
+    from fishrt_export.minnow.config import LANGUAGE_MODEL
+
+    model = DualAr(LANGUAGE_MODEL, vocab_size=576, semantic_begin=examples.begin, end_id=1)
+    prompt = torch.from_numpy(examples.draw(np.random.default_rng(1)).prompt)[None]
+    changed = corrupt(prompt, model, torch.Generator().manual_seed(1))
+    audio = prompt[0, 0] >= examples.begin
+    assert torch.equal(changed[0][:, ~audio], prompt[0][:, ~audio])
+    assert torch.equal(changed[0, 0, audio] - examples.begin, changed[0, 1, audio])
+    assert 0.02 < (changed != prompt)[0, 1:, audio].float().mean() < 0.3
+
+
+def test_the_packed_codec_is_the_trained_one() -> None:
+    codec = Dac(DacConfig.from_json(CODEC), max_frames=1)
+    fused = fuse_codec(weight_normed(codec))
+    assert fused.keys() == codec.state_dict().keys()
+    for name, tensor in codec.state_dict().items():
+        torch.testing.assert_close(fused[name].float(), tensor, rtol=2e-3, atol=1e-6)
