@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,8 +17,15 @@ if TYPE_CHECKING:
 @pytest.fixture(scope="session")
 def golden() -> Path:
     """The golden vectors of S2-Pro: `lm/` and `codec/`, each with a checkpoint in the official layout."""
-    folder = Path(os.environ.get("FISHRT_GOLDEN", Path(__file__).parent / "golden")) / "s2-pro"
+    return find_golden(os.environ.get("FISHRT_GOLDEN"))
+
+
+def find_golden(chosen: str | None) -> Path:
+    """Skips where there are none by default, but fails where there are none though a folder was `chosen`."""
+    folder = (Path(chosen) if chosen is not None else Path(__file__).parent / "golden") / "s2-pro"
     if not (folder / "lm/meta.json").is_file() or not (folder / "codec/meta.json").is_file():
+        if chosen is not None:
+            pytest.fail(f"no golden vectors in {folder}, which FISHRT_GOLDEN names")
         pytest.skip(f"no golden vectors in {folder}; set FISHRT_GOLDEN")
     return folder
 
@@ -39,7 +47,13 @@ def tiny_checkpoint(golden_model: GoldenModel) -> Path:
     return golden_model.checkpoint
 
 
+@pytest.fixture
+def checkpoint(tiny_checkpoint: Path, tmp_path: Path) -> Path:
+    """A copy of it, to be written to."""
+    return Path(shutil.copytree(tiny_checkpoint, tmp_path / "in/checkpoint"))
+
+
 @pytest.fixture(scope="session")
 def tiny_bundle(tiny_checkpoint: Path, golden_model: GoldenModel) -> Bundle:
-    """The bundle exported from it. Not to be written to: copy it."""
+    """The bundle exported from the tiny checkpoint. Not to be written to: copy it."""
     return golden_model.bundle

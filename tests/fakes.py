@@ -27,7 +27,8 @@ class FakeState:
 
     def __init__(self, spec: GraphSpec, dims: Mapping[str, int]) -> None:
         self.dims = dict(dims)
-        self.arrays = {t.name: np.zeros(t.resolve(dims), t.dtype) for t in spec.state_tensors}
+        self._tensors = spec.state_tensors
+        self.arrays = {t.name: np.zeros(t.resolve(dims), t.dtype) for t in self._tensors}
         self.memory: dict[str, Any] = {}
 
     def read(self, name: str) -> Array:
@@ -35,6 +36,10 @@ class FakeState:
 
     def grow(self, **dims: int) -> None:
         self.dims.update(dims)
+        for t in self._tensors:
+            new = np.zeros(t.resolve(self.dims), t.dtype)
+            new[tuple(slice(n) for n in self.arrays[t.name].shape)] = self.arrays[t.name]
+            self.arrays[t.name] = new
 
 
 class FakeEngine:

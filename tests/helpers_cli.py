@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 import fishrt.tts
 from fishrt.cli import main
-from fishrt.tts import Progress, Speech, SpeechInfo, Timings
+from fishrt.speech import PieceInfo, Progress, Speech, SpeechInfo, Timings
 from fishrt.voices import VoiceStore
 from helpers_text import bundle_folder, voice
 
@@ -25,14 +25,25 @@ class FakeTts:
         self.bundle = bundle
         self.asked = None
         self.failure = None
+        self.stop_reason = "end"
 
-    def speak(self, text, *, progress, seed, sampling, **request):
-        self.asked = {"text": text, "seed": seed, "sampling": sampling, **request}
+    def speak(self, text, *, progress, voice, seed, sampling, **request):
+        self.asked = {"text": text, "voice": voice, "seed": seed, "sampling": sampling, **request}
         progress(Progress(piece=0, pieces=1, frames=25, audio_s=1.0, elapsed_s=0.5))
         if self.failure:
             raise self.failure
         info = SpeechInfo(
-            seed if seed is not None else 99, sampling, ("end",), 25, 1.0, Timings(0.1, 0.4, 0.1), 0.5, "cpu", "test", "00"
+            seed=seed if seed is not None else 99,
+            sampling=sampling.resolve(self.bundle.manifest.language_model.sampling),
+            voices=tuple(v.name for v in voice) if voice else ("minna",),
+            pieces=(PieceInfo(text, 25, self.stop_reason),),
+            frames=25,
+            audio_s=1.0,
+            timings=Timings(0.1, 0.4, 0.1),
+            rtf=0.5,
+            provider="cpu",
+            bundle="test",
+            bundle_sha256="00",
         )
         return Speech(tone(1.0), RATE, np.zeros((4, 25), np.int64), info)
 
@@ -62,7 +73,7 @@ def fake(tmp_path, monkeypatch):
         return made
 
     monkeypatch.setattr(fishrt.tts.TTS, "load", load)
-    monkeypatch.setattr(fishrt.tts, "embedded_bundle", lambda: bundle.path)
+    monkeypatch.setattr("fishrt.cli.base.embedded_bundle", lambda: bundle.path)
     monkeypatch.setenv("FISHRT_VOICE_DIR", str(tmp_path / "own voices"))
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")

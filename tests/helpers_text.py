@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fishrt.bundle import Bundle, Codec, LanguageModel, Licence, Manifest, SamplingDefaults, Voices, describe_files
+from fishrt.bundle import ROLES, Bundle, Codec, LanguageModel, Licence, Manifest, SamplingDefaults, Voices, describe_files
 from fishrt.tokenizer import Tokenizer
 from fishrt.voices import Voice
 from fishrt_engines.spec import GraphSpec, StatePair, TensorSpec
@@ -64,7 +65,7 @@ def manifest(**changes: Any) -> Manifest:
         "language_model": language_model(),
         "codec": Codec(sample_rate=16000, hop=640, codebook_sizes=(160, 160, 160, 160), max_frames=500, fingerprint=FINGERPRINT),
         "tokenizer": "tokenizer.json",
-        "graphs": {"slow_ar": spec},
+        "graphs": {role: replace(spec, file=f"{role}.onnx") for role in ROLES},
         "precision": "float32",
         "parity": {},
         "licence": Licence("Apache-2.0", None),
@@ -75,12 +76,13 @@ def manifest(**changes: Any) -> Manifest:
 
 
 def bundle_folder(folder: Path, *, voices: dict[str, Voice] | None = None) -> Bundle:
-    """A bundle that loads and verifies, although its graph cannot run."""
+    """A bundle that loads and verifies, although its graphs cannot run."""
     from fishrt.voices import VoiceStore
 
     folder.mkdir(parents=True)
     (folder / "tokenizer.json").write_bytes(TINY_TOKENIZER.read_bytes())
-    (folder / "slow_ar.onnx").write_bytes(b"not a graph")
+    for role in ROLES:
+        (folder / f"{role}.onnx").write_bytes(b"not a graph")
     for voice in (voices or {}).values():
         VoiceStore(folder / "voices").add(voice)
     names = tuple(voices or {})

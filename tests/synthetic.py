@@ -1,4 +1,4 @@
-"""Language model checkpoints of any configuration, with seeded random weights, in every form that is read."""
+"""Language model checkpoints of any configuration, with seeded random weights, in every form that is read; and recordings."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import soundfile
 import torch
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, models
@@ -188,6 +190,15 @@ def write_nested(folder: Path, config: dict[str, Any], weights: dict[str, Tensor
     index = {"metadata": {"total_size": size}, "weight_map": places}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
     return folder
+
+
+def write_reference(checkpoint: Path, name: str, seconds: float = 0.5) -> None:
+    """A built-in voice of a checkpoint: seeded noise at 16 kHz and its words."""
+    folder = checkpoint / "references" / name
+    folder.mkdir(parents=True)
+    samples = np.random.default_rng(len(name)).uniform(-0.4, 0.4, int(16000 * seconds))
+    soundfile.write(folder / "a.wav", samples, 16000)
+    (folder / "a.lab").write_text(f"This is {name}.", encoding="utf-8")
 
 
 def millions(*modules: torch.nn.Module) -> float:

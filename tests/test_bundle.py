@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,60 @@ def test_the_manifest_is_strict(folder: Path, edit: Callable[[dict[str, Any]], o
         Bundle.load(folder)
 
 
+def lm(**changes: Any) -> Callable[[dict[str, Any]], object]:
+    return lambda m: m["language_model"].update(changes)
+
+
+def codec(**changes: Any) -> Callable[[dict[str, Any]], object]:
+    return lambda m: m["codec"].update(changes)
+
+
+def defaults(**changes: Any) -> Callable[[dict[str, Any]], object]:
+    return lambda m: m["language_model"]["sampling"].update(changes)
+
+
+REPEATS = {"window": 10, "temperature": 1.0, "top_p": 0.9}
+
+
+@pytest.mark.parametrize(
+    ("edit", "says"),
+    [
+        *[(lm(**{name: 0}), f"{name} is 0") for name in ("codebook_width", "max_seq_len", "vocab_size", "chunk_bytes")],
+        *[(codec(**{name: -1}), f"{name} is -1") for name in ("hop", "sample_rate", "max_frames")],
+        (codec(codebook_sizes=[160, 0, 160, 160]), r"codebook_sizes\[1\] is 0"),
+        (codec(codebook_sizes=[160, 160]), "num_codebooks is 4, but there are 2"),
+        (lm(head="half"), "head is 'half'"),
+        (lm(prompt_dialect="morse"), "prompt_dialect is 'morse'"),
+        (lm(semantic_begin_id=-1), "semantic ids are -1"),
+        (lm(semantic_begin_id=500, semantic_end_id=499), "semantic ids are 500 to 499"),
+        (lm(semantic_end_id=640), "to 640 in a vocabulary of 640"),
+        (lm(end_id=640), "end_id is 640"),
+        (lm(end_id=-1), "end_id is -1"),
+        (lambda m: m["language_model"].update(end_id=m["language_model"]["semantic_begin_id"]), "one of the semantic ids"),
+        (defaults(temperature=0), r"sampling\.temperature is 0"),
+        (defaults(top_p=1.5), r"sampling\.top_p is 1\.5"),
+        (defaults(top_k=0), r"sampling\.top_k is 0"),
+        (defaults(repetition_aware={**REPEATS, "window": 0}), r"repetition_aware\.window is 0"),
+        (defaults(repetition_aware={**REPEATS, "top_p": 0}), r"repetition_aware\.top_p is 0"),
+        (lambda m: m["graphs"].pop("fast_ar"), "the graphs are slow_ar, codec_encode, codec_decode; they must be"),
+        (lambda m: m["graphs"].update(other=m["graphs"]["fast_ar"]), "codec_decode, other; they must be"),
+        (lambda m: m["voices"].update(default="ben"), "default voice 'ben' is not among the voices"),
+    ],
+)
+def test_values_that_cannot_be(folder: Path, edit: Callable[[dict[str, Any]], object], says: str) -> None:
+    change(folder, edit)
+    with pytest.raises(BundleError, match=says):
+        Bundle.load(folder)
+
+
+def test_all_that_is_wrong_is_told_at_once() -> None:
+    good = manifest()
+    good.check()
+    bad = replace(good, codec=replace(good.codec, hop=0), language_model=replace(good.language_model, head="half", end_id=-5))
+    with pytest.raises(BundleError, match=r"hop is 0.*head is 'half'.*end_id is -5"):
+        bad.check()
+
+
 def test_a_newer_schema_asks_for_an_update(folder: Path) -> None:
     change(folder, lambda m: m.update(schema=SCHEMA + 1, something_new={}))
     with pytest.raises(BundleError, match=str(SCHEMA + 1)) as caught:
@@ -113,6 +168,26 @@ def test_an_altered_file_of_the_same_size_is_found_by_its_hash(folder: Path) -> 
 def test_a_graph_that_is_not_listed(folder: Path) -> None:
     change(folder, lambda m: m["files"].pop("slow_ar.onnx"))
     with pytest.raises(BundleError, match=r"slow_ar\.onnx"):
+        Bundle.load(folder)
+
+
+@pytest.mark.parametrize("name", ["old.onnx", "more/slow_ar.onnx", "slow_ar.onnx.data", "other.onnx.data"])
+def test_a_graph_or_weights_that_the_manifest_does_not_list(folder: Path, name: str) -> None:
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_bytes(b"weights from elsewhere")
+    with pytest.raises(BundleError, match=f"does not list: {name}"):
+        Bundle.load(folder)
+
+
+def test_weights_of_a_graph_by_another_name(folder: Path) -> None:
+    (folder / "slow_ar.onnx").rename(folder / "slow.graph")
+    change(folder, lambda m: m["files"].update({"slow.graph": m["files"].pop("slow_ar.onnx")}))
+    change(folder, lambda m: m["graphs"]["slow_ar"].update(file="slow.graph"))
+    Bundle.load(folder)
+    (folder / "notes.txt").write_text("Other files may lie there.")
+    Bundle.load(folder)
+    (folder / "slow.graph.data").write_bytes(b"weights from elsewhere")
+    with pytest.raises(BundleError, match=r"does not list: slow\.graph\.data"):
         Bundle.load(folder)
 
 

@@ -178,6 +178,7 @@ def test_absent_and_null_fields() -> None:
         ({"dim": 0}, "dim is 0"),
         ({"n_layer": True}, "n_layer is True"),
         ({"rope_base": -1}, "rope_base is -1"),
+        ({"rope_base": float("inf")}, "rope_base is inf"),
         ({"attention_qk_norm": 1}, "attention_qk_norm is 1"),
         ({"n_local_heads": 3}, "n_head 4 is not a multiple of n_local_heads 3"),
         ({"fast_n_local_heads": 3}, "fast_n_head 4 is not a multiple of fast_n_local_heads 3"),
@@ -226,17 +227,17 @@ def test_ids_come_from_the_tokenizer(tmp_path: Path) -> None:
     data = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**data, "semantic_start_token_id": 1, "semantic_end_token_id": 5}))
     synthetic.write_tokenizer(tmp_path, end=BEGIN + SEMANTIC + 1)
-    ids = open_language_model(tmp_path).ids
-    assert ids.semantic == range(BEGIN, BEGIN + SEMANTIC)
-    assert ids.audio_head == [*range(BEGIN, BEGIN + SEMANTIC), BEGIN + SEMANTIC + 1]
+    source = open_language_model(tmp_path)
+    assert source.ids.semantic == range(BEGIN, BEGIN + SEMANTIC)
+    assert source.audio_head == [*range(BEGIN, BEGIN + SEMANTIC), BEGIN + SEMANTIC + 1]
 
 
 def test_ids_of_the_config_are_the_fallback(tmp_path: Path) -> None:
     write_nested(tmp_path, NESTED, random_weights(NESTED))
     synthetic.write_tokenizer(tmp_path, semantic=False)
-    ids = open_language_model(tmp_path).ids
-    assert ids.semantic == range(BEGIN, BEGIN + SEMANTIC)
-    assert ids.audio_head == [TEXT, *range(BEGIN, BEGIN + SEMANTIC)]
+    source = open_language_model(tmp_path)
+    assert source.ids.semantic == range(BEGIN, BEGIN + SEMANTIC)
+    assert source.audio_head == [TEXT, *range(BEGIN, BEGIN + SEMANTIC)]
 
 
 def test_another_family_is_refused(tmp_path: Path) -> None:
@@ -322,7 +323,7 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path) -> None:
         open_language_model(tmp_path)
 
 
-@pytest.mark.parametrize("content", [torch.zeros(3), {}, [1], {"embeddings.weight": 3}])
+@pytest.mark.parametrize("content", [torch.zeros(3), {}, [1], {"embeddings.weight": 3}, {7: torch.zeros(3)}])
 def test_a_pickle_of_something_else(tmp_path: Path, content: Any) -> None:
     write_flat(tmp_path, PLAIN, content)
     with pytest.raises(ExportError, match=r"model\.pth holds"):

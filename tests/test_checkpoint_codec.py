@@ -31,6 +31,13 @@ def edit_codec(folder: Path, edit: Callable[[dict[str, Any]], dict[str, Any]]) -
     torch.save(edit(torch.load(path, weights_only=True)), path)
 
 
+def edit_config(folder: Path, edit: Callable[[dict[str, Any]], object]) -> None:
+    path = folder / "codec_config.json"
+    data = json.loads(path.read_text())
+    edit(data)
+    path.write_text(json.dumps(data))
+
+
 def copied(source: CodecSource) -> dict[str, torch.Tensor]:
     """The weights as they are now: a source maps the file, which these tests write again."""
     return {name: tensor.clone() for name, tensor in source.weights.items()}
@@ -85,6 +92,7 @@ def test_both_spellings_of_weight_norm(codec_folder: Path) -> None:
         after = open_codec(codec_folder)
         assert after.problems() == []
         assert all(torch.equal(weights[name], after.weights[name]) for name in weights)
+        assert after.fingerprint == fingerprint(weights, after.config)
     stem = next(name.removesuffix(new[0]) for name in stored if name.endswith(new[0]))
     module = torch.nn.utils.parametrizations.weight_norm(torch.nn.Conv1d(*stored[stem + new[1]].shape[1::-1], 1), dim=0)
     module.parametrizations.weight.original0.data, module.parametrizations.weight.original1.data = (
@@ -101,12 +109,30 @@ def test_a_16_bit_codec_stays_16_bit(codec_folder: Path) -> None:
 
 
 def test_the_fingerprint_tells_codecs_apart(codec_folder: Path) -> None:
-    stored = read_stored_codec(find_codec(codec_folder))
-    name = sorted(stored)[0]
-    changed = {**stored, name: stored[name].clone()}
+    source = open_codec(codec_folder)
+    name = sorted(source.weights)[0]
+    changed = {**source.weights, name: source.weights[name].clone()}
     changed[name].view(-1)[0] += 1e-3
-    assert fingerprint(changed) != fingerprint(stored)
-    assert fingerprint(dict(reversed(stored.items()))) == fingerprint(stored)
+    assert fingerprint(changed, source.config) != source.fingerprint
+    assert fingerprint(dict(reversed(source.weights.items())), source.config) == source.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("edit", "same"),
+    [
+        (lambda c: c.update(sample_rate=c["sample_rate"] + 1), False),
+        (lambda c: c["quantizer"]["post_module"].update(window_size=3), False),
+        (lambda c: c["quantizer"]["pre_module"]["config"].update(rope_base=77), False),
+        (lambda c: c["quantizer"]["pre_module"]["config"].update(rope_base=10000.0), True),
+        (lambda c: c["quantizer"].update(quantizer_dropout=0.1), True),
+    ],
+    ids=["sample rate", "window", "rope", "spelling", "training"],
+)
+def test_the_fingerprint_is_of_the_sound(codec_folder: Path, edit: Callable[[dict[str, Any]], object], same: bool) -> None:
+    edit_config(codec_folder, lambda c: c["quantizer"]["pre_module"]["config"].update(rope_base=10000))
+    before = open_codec(codec_folder).fingerprint
+    edit_config(codec_folder, edit)
+    assert (open_codec(codec_folder).fingerprint == before) == same
 
 
 def test_a_codec_that_does_not_fit_its_config(codec_folder: Path) -> None:
@@ -124,18 +150,39 @@ def test_a_codec_that_does_not_fit_its_config(codec_folder: Path) -> None:
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda c: c.pop("sample_rate"), "lacks 'sample_rate'"),
-        (lambda c: c["quantizer"].pop("pre_module"), "lacks 'pre_module'"),
-        (lambda c: c.update(decoder_rates=[2, 2]), "is not usable"),
-        (lambda c: c.update(quantizer=3), "is not usable"),
+        (lambda c: c.pop("sample_rate"), "lacks sample_rate"),
+        (lambda c: c["quantizer"].pop("pre_module"), r"lacks quantizer\.pre_module"),
+        (lambda c: c.update(decoder_rates=[2, 2]), r"decoder_rates is \[2, 2\]"),
+        (lambda c: c.update(quantizer=3), "quantizer is 3; expected an object"),
+        (lambda c: c.update(sample_rate=-1), "sample_rate is -1"),
+        (lambda c: c.update(sample_rate="44100"), "sample_rate is '44100'"),
+        (lambda c: c.update(encoder_rates=[2, 0, 8]), r"encoder_rates is \[2, 0, 8\]"),
+        (lambda c: c.update(encoder_rates=[]), r"encoder_rates is \[\]"),
+        (lambda c: c["encoder_transformer_layers"].append(0), "encoder_transformer_layers is .*; expected one number for each"),
+        (lambda c: c.update(encoder_transformer_layers=[-1] * len(c["encoder_rates"])), "encoder_transformer_layers is"),
+        (lambda c: c.update(decoder_dim=7), "decoder_dim is 7"),
+        (lambda c: c["quantizer"].update(codebook_size=True), r"quantizer\.codebook_size is True"),
+        (lambda c: c["quantizer"].update(downsample_factor=2), r"quantizer\.downsample_factor is 2"),
+        (lambda c: c["quantizer"].update(input_dim=7), r"quantizer\.input_dim is 7"),
+        (lambda c: c["quantizer"]["pre_module"].update(window_size=0), r"quantizer\.pre_module\.window_size is 0"),
+        (lambda c: c["quantizer"]["pre_module"].update(causal=False), r"quantizer\.pre_module\.causal is False"),
+        (lambda c: c["quantizer"]["post_module"]["config"].update(head_dim=5), r"post_module\.config\.head_dim is 5"),
+        (lambda c: c["quantizer"]["post_module"]["config"].update(norm_eps=0), r"post_module\.config\.norm_eps is 0"),
+        (lambda c: c["quantizer"]["post_module"]["config"].update(n_local_heads=1), r"post_module\.config\.n_local_heads is 1"),
+        (lambda c: c.update(encoder_kernel=5), "unknown fields: encoder_kernel"),
+        (lambda c: c["transformer_general_config"].update(x=1), r"unknown fields: transformer_general_config\.x"),
+        (lambda c: c["quantizer"]["post_module"].update(look=1), r"unknown fields: quantizer\.post_module\.look"),
     ],
 )
 def test_a_codec_config_that_cannot_be(codec_folder: Path, edit: Callable[[dict[str, Any]], object], message: str) -> None:
-    path = codec_folder / "codec_config.json"
-    data = json.loads(path.read_text())
-    edit(data)
-    path.write_text(json.dumps(data))
-    with pytest.raises(ExportError, match=message):
+    edit_config(codec_folder, edit)
+    with pytest.raises(ExportError, match=f"codec_config.json.*{message}"):
+        open_codec(codec_folder)
+
+
+def test_a_codec_file_of_unnamed_tensors(codec_folder: Path) -> None:
+    edit_codec(codec_folder, lambda w: dict(enumerate(w.values())))
+    with pytest.raises(ExportError, match=r"codec\.pth holds an entry named 0"):
         open_codec(codec_folder)
 
 

@@ -2,11 +2,16 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import click
 import pytest
 import soundfile
+from click.testing import CliRunner
 
 import helpers_cli
 from fishrt.cli import main
@@ -28,7 +33,7 @@ def test_speak_writes_speech_wav(fake):
     assert fake.asked == {
         "text": "Hello.",
         "voice": None,
-        "sampling": Sampling(1.0, 0.9, 30),
+        "sampling": Sampling(),
         "seed": None,
         "max_frames": None,
         "system": None,
@@ -110,8 +115,11 @@ def test_json(fake):
     assert data["ok"] is True
     assert (data["command"], data["output"], data["seed"], data["frames"], data["rtf"]) == ("speak", "speech.wav", 5, 25, 0.5)
     assert data["sampling"] == {"temperature": 1.0, "top_p": 0.9, "top_k": 30}
-    assert data["stop_reasons"] == ["end"]
+    assert data["pieces"] == [{"text": "Hi.", "frames": 25, "stop_reason": "end"}]
+    assert data["warnings"] == []
     assert data["voices"] == ["otto"]
+    assert result.stderr == ""
+    assert json.loads(run("speak", "Hi.", "--json").stdout)["voices"] == ["minna"]
     failed = run("speak", "...", "--json")
     refused(failed, "nothing to speak")
     assert json.loads(failed.stdout)["error"]["kind"] == "PromptError"
@@ -174,6 +182,107 @@ def test_every_command_and_option_has_help(path, command):
 def test_mistyped_options_are_not_spoken(fake):
     refused(run("speak", "Hi.", "--temprature", "1"), "--temprature")
     assert fake.loads == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        (["speak", "Hi.", "--temprature", "1"], "fishrt speak --help"),
+        (["speak", "Hi.", "--seed", "x"], "fishrt speak --help"),
+        (["speak", "Hi.", "-f", "x.txt"], "fishrt speak --help"),
+        (["voice", "add"], "fishrt voice add --help"),
+        (["sing"], "fishrt --help"),
+        (["--loud", "speak", "Hi."], "fishrt --help"),
+    ],
+)
+def test_usage_errors_look_like_all_errors(fake, arguments, hint):
+    result = CliRunner().invoke(main, arguments, prog_name="fishrt")
+    assert result.exit_code == 2
+    assert [line.split(": ")[0] for line in result.stderr.splitlines()] == ["error", "hint"]
+    assert result.stderr.endswith(f"hint: {hint}\n")
+    assert result.stdout == ""
+    result = CliRunner().invoke(main, [*arguments, "--json"], prog_name="fishrt")
+    error = json.loads(result.stdout)["error"]
+    assert f"error: {error['message']}\n" in result.stderr
+    assert error["hint"] == hint
+    assert result.exit_code == 2
+
+
+def test_a_group_without_a_command_shows_its_help(fake):
+    for arguments in ([], ["voice"]):
+        result = run(*arguments)
+        assert "Commands:" in result.output
+        assert "error: " not in result.output
+
+
+def test_json_behind_two_dashes_is_text(fake):
+    result = run("speak", "--", "--json")
+    assert result.exit_code == 0
+    assert fake.asked["text"] == "--json"
+    assert result.stdout == ""
+
+
+def test_a_piece_that_was_cut_off_is_a_warning(fake):
+    fake.stop_reason = "max_frames"
+    says = 'piece 1 was cut off (max_frames): "Hi."'
+    assert f"warning: {says}\n" in run("speak", "Hi.", "-q").stderr
+    assert json.loads(run("speak", "Hi.", "--json").stdout)["warnings"] == [says]
+
+
+# --- streams -------------------------------------------------------------------------------------------------------------------
+
+
+def run_in_shell(line: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """A line of sh in which `$fishrt` is the command, with a TTS that only says what it was asked."""
+    script = folder / "fake_fishrt.py"
+    script.write_text(
+        "import sys\n"
+        f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "import fishrt.tts, helpers_cli\n"
+        "from pathlib import Path\n"
+        "from fishrt.cli import main\n"
+        "fake = helpers_cli.FakeTts(helpers_cli.bundle_folder(Path(sys.argv.pop(1))))\n"
+        "fishrt.tts.TTS.load = lambda *_, **__: fake\n"
+        "main(prog_name='fishrt')\n"
+    )
+    environment = {**os.environ, "fishrt": f"{sys.executable} {script} {folder / 'bundle'}"}
+    return subprocess.run(["sh", "-c", line], cwd=folder, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("closed", ["2>&-", ">&- 2>&-", "<&-", "<&- >&- 2>&-"])
+def test_closed_streams_do_not_stop_the_work(tmp_path, closed):
+    for options in ("", "--json"):
+        done = run_in_shell(f"$fishrt speak Hi. -o a.wav {options} {closed}; echo $? >status", tmp_path)
+        assert (tmp_path / "status").read_text() == "0\n", done.stderr
+        assert "Traceback" not in done.stderr
+        assert soundfile.info(tmp_path / "a.wav").frames == RATE
+        (tmp_path / "a.wav").unlink()
+        shutil.rmtree(tmp_path / "bundle")
+
+
+def test_errors_without_streams_are_still_a_status(tmp_path):
+    run_in_shell("$fishrt speak ... <&- >&- 2>&-; echo $? >status", tmp_path)
+    assert (tmp_path / "status").read_text() == "2\n"
+
+
+def test_no_text_and_no_standard_input(tmp_path):
+    done = run_in_shell("$fishrt speak <&-", tmp_path)
+    assert done.stderr.startswith("error: there is no text")
+
+
+def test_a_standard_output_that_nobody_reads(tmp_path):
+    for line in ("$fishrt speak Hi. -o - -q | true", "$fishrt speak Hi. -o - -q >&-", "$fishrt inspect bundle | true"):
+        done = run_in_shell(line, tmp_path)
+        assert "Traceback" not in done.stderr
+        assert "BrokenPipe" not in done.stderr
+        assert "Exception ignored" not in done.stderr
+        shutil.rmtree(tmp_path / "bundle")
+
+
+def test_a_standard_error_that_nobody_reads(tmp_path):
+    run_in_shell("{ $fishrt speak Hi. -o a.wav; echo $? >status; } 2>&1 >/dev/null | true", tmp_path)
+    assert (tmp_path / "status").read_text() == "0\n"
+    assert soundfile.info(tmp_path / "a.wav").frames == RATE
 
 
 def test_unknown_failures_are_not_hidden(fake):

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,6 @@ import numpy as np
 import pytest
 import soundfile
 
-import fishrt.tts
 import helpers_cli
 from fishrt.voices import VoiceStore
 from helpers_cli import RATE, files, refused, run, tone
@@ -83,6 +83,34 @@ def test_voice_commands(fake, recording):
     refused(run("voice", "remove", "minna"), "no voice 'minna'")
 
 
+def test_a_broken_index_does_not_block_the_bundles_voices(fake):
+    folder = Path("own")
+    folder.mkdir()
+    (folder / "index.json").write_text("nonsense")
+    options = ["--voice-dir", "own"]
+    for arguments in (["speak", "Hi.", "--voice", "otto"], ["voice", "show", "otto"]):
+        result = run(*arguments, *options)
+        assert result.exit_code == 0, result.output
+        assert "warning: own/index.json is not JSON" in result.stderr
+    refused(run("speak", "Hi.", "--voice", "nobody", *options), "index.json")
+    refused(run("voice", "list", *options), "index.json")
+
+
+def test_show_reads_the_voices_of_others(fake, recording):
+    folder = Path("own/some one")
+    folder.mkdir(parents=True)
+    Path(recording).rename(folder / "a.wav")
+    (folder / "a.lab").write_text("Said long ago.")
+    result = run("voice", "show", "some one", "--voice-dir", "own")
+    assert result.exit_code == 0, result.output
+    assert "Said long ago." in result.stdout
+    assert "made with its codec" in result.stdout
+    (folder.parent / "index.json").write_text('{"speakers": {"Zoë": "Salut."}}')
+    np.save(folder.parent / "Zoë.npy", np.ones((4, 3), np.int64))
+    assert "Zoë\tuser" in run("voice", "list", "--voice-dir", "own").stdout
+    assert "Salut." in run("voice", "show", "Zoë", "--voice-dir", "own").stdout
+
+
 def test_voice_dir(fake, recording, tmp_path):
     run("voice", "add", "a", "--audio", recording, "--text", "x", "--voice-dir", tmp_path / "other")
     assert VoiceStore(tmp_path / "other").list() == ["a"]
@@ -106,7 +134,7 @@ def test_voice_add_of_what_is_no_audio(fake):
 
 def test_voices_without_an_embedded_bundle(fake, monkeypatch, recording):
     run("voice", "add", "a", "--audio", recording, "--text", "x")
-    monkeypatch.setattr(fishrt.tts, "embedded_bundle", lambda: Path("none"))
+    monkeypatch.setattr("fishrt.cli.base.embedded_bundle", lambda: Path("none"))
     assert run("voice", "list").stdout == "a\tuser\n"
     assert "codec:" in run("voice", "show", "a").stdout
     refused(run("voice", "list", "--bundle", "none"), "none is not a bundle")
@@ -125,6 +153,25 @@ def test_codec_there_and_back(fake, recording):
     assert files() == ["back.wav", "codes.npy"]
 
 
+def test_codes_on_standard_output(fake, recording):
+    result = run("codec", "encode", recording, "-o", "-", "--json")
+    assert result.exit_code == 0, result.output
+    assert np.load(io.BytesIO(result.stdout_bytes)).shape == (4, 25)
+    assert json.loads(result.stderr)["output"] == "-"
+    assert files() == []
+
+
+def test_codes_go_into_a_pipe_and_leave_it_there(fake, recording):
+    os.mkfifo("codes.npy")
+    reader = os.open("codes.npy", os.O_RDWR | os.O_NONBLOCK)
+    try:
+        assert run("codec", "encode", recording).exit_code == 0
+        assert Path("codes.npy").is_fifo()
+        assert np.load(io.BytesIO(os.read(reader, 10000))).shape == (4, 25)
+    finally:
+        os.close(reader)
+
+
 def test_codec_bad_input(fake, recording):
     Path("bad.npy").write_bytes(b"x")
     Path("folder.npy").mkdir()
@@ -133,6 +180,8 @@ def test_codec_bad_input(fake, recording):
     refused(run("codec", "encode", "bad.npy"), "bad.npy")
     refused(run("codec", "encode", recording, "-o", "no/codes.npy"), "no folder")
     refused(run("codec", "encode", recording, "-o", "folder.npy"), "folder")
+    for name in ("codes.txt", "codes", "codes.wav"):
+        refused(run("codec", "encode", recording, "-o", name), f"cannot write {name}", ".npy")
     refused(run("codec", "decode", "bad.npy", "-o", "a.txt"), ".txt")
     assert fake.loads == []
     assert files() == ["bad.npy", "folder.npy"]
@@ -212,8 +261,15 @@ def test_doctor(fake, monkeypatch):
     assert result.exit_code == 0, result.output
     for words in ("python: ", "provider cpu", "audio formats: WAV", "torch for export: ", "embedded voice: ok, test"):
         assert words in result.stdout
-    monkeypatch.setattr(fishrt.tts, "embedded_bundle", lambda: Path("none"))
+    monkeypatch.setattr("fishrt.cli.base.embedded_bundle", lambda: Path("none"))
     assert "embedded voice: not usable: none is not a bundle" in run("doctor").stdout
+
+
+def test_doctor_reports_a_broken_audio_library():
+    code = "import sys; sys.modules.update(soundfile=None, soxr=None)\nfrom fishrt.cli import main; main(['doctor'])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "audio formats: soundfile cannot be loaded" in done.stdout
 
 
 def test_looking_at_a_bundle_loads_no_engine(tmp_path):

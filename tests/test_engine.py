@@ -287,6 +287,14 @@ def test_a_provider_that_is_here_but_not_used_is_refused(monkeypatch: pytest.Mon
         resolve_provider("cuda")
 
 
+def test_coreml_is_of_macos_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    for platform, says in (("linux", "exists on macOS only"), ("darwin", "runs on cpu only")):
+        monkeypatch.setattr(sys, "platform", platform)
+        with pytest.raises(ProviderError, match=says):
+            resolve_provider("coreml")
+        assert ("provider coreml: exists on macOS only" in doctor()) == (platform == "linux")
+
+
 def test_auto_logs_its_choice(engine, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "fishrt_engines"):
         assert open_engine(sums(tmp_path), SUMS, provider="auto").provider == "cpu"

@@ -4,39 +4,28 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import soundfile
 import torch
 
+import fishrt_export.bundle
+import fishrt_export.families
 import fishrt_export.graphs
 from fishrt.bundle import Bundle, SamplingDefaults
 from fishrt.errors import AudioError, BundleError, VoiceError
-from fishrt.voices import VoiceStore
-from fishrt_export import export_bundle, peak_memory
+from fishrt_export import export_bundle
 from fishrt_export.errors import ExportError
 from fishrt_export.families import DEFAULTS, S2
 from fishrt_export.graphs import open_language_model
-from fishrt_export.licence import UNKNOWN, copy_licence
-from fishrt_export.voices import check_references, encode_references
-from synthetic import PLAIN, random_weights, write_flat
+from synthetic import PLAIN, random_weights, write_flat, write_reference
 
 ROLES = ("slow_ar", "fast_ar", "codec_encode", "codec_decode")
-
-
-# ---- exporting
-
-
-@pytest.fixture
-def checkpoint(tiny_checkpoint: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(tiny_checkpoint, tmp_path / "in/checkpoint"))
 
 
 @pytest.fixture
@@ -112,7 +101,14 @@ def test_halves_of_different_models(checkpoint: Path, out: Path) -> None:
     assert_nothing_left(out)
 
 
-OWN_DEFAULTS = {"chunk_bytes": 99, "sampling": {"temperature": 0.5, "top_p": 0.6, "top_k": None, "repetition_aware": None}}
+OWN_DEFAULTS: dict[str, Any] = {
+    "chunk_bytes": 99,
+    "sampling": {"temperature": 0.5, "top_p": 0.6, "top_k": None, "repetition_aware": None},
+}
+
+
+def own_defaults(chunk_bytes: int = 99, **sampling: Any) -> str:
+    return json.dumps({"chunk_bytes": chunk_bytes, "sampling": {**OWN_DEFAULTS["sampling"], **sampling}})
 
 
 def test_a_checkpoint_may_bring_its_own_defaults(checkpoint: Path) -> None:
@@ -123,10 +119,25 @@ def test_a_checkpoint_may_bring_its_own_defaults(checkpoint: Path) -> None:
 
 
 @pytest.mark.usefixtures("no_graphs")
-@pytest.mark.parametrize("text", ["{", "[]", json.dumps({**OWN_DEFAULTS, "topk": 3}), json.dumps({"chunk_bytes": 99})])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "[]",
+        json.dumps({**OWN_DEFAULTS, "topk": 3}),
+        json.dumps({"chunk_bytes": 99}),
+        own_defaults(chunk_bytes=0),
+        own_defaults(temperature=0.0),
+        own_defaults(temperature=2.0),
+        own_defaults(top_p=1.5),
+        own_defaults(top_k=0),
+        own_defaults(repetition_aware={"window": 0, "temperature": 1.0, "top_p": 0.9}),
+        own_defaults(repetition_aware={"window": 10, "temperature": 2.5, "top_p": 0.9}),
+    ],
+)
 def test_defaults_that_are_not_valid(checkpoint: Path, out: Path, text: str) -> None:
     (checkpoint / DEFAULTS).write_text(text)
-    with pytest.raises(ExportError, match=DEFAULTS):
+    with pytest.raises(ExportError, match=f"{DEFAULTS} is not valid"):
         export_bundle(checkpoint, out)
     assert_nothing_left(out)
 
@@ -152,11 +163,62 @@ def test_an_output_that_cannot_be_written(checkpoint: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.usefixtures("no_graphs")
+def test_a_description_that_cannot_be(checkpoint: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fishrt_export.families, "S2", replace(S2, prompt_dialect="whistling"))
+    with pytest.raises(ExportError, match=r"cannot become a bundle: .*whistling"):
+        export_bundle(checkpoint, out)
+    assert_nothing_left(out)
+
+
+def test_a_bundle_that_does_not_load_is_not_left(checkpoint: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    skip_tracing(monkeypatch)
+    monkeypatch.setattr(fishrt_export.bundle, "describe_files", lambda _: {})
+    with pytest.raises(BundleError, match="names files that it does not list"):
+        export_bundle(checkpoint, out)
+    assert_nothing_left(out)
+
+
+def test_folders_made_for_the_output_go_with_it(checkpoint: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    skip_tracing(monkeypatch)
+    (out.parent / "kept").mkdir()
+    monkeypatch.setattr(fishrt_export.bundle, "describe_files", lambda _: {})
+    with pytest.raises(BundleError):
+        export_bundle(checkpoint, out.parent / "kept/a/b/bundle")
+    assert list(out.parent.rglob("*")) == [out.parent / "kept"]
+
+
+def test_a_checkpoint_that_vanishes(checkpoint: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is not the output that is to blame."""
+
+    def check(*_: object) -> None:
+        (checkpoint / "tokenizer.json").unlink()
+
+    monkeypatch.setattr(fishrt_export.bundle, "check_references", check)
+    with pytest.raises(ExportError, match=r"tokenizer\.json cannot be read"):
+        export_bundle(checkpoint, out)
+    assert_nothing_left(out)
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_an_output_behind_a_link(checkpoint: Path, out: Path, monkeypatch: pytest.MonkeyPatch, there: bool) -> None:
+    skip_tracing(monkeypatch)
+    if there:
+        (out.parent / "real").mkdir()
+    out.symlink_to("real")
+    bundle = export_bundle(checkpoint, out)
+    assert bundle.path == out
+    assert out.is_symlink()
+    assert sorted(path.name for path in out.parent.iterdir()) == ["bundle", "real"]
+    assert Bundle.load(out.parent / "real").manifest == bundle.manifest
+
+
+@pytest.mark.usefixtures("no_graphs")
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
         (lambda folder: (folder / "empty").mkdir(), ExportError, "folders that are not voices: empty"),
         (lambda folder: (folder / "default.txt").write_text("nobody"), ExportError, "names 'nobody'; the voices are: anna"),
+        (lambda folder: (folder / "default.txt").write_bytes(b"\xff\xfe"), ExportError, r"default\.txt is not UTF-8"),
         (lambda folder: (folder / "anna/a.lab").unlink(), VoiceError, "a.lab"),
         (lambda folder: (folder / "anna/a.wav").write_bytes(b"noise"), AudioError, "a.wav"),
         (lambda folder: write_reference(folder.parent, "ben", seconds=0.1), AudioError, "too short"),
@@ -208,16 +270,31 @@ def test_progress_grows_to_the_end(checkpoint: Path, out: Path, monkeypatch: pyt
     assert bundle.path == out
 
 
+def test_ending_the_process_leaves_nothing(checkpoint: Path, out: Path) -> None:
+    """By SIGTERM, as service managers do, when all but the manifest is written. The graphs are left out."""
+    done = export_and_send(signal.SIGTERM, checkpoint, out)
+    assert done.returncode == 128 + signal.SIGTERM, done.stderr.decode()
+    assert_nothing_left(out)
+
+
+def test_a_handler_of_sigterm_is_left_alone(checkpoint: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    skip_tracing(monkeypatch)
+    seen = []
+
+    def progress(*_: object) -> None:
+        seen.append(signal.getsignal(signal.SIGTERM))
+
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        export_bundle(checkpoint, out, progress=progress)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert set(seen) == {signal.SIG_IGN}
+
+
 def test_killing_the_process_leaves_nothing_that_loads(checkpoint: Path, out: Path) -> None:
     """The process is ended without a chance to clean up, when all but the manifest is written."""
-    script = (
-        "import os, signal, sys; from fishrt_export import export_bundle, bundle\n"
-        "bundle.describe_files = lambda folder: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "bundle.GraphJob.run = lambda *_: None\n"
-        "export_bundle(sys.argv[1], sys.argv[2])\n"
-    )
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([sys.executable, "-c", script, checkpoint, out], env=environment, capture_output=True, check=False)
+    done = export_and_send(signal.SIGKILL, checkpoint, out)
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()
     assert not out.exists()
     (left,) = out.parent.iterdir()
@@ -226,11 +303,22 @@ def test_killing_the_process_leaves_nothing_that_loads(checkpoint: Path, out: Pa
         Bundle.load(left)
 
 
+def export_and_send(number: signal.Signals, checkpoint: Path, out: Path) -> subprocess.CompletedProcess[bytes]:
+    """Exports without graphs in a process that gets the signal when all but the manifest is written."""
+    script = (
+        "import os, sys; from fishrt_export import export_bundle, bundle\n"
+        f"bundle.describe_files = lambda folder: os.kill(os.getpid(), {int(number)})\n"
+        "bundle.GraphJob.run = lambda *_: None\n"
+        "export_bundle(sys.argv[1], sys.argv[2])\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    return subprocess.run([sys.executable, "-c", script, checkpoint, out], env=environment, capture_output=True, check=False)
+
+
 def test_a_graph_that_differs_fails_and_leaves_nothing(checkpoint: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fishrt_export.graphs.LanguageModelSource, "jobs", lambda *_: [])
     monkeypatch.setattr(fishrt_export.graphs, "AUDIO_TOLERANCE", 1e-12)
-    encode = fishrt_export.graphs.CodecSource.jobs
-    monkeypatch.setattr(fishrt_export.graphs.CodecSource, "jobs", lambda source: encode(source)[1:])
+    jobs = fishrt_export.graphs.CodecSource.jobs
+    monkeypatch.setattr(fishrt_export.graphs.CodecSource, "jobs", lambda source: jobs(source)[::-1])  # codec_decode is soon done
     with pytest.raises(ExportError, match=r"codec_decode\.onnx is not the torch module: audio differs by"):
         export_bundle(checkpoint, out)
     assert_nothing_left(out)
@@ -246,73 +334,3 @@ def skip_tracing(monkeypatch: pytest.MonkeyPatch) -> None:
         return Parity(0.0, 0.0, "cpu")
 
     monkeypatch.setattr(fishrt_export.graphs.GraphJob, "run", run)
-
-
-# ---- voices and licence
-
-
-def write_reference(checkpoint: Path, name: str, seconds: float = 0.5) -> None:
-    folder = checkpoint / "references" / name
-    folder.mkdir(parents=True)
-    samples = np.random.default_rng(len(name)).uniform(-0.4, 0.4, int(16000 * seconds))
-    soundfile.write(folder / "a.wav", samples, 16000)
-    (folder / "a.lab").write_text(f"This is {name}.", encoding="utf-8")
-
-
-def test_references_become_voices(checkpoint: Path, tiny_bundle: Bundle, tmp_path: Path) -> None:
-    bundle = Bundle(Path(shutil.copytree(tiny_bundle.path, tmp_path / "bundle")), tiny_bundle.manifest)
-    for name in ("ben", "anna"):
-        write_reference(checkpoint, name)
-    voices = encode_references(check_references(checkpoint, bundle), bundle)
-    assert voices is not None
-    assert (voices.default, voices.names) == ("anna", ("anna", "ben"))
-    store = VoiceStore(bundle.path / "voices")
-    assert store.list() == ["anna", "ben"]
-    voice, codec = store.load("ben"), bundle.manifest.codec
-    assert (voice.transcript, voice.fingerprint) == ("This is ben.", codec.fingerprint)
-    assert voice.codes.shape == (len(codec.codebook_sizes), -(-int(0.5 * codec.sample_rate) // codec.hop))
-
-
-def test_no_references_no_voices(checkpoint: Path, tiny_bundle: Bundle) -> None:
-    assert check_references(checkpoint, tiny_bundle) is None
-    (checkpoint / "references").mkdir()
-    assert check_references(checkpoint, tiny_bundle) is None
-    assert tiny_bundle.manifest.voices is None
-
-
-def test_the_default_voice_can_be_named(checkpoint: Path, tiny_bundle: Bundle) -> None:
-    for name in ("ben", "anna"):
-        write_reference(checkpoint, name)
-    (checkpoint / "references/default.txt").write_text("ben\n")
-    references = check_references(checkpoint, tiny_bundle)
-    assert references is not None
-    assert (references.default, references.names) == ("ben", ("anna", "ben"))
-
-
-@pytest.mark.parametrize(
-    ("files", "name", "file"),
-    [
-        ({}, UNKNOWN, None),
-        ({"LICENSE.md": "\n# Research License\n\ntext"}, "Research License", "LICENSE.md"),
-        ({"README.md": "---\nlicense: other\nlicense_name: research\n---\n"}, "research", "README.md"),
-        ({"README.md": "---\nlicense: apache-2.0\n---\n", "LICENSE": "Apache License\n"}, "apache-2.0", "LICENSE"),
-        ({"README.md": "# A model\n"}, UNKNOWN, "README.md"),
-    ],
-)
-def test_the_terms_of_the_weights(tmp_path: Path, files: dict[str, str], name: str, file: str | None) -> None:
-    (tmp_path / "in").mkdir()
-    (tmp_path / "out").mkdir()
-    for path, text in files.items():
-        (tmp_path / "in" / path).write_text(text, encoding="utf-8")
-    licence = copy_licence(tmp_path / "in", tmp_path / "out")
-    assert (licence.name, licence.file) == (name, file)
-    note = (tmp_path / "out/WEIGHTS-LICENCE.txt").read_text()
-    assert "keep the terms of their publisher" in note
-    assert name in note
-    if file:
-        assert (tmp_path / "out" / file).read_text() == files[file]
-
-
-def test_peak_memory_is_plausible() -> None:
-    peak = peak_memory()
-    assert peak is None or 50e6 < peak < 1e12

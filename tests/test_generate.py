@@ -81,7 +81,9 @@ def test_the_cache_grows_with_what_is_said_up_to_prompt_and_limit(monkeypatch: p
     sizes = []
     for limit in (1, len(SPOKEN), 100_000):
         frames(model, max_frames=limit)
-        sizes.append(model.slow.states[-1].dims["cache"])  # type: ignore[attr-defined]
+        state = model.slow.states[-1]  # type: ignore[attr-defined]
+        sizes.append(state.dims["cache"])
+        assert state.read("key_cache.0").shape[2] == sizes[-1]
     # The prompt has 6 columns; the fake refuses a call that goes past its cache.
     assert sizes == [6 + 1, min(16, 6 + len(SPOKEN)), 16]
 

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from fishrt.bundle import Bundle
+
 NEVER = {
     "fishrt_engines": {
         "fishrt",
@@ -40,12 +42,16 @@ def package_folder(package: str) -> Path:
 
 
 def imports(tree: ast.AST) -> Iterator[str]:
-    """Top-level packages of absolute imports."""
+    """Top-level packages of absolute imports, those by a function's call with a literal included."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name.split(".")[0] for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
             yield str(node.module).split(".")[0]
+        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+            name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            if name in ("import_module", "__import__"):
+                yield str(node.args[0].value).split(".")[0]
 
 
 def at_module_level(tree: ast.Module) -> ast.Module:
@@ -75,6 +81,20 @@ def test_a_file_imports_only_from_its_own_and_lower_layers(package: str, path: P
         assert not set(imports(at_module_level(tree))) & (HEAVY | allowed)
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "import torch.nn",
+        "from torch import nn",
+        'importlib.import_module("torch.nn")',
+        'x = import_module("torch")',
+        '__import__("torch")',
+    ],
+)
+def test_every_way_to_import_is_seen(line: str) -> None:
+    assert list(imports(ast.parse(f"def f():\n    {line}"))) == ["torch"]
+
+
 def test_the_layers_have_files() -> None:
     """A wrong path would make the test above empty and green."""
     assert {package for package, _ in files()} == set(NEVER)
@@ -88,8 +108,31 @@ def test_importing_loads_nothing_heavy(module: str) -> None:
     assert loaded == []
 
 
+def test_speaking_needs_no_torch(tiny_bundle: Bundle) -> None:
+    """In a process of its own, where what only the export needs cannot be imported."""
+    code = f"""
+import sys
+sys.modules.update(dict.fromkeys({sorted(NEVER["fishrt"] - {"onnxruntime"})}))
+import numpy as np
+from fishrt import TTS
+tts = TTS.load({str(tiny_bundle.path)!r}, provider="cpu", threads=1)
+print(len(list(tts.stream("Hello!", max_frames=2))))
+codes = tts.encode(np.zeros(3000, np.float32), tts.sample_rate)
+print(len(tts.decode(codes)) >= 3000)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["1", "True"], done.stderr
+
+
+def test_importing_fishrt_is_cheap() -> None:
+    code = "import sys, fishrt; print(*sorted({'numpy', 'soundfile', 'soxr', 'tokenizers'} & sys.modules.keys()))"
+    assert not subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+
+
 def test_the_public_names_are_there() -> None:
     import fishrt
 
     assert all(hasattr(fishrt, name) for name in fishrt.__all__)
     assert len(fishrt.__all__) <= 12
+    with pytest.raises(AttributeError, match="no attribute 'Speach'"):
+        fishrt.Speach  # noqa: B018

@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 import torch
 
+from fishrt.bundle import Bundle, Voices, embedded_bundle
 from fishrt.prompt import PromptBuilder
 from fishrt.tokenizer import Tokenizer
 from fishrt.voices import Voice
 from fishrt_export.codec.dac import Dac, DacConfig
 from fishrt_export.codec.load import fuse_codec
-from fishrt_export.minnow.config import CODEC
+from fishrt_export.graphs import open_codec, open_language_model
+from fishrt_export.minnow.config import CODEC, LANGUAGE_MODEL
 from fishrt_export.minnow.corpus import Sentence
 from fishrt_export.minnow.model import DualAr
 from fishrt_export.minnow.package import weight_normed
@@ -24,13 +26,14 @@ from fishrt_export.minnow.train_lm import Examples, Sound, Spoken, corrupt
 from helpers_text import language_model
 
 CODEBOOKS = 8
+CHECKPOINT = Path(__file__).parents[1] / "export/minnow"
 TEXTS = [f"Sentence number {n} is here, isn't it?" for n in range(12)]
 
 
 class Data:
     """Utterances without sound."""
 
-    utterances = [Utterance(text, "template", n == 11, VOICES[n % 3], 0, 0) for n, text in enumerate(TEXTS)]
+    utterances = tuple(Utterance(text, "template", n == 11, VOICES[n % 3], 0, 0) for n, text in enumerate(TEXTS))
 
 
 @pytest.fixture
@@ -118,8 +121,6 @@ def test_a_sentence_is_held_out_by_its_own_words() -> None:
 
 
 def test_corruption_touches_audio_only_and_keeps_main_and_code_together(examples: Examples) -> None:
-    from fishrt_export.minnow.config import LANGUAGE_MODEL
-
     model = DualAr(LANGUAGE_MODEL, vocab_size=576, semantic_begin=examples.begin, end_id=1)
     prompt = torch.from_numpy(examples.draw(np.random.default_rng(1)).prompt)[None]
     changed = corrupt(prompt, model, torch.Generator().manual_seed(1))
@@ -135,3 +136,15 @@ def test_the_packed_codec_is_the_trained_one() -> None:
     assert fused.keys() == codec.state_dict().keys()
     for name, tensor in codec.state_dict().items():
         torch.testing.assert_close(fused[name].float(), tensor, rtol=2e-3, atol=1e-6)
+
+
+def test_the_embedded_bundle_is_the_export_of_the_checkpoint_in_the_repository() -> None:
+    manifest = Bundle.load(embedded_bundle()).manifest
+    assert manifest.codec == open_codec(CHECKPOINT).describe()
+    assert manifest.language_model == open_language_model(CHECKPOINT).describe("audio")
+    assert manifest.voices == Voices("rms", ("awb", "rms", "slt"))
+
+
+def test_both_are_small() -> None:
+    assert Bundle.load(embedded_bundle()).manifest.total_bytes <= 16_000_000
+    assert sum(path.stat().st_size for path in CHECKPOINT.rglob("*") if path.is_file()) <= 32_000_000

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from conftest import find_golden
 from fishrt.generate import Columns, generate_frames
 from fishrt.sampling import Sampling, audio_ids
 from fishrt_export.verify import run_module
@@ -77,7 +78,7 @@ def test_slow_ar_graph_with_cache(golden_model: GoldenModel, vectors: Vectors, h
     calls = [prefill_feeds([prompt[:, :prefill]])]
     calls += [chunk_feeds(prompt[None, :, t : t + 1], np.array([t])) for t in range(prefill, length)]
     results = [{name: value[0].copy() for name, value in engine.run(feeds, state).items()} for feeds in calls]
-    spoken = golden_model.lm.ids.audio_head if head == "audio" else slice(None)
+    spoken = golden_model.lm.audio_head if head == "audio" else slice(None)
     assert_near(np.stack([r["logits"] for r in results]), vectors.arrays["slow/logits_cached"][:, spoken])
     assert_near(np.stack([r["hidden"] for r in results]), vectors.arrays["slow/fast_input_cached"])
     for kind, name in (("key", "slow/k_cache"), ("value", "slow/v_cache")):
@@ -173,6 +174,20 @@ class NoNoise:
     fast = slow
 
 
+def prompt_of(vectors: Vectors, case: str) -> np.ndarray:
+    """A case's note begins with the name of its prompt."""
+    return vectors.prompt(vectors.meta["generation"][case]["note"].split()[0].rstrip(";,"))
+
+
+def noise_of(model: Any, vectors: Vectors, case: str) -> Any:
+    """The recorded noise; a case without is greedy."""
+    if f"gen/{case}/q_slow" not in vectors.arrays:
+        assert vectors.meta["generation"][case]["sampling"]["top_k"] == 1
+        return NoNoise()
+    ids = audio_ids(model.language_model)
+    return RecordedNoise(ids, vectors.arrays[f"gen/{case}/q_slow"], vectors.arrays[f"gen/{case}/q_fast"])
+
+
 def columns_of(model: Any, prompt: np.ndarray, case: dict[str, Any], noise: Any) -> np.ndarray:
     limit = case["max_new_tokens"]
     columns = Columns(model, prompt, Sampling(**case["sampling"]), noise, max_columns=limit, first_may_end=False)
@@ -180,17 +195,15 @@ def columns_of(model: Any, prompt: np.ndarray, case: dict[str, Any], noise: Any)
 
 
 @pytest.mark.parametrize("head", HEADS)
-@pytest.mark.parametrize("case", ["greedy_text", "greedy_ref", "greedy_eos", "sampled_ref"])
-def test_generation(golden_model: GoldenModel, vectors: Vectors, case: str, head: str) -> None:
-    described, model = vectors.meta["generation"][case], golden_model.dual_ar(head)
-    prompt = vectors.prompt(described["note"].split()[0].rstrip(";,"))
-    noise: Any = NoNoise()
-    if f"gen/{case}/q_slow" in vectors.arrays:
-        ids = audio_ids(model.language_model)
-        noise = RecordedNoise(ids, vectors.arrays[f"gen/{case}/q_slow"], vectors.arrays[f"gen/{case}/q_fast"])
-    actual = columns_of(model, prompt, described, noise)
-    assert np.array_equal(actual, vectors.arrays[f"gen/{case}/raw"])
-    assert (actual[0, -1] == model.language_model.end_id) == described["stopped_by_im_end"]
+def test_generation(golden_model: GoldenModel, vectors: Vectors, head: str) -> None:
+    """Every case, greedy or with recorded noise."""
+    model, described = golden_model.dual_ar(head), vectors.meta["generation"]
+    assert described.keys() == {name.split("/")[1] for name in vectors.arrays if name.startswith("gen/")}
+    assert described
+    for name, case in described.items():
+        actual = columns_of(model, prompt_of(vectors, name), case, noise_of(model, vectors, name))
+        assert np.array_equal(actual, vectors.arrays[f"gen/{name}/raw"]), name
+        assert (actual[0, -1] == model.language_model.end_id) == case["stopped_by_im_end"], name
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -211,10 +224,20 @@ def test_long_generation(golden_model: GoldenModel, vectors: Vectors, head: str)
     assert compared == sum(key.startswith("longgen/") and key.endswith("/raw") for key in vectors.arrays)
 
 
-def test_codes_of_a_run_that_stops(golden_model: GoldenModel, vectors: Vectors) -> None:
-    described = vectors.meta["generation"]["greedy_eos"]
-    prompt = vectors.prompt(described["note"].split()[0].rstrip(";,"))
-    sampling, limit = Sampling(**described["sampling"]), described["max_new_tokens"]
-    frames = generate_frames(golden_model.dual_ar("audio"), prompt, sampling, NoNoise(), max_frames=limit, upstream_compat=True)
-    assert np.array_equal(np.stack(list(frames), axis=1), vectors.arrays["gen/greedy_eos/codes"])
-    assert frames.stop_reason == "end"
+def test_codes_of_a_run(golden_model: GoldenModel, vectors: Vectors) -> None:
+    """The codes as upstream returns them, of every case for which the vectors hold them; one at least stops by itself."""
+    model, reasons = golden_model.dual_ar("audio"), []
+    for name, case in vectors.meta["generation"].items():
+        if f"gen/{name}/codes" not in vectors.arrays:
+            continue
+        noise, sampling, limit = noise_of(model, vectors, name), Sampling(**case["sampling"]), case["max_new_tokens"]
+        frames = generate_frames(model, prompt_of(vectors, name), sampling, noise, max_frames=limit, upstream_compat=True)
+        assert np.array_equal(np.stack(list(frames), axis=1), vectors.arrays[f"gen/{name}/codes"]), name
+        assert (frames.stop_reason == "end") == case["stopped_by_im_end"], name
+        reasons.append(frames.stop_reason)
+    assert "end" in reasons
+
+
+def test_a_folder_of_vectors_that_is_chosen_must_be_there(tmp_path: Path) -> None:
+    with pytest.raises(pytest.fail.Exception, match="FISHRT_GOLDEN"):
+        find_golden(str(tmp_path / "absent"))

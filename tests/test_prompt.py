@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from fishrt.errors import BundleError, PromptError, VoiceError
+from fishrt.errors import PromptError, VoiceError
 from fishrt.prompt import Message, PromptBuilder
 from fishrt.tokenizer import Tokenizer
 from helpers_text import TINY_TOKENIZER, language_model, voice
@@ -202,8 +202,3 @@ def test_code_0_is_bounded_by_the_semantic_ids():
     codes[0] = 10
     with pytest.raises(VoiceError, match="0 to 9"):
         builder.start([voice(codes=codes)])
-
-
-def test_unknown_dialect():
-    with pytest.raises(BundleError, match="morse"):
-        PromptBuilder(TOKENIZER, language_model(prompt_dialect="morse"))

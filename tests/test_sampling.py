@@ -178,6 +178,8 @@ def test_the_second_draw_has_the_rules_temperature_and_top_p_but_the_requests_to
         {"top_k": 0},
         {"top_k": -3},
         {"top_k": 1.5},
+        {"temperature": "warm"},
+        {"top_p": "all"},
     ],
 )
 def test_values_outside_their_range_are_named(bad: dict[str, Any]) -> None:
@@ -188,5 +190,6 @@ def test_values_outside_their_range_are_named(bad: dict[str, Any]) -> None:
 
 def test_defaults_are_the_bundles_where_nothing_is_given() -> None:
     defaults = SamplingDefaults(0.8, 0.7, 30, None)
-    assert Sampling.from_defaults(defaults) == Sampling(0.8, 0.7, 30)
-    assert Sampling.from_defaults(defaults, top_p=0.5, top_k=None) == Sampling(0.8, 0.5, 30)
+    assert Sampling().resolve(defaults) == Sampling(0.8, 0.7, 30)
+    assert Sampling(top_p=0.5, top_k=None).resolve(defaults) == Sampling(0.8, 0.5, 30)
+    assert Sampling(0.6, 0.5, 10**9).resolve(defaults) == Sampling(0.6, 0.5, 10**9)

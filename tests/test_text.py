@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fishrt.errors import PromptError
-from fishrt.text import before_first_turn, check_text, pack_turns, speakable, speaker_turns, split_sentences, split_turn
+from fishrt.text import before_first_turn, check_text, pack_turns, speakable, speaker_turns, split_sentences, split_turn, with_end
 
 MARKUP = re.compile(r"\[[^\[\]]*\]|<\|[^|<>]*\|>")
 
@@ -131,3 +131,18 @@ def test_long_texts_take_linear_time():
     """A hundred thousand of each: quadratic work would run for minutes here, although nothing is timed."""
     for text in ("a " * 100_000, "x" * 100_000, "." * 100_000 + "x", "[a] b" * 20_000, "[" * 100_000, "Hi there, you. " * 7_000):
         assert letters("".join(split_sentences(text, 150))) == letters(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "ended"),
+    [
+        ("Hello", "Hello."),
+        ("Room 7", "Room 7."),
+        ("Hello!", "Hello!"),
+        ("你好", "你好。"),
+        ("[laughing]", "[laughing]"),
+        ("", ""),
+    ],
+)
+def test_a_text_without_an_end_gets_one(text: str, ended: str) -> None:
+    assert with_end(text) == ended

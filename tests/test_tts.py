@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 
 from fakes import FakeEngine, expected_codes, fake_bundle, fake_engines
-from fishrt import TTS, Bundle, FishrtError, Sampling, Voice
+from fishrt import TTS, FishrtError, Sampling, Voice
+from fishrt.bundle import embedded_bundle
 from fishrt.errors import AudioError, BundleError, GraphError, PromptError, ProviderError, SamplingError, VoiceError
-from fishrt.tts import Progress, embedded_bundle
+from fishrt.sampling import audio_ids
+from fishrt.speech import PieceInfo, Progress
 from helpers_text import language_model, manifest, voice
 
 LM = language_model()
@@ -55,6 +57,8 @@ def test_speech_is_what_the_model_says(tts: TTS) -> None:
 def test_info_tells_what_was_used(tts: TTS) -> None:
     info = tts.speak("Hello world!", seed=5, sampling=Sampling(0.5, 0.8, 10)).info
     assert (info.seed, info.sampling, info.stop_reasons, info.frames) == (5, Sampling(0.5, 0.8, 10), ("end",), 4)
+    assert info.pieces == (PieceInfo("Hello world!", 4, "end"),)
+    assert info.voices == ("anna",)
     assert info.audio_s == 4 * CODEC.hop / CODEC.sample_rate
     assert info.rtf == info.timings.compute_s / info.audio_s > 0
     assert (info.provider, info.bundle, len(info.bundle_sha256)) == ("fake", "test", 64)
@@ -63,7 +67,7 @@ def test_info_tells_what_was_used(tts: TTS) -> None:
 
 def test_defaults_are_the_bundles(tts: TTS) -> None:
     info = tts.speak("Hello world!").info
-    assert info.sampling == Sampling.from_defaults(LM.sampling)
+    assert info.sampling == Sampling().resolve(LM.sampling)
     assert tts.speak("Hello world!").info.seed != info.seed  # equal once in 4 billion
 
 
@@ -132,7 +136,7 @@ def test_a_limit_is_reported_for_each_piece(tts: TTS) -> None:
 
 def test_speech_is_never_longer_than_the_codec_takes(tmp_path: Path) -> None:
     codec = replace(CODEC, max_frames=3)
-    speech = fake_tts(tmp_path, codec=codec).speak("Hello world!", voice=[], max_frames=100)
+    speech = fake_tts(tmp_path, codec=codec).speak("Hello world!", voice=[])
     assert (speech.codes.shape[1], speech.info.stop_reasons) == (3, ("max_frames",))
 
 
@@ -163,10 +167,53 @@ def test_upstream_compat_drops_the_last_column_even_at_a_limit(tts: TTS) -> None
 
 def test_a_model_that_says_nothing_is_an_error(tmp_path: Path) -> None:
     tts = fake_tts(tmp_path, [])
-    with pytest.raises(FishrtError, match="before it said anything"):
+    with pytest.raises(FishrtError, match='ended before it said "Hello world!"') as caught:
         tts.speak("Hello world!")
+    assert "seed" in str(caught.value.hint)
     (chunk,) = tts.stream("Hello world!")
     assert (chunk.codes.shape, chunk.pcm.shape, chunk.stop_reason) == ((4, 0), (0,), "end")
+
+
+def test_a_piece_that_is_not_spoken_is_an_error(tmp_path: Path) -> None:
+    """The second piece ends at once: its text must not be missing without a word."""
+    tts = fake_tts(tmp_path)
+    slow = tts._engines["slow_ar"]
+    assert isinstance(slow, FakeEngine)
+    speak, width = slow._function, 2 + LM.semantic_end_id - LM.semantic_begin_id
+
+    def function(feeds: Any, state: Any) -> dict[str, np.ndarray]:
+        results = speak(feeds, state)
+        if len(slow.states) == 2:
+            results["logits"] = np.zeros((1, width), np.float32)
+            results["logits"][0, np.searchsorted(audio_ids(LM), LM.end_id)] = 50
+        return results
+
+    slow._function = function
+    with pytest.raises(FishrtError, match='ended before it said "The third one'):
+        tts.speak(LONG)
+    slow.states.clear()
+    assert [c.codes.shape[1] for c in tts.stream(LONG)] == [4, 0]
+
+
+def test_a_voice_also_answers_to_the_tags_in_its_transcript(tts: TTS) -> None:
+    both = voice("both", "<|speaker:3|>One. <|speaker:4|>Two.")
+    tts.speak("<|speaker:4|>Hello. <|speaker:0|>Hi.", voice=both)
+    tts.speak("<|speaker:7|>Hello.", voice="ben", upstream_compat=True)
+    tts.speak("<|speaker:7|>Hello.", voice=[])
+
+
+def test_some_sampling_leaves_the_rest_to_the_bundle(tts: TTS) -> None:
+    assert tts.speak("Hello!", sampling=Sampling(temperature=0.6)).info.sampling == Sampling(0.6, 0.9, 30)
+    assert tts.speak("Hello!", sampling=Sampling()).info.sampling == Sampling(1.0, 0.9, 30)
+
+
+def test_arguments_of_other_types(tts: TTS) -> None:
+    with pytest.raises(VoiceError, match="a list"):
+        tts.decode([[1, 2]])  # type: ignore[arg-type]
+    with pytest.raises(AudioError, match="a list"):
+        tts.encode([0.1, 0.2], 16000)  # type: ignore[arg-type]
+    with pytest.raises(AudioError, match="rate is 0"):
+        tts.encode(np.zeros(9), 0)
 
 
 BAD: dict[str, tuple[dict[str, Any], type[FishrtError], str]] = {
@@ -175,9 +222,18 @@ BAD: dict[str, tuple[dict[str, Any], type[FishrtError], str]] = {
     "unknown voice": ({"voice": "carl"}, VoiceError, "no voice 'carl'; it has: anna, ben"),
     "another codec's voice": ({"voice": voice(fingerprint="0" * 64)}, VoiceError, "made with the codec 000000"),
     "codes out of range": ({"voice": voice(codes=np.full((4, 3), 160))}, VoiceError, "160"),
-    "too few codebooks": ({"voice": voice(codes=np.zeros((3, 3), np.int64))}, VoiceError, "3 codebooks"),
+    "too few codebooks": ({"voice": voice(codes=np.zeros((3, 3), np.int64))}, VoiceError, r"\[3, 3\]"),
     "seed": ({"seed": -1}, SamplingError, "seed is -1"),
+    "seed as text": ({"seed": "1"}, SamplingError, "seed is '1'"),
     "max_frames": ({"max_frames": 0}, SamplingError, "max_frames is 0"),
+    "half a frame": ({"max_frames": 2.5}, SamplingError, r"max_frames is 2\.5"),
+    "more frames than the codec takes": ({"max_frames": CODEC.max_frames + 1}, SamplingError, "max_frames is 501"),
+    "float codes": ({"voice": voice(codes=np.zeros((4, 3)))}, VoiceError, "float64"),
+    "a list of codes": ({"voice": voice(codes=[[1], [1], [1], [1]])}, VoiceError, "a list"),
+    "no transcript": ({"voice": voice(transcript=" ")}, VoiceError, "no transcript"),
+    "speaker without a voice": ({"text": "<|speaker:0|>Hi. <|speaker:2|>Oh."}, PromptError, r"<\|speaker:2\|>.* 2 voices"),
+    "speaker 1 of one": ({"text": "<|speaker:1|>Hi.", "voice": "ben"}, PromptError, r"<\|speaker:1\|>.*is 1 voice"),
+    "references too long": ({"voice": [voice(frames=40)] * 20}, PromptError, "too long"),
     "system": ({"system": " "}, PromptError, "system"),
 }
 
@@ -229,12 +285,14 @@ def test_graphs_are_opened_when_they_are_needed(tmp_path: Path) -> None:
         tts.speak("Hello!")
 
 
-def test_a_missing_graph_is_named(tmp_path: Path) -> None:
+def test_altered_weights_of_a_small_bundle_are_not_spoken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bundle = fake_bundle(tmp_path / "bundle")
-    graphs = {role: spec for role, spec in bundle.manifest.graphs.items() if role != "codec_encode"}
-    tts = TTS.load(Bundle(bundle.path, replace(bundle.manifest, graphs=graphs)))
-    with pytest.raises(BundleError, match="'codec_encode'"):
-        tts.encode(np.zeros(100, np.float32), 16000)
+    bundle.file("slow_ar.onnx").write_bytes(b"not a grape")
+    for given in (bundle, bundle.path):
+        with pytest.raises(BundleError, match=r"slow_ar\.onnx was altered"):
+            TTS.load(given)
+    monkeypatch.setattr("fishrt.tts.VERIFIED_BYTES", bundle.manifest.total_bytes - 1)
+    TTS.load(bundle)
 
 
 def test_a_provider_is_refused_when_the_bundle_is_loaded(tmp_path: Path) -> None:
@@ -248,12 +306,8 @@ def test_a_folder_that_is_no_bundle_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_embedded_bundle_is_found_or_its_absence_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    package = tmp_path / "runtime" / "fishrt"
-    package.mkdir(parents=True)
-    monkeypatch.setattr("fishrt.tts.__file__", str(package / "tts.py"))
+    monkeypatch.setattr("fishrt.bundle.__file__", str(tmp_path / "bundle.py"))
     with pytest.raises(BundleError, match="no embedded voice"):
         embedded_bundle()
-    (tmp_path / "runtime" / "minnow").mkdir()
-    assert embedded_bundle() == tmp_path / "runtime" / "minnow"
-    (package / "minnow").mkdir()
-    assert embedded_bundle() == package / "minnow"
+    (tmp_path / "minnow").mkdir()
+    assert embedded_bundle() == tmp_path / "minnow"

@@ -202,11 +202,17 @@ def test_upstream_references_with_a_bad_transcript(store, content, message):
 def test_fish_speech_rs_index(store):
     store.folder.mkdir()
     (store.folder / "index.json").write_text(
-        json.dumps({"speakers": {"default": "Hello there.", "../evil": "x"}}), encoding="utf-8"
+        json.dumps({"speakers": {"default": "Hello there.", "Zoë": "Salut.", "../evil": "x"}}), encoding="utf-8"
     )
     codes = np.arange(8).reshape(4, 2)
     np.save(store.folder / "default.npy", codes.astype(np.uint32))
-    assert store.list() == ["default"]
+    np.save(store.folder / "Zoë.npy", codes)
+    np.save(store.folder.parent / "evil.npy", codes)
+    assert store.list() == ["../evil", "Zoë", "default"]  # what cannot be loaded is not hidden either
+    assert store.load("Zoë").transcript == "Salut."
+    for action in (store.load, store.remove):
+        with pytest.raises(VoiceError, match="cannot be the name"):
+            action("../evil")
     loaded = store.load("default")
     assert same(loaded, Voice("default", codes.astype(np.int64), "Hello there.", None))
     loaded.check(manifest())
@@ -233,10 +239,12 @@ def test_check_accepts_its_own_bundle_only():
 @pytest.mark.parametrize(
     ("codes", "message"),
     [
-        (np.zeros((3, 5), np.int64), "3 codebooks"),
-        (np.zeros((5, 5), np.int64), "5 codebooks"),
-        (np.zeros((4, 0), np.int64), "0 frames"),
-        (np.zeros(4, np.int64), "not codes"),
+        (np.zeros((3, 5), np.int64), r"\[3, 5\].*4 codebooks"),
+        (np.zeros((5, 5), np.int64), r"\[5, 5\].*4 codebooks"),
+        (np.zeros((4, 0), np.int64), r"\[4, 0\].*1 frame"),
+        (np.zeros(4, np.int64), r"shape \[4\]"),
+        (np.full((4, 2), 1.9), "float64"),
+        ([[1], [1], [1], [1]], "a list"),
         (np.array([[0], [0], [160], [0]]), "160.*codebook 2"),
         (np.array([[-1], [0], [0], [0]]), "-1.*codebook 0"),
     ],
@@ -259,6 +267,10 @@ def test_from_audio(tmp_path):
     [
         ((tone(0.19), RATE), "x", AudioError, r"too short: 0\.19 s; a voice takes 0\.2 s to 20\.0 s"),
         ((tone(20.1), RATE), "x", AudioError, r"too long: 20\.10 s"),
+        ((tone(1), 0), "x", AudioError, "rate is 0"),
+        ((tone(1), -RATE), "x", AudioError, "rate is -16000"),
+        ((tone(1), 16000.5), "x", AudioError, r"rate is 16000\.5"),
+        (([0.1] * RATE, RATE), "x", AudioError, "a list"),
         ((np.zeros(RATE, np.float32), RATE), "x", VoiceError, "silent"),
         ((np.full(RATE, 9e-4, np.float32), RATE), "x", VoiceError, "silent"),
         ((np.full(RATE, np.nan, np.float32), RATE), "x", VoiceError, "not numbers"),
@@ -269,6 +281,18 @@ def test_from_audio(tmp_path):
 def test_recordings_that_make_no_voice(audio, transcript, error, message):
     with pytest.raises(error, match=message):
         Voice.from_audio(FakeTts(), audio, transcript)
+
+
+def test_a_voice_without_a_transcript_is_refused():
+    with pytest.raises(VoiceError, match="no transcript"):
+        voice(transcript=" \n").check(manifest())
+
+
+def test_a_long_file_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
+    soundfile.write(tmp_path / "a.wav", tone(21), RATE)
+    monkeypatch.setattr(soundfile.SoundFile, "read", None)
+    with pytest.raises(AudioError, match=r"a\.wav is too long: 21\.0 s; at most 20\.0 s"):
+        Voice.from_audio(FakeTts(), tmp_path / "a.wav", "x")
 
 
 def test_a_recording_must_fit_the_context_too():

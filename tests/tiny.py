@@ -17,7 +17,6 @@ from fishrt.bundle import Bundle
 from fishrt.generate import DualAR
 from fishrt_engines import Engine, open_engine
 from fishrt_export import export_bundle
-from fishrt_export.bundle import describe_language_model
 from fishrt_export.codec.dac import Dac
 from fishrt_export.fast_ar import FastAR
 from fishrt_export.graphs import CodecSource, GraphJob, LanguageModelSource, open_codec, open_language_model
@@ -90,7 +89,7 @@ class GoldenModel:
         return self._engines[role, head]
 
     def dual_ar(self, head: str) -> DualAR:
-        return DualAR(self.engine("slow_ar", head), self.engine("fast_ar"), describe_language_model(self.lm, head))
+        return DualAR(self.engine("slow_ar", head), self.engine("fast_ar"), self.lm.describe(head))
 
     def _job(self, role: str, head: str) -> GraphJob:
         jobs = self.codec.jobs() if role.startswith("codec") else self.lm.jobs(head)

@@ -9,6 +9,7 @@ import importlib.util
 import logging
 import os
 import platform
+import sys
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -30,13 +31,20 @@ class Provider:
     """What ONNX Runtime calls it; None for an engine of its own."""
     supported: bool
     """Whether this version of fishrt runs graphs with it."""
+    platform: str | None = None
+    """The only `sys.platform` that it exists on; None for all."""
+
+    @property
+    def exists_here(self) -> bool:
+        """Whether it could be installed on this machine."""
+        return self.platform in (None, sys.platform)
 
 
 _PROVIDERS = (
     Provider("cpu", "cpu", "CPUExecutionProvider", supported=True),
     Provider("cuda", "cuda", "CUDAExecutionProvider", supported=False),
     Provider("trt", "trt", None, supported=False),
-    Provider("coreml", "cpu", "CoreMLExecutionProvider", supported=False),
+    Provider("coreml", "cpu", "CoreMLExecutionProvider", supported=False, platform="darwin"),
 )
 PROVIDERS = {provider.name: provider for provider in _PROVIDERS}
 """By the name that a user gives, in the order of `fishrt doctor`."""
@@ -52,6 +60,8 @@ def resolve_provider(name: str) -> str:
         raise ProviderError(f"unknown provider {name!r}", hint=f"known providers: auto, {', '.join(PROVIDERS)}")
     if name == "cpu":
         import_onnxruntime()
+    elif not provider.exists_here:
+        raise ProviderError(f"provider {name!r} exists on macOS only", hint='use provider "cpu"')
     elif name not in installed_providers():
         raise ProviderError(
             f"provider {name!r} is not available: its libraries are not installed here, and this version runs on cpu only",
@@ -109,7 +119,9 @@ def doctor() -> str:
         lines.append(f"{name}: {_version(name) or 'not installed'}")
     installed = installed_providers()
     for provider in _PROVIDERS:
-        if provider.name in installed:
+        if not provider.exists_here:
+            state = "exists on macOS only"
+        elif provider.name in installed:
             state = "ready" if provider.supported else "installed; not used by this version of fishrt"
         else:
             state = f'not installed (pip install "fishrt[{provider.extra}]")'

@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
+import sys
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
-from fishrt.bundle import MANIFEST, SCHEMA, Bundle, Codec, LanguageModel, Licence, Manifest, Parity, describe_files
-from fishrt.errors import FishrtError
+from fishrt.bundle import MANIFEST, SCHEMA, Bundle, Licence, Manifest, Parity, describe_files
+from fishrt.errors import BundleError, FishrtError
 from fishrt.version import __version__
 
-from .checkpoint import TOKENIZER
-from .codec.dac import MAX_FRAMES
+from .checkpoint import TOKENIZER, reading
 from .errors import ExportError
-from .graphs import CodecSource, GraphJob, LanguageModelSource, open_codec, open_language_model
+from .graphs import GraphJob, open_codec, open_language_model
 from .licence import copy_licence
 from .voices import check_references, encode_references
 from .weights import refuse
@@ -53,8 +55,8 @@ def export_bundle(
         schema=SCHEMA,
         name=checkpoint.resolve().name,
         exported_by=f"fishrt {__version__}",
-        language_model=describe_language_model(language_model, head),
-        codec=describe_codec(codec),
+        language_model=language_model.describe(head),
+        codec=codec.describe(),
         tokenizer=TOKENIZER,
         graphs={job.role: job.spec for job in jobs},
         precision="float32",
@@ -64,9 +66,15 @@ def export_bundle(
         voices=None,
         files={},
     )
+    try:
+        draft.check()
+    except BundleError as error:
+        raise ExportError(f"{checkpoint} cannot become a bundle: {error}", hint="are all files of one checkpoint?") from None
     references = check_references(checkpoint, Bundle(out, draft))
     with _written_aside(out) as folder:
-        shutil.copyfile(language_model.tokenizer, folder / TOKENIZER)
+        with reading(language_model.tokenizer):
+            tokenizer = language_model.tokenizer.read_bytes()
+        (folder / TOKENIZER).write_bytes(tokenizer)
         licence = copy_licence(checkpoint, folder)
         parity = _run(jobs, folder, progress)
         voices = encode_references(references, Bundle(folder, draft))
@@ -74,7 +82,8 @@ def export_bundle(
         files = dict(describe_files(folder))
         manifest = replace(draft, parity=parity, licence=licence, voices=voices, files=files)
         (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
-    return Bundle.load(out)
+        bundle = Bundle.load(folder)
+    return replace(bundle, path=out)
 
 
 def _check_out(out: Path) -> None:
@@ -88,20 +97,42 @@ def _check_out(out: Path) -> None:
 @contextmanager
 def _written_aside(out: Path) -> Iterator[Path]:
     """A folder beside `out` that becomes `out` if the block succeeds, and disappears if it does not."""
-    out = out.absolute()
+    out = out.resolve()  # what a link points to is written, and the link stays
     aside = out.with_name(f".{out.name}.partial-{os.getpid()}")
+    made = [parent for parent in out.parents if not parent.exists()]
+    with _terminable():
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            aside.mkdir()
+            yield aside
+            if out.exists():
+                out.rmdir()
+            aside.rename(out)
+        except BaseException as error:
+            shutil.rmtree(aside, ignore_errors=True)
+            with suppress(OSError):  # somebody else may use them by now
+                for parent in made:
+                    parent.rmdir()
+            if isinstance(error, OSError) and not isinstance(error, FishrtError):
+                raise ExportError(f"{out} cannot be written: {error}", hint="is there room, and may you write there?") from error
+            raise
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Lets SIGTERM end the block like an exception, so that it cleans up. A program's own handler of the signal is left alone."""
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+
+    def leave(number: int, _frame: object) -> None:
+        sys.exit(128 + number)
+
+    signal.signal(signal.SIGTERM, leave)
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        aside.mkdir()
-        yield aside
-        if out.exists():
-            out.rmdir()
-        aside.rename(out)
-    except BaseException as error:
-        shutil.rmtree(aside, ignore_errors=True)
-        if isinstance(error, OSError) and not isinstance(error, FishrtError):
-            raise ExportError(f"{out} cannot be written: {error}", hint="is there room, and may you write there?") from error
-        raise
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _run(jobs: list[GraphJob], folder: Path, progress: Progress) -> dict[str, Parity]:
@@ -118,31 +149,3 @@ def _run(jobs: list[GraphJob], folder: Path, progress: Progress) -> dict[str, Pa
     for job in jobs:
         parity[job.role] = job.run(folder, tell)
     return parity
-
-
-def describe_language_model(source: LanguageModelSource, head: str) -> LanguageModel:
-    """The manifest's entry."""
-    return LanguageModel(
-        num_codebooks=source.config.num_codebooks,
-        codebook_width=source.config.codebook_width,
-        max_seq_len=source.config.max_seq_len,
-        head=head,
-        vocab_size=source.config.vocab_size,
-        semantic_begin_id=source.ids.semantic[0],
-        semantic_end_id=source.ids.semantic[-1],
-        end_id=source.ids.end,
-        prompt_dialect=source.family.prompt_dialect,
-        chunk_bytes=source.family.chunk_bytes,
-        sampling=source.family.sampling,
-    )
-
-
-def describe_codec(source: CodecSource) -> Codec:
-    """The manifest's entry."""
-    return Codec(
-        sample_rate=source.config.sample_rate,
-        hop=source.config.hop,
-        codebook_sizes=source.config.codebook_sizes,
-        max_frames=MAX_FRAMES,
-        fingerprint=source.fingerprint,
-    )

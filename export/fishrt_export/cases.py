@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
 
-from .codec.dac import DacConfig
+from .codec.dac import MAX_FRAMES, DacConfig
 from .config import ModelConfig
 from .families import AudioIds
 from .verify import Case, Feeds
@@ -17,9 +18,17 @@ STEPS = 3
 
 
 def slow_ar_cases(config: ModelConfig, ids: AudioIds) -> list[Case]:
-    """Prefill and single steps: one row, and two rows of different lengths padded on the right."""
+    """Prefill and single steps: one row, two rows of different lengths padded on the right, and one row at the last positions.
+
+    The last writes to the start of a short cache, though its positions are high: a cache of all positions may not fit in memory.
+    Its columns see the whole cache then, which is of no use, but is the same for graph and module.
+    """
     rng = np.random.default_rng(1)
-    return [_slow_ar_case(config, ids, lengths, rng) for lengths in ((5,), (9, 4))]
+    cases = [_slow_ar_case(config, ids, lengths, rng) for lengths in ((5,), (9, 4))]
+    last = _slow_ar_case(config, ids, (5,), rng)
+    end = max(int(feeds["position_ids"].max()) for feeds in last.calls) + 1
+    high = [{**feeds, "position_ids": feeds["position_ids"] + config.max_seq_len - end} for feeds in last.calls]
+    return [*cases, replace(last, calls=tuple(high))]
 
 
 def _slow_ar_case(config: ModelConfig, ids: AudioIds, lengths: tuple[int, ...], rng: np.random.Generator) -> Case:
@@ -82,21 +91,32 @@ def _fast_ar_case(config: ModelConfig, batch: int, first: int, rng: np.random.Ge
 
 
 def codec_encode_cases(config: DacConfig) -> list[Case]:
-    """Noise of two lengths, once with two rows."""
+    """Noise of two lengths, once with two rows; and longer than every attention window."""
     rng = np.random.default_rng(3)
-    sizes = ((1, 2), (2, 7))
+    windows = [config.pre_module.window]
+    rate = config.hop  # positions a frame
+    for stride, transformer in zip(config.encoder_rates, config.encoder_transformers, strict=True):
+        rate //= stride
+        if transformer:
+            windows.append(-(-transformer.window // rate))
+    sizes = ((1, 2), (2, 7), (1, _longer_than(*windows)))
     audio = [rng.uniform(-0.5, 0.5, (batch, 1, frames * config.hop)).astype(np.float32) for batch, frames in sizes]
     return [Case(({"audio": wave},), {}) for wave in audio]
 
 
 def codec_decode_cases(config: DacConfig) -> list[Case]:
-    """Random codes of two lengths, once with two rows; one frame holds codes past the end and an absent codebook."""
+    """Random codes of two lengths, once with two rows, and longer than the window; a frame holds codes past the end and none."""
     rng = np.random.default_rng(4)
     sizes = np.array(config.codebook_sizes)[:, None]
     cases = []
-    for batch, frames in ((1, 3), (2, 11)):
+    for batch, frames in ((1, 3), (2, 11), (1, _longer_than(config.post_module.window))):
         codes = rng.integers(0, sizes, (batch, len(sizes), frames))
         codes[0, :, -1] += sizes[:, 0]
         codes[0, -1, 0] = -1
         cases.append(Case(({"codes": codes},), {}))
     return cases
+
+
+def _longer_than(*frames: int) -> int:
+    """Frames enough that the last do not see the first, and that so many are out of sight that even codes would tell."""
+    return min(max(frames) * 3 // 2 + 3, MAX_FRAMES)

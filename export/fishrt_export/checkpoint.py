@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
@@ -103,6 +104,9 @@ def read_pickle(path: Path) -> Mapping[str, Any]:
         data = data["state_dict"]
     if not isinstance(data, Mapping) or not data:
         raise ExportError(f"{path} holds {type(data).__name__}, not named tensors", hint="is this the right file?")
+    for name in data:
+        if not isinstance(name, str):
+            raise ExportError(f"{path} holds an entry named {name!r}, which is not text", hint="is this the right file?")
     return data
 
 
@@ -111,6 +115,15 @@ def only_tensors(data: Mapping[str, Any], source: str) -> dict[str, Tensor]:
     if others := [str(name) for name, value in data.items() if not isinstance(value, Tensor)]:
         raise ExportError(f"{source} holds entries that are not tensors: {', '.join(others)}", hint="is this the right file?")
     return dict(data)
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Says of an OSError that `path` cannot be read. Raises ExportError."""
+    try:
+        yield
+    except OSError as error:
+        raise ExportError(f"{path} cannot be read: {error}", hint="does it still exist, and may you read it?") from None
 
 
 def _require_folder(folder: Path) -> None:

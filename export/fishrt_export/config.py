@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from .checkpoint import CONFIG
 from .errors import ExportError
+from .fields import Fields
 
 Raw = Mapping[str, Any]
 
@@ -134,9 +136,9 @@ def flatten(raw: Raw) -> dict[str, Any]:
 def read_config(raw: Raw) -> ModelConfig:
     """Raises ExportError for a field of the wrong type or a contradiction between fields."""
     flat = flatten(raw)
-    read = _Reader({**_DEFAULTS, **flat})
+    read = Fields({**_DEFAULTS, **flat}, CONFIG)
     slow = _stack(read, "")
-    fast = _stack(_Reader(_fast_values(flat, slow)), "fast_")
+    fast = _stack(Fields(_fast_values(flat, slow), CONFIG), "fast_")
     return ModelConfig(
         slow=slow,
         fast=fast,
@@ -174,7 +176,7 @@ def _fast_values(flat: Raw, slow: StackConfig) -> dict[str, Any]:
     return values | {"n_layer": layers, "rope_base": slow.rope_base, "norm_eps": slow.norm_eps}
 
 
-def _stack(read: _Reader, prefix: str) -> StackConfig:
+def _stack(read: Fields, prefix: str) -> StackConfig:
     dim, heads = read.count("dim"), read.count("n_head")
     kv_heads = heads if read.values["n_local_heads"] in (-1, None) else read.count("n_local_heads")
     head_dim = dim // heads if read.values["head_dim"] is None else read.count("head_dim")
@@ -196,28 +198,3 @@ def _stack(read: _Reader, prefix: str) -> StackConfig:
         rope_base=read.number("rope_base"),
         norm_eps=read.number("norm_eps"),
     )
-
-
-@dataclass(frozen=True, slots=True)
-class _Reader:
-    """Typed access to the fields of a config."""
-
-    values: Raw
-
-    def count(self, name: str) -> int:
-        value = self.values[name]
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ExportError(f"config.json: {name} is {value!r}; expected a positive whole number")
-        return value
-
-    def number(self, name: str) -> float:
-        value = self.values[name]
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not value > 0:
-            raise ExportError(f"config.json: {name} is {value!r}; expected a positive number")
-        return float(value)
-
-    def flag(self, name: str) -> bool:
-        value = self.values[name]
-        if not isinstance(value, bool):
-            raise ExportError(f"config.json: {name} is {value!r}; expected true or false")
-        return value

@@ -11,7 +11,8 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from fishrt.bundle import RepetitionAware, SamplingDefaults, parse_dataclass
-from fishrt.errors import BundleError
+from fishrt.errors import BundleError, SamplingError
+from fishrt.sampling import Sampling
 
 from .config import flatten, is_nested
 from .errors import ExportError
@@ -62,11 +63,6 @@ class AudioIds:
     """The token of semantic code i is semantic[i]."""
     end: int
 
-    @property
-    def audio_head(self) -> list[int]:
-        """The tokens that can be spoken, ascending: the rows of the audio head."""
-        return sorted([self.end, *self.semantic])
-
 
 def read_vocabulary(path: Path) -> dict[str, int]:
     """Token → id of a `tokenizer.json`. Raises ExportError."""
@@ -93,9 +89,21 @@ def with_defaults(family: Family, checkpoint: Path) -> Family:
         return family
     try:
         own = parse_dataclass(Defaults, json.loads(path.read_text(encoding="utf-8")), DEFAULTS)
-    except (OSError, ValueError, BundleError) as error:
+        _check_defaults(own)
+    except (OSError, ValueError, BundleError, SamplingError) as error:
         raise ExportError(f"{path} is not valid: {error}", hint="mend it, or take it away to use the family's defaults") from None
     return replace(family, chunk_bytes=own.chunk_bytes, sampling=own.sampling)
+
+
+def _check_defaults(own: Defaults) -> None:
+    """Raises ValueError or SamplingError for a number outside its range."""
+    Sampling(own.sampling.temperature, own.sampling.top_p, own.sampling.top_k)
+    if own.chunk_bytes < 1:
+        raise ValueError(f"chunk_bytes is {own.chunk_bytes}; expected at least 1")
+    if again := own.sampling.repetition_aware:
+        Sampling(again.temperature, again.top_p, None)
+        if again.window < 1:
+            raise ValueError(f"repetition_aware.window is {again.window}; expected at least 1")
 
 
 def find_ids(config: Mapping[str, Any], vocabulary: Mapping[str, int], vocab_size: int) -> AudioIds:
@@ -114,6 +122,6 @@ def find_ids(config: Mapping[str, Any], vocabulary: Mapping[str, int], vocab_siz
     if END not in vocabulary:
         raise ExportError(f"tokenizer.json has no {END}", hint="is it the tokenizer of this checkpoint?")
     ids = AudioIds(semantic, vocabulary[END])
-    if (largest := max(ids.audio_head)) >= vocab_size:
+    if (largest := max(ids.end, ids.semantic[-1])) >= vocab_size:
         raise ExportError(f"tokenizer.json uses id {largest}, but config.json has a vocab_size of {vocab_size}")
     return ids

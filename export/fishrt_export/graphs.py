@@ -9,12 +9,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fishrt.bundle import Parity
+from fishrt.bundle import Codec, LanguageModel, Parity
+from fishrt.sampling import audio_ids
 from fishrt_engines.spec import GraphSpec
 
 from .cases import codec_decode_cases, codec_encode_cases, fast_ar_cases, slow_ar_cases
 from .checkpoint import find_codec, find_language_model, read_weights
-from .codec.dac import Dac, DacConfig
+from .codec.dac import MAX_FRAMES, Dac, DacConfig
 from .codec.graphs import CodecDecode, CodecEncode, codec_decode_spec, codec_encode_spec
 from .codec.load import fingerprint, fuse_codec, read_codec_config, read_stored_codec
 from .codec.margins import code_margins
@@ -74,12 +75,33 @@ class LanguageModelSource:
             slow, fast = self._slow_module("full"), FastAR(self.config)
         return find_problems(expected_shapes(slow) | expected_shapes(fast, "fast_"), self.weights)
 
+    def describe(self, head: str) -> LanguageModel:
+        """The manifest's entry."""
+        return LanguageModel(
+            num_codebooks=self.config.num_codebooks,
+            codebook_width=self.config.codebook_width,
+            max_seq_len=self.config.max_seq_len,
+            head=head,
+            vocab_size=self.config.vocab_size,
+            semantic_begin_id=self.ids.semantic[0],
+            semantic_end_id=self.ids.semantic[-1],
+            end_id=self.ids.end,
+            prompt_dialect=self.family.prompt_dialect,
+            chunk_bytes=self.family.chunk_bytes,
+            sampling=self.family.sampling,
+        )
+
+    @property
+    def audio_head(self) -> list[int]:
+        """The token of each row of the audio head."""
+        return [int(token) for token in audio_ids(self.describe("audio"))]
+
     def jobs(self, head: str) -> list[GraphJob]:
         """slow_ar and fast_ar. Raises ExportError for an unknown head."""
         if head not in HEADS:
             raise ExportError(f"unknown head {head!r}", hint=f"choose one of: {', '.join(HEADS)}")
         slow, fast = self.slow_weights(head), self.fast_weights()
-        head_size = self.config.vocab_size if head == "full" else len(self.ids.audio_head)
+        head_size = self.config.vocab_size if head == "full" else len(self.audio_head)
         return [
             GraphJob(
                 role="slow_ar",
@@ -116,7 +138,7 @@ class LanguageModelSource:
         weights = {name: tensor for name, tensor in self.weights.items() if not _is_fast(name)}
         if head == "audio":
             table = weights["embeddings.weight"] if self.config.tied_head else weights["output.weight"]
-            weights["output.weight"] = table[self.ids.audio_head]
+            weights["output.weight"] = table[self.audio_head]
         return weights
 
     def fast_weights(self) -> dict[str, Tensor]:
@@ -125,7 +147,7 @@ class LanguageModelSource:
 
     def _slow_module(self, head: str) -> SlowAR:
         if head == "audio":
-            size: int | None = len(self.ids.audio_head)
+            size: int | None = len(self.audio_head)
         else:
             size = None if self.config.tied_head else self.config.vocab_size
         return SlowAR(self.config, self.ids.semantic, size)
@@ -144,6 +166,16 @@ class CodecSource:
         with torch.device("meta"):
             module = Dac(self.config)
         return find_problems(expected_shapes(module), self.weights)
+
+    def describe(self) -> Codec:
+        """The manifest's entry."""
+        return Codec(
+            sample_rate=self.config.sample_rate,
+            hop=self.config.hop,
+            codebook_sizes=self.config.codebook_sizes,
+            max_frames=MAX_FRAMES,
+            fingerprint=self.fingerprint,
+        )
 
     def dac(self) -> Dac:
         """The module, in float32."""
@@ -192,8 +224,8 @@ def open_codec(folder: Path) -> CodecSource:
     """Reads the codec. Raises ExportError for what is missing or unreadable; `problems` tells the rest."""
     files = find_codec(folder)
     config = read_codec_config(files)
-    stored = read_stored_codec(files)
-    return CodecSource(config, fuse_codec(stored), fingerprint(stored))
+    weights = fuse_codec(read_stored_codec(files))
+    return CodecSource(config, weights, fingerprint(weights, config))
 
 
 def _is_fast(name: str) -> bool:

@@ -22,8 +22,7 @@ PROVIDER = "cpu"
 MARGIN = 1e-4
 """Codebook rows whose cosine similarity is closer than this to the best may be chosen instead of it."""
 PEAK = 50.0
-"""Float32 rounding grows with the numbers: a tolerance holds for outputs up to this size and grows in proportion beyond."""
-
+"""Float32 rounding grows with the numbers: beyond this size of an output, its error is taken in proportion."""
 
 Feeds = dict[str, Array]
 
@@ -43,12 +42,13 @@ Margins = Callable[[Tensor], Tensor]
 def verify(
     module: nn.Module, spec: GraphSpec, folder: Path, cases: Iterable[Case], tolerance: float, margins: Margins | None = None
 ) -> Parity:
-    """The largest difference found, and what was allowed there. Raises ExportError where it is more than allowed.
+    """The largest error found, and what was allowed. Raises ExportError where it is more.
 
-    Codes must be equal, but where `margins` says that a choice was a tie within rounding.
+    The error of an output is its largest absolute difference, divided by max(1, largest absolute value / PEAK).
+    With `margins`, the error of codes is the largest margin of a choice that differs: 0 if none does, MARGIN is allowed.
     """
     engine = open_engine(folder / spec.file, spec, provider=PROVIDER)
-    report = _Report(spec.file, tolerance)
+    report = _Report(spec.file, tolerance if margins is None else MARGIN)
     for case in cases:
         state = engine.new_state(**case.dims) if spec.states else None
         carried = [torch.zeros(tensor.resolve(case.dims)) for tensor in spec.state_tensors]
@@ -63,7 +63,7 @@ def verify(
         if state is not None:
             for tensor, kept in zip(spec.state_tensors, carried, strict=True):
                 report.values(tensor.name, kept.numpy(), state.read(tensor.name))
-    return Parity(report.error, report.allowed, PROVIDER)
+    return Parity(report.error, report.tolerance, PROVIDER)
 
 
 def run_module(
@@ -81,13 +81,14 @@ def run_module(
     return results, [by_name[pair.output] for pair in spec.states]
 
 
-def codes_differ(expected: Array, actual: Array, margins: npt.NDArray[np.float32]) -> npt.NDArray[np.bool_]:
-    """Where codes [batch, codebooks, frames] differ without excuse.
+def flipped_margin(expected: Array, actual: Array, margins: npt.NDArray[np.float32]) -> float:
+    """The largest margin of a choice that differs; 0.0 if no code [batch, codebooks, frames] does.
 
-    A code within the margin may flip, and then all later codebooks of its frame may, since they code what is left.
+    Only the first code that differs in a frame is a choice: those after it code what another choice left.
     """
-    excused = np.logical_or.accumulate(margins < MARGIN, axis=1)
-    return np.asarray((expected != actual) & ~excused)
+    differ = expected != actual
+    first = differ & (differ.cumsum(axis=1) == 1)
+    return float(margins[first].max(initial=0.0))
 
 
 def _margins(margins: Margins, feeds: Mapping[str, Array]) -> npt.NDArray[np.float32]:
@@ -97,31 +98,29 @@ def _margins(margins: Margins, feeds: Mapping[str, Array]) -> npt.NDArray[np.flo
 
 
 class _Report:
-    """Compares, raises at the first failure, and remembers the largest difference and what was allowed for it."""
+    """Compares, raises at the first failure, and remembers the largest error."""
 
     def __init__(self, file: str, tolerance: float) -> None:
         self.file, self.tolerance = file, tolerance
-        self.error, self.allowed = 0.0, 0.0
+        self.error = 0.0
 
     def values(self, name: str, expected: Array, actual: Array) -> None:
         self._same_shape(name, expected, actual)
-        error = float(np.abs(expected.astype(np.float64) - actual.astype(np.float64)).max())
-        allowed = self.tolerance * max(1.0, float(np.abs(expected).max()) / PEAK)
-        if not error <= allowed:  # also when the error is NaN
-            raise ExportError(
-                f"{self.file} is not the torch module: {name} differs by {error:.3g}; {allowed:.3g} is allowed",
-                hint="this is a fault of the export, not of the checkpoint; please report it",
-            )
-        if error >= self.error:
-            self.error, self.allowed = error, allowed
+        difference = float(np.abs(expected.astype(np.float64) - actual.astype(np.float64)).max())
+        self._add(difference / max(1.0, float(np.abs(expected).max()) / PEAK), f"{name} differs by {difference:.3g}")
 
     def codes(self, name: str, expected: Array, actual: Array, margins: npt.NDArray[np.float32]) -> None:
         self._same_shape(name, expected, actual)
-        if count := int(codes_differ(expected, actual, margins).sum()):
+        count = int((expected != actual).sum())
+        self._add(flipped_margin(expected, actual, margins), f"{count} of {expected.size} {name} differ")
+
+    def _add(self, error: float, what: str) -> None:
+        if not error <= self.tolerance:  # also when the error is NaN
             raise ExportError(
-                f"{self.file} is not the torch module: {count} of {expected.size} {name} differ",
+                f"{self.file} is not the torch module: {what} (error {error:.3g}; {self.tolerance:.3g} is allowed)",
                 hint="this is a fault of the export, not of the checkpoint; please report it",
             )
+        self.error = max(self.error, error)
 
     def _same_shape(self, name: str, expected: Array, actual: Array) -> None:
         if expected.shape != actual.shape:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import io
-import os
-import secrets
-import sys
+from numbers import Integral
 from pathlib import Path
 from typing import BinaryIO
 
@@ -15,6 +13,7 @@ import soundfile
 import soxr
 
 from .errors import AudioError
+from .files import check_place, write_whole
 
 Pcm = npt.NDArray[np.float32]
 
@@ -26,32 +25,59 @@ FORMATS = {
 }
 """Suffix → libsndfile's names of format and encoding."""
 
+MAX_SECONDS = 3600.0
+"""Longest file that is read where the caller knows no limit of its own. An hour is 0.7 GB at 48 kHz; no codec takes as much."""
+
 _BLOCK = 1 << 16
 """Samples given to an encoder at once. libsndfile keeps a whole write of Vorbis on the stack, and a long one overflows it."""
 
 
-def read_audio(source: str | Path | BinaryIO) -> tuple[Pcm, int]:
+def read_audio(source: str | Path | BinaryIO, *, max_seconds: float = MAX_SECONDS) -> tuple[Pcm, int]:
     """An audio file, or an open one, as (pcm float32 [samples], rate in Hz); the channels are averaged.
 
     Reads what libsndfile reads: wav, flac, ogg, mp3, aiff, …
-    Raises AudioError if it cannot be read, has no samples, or has samples that are not numbers.
+    Raises AudioError if it cannot be read, has no samples, is longer than `max_seconds` or than memory allows, or has samples
+    that are not numbers. The length is checked before anything is decoded.
     """
     name = "the audio" if not isinstance(source, (str, Path)) else str(source)
     try:
         if isinstance(source, (str, Path)):
             with Path(source).open("rb") as file:
-                samples, rate = soundfile.read(file, dtype="float32", always_2d=True)
+                samples, rate = _decoded(file, max_seconds, name)
         else:
-            samples, rate = soundfile.read(source, dtype="float32", always_2d=True)
+            samples, rate = _decoded(source, max_seconds, name)
+        pcm: Pcm = samples.mean(axis=1, dtype=np.float32)
+    except MemoryError:
+        raise AudioError(f"{name} is too long for the memory of this machine", hint="cut it into shorter parts") from None
     except OSError as error:
         raise AudioError(f"{name} cannot be read: {error.strerror or error}") from None
     except (soundfile.SoundFileError, ValueError, TypeError) as error:
         raise AudioError(f"{name} is not audio that can be read: {error}", hint="convert it to wav, flac, ogg or mp3") from None
     if samples.size == 0:
         raise AudioError(f"{name} has no samples")
-    if not np.isfinite(samples).all():
+    if not np.isfinite(pcm).all():
         raise AudioError(f"{name} has samples that are not numbers", hint="record or convert it again")
-    return samples.mean(axis=1, dtype=np.float32), int(rate)
+    return pcm, rate
+
+
+def _decoded(file: BinaryIO, max_seconds: float, name: str) -> tuple[Pcm, int]:
+    """All samples, float32 [samples, channels], and the rate."""
+    with soundfile.SoundFile(file) as sound:
+        if (seconds := sound.frames / sound.samplerate) > max_seconds:
+            raise AudioError(
+                f"{name} is too long: {seconds:,.1f} s; at most {max_seconds:,.1f} s can be used",
+                hint="cut it into shorter parts",
+            )
+        return sound.read(dtype="float32", always_2d=True), int(sound.samplerate)
+
+
+def check_pcm(pcm: Pcm, rate: int) -> None:
+    """Raises AudioError unless this is audio: an array of floats [samples], and a whole number of Hz."""
+    if not isinstance(pcm, np.ndarray) or pcm.ndim != 1 or not np.issubdtype(pcm.dtype, np.floating):
+        found = f"{pcm.dtype} {list(pcm.shape)}" if isinstance(pcm, np.ndarray) else f"a {type(pcm).__name__}"
+        raise AudioError(f"audio is {found}; an array of floats [samples], mono, is expected")
+    if not isinstance(rate, Integral) or rate < 1:
+        raise AudioError(f"the rate is {rate!r}; a whole number of Hz above 0 is expected")
 
 
 def resample(pcm: Pcm, rate: int, target: int) -> Pcm:
@@ -75,41 +101,18 @@ def pcm16(pcm: Pcm) -> npt.NDArray[np.int16]:
 def write_audio(path: str | Path, pcm: Pcm, rate: int) -> None:
     """Writes pcm float32 [samples], `rate` in Hz, in the format that the suffix names; "-" is wav on standard output.
 
-    A file appears complete or not at all. Raises AudioError for an unknown suffix or a place that cannot be written.
+    A file appears complete or not at all. Raises AudioError for an unknown suffix, OutputError as `write_whole` does.
     """
-    if str(path) == "-":
-        sys.stdout.buffer.write(_encoded(pcm, rate, ".wav"))
-        sys.stdout.buffer.flush()
-        return
-    target = Path(path)
-    check_writable(target)
-    data = _encoded(pcm, rate, target.suffix.lower())
-    target = target.resolve()  # a link stays a link
-    try:
-        if target.exists() and not target.is_file():  # a device or a pipe cannot be replaced
-            target.write_bytes(data)
-            return
-        aside = target.with_name(f".{secrets.token_hex(8)}.part")
-        try:
-            aside.write_bytes(data)
-            aside.replace(target)
-        finally:
-            aside.unlink(missing_ok=True)
-    except OSError as error:
-        raise AudioError(f"cannot write {path}: {error.strerror or error}") from None
+    if str(path) != "-":
+        check_writable(Path(path))
+    write_whole(path, _encoded(pcm, rate, ".wav" if str(path) == "-" else Path(path).suffix.lower()))
 
 
 def check_writable(path: Path) -> None:
-    """To be called before long work. Raises AudioError for an unknown suffix, or a folder that is missing or not writable."""
+    """To be called before long work. Raises AudioError for an unknown suffix, OutputError as `check_place` does."""
     if path.suffix.lower() not in FORMATS:
         raise AudioError(f"cannot write {path}: unknown format {path.suffix!r}", hint=f"known are {', '.join(FORMATS)}")
-    if path.is_dir():
-        raise AudioError(f"cannot write {path}: it is a folder")
-    folder = path.resolve().parent
-    if not folder.is_dir():
-        raise AudioError(f"cannot write {path}: there is no folder {folder}", hint="create the folder first")
-    if not os.access(folder, os.W_OK):
-        raise AudioError(f"cannot write {path}: the folder {folder} cannot be written")
+    check_place(path)
 
 
 def _encoded(pcm: Pcm, rate: int, suffix: str) -> bytes:

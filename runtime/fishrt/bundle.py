@@ -1,7 +1,8 @@
 """A bundle on disk: `manifest.json`, the graphs with their weights, the tokenizer, and perhaps built-in voices.
 
 The manifest holds everything about a model that the runtime needs, so that no code asks which release it is running. It is
-strict: an unknown or missing key is an error that names it. `Bundle.load` checks sizes; `verify` hashes every file.
+strict: an unknown or missing key is an error that names it, and so is a value that cannot be. `Bundle.load` checks sizes;
+`verify` hashes every file.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import types
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
+from numbers import Integral, Real
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
@@ -21,6 +23,10 @@ from .errors import BundleError
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
+ROLES = ("slow_ar", "fast_ar", "codec_encode", "codec_decode")
+HEADS = ("audio", "full")
+DIALECTS = ("conversation",)
+"""The kinds of prompts that prompt.py makes."""
 T = TypeVar("T")
 
 
@@ -79,7 +85,7 @@ class Codec:
     max_frames: int
     """Longest sequence that the graphs take, in frames."""
     fingerprint: str
-    """SHA-256 over the codec's weights: voices of another codec are refused."""
+    """SHA-256 over the codec's weights and sizes: voices of another codec are refused."""
 
     @property
     def frame_rate(self) -> float:
@@ -97,7 +103,11 @@ class FileEntry:
 
 @dataclass(frozen=True, slots=True)
 class Parity:
-    """How far a graph was from the torch module when it was exported: the largest absolute difference of any output."""
+    """How far a graph was from the torch module when it was exported, at most.
+
+    For numbers, the absolute difference, divided by max(1, largest value ÷ 50). For codes, the margin by which the module
+    preferred another: 0 if all were equal.
+    """
 
     max_abs_error: float
     tolerance: float
@@ -138,7 +148,7 @@ class Manifest:
     tokenizer: str
     """File name of the tokenizer."""
     graphs: dict[str, GraphSpec]
-    """By role: slow_ar, fast_ar, codec_encode, codec_decode."""
+    """By role: all of ROLES."""
     precision: str
     """Of the arithmetic; weights may be stored narrower."""
     parity: dict[str, Parity]
@@ -146,13 +156,68 @@ class Manifest:
     voices: Voices | None
     files: dict[str, FileEntry]
 
+    @property
+    def total_bytes(self) -> int:
+        """Of all files."""
+        return sum(entry.bytes for entry in self.files.values())
+
+    def check(self) -> None:
+        """Raises one BundleError that lists all values that cannot be, or contradict each other."""
+        lm, codec = self.language_model, self.codec
+        defaults, repeats = lm.sampling, lm.sampling.repetition_aware
+        counts = {
+            "num_codebooks": lm.num_codebooks,
+            "codebook_width": lm.codebook_width,
+            "max_seq_len": lm.max_seq_len,
+            "vocab_size": lm.vocab_size,
+            "chunk_bytes": lm.chunk_bytes,
+            "sample_rate": codec.sample_rate,
+            "hop": codec.hop,
+            "max_frames": codec.max_frames,
+            **{f"codebook_sizes[{n}]": size for n, size in enumerate(codec.codebook_sizes)},
+            **({"repetition_aware.window": repeats.window} if repeats else {}),
+        }
+        faults = [f"{name} is {count}, below 1" for name, count in counts.items() if count < 1]
+        faults += [
+            f"sampling.{what}; {rule}" for what, rule in sampling_faults(defaults.temperature, defaults.top_p, defaults.top_k)
+        ]
+        if repeats:
+            faults += [
+                f"repetition_aware.{what}; {rule}" for what, rule in sampling_faults(repeats.temperature, repeats.top_p, None)
+            ]
+        rules = (
+            (lm.head in HEADS, f"head is {lm.head!r}; known are {', '.join(HEADS)}"),
+            (lm.prompt_dialect in DIALECTS, f"prompt_dialect is {lm.prompt_dialect!r}; known are {', '.join(DIALECTS)}"),
+            (
+                0 <= lm.semantic_begin_id <= lm.semantic_end_id < lm.vocab_size,
+                f"semantic ids are {lm.semantic_begin_id} to {lm.semantic_end_id} in a vocabulary of {lm.vocab_size}",
+            ),
+            (0 <= lm.end_id < lm.vocab_size, f"end_id is {lm.end_id} in a vocabulary of {lm.vocab_size}"),
+            (not lm.semantic_begin_id <= lm.end_id <= lm.semantic_end_id, f"end_id {lm.end_id} is one of the semantic ids"),
+            (
+                lm.num_codebooks == len(codec.codebook_sizes),
+                f"num_codebooks is {lm.num_codebooks}, but there are {len(codec.codebook_sizes)} codebook_sizes",
+            ),
+            (
+                self.graphs.keys() == set(ROLES),
+                f"the graphs are {', '.join(self.graphs) or 'none'}; they must be {', '.join(ROLES)}",
+            ),
+            (
+                self.voices is None or self.voices.default in self.voices.names,
+                f"the default voice {self.voices and self.voices.default!r} is not among the voices",
+            ),
+        )
+        faults += [says for holds, says in rules if not holds]
+        if faults:
+            raise BundleError(f"{MANIFEST} cannot be right: {'; '.join(faults)}", hint="update fishrt, or export again")
+
     def to_json(self) -> str:
         """The text of `manifest.json`."""
         return json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Manifest:
-        """Raises BundleError for text that is not JSON, a schema that is too new, and any missing, unknown or mistyped key."""
+        """Raises BundleError for text that is not JSON, another schema, any missing, unknown or mistyped key, and as `check`."""
         try:
             data = json.loads(text)
         except json.JSONDecodeError as error:
@@ -166,7 +231,19 @@ class Manifest:
                 f"{MANIFEST} has schema {schema}; this version reads schema {SCHEMA}",
                 hint="update fishrt" if newer else "export the checkpoint again with this version",
             )
-        return parse_dataclass(cls, data, "manifest")
+        manifest = parse_dataclass(cls, data, "manifest")
+        manifest.check()
+        return manifest
+
+
+def sampling_faults(temperature: object, top_p: object, top_k: object) -> Iterator[tuple[str, str]]:
+    """What is wrong with settings of sampling: pairs of what was found and what must be. A top_k of None removes nothing."""
+    if not isinstance(temperature, Real) or not 0 < float(temperature) < 2:
+        yield f"temperature is {temperature}", "it must be above 0 and below 2"
+    if not isinstance(top_p, Real) or not 0 < float(top_p) <= 1:
+        yield f"top_p is {top_p}", "it must be above 0 and at most 1"
+    if top_k is not None and (not isinstance(top_k, Integral) or top_k < 1):
+        yield f"top_k is {top_k}", "it must be a whole number of at least 1"
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +255,9 @@ class Bundle:
 
     @classmethod
     def load(cls, path: str | Path) -> Bundle:
-        """Reads the manifest and checks that every file is there and of the right size. Raises BundleError."""
+        """Reads the manifest and checks that every file is there and of the right size, and that no graph or weights lie there
+        that it does not list: ONNX Runtime would read them. Raises BundleError.
+        """
         folder = Path(path)
         try:
             text = (folder / MANIFEST).read_text(encoding="utf-8")
@@ -197,6 +276,17 @@ class Bundle:
         wanted = [bundle.manifest.tokenizer, *(g.file for g in bundle.manifest.graphs.values())]
         if missing := [name for name in wanted if name not in bundle.manifest.files]:
             raise BundleError(f"{MANIFEST} names files that it does not list: {', '.join(missing)}")
+        weights = {f"{graph.file}.data" for graph in bundle.manifest.graphs.values()}
+        strange = [
+            name
+            for name in iter_file_names(folder)
+            if name not in bundle.manifest.files and (name in weights or name.endswith((".onnx", ".onnx.data")))
+        ]
+        if strange:
+            raise BundleError(
+                f"{folder} holds files that its {MANIFEST} does not list: {', '.join(strange)}",
+                hint="remove them, or export the checkpoint again",
+            )
         return bundle
 
     def file(self, name: str) -> Path:
@@ -211,6 +301,14 @@ class Bundle:
         for name, entry in self.manifest.files.items():
             if sha256(self.file(name), progress) != entry.sha256:
                 raise BundleError(f"{self.file(name)} was altered: its SHA-256 is not the one in {MANIFEST}")
+
+
+def embedded_bundle() -> Path:
+    """The bundle that is shipped with fishrt, beside this file. Raises BundleError if there is none."""
+    folder = Path(__file__).resolve().parent / "minnow"
+    if not folder.is_dir():
+        raise BundleError("this installation has no embedded voice", hint="give a bundle: the folder that `fishrt export` wrote")
+    return folder
 
 
 def sha256(path: Path, progress: Callable[[int], None] = lambda _: None) -> str:

@@ -6,6 +6,8 @@ mono, −1..1, at the codec's sample rate.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 
@@ -82,22 +84,33 @@ def check_codes(codes: npt.NDArray[np.integer], codec: Codec, *, upstream_compat
     values that are too large for the last entry of their codebook, as upstream does; negative ones are errors there too.
     """
     sizes = codec.codebook_sizes
-    if not np.issubdtype(codes.dtype, np.integer):
-        raise VoiceError(f"the codes are {codes.dtype}; integers are expected")
+    check_integers(codes, "the codes")
     plain = codes[0] if codes.ndim == 3 and len(codes) == 1 else codes
     if plain.ndim != 2 or not 1 <= len(plain) <= len(sizes):
         raise VoiceError(f"the codes have shape {list(codes.shape)}; the codec takes [{len(sizes)} codebooks or fewer, frames]")
     frames = plain.shape[1]
     if not 1 <= frames <= codec.max_frames:
         raise VoiceError(f"there are {frames} frames of codes; the codec takes 1 to {codec.max_frames}")
-    for row, (values, size) in enumerate(zip(plain, sizes, strict=False)):
-        low, high = int(values.min()), int(values.max())
-        if low < 0 or (high >= size and not upstream_compat):
-            raise VoiceError(
-                f"the codes hold {low if low < 0 else high} in codebook {row}, which has the entries 0 to {size - 1}",
-                hint="were they made with this codec?",
-            )
+    check_entries(np.minimum(plain, 0) if upstream_compat else plain, sizes[: len(plain)], "the codes")
     return clamp_codes(plain.astype(np.int64), codec)
+
+
+def check_integers(codes: npt.NDArray[np.integer], what: str) -> None:
+    """Raises VoiceError for anything but an array of integers; floats would be truncated."""
+    if not isinstance(codes, np.ndarray) or not np.issubdtype(codes.dtype, np.integer):
+        found = codes.dtype if isinstance(codes, np.ndarray) else f"a {type(codes).__name__}"
+        raise VoiceError(f"{what}: the codes are {found}; an array of integers is expected")
+
+
+def check_entries(codes: npt.NDArray[np.integer], sizes: Sequence[int], what: str) -> None:
+    """Raises VoiceError naming the first row of `codes` [k, at least 1 frame] with a value outside 0 … its size − 1."""
+    for row, (values, size) in enumerate(zip(codes, sizes, strict=True)):
+        low, high = int(values.min()), int(values.max())
+        if low < 0 or high >= size:
+            raise VoiceError(
+                f"{what} hold {low if low < 0 else high} in codebook {row}, which has the entries 0 to {size - 1}",
+                hint="were they made with this bundle's codec? add the voice again",
+            )
 
 
 def clamp_codes(codes: Ints, codec: Codec) -> Ints:

@@ -7,6 +7,7 @@ __all__ = [
     "BundleError",
     "FishrtError",
     "GraphError",
+    "OutputError",
     "PromptError",
     "ProviderError",
     "SamplingError",
@@ -27,8 +28,12 @@ class VoiceError(FishrtError):
 
 
 class AudioError(FishrtError):
-    """An audio file cannot be read or written, or is too short or too long."""
+    """Audio cannot be read or encoded, or is too short or too long."""
+
+
+class OutputError(FishrtError):
+    """A result cannot be written where it should go."""
 
 
 class SamplingError(FishrtError):
-    """A sampling parameter is outside its range."""
+    """A sampling parameter, a seed or a limit of frames is outside its range."""

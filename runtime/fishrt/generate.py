@@ -23,7 +23,7 @@ from fishrt_engines import Array, Engine
 
 from .bundle import LanguageModel
 from .errors import PromptError, SamplingError
-from .sampling import Floats, Ints, Noise, Sampling, audio_ids, draw, filter_probs, sample_main
+from .sampling import Floats, Ints, Noise, Sampling, audio_ids, draw, probabilities, sample_main
 
 StopReason = Literal["end", "max_frames", "max_seq_len"]
 """The end token; as many frames as asked for; no position left in the model's context."""
@@ -142,8 +142,7 @@ class Columns(Iterator[Ints]):
             "write_index": np.array([position], np.int64),
         }
         logits = _floats(self._model.fast.run(feeds, self._fast_state)["logits"][0])
-        s = self._sampling
-        return draw(filter_probs(logits, s.temperature, s.top_p, s.top_k), self._noise.fast(len(logits)))
+        return draw(probabilities(logits, self._sampling), self._noise.fast(len(logits)))
 
 
 class Generation(Iterator[Ints]):
@@ -167,7 +166,8 @@ def generate_frames(
 ) -> Generation:
     """Speaks a prompt, int64 [1 + C, length], frame by frame.
 
-    max_frames: None means until the end token or the end of the context. The cache never exceeds the prompt and this limit.
+    sampling: resolved. max_frames: None means until the end token or the end of the context. The cache never exceeds the prompt
+    and this limit.
     The column of the end token is not yielded. With `upstream_compat` the literal upstream behaviour: an end token in the first
     column does not stop, and the last column is left out whatever stopped the loop, so that a limit yields one frame less.
     Raises PromptError for a prompt that does not fit the model, SamplingError for max_frames below 1.

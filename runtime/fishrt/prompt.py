@@ -21,7 +21,8 @@ import numpy as np
 import numpy.typing as npt
 
 from .bundle import LanguageModel
-from .errors import BundleError, PromptError, VoiceError
+from .codec import check_entries
+from .errors import PromptError, VoiceError
 from .text import (
     MAX_TURNS,
     SPEAKER,
@@ -33,11 +34,11 @@ from .text import (
     speaker_turns,
     split_sentences,
     split_turn,
+    with_end,
 )
 from .tokenizer import Tokenizer
 from .voices import Voice, max_prompt
 
-DIALECT = "conversation"
 INSTRUCTION = "convert the provided text to speech"
 Ints = npt.NDArray[np.int64]
 
@@ -57,8 +58,6 @@ class PromptBuilder:
     """Makes prompts for one language model."""
 
     def __init__(self, tokenizer: Tokenizer, language_model: LanguageModel) -> None:
-        if language_model.prompt_dialect != DIALECT:
-            raise BundleError(f"prompt dialect {language_model.prompt_dialect!r} is unknown", hint="update fishrt")
         self._tokenizer = tokenizer
         self._model = language_model
 
@@ -72,10 +71,11 @@ class PromptBuilder:
 
         Turns of speakers are packed into pieces of at most five turns and `chunk_bytes`. Text that is too long, with or without a
         speaker tag, is split at sentence ends, and each part of a turn repeats its tag. Text before the first tag is speaker 0's.
-        What has no letter or digit holds nothing to speak and is left out.
+        What has no letter or digit holds nothing to speak and is left out. A piece or turn that ends in a letter or digit is
+        given a full stop.
 
-        `upstream_compat`: the text before the first tag is dropped, nothing is split within a turn, text without tags is one
-        piece whatever its length, and control tokens in the text act.
+        `upstream_compat`: the text before the first tag is dropped, nothing is split within a turn or added, text without tags is
+        one piece whatever its length, and control tokens in the text act.
 
         Raises PromptError for text with nothing to speak, lone surrogates, or control tokens.
         """
@@ -86,10 +86,10 @@ class PromptBuilder:
             return pack_turns(turns, MAX_TURNS, limit) if turns else [text]
         self._refuse_control_tokens(text, "the text")
         if not turns:
-            return [piece for piece in split_sentences(text, limit) if speakable(piece)]
+            return [with_end(piece) for piece in split_sentences(text, limit) if speakable(piece)]
         if first := before_first_turn(text):
             turns = [f"<|speaker:0|>{first}", *turns]
-        parts = [part for turn in turns for part in split_turn(turn, limit) if speakable(part)]
+        parts = [with_end(part) for turn in turns for part in split_turn(turn, limit) if speakable(part)]
         return pack_turns(parts, MAX_TURNS, limit)
 
     def start(self, voices: Sequence[Voice] = (), system: str | None = None, *, upstream_compat: bool = False) -> Conversation:
@@ -148,13 +148,10 @@ class PromptBuilder:
                 f"{what} has codes of shape {list(codes.shape)}; this model needs [{model.num_codebooks}, frames]",
                 hint="add the voice again with this bundle",
             )
-        semantic = model.semantic_end_id - model.semantic_begin_id + 1
-        for row, limit in ((codes[:1], min(semantic, model.codebook_width)), (codes[1:], model.codebook_width)):
-            if row.size and (row.min() < 0 or row.max() >= limit):
-                raise VoiceError(
-                    f"{what} has codes from {row.min()} to {row.max()}; this model takes 0 to {limit - 1} there",
-                    hint="add the voice again with this bundle",
-                )
+        if codes.shape[1]:
+            semantic = model.semantic_end_id - model.semantic_begin_id + 1
+            first = min(semantic, model.codebook_width)
+            check_entries(codes, [first] + [model.codebook_width] * (model.num_codebooks - 1), f"the codes of {what}")
 
     def _refuse_control_tokens(self, text: str, what: str) -> None:
         if names := [name for name in self._tokenizer.control_tokens(text) if not SPEAKER.fullmatch(name)]:

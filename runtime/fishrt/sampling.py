@@ -10,13 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
-from numbers import Integral
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from .bundle import LanguageModel, SamplingDefaults
+from .bundle import LanguageModel, SamplingDefaults, sampling_faults
 from .errors import GraphError, SamplingError
 
 Floats = npt.NDArray[np.float32]
@@ -25,32 +24,27 @@ Ints = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How tokens are drawn. Raises SamplingError for a value outside its range."""
+    """How tokens are drawn; None means the bundle's default. Raises SamplingError for a value outside its range."""
 
-    temperature: float
+    temperature: float | None = None
     """0 < temperature < 2. Below 1 the likely tokens become likelier; towards 0 only the likeliest is drawn."""
-    top_p: float
+    top_p: float | None = None
     """0 < top_p <= 1. Only the likeliest tokens that together stay within this probability are drawn."""
-    top_k: int | None
-    """At least 1. Only so many of the likeliest tokens are drawn; None: no such limit."""
+    top_k: int | None = None
+    """At least 1. Only so many of the likeliest tokens are drawn. As many as there are tokens, or more, removes none."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.temperature < 2:
-            raise SamplingError(f"temperature is {self.temperature}", hint="it must be above 0 and below 2")
-        if not 0 < self.top_p <= 1:
-            raise SamplingError(f"top_p is {self.top_p}", hint="it must be above 0 and at most 1")
-        if self.top_k is not None and (not isinstance(self.top_k, Integral) or self.top_k < 1):
-            raise SamplingError(f"top_k is {self.top_k}", hint="it must be a whole number of at least 1")
+        temperature = 1.0 if self.temperature is None else self.temperature
+        top_p = 1.0 if self.top_p is None else self.top_p
+        for found, rule in sampling_faults(temperature, top_p, self.top_k):
+            raise SamplingError(found, hint=rule)
 
-    @classmethod
-    def from_defaults(
-        cls, defaults: SamplingDefaults, *, temperature: float | None = None, top_p: float | None = None, top_k: int | None = None
-    ) -> Sampling:
-        """A bundle's defaults with some values replaced; None keeps the default."""
-        return cls(
-            defaults.temperature if temperature is None else temperature,
-            defaults.top_p if top_p is None else top_p,
-            defaults.top_k if top_k is None else top_k,
+    def resolve(self, defaults: SamplingDefaults) -> Sampling:
+        """With a bundle's defaults in place of None. A top_k that is None even then removes no token."""
+        return Sampling(
+            defaults.temperature if self.temperature is None else self.temperature,
+            defaults.top_p if self.top_p is None else self.top_p,
+            defaults.top_k if self.top_k is None else self.top_k,
         )
 
 
@@ -116,6 +110,13 @@ def filter_probs(logits: Floats, temperature: float, top_p: float, top_k: int | 
     return probs
 
 
+def probabilities(logits: Floats, sampling: Sampling) -> Floats:
+    """`filter_probs` with the settings of a resolved `sampling`."""
+    assert sampling.temperature is not None
+    assert sampling.top_p is not None
+    return filter_probs(logits, sampling.temperature, sampling.top_p, sampling.top_k)
+
+
 def _ranked(logits: Floats, count: int) -> npt.NDArray[np.intp]:
     """Indices of the `count` largest logits, largest first, equal ones by index. Sorts only what can be among them."""
     width = len(logits)
@@ -145,13 +146,13 @@ def sample_main(
     recent: Container[int],
     noise: Sequence[Floats],
 ) -> int:
-    """Draws a main token.
+    """Draws a main token, with a resolved `sampling`.
 
     logits: float32 [n], those of `ids`: int64 [n] from `audio_ids`. recent: the main tokens that repetition-aware sampling looks
     back on. noise: one array float32 [n], or two for a repetition-aware model: for the draw itself, and for the second draw that
     replaces it when it gives a semantic token in `recent`. The second may give the same again.
     """
-    token = int(ids[draw(filter_probs(logits, sampling.temperature, sampling.top_p, sampling.top_k), noise[0])])
+    token = int(ids[draw(probabilities(logits, sampling), noise[0])])
     rules = model.sampling.repetition_aware
     if rules is not None and token in recent and _is_semantic(token, model):
         token = int(ids[draw(filter_probs(logits, rules.temperature, rules.top_p, sampling.top_k), noise[1])])

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from .errors import PromptError
 
@@ -55,10 +55,30 @@ def check_unicode(text: str, what: str) -> None:
         ) from None
 
 
+def with_end(text: str) -> str:
+    """The text with a full stop, if it ends in a letter or digit: without one, models go on babbling behind the last word."""
+    last = text[-1:]
+    if not last or unicodedata.category(last)[0] not in "LN":
+        return text
+    wide = unicodedata.east_asian_width(last) in "WF"
+    return text + ("。" if wide else ".")
+
+
 def speaker_turns(text: str) -> list[str]:
     """Each speaker tag with the text after it, stripped. Text before the first tag is not among them; no tags, no turns."""
     starts = [match.start() for match in SPEAKER.finditer(text)]
     return [text[start:end].strip() for start, end in zip(starts, [*starts, len(text)][1:], strict=True)]
+
+
+def check_speakers(text: str, transcripts: Sequence[str]) -> None:
+    """Raises PromptError for a speaker tag without a voice: voice i answers to `<|speaker:i|>`, and to tags in its transcript."""
+    known = {f"<|speaker:{n}|>" for n in range(len(transcripts))}.union(*map(SPEAKER.findall, transcripts))
+    if unknown := [tag for tag in SPEAKER.findall(text) if tag not in known]:
+        count = len(transcripts)
+        raise PromptError(
+            f"the text has {unknown[0]}, but there {'is 1 voice' if count == 1 else f'are {count} voices'}",
+            hint="give a voice for each speaker; the first is <|speaker:0|>",
+        )
 
 
 def before_first_turn(text: str) -> str:

@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import hashlib
 import secrets
+import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from numbers import Integral
 from pathlib import Path
 
 import numpy as np
@@ -25,110 +27,30 @@ import numpy.typing as npt
 from fishrt_engines import Engine, open_engine
 from fishrt_engines.providers import resolve_provider
 
-from .audio import Pcm, resample
-from .bundle import Bundle
+from .audio import Pcm, check_pcm, resample
+from .bundle import Bundle, embedded_bundle
 from .codec import CodecDecoder, CodecEncoder, clamp_codes
-from .errors import AudioError, BundleError, FishrtError, SamplingError, VoiceError
-from .generate import DualAR, StopReason, generate_frames
+from .errors import FishrtError, SamplingError, VoiceError
+from .generate import DualAR, generate_frames
 from .prompt import Conversation, PromptBuilder
 from .sampling import Ints, Sampling, SeededNoise
-from .text import speaker_turns
+from .speech import AudioChunk, PieceInfo, Progress, Speech, SpeechInfo, Timings
+from .text import check_speakers, speaker_turns
 from .tokenizer import Tokenizer
 from .voices import Voice, VoiceStore
+
+VERIFIED_BYTES = 64_000_000
+"""Bundles up to this size are hashed whenever they are loaded: a fraction of a second. That covers the embedded voice. A bundle
+of gigabytes would take longer to hash than to open: `fishrt inspect --verify` is there for it."""
 
 VoiceLike = Voice | str
 """A voice, or the name of one that the bundle brings."""
 
 
 @dataclass(frozen=True, slots=True)
-class Progress:
-    """How far a request is; told after every frame."""
-
-    piece: int
-    """0-based."""
-    pieces: int
-    frames: int
-    """Of all pieces so far."""
-    audio_s: float
-    """Seconds of speech in these frames."""
-    elapsed_s: float
-    """Since the first piece was begun."""
-
-
-@dataclass(frozen=True, slots=True)
-class Timings:
-    """Seconds spent; a chunk's own, or a request's sums."""
-
-    load_s: float
-    """Opening graphs that this request was the first to need. Not counted in the RTF."""
-    language_model_s: float
-    """Prompt, prefill, and drawing all frames."""
-    codec_s: float
-    """Codes to waveform."""
-
-    @property
-    def compute_s(self) -> float:
-        """All but the loading."""
-        return self.language_model_s + self.codec_s
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class AudioChunk:
-    """The speech of one piece of text. Chunks follow each other without a gap."""
-
-    pcm: Pcm
-    """float32 [samples], mono, −1..1; empty if the model ended at once."""
-    sample_rate: int
-    """Hz."""
-    codes: Ints
-    """int64 [K, frames]."""
-    piece: int
-    """0-based."""
-    text: str
-    """The piece."""
-    stop_reason: StopReason
-    """"end" when the model had finished; anything else says that it was cut off."""
-    seed: int
-    """Of the whole request."""
-    timings: Timings
-
-
-@dataclass(frozen=True, slots=True)
-class SpeechInfo:
-    """What was used, and what it took: enough to repeat a request."""
-
-    seed: int
-    sampling: Sampling
-    stop_reasons: tuple[StopReason, ...]
-    """One for each piece of text."""
-    frames: int
-    audio_s: float
-    timings: Timings
-    rtf: float
-    """Compute seconds ÷ audio seconds; below 1 is faster than real time."""
-    provider: str
-    bundle: str
-    """Its name."""
-    bundle_sha256: str
-    """Of its manifest, which holds the hashes of its files."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Speech:
-    """A whole text, spoken."""
-
-    pcm: Pcm
-    """float32 [samples], mono, −1..1."""
-    sample_rate: int
-    """Hz."""
-    codes: Ints
-    """int64 [K, frames]."""
-    info: SpeechInfo
-
-
-@dataclass(frozen=True, slots=True)
 class _Request:
     pieces: list[str]
+    voices: tuple[str, ...]
     conversation: Conversation
     sampling: Sampling
     seed: int
@@ -149,10 +71,13 @@ class TTS:
         """Opens a bundle; None means the embedded one. Its graphs are opened when they are first needed.
 
         provider: "auto", or one of `fishrt doctor`'s. threads: for each graph; None means the physical cores.
+        The files of a bundle up to VERIFIED_BYTES are compared with the hashes of its manifest.
         Raises BundleError and ProviderError here, GraphError from the call that first needs a damaged graph.
         """
         if not isinstance(bundle, Bundle):
             bundle = Bundle.load(embedded_bundle() if bundle is None else bundle)
+        if bundle.manifest.total_bytes <= VERIFIED_BYTES:
+            bundle.verify()
         return cls(bundle, _Graphs(bundle, resolve_provider(provider), threads))
 
     @property
@@ -177,18 +102,22 @@ class TTS:
         voice: one or several; the i-th speaks `<|speaker:i|>`. None: the bundle's default voice, or all of its voices, the
         default first, where the text has speaker tags. An empty list: none at all.
         sampling: None means the bundle's defaults. seed: at least 0; None draws one, which `info` tells. The same seed and
-        request give the same codes. max_frames: limit for each piece of text; None means what context and codec allow.
+        request give the same codes. max_frames: limit for each piece of text, at most the codec's; None means what context and
+        codec allow. `info` tells which pieces were cut off by it.
         system: takes the place of the model's usual instruction. upstream_compat: upstream's behaviour to the letter.
 
-        Raises PromptError for text that cannot be spoken, VoiceError for a voice that is unknown or not this bundle's,
-        SamplingError for a bad limit or seed, FishrtError if the model says nothing or memory does not suffice.
+        Raises PromptError for text that cannot be spoken or is too long with its references, VoiceError for a voice that is
+        unknown or not this bundle's, SamplingError for a bad limit or seed (also for one that is no whole number), FishrtError if
+        the model says nothing for a piece of the text or memory does not suffice.
         """
         request = self._request(text, voice, sampling, seed, max_frames, system, upstream_compat)
-        chunks = list(self._chunks(request, progress))
+        chunks = []
+        for chunk in self._chunks(request, progress):
+            if not chunk.codes.shape[1]:
+                said = textwrap.shorten(chunk.text, 60, placeholder=" …")
+                raise FishrtError(f'the model ended before it said "{said}"', hint="try another seed, voice or text")
+            chunks.append(chunk)
         codes = np.concatenate([c.codes for c in chunks], axis=1)
-        frames = codes.shape[1]
-        if frames == 0:
-            raise FishrtError("the model ended before it said anything", hint="try another seed, voice or text")
         pcm = np.concatenate([c.pcm for c in chunks])
         audio_s = len(pcm) / self.sample_rate
         timings = Timings(
@@ -200,8 +129,9 @@ class TTS:
         info = SpeechInfo(
             seed=request.seed,
             sampling=request.sampling,
-            stop_reasons=tuple(c.stop_reason for c in chunks),
-            frames=frames,
+            voices=request.voices,
+            pieces=tuple(PieceInfo(c.text, c.codes.shape[1], c.stop_reason) for c in chunks),
+            frames=codes.shape[1],
             audio_s=audio_s,
             timings=timings,
             rtf=timings.compute_s / audio_s,
@@ -223,13 +153,15 @@ class TTS:
         upstream_compat: bool = False,
         progress: Callable[[Progress], None] | None = None,
     ) -> Iterator[AudioChunk]:
-        """As `speak`, one chunk for each piece of text. What is wrong with the request is raised here, not at the first chunk."""
+        """As `speak`, one chunk for each piece of text; one for which the model said nothing is empty.
+
+        What is wrong with the request is raised here, not at the first chunk.
+        """
         return self._chunks(self._request(text, voice, sampling, seed, max_frames, system, upstream_compat), progress)
 
     def encode(self, pcm: Pcm, rate: int) -> Ints:
         """pcm: float [samples], mono, −1..1, at `rate` Hz → codes int64 [K, frames]. Raises AudioError."""
-        if pcm.ndim != 1 or not np.issubdtype(pcm.dtype, np.floating):
-            raise AudioError(f"audio is {pcm.dtype} {list(pcm.shape)}; float [samples], mono, is expected")
+        check_pcm(pcm, rate)
         codec = self.bundle.manifest.codec
         with _memory_errors():
             resampled = resample(pcm.astype(np.float32, copy=False), rate, codec.sample_rate)
@@ -271,17 +203,27 @@ class TTS:
     ) -> _Request:
         """Everything of a request that can be checked before the graphs run."""
         manifest = self.bundle.manifest
-        if seed is not None and seed < 0:
-            raise SamplingError(f"the seed is {seed}", hint="it must be at least 0")
-        if max_frames is not None and max_frames < 1:
-            raise SamplingError(f"max_frames is {max_frames}", hint="it must be at least 1")
+        if seed is not None and (not isinstance(seed, Integral) or seed < 0):
+            raise SamplingError(f"the seed is {seed!r}", hint="it must be a whole number of at least 0")
+        most = manifest.codec.max_frames
+        if max_frames is not None and (not isinstance(max_frames, Integral) or not 1 <= max_frames <= most):
+            raise SamplingError(
+                f"max_frames is {max_frames!r}", hint=f"it must be a whole number from 1 to {most:,}, the codec's limit"
+            )
         pieces = self._prompts.split(text, upstream_compat=upstream_compat)
+        voices = self._voices(voice, text)
+        if voices and not upstream_compat:
+            check_speakers(text, [v.transcript for v in voices])
+        conversation = self._prompts.start(voices, system, upstream_compat=upstream_compat)
+        for piece in pieces:
+            conversation.user(piece)  # raises what would else be raised when it is its turn
         return _Request(
             pieces=pieces,
-            conversation=self._prompts.start(self._voices(voice, text), system, upstream_compat=upstream_compat),
-            sampling=sampling or Sampling.from_defaults(manifest.language_model.sampling),
-            seed=secrets.randbits(32) if seed is None else seed,
-            max_frames=min(max_frames or manifest.codec.max_frames, manifest.codec.max_frames),
+            voices=tuple(v.name for v in voices),
+            conversation=conversation,
+            sampling=(Sampling() if sampling is None else sampling).resolve(manifest.language_model.sampling),
+            seed=secrets.randbits(32) if seed is None else int(seed),
+            max_frames=most if max_frames is None else int(max_frames),
             upstream_compat=upstream_compat,
         )
 
@@ -348,9 +290,7 @@ class _Graphs(Mapping[str, Engine]):
     def __getitem__(self, role: str) -> Engine:
         with self._lock:
             if role not in self._open:
-                spec = self._bundle.manifest.graphs.get(role)
-                if spec is None:
-                    raise BundleError(f"the bundle has no graph {role!r}", hint="export the checkpoint again")
+                spec = self._bundle.manifest.graphs[role]
                 path = self._bundle.file(spec.file)
                 self._open[role] = open_engine(path, spec, provider=self._provider, threads=self._threads)
             return self._open[role]
@@ -360,15 +300,6 @@ class _Graphs(Mapping[str, Engine]):
 
     def __len__(self) -> int:
         return len(self._bundle.manifest.graphs)
-
-
-def embedded_bundle() -> Path:
-    """The bundle that is shipped with fishrt: beside this file when installed, one folder up in the source tree."""
-    package = Path(__file__).resolve().parent
-    for folder in (package / "minnow", package.parent / "minnow"):
-        if folder.is_dir():
-            return folder
-    raise BundleError("this installation has no embedded voice", hint="give a bundle: the folder that `fishrt export` wrote")
 
 
 @contextmanager

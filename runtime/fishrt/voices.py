@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .bundle import Bundle, LanguageModel, Manifest
+from .codec import check_entries, check_integers
 from .errors import AudioError, VoiceError
 from .text import check_unicode
 
@@ -66,50 +67,38 @@ class Voice:
     def from_audio(cls, tts: Encoder, audio: str | Path | tuple[Pcm, int], transcript: str, *, name: str = "voice") -> Voice:
         """A voice from a recording: a file, or (pcm float32 [samples] mono −1..1, rate in Hz). 10 to 30 s are best.
 
-        Raises AudioError if it cannot be read, is shorter than 0.2 s or longer than the model takes; VoiceError for silence,
-        samples that are not numbers, or an empty transcript; PromptError for a transcript
-        that is not Unicode.
+        Raises AudioError if it cannot be read, is no such array or rate, is shorter than 0.2 s or longer than the model takes;
+        VoiceError for silence, samples that are not numbers, or an empty transcript; PromptError for a transcript that is not
+        Unicode.
         """
-        check_unicode(transcript, f"the transcript of voice {name!r}")
-        if not transcript.strip():
-            raise VoiceError(f"voice {name!r} has no transcript", hint="give the words that are spoken in the recording")
-        if isinstance(audio, tuple):
-            pcm, rate = audio
-        else:
-            from .audio import read_audio
+        from .audio import read_audio
 
-            pcm, rate = read_audio(Path(audio))
+        _check_transcript(transcript, name)
         manifest = tts.bundle.manifest
+        pcm, rate = audio if isinstance(audio, tuple) else read_audio(Path(audio), max_seconds=_most_seconds(manifest))
         _check_recording(pcm, rate, manifest, f"the recording of voice {name!r}" if isinstance(audio, tuple) else str(audio))
         voice = cls(name, np.asarray(tts.encode(pcm, rate), dtype=np.int64), transcript.strip(), manifest.codec.fingerprint)
         voice.check(manifest)
         return voice
 
     def check(self, manifest: Manifest) -> None:
-        """Raises VoiceError unless a bundle can speak in this voice: same codec, number of codebooks, and codes in range."""
+        """Raises VoiceError unless a bundle can speak in this voice: transcript, same codec, number of codebooks, range."""
         codec = manifest.codec
+        _check_transcript(self.transcript, self.name)
         if self.fingerprint not in (None, codec.fingerprint):
             raise VoiceError(
                 f"voice {self.name!r} was made with the codec {self.fingerprint:.12}…; this bundle's is {codec.fingerprint:.12}…",
                 hint=f"add it again with this bundle: fishrt voice add {self.name!r} --force --audio FILE --text TEXT",
             )
-        if self.codes.ndim != 2 or not self.codes.shape[1]:
-            shape = list(self.codes.shape)
+        check_integers(self.codes, f"voice {self.name!r}")
+        sizes = codec.codebook_sizes
+        if self.codes.ndim != 2 or self.codes.shape[0] != len(sizes) or not self.codes.shape[1]:
             raise VoiceError(
-                f"voice {self.name!r} has " + ("0 frames" if self.codes.ndim == 2 else f"an array {shape}, not codes [K, frames]")
-            )
-        sizes = codec.codebook_sizes[: manifest.language_model.num_codebooks]
-        if self.codes.shape[0] != len(sizes):
-            raise VoiceError(
-                f"voice {self.name!r} has {self.codes.shape[0]} codebooks; this bundle has {len(sizes)}",
+                f"voice {self.name!r} has codes of shape {list(self.codes.shape)}; this bundle needs "
+                f"[{len(sizes)} codebooks, at least 1 frame]",
                 hint="add it again with this bundle",
             )
-        for row, (codes, size) in enumerate(zip(self.codes, sizes, strict=True)):
-            if codes.min() < 0 or codes.max() >= size:
-                raise VoiceError(
-                    f"voice {self.name!r} has codes {codes.min()} to {codes.max()} in codebook {row} of {size} entries",
-                    hint="add it again with this bundle",
-                )
+        check_entries(self.codes, sizes, f"the codes of voice {self.name!r}")
 
 
 class VoiceStore:
@@ -119,7 +108,7 @@ class VoiceStore:
         self.folder = Path(folder)
 
     def list(self) -> list[str]:
-        """Names of all voices, sorted. Raises VoiceError if the folder cannot be read."""
+        """Names of all voices, sorted. Raises VoiceError if the folder or its index cannot be read."""
         try:
             folders = [p.name for p in self.folder.iterdir() if _NAME.fullmatch(p.name) and p.is_dir() and _layout(p)]
         except FileNotFoundError:
@@ -133,9 +122,8 @@ class VoiceStore:
 
         Raises VoiceError if there is none of that name or its files are damaged.
         """
-        _check_name(name)
         folder = self.folder / name
-        layout = _layout(folder)
+        layout = _layout(folder) if _NAME.fullmatch(name) else None
         if layout == "native":
             return _load_native(folder)
         if layout == "upstream":
@@ -144,10 +132,16 @@ class VoiceStore:
                     f"voice {name!r} is stored as audio and must be encoded first", hint=f"fishrt voice add {name!r} …"
                 )
             return _load_upstream(folder, tts)
-        if name in (index := self._index()):
+        index = self._index()
+        if name in index and Path(name).name == name:  # an index may hold any name, but none leads out of the folder
             return Voice(name, read_codes(self.folder / f"{name}.npy"), index[name], None)
+        _check_name(name)
         known = ", ".join(self.list()) or "none"
         raise VoiceError(f"there is no voice {name!r} in {self.folder}; there are: {known}", hint="fishrt voice add NAME …")
+
+    def is_recording(self, name: str) -> bool:
+        """Whether a voice lies there as audio (upstream's layout), so that `load` needs a TTS."""
+        return _NAME.fullmatch(name) is not None and _layout(self.folder / name) == "upstream"
 
     def add(self, voice: Voice, *, force: bool = False) -> Path:
         """Stores a voice, completely or not at all. Returns its folder. Raises VoiceError for a taken name, unless `force`."""
@@ -187,6 +181,7 @@ class VoiceStore:
 
     def remove(self, name: str) -> None:
         """Deletes a voice. Raises VoiceError if there is none, or if it is not fishrt's: those hold a user's own recordings."""
+        _check_name(name)
         if name not in self.list():
             self.load(name)  # says what is wrong
         folder = self.folder / name
@@ -208,7 +203,7 @@ class VoiceStore:
         speakers = _read_json(path).get("speakers")
         if not isinstance(speakers, dict) or not all(isinstance(text, str) for text in speakers.values()):
             raise VoiceError(f'{path} is not an index of voices: it should be {{"speakers": {{"name": "transcript"}}}}')
-        return {name: text for name, text in speakers.items() if _NAME.fullmatch(name)}
+        return speakers
 
 
 def max_prompt(model: LanguageModel) -> int:
@@ -260,10 +255,22 @@ def _check_name(name: str) -> None:
         )
 
 
+def _check_transcript(transcript: str, name: str) -> None:
+    check_unicode(transcript, f"the transcript of voice {name!r}")
+    if not transcript.strip():
+        raise VoiceError(f"voice {name!r} has no transcript", hint="give the words that are spoken in the recording")
+
+
+def _most_seconds(manifest: Manifest) -> float:
+    """The longest recording that codec and context take."""
+    return min(manifest.codec.max_frames, max_prompt(manifest.language_model)) / manifest.codec.frame_rate
+
+
 def _check_recording(pcm: Pcm, rate: int, manifest: Manifest, what: str) -> None:
-    codec, model = manifest.codec, manifest.language_model
-    seconds = len(pcm) / rate
-    most = min(codec.max_frames, max_prompt(model)) / codec.frame_rate
+    from .audio import check_pcm
+
+    check_pcm(pcm, rate)
+    seconds, most = len(pcm) / rate, _most_seconds(manifest)
     if not MIN_SECONDS <= seconds <= most:
         wrong = "short" if seconds < MIN_SECONDS else "long"
         raise AudioError(

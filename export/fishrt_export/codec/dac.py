@@ -17,12 +17,56 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..checkpoint import CODEC_CONFIG
+from ..errors import ExportError
+from ..fields import Fields
 from .layers import CausalConv1d, CausalConvTranspose1d, ConvNeXtBlock, ResidualUnit, Snake, WindowTransformer
 
 ENCODER_WINDOW = 512
 """Attention window of the encoder's transformer; fixed in the originals, whatever their config says."""
 MAX_FRAMES = 4096
 """Longest sequence a codec graph takes, in frames (190 s at 21.5 Hz): the size of its rotary tables."""
+HEAD = 64
+"""Channels of the encoder's transformer for each of its heads."""
+
+# The last lines: what only training uses, what is built and never used, and limits that are ours here (MAX_FRAMES).
+_FIELDS = (
+    "sample_rate",
+    "encoder_dim",
+    "encoder_rates",
+    "decoder_dim",
+    "decoder_rates",
+    "latent_dim",
+    "encoder_transformer_layers",
+    "transformer_general_config",
+    "quantizer",
+    "decoder_transformer_layers",
+)
+_QUANTIZER_FIELDS = (
+    "input_dim",
+    "n_codebooks",
+    "codebook_size",
+    "codebook_dim",
+    "semantic_codebook_size",
+    "downsample_factor",
+    "pre_module",
+    "post_module",
+    "quantizer_dropout",
+)
+_TRANSFORMER_FIELDS = (
+    "n_layer",
+    "n_head",
+    "n_local_heads",
+    "dim",
+    "intermediate_size",
+    "head_dim",
+    "rope_base",
+    "norm_eps",
+    "channels_first",
+    "block_size",
+    "dropout_rate",
+    "attn_dropout_rate",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,57 +128,94 @@ class DacConfig:
 
     @classmethod
     def from_json(cls, config: Mapping[str, Any]) -> DacConfig:
-        """Reads the originals' field names. Raises KeyError for a missing field, ValueError for contradictory ones."""
-        rates, quantizer = tuple(config["encoder_rates"]), config["quantizer"]
-        general = config["transformer_general_config"]
-        latent = config.get("latent_dim") or config["encoder_dim"] * 2 ** len(rates)
-        transformers = []
-        for block, layers in enumerate(config["encoder_transformer_layers"], start=1):
-            dim = config["encoder_dim"] * 2**block
-            transformers.append(
-                TransformerConfig(layers, dim, 3 * dim, dim // 64, 64, ENCODER_WINDOW, general["rope_base"], general["norm_eps"])
-                if layers
-                else None
-            )
+        """Reads the originals' field names. Raises ExportError for a missing, mistyped, contradictory or unknown field."""
+        read = Fields(config, CODEC_CONFIG)
+        quantizer, general = read.section("quantizer"), read.section("transformer_general_config")
+        read.only(_FIELDS)
+        quantizer.only(_QUANTIZER_FIELDS)
+        _check_common(general)
+        rates, depths = read.counts("encoder_rates"), read.counts("encoder_transformer_layers", least=0)
+        if len(depths) != len(rates):
+            raise read.error("encoder_transformer_layers", f"one number for each of the {len(rates)} encoder_rates")
+        width = read.count("encoder_dim")
         self = cls(
-            sample_rate=config["sample_rate"],
-            encoder_dim=config["encoder_dim"],
+            sample_rate=read.count("sample_rate"),
+            encoder_dim=width,
             encoder_rates=rates,
-            decoder_dim=config["decoder_dim"],
-            decoder_rates=tuple(config["decoder_rates"]),
-            latent_dim=latent,
-            encoder_transformers=tuple(transformers),
-            pre_module=_transformer(quantizer["pre_module"]),
-            post_module=_transformer(quantizer["post_module"]),
-            downsample=tuple(quantizer["downsample_factor"]),
-            semantic_codebook_size=quantizer["semantic_codebook_size"],
-            codebook_size=quantizer["codebook_size"],
-            codebook_dim=quantizer["codebook_dim"],
-            residual_codebooks=quantizer["n_codebooks"],
+            decoder_dim=read.count("decoder_dim"),
+            decoder_rates=read.counts("decoder_rates"),
+            latent_dim=width * 2 ** len(rates) if config.get("latent_dim") is None else read.count("latent_dim"),
+            encoder_transformers=tuple(_in_encoder(general, n, width * 2**block) for block, n in enumerate(depths, start=1)),
+            pre_module=_transformer(quantizer.section("pre_module")),
+            post_module=_transformer(quantizer.section("post_module")),
+            downsample=quantizer.counts("downsample_factor"),
+            semantic_codebook_size=quantizer.count("semantic_codebook_size"),
+            codebook_size=quantizer.count("codebook_size"),
+            codebook_dim=quantizer.count("codebook_dim"),
+            residual_codebooks=quantizer.count("n_codebooks"),
         )
         if math.prod(self.decoder_rates) != math.prod(rates):
-            raise ValueError(f"decoder_rates {self.decoder_rates} and encoder_rates {rates} multiply to different hops")
-        if quantizer["input_dim"] != latent:
-            raise ValueError(f"quantizer.input_dim {quantizer['input_dim']} is not the encoder's width {latent}")
-        if len(transformers) != len(rates):
-            raise ValueError(f"encoder_transformer_layers has {len(transformers)} entries for {len(rates)} encoder_rates")
+            raise read.error("decoder_rates", f"numbers with the product of encoder_rates, {math.prod(rates)}")
+        if self.decoder_dim % 2 ** len(self.decoder_rates):
+            raise read.error("decoder_dim", "a number that can be halved once for each of decoder_rates")
+        for part in (quantizer, quantizer.section("pre_module"), quantizer.section("post_module")):
+            if part.count("input_dim") != self.latent_dim:
+                raise part.error("input_dim", f"the encoder's width, {self.latent_dim}")
         return self
 
 
-def _transformer(module: Mapping[str, Any]) -> TransformerConfig:
-    config = module["config"]
-    if module["input_dim"] != config["dim"]:
-        raise ValueError(f"a codec transformer of width {config['dim']} on input of width {module['input_dim']} is not supported")
+def _in_encoder(general: Fields, layers: int, dim: int) -> TransformerConfig | None:
+    """The transformer of one block of the encoder, if it has one. Its number of heads does not depend on their size."""
+    if not layers:
+        return None
+    if dim < HEAD:
+        raise ExportError(f"{general.source}: encoder_transformer_layers has one of width {dim}; expected at least {HEAD}")
     return TransformerConfig(
-        layers=config["n_layer"],
-        dim=config["dim"],
-        hidden=config["intermediate_size"],
-        heads=config["n_head"],
-        head_dim=config["head_dim"],
-        window=module["window_size"],
-        rope_base=config["rope_base"],
-        norm_eps=config["norm_eps"],
+        layers=layers,
+        dim=dim,
+        hidden=3 * dim,
+        heads=dim // HEAD,
+        head_dim=_head_dim(general) if "head_dim" in general.values else HEAD,
+        window=ENCODER_WINDOW,
+        rope_base=general.number("rope_base"),
+        norm_eps=general.number("norm_eps"),
     )
+
+
+def _transformer(module: Fields) -> TransformerConfig:
+    module.only(("input_dim", "window_size", "config", "causal"))
+    if module.values.get("causal", True) is not True:
+        raise module.error("causal", "true")
+    config = module.section("config")
+    _check_common(config)
+    if config.count("dim") != module.count("input_dim"):
+        raise config.error("dim", f"the input_dim around it, {module.count('input_dim')}")
+    return TransformerConfig(
+        layers=config.count("n_layer"),
+        dim=config.count("dim"),
+        hidden=config.count("intermediate_size"),
+        heads=config.count("n_head"),
+        head_dim=_head_dim(config),
+        window=module.count("window_size"),
+        rope_base=config.number("rope_base"),
+        norm_eps=config.number("norm_eps"),
+    )
+
+
+def _check_common(config: Fields) -> None:
+    """What every transformer's config may say."""
+    config.only(_TRANSFORMER_FIELDS)
+    if config.values.get("n_local_heads", -1) not in (-1, config.values.get("n_head", -1)):
+        raise config.error("n_local_heads", "-1, as many as n_head")
+    if config.values.get("channels_first", True) is not True:
+        raise config.error("channels_first", "true")
+
+
+def _head_dim(config: Fields) -> int:
+    size = config.count("head_dim")
+    if size % 2:
+        raise config.error("head_dim", "an even number: rotary positions need pairs")
+    return size
 
 
 class EncoderBlock(nn.Module):

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..checkpoint import CODEC_CONFIG, CodecFiles, only_tensors, read_pickle
+from ..checkpoint import CodecFiles, only_tensors, read_pickle
 from ..errors import ExportError
 from ..weights import fuse_weight_norm
 from .dac import DacConfig
@@ -53,13 +55,8 @@ _IGNORED_STARTS = ("quantizer.semantic_predictor_module.",)
 
 
 def read_codec_config(files: CodecFiles) -> DacConfig:
-    """Raises ExportError for a `codec_config.json` with missing, mistyped or contradictory fields."""
-    try:
-        return DacConfig.from_json(OFFICIAL if files.config is None else files.config)
-    except KeyError as error:
-        raise ExportError(f"{CODEC_CONFIG} lacks {error}") from None
-    except (TypeError, ValueError, AttributeError) as error:
-        raise ExportError(f"{CODEC_CONFIG} is not usable: {error}") from None
+    """Raises ExportError for a `codec_config.json` with missing, mistyped, contradictory or unknown fields."""
+    return DacConfig.from_json(OFFICIAL if files.config is None else files.config)
 
 
 def read_stored_codec(files: CodecFiles) -> dict[str, Tensor]:
@@ -78,11 +75,14 @@ def fuse_codec(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return fuse_weight_norm(stored)
 
 
-def fingerprint(stored: Mapping[str, Tensor]) -> str:
-    """Hex SHA-256 over names, dtypes, shapes and bytes of the stored weights: equal codecs have equal fingerprints."""
-    digest = hashlib.sha256()
-    for name in sorted(stored):
-        tensor = stored[name].contiguous()
+def fingerprint(fused: Mapping[str, Tensor], config: DacConfig) -> str:
+    """Hex SHA-256 over the config and the names, dtypes, shapes and bytes of the fused weights.
+
+    Codecs that sound the same have equal fingerprints, however their weight norm was stored.
+    """
+    digest = hashlib.sha256(json.dumps(asdict(config), sort_keys=True).encode())
+    for name in sorted(fused):
+        tensor = fused[name].contiguous()
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
         digest.update(tensor.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()

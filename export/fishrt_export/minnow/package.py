@@ -20,6 +20,7 @@ from .train_lm import vocab_size
 
 REFERENCE = "Please call my brother, and ask him to bring the big blue bag from the kitchen."
 """Spoken by each flite voice as the reference of the built-in voice of that name."""
+DEFAULT_VOICE = "rms"
 NOTICE = """\
 minnow, the embedded voice of fishrt, is licensed like fishrt itself under the Apache License 2.0.
 
@@ -49,7 +50,7 @@ def write_checkpoint(folder: Path, out: Path) -> None:
         reference.mkdir(parents=True)
         soundfile.write(reference / "reference.flac", flite(REFERENCE, voice), SAMPLE_RATE)
         (reference / "reference.lab").write_text(REFERENCE + "\n")
-    (out / "references" / "default.txt").write_text(VOICES[0] + "\n")
+    (out / "references" / "default.txt").write_text(DEFAULT_VOICE + "\n")
     (out / "LICENSE").write_text(NOTICE)
 
 

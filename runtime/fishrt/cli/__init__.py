@@ -1,7 +1,8 @@
 """The command line: `fishrt speak | voice | codec | export | inspect | doctor`.
 
 Results go to standard output, everything else to standard error. Exit status: 0 done, 2 a mistake that the user can mend (printed
-as `error: …` and `hint: …`), 130 interrupted, 1 anything else, which is a bug. Heavy modules are imported inside the commands.
+as `error: …` and `hint: …`), 130 interrupted, 1 anything else: nobody reads the output any more, or a
+bug. Heavy modules are imported inside the commands.
 """
 
 from __future__ import annotations

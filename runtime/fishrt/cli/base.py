@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
-import os
-import secrets
 import sys
 import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 import click
 
-from ..bundle import Bundle
-from ..errors import FishrtError
+from ..bundle import Bundle, embedded_bundle
+from ..errors import FishrtError, VoiceError
 from ..voices import VoiceStore, user_folder
 
 if TYPE_CHECKING:
@@ -28,36 +28,68 @@ _DEBUG, _JSON = "fishrt.debug", "fishrt.json"
 class Commands(click.Group):
     """The group that turns errors into lines and exit statuses."""
 
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
+    ) -> click.Context:
+        """Parses what stands before the name of the command."""
+        # Looked for before the parsing, which may be what fails; behind "--" it is text.
+        stream = sys.stdout if "--json" in itertools.takewhile(lambda word: word != "--", args) else None
+        try:
+            ctx = super().make_context(info_name, args, parent, **extra)
+        except click.UsageError as error:
+            if isinstance(error, _HELP):
+                raise
+            _report(error, stream)
+            raise click.exceptions.Exit(2) from None
+        ctx.meta[_JSON] = stream
+        return ctx
+
     def invoke(self, ctx: click.Context) -> Any:
         """Runs the command."""
         try:
             return super().invoke(ctx)
-        except FishrtError as error:
+        except (FishrtError, click.UsageError) as error:
+            if isinstance(error, _HELP):
+                raise
             if ctx.meta.get(_DEBUG):
                 traceback.print_exc()
-            click.echo(f"error: {error}", err=True)
-            if error.hint:
-                click.echo(f"hint: {error.hint}", err=True)
-            if stream := ctx.meta.get(_JSON):
-                details = {"kind": type(error).__name__, "message": str(error), "hint": error.hint}
-                click.echo(json.dumps({"ok": False, "error": details}, ensure_ascii=False), file=stream)
+            _report(error, ctx.meta[_JSON])
             ctx.exit(2)
         except KeyboardInterrupt:
             if ctx.meta.get(_DEBUG):
                 traceback.print_exc()
-            click.echo("interrupted", err=True)
+            say("interrupted")
             ctx.exit(130)
+
+
+_HELP: Any = getattr(click.exceptions, "NoArgsIsHelpError", ())
+"""What click raises, since 8.2, to show the help of a group that was given no command."""
+
+
+def _report(error: FishrtError | click.UsageError, stream: TextIO | None) -> None:
+    """The lines of an error, and its JSON object on `stream`."""
+    if isinstance(error, click.UsageError):
+        message, command = error.format_message(), error.ctx.command_path if error.ctx else "fishrt"
+        hint: str | None = f"{command} --help"
+    else:
+        message, hint = str(error), error.hint
+    say(f"error: {message}")
+    if hint:
+        say(f"hint: {hint}")
+    if stream:
+        details = {"kind": type(error).__name__, "message": message, "hint": hint}
+        click.echo(json.dumps({"ok": False, "error": details}, ensure_ascii=False), file=stream)
+
+
+def say(text: str, *, nl: bool = True) -> None:
+    """A line on standard error. Nobody may be listening, which is no reason to stop the work."""
+    with contextlib.suppress(OSError):
+        click.echo(text, err=True, nl=nl)
 
 
 def _remember_debug(ctx: click.Context, _: click.Parameter, value: bool) -> None:
     if value:
         ctx.meta[_DEBUG] = True
-
-
-def _remember_json(ctx: click.Context, _: click.Parameter, value: bool) -> bool:
-    if value:
-        ctx.meta[_JSON] = sys.stdout
-    return value
 
 
 debug_option = click.option(
@@ -67,8 +99,6 @@ json_option = click.option(
     "--json",
     "as_json",
     is_flag=True,
-    is_eager=True,
-    callback=_remember_json,
     help="Print one JSON object on standard output at the end.",
 )
 quiet_option = click.option("-q", "--quiet", is_flag=True, help="No progress on standard error.")
@@ -106,8 +136,6 @@ def load_tts(bundle: Path | None, provider: str, threads: int | None) -> TTS:
 
 def load_bundle(path: Path | None) -> Bundle:
     """The manifest of a bundle, without its engines; None is the embedded one. Raises BundleError."""
-    from ..tts import embedded_bundle
-
     return Bundle.load(embedded_bundle() if path is None else path)
 
 
@@ -116,47 +144,38 @@ def user_store(voice_dir: Path | None) -> VoiceStore:
     return VoiceStore(user_folder() if voice_dir is None else voice_dir)
 
 
-def built_in_store(bundle: Bundle) -> VoiceStore:
-    """The voices that a bundle brings."""
-    return VoiceStore(bundle.path / "voices")
+def find_voice(name: str, own: VoiceStore, bundle: Bundle | None) -> VoiceStore:
+    """The store that has the voice: the user's before the bundle's. Raises VoiceError."""
+    built_in = bundle.manifest.voices.names if bundle and bundle.manifest.voices else ()
+    try:
+        names = own.list()
+    except VoiceError as error:
+        if name not in built_in:
+            raise
+        say(f"warning: {error}")
+        names = []
+    if name in names:
+        return own
+    if bundle and name in built_in:
+        return VoiceStore(bundle.path / "voices")
+    raise VoiceError(
+        f"there is no voice {name!r}; yours in {own.folder}: {', '.join(names) or 'none'}; "
+        f"the bundle's: {', '.join(built_in) or 'none'}",
+        hint="fishrt voice add NAME --audio FILE --text TEXT",
+    )
 
 
 def json_to_stderr() -> None:
     """The result itself goes to standard output, so the JSON object cannot."""
-    ctx = click.get_current_context()
-    if _JSON in ctx.meta:
-        ctx.meta[_JSON] = sys.stderr
+    meta = click.get_current_context().meta
+    if meta[_JSON]:
+        meta[_JSON] = sys.stderr
 
 
 def print_json(data: dict[str, Any]) -> None:
     """The one JSON object of a command that succeeded."""
-    stream = click.get_current_context().meta.get(_JSON, sys.stdout)
-    click.echo(json.dumps({"ok": True, **data}, ensure_ascii=False), file=stream)
-
-
-def check_target(path: Path) -> None:
-    """Raises FishrtError for a file that could not be written: call it before the long work."""
-    if path.is_dir():
-        raise FishrtError(f"cannot write {path}: it is a folder")
-    folder = path.resolve().parent
-    if not folder.is_dir():
-        raise FishrtError(f"cannot write {path}: there is no folder {folder}", hint="create the folder first")
-    if not os.access(folder, os.W_OK):
-        raise FishrtError(f"cannot write {path}: the folder {folder} cannot be written")
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    """A whole file or none. Raises FishrtError."""
-    target = path.resolve()
-    aside = target.with_name(f".{secrets.token_hex(8)}.part")
-    try:
-        try:
-            aside.write_bytes(data)
-            aside.replace(target)
-        finally:
-            aside.unlink(missing_ok=True)
-    except OSError as error:
-        raise FishrtError(f"cannot write {path}: {error.strerror or error}") from None
+    if stream := click.get_current_context().meta[_JSON]:
+        click.echo(json.dumps({"ok": True, **data}, ensure_ascii=False), file=stream)
 
 
 def bar(part: float) -> str:
@@ -171,7 +190,7 @@ class Reporter:
 
     def __init__(self, *, quiet: bool) -> None:
         self._quiet = quiet
-        self._terminal = sys.stderr.isatty()
+        self._terminal = sys.stderr is not None and sys.stderr.isatty()
         self._shown_at = time.monotonic()
         self._open = False
 
@@ -182,10 +201,10 @@ class Reporter:
             return
         self._shown_at = now
         self._open = self._terminal
-        click.echo(f"\r\x1b[K{text}" if self._terminal else text, err=True, nl=not self._terminal)
+        say(f"\r\x1b[K{text}" if self._terminal else text, nl=not self._terminal)
 
     def done(self, text: str) -> None:
         """Shows what came out of it."""
         if not self._quiet:
-            click.echo(f"\r\x1b[K{text}" if self._open else text, err=True)
+            say(f"\r\x1b[K{text}" if self._open else text)
         self._open = False

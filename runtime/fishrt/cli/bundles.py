@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from ..bundle import Bundle, Manifest
+from ..bundle import Bundle
 from ..errors import BundleError, FishrtError
 from .base import Reporter, bar, debug_option, json_option, load_bundle, print_json, quiet_option
 
@@ -35,7 +35,7 @@ def export(checkpoint: Path, out: Path, head: str, quiet: bool, as_json: bool) -
 
     Needs torch: pip install "fishrt[export]". Nothing is left behind when it fails or is interrupted.
     """
-    reporter = Reporter(quiet=quiet)
+    reporter = Reporter(quiet=quiet or as_json)
     try:
         from fishrt_export import export_bundle, peak_memory
 
@@ -46,11 +46,11 @@ def export(checkpoint: Path, out: Path, head: str, quiet: bool, as_json: bool) -
         raise FishrtError(f"exporting needs {error.name}, which is not installed", hint='pip install "fishrt[export]"') from None
     peak = peak_memory()
     if as_json:
-        print_json({"command": "export", "bundle": str(out), "bytes": _total(bundle.manifest), "peak_memory_bytes": peak})
+        print_json({"command": "export", "bundle": str(out), "bytes": bundle.manifest.total_bytes, "peak_memory_bytes": peak})
         return
     for name, entry in bundle.manifest.files.items():
         reporter.done(f"{_size(entry.bytes):>10}  {name}")
-    reporter.done(f"{_size(_total(bundle.manifest)):>10}  {out}")
+    reporter.done(f"{_size(bundle.manifest.total_bytes):>10}  {out}")
     reporter.done(f"peak memory {_size(peak)}" if peak else "peak memory unknown")
 
 
@@ -64,7 +64,7 @@ def inspect(bundle: Path | None, verify: bool, quiet: bool, as_json: bool) -> No
     """Show what is in BUNDLE (default: the embedded voice): graphs, tensors, sizes, precision, parity, licence, voices."""
     loaded = load_bundle(bundle)
     if verify:
-        _verify(loaded, quiet=quiet)
+        _verify(loaded, quiet=quiet or as_json or sys.stderr is None)
     if as_json:
         import dataclasses
 
@@ -91,7 +91,7 @@ def doctor() -> None:
 
 def _verify(bundle: Bundle, *, quiet: bool) -> None:
     # Tests and pipes see no bar: click draws one on terminals only.
-    with click.progressbar(length=_total(bundle.manifest), label="hashing", file=sys.stderr, hidden=quiet) as bar:
+    with click.progressbar(length=bundle.manifest.total_bytes, label="hashing", file=sys.stderr, hidden=quiet) as bar:
         bundle.verify(bar.update)
 
 
@@ -104,7 +104,7 @@ def _describe(bundle: Bundle) -> list[str]:
     lines = [
         f"bundle        {m.name}",
         f"path          {bundle.path}",
-        f"size          {_size(_total(m))} in {len(m.files)} files",
+        f"size          {_size(m.total_bytes)} in {len(m.files)} files",
         f"exported by   {m.exported_by} (schema {m.schema})",
         f"licence       {m.licence.name}" + (f" ({m.licence.file})" if m.licence.file else ""),
         f"precision     {m.precision}",
@@ -130,10 +130,6 @@ def _describe(bundle: Bundle) -> list[str]:
             shape = ", ".join(map(str, states[0].shape))
             lines.append(f"  state of {len(states)} tensors, {states[0].name} {states[0].dtype} [{shape}], …")
     return lines
-
-
-def _total(manifest: Manifest) -> int:
-    return sum(entry.bytes for entry in manifest.files.values())
 
 
 def _size(count: float) -> str:
@@ -168,4 +164,4 @@ def _embedded() -> str:
         bundle.verify()
     except BundleError as error:
         return f"not usable: {error}"
-    return f"ok, {bundle.manifest.name}, {_size(_total(bundle.manifest))}"
+    return f"ok, {bundle.manifest.name}, {_size(bundle.manifest.total_bytes)}"

@@ -8,8 +8,10 @@ from pathlib import Path
 import click
 import numpy as np
 
+from ..errors import FishrtError
+from ..files import check_place, write_whole
 from ..voices import read_codes
-from .base import check_target, debug_option, engine_options, json_option, load_tts, print_json, write_bytes
+from .base import debug_option, engine_options, json_option, json_to_stderr, load_tts, print_json, say
 
 
 @click.group()
@@ -20,25 +22,30 @@ def codec() -> None:
 @codec.command()
 @click.argument("audio", type=click.Path(path_type=Path))
 @click.option(
-    "-o", "--output", type=click.Path(path_type=Path), default="codes.npy", show_default=True, help="The .npy file to write."
+    "-o", "--output", default="codes.npy", show_default=True, help="The .npy file to write; - writes it to standard output."
 )
 @engine_options
 @json_option
 @debug_option
-def encode(audio: Path, output: Path, bundle: Path | None, provider: str, threads: int | None, as_json: bool) -> None:
+def encode(audio: Path, output: str, bundle: Path | None, provider: str, threads: int | None, as_json: bool) -> None:
     """Encode AUDIO (wav, flac, ogg, mp3; any rate, channels averaged) to codes: int64 (codebooks, frames)."""
     from ..audio import read_audio
 
-    check_target(output)
+    if output == "-":
+        json_to_stderr()
+    elif Path(output).suffix.lower() != ".npy":
+        raise FishrtError(f"cannot write {output}: codes are written as .npy", hint="name a file that ends in .npy")
+    else:
+        check_place(Path(output))
     pcm, rate = read_audio(audio)
     codes = load_tts(bundle, provider, threads).encode(pcm, rate)
     buffer = io.BytesIO()
     np.save(buffer, codes.astype(np.int64), allow_pickle=False)
-    write_bytes(output, buffer.getvalue())
+    write_whole(output, buffer.getvalue())
     if as_json:
-        print_json({"command": "codec encode", "output": str(output), "codebooks": codes.shape[0], "frames": codes.shape[1]})
+        print_json({"command": "codec encode", "output": output, "codebooks": codes.shape[0], "frames": codes.shape[1]})
     else:
-        click.echo(f"{output}: {codes.shape[0]} codebooks, {codes.shape[1]:,} frames", err=True)
+        say(f"{_place(output)}: {codes.shape[0]} codebooks, {codes.shape[1]:,} frames")
 
 
 @codec.command()
@@ -56,7 +63,6 @@ def encode(audio: Path, output: Path, bundle: Path | None, provider: str, thread
 def decode(codes: Path, output: str, bundle: Path | None, provider: str, threads: int | None, as_json: bool) -> None:
     """Decode CODES, an .npy file of integers (codebooks, frames), to audio."""
     from ..audio import check_writable, write_audio
-    from .base import json_to_stderr
 
     if output == "-":
         json_to_stderr()
@@ -71,4 +77,8 @@ def decode(codes: Path, output: str, bundle: Path | None, provider: str, threads
     if as_json:
         print_json({"command": "codec decode", "output": output, "sample_rate": rate, "audio_s": seconds})
     else:
-        click.echo(f"{output}: {seconds:.2f} s at {rate:,} Hz", err=True)
+        say(f"{_place(output)}: {seconds:.2f} s at {rate:,} Hz")
+
+
+def _place(output: str) -> str:
+    return "standard output" if output == "-" else output

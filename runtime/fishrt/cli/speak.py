@@ -4,29 +4,33 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from ..errors import AudioError, FishrtError, PromptError, VoiceError
+from ..errors import AudioError, FishrtError, PromptError
 from ..text import check_text
-from ..voices import Voice, VoiceStore, read_codes
+from ..voices import Voice, read_codes
 from .base import (
     Reporter,
     debug_option,
     engine_options,
+    find_voice,
     json_option,
     json_to_stderr,
     load_tts,
     print_json,
     quiet_option,
+    say,
     user_store,
     voice_dir_option,
 )
 
 if TYPE_CHECKING:
-    from ..tts import TTS, Progress
+    from ..speech import Progress
+    from ..tts import TTS
 
 
 @click.command()
@@ -105,26 +109,25 @@ def speak(
     from ..audio import check_writable, write_audio
     from ..sampling import Sampling
 
+    if output == "-":
+        json_to_stderr()
     if len(references) != len(reference_texts):
         raise click.UsageError(
             f"{len(references)} --reference, but {len(reference_texts)} --reference-text: each needs the other"
         )
-    if output == "-":
-        json_to_stderr()
-    else:
+    if output != "-":
         check_writable(Path(output))
     content = _read_text(text, file)
     check_text(content)
     tts = load_tts(bundle, provider, threads)
-    defaults = tts.bundle.manifest.language_model.sampling
-    sampling = Sampling.from_defaults(defaults, temperature=temperature, top_p=top_p, top_k=top_k)
-    voices = [_find(name, user_store(voice_dir), tts) for name in names]
+    own = user_store(voice_dir)
+    voices = [find_voice(name, own, tts.bundle).load(name, tts) for name in names]
     voices += [_reference(path, said, tts) for path, said in zip(references, reference_texts, strict=True)]
-    reporter = Reporter(quiet=quiet)
+    reporter = Reporter(quiet=quiet or as_json)
     speech = tts.speak(
         content,
         voice=voices or None,
-        sampling=sampling,
+        sampling=Sampling(temperature, top_p, top_k),
         seed=seed,
         max_frames=max_frames,
         system=system,
@@ -138,8 +141,15 @@ def speak(
         f"{target}: {info.frames:,} frames, {info.audio_s:.2f} s, RTF {info.rtf:.2f}, "
         f"stopped by {', '.join(dict.fromkeys(info.stop_reasons))}, seed {info.seed}"
     )
+    warnings = [
+        f'piece {n} was cut off ({piece.stop_reason}): "{textwrap.shorten(piece.text, 60, placeholder=" …")}"'
+        for n, piece in enumerate(info.pieces, 1)
+        if piece.stop_reason != "end"
+    ]
+    for warning in warnings:
+        say(f"warning: {warning}")
     if as_json:
-        result = {"command": "speak", "output": output, "sample_rate": speech.sample_rate, "voices": [v.name for v in voices]}
+        result = {"command": "speak", "output": output, "sample_rate": speech.sample_rate, "warnings": warnings}
         print_json({**result, **dataclasses.asdict(info)})
 
 
@@ -162,28 +172,13 @@ def _read_text(text: str | None, file: Path | None) -> str:
         except OSError as error:
             raise FishrtError(f"{file} cannot be read: {error.strerror}") from None
     else:
-        if text is None and file is None and sys.stdin.isatty():
+        if sys.stdin is None or (text is None and file is None and sys.stdin.isatty()):
             raise click.UsageError("there is no text: give it as TEXT, with --file, or on standard input")
         data = sys.stdin.buffer.read()
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise PromptError(f"{source} is not UTF-8: {error.reason} at byte {error.start}", hint="convert it to UTF-8") from None
-
-
-def _find(name: str, store: VoiceStore, tts: TTS) -> Voice:
-    """The user's voice of that name, else the bundle's."""
-    own = store.list()
-    if name in own:
-        return store.load(name, tts)
-    built_in = tts.bundle.manifest.voices
-    if built_in and name in built_in.names:
-        return tts.voice(name)
-    theirs = ", ".join(built_in.names) if built_in else "none"
-    raise VoiceError(
-        f"there is no voice {name!r}; yours in {store.folder}: {', '.join(own) or 'none'}; the bundle's: {theirs}",
-        hint="fishrt voice add NAME --audio FILE --text TEXT",
-    )
 
 
 def _reference(path: Path, transcript: str, tts: TTS) -> Voice:

@@ -12,15 +12,16 @@ from ..errors import BundleError
 from ..voices import Voice
 from .base import (
     Reporter,
-    built_in_store,
     bundle_option,
     debug_option,
     engine_options,
+    find_voice,
     json_option,
     load_bundle,
     load_tts,
     print_json,
     quiet_option,
+    say,
     user_store,
     voice_dir_option,
 )
@@ -94,7 +95,7 @@ def list_voices(voice_dir: Path | None, bundle: Path | None, as_json: bool) -> N
         default = "  (default)" if built_in and row == {"name": built_in.default, "from": "bundle"} else ""
         click.echo(f"{row['name']}\t{row['from']}{default}")
     if not rows:
-        click.echo(f"no voices in {store.folder}", err=True)
+        say(f"no voices in {store.folder}")
 
 
 @voice.command()
@@ -105,11 +106,11 @@ def list_voices(voice_dir: Path | None, bundle: Path | None, as_json: bool) -> N
 @debug_option
 def show(name: str, voice_dir: Path | None, bundle: Path | None, as_json: bool) -> None:
     """Show what is known of voice NAME; yours goes before the bundle's of the same name."""
-    store = user_store(voice_dir)
     loaded = _bundle_if_any(bundle)
-    if loaded and loaded.manifest.voices and name in loaded.manifest.voices.names and name not in store.list():
-        store = built_in_store(loaded)
-    details = _describe(store.load(name), loaded)
+    store = find_voice(name, user_store(voice_dir), loaded)
+    # A recording has no codes yet; without a bundle `load` says so.
+    tts = load_tts(bundle, "auto", None) if loaded and store.is_recording(name) else None
+    details = _describe(store.load(name, tts), loaded)
     if as_json:
         print_json({"command": "voice show", "folder": str(store.folder / name), **details})
     else:
@@ -129,7 +130,7 @@ def remove(name: str, voice_dir: Path | None, as_json: bool) -> None:
     if as_json:
         print_json({"command": "voice remove", "name": name})
     else:
-        click.echo(f"removed {name} from {store.folder}", err=True)
+        say(f"removed {name} from {store.folder}")
 
 
 def _bundle_if_any(path: Path | None) -> Bundle | None:

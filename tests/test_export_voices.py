@@ -1,0 +1,74 @@
+"""What goes into a bundle beside the graphs: built-in voices and the terms of the weights."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from fishrt.bundle import Bundle
+from fishrt.voices import VoiceStore
+from fishrt_export import peak_memory
+from fishrt_export.licence import UNKNOWN, copy_licence
+from fishrt_export.voices import check_references, encode_references
+from synthetic import write_reference
+
+
+def test_references_become_voices(checkpoint: Path, tiny_bundle: Bundle, tmp_path: Path) -> None:
+    bundle = Bundle(Path(shutil.copytree(tiny_bundle.path, tmp_path / "bundle")), tiny_bundle.manifest)
+    for name in ("ben", "anna"):
+        write_reference(checkpoint, name)
+    voices = encode_references(check_references(checkpoint, bundle), bundle)
+    assert voices is not None
+    assert (voices.default, voices.names) == ("anna", ("anna", "ben"))
+    store = VoiceStore(bundle.path / "voices")
+    assert store.list() == ["anna", "ben"]
+    voice, codec = store.load("ben"), bundle.manifest.codec
+    assert (voice.transcript, voice.fingerprint) == ("This is ben.", codec.fingerprint)
+    assert voice.codes.shape == (len(codec.codebook_sizes), -(-int(0.5 * codec.sample_rate) // codec.hop))
+
+
+def test_no_references_no_voices(checkpoint: Path, tiny_bundle: Bundle) -> None:
+    assert check_references(checkpoint, tiny_bundle) is None
+    (checkpoint / "references").mkdir()
+    assert check_references(checkpoint, tiny_bundle) is None
+    assert tiny_bundle.manifest.voices is None
+
+
+def test_the_default_voice_can_be_named(checkpoint: Path, tiny_bundle: Bundle) -> None:
+    for name in ("ben", "anna"):
+        write_reference(checkpoint, name)
+    (checkpoint / "references/default.txt").write_text("ben\n")
+    references = check_references(checkpoint, tiny_bundle)
+    assert references is not None
+    assert (references.default, references.names) == ("ben", ("anna", "ben"))
+
+
+@pytest.mark.parametrize(
+    ("files", "name", "file"),
+    [
+        ({}, UNKNOWN, None),
+        ({"LICENSE.md": "\n# Research License\n\ntext"}, "Research License", "LICENSE.md"),
+        ({"README.md": "---\nlicense: other\nlicense_name: research\n---\n"}, "research", "README.md"),
+        ({"README.md": "---\nlicense: apache-2.0\n---\n", "LICENSE": "Apache License\n"}, "apache-2.0", "LICENSE"),
+        ({"README.md": "# A model\n"}, UNKNOWN, "README.md"),
+    ],
+)
+def test_the_terms_of_the_weights(tmp_path: Path, files: dict[str, str], name: str, file: str | None) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "out").mkdir()
+    for path, text in files.items():
+        (tmp_path / "in" / path).write_text(text, encoding="utf-8")
+    licence = copy_licence(tmp_path / "in", tmp_path / "out")
+    assert (licence.name, licence.file) == (name, file)
+    note = (tmp_path / "out/WEIGHTS-LICENCE.txt").read_text()
+    assert "keep the terms of their publisher" in note
+    assert name in note
+    if file:
+        assert (tmp_path / "out" / file).read_text() == files[file]
+
+
+def test_peak_memory_is_plausible() -> None:
+    peak = peak_memory()
+    assert peak is None or 50e6 < peak < 1e12

@@ -1,0 +1,77 @@
+"""Results are written whole or not at all, and never in place of a device, a pipe or a link."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from fishrt.errors import OutputError
+from fishrt.files import check_place, write_whole
+
+
+def test_a_file_is_written_and_nothing_else(tmp_path: Path) -> None:
+    for data in (b"first", b"second"):
+        write_whole(tmp_path / "a", data)
+        assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("a", data)]
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a"
+    path.write_bytes(b"old")
+
+    def full(self: Path, data: bytes) -> int:
+        with self.open("wb") as file:
+            file.write(data[:3])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OutputError, match="No space left"):
+        write_whole(path, b"newer")
+    assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("a", b"old")]
+
+
+def test_a_link_stays_a_link(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "a").symlink_to(tmp_path / "real" / "b")
+    write_whole(tmp_path / "a", b"new")
+    assert (tmp_path / "a").is_symlink()
+    assert (tmp_path / "real" / "b").read_bytes() == b"new"
+
+
+@pytest.mark.parametrize("linked", [False, True])
+def test_a_pipe_stays_a_pipe_and_gets_the_data(tmp_path: Path, linked: bool) -> None:
+    pipe = given = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    if linked:
+        given = tmp_path / "link"
+        given.symlink_to(pipe)
+    # Open at both ends from here on, so that a write that goes elsewhere makes the test fail, not wait.
+    reader = os.open(pipe, os.O_RDWR | os.O_NONBLOCK)
+    try:
+        check_place(given)
+        write_whole(given, b"sound")
+        assert pipe.is_fifo()
+        assert os.read(reader, 100) == b"sound"
+    finally:
+        os.close(reader)
+
+
+def test_a_place_that_cannot_be_written_is_told_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(OutputError, match="no folder"):
+        check_place(tmp_path / "missing" / "a")
+    with pytest.raises(OutputError, match="is a folder"):
+        check_place(tmp_path)
+    os.mkfifo(tmp_path / "pipe")
+    monkeypatch.setattr(os, "access", lambda *_: False)  # the tests may run as root, who may write everywhere
+    for name in ("a", "pipe"):
+        with pytest.raises(OutputError, match="cannot be written"):
+            check_place(tmp_path / name)
+
+
+def test_a_standard_output_that_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", None)
+    with pytest.raises(OutputError, match="standard output: it is closed"):
+        write_whole("-", b"data")

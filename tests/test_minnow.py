@@ -1,0 +1,60 @@
+"""The embedded voice speaks, and a recogniser that has never met it understands."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from fishrt import TTS, Sampling
+from metrics import word_errors, words
+from recogniser import Recogniser
+
+# Held-out sentences that the voice says well: the test is to notice when something breaks. How well it says many is measured by
+# benchmarks/minnow_quality.py.
+SENTENCES = {
+    "slt": "Is there a painter between the trees?",
+    "rms": "Nobody knows why the morning paid the bill.",
+    "awb": "Do not apply to broken skin.",
+}
+
+
+@pytest.fixture(scope="module")
+def tts() -> TTS:
+    return TTS.load()
+
+
+@pytest.fixture(scope="module")
+def recognise() -> Recogniser:
+    return Recogniser()
+
+
+def test_three_sentences_are_understood(tts: TTS, recognise: Recogniser) -> None:
+    errors = 0
+    for voice, text in SENTENCES.items():
+        speech = tts.speak(text, voice=voice, seed=1)
+        assert set(speech.info.stop_reasons) == {"end"}
+        errors += word_errors(text, recognise(speech.pcm, speech.sample_rate))
+    assert errors <= 0.3 * sum(len(words(text)) for text in SENTENCES.values())
+
+
+def test_recogniser_hears_nothing_of_a_sentence_in_another(tts: TTS, recognise: Recogniser) -> None:
+    """The measure above can fail: what is said is not what is expected."""
+    speech = tts.speak(SENTENCES["slt"], voice="slt", seed=1)
+    wrong = SENTENCES["awb"]
+    assert word_errors(wrong, recognise(speech.pcm, speech.sample_rate)) > 0.5 * len(words(wrong))
+
+
+def test_same_seed_same_codes(tts: TTS) -> None:
+    first, again, other = (tts.speak("Good morning.", seed=seed).codes for seed in (5, 5, 6))
+    assert np.array_equal(first, again)
+    assert not np.array_equal(first, other)
+
+
+def test_speaker_tags_choose_the_voice(tts: TTS) -> None:
+    """Without a voice asked for, the built-in ones answer to tags in their order."""
+    names = tts.bundle.manifest.voices.ordered  # type: ignore[union-attr]
+    plain = tts.speak("<|speaker:1|>Good morning.", seed=3, sampling=Sampling(temperature=0.5, top_p=0.5, top_k=10))
+    given = tts.speak(
+        "<|speaker:1|>Good morning.", seed=3, voice=list(names), sampling=Sampling(temperature=0.5, top_p=0.5, top_k=10)
+    )
+    assert np.array_equal(plain.codes, given.codes)
