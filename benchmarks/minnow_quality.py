@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import os
 import subprocess
+import sys
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ def main(bundle: Path | None, count: int, workers: int, out: Path | None) -> Non
     jobs = [(bundle, s, VOICES[n % len(VOICES)], n) for n, s in enumerate(sentences[:count])]
     with (
         ProcessPoolExecutor(workers) as pool,
-        click.progressbar(length=count, label="Speaking", file=click.get_text_stream("stderr")) as bar,
+        click.progressbar(length=count, label="Speaking", file=sys.stderr) as bar,
     ):
         rows = []
         for row in pool.map(measure, jobs):

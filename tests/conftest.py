@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,38 +15,71 @@ if TYPE_CHECKING:
     from fishrt.bundle import Bundle
     from tiny import GoldenModel
 
-
-@pytest.fixture(scope="session")
-def golden() -> Path:
-    """The golden vectors of S2-Pro: `lm/` and `codec/`, each with a checkpoint in the official layout."""
-    return find_golden(os.environ.get("FISHRT_GOLDEN"))
+FAMILIES = ("s2-pro", "s1-mini", "fish-1.5", "fish-1.4", "fish-1.2")
+CHOSEN = os.environ.get("FISHRT_GOLDEN")
 
 
-def find_golden(chosen: str | None) -> Path:
-    """Skips where there are none by default, but fails where there are none though a folder was `chosen`."""
-    folder = (Path(chosen) if chosen is not None else Path(__file__).parent / "golden") / "s2-pro"
-    if not (folder / "lm/meta.json").is_file() or not (folder / "codec/meta.json").is_file():
-        if chosen is not None:
-            pytest.fail(f"no golden vectors in {folder}, which FISHRT_GOLDEN names")
+def golden_root(chosen: str | None) -> Path:
+    """The folder that holds one folder of vectors for each family."""
+    return Path(chosen) if chosen is not None else Path(__file__).parent / "golden"
+
+
+def present_families(chosen: str | None) -> list[str]:
+    """The families that there are vectors of."""
+    return [family for family in FAMILIES if (golden_root(chosen) / family).is_dir()]
+
+
+def find_golden(chosen: str | None, family: str) -> Path:
+    """Skips where there are none of the family, but fails where they are not whole, or a `chosen` folder has none at all."""
+    folder = golden_root(chosen) / family
+    if chosen is not None and not present_families(chosen):
+        pytest.fail(f"no golden vectors in {golden_root(chosen)}, which FISHRT_GOLDEN names")
+    if not folder.is_dir():
         pytest.skip(f"no golden vectors in {folder}; set FISHRT_GOLDEN")
+    if lacking := [half for half in ("lm", "codec") if not (folder / half / "meta.json").is_file()]:
+        pytest.fail(f"{folder} lacks the vectors of {' and '.join(lacking)}")
     return folder
 
 
+@pytest.fixture(scope="session", params=present_families(CHOSEN) or FAMILIES)
+def golden(request: pytest.FixtureRequest) -> Path:
+    """The golden vectors of each family: `lm/` and `codec/`, each with a checkpoint in the official layout."""
+    return find_golden(CHOSEN, request.param)
+
+
 @pytest.fixture(scope="session")
-def golden_model(golden: Path, tmp_path_factory: pytest.TempPathFactory) -> GoldenModel:
-    """Modules and exported graphs of the golden checkpoints."""
+def s2_golden() -> Path:
+    """Those of S2-Pro, for tests of what does not differ between families."""
+    return find_golden(CHOSEN, "s2-pro")
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], GoldenModel]:
+    """The one model of each golden folder."""
     pytest.importorskip("torch", reason="needs the export extra")
     from tiny import GoldenModel
 
-    return GoldenModel(golden, tmp_path_factory.mktemp("tiny"))
+    return cache(lambda folder: GoldenModel(folder, tmp_path_factory.mktemp(folder.name)))
 
 
 @pytest.fixture(scope="session")
-def tiny_checkpoint(golden_model: GoldenModel) -> Path:
+def golden_model(models: Callable[[Path], GoldenModel], golden: Path) -> GoldenModel:
+    """Modules and exported graphs of the golden checkpoints, of each family."""
+    return models(golden)
+
+
+@pytest.fixture(scope="session")
+def s2_model(models: Callable[[Path], GoldenModel], s2_golden: Path) -> GoldenModel:
+    """Those of S2-Pro, for tests of what does not differ between families."""
+    return models(s2_golden)
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(s2_model: GoldenModel) -> Path:
     """A whole checkpoint folder. Not to be written to: copy it."""
-    if not golden_model.fits:
-        pytest.skip("the golden language model and codec have different numbers of codebooks")
-    return golden_model.checkpoint
+    if not s2_model.fits:
+        pytest.skip("the golden language model and codec have numbers of codebooks that do not fit")
+    return s2_model.checkpoint
 
 
 @pytest.fixture
@@ -54,6 +89,6 @@ def checkpoint(tiny_checkpoint: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_bundle(tiny_checkpoint: Path, golden_model: GoldenModel) -> Bundle:
+def tiny_bundle(tiny_checkpoint: Path, s2_model: GoldenModel) -> Bundle:
     """The bundle exported from the tiny checkpoint. Not to be written to: copy it."""
-    return golden_model.bundle
+    return s2_model.bundle

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from fishrt.bundle import Bundle, Codec, LanguageModel, Voices, describe_files
+from fishrt.bundle import Bundle, Voices, describe_files
+from fishrt.features import Codec, LanguageModel
 from fishrt.generate import DualAR
 from fishrt.voices import Voice, VoiceStore
 from fishrt_engines import Array, GraphSpec, StatePair, TensorSpec
@@ -190,16 +191,17 @@ def fake_dual_ar(lm: LanguageModel, main_tokens: Sequence[int] | None = None) ->
 
 
 def next_code(lm: LanguageModel, main: int, previous: int, position: int) -> int:
-    """The code that the fake fast AR gives at a position, from what it was fed there and at position 0."""
-    return (7 * main + 3 * previous + position) % lm.codebook_width
+    """What the fake fast AR draws at a position, from what it was fed there and at position 0; never padding."""
+    return lm.code_offset + (7 * main + 3 * previous + position) % (lm.fast_candidates - lm.code_offset)
 
 
 def expected_codes(lm: LanguageModel, main: int) -> list[int]:
     """The frame that the fake model draws for a main token."""
-    codes = [min(max(main - lm.semantic_begin_id, 0), lm.codebook_width - 1)]
-    while len(codes) < lm.num_codebooks:
-        codes.append(next_code(lm, main, codes[-1], len(codes)))
-    return codes
+    first = min(max(main - lm.semantic_begin_id, 0), lm.codebook_width - 1)
+    drawn = [first if lm.code_zero == "main" else next_code(lm, main, 0, 0)]
+    while len(drawn) < lm.num_codebooks:
+        drawn.append(next_code(lm, main, drawn[-1], len(drawn)))
+    return [code - lm.code_offset for code in drawn]
 
 
 def fake_bundle(folder: Path, voices: Sequence[Voice] = (), **changes: Any) -> Bundle:

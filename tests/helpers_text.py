@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from fishrt.bundle import ROLES, Bundle, Codec, LanguageModel, Licence, Manifest, SamplingDefaults, Voices, describe_files
+from fishrt.bundle import ROLES, SCHEMA, Bundle, Licence, Manifest, Voices, describe_files
+from fishrt.features import Codec, LanguageModel, SamplingDefaults
 from fishrt.tokenizer import Tokenizer
 from fishrt.voices import Voice
 from fishrt_engines.spec import GraphSpec, StatePair, TensorSpec
@@ -33,6 +34,15 @@ def language_model(**changes: Any) -> LanguageModel:
         "num_codebooks": 4,
         "codebook_width": 160,
         "max_seq_len": 1024,
+        "max_prompt": 512,
+        "main_tokens": "audio",
+        "code_zero": "main",
+        "code_offset": 0,
+        "fast_candidates": changes.get("codebook_width", 160),
+        "zero_codes_off_audio": False,
+        "cleaning": None,
+        "splitting": None,
+        "upstream_trim": "last",
         "head": "audio",
         "vocab_size": 640,
         "semantic_begin_id": tokenizer.token_id("<|semantic:0|>"),
@@ -40,9 +50,18 @@ def language_model(**changes: Any) -> LanguageModel:
         "end_id": tokenizer.token_id("<|im_end|>"),
         "prompt_dialect": "conversation",
         "chunk_bytes": 80,
-        "sampling": SamplingDefaults(temperature=1.0, top_p=0.9, top_k=30, repetition_aware=None),
+        "sampling": SamplingDefaults(temperature=1.0, top_p=0.9, top_k=30, repetition_aware=None, repetition_penalty=None),
     }
     return LanguageModel(**{**values, **changes})
+
+
+def drawn(codes: np.ndarray, lm: LanguageModel) -> np.ndarray:
+    """The columns int64 [1 + C, frames + 1] that a model draws for codes and an end token behind them."""
+    main = lm.semantic_begin_id + (codes[:1] if lm.code_zero == "main" else 0 * codes[:1])
+    columns = np.concatenate((main, codes + lm.code_offset)).astype(np.int64)
+    end = np.full((len(columns), 1), lm.code_offset + 1)
+    end[0] = lm.end_id
+    return np.concatenate((columns, end), axis=1)
 
 
 def manifest(**changes: Any) -> Manifest:
@@ -59,11 +78,20 @@ def manifest(**changes: Any) -> Manifest:
         states=(StatePair("key_cache.0", "key_cache_out.0"),),
     )
     values: dict[str, Any] = {
-        "schema": 1,
+        "schema": SCHEMA,
         "name": "test",
         "exported_by": "fishrt test",
         "language_model": language_model(),
-        "codec": Codec(sample_rate=16000, hop=640, codebook_sizes=(160, 160, 160, 160), max_frames=500, fingerprint=FINGERPRINT),
+        "codec": Codec(
+            sample_rate=16000,
+            hop=640,
+            codebook_sizes=(160, 160, 160, 160),
+            max_frames=500,
+            min_samples=1,
+            sample_multiple=640,
+            context=None,
+            fingerprint=FINGERPRINT,
+        ),
         "tokenizer": "tokenizer.json",
         "graphs": {role: replace(spec, file=f"{role}.onnx") for role in ROLES},
         "precision": "float32",

@@ -98,8 +98,21 @@ def test_resampling_keeps_the_tone() -> None:
 def test_resampling_refuses_nonsense() -> None:
     with pytest.raises(AudioError, match="0 Hz"):
         resample(TONE, 0, RATE)
-    with pytest.raises(AudioError, match="too short"):
-        resample(TONE[:1], 48000, 8000)
+
+
+@pytest.mark.parametrize(("rate", "target", "samples"), [(48000, 8000, 1), (8000, 44100, 1), (44101, 44100, 7), (3, 2, 100)])
+def test_resampling_takes_any_rates_and_lengths(rate: int, target: int, samples: int) -> None:
+    """Each new sample stands inside the old ones, rounded up; a constant stays one in the middle."""
+    flat = resample(np.full(samples, 0.5, np.float32), rate, target)
+    assert len(flat) == -(-samples * target // rate)
+    if samples == 100:
+        assert np.abs(flat[20:-20] - 0.5).max() < 1e-3
+
+
+def test_resampling_in_blocks_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = resample(TONE, RATE, 44100)
+    monkeypatch.setattr("fishrt.audio._BLOCK", 1000)
+    np.testing.assert_array_equal(resample(TONE, RATE, 44100), whole)
 
 
 def test_pcm16_rounds_and_clips() -> None:

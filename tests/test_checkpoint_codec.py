@@ -11,23 +11,36 @@ from typing import Any
 import pytest
 import torch
 
+from conftest import CHOSEN, find_golden
 from fishrt_export.checkpoint import CodecFiles, find_codec
 from fishrt_export.codec.dac import Dac
-from fishrt_export.codec.load import fingerprint, fuse_codec, read_codec_config, read_stored_codec
+from fishrt_export.codec.firefly import Firefly
+from fishrt_export.codec.load import fingerprint, read_codec_config, read_stored_codec
+from fishrt_export.codec.source import CodecSource, open_codec
 from fishrt_export.errors import ExportError
-from fishrt_export.graphs import CodecSource, open_codec
 from synthetic import millions
 
 
 @pytest.fixture
-def codec_folder(golden: Path, tmp_path: Path) -> Path:
-    folder = tmp_path / "codec"
-    shutil.copytree(golden / "codec/checkpoint", folder)
-    return folder
+def codec_folder(s2_golden: Path, tmp_path: Path) -> Path:
+    """A DAC codec."""
+    return Path(shutil.copytree(s2_golden / "codec/checkpoint", tmp_path / "codec"))
+
+
+@pytest.fixture
+def any_codec(golden: Path, tmp_path: Path) -> Path:
+    """The codec of each family."""
+    return Path(shutil.copytree(golden / "codec/checkpoint", tmp_path / "codec"))
+
+
+@pytest.fixture(params=["fish-1.4", "fish-1.2"])
+def firefly_folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A Firefly codec, causal and centred."""
+    return Path(shutil.copytree(find_golden(CHOSEN, request.param) / "codec/checkpoint", tmp_path / "codec"))
 
 
 def edit_codec(folder: Path, edit: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
-    path = folder / "codec.pth"
+    path = find_codec(folder).weights
     torch.save(edit(torch.load(path, weights_only=True)), path)
 
 
@@ -43,37 +56,45 @@ def copied(source: CodecSource) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in source.weights.items()}
 
 
+def with_strays(weights: dict[str, Any]) -> dict[str, Any]:
+    """What the originals' files have held besides the codec."""
+    of_template = {"head.noise_convs.0.weight": torch.ones(1)} if "backbone.norm.weight" in weights else {}
+    return {
+        **weights,
+        **of_template,
+        "quantizer.pre_module.causal_mask": torch.ones(4, 4, dtype=torch.bool),
+        "quantizer.post_module.freqs_cis": torch.zeros(4, 2, 2, dtype=torch.bfloat16),
+        "discriminators.0.weight": torch.zeros(2),
+        "quantizer.quantizer.quantizers.0.codebook.inited": torch.ones(1),
+        "quantizer.semantic_predictor_module.norm.weight": torch.ones(1),
+    }
+
+
 @pytest.mark.parametrize(
     "edit",
     [
         lambda w: {"state_dict": w},
         lambda w: {**{f"generator.{name}": tensor for name, tensor in w.items()}, "discriminator.weight": torch.zeros(2)},
         lambda w: {"state_dict": {f"generator.{name}": tensor for name, tensor in w.items()}, "optimizer": {}},
-        lambda w: {
-            **w,
-            "quantizer.pre_module.causal_mask": torch.ones(4, 4, dtype=torch.bool),
-            "quantizer.post_module.freqs_cis": torch.zeros(4, 2, 2, dtype=torch.bfloat16),
-            "discriminators.0.weight": torch.zeros(2),
-            "quantizer.quantizer.quantizers.0.codebook.inited": torch.ones(1),
-            "quantizer.semantic_predictor_module.norm.weight": torch.ones(1),
-        },
+        with_strays,
     ],
     ids=["state_dict", "generator", "both", "stray"],
 )
-def test_codec_forms(codec_folder: Path, edit: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
-    before = open_codec(codec_folder)
+def test_codec_forms(any_codec: Path, edit: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    before = open_codec(any_codec)
     weights = copied(before)
-    edit_codec(codec_folder, edit)
-    after = open_codec(codec_folder)
+    assert before.problems() == []
+    edit_codec(any_codec, edit)
+    after = open_codec(any_codec)
     assert after.problems() == []
     assert after.fingerprint == before.fingerprint
     assert weights.keys() == after.weights.keys()
     assert all(torch.equal(weights[name], after.weights[name]) for name in weights)
 
 
-def test_both_spellings_of_weight_norm(codec_folder: Path) -> None:
+def test_both_spellings_of_weight_norm(any_codec: Path) -> None:
     """Every pair spelled the old way, then every pair the new way; the sum is checked by the definition."""
-    weights = copied(open_codec(codec_folder))
+    weights = copied(open_codec(any_codec))
     new = (".parametrizations.weight.original0", ".parametrizations.weight.original1")
     old = (".weight_g", ".weight_v")
     for wanted, other in ((old, new), (new, old)):
@@ -85,20 +106,20 @@ def test_both_spellings_of_weight_norm(codec_folder: Path) -> None:
                 }
             return weights
 
-        edit_codec(codec_folder, spell)
-        stored = read_stored_codec(find_codec(codec_folder))
+        edit_codec(any_codec, spell)
+        stored = read_stored_codec(find_codec(any_codec))
         assert any(name.endswith(wanted) for name in stored)
         assert not any(name.endswith(other) for name in stored)
-        after = open_codec(codec_folder)
+        after = open_codec(any_codec)
         assert after.problems() == []
         assert all(torch.equal(weights[name], after.weights[name]) for name in weights)
         assert after.fingerprint == fingerprint(weights, after.config)
-    stem = next(name.removesuffix(new[0]) for name in stored if name.endswith(new[0]))
-    module = torch.nn.utils.parametrizations.weight_norm(torch.nn.Conv1d(*stored[stem + new[1]].shape[1::-1], 1), dim=0)
-    module.parametrizations.weight.original0.data, module.parametrizations.weight.original1.data = (
-        stored[stem + end] for end in new
-    )
-    assert torch.allclose(module.weight, weights[f"{stem}.weight"], rtol=0, atol=1e-6)
+    for stem in (name.removesuffix(new[0]) for name in stored if name.endswith(new[0])):
+        module = torch.nn.Conv1d(1, 1, 1)  # whichever kind it is, the magnitudes are those of the first axis
+        module.weight.data = stored[stem + new[1]]
+        torch.nn.utils.parametrizations.weight_norm(module, dim=0)
+        module.parametrizations.weight.original0.data = stored[stem + new[0]]  # type: ignore[union-attr, operator]
+        assert torch.allclose(module.weight, weights[f"{stem}.weight"], rtol=0, atol=1e-6)
 
 
 def test_a_16_bit_codec_stays_16_bit(codec_folder: Path) -> None:
@@ -206,14 +227,128 @@ def test_a_codec_file_without_a_codec(codec_folder: Path) -> None:
         open_codec(codec_folder)
 
 
-def test_fused_weights_take_the_place_of_the_pairs(codec_folder: Path) -> None:
-    fused = fuse_codec(read_stored_codec(find_codec(codec_folder)))
+def test_a_codec_file_with_two_codecs(codec_folder: Path) -> None:
+    edit_codec(codec_folder, lambda w: {**w, "backbone.norm.weight": torch.zeros(2)})
+    with pytest.raises(ExportError, match="holds parts of two codecs"):
+        open_codec(codec_folder)
+
+
+def test_fused_weights_take_the_place_of_the_pairs(any_codec: Path) -> None:
+    fused = open_codec(any_codec).weights
     assert not any("parametrizations" in name or name.endswith(("_g", "_v")) for name in fused)
+
+
+def test_a_config_of_another_release_names_every_tensor(firefly_folder: Path) -> None:
+    causal = open_codec(firefly_folder).kind == "firefly"
+    other = find_golden(CHOSEN, "fish-1.2" if causal else "fish-1.4") / "codec/checkpoint/codec_config.json"
+    shutil.copy(other, firefly_folder / "codec_config.json")
+    problems = open_codec(firefly_folder).problems()
+    groups = [p for p in problems if "quantizer.residual_fsq.rvqs." in p]
+    stages = [p for p in problems if "quantizer.downsample.1." in p]
+    # Of four groups three tensors have another width; four groups of four tensors are too many or too few.
+    assert len(groups) == 4 * 3 + 4 * 4
+    assert {p.split(":")[0] for p in groups} == {"wrong shape", "unexpected" if causal else "missing"}
+    assert len(stages) == 2 + 9  # a convolution, and a block of nine tensors
+
+
+def test_a_config_of_the_other_kind(firefly_folder: Path, s2_golden: Path) -> None:
+    shutil.copy(s2_golden / "codec/checkpoint/codec_config.json", firefly_folder)
+    with pytest.raises(ExportError, match="unknown fields: decoder_dim"):
+        open_codec(firefly_folder)
+
+
+def test_a_codec_that_lacks_the_convolutions_of_its_kind(firefly_folder: Path) -> None:
+    """Centred names are bare, causal ones wrapped: a file with some of each is neither."""
+    wrapped = open_codec(firefly_folder).kind == "firefly"
+    name = "head.conv_post.conv.bias" if wrapped else "head.conv_post.bias"
+    other = "head.conv_post.bias" if wrapped else "head.conv_post.conv.bias"
+    edit_codec(firefly_folder, lambda w: {other if key == name else key: tensor for key, tensor in w.items()})
+    problems = [problem.split(" [")[0] for problem in open_codec(firefly_folder).problems()]
+    assert problems == [f"missing: {name}", f"unexpected: {other}"]
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda c: c.pop("head"), "lacks head"),
+        (lambda c: c["spec_transform"].update(n_fft=2047), r"spec_transform\.win_length is 2048; expected 2047"),
+        (lambda c: c["spec_transform"].update(win_length=1024), r"spec_transform\.win_length is 1024; expected 2048"),
+        (lambda c: c["spec_transform"].update(n_fft=511, win_length=511), r"spec_transform\.n_fft is 511; expected an even"),
+        (lambda c: c["spec_transform"].update(hop_length=256), r"spec_transform\.hop_length is 256; expected 512"),
+        (lambda c: c["head"].update(hop_length=256), r"head\.hop_length is 256; expected 512"),
+        (lambda c: c["backbone"].update(input_channels=7), r"backbone\.input_channels is 7; expected \d+, to fit"),
+        (lambda c: c["backbone"]["dims"].append(9), r"quantizer\.input_dim is \d+; expected 9, to fit"),
+        (lambda c: c["backbone"]["depths"].append(9), r"backbone\.depths is .*; expected one number for each of the 4 dims"),
+        (lambda c: c["head"].update(num_mels=4), r"head\.num_mels is 4; expected \d+, to fit"),
+        (lambda c: c["head"].update(use_template=True), r"head\.use_template is True; expected false"),
+        (lambda c: c["head"].update(upsample_initial_channel=3), r"head\.upsample_initial_channel is 3; expected .* halved"),
+        (lambda c: c["head"]["upsample_kernel_sizes"].pop(), r"head\.upsample_kernel_sizes is .*; expected one for each"),
+        (
+            lambda c: c["head"]["upsample_kernel_sizes"].__setitem__(0, 6),
+            r"head\.upsample_kernel_sizes is \[6, .*at least as large",
+        ),
+        (
+            lambda c: c["head"]["resblock_dilation_sizes"].pop(),
+            r"head\.resblock_dilation_sizes is .*; expected one list for each",
+        ),
+        (
+            lambda c: c["head"]["resblock_dilation_sizes"].__setitem__(1, [1, 0]),
+            r"head\.resblock_dilation_sizes\[1\] is \[1, 0\]",
+        ),
+        (lambda c: c["quantizer"].update(n_groups=7919), r"quantizer\.n_groups is 7919; expected a divisor of input_dim"),
+        (lambda c: c["quantizer"].update(levels=[8, 1]), r"quantizer\.levels is \[8, 1\]; expected .* at least 2"),
+        (lambda c: c["quantizer"].update(levels=8), r"quantizer\.levels is 8"),
+        (lambda c: c["head"].update(activation="silu"), r"unknown fields: head\.activation"),
+        (lambda c: c.update(discriminator={}), "unknown fields: discriminator"),
+    ],
+)
+def test_a_firefly_config_that_cannot_be(firefly_folder: Path, edit: Callable[[dict[str, Any]], object], message: str) -> None:
+    edit_config(firefly_folder, edit)
+    with pytest.raises(ExportError, match=f"codec_config.json.*{message}"):
+        open_codec(firefly_folder)
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "value"),
+    [
+        ("backbone", "kernel_size", 6),
+        ("head", "pre_conv_kernel_size", 12),
+        ("head", "post_conv_kernel_size", 12),
+        ("head", "resblock_kernel_sizes", [3, 7, 10]),
+        ("head", "upsample_kernel_sizes", [16, 15, 4, 4, 4]),
+    ],
+)
+def test_even_kernels_have_no_centre(firefly_folder: Path, part: str, name: str, value: Any) -> None:
+    centred = open_codec(firefly_folder).kind == "centred firefly"
+    edit_config(firefly_folder, lambda c: c[part].update({name: value}))
+    if not centred:
+        assert open_codec(firefly_folder).problems()  # a wrong shape, but no contradiction
+        return
+    with pytest.raises(ExportError, match=rf"{part}\.{name} is .*; expected"):
+        open_codec(firefly_folder)
+
+
+def test_the_fingerprint_of_firefly_is_of_the_sound(firefly_folder: Path) -> None:
+    before = open_codec(firefly_folder).fingerprint
+    edit_config(firefly_folder, lambda c: c["backbone"].update(drop_path_rate=0.0))
+    assert open_codec(firefly_folder).fingerprint == before
+    edit_config(firefly_folder, lambda c: c["head"]["resblock_dilation_sizes"].__setitem__(0, [1, 3, 7]))
+    assert open_codec(firefly_folder).fingerprint != before
+
+
+def test_a_buffer_of_an_older_file_changes_nothing() -> None:
+    """Files of one family hold six buffers that are computed here."""
+    folder = find_golden(CHOSEN, "s1-mini") / "codec/checkpoint"
+    names = torch.load(folder / "codec.pth", weights_only=True).keys()
+    buffers = {name for name in names if name.endswith((".causal_mask", ".freqs_cis"))}
+    assert len(buffers) == 6
+    assert read_stored_codec(find_codec(folder)).keys() == names - buffers
+    assert open_codec(folder).problems() == []
 
 
 def test_the_official_sizes() -> None:
     """Millions of parameters that encoding and decoding need, as the publisher's tables add up."""
-    config = read_codec_config(CodecFiles(Path("codec.pth"), None))
+    config = read_codec_config(CodecFiles(Path("codec.pth"), None), {"encoder.x": torch.empty(0)})
     with torch.device("meta"):
         dac = Dac(config)
     quantizer = dac.quantizer
@@ -221,3 +356,26 @@ def test_the_official_sizes() -> None:
     assert millions(dac.encoder, quantizer.downsample, quantizer.pre_module, *quantizer.codebooks) == 207.22
     assert millions(dac.decoder, quantizer.upsample, quantizer.post_module, *looked_up) == 184.38
     assert (config.hop, len(config.codebook_sizes)) == (2048, 10)
+
+
+@pytest.mark.parametrize(
+    ("stem", "keys", "encoding", "decoding", "hop", "codebooks", "least"),
+    [
+        ("head.conv_pre.conv", 547, 24.71, 22.34, 2048, 8, 769),
+        ("head.conv_pre", 509, 22.08, 19.71, 1024, 4, 1024),
+    ],
+    ids=["causal", "centred"],
+)
+def test_the_official_sizes_of_firefly(
+    stem: str, keys: int, encoding: float, decoding: float, hop: int, codebooks: int, least: int
+) -> None:
+    config = read_codec_config(CodecFiles(Path("codec.pth"), None), {f"{stem}.bias": torch.empty(0)})
+    with torch.device("meta"):
+        firefly = Firefly(config)
+    quantizer = firefly.quantizer
+    groups = quantizer.residual_fsq.rvqs
+    assert millions(firefly.backbone, quantizer.downsample, *(group.project_in for group in groups)) == encoding
+    assert millions(firefly.head, quantizer.upsample, *(group.project_out for group in groups)) == decoding
+    normed = [name for name in firefly.state_dict() if name.startswith("head.") and name.endswith(".weight")]
+    assert len(firefly.state_dict()) + len(normed) == keys
+    assert (config.hop, config.codebook_sizes, config.min_samples) == (hop, (1000,) * codebooks, least)

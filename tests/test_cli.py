@@ -58,6 +58,11 @@ def test_speak_passes_every_option_on(fake, tmp_path):
     assert fake.loads == [(tmp_path / "b", {"provider": "cpu", "threads": 2})]
 
 
+def test_a_repetition_penalty_is_for_models_that_have_one(fake):
+    refused(run("speak", "Hello.", "--repetition-penalty", "1.3"), "no repetition penalty")
+    assert fake.asked["sampling"] == Sampling(repetition_penalty=1.3)
+
+
 @pytest.mark.parametrize("how", ["argument", "dash", "piped", "file", "file dash"])
 def test_where_text_comes_from(fake, how):
     Path("text.txt").write_text("\ufeffGrüße!\n", encoding="utf-8")
@@ -114,7 +119,7 @@ def test_json(fake):
     data = json.loads(result.stdout)
     assert data["ok"] is True
     assert (data["command"], data["output"], data["seed"], data["frames"], data["rtf"]) == ("speak", "speech.wav", 5, 25, 0.5)
-    assert data["sampling"] == {"temperature": 1.0, "top_p": 0.9, "top_k": 30}
+    assert data["sampling"] == {"temperature": 1.0, "top_p": 0.9, "top_k": 30, "repetition_penalty": None}
     assert data["pieces"] == [{"text": "Hi.", "frames": 25, "stop_reason": "end"}]
     assert data["warnings"] == []
     assert data["voices"] == ["otto"]
@@ -131,6 +136,7 @@ def test_json(fake):
         ("--temperature", "0", "temperature is 0"),
         ("--top-p", "1.5", "top_p is 1.5"),
         ("--top-k", "0", "top_k is 0"),
+        ("--repetition-penalty", "2", "repetition_penalty is 2"),
         ("--seed", "-1", "--seed"),
         ("--max-frames", "0", "--max-frames"),
         ("--threads", "0", "--threads"),

@@ -223,9 +223,11 @@ def test_inspect_finds_what_is_wrong(fake):
 def test_export_passes_its_options_on(fake, monkeypatch):
     import fishrt_export
 
-    def export(checkpoint, out, *, head, progress):
+    asked = []
+
+    def export(checkpoint, out, *, progress, **options):
         progress("reading", 0.5)
-        assert (checkpoint, head) == (Path("ckpt"), "full")
+        asked.append((checkpoint, out, options))
         return fake.bundle
 
     monkeypatch.setattr(fishrt_export, "export_bundle", export, raising=False)
@@ -235,6 +237,31 @@ def test_export_passes_its_options_on(fake, monkeypatch):
     assert "peak memory 5.0 MB" in result.stderr
     assert "slow_ar.onnx" in result.stderr
     assert json.loads(run("export", "ckpt", "out", "--head", "full", "--json").stdout)["peak_memory_bytes"] == 5_000_000
+    run("export", "ckpt", "out", "--family", "1.5", "--lora", "a.ckpt", "--lora-alpha", "16")
+    run("export", "ckpt", "out", "--lora", "a.ckpt", "--lora-alpha", "0.5", "--lora-rank", "8")
+    paths, plain = (Path("ckpt"), Path("out")), {"head": "full", "family": None, "lora": None}
+    assert asked[0] == (*paths, plain)
+    assert asked[2] == (*paths, {"head": "audio", "family": "1.5", "lora": fishrt_export.Lora(Path("a.ckpt"), 16.0, None)})
+    assert asked[3] == (*paths, {"head": "audio", "family": None, "lora": fishrt_export.Lora(Path("a.ckpt"), 0.5, 8)})
+
+
+@pytest.mark.parametrize("options", [("--lora", "a.ckpt"), ("--lora-alpha", "16"), ("--lora-rank", "8")])
+def test_the_options_of_a_lora_go_together(fake, options):
+    refused(run("export", "ckpt", "out", *options), "--lora and --lora-alpha go together")
+
+
+def test_the_help_of_export_names_every_official_checkpoint(fake):
+    help_text = run("export", "--help").stdout
+    for words in (
+        "fishaudio/s2-pro",
+        "fishaudio/openaudio-s1-mini",
+        "fishaudio/fish-speech-1.5",
+        "fishaudio/fish-speech-1.4",
+        "fishaudio/fish-speech-1.2-sft",
+        "tokenizer.tiktoken",
+        "firefly-gan-vq-fsq-4x1024-42hz-generator.pth",
+    ):
+        assert words in help_text
 
 
 def test_export_without_torch_names_the_extra(fake, monkeypatch):
@@ -266,7 +293,7 @@ def test_doctor(fake, monkeypatch):
 
 
 def test_doctor_reports_a_broken_audio_library():
-    code = "import sys; sys.modules.update(soundfile=None, soxr=None)\nfrom fishrt.cli import main; main(['doctor'])"
+    code = "import sys; sys.modules.update(soundfile=None)\nfrom fishrt.cli import main; main(['doctor'])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "audio formats: soundfile cannot be loaded" in done.stdout

@@ -1,17 +1,31 @@
-"""Padding, ranges and limits around the codec graphs, over fake engines."""
+"""Padding, ranges and limits around the codec graphs, and decoding while codes come, over fake engines."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
+
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from fakes import FakeEngine, fake_engines
-from fishrt.bundle import Codec
-from fishrt.codec import CodecDecoder, CodecEncoder, check_codes, clamp_codes
+from fishrt.codec import CodecDecoder, CodecEncoder, CodecStream, check_codes, clamp_codes
 from fishrt.errors import AudioError, GraphError, VoiceError
+from fishrt.features import Codec, DecodeContext
 from helpers_text import language_model
 
-CODEC = Codec(sample_rate=16000, hop=4, codebook_sizes=(20, 8, 8), max_frames=10, fingerprint="f")
+CODEC = Codec(
+    sample_rate=16000,
+    hop=4,
+    codebook_sizes=(20, 8, 8),
+    max_frames=10,
+    min_samples=1,
+    sample_multiple=4,
+    context=None,
+    fingerprint="f",
+)
 
 
 @pytest.fixture
@@ -25,6 +39,21 @@ def test_audio_is_filled_up_to_whole_frames(engines: dict[str, FakeEngine], samp
     assert (codes.shape, codes.dtype) == ((3, frames), np.int64)
     fed = engines["codec_encode"].calls[0]["audio"]
     assert fed.tolist() == [[[1.0] * samples + [0.0] * (4 * frames - samples)]]
+
+
+@pytest.mark.parametrize(("samples", "multiple"), [(7, 1), (8, 1), (9, 3), (10, 3)])
+def test_audio_is_filled_up_only_as_far_as_the_codec_asks(samples: int, multiple: int) -> None:
+    codec = replace(CODEC, sample_multiple=multiple, min_samples=7)
+    spec = fake_engines(language_model(), codec)["codec_encode"].spec
+    engine = FakeEngine(spec, lambda feeds, state: {"codes": np.zeros((1, 3, 2), np.int64)})
+    assert CodecEncoder(engine, codec).encode(np.ones(samples, np.float32)).shape == (3, 2)
+    assert engine.calls[0]["audio"].shape == (1, 1, -(-samples // multiple) * multiple)
+    assert engine.calls[0]["audio"].sum() == samples
+    with pytest.raises(AudioError, match="has 6 samples; the codec takes at least 7"):
+        CodecEncoder(engine, codec).encode(np.ones(6, np.float32))
+    with pytest.raises(AudioError, match="at most"):
+        CodecEncoder(engine, codec).encode(np.ones(41, np.float32))
+    assert len(engine.calls) == 1
 
 
 @pytest.mark.parametrize(
@@ -108,3 +137,72 @@ def test_a_waveform_that_is_not_numbers_is_an_error(engines: dict[str, FakeEngin
     broken = FakeEngine(spec, lambda feeds, state: {"audio": np.full((1, 1, 8), np.nan, np.float32)})
     with pytest.raises(GraphError, match="not numbers"):
         CodecDecoder(broken, CODEC).decode(np.zeros((3, 2), int))
+
+
+# ---- streams
+
+
+LEFT, AHEAD = 3, 2
+WINDOWED = replace(CODEC, max_frames=30, context=DecodeContext(LEFT, AHEAD))
+
+
+def windowed_engine() -> FakeEngine:
+    """Decodes each frame to a number that only it, the LEFT frames before it and the AHEAD frames after it make."""
+
+    def decode(feeds: Mapping[str, np.ndarray], state: None) -> dict[str, np.ndarray]:
+        first = feeds["codes"][0, 0] + 1.0  # past the ends is something else than code 0
+        around = np.pad(first, (LEFT, AHEAD))
+        weights = 10.0 ** np.arange(LEFT + 1 + AHEAD)
+        frames = [around[t : t + len(weights)] @ weights for t in range(len(first))]
+        return {"audio": np.repeat(frames, WINDOWED.hop).astype(np.float32)[None, None]}
+
+    return FakeEngine(fake_engines(language_model(), WINDOWED)["codec_decode"].spec, decode)
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(1, 9), max_size=8))
+def test_a_stream_gives_what_decoding_gives(chunks: list[int]) -> None:
+    """Exactly, for every way to cut; each frame as soon as those ahead of it are there; and it keeps only what it needs."""
+    codes = np.random.default_rng(1).integers(0, 8, (3, sum(chunks)))
+    engine, heard, given_frames = windowed_engine(), 0, []
+    stream = CodecStream(engine, WINDOWED)
+    for n in chunks:
+        given_frames.append(stream.push(codes[:, heard : heard + n]))
+        heard += n
+        assert sum(map(len, given_frames)) == max(heard - AHEAD, 0) * WINDOWED.hop
+        assert all(call["codes"].shape[2] <= LEFT + AHEAD + 9 for call in engine.calls)
+    pcm = np.concatenate([*given_frames, stream.flush()])
+    whole = CodecDecoder(windowed_engine(), replace(WINDOWED, max_frames=100)).decode(codes) if chunks else np.empty(0)
+    np.testing.assert_array_equal(pcm, whole)
+    assert len(stream.flush()) == 0
+
+
+def test_a_stream_begins_anew_after_its_end() -> None:
+    codes, stream = np.arange(8).reshape(1, 8), CodecStream(windowed_engine(), WINDOWED)
+    first, again = (np.concatenate([stream.push(codes[:, :5]), stream.push(codes[:, 5:]), stream.flush()]) for _ in range(2))
+    np.testing.assert_array_equal(first, again)
+
+
+def test_a_stream_refuses_what_decoding_refuses_and_goes_on() -> None:
+    codes, stream = np.ones((3, 8), int), CodecStream(windowed_engine(), WINDOWED)
+    pcm = [stream.push(codes[:, :4])]
+    for wrong, says in (
+        (np.full((3, 1), 8), "8 in codebook 1"),
+        (np.ones((3, 0), int), "0 frames"),
+        (np.ones((3, 27), int), "27 frames of codes; the stream takes at most 26 at once now"),
+    ):
+        with pytest.raises(VoiceError, match=says):
+            stream.push(wrong)
+    pcm += [stream.push(codes[:, 4:]), stream.flush()]
+    np.testing.assert_array_equal(np.concatenate(pcm), CodecDecoder(windowed_engine(), WINDOWED).decode(codes))
+
+
+def test_missing_rows_are_absent_in_a_stream_too() -> None:
+    engine = windowed_engine()
+    CodecStream(engine, WINDOWED).push(np.array([[3, 4, 5]]))
+    assert engine.calls[0]["codes"].tolist() == [[[3, 4, 5], [-1] * 3, [-1] * 3]]
+
+
+def test_a_codec_that_needs_all_earlier_frames_has_no_stream(engines: dict[str, FakeEngine]) -> None:
+    with pytest.raises(ValueError, match="every earlier frame"):
+        CodecStream(engines["codec_decode"], CODEC)

@@ -10,8 +10,8 @@ import pytest
 
 from fakes import expected_codes, fake_dual_ar
 from fishrt import generate
-from fishrt.bundle import RepetitionAware
-from fishrt.errors import PromptError, SamplingError
+from fishrt.errors import FishrtError, PromptError, SamplingError
+from fishrt.features import RepetitionAware, RepetitionPenalty
 from fishrt.generate import Columns, DualAR, generate_frames
 from fishrt.sampling import Sampling, SeededNoise
 from helpers_text import language_model
@@ -63,9 +63,11 @@ def test_code_0_stays_within_the_table() -> None:
     assert drawn[0][0] == 99
 
 
-def test_columns_are_fed_back_as_drawn() -> None:
-    model = fake_dual_ar(LM, SPOKEN)
+@pytest.mark.parametrize("lm", [LM, language_model(code_zero="fast", code_offset=1)], ids=["codes", "codes + 1"])
+def test_columns_are_fed_back_as_drawn(lm: Any) -> None:
+    model = fake_dual_ar(lm, SPOKEN)
     columns = list(Columns(model, prompt(), SAMPLING, SeededNoise(1)))
+    assert [(column[1:] - lm.code_offset).tolist() for column in columns[:-1]] == [expected_codes(lm, main) for main in SPOKEN]
     fed = [call["prompt"][0] for call in model.slow.calls]  # type: ignore[attr-defined]
     np.testing.assert_array_equal(fed[0], prompt())
     assert len(fed) == len(columns) == 1 + len(SPOKEN)
@@ -151,20 +153,23 @@ def test_more_frames_leave_earlier_ones_alone() -> None:
 
 
 class RecordedNoise:
-    """Favours one entry in each slow draw, and remembers the order of all draws."""
+    """Favours one entry in each slow draw and the first in each fast one, and remembers the order and widths of all draws."""
 
     def __init__(self, favoured: list[int]) -> None:
         self.favoured = favoured
         self.asked: list[str] = []
+        self.widths: set[tuple[str, int]] = set()
 
     def slow(self, width: int) -> np.ndarray:
         noise = np.ones(width, np.float32)
         noise[self.favoured[sum(a == "slow" for a in self.asked)]] = 1e-3
         self.asked.append("slow")
+        self.widths.add(("slow", width))
         return noise
 
     def fast(self, width: int) -> np.ndarray:
         self.asked.append("fast")
+        self.widths.add(("fast", width))
         return np.ones(width, np.float32)
 
 
@@ -219,3 +224,128 @@ def test_a_prompt_that_is_not_the_models_is_refused(bad: np.ndarray, says: str) 
 def test_a_limit_below_one_is_refused() -> None:
     with pytest.raises(SamplingError, match="0"):
         frames(fake_dual_ar(LM, SPOKEN), max_frames=0)
+
+
+OWN_CODES = language_model(code_zero="fast", code_offset=1, semantic_end_id=BEGIN)
+"""One token for every frame; all codes are the fast AR's, and 0 is padding."""
+
+
+@pytest.mark.parametrize("codebooks", [1, 2, 10])
+@pytest.mark.parametrize("offset", [0, 1])
+def test_all_codes_may_be_the_fast_graphs(codebooks: int, offset: int) -> None:
+    lm = replace(OWN_CODES, num_codebooks=codebooks, code_offset=offset)
+    model = fake_dual_ar(lm, [BEGIN] * 3)
+    assert frames(model)[0] == [expected_codes(lm, BEGIN)] * 3
+    assert [call["codes"].shape[1] for call in model.fast.calls] == [1] * 4 * codebooks  # type: ignore[attr-defined]
+
+
+def test_padding_is_drawn_in_upstream_only_and_is_an_error() -> None:
+    """All codes are equally likely, and of those the first is drawn."""
+
+    def run(compat: bool) -> list[list[int]]:
+        noise = RecordedNoise([1, 1, 1])
+        options = {"max_frames": 3, "upstream_compat": compat}
+        return [f.tolist() for f in generate_frames(fake_dual_ar(OWN_CODES), prompt(), Sampling(1, 1, None), noise, **options)]
+
+    assert run(False) == [[0, 0, 0, 0]] * 3
+    with pytest.raises(FishrtError, match="padding"):
+        run(True)
+
+
+def test_only_fast_candidates_are_drawn() -> None:
+    noise = RecordedNoise([1])
+    model = fake_dual_ar(language_model(fast_candidates=100), [BEGIN])
+    model.fast._function = lambda feeds, state: {"logits": np.eye(1, 160, 100, dtype=np.float32) * 50}  # type: ignore[attr-defined]
+    (column,) = Columns(model, prompt(), Sampling(1, 1, None), noise, max_columns=1)
+    assert column[2:].tolist() == [0, 0, 0]
+    assert noise.widths == {("slow", 161), ("fast", 100)}
+
+
+@pytest.mark.parametrize("zeroed", [False, True])
+def test_any_token_may_be_the_main_one(zeroed: bool) -> None:
+    lm = replace(OWN_CODES, head="full", main_tokens="any", zero_codes_off_audio=zeroed)
+    noise = RecordedNoise([7, BEGIN])
+    model = fake_dual_ar(lm)
+    off, on = Columns(model, prompt(), Sampling(1, 1, None), noise, max_columns=2)
+    assert off.tolist() == [7, 0, 0, 0, 0] if zeroed else [7, 1, 1, 1, 1]
+    assert on.tolist() == [BEGIN, 1, 1, 1, 1]
+    assert model.slow.calls[1]["prompt"][0, :, 0].tolist() == off.tolist()  # type: ignore[attr-defined]
+    assert noise.widths == {("slow", lm.vocab_size), ("fast", 160)}
+    assert noise.asked == ["slow", *["fast"] * 4] * 2
+    if zeroed:  # a frame without codes must not reach the codec
+        generation = generate_frames(model, prompt(), Sampling(1, 1, None), RecordedNoise([7]))
+        with pytest.raises(FishrtError, match="padding"):
+            next(generation)
+
+
+@pytest.mark.parametrize(("main", "code"), [(7, 0), (BEGIN - 1, 0), (BEGIN + 159, 159), (BEGIN + 160, 159)])
+def test_code_0_of_a_token_without_one_is_the_nearest(main: int, code: int) -> None:
+    lm = language_model(head="full", main_tokens="any")
+    (column,) = Columns(fake_dual_ar(lm, [main]), prompt(), SAMPLING, SeededNoise(1), max_columns=1)
+    assert column[:2].tolist() == [main, code]
+
+
+def test_upstream_may_drop_the_first_column_and_keep_the_last() -> None:
+    lm = replace(LM, upstream_trim="first")
+    drawn, reason = frames(fake_dual_ar(lm, SPOKEN), upstream_compat=True)
+    assert drawn == [expected_codes(lm, main) for main in [*SPOKEN[1:], END]]
+    assert reason == "end"
+    assert frames(fake_dual_ar(lm, SPOKEN))[0] == [expected_codes(lm, main) for main in SPOKEN]
+    assert len(frames(fake_dual_ar(lm, SPOKEN), upstream_compat=True, max_frames=3)[0]) == 2
+
+
+@pytest.mark.parametrize("compat", [False, True])
+@pytest.mark.parametrize("trim", ["first", "last"])
+def test_all_columns_can_be_had(trim: str, compat: bool) -> None:
+    lm = replace(LM, upstream_trim=trim)
+    generation = generate_frames(fake_dual_ar(lm, SPOKEN), prompt(), SAMPLING, SeededNoise(1), upstream_compat=compat)
+    assert generation.drawn.shape == (5, 0)
+    for _ in generation:
+        pass
+    columns = list(Columns(fake_dual_ar(lm, SPOKEN), prompt(), SAMPLING, SeededNoise(1)))
+    np.testing.assert_array_equal(generation.drawn, np.stack(columns, axis=1))
+
+
+def penalised_run(main: str, penalty: float | None, head: str = "audio", **changes: Any) -> np.ndarray:
+    """Greedy columns of a model that always prefers semantic token 2 to token 3 and code 12 to code 13, by as much."""
+    rules = RepetitionPenalty(penalty=1.5, window=2, main=main)
+    lm = language_model(num_codebooks=2, head=head, **changes)
+    lm = replace(lm, sampling=replace(lm.sampling, repetition_penalty=rules, top_k=1))
+    model = fake_dual_ar(lm)
+
+    def preferring(first: int, width: int) -> dict[str, np.ndarray]:
+        logits = np.full((1, width), -50, np.float32)
+        logits[0, first : first + 2] = 10, 9
+        return {"logits": logits, "hidden": np.zeros((1, 3), np.float32)}
+
+    first = {"audio": 1 + 2, "full": BEGIN + 2}[head]  # in the audio head, the end token comes first
+    width = lm.vocab_size if head == "full" else 161
+    model.slow._function = lambda feeds, state: preferring(first, width)  # type: ignore[attr-defined]
+    model.fast._function = lambda feeds, state: {"logits": preferring(12, 160)["logits"]}  # type: ignore[attr-defined]
+    sampling = Sampling(repetition_penalty=penalty).resolve(lm.sampling)
+    return np.stack(list(Columns(model, prompt(lm=lm), sampling, SeededNoise(0), max_columns=8)), axis=1)
+
+
+@pytest.mark.parametrize(("head", "main_tokens"), [("audio", "audio"), ("full", "audio"), ("full", "any")])
+def test_what_was_drawn_becomes_less_likely_except_in_the_prefill(head: str, main_tokens: str) -> None:
+    columns = penalised_run("row", None, head, main_tokens=main_tokens)
+    # Frame 0 is the prefill's and counts for nothing. Token 2 wins with 6.67 to 6 where both are in the window.
+    assert (columns[0] - BEGIN).tolist() == [2, 2, 3, 2, 2, 3, 2, 2]
+    assert columns[2].tolist() == [12, 12, 13, 12, 12, 13, 12, 12]
+
+
+def test_main_tokens_may_go_without_penalty() -> None:
+    columns = penalised_run("none", None)
+    assert (columns[0] - BEGIN).tolist() == [2] * 8
+    assert columns[2].tolist() == [12, 12, 13, 12, 12, 13, 12, 12]
+
+
+def test_the_oldest_column_counts_alone() -> None:
+    """The first of the window's columns until it is full, then the one drawn `window` frames before."""
+    columns = penalised_run("oldest_column", None)
+    assert (columns[0] - BEGIN).tolist() == [2, 2, 3, 3, 2, 2, 3, 3]
+
+
+def test_a_penalty_of_one_changes_nothing() -> None:
+    assert (penalised_run("row", 1.0)[0] - BEGIN).tolist() == [2] * 8
+    assert (penalised_run("row", 1.05)[0] - BEGIN).tolist() == [2] * 8

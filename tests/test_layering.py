@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -23,7 +24,6 @@ NEVER = {
         "safetensors",
         "tokenizers",
         "soundfile",
-        "soxr",
     },
     "fishrt": {"fishrt_export", "torch", "onnx", "onnxscript", "safetensors", "onnxruntime"},
     "fishrt_export": set[str](),
@@ -101,6 +101,44 @@ def test_the_layers_have_files() -> None:
     assert len(files()) > 15
 
 
+RELEASE = re.compile(r"(?<![a-z0-9])(v?1[._][245]|s[12][-_ ]?(mini|pro)?|openaudio[a-z0-9]*)(?![a-z0-9])", re.IGNORECASE)
+
+
+def spelled(tree: ast.AST) -> Iterator[str]:
+    """Every name and text in a file but its docstrings."""
+    described = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)}
+    for node in ast.walk(tree):
+        if id(node) not in described:
+            yield from (value for _, value in ast.iter_fields(node) if isinstance(value, str))
+
+
+@pytest.mark.parametrize("path", [path for package, path in files() if package == "fishrt"], ids=lambda path: path.name)
+def test_the_runtime_asks_for_features_and_never_for_a_release(path: Path) -> None:
+    assert [text for text in spelled(ast.parse(path.read_text(encoding="utf-8"))) if RELEASE.search(text)] == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        'x.family == "s1"',
+        "is_s2 = True",
+        'f"{x} of 1.4"',
+        "def f(fish_1_5): pass",
+        "import openaudio_s1",
+        "{'S1-mini': 1}",
+        "x.v1_2",
+        "f(s2=1)",
+    ],
+)
+def test_every_way_to_name_a_release_is_seen(line: str) -> None:
+    assert [text for text in spelled(ast.parse(line)) if RELEASE.search(text)]
+
+
+@pytest.mark.parametrize("line", ['"""As S1 does."""', "x = 1.5", 'x: int\n"""Of 1.4."""', '"is1 11.4 1.45"'])
+def test_what_names_no_release_is_not_taken_for_one(line: str) -> None:
+    assert not [text for text in spelled(ast.parse(line)) if RELEASE.search(text)]
+
+
 @pytest.mark.parametrize("module", ["fishrt", "fishrt_engines", "fishrt.cli"])
 def test_importing_loads_nothing_heavy(module: str) -> None:
     code = f"import sys, {module}; print(*sorted({HEAVY!r} & sys.modules.keys()))"
@@ -125,7 +163,7 @@ print(len(tts.decode(codes)) >= 3000)
 
 
 def test_importing_fishrt_is_cheap() -> None:
-    code = "import sys, fishrt; print(*sorted({'numpy', 'soundfile', 'soxr', 'tokenizers'} & sys.modules.keys()))"
+    code = "import sys, fishrt; print(*sorted({'numpy', 'soundfile', 'tokenizers'} & sys.modules.keys()))"
     assert not subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
 
 

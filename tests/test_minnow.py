@@ -9,12 +9,12 @@ from fishrt import TTS, Sampling
 from metrics import word_errors, words
 from recogniser import Recogniser
 
-# Held-out sentences that the voice says well: the test is to notice when something breaks. How well it says many is measured by
-# benchmarks/minnow_quality.py.
+# The first held-out sentences of benchmarks/held_out.txt. How well the voice says many is measured by
+# benchmarks/minnow_quality.py; this is to notice when something breaks.
 SENTENCES = {
     "slt": "Is there a painter between the trees?",
-    "rms": "Nobody knows why the morning paid the bill.",
-    "awb": "Do not apply to broken skin.",
+    "rms": "Information is the inverse of entropy.",
+    "awb": "May you live in interesting times.",
 }
 
 

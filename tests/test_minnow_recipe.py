@@ -14,8 +14,9 @@ from fishrt.prompt import PromptBuilder
 from fishrt.tokenizer import Tokenizer
 from fishrt.voices import Voice
 from fishrt_export.codec.dac import Dac, DacConfig
-from fishrt_export.codec.load import fuse_codec
-from fishrt_export.graphs import open_codec, open_language_model
+from fishrt_export.codec.source import open_codec
+from fishrt_export.graphs import open_language_model
+from fishrt_export.minnow.align import Aligner
 from fishrt_export.minnow.config import CODEC, LANGUAGE_MODEL
 from fishrt_export.minnow.corpus import Sentence
 from fishrt_export.minnow.model import DualAr
@@ -23,17 +24,26 @@ from fishrt_export.minnow.package import weight_normed
 from fishrt_export.minnow.synth import VOICES, Utterance
 from fishrt_export.minnow.text_tokens import build_tokenizer, token_id
 from fishrt_export.minnow.train_lm import Examples, Sound, Spoken, corrupt
-from helpers_text import language_model
+from fishrt_export.weights import fuse_weight_norm
+from helpers_text import drawn, language_model
 
 CODEBOOKS = 8
 CHECKPOINT = Path(__file__).parents[1] / "export/minnow"
 TEXTS = [f"Sentence number {n} is here, isn't it?" for n in range(12)]
 
 
-class Data:
-    """Utterances without sound."""
+def spelled(text: str, seconds: float) -> list[tuple[str, float]]:
+    letters = re.findall(r"\w", text)
+    return [(letter.upper(), (n + 1) / len(letters) * seconds) for n, letter in enumerate(letters)]
 
-    utterances = tuple(Utterance(text, "template", n == 11, VOICES[n % 3], 0, 0) for n, text in enumerate(TEXTS))
+
+class Data:
+    """Utterances without sound, each letter a phone of its own."""
+
+    utterances = tuple(
+        Utterance(text, "template", n == 11, VOICES[n % 3], 0, 0, spelled(text, seconds=(40 + n) * 0.04))
+        for n, text in enumerate(TEXTS)
+    )
 
 
 @pytest.fixture
@@ -68,7 +78,7 @@ def test_examples_are_the_prompts_of_the_runtime(examples: Examples, prompts: Pr
         conversation = prompts.start(voices)
         for text, codes in turns:
             asked = conversation.user(text)
-            conversation.assistant(codes)
+            conversation.assistant(drawn(codes, prompts.model))
         trained = examples.draw(np.random.default_rng(seed)).prompt
         np.testing.assert_array_equal(trained[:, : asked.shape[1]], asked)
         np.testing.assert_array_equal(trained[1:, asked.shape[1] :][:, : codes.shape[1]], codes)
@@ -97,15 +107,29 @@ def _read(parts: list[str | Spoken | Sound]) -> tuple[list[Voice], list[tuple[st
     return voices, turns
 
 
-def test_every_frame_knows_where_its_text_is(examples: Examples) -> None:
-    tokenizer = examples.tokenizer
+def test_every_frame_knows_its_letter_and_its_phone(examples: Examples) -> None:
+    phones = {number: name for name, number in examples.aligner.phones.items()}
     for seed in range(20):
         example = examples.draw(np.random.default_rng(seed))
-        is_audio = example.prompt[0] >= examples.begin
-        np.testing.assert_array_equal(example.width[:-1] > 0, is_audio[1:])
-        centres = example.centre[example.width > 0].astype(int)
-        letters = tokenizer.decode([int(i) for i in example.prompt[0, centres]])
-        assert not re.search(r"[<|>\n]", letters)
+        before_audio = example.prompt[0, 1:] >= examples.begin
+        np.testing.assert_array_equal(example.letter[:-1] > 0, before_audio)
+        np.testing.assert_array_equal(example.phones[0, :-1] >= 0, before_audio)
+        spoken = np.flatnonzero(example.letter)
+        letters = examples.tokenizer.decode([int(i) for i in example.prompt[0, example.letter[spoken]]])
+        said = "".join(phones[int(i)] for i in example.phones[0, spoken])
+        # Eleven sentences are few to learn the alignment from; a column too far, and hardly any would agree.
+        assert np.mean([letter == phone for letter, phone in zip(letters.upper(), said, strict=True)]) > 0.5
+
+
+def test_letters_are_found_that_say_nothing_or_much() -> None:
+    said = {"w": "W", "o": "O", "n": "N", "k": "K", "e": "E", "x": "K S", "2": "T U", "s": "S", "i": "I"}
+    texts = ["One knee.", "Six oxen.", "2 knives.", "Kin know.", "Nix 2 keen.", "Sex is six.", "I see 2 oxen.", "Snow."]
+    spoken = {text: [p for c in text.lower().replace("kn", "n") for p in said.get(c, "").split()] for text in texts}
+    aligner = Aligner(list(spoken.items()), rounds=4)
+    assert [text[i] for text in ("Six oxen.",) for i in aligner(text, spoken[text])] == list("Sixxoxxen")
+    assert [aligner(text, phones)[1] for text, phones in spoken.items() if text.startswith("2")] == [0]
+    with pytest.raises(ValueError, match="too many"):
+        aligner("I", ["S"] * 30)
 
 
 def test_held_out_sentences_are_never_drawn(examples: Examples) -> None:
@@ -127,12 +151,12 @@ def test_corruption_touches_audio_only_and_keeps_main_and_code_together(examples
     audio = prompt[0, 0] >= examples.begin
     assert torch.equal(changed[0][:, ~audio], prompt[0][:, ~audio])
     assert torch.equal(changed[0, 0, audio] - examples.begin, changed[0, 1, audio])
-    assert 0.02 < (changed != prompt)[0, 1:, audio].float().mean() < 0.3
+    assert 0.05 < (changed != prompt)[0, 1:, audio].float().mean() < 0.4
 
 
 def test_the_packed_codec_is_the_trained_one() -> None:
     codec = Dac(DacConfig.from_json(CODEC), max_frames=1)
-    fused = fuse_codec(weight_normed(codec))
+    fused = fuse_weight_norm(weight_normed(codec))
     assert fused.keys() == codec.state_dict().keys()
     for name, tensor in codec.state_dict().items():
         torch.testing.assert_close(fused[name].float(), tensor, rtol=2e-3, atol=1e-6)

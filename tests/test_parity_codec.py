@@ -10,16 +10,23 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional as F
 
-from fishrt_export.verify import MARGIN, flipped_margin
+from fishrt.audio import resample
+from fishrt_export.codec.dac import Dac
+from fishrt_export.codec.firefly import Firefly
+from fishrt_export.codec.load import CodecConfig
+from fishrt_export.codec.margins import code_margins, level_margins
+from fishrt_export.verify import flipped_margin
 from tiny import GoldenModel, assert_same_table
+from tolerances import TOLERANCES
 
 pytestmark = pytest.mark.parity
 
 # The vectors tell how far float32 was from float64 for most arrays; ten times that is allowed, and never less than this.
 SMALLEST_TOLERANCE = 1e-5
 
-ENCODER_INPUTS = {"wav_i16", "audio_lengths", "codes", "code_lengths", "margin"}
+ENCODER_INPUTS = {"wav_i16", "audio_lengths", "codes", "code_lengths", "feature_lengths", "margin"}
 """What the vectors hold of a recording besides stages; its codes are compared with those of the graph."""
 QUANTIZER_STAGES = {"latents", "zq", "sem_z"}
 
@@ -43,13 +50,17 @@ class Vectors:
         part = name.partition(".")[2]
         described = self.meta["arrays"]
         alike = [entry["tol_f64"] for key, entry in described.items() if key.partition(".")[2] == part and "tol_f64" in entry]
-        return max(SMALLEST_TOLERANCE, 10 * described[name].get("tol_f64", max(alike)))
+        return max(SMALLEST_TOLERANCE, 10 * described[name].get("tol_f64", max(alike, default=0)))
 
-    def assert_near(self, actual: torch.Tensor | np.ndarray, name: str) -> None:
+    def assert_near(self, actual: torch.Tensor | np.ndarray, name: str, *, least: float = SMALLEST_TOLERANCE) -> None:
+        """Within the array's tolerance, or `least` if that is more."""
         expected = self.arrays[name]
         assert tuple(actual.shape) == expected.shape, name
         error = np.abs(np.asarray(actual) - expected).max()
-        assert error <= self.tolerance(name), f"{name}: {error}"
+        assert error <= max(self.tolerance(name), least), f"{name}: {error}"
+
+    def tensor(self, name: str) -> torch.Tensor:
+        return torch.from_numpy(self.arrays[name])
 
 
 @pytest.fixture(scope="module")
@@ -58,10 +69,24 @@ def vectors(golden: Path) -> Vectors:
     return Vectors(meta, np.load(golden / "codec/vectors.npz"))
 
 
-def wave(vectors: Vectors, case: str, hop: int) -> np.ndarray:
-    """The case's audio, float32 [batch, 1, frames · hop]."""
+@pytest.fixture(scope="module")
+def dac(golden_model: GoldenModel) -> Dac:
+    if not isinstance(golden_model.codec_module, Dac):
+        pytest.skip("this family has the other kind of codec")
+    return golden_model.codec_module
+
+
+@pytest.fixture(scope="module")
+def firefly(golden_model: GoldenModel) -> Firefly:
+    if not isinstance(golden_model.codec_module, Firefly):
+        pytest.skip("this family has the other kind of codec")
+    return golden_model.codec_module
+
+
+def wave(vectors: Vectors, case: str, multiple: int) -> np.ndarray:
+    """The case's audio, float32 [batch, 1, samples], filled up to a multiple."""
     pcm = np.atleast_2d(vectors.arrays[f"{case}.wav_i16"]).astype(np.float32) / 32768
-    return np.pad(pcm, ((0, 0), (0, -pcm.shape[1] % hop)))[:, None]
+    return np.pad(pcm, ((0, 0), (0, -pcm.shape[1] % multiple)))[:, None]
 
 
 def recorded(modules: Any, x: torch.Tensor) -> list[torch.Tensor]:
@@ -73,8 +98,58 @@ def recorded(modules: Any, x: torch.Tensor) -> list[torch.Tensor]:
     return outputs
 
 
-def test_encoder_stages(golden_model: GoldenModel, vectors: Vectors) -> None:
-    dac, compared = golden_model.dac, set()
+# ---- the graphs of both kinds
+
+
+def test_encode_graph(golden_model: GoldenModel, vectors: Vectors) -> None:
+    """Codes of every recording, the batch among them, exactly but for choices on the margin."""
+    engine, config = golden_model.engine("codec_encode"), golden_model.codec.config
+    margins = code_margins(golden_model.codec_module)
+    cases = vectors.cases("enc_", "wav_i16")
+    assert {"enc_A", "enc_batch"} <= set(cases)
+    for case in cases:
+        audio, expected = wave(vectors, case, config.sample_multiple), vectors.arrays[f"{case}.codes"]
+        codes = engine.run({"audio": audio})["codes"].copy()
+        assert codes.shape == expected.shape
+        with torch.no_grad():
+            clear = margins.measure(torch.from_numpy(audio)).numpy()
+        if f"{case}.margin" in vectors.arrays:
+            clear = vectors.arrays[f"{case}.margin"]
+        for row, frames in enumerate(unmasked(vectors, case, config)):
+            codes[row, :, frames:] = expected[row, :, frames:]
+        assert flipped_margin(expected, codes, clear, margins.chain) <= margins.allowed, case
+
+
+def unmasked(vectors: Vectors, case: str, config: CodecConfig) -> list[int]:
+    """Frames of each row that do not show that the originals silence what is behind the end of a shorter row.
+
+    A codec that looks ahead shows it everywhere: it looks further than these rows are long.
+    """
+    batch, _, frames = vectors.arrays[f"{case}.codes"].shape
+    if config.context is None or f"{case}.feature_lengths" not in vectors.arrays:
+        return [frames] * batch
+    lengths = vectors.arrays[f"{case}.feature_lengths"].tolist()
+    return [frames if length == max(lengths) else 0 if config.context.ahead else length for length in lengths]
+
+
+def test_decode_graph(golden_model: GoldenModel, vectors: Vectors) -> None:
+    """All lengths, the batch, and where there are such vectors, codes past the end of a codebook and missing codebooks."""
+    engine, config = golden_model.engine("codec_decode"), golden_model.codec.config
+    cases = vectors.cases("dec_", "audio")
+    assert {"dec_A", "dec_batch", *(("dec_clamp", "dec_partial") if golden_model.codec.kind == "dac" else ())} <= set(cases)
+    for case in cases:
+        audio = engine.run({"codes": every_codebook(golden_model, vectors, case)})["audio"].copy()
+        for row, frames in enumerate(unmasked(vectors, case, config)):
+            masked = frames * config.hop
+            audio[row, :, masked:] = vectors.arrays[f"{case}.audio"][row, :, masked:]
+        vectors.assert_near(audio, f"{case}.audio")
+
+
+# ---- DAC
+
+
+def test_encoder_stages(dac: Dac, vectors: Vectors) -> None:
+    compared = set()
     for case in vectors.cases("enc_", "wav_i16"):
         with torch.no_grad():
             blocks = recorded(dac.encoder.block, torch.from_numpy(wave(vectors, case, dac.config.hop)))
@@ -87,9 +162,9 @@ def test_encoder_stages(golden_model: GoldenModel, vectors: Vectors) -> None:
     assert {"enc", "down", "pre"} <= compared
 
 
-def test_quantizer_stages(golden_model: GoldenModel, vectors: Vectors) -> None:
+def test_quantizer_stages(dac: Dac, vectors: Vectors) -> None:
     """Along the vectors' own codes, so that a choice on the margin does not change what is compared."""
-    quantizer, compared = golden_model.dac.quantizer, set()
+    quantizer, compared = dac.quantizer, set()
     for case in vectors.cases("enc_", "pre"):
         codes = torch.from_numpy(vectors.arrays[f"{case}.codes"])
         residual = torch.from_numpy(vectors.arrays[f"{case}.pre"])
@@ -109,27 +184,15 @@ def test_quantizer_stages(golden_model: GoldenModel, vectors: Vectors) -> None:
     assert {name.partition(".")[2] for name in compared} >= {"latents", "zq"}
 
 
-def test_encode_graph(golden_model: GoldenModel, vectors: Vectors) -> None:
-    """Codes of every recording, the batch among them, exactly but for choices on the margin."""
-    engine, hop = golden_model.engine("codec_encode"), golden_model.codec.config.hop
-    cases = vectors.cases("enc_", "margin")
-    assert cases
-    for case in cases:
-        codes = engine.run({"audio": wave(vectors, case, hop)})["codes"]
-        expected = vectors.arrays[f"{case}.codes"]
-        assert codes.shape == expected.shape
-        assert flipped_margin(expected, codes, vectors.arrays[f"{case}.margin"]) <= MARGIN, case
+def test_fewer_codebooks_are_the_first_rows(dac: Dac, golden_model: GoldenModel, vectors: Vectors) -> None:
+    expected, margins = vectors.arrays["enc_nq3.codes"], code_margins(dac)
+    rows = expected.shape[1]
+    codes = golden_model.engine("codec_encode").run({"audio": wave(vectors, "enc_B", dac.config.hop)})["codes"][:, :rows]
+    assert flipped_margin(expected, codes, vectors.arrays["enc_B.margin"][:, :rows], rows) <= margins.allowed
 
 
-def test_fewer_codebooks_are_the_first_rows(golden_model: GoldenModel, vectors: Vectors) -> None:
-    expected = vectors.arrays["enc_nq3.codes"]
-    audio = wave(vectors, "enc_B", golden_model.codec.config.hop)
-    codes = golden_model.engine("codec_encode").run({"audio": audio})["codes"][:, : expected.shape[1]]
-    assert flipped_margin(expected, codes, vectors.arrays["enc_B.margin"][:, : expected.shape[1]]) <= MARGIN
-
-
-def test_decoder_stages(golden_model: GoldenModel, vectors: Vectors) -> None:
-    dac, compared = golden_model.dac, set()
+def test_decoder_stages(dac: Dac, golden_model: GoldenModel, vectors: Vectors) -> None:
+    compared = set()
     for case in vectors.cases("dec_", "codes"):
         with torch.no_grad():
             zq = dac.quantizer.dequantize(torch.from_numpy(every_codebook(golden_model, vectors, case)))
@@ -151,17 +214,104 @@ def every_codebook(golden_model: GoldenModel, vectors: Vectors, case: str) -> np
     return np.pad(codes, ((0, 0), (0, absent), (0, 0)), constant_values=-1)
 
 
-def test_decode_graph(golden_model: GoldenModel, vectors: Vectors) -> None:
-    """All lengths, the batch, codes past the end of a codebook, and missing codebooks."""
-    engine, cases = golden_model.engine("codec_decode"), vectors.cases("dec_", "audio")
-    assert {"dec_clamp", "dec_partial", "dec_batch"} <= set(cases)
-    for case in cases:
-        codes = every_codebook(golden_model, vectors, case)
-        vectors.assert_near(engine.run({"codes": codes})["audio"], f"{case}.audio")
-
-
-def test_rotary_table(golden_model: GoldenModel, vectors: Vectors) -> None:
+def test_rotary_table(dac: Dac, vectors: Vectors) -> None:
     expected = vectors.arrays["rope.pre_module"]
-    module = golden_model.dac.quantizer.pre_module
+    module = dac.quantizer.pre_module
     rows = len(expected)
     assert_same_table(torch.stack([module.cos[:rows], module.sin[:rows]], dim=-1), expected)
+
+
+def test_rotary_tables_of_older_files(dac: Dac, golden: Path) -> None:
+    """Some files hold the tables, which are computed here instead."""
+    stored = torch.load(golden / "codec/checkpoint/codec.pth", weights_only=True)
+    for name in (name for name in stored if name.endswith(".freqs_cis")):
+        module, table = dac.get_submodule(name.removesuffix(".freqs_cis")), stored[name].float()
+        assert_same_table(torch.stack([module.cos[: len(table)], module.sin[: len(table)]], dim=-1), table.numpy())
+
+
+# ---- Firefly
+
+
+def test_mel_filters(firefly: Firefly, vectors: Vectors) -> None:
+    error = np.abs(firefly.mel.filters.numpy().T - vectors.arrays["mel_fb"]).max()
+    assert error <= TOLERANCES["mel filters"]
+
+
+def test_firefly_encoder_stages(firefly: Firefly, vectors: Vectors) -> None:
+    """Each stage from the vectors' own result of the one before."""
+    quantizer, fsq, compared = firefly.quantizer, firefly.quantizer.residual_fsq, set()
+    for case in vectors.cases("enc_", "mel"):
+        with torch.no_grad():
+            projected = fsq.project(vectors.tensor(f"{case}.downsample"))
+            stages = {
+                "mel": firefly.mel(torch.from_numpy(wave(vectors, case, 1))),
+                "backbone": firefly.backbone(vectors.tensor(f"{case}.mel")),
+                "downsample": quantizer.downsample(vectors.tensor(f"{case}.backbone")),
+                "fsq_in": projected,
+                "fsq_bound1": fsq.bound(vectors.tensor(f"{case}.fsq_in")),
+                "fsq_bound2": fsq.bound(vectors.tensor(f"{case}.fsq_bound1")),
+            }
+        for stage in vectors.stages(case, inputs=ENCODER_INPUTS):
+            vectors.assert_near(stages[stage], f"{case}.{stage}", least=TOLERANCES["log-mel"] if stage == "mel" else 0)
+            compared.add(stage)
+        clear = code_margins(firefly).measure(torch.from_numpy(wave(vectors, case, 1)))
+        np.testing.assert_allclose(clear.detach(), vectors.arrays[f"{case}.margin"], rtol=0, atol=code_margins(firefly).allowed)
+    assert compared == stages.keys()
+
+
+def test_firefly_batches_are_masked_alike(firefly: Firefly, vectors: Vectors) -> None:
+    """With the masks of the originals between the modules, also rows of a batch that are shorter give what they give."""
+    config, lengths = firefly.config, vectors.tensor("enc_batch.audio_lengths") // firefly.config.mel_hop
+    codes, frames = vectors.tensor("dec_batch.codes"), vectors.tensor("dec_batch.feature_lengths")
+
+    def masked(x: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        return x * (torch.arange(x.shape[-1]) < lengths[:, None, None])
+
+    with torch.no_grad():
+        features = masked(
+            firefly.backbone(masked(firefly.mel(torch.from_numpy(wave(vectors, "enc_batch", 1))), lengths)), lengths
+        )
+        clear = level_margins(firefly.quantizer, features).numpy()
+        found = firefly.quantizer.encode(features).numpy()
+        up = masked(firefly.quantizer.decode(codes), frames * (config.hop // config.mel_hop))
+        audio = masked(firefly.head(up), frames * config.hop)
+    expected = vectors.arrays["enc_batch.codes"]
+    assert flipped_margin(expected, found, clear, config.residuals) <= code_margins(firefly).allowed
+    vectors.assert_near(audio, "dec_batch.audio")
+
+
+def test_finite_scalar_quantiser(firefly: Firefly, vectors: Vectors) -> None:
+    fsq, features = firefly.quantizer.residual_fsq, vectors.tensor("fsq.x").transpose(1, 2)
+    expected = vectors.arrays["fsq.indices"].transpose(1, 0, 3, 2)  # they come as [groups, batch, frames, residuals]
+    expected = expected.reshape(1, -1, expected.shape[-1])
+    with torch.no_grad():
+        codes = fsq.encode(features)
+        quantised = fsq.decode(torch.from_numpy(expected.astype(np.int64))).transpose(1, 2)
+    clear = np.repeat(vectors.arrays["fsq.margin"].transpose(1, 0, 2), firefly.config.residuals, axis=1)
+    assert flipped_margin(expected, codes.numpy(), clear, firefly.config.residuals) <= code_margins(firefly).allowed
+    vectors.assert_near(quantised, "fsq.out")
+
+
+def test_firefly_decoder_stages(firefly: Firefly, vectors: Vectors) -> None:
+    head, compared = firefly.head, set()
+    for case in vectors.cases("dec_", "zq"):
+        with torch.no_grad():
+            zq = firefly.quantizer.residual_fsq.decode(vectors.tensor(f"{case}.codes"))
+            up = firefly.quantizer.upsample(zq)
+            x = head.conv_pre(up)
+            stages = {"zq": zq, "up": up, "conv_pre": x, "audio": head(up)}
+            for i, (rise, blocks) in enumerate(zip(head.ups, head.resblocks, strict=True)):
+                stages[f"head_up{i}"] = rise(F.silu(x))
+                x = stages[f"head_res{i}"] = blocks(stages[f"head_up{i}"])
+        for stage in vectors.stages(case, inputs={"codes"}):
+            vectors.assert_near(stages[stage], f"{case}.{stage}")
+            compared.add(stage)
+    assert compared == stages.keys()
+
+
+def test_resampling(firefly: Firefly, vectors: Vectors) -> None:
+    rates = [int(name.removeprefix("resample.in_")) for name in vectors.arrays if name.startswith("resample.in_")]
+    assert rates
+    for rate in rates:
+        pcm = vectors.arrays[f"resample.in_{rate}"].astype(np.float32) / 32768
+        vectors.assert_near(resample(pcm, rate, firefly.config.sample_rate)[None], f"resample.out_{rate}")

@@ -1,4 +1,4 @@
-"""The language model's modules and exported graphs against the original implementation."""
+"""The language model's modules and exported graphs against the original implementations, of every family."""
 
 from __future__ import annotations
 
@@ -12,8 +12,11 @@ import pytest
 import torch
 
 from conftest import find_golden
-from fishrt.generate import Columns, generate_frames
-from fishrt.sampling import Sampling, audio_ids
+from fishrt.generate import Columns, DualAR, generate_frames
+from fishrt.sampling import Sampling, audio_ids, main_ids
+from fishrt_engines import Engine
+from fishrt_export.graphs import LanguageModelSource, open_language_model
+from fishrt_export.lora import Lora
 from fishrt_export.verify import run_module
 from tiny import GoldenModel, assert_same_table, caches, chunk_feeds, prefill_feeds
 from tolerances import TOLERANCES
@@ -73,17 +76,59 @@ def test_slow_ar_module(whole_forward: dict[str, torch.Tensor], vectors: Vectors
 def test_slow_ar_graph_with_cache(golden_model: GoldenModel, vectors: Vectors, head: str) -> None:
     """Prefill and single steps: logits, the fast AR's input, and what lies in the caches at the end."""
     engine, prompt = golden_model.engine("slow_ar", head), vectors.prompt("slow/input")
-    length, prefill = prompt.shape[1], vectors.meta["slow_prefill_len"]
+    length = prompt.shape[1]
     state = engine.new_state(batch=1, cache=length)
-    calls = [prefill_feeds([prompt[:, :prefill]])]
-    calls += [chunk_feeds(prompt[None, :, t : t + 1], np.array([t])) for t in range(prefill, length)]
-    results = [{name: value[0].copy() for name, value in engine.run(feeds, state).items()} for feeds in calls]
-    spoken = golden_model.lm.audio_head if head == "audio" else slice(None)
-    assert_near(np.stack([r["logits"] for r in results]), vectors.arrays["slow/logits_cached"][:, spoken])
-    assert_near(np.stack([r["hidden"] for r in results]), vectors.arrays["slow/fast_input_cached"])
+    results = run_steps(engine, state, prompt, vectors.meta["slow_prefill_len"])
+    assert_near(results["logits"], vectors.arrays["slow/logits_cached"][:, rows_of(golden_model.lm, head)])
+    assert_near(results["hidden"], vectors.arrays["slow/fast_input_cached"])
     for kind, name in (("key", "slow/k_cache"), ("value", "slow/v_cache")):
         layers = range(golden_model.lm.config.slow.layers)
         assert_near(np.stack([state.read(f"{kind}_cache.{i}")[0] for i in layers]), vectors.arrays[name])
+
+
+def run_steps(engine: Engine, state: Any, prompt: np.ndarray, prefill: int) -> dict[str, np.ndarray]:
+    """Outputs after a prefill of so many columns, and after each column that follows."""
+    calls = [prefill_feeds([prompt[:, :prefill]])]
+    calls += [chunk_feeds(prompt[None, :, t : t + 1], np.array([t])) for t in range(prefill, prompt.shape[1])]
+    results = [{name: value[0].copy() for name, value in engine.run(feeds, state).items()} for feeds in calls]
+    return {name: np.stack([result[name] for result in results]) for name in results[0]}
+
+
+def rows_of(source: LanguageModelSource, head: str) -> Any:
+    """The tokens whose logits a head gives."""
+    return source.audio_head if head == "audio" else slice(None)
+
+
+def assert_last_logits(model: GoldenModel, source: LanguageModelSource, head: str, vectors: Vectors, name: str) -> None:
+    """Those at the last four positions of the slow AR's input."""
+    assert source.problems() == []
+    engine, prompt = model.engine_of(source, "slow_ar", head, name), vectors.prompt("slow/input")
+    length = prompt.shape[1]
+    results = run_steps(engine, engine.new_state(batch=1, cache=length), prompt, length - 3)
+    assert_near(results["logits"], vectors.arrays[f"{name}/logits"][:, rows_of(source, head)])
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_slow_ar_graph_of_a_merged_lora(golden_model: GoldenModel, vectors: Vectors, head: str) -> None:
+    if "lora/logits" not in vectors.arrays:
+        pytest.skip("no LoRA among these vectors")
+    folder = golden_model.golden / "lm/lora"
+    settings = json.loads((folder / "lora_config.json").read_text(encoding="utf-8"))
+    (path,) = folder.glob("*.ckpt")
+    lora = Lora(path, settings["lora_alpha"], settings["r"])
+    source = open_language_model(golden_model.checkpoint, codec=golden_model.codec.kind, lora=lora)
+    for array, name in (("wqkv0", "layers.0.attention.wqkv.weight"), ("embeddings_head", "embeddings.weight")):
+        expected = vectors.arrays[f"lora/{array}"]
+        assert np.abs(source.weights[name][: len(expected)].numpy() - expected).max() <= TOLERANCES["merged"]
+    assert_last_logits(golden_model, source, head, vectors, "lora")
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_slow_ar_graph_of_an_int8_checkpoint(golden_model: GoldenModel, vectors: Vectors, head: str) -> None:
+    if "int8/logits" not in vectors.arrays:
+        pytest.skip("no int8 checkpoint among these vectors")
+    source = open_language_model(golden_model.golden / "lm/checkpoint-int8", codec=golden_model.codec.kind)
+    assert_last_logits(golden_model, source, head, vectors, "int8")
 
 
 @pytest.mark.parametrize("half", ["slow", "fast"])
@@ -179,54 +224,76 @@ def prompt_of(vectors: Vectors, case: str) -> np.ndarray:
     return vectors.prompt(vectors.meta["generation"][case]["note"].split()[0].rstrip(";,"))
 
 
-def noise_of(model: Any, vectors: Vectors, case: str) -> Any:
+def is_greedy(case: dict[str, Any]) -> bool:
+    return case["sampling"].get("top_k") == 1 or case["sampling"]["top_p"] <= 1e-6
+
+
+def noise_of(model: DualAR, vectors: Vectors, name: str) -> Any:
     """The recorded noise; a case without is greedy."""
-    if f"gen/{case}/q_slow" not in vectors.arrays:
-        assert vectors.meta["generation"][case]["sampling"]["top_k"] == 1
+    if f"gen/{name}/q_slow" not in vectors.arrays:
+        assert is_greedy(vectors.meta["generation"][name])
         return NoNoise()
-    ids = audio_ids(model.language_model)
-    return RecordedNoise(ids, vectors.arrays[f"gen/{case}/q_slow"], vectors.arrays[f"gen/{case}/q_fast"])
+    ids = main_ids(model.language_model)
+    return RecordedNoise(ids, vectors.arrays[f"gen/{name}/q_slow"], vectors.arrays[f"gen/{name}/q_fast"])
 
 
-def columns_of(model: Any, prompt: np.ndarray, case: dict[str, Any], noise: Any) -> np.ndarray:
+def same_candidates(golden_model: GoldenModel, head: str, case: dict[str, Any], raw: np.ndarray) -> bool:
+    """Whether this head can draw what was recorded. Where the original draws from all tokens, the audio head leaves most out: the
+    likeliest is then the same if it is spoken, but other probabilities are not.
+    """
+    described = golden_model.lm.describe("full")
+    if head == "full" or described.main_tokens == "audio":
+        return True
+    return is_greedy(case) and bool(np.isin(raw[0], audio_ids(described)).all())
+
+
+def columns_of(model: DualAR, prompt: np.ndarray, case: dict[str, Any], noise: Any) -> np.ndarray:
     limit = case["max_new_tokens"]
-    columns = Columns(model, prompt, Sampling(**case["sampling"]), noise, max_columns=limit, first_may_end=False)
+    columns = Columns(model, prompt, Sampling(**case["sampling"]), noise, max_columns=limit, upstream_compat=True)
     return np.stack(list(columns), axis=1)
 
 
 @pytest.mark.parametrize("head", HEADS)
 def test_generation(golden_model: GoldenModel, vectors: Vectors, head: str) -> None:
-    """Every case, greedy or with recorded noise."""
-    model, described = golden_model.dual_ar(head), vectors.meta["generation"]
+    """Every case, greedy, with repetition penalty, or with recorded noise."""
+    model, described, compared = golden_model.dual_ar(head), vectors.meta["generation"], 0
     assert described.keys() == {name.split("/")[1] for name in vectors.arrays if name.startswith("gen/")}
-    assert described
     for name, case in described.items():
+        raw = vectors.arrays[f"gen/{name}/raw"]
+        if not same_candidates(golden_model, head, case, raw):
+            continue
         actual = columns_of(model, prompt_of(vectors, name), case, noise_of(model, vectors, name))
-        assert np.array_equal(actual, vectors.arrays[f"gen/{name}/raw"]), name
+        assert np.array_equal(actual, raw), name
         assert (actual[0, -1] == model.language_model.end_id) == case["stopped_by_im_end"], name
+        compared += 1
+    assert compared == len(described) if head == "full" else compared >= 2
 
 
 @pytest.mark.parametrize("head", HEADS)
 def test_long_generation(golden_model: GoldenModel, vectors: Vectors, head: str) -> None:
     """Every chunk of every prompt case, and the codes as upstream returns them."""
-    model, compared = golden_model.dual_ar(head), 0
+    model, compared, total = golden_model.dual_ar(head), 0, 0
     for name, case in vectors.meta["prompt_cases"].items():
         for number, chunk in enumerate(case["chunks"]):
             key = f"longgen/{name}/{number}"
             if f"{key}/raw" not in vectors.arrays:
                 continue
-            prompt = vectors.prompt(chunk["prompt"])
-            assert np.array_equal(columns_of(model, prompt, case, NoNoise()), vectors.arrays[f"{key}/raw"]), key
+            prompt, raw = vectors.prompt(chunk["prompt"]), vectors.arrays[f"{key}/raw"]
+            total += 1
+            if not same_candidates(golden_model, head, case, raw):
+                continue
             sampling, limit = Sampling(**case["sampling"]), case["max_new_tokens"]
             frames = generate_frames(model, prompt, sampling, NoNoise(), max_frames=limit, upstream_compat=True)
             assert np.array_equal(np.stack(list(frames), axis=1), vectors.arrays[f"{key}/codes"]), key
+            assert np.array_equal(frames.drawn, raw), key
             compared += 1
-    assert compared == sum(key.startswith("longgen/") and key.endswith("/raw") for key in vectors.arrays)
+    assert total == sum(key.startswith("longgen/") and key.endswith("/raw") for key in vectors.arrays)
+    assert compared == total if head == "full" else compared >= total // 2
 
 
 def test_codes_of_a_run(golden_model: GoldenModel, vectors: Vectors) -> None:
     """The codes as upstream returns them, of every case for which the vectors hold them; one at least stops by itself."""
-    model, reasons = golden_model.dual_ar("audio"), []
+    model, reasons = golden_model.dual_ar("full"), []
     for name, case in vectors.meta["generation"].items():
         if f"gen/{name}/codes" not in vectors.arrays:
             continue
@@ -240,4 +307,4 @@ def test_codes_of_a_run(golden_model: GoldenModel, vectors: Vectors) -> None:
 
 def test_a_folder_of_vectors_that_is_chosen_must_be_there(tmp_path: Path) -> None:
     with pytest.raises(pytest.fail.Exception, match="FISHRT_GOLDEN"):
-        find_golden(str(tmp_path / "absent"))
+        find_golden(str(tmp_path / "absent"), "s2-pro")

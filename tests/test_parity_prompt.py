@@ -1,123 +1,162 @@
-"""Tokenizer, splitting and prompts against those of the original implementation."""
+"""Tokenizer, cleaning, splitting, prompts and what is remembered between pieces, against the original implementations."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
 
-from fishrt.prompt import Message, PromptBuilder
+from fishrt.cleaning import clean_text
+from fishrt.features import LanguageModel
+from fishrt.generate import Generation
+from fishrt.prompt import PromptBuilder
+from fishrt.punctuation import split_punctuation
 from fishrt.text import pack_turns, speaker_turns, with_end
 from fishrt.tokenizer import Tokenizer
 from fishrt.voices import Voice
-from helpers_text import golden, language_model
 
 pytestmark = pytest.mark.parity
 
 
-@pytest.fixture(scope="module")
-def vectors():
-    return golden()
+class Vectors:
+    """The language model's vectors of one family, and what its checkpoint says of prompts."""
+
+    def __init__(self, folder: Path, model: LanguageModel, tokenizer: Tokenizer) -> None:
+        self.meta: dict[str, Any] = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        self.arrays: Any = np.load(folder / "vectors.npz")
+        self.model, self.tokenizer = model, tokenizer
+
+    def ints(self, key: str) -> np.ndarray:
+        return self.arrays[key].astype(np.int64)
+
+    def voices(self, case: dict[str, Any]) -> list[Voice]:
+        texts, codes = case.get("prompt_text") or [], case.get("prompt_codes") or []
+        return [Voice(f"ref{n}", self.ints(c), t, None) for n, (t, c) in enumerate(zip(texts, codes, strict=True))]
+
+    def builder(self, case: dict[str, Any]) -> PromptBuilder:
+        """For a case that shrinks the window, with that window."""
+        model = self.model
+        return PromptBuilder(
+            self.tokenizer, replace(model, max_prompt=case["max_length"] - 1024) if "max_length" in case else model
+        )
+
+    def opening(self, case: dict[str, Any]) -> int:
+        """Columns that the case's prompt lacks: where there are no lists of references, not even empty ones, there is no system
+        message either, which no user can ask for.
+        """
+        absent = self.model.prompt_dialect == "instruction" and case.get("prompt_text") is None
+        return self.builder(case).encode(self.builder(case).dialect.opening).shape[1] if absent else 0
 
 
 @pytest.fixture(scope="module")
-def tokenizer(vectors):
-    return Tokenizer.load(vectors[0] / "checkpoint/tokenizer.json")
+def vectors(golden: Path, golden_model: Any) -> Vectors:
+    source = golden_model.lm
+    return Vectors(golden / "lm", source.describe("full"), Tokenizer(tokenizers.Tokenizer.from_str(source.tokenizer)))
 
 
-@pytest.fixture(scope="module")
-def builder(vectors, tokenizer):
-
-    folder, meta, arrays = vectors
-    config = json.loads((folder / "checkpoint/config.json").read_text())
-    begin, end = meta["semantic_range"]
-    model = language_model(
-        num_codebooks=arrays["ref1_codes"].shape[0],
-        codebook_width=config["audio_decoder_config"]["vocab_size"],
-        max_seq_len=config["text_config"]["max_seq_len"],
-        vocab_size=meta["vocab_size"],
-        semantic_begin_id=begin,
-        semantic_end_id=end,
-        end_id=meta["im_end_id"],
-    )
-    return PromptBuilder(tokenizer, model)
-
-
-def test_tokenizer_gives_the_same_ids_and_texts(vectors, tokenizer):
-    cases = vectors[1]["tokenizer_cases"]
+def test_tokenizer_gives_the_same_ids_and_texts(vectors: Vectors) -> None:
+    cases = vectors.meta["tokenizer_cases"]
     assert cases
     for case in cases:
-        assert tokenizer.encode(case["text"]) == case["ids"], case["text"]
-        assert tokenizer.decode(case["ids"]) == case["decoded"], case["text"]
+        assert vectors.tokenizer.encode(case["text"]) == case["ids"], case["text"]
+        assert vectors.tokenizer.decode(case["ids"]) == case["decoded"], case["text"]
 
 
-def test_special_tokens_and_semantic_range(vectors, tokenizer):
-    meta = vectors[1]
-    assert {name: tokenizer.token_id(name) for name in meta["special_tokens"]} == meta["special_tokens"]
-    assert tokenizer.token_id("<|im_end|>") == meta["im_end_id"]
-    begin, end = meta["semantic_range"]
-    ids = [tokenizer.token_id(f"<|semantic:{n}|>") for n in range(end - begin + 1)]
-    assert ids == list(range(begin, end + 1))
+def test_special_tokens_and_semantic_range(vectors: Vectors) -> None:
+    meta, model = vectors.meta, vectors.model
+    assert {name: vectors.tokenizer.token_id(name) for name in meta["special_tokens"]} == meta["special_tokens"]
+    assert [model.semantic_begin_id, model.semantic_end_id, model.end_id] == [*meta["semantic_range"], meta["im_end_id"]]
+    if model.code_zero == "main":
+        expected = list(range(model.semantic_begin_id, model.semantic_end_id + 1))
+        assert [vectors.tokenizer.token_id(f"<|semantic:{n}|>") for n in range(len(expected))] == expected
 
 
-def test_speaker_turns(vectors):
-    assert vectors[1]["speaker_split_cases"]
-    for case in vectors[1]["speaker_split_cases"]:
+def test_cleaning(vectors: Vectors) -> None:
+    rules, cases = vectors.model.cleaning, vectors.meta.get("clean_text_cases", [])
+    assert (rules is not None) == bool(cases)
+    for case in cases:
+        assert clean_text(case["text"], rules) == case["out"], case["text"]
+
+
+def test_punctuation_splitting(vectors: Vectors) -> None:
+    rules, cases = vectors.model.splitting, vectors.meta.get("split_text_cases", [])
+    assert (rules is not None) == bool(cases)
+    for case in cases:
+        cleaned = clean_text(case["text"], vectors.model.cleaning)
+        assert split_punctuation(cleaned, rules, case["length"]) == case["out"], case
+
+
+def test_speaker_turns_and_their_packing(vectors: Vectors) -> None:
+    cases, packing = vectors.meta.get("speaker_split_cases", []), vectors.meta.get("batch_cases", [])
+    assert (vectors.model.prompt_dialect == "conversation") == bool(cases) == bool(packing)
+    for case in cases:
         assert speaker_turns(case["text"]) == case["out"], case["text"]
-
-
-def test_packing(vectors):
-    assert vectors[1]["batch_cases"]
-    for case in vectors[1]["batch_cases"]:
+    for case in packing:
         assert pack_turns(case["turns"], case["max_speakers"], case["max_bytes"]) == case["out"], case
 
 
-def _voices(case, arrays):
-    texts = case.get("prompt_text") or []
-    texts = [texts] if isinstance(texts, str) else texts
-    codes = [arrays[key].astype(np.int64) for key in case.get("prompt_codes") or []]
-    return [Voice(f"ref{n}", c, t, None) for n, (t, c) in enumerate(zip(texts, codes, strict=True))]
-
-
-def test_every_prompt(vectors, builder):
-    _, meta, arrays = vectors
-    compared = 0
-    for name, case in meta["prompt_cases"].items():
-        voices = _voices(case, arrays)
-        limit = case.get("chunk_length")
-        pieces = builder.split(case["text"], upstream_compat=True, chunk_bytes=limit)
-        assert [c.get("text", case["text"]) for c in case["chunks"]] == pieces, name
-        conversation = builder.start(voices, upstream_compat=True)
+def test_every_prompt(vectors: Vectors) -> None:
+    """Those of later pieces with what was drawn for the earlier ones."""
+    compared = []
+    for name, case in vectors.meta["prompt_cases"].items():
+        builder, opening = vectors.builder(case), vectors.opening(case)
+        pieces = builder.split(case["text"], upstream_compat=True, chunk_bytes=case.get("chunk_length"))
+        if case.get("iterative_prompt", True):
+            assert [chunk.get("text", case["text"]) for chunk in case["chunks"]] == pieces, name
+        else:
+            pieces = builder.split(case["text"], upstream_compat=True, chunk_bytes=10_000)
+        conversation = builder.start(vectors.voices(case), upstream_compat=True)
         for chunk, (piece, expected) in enumerate(zip(pieces, case["chunks"], strict=True)):
-            np.testing.assert_array_equal(conversation.user(piece), arrays[expected["prompt"]], err_msg=f"{name} {chunk}")
-            compared += 1
+            actual = conversation.user(piece)[:, opening:]
+            np.testing.assert_array_equal(actual, vectors.arrays[expected["prompt"]], err_msg=f"{name} {chunk}")
+            compared.append(expected["prompt"])
             if chunk + 1 < len(pieces):
-                conversation.assistant(arrays[f"longgen/{name}/{chunk}/codes"].astype(np.int64))
-    assert compared == sum(key.startswith("prompt/") for key in arrays.files if not key.startswith("prompt/conversation/"))
+                conversation.assistant(vectors.ints(f"longgen/{name}/{chunk}/raw"))
+    assert sorted(compared) == sorted(
+        key for key in vectors.arrays if key.startswith("prompt/") and not key.startswith("prompt/conversation/")
+    )
 
 
-def test_short_prompts_are_the_same_by_default(vectors, builder):
+def test_codes_of_columns(vectors: Vectors) -> None:
+    """What upstream's trimming leaves of the columns that were drawn."""
+    compared = 0
+    for key in vectors.arrays:
+        if key.endswith("/raw") and f"{key[:-4]}/codes" in vectors.arrays:
+            columns: Any = iter(vectors.ints(key).T)
+            frames = list(Generation(columns, vectors.model, upstream_compat=True))
+            np.testing.assert_array_equal(np.stack(frames, axis=1), vectors.arrays[f"{key[:-4]}/codes"], err_msg=key)
+            compared += 1
+    assert compared == sum(key.endswith("/codes") for key in vectors.arrays) > 0
+
+
+def test_short_prompts_are_the_same_by_default(vectors: Vectors) -> None:
     """What upstream does not get wrong is not done differently: one piece that ends as a sentence does."""
-    _, meta, arrays = vectors
-    cases = {n: c for n, c in meta["prompt_cases"].items() if len(c["chunks"]) == 1 and "<|" not in c["text"]}
-    plain = {n: c for n, c in cases.items() if with_end(c["text"]) == c["text"]}
-    assert plain
-    for name, case in plain.items():
-        voices = _voices(case, arrays)
-        (piece,) = builder.split(case["text"], chunk_bytes=10_000)
-        np.testing.assert_array_equal(builder.start(voices).user(piece), arrays[case["chunks"][0]["prompt"]], err_msg=name)
+    builder = PromptBuilder(vectors.tokenizer, vectors.model)
+    compared = 0
+    for name, case in vectors.meta["prompt_cases"].items():
+        text = case["text"]
+        if len(case["chunks"]) == 1 and "<|" not in text and with_end(text) == text and not vectors.opening(case):
+            (piece,) = builder.split(text, chunk_bytes=10_000)
+            actual = builder.start(vectors.voices(case)).user(piece)
+            np.testing.assert_array_equal(actual, vectors.arrays[case["chunks"][0]["prompt"]], err_msg=name)
+            compared += 1
+    assert compared
 
 
-def test_conversation_of_any_messages(vectors, builder):
-    _, meta, arrays = vectors
-    messages = [
-        Message(
-            role=m["role"],
-            parts=tuple(arrays[p[1:]].astype(np.int64) if p.startswith("@") else p for p in m["parts"]),
-            modality=m.get("modality"),
-            open=not m.get("add_im_end", True),
-        )
-        for m in meta["conversation_case"]
-    ]
-    np.testing.assert_array_equal(builder.encode(messages), arrays["prompt/conversation/0"])
+def test_conversation_of_any_messages(vectors: Vectors) -> None:
+    builder = PromptBuilder(vectors.tokenizer, vectors.model)
+    case, expected = vectors.meta.get("conversation_case"), "prompt/conversation/0"
+    assert (case is not None) == (expected in vectors.arrays)
+    parts: list[Any] = []
+    for message in case or []:
+        modality = message.get("modality")
+        parts.append(f"<|im_start|>{message['role']}\n" + (f"<|{modality}|>" if modality else ""))
+        parts += [vectors.ints(part[1:]) if part.startswith("@") else part for part in message["parts"]]
+        parts += [builder.dialect.end] if message.get("add_im_end", True) else []
+    if case is not None:
+        np.testing.assert_array_equal(builder.encode(parts), vectors.arrays[expected])

@@ -1,38 +1,52 @@
-"""Every recorded sampler and RAS case of the original implementation through our sampling functions."""
+"""Every recorded sampler and RAS case of the original implementations through our sampling functions."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from fishrt.bundle import LanguageModel, RepetitionAware
-from fishrt.sampling import Sampling, audio_ids, draw, filter_probs, sample_main
-from helpers_text import golden, language_model
+from fishrt.features import LanguageModel, RepetitionAware
+from fishrt.sampling import Sampling, audio_ids, draw, filter_probs, penalised, sample_main
+from helpers_text import language_model
 from tolerances import TOLERANCES
 
 pytestmark = pytest.mark.parity
-_, META, ARRAYS = golden()
 
 
-def model() -> LanguageModel:
-    begin, end = META["semantic_range"]
-    plain = language_model(semantic_begin_id=begin, semantic_end_id=end, end_id=META["im_end_id"], vocab_size=META["vocab_size"])
+def load(golden: Path) -> tuple[dict[str, Any], Any]:
+    return json.loads((golden / "lm/meta.json").read_text(encoding="utf-8")), np.load(golden / "lm/vectors.npz")
+
+
+def model(meta: dict[str, Any]) -> LanguageModel:
+    begin, end = meta["semantic_range"]
+    plain = language_model(semantic_begin_id=begin, semantic_end_id=end, end_id=meta["im_end_id"], vocab_size=meta["vocab_size"])
     return replace(plain, sampling=replace(plain.sampling, repetition_aware=RepetitionAware(10, 1.0, 0.9)))
 
 
-@pytest.mark.parametrize("case", META["sampler_cases"], ids=lambda case: case["prefix"])
-def test_filters_and_draw_equal_the_recorded_ones(case: dict[str, Any]) -> None:
-    logits, expected, noise = (ARRAYS[f"{case['prefix']}/{name}"] for name in ("logits", "probs", "q"))
-    probs = filter_probs(logits, case["temperature"], case["top_p"], case["top_k"])
-    assert probs.dtype == np.float32
-    differ = (probs > 0) != (expected > 0)
-    assert np.all(np.abs(inclusive_cumulative(logits) - case["top_p"])[differ] <= TOLERANCES["cumulative"])
-    probs = np.where(differ & (expected == 0), np.float32(0), probs)
-    np.testing.assert_allclose(probs / probs.sum(), expected, rtol=0, atol=TOLERANCES["probs"])
-    assert draw(probs, noise) == case["index"]
+def test_penalty_filters_and_draw_equal_the_recorded_ones(golden: Path) -> None:
+    meta, arrays = load(golden)
+    penalties = []
+    for case in meta["sampler_cases"]:
+        name = case["prefix"]
+        logits, expected, noise = (arrays[f"{name}/{array}"] for array in ("logits", "probs", "q"))
+        if "repetition_penalty" in case:
+            seen = np.array(case["previous_tokens"] or [], np.int64)
+            logits = penalised(logits, seen, case["repetition_penalty"])
+            np.testing.assert_array_equal(logits, arrays[f"{name}/penalised_logits"], err_msg=name)
+            penalties.append(len(seen))
+        probs = filter_probs(logits, case["temperature"], case["top_p"], case.get("top_k"))
+        assert probs.dtype == np.float32
+        differ = (probs > 0) != (expected > 0)
+        assert np.all(np.abs(inclusive_cumulative(logits) - case["top_p"])[differ] <= TOLERANCES["cumulative"]), name
+        probs = np.where(differ & (expected == 0), np.float32(0), probs)
+        np.testing.assert_allclose(probs / probs.sum(), expected, rtol=0, atol=TOLERANCES["probs"], err_msg=name)
+        assert draw(probs, noise) == case["index"], name
+    assert bool(penalties) == any(key.endswith("/penalised_logits") for key in arrays)
 
 
 def inclusive_cumulative(logits: np.ndarray) -> np.ndarray:
@@ -44,22 +58,21 @@ def inclusive_cumulative(logits: np.ndarray) -> np.ndarray:
     return cumulative
 
 
-@pytest.mark.parametrize("case", META["ras_cases"], ids=lambda case: f"{case['prefix']}-{case['kind']}")
-def test_repetition_aware_draws_equal_the_recorded_ones(case: dict[str, Any]) -> None:
-    lm = model()
+def test_repetition_aware_draws_equal_the_recorded_ones(s2_golden: Path) -> None:
+    meta, arrays = load(s2_golden)
+    lm = model(meta)
     ids = audio_ids(lm)
-    logits = ARRAYS[f"{case['prefix']}/logits"][ids]
-    noise = [ARRAYS[f"{case['prefix']}/{name}"][ids] for name in ("q_normal", "q_high")]
-    recent = ARRAYS[f"{case['prefix']}/window"][0].tolist() if case["has_window"] else []
-    sampling = Sampling(case["temperature"], case["top_p"], case["top_k"])
-    assert sample_main(logits, ids, sampling, lm, [], noise) == case["first_draw"]
-    assert sample_main(logits, ids, sampling, lm, recent, noise) == case["result"]
+    for case in meta["ras_cases"]:
+        name = f"{case['prefix']}-{case['kind']}"
+        logits = arrays[f"{case['prefix']}/logits"][ids]
+        noise = [arrays[f"{case['prefix']}/{array}"][ids] for array in ("q_normal", "q_high")]
+        recent = arrays[f"{case['prefix']}/window"][0].tolist() if case["has_window"] else []
+        sampling = Sampling(case["temperature"], case["top_p"], case["top_k"])
+        assert sample_main(logits, ids, sampling, lm, [], noise) == case["first_draw"], name
+        assert sample_main(logits, ids, sampling, lm, recent, noise) == case["result"], name
+    assert {case["result"] != case["first_draw"] for case in meta["ras_cases"]} == {True, False}
 
 
-def test_the_spoken_tokens_are_those_without_bias() -> None:
-    np.testing.assert_array_equal(audio_ids(model()), np.flatnonzero(ARRAYS["ras/bias"] == 0))
-
-
-def test_both_ways_of_repetition_aware_sampling_are_among_the_cases() -> None:
-    taken = {case["result"] != case["first_draw"] for case in META["ras_cases"]}
-    assert taken == {True, False}
+def test_the_spoken_tokens_are_those_without_bias(s2_golden: Path) -> None:
+    meta, arrays = load(s2_golden)
+    np.testing.assert_array_equal(audio_ids(model(meta)), np.flatnonzero(arrays["ras/bias"] == 0))

@@ -1,14 +1,17 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
 
+from fishrt import features
 from fishrt.errors import PromptError, VoiceError
-from fishrt.prompt import Message, PromptBuilder
+from fishrt.features import PunctuationSplit, TextCleaning
+from fishrt.prompt import DIALECTS, PromptBuilder
 from fishrt.tokenizer import Tokenizer
-from helpers_text import TINY_TOKENIZER, language_model, voice
+from helpers_text import TINY_TOKENIZER, drawn, language_model, voice
 
 TOKENIZER = Tokenizer.load(TINY_TOKENIZER)
 MODEL = language_model()
@@ -75,7 +78,7 @@ def test_what_was_said_is_remembered(builder):
     conversation = builder.start()
     first = conversation.user("One.")
     codes = np.full((4, 3), 7)
-    conversation.assistant(codes)
+    conversation.assistant(drawn(codes, MODEL))
     second = conversation.user("Two.")
     np.testing.assert_array_equal(second[:, : first.shape[1]], first)
     assert (
@@ -87,7 +90,7 @@ def test_what_was_said_is_remembered(builder):
 def test_an_answer_without_frames_is_not_remembered(builder):
     conversation = builder.start()
     conversation.user("One.")
-    conversation.assistant(np.zeros((4, 0), np.int64))
+    conversation.assistant(drawn(np.zeros((4, 0), np.int64), MODEL))
     assert "One." not in spell(conversation.user("Two."))
 
 
@@ -95,8 +98,8 @@ def test_the_oldest_is_forgotten_first_and_never_the_voice(builder):
     conversation = builder.start([voice()])
     for n in range(8):
         prompt = conversation.user(f"Number {n}.")
-        assert prompt.shape[1] <= builder.max_prompt
-        conversation.assistant(np.zeros((4, 90), np.int64))
+        assert prompt.shape[1] <= builder.model.max_prompt
+        conversation.assistant(drawn(np.zeros((4, 90), np.int64), MODEL))
     text = spell(prompt)
     assert "Text:\n<|speaker:0|>The quick brown fox." in text
     assert "Number 0." not in text
@@ -108,7 +111,7 @@ def test_upstream_forgets_nothing_and_gives_up(builder):
     conversation = builder.start(upstream_compat=True)
     for _ in range(5):
         conversation.user("Well.")
-        conversation.assistant(np.zeros((4, 90), np.int64))
+        conversation.assistant(drawn(np.zeros((4, 90), np.int64), MODEL))
     with pytest.raises(PromptError, match="too long"):
         conversation.user("Well.")
 
@@ -116,16 +119,11 @@ def test_upstream_forgets_nothing_and_gives_up(builder):
 def test_too_long_a_prompt_tells_the_figures(builder):
     with pytest.raises(PromptError, match=r"earlier pieces 0\), but the model takes 512"):
         builder.start([voice(frames=39, codes=np.zeros((4, 600), np.int64))]).user("Hi.")
-    limit = builder.max_prompt
+    limit = builder.model.max_prompt
     fixed = builder.start().user("").shape[1]
     assert builder.start().user("a" * (limit - fixed)).shape[1] == limit
     with pytest.raises(PromptError):
         builder.start().user("a" * (limit - fixed + 1))
-
-
-@pytest.mark.parametrize(("context", "room"), [(32768, 30720), (4096, 2048), (2000, 1000)])
-def test_room_for_speech(context, room):
-    assert PromptBuilder(TOKENIZER, language_model(max_seq_len=context)).max_prompt == room
 
 
 @pytest.mark.parametrize("bad", ["<|im_end|>", "<|im_start|>", "<|semantic:3|>", "<|voice|>"])
@@ -191,7 +189,7 @@ def test_codes_of_another_model(builder, codes):
     with pytest.raises(VoiceError):
         builder.start([dataclasses.replace(voice(), codes=codes)])
     with pytest.raises(VoiceError):
-        builder.encode([Message("assistant", (codes,))])
+        builder.encode([codes])
 
 
 def test_code_0_is_bounded_by_the_semantic_ids():
@@ -202,3 +200,144 @@ def test_code_0_is_bounded_by_the_semantic_ids():
     codes[0] = 10
     with pytest.raises(VoiceError, match="0 to 9"):
         builder.start([voice(codes=codes)])
+
+
+def of(dialect: str, **changes: Any) -> PromptBuilder:
+    return PromptBuilder(TOKENIZER, language_model(prompt_dialect=dialect, **changes))
+
+
+OWN_CODES = {"code_zero": "fast", "code_offset": 1, "semantic_end_id": MODEL.semantic_begin_id}
+LAYOUTS = {
+    "instruction": (
+        "<|im_start|>system\nSpeak out the provided text.<|im_end|>",
+        "<|im_start|>user\n{}<|im_end|><|im_start|>assistant\n<|voice|>",
+    ),
+    "segments": ("", "<|im_start|>user\n{}<|im_end|><|im_start|>assistant\n"),
+    "interleaved": ("<|interleave|>", "<|speaker:0|>{}"),
+}
+
+
+@pytest.mark.parametrize("dialect", LAYOUTS)
+def test_voices_and_earlier_pieces_stand_in_front_alike(dialect):
+    opening, asked = LAYOUTS[dialect]
+    builder = of(dialect)
+    conversation = builder.start([voice("a", "One.", 2), voice("b", "Two.", 3)])
+    head = opening + asked.format("One.") + "##<|im_end|>" + asked.format("Two.") + "###<|im_end|>"
+    assert spell(conversation.user("Three.")) == head + asked.format("Three.")
+    conversation.assistant(drawn(np.full((4, 1), 7), builder.model))
+    prompt = conversation.user("Four.")
+    assert spell(prompt) == head + asked.format("Three.") + "#<|im_end|>" + asked.format("Four.")
+    assert not prompt[1:, prompt[0] == builder.model.end_id].any()
+    assert spell(of(dialect).start().user("Hi.")) == opening + asked.format("Hi.")
+
+
+@pytest.mark.parametrize("dialect", LAYOUTS)
+def test_stored_codes_have_an_offset_and_may_share_one_token(dialect):
+    builder = of(dialect, **OWN_CODES)
+    prompt = builder.start([voice(frames=3)]).user("Hi.")
+    frames = prompt[:, prompt[0] == MODEL.semantic_begin_id]
+    np.testing.assert_array_equal(frames[1:], voice(frames=3).codes + 1)
+    builder.start([voice(codes=np.full((4, 2), 158))])
+    with pytest.raises(VoiceError, match="159 in codebook 0, which has the entries 0 to 158"):
+        builder.start([voice(codes=np.full((4, 2), 159))])
+
+
+@pytest.mark.parametrize("dialect", LAYOUTS)
+def test_the_oldest_piece_is_forgotten_first_in_each_dialect(dialect):
+    builder = of(dialect, **OWN_CODES)
+    conversation = builder.start([voice()])
+    for n in range(8):
+        prompt = conversation.user(f"Number {n}.")
+        assert prompt.shape[1] <= builder.model.max_prompt
+        conversation.assistant(drawn(np.zeros((4, 90), np.int64), builder.model))
+    text = spell(prompt)
+    assert "The quick brown fox." in text
+    assert "Number 0." not in text
+    assert text.index("Number 5.") < text.index("Number 6.") < text.index("Number 7.")
+
+
+@pytest.mark.parametrize(("dialect", "last"), [("segments", 3), ("instruction", 4)])
+def test_upstream_remembers_columns_as_they_were_drawn(dialect, last):
+    builder = of(dialect, **OWN_CODES)
+    conversation = builder.start(upstream_compat=True)
+    first = conversation.user("One.")
+    np.testing.assert_array_equal(conversation.user("One."), first)
+    columns = drawn(np.full((4, 3), 7), builder.model)
+    conversation.assistant(columns)
+    second = conversation.user("Two.")
+    np.testing.assert_array_equal(second[:, first.shape[1] : first.shape[1] + last], columns[:, :last])
+    assert spell(second[:, first.shape[1] + last :]) == LAYOUTS[dialect][1].format("Two.")
+
+
+def test_upstreams_window_goes_beyond_the_limit_and_never_gives_up():
+    builder = of("segments", **OWN_CODES, max_prompt=40)
+    conversation = builder.start(upstream_compat=True)
+    for n in range(4):
+        prompt = conversation.user(f"Number {n}.")
+        conversation.assistant(drawn(np.zeros((4, 90), np.int64), builder.model))
+    # Not even the newest fits twice into 40 columns, so that all elements follow the first two.
+    assert [spell(prompt).count(f"Number {n}.") for n in range(4)] == [2, 1, 1, 1]
+    assert prompt.shape[1] > 400
+
+
+@pytest.mark.parametrize("dialect", LAYOUTS)
+def test_without_turns_there_are_no_tags_and_no_system_text(dialect):
+    builder = of(dialect)
+    with pytest.raises(PromptError, match="no turns of speakers"):
+        builder.split("<|speaker:0|>Hello.")
+    with pytest.raises(PromptError, match=r"voice 0 \('anna'\).*no turns of speakers"):
+        builder.start([voice(transcript="<|speaker:0|>Hello.")])
+    with pytest.raises(PromptError, match="no system text"):
+        builder.start(system="Be kind.")
+    assert builder.split("<|speaker:0|>Hello.<|speaker:1|>Yes.", upstream_compat=True) == ["<|speaker:0|>Hello.<|speaker:1|>Yes."]
+
+
+def test_long_text_without_turns_is_split_but_not_by_upstream():
+    text = "This is a sentence of some length, is it not? " * 5
+    assert len(of("interleaved").split(text)) == 5
+    assert of("interleaved").split(text, upstream_compat=True) == [text]
+
+
+CLEANING = TextCleaning(
+    replace={"\n": "", "[": "", "]": "", "’": "'"}, keep=((0, 127), (0x1F600, 0x1F64F)), drop=((0x1F600, 0x1F64F),), collapse=""
+)
+CLEANED = {"cleaning": CLEANING, "splitting": PunctuationSplit(".!?", ",")}
+
+
+def test_pieces_and_transcripts_are_cleaned():
+    builder = of("instruction", **CLEANED)
+    assert builder.split(" [Oh] it’s\nme 🙂 ") == ["Oh it's me."]
+    assert builder.split(" [Oh] it’s\nme 🙂 ", upstream_compat=True) == ["Oh it'sme"]
+    assert "user\nOh it's me<|im_end|>" in spell(builder.start([voice(transcript="[Oh] it’s\nme")]).user("Hi."))
+    assert "user\nOh it'sme<|im_end|>" in spell(
+        builder.start([voice(transcript="[Oh] it’s\nme")], upstream_compat=True).user("Hi.")
+    )
+
+
+def test_long_text_is_split_as_the_model_says():
+    builder = of("instruction", **CLEANED, chunk_bytes=20)
+    text = "One, two, three. Four!!! — Five six seven eight nine ten 3.14."
+    with pytest.raises(PromptError, match="nothing to speak"):
+        builder.split("— 🙂")
+    assert builder.split(text) == ["One, two, three.", "Four!!!  Five six.", "seven eight nine.", "ten 3.14."]
+    assert builder.split(text, upstream_compat=True) == ["One, two, three.", "Four!!!  Five six", "seven eight nine", "ten 3.14."]
+
+
+def test_letters_that_cleaning_would_drop_are_refused():
+    builder = of("instruction", **CLEANED)
+    with pytest.raises(PromptError, match="the text has ö, ß, which this model was not taught"):
+        builder.split("Größer")
+    with pytest.raises(PromptError, match="transcript of voice 0"):
+        builder.start([voice(transcript="Größer")])
+    assert builder.split("Größer", upstream_compat=True) == ["Grer"]
+    with pytest.raises(PromptError, match="nothing to speak"):
+        builder.split("öß", upstream_compat=True)
+
+
+def test_cleaning_makes_no_control_token_act():
+    with pytest.raises(PromptError, match=r"<\|im_end\|>"):
+        of("instruction", **CLEANED).split("Hello <[|]im_end|> you.")
+
+
+def test_every_dialect_of_the_manifest_is_known():
+    assert DIALECTS.keys() == set(features.DIALECTS)

@@ -10,9 +10,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fishrt.bundle import RepetitionAware, SamplingDefaults
 from fishrt.errors import GraphError, SamplingError
-from fishrt.sampling import Sampling, SeededNoise, audio_ids, draw, filter_probs, sample_main
+from fishrt.features import RepetitionAware, RepetitionPenalty, SamplingDefaults
+from fishrt.sampling import (
+    PenaltyWindow,
+    Sampling,
+    SeededNoise,
+    audio_ids,
+    draw,
+    filter_probs,
+    main_ids,
+    penalised,
+    sample_main,
+)
 from helpers_text import language_model
 
 P = np.array([0.1, 0.5, 0.15, 0.25], np.float32)
@@ -115,7 +125,9 @@ def test_a_uniform_zero_forbids_nothing(monkeypatch: pytest.MonkeyPatch) -> None
     assert draw(np.array([0, 0, 1], np.float32), noise.slow(3)) == 2
 
 
-LM = replace(language_model(semantic_begin_id=10, semantic_end_id=13, end_id=5), sampling=SamplingDefaults(1, 1, None, None))
+LM = replace(
+    language_model(semantic_begin_id=10, semantic_end_id=13, end_id=5), sampling=SamplingDefaults(1, 1, None, None, None)
+)
 RAS = replace(LM, sampling=replace(LM.sampling, repetition_aware=RepetitionAware(3, 1.0, 1.0)))
 IDS = audio_ids(LM)
 ONE = np.ones(5, np.float32)
@@ -137,6 +149,62 @@ def sample(lm: Any, recent: Any, first: int, second: int, logits: Any = None, **
 def test_audio_ids_are_ascending_wherever_the_end_token_is() -> None:
     assert IDS.tolist() == [5, 10, 11, 12, 13]
     assert audio_ids(replace(LM, end_id=20)).tolist() == [10, 11, 12, 13, 20]
+
+
+def test_main_ids_are_what_may_be_drawn() -> None:
+    assert main_ids(LM).tolist() == IDS.tolist()
+    assert main_ids(replace(LM, main_tokens="any")).tolist() == list(range(LM.vocab_size))
+
+
+def test_a_penalty_makes_less_likely_and_counts_once() -> None:
+    logits = np.array([3, -3, 3, 0], np.float32)
+    np.testing.assert_array_equal(penalised(logits, np.array([0, 1, 1, 3]), 1.5), [2, -4.5, 3, 0])
+    assert logits.tolist() == [3, -3, 3, 0]
+
+
+def window(main: str, *columns: list[int]) -> PenaltyWindow:
+    """Of three columns, each a main token and two codes; a penalty of 2."""
+    result = PenaltyWindow(RepetitionPenalty(penalty=1.1, window=3, main=main), 2.0, 2)
+    for column in columns:
+        result.add(np.array(column))
+    return result
+
+
+def halved(logits: np.ndarray) -> list[int]:
+    """Indices of logits that were 8 and are 4."""
+    assert set(logits.tolist()) <= {8, 4}
+    return np.flatnonzero(logits == 4).tolist()
+
+
+EIGHTS = np.full(20, 8, np.float32)
+COLUMNS = ([11, 1, 2], [12, 3, 4], [10, 5, 6], [13, 7, 8])
+ALL = np.arange(20)
+
+
+def test_the_window_holds_rows_and_zeros_for_what_is_not_there_yet() -> None:
+    assert halved(window("row").main(EIGHTS, ALL)) == [0]
+    assert halved(window("row", *COLUMNS[:2]).main(EIGHTS, ALL)) == [0, 11, 12]
+    assert halved(window("row", *COLUMNS).main(EIGHTS, ALL)) == [10, 12, 13]
+    assert halved(window("row", *COLUMNS[:2]).code(EIGHTS, 1)) == [0, 2, 4]
+    assert halved(window("row", *COLUMNS).code(EIGHTS, 0)) == [3, 5, 7]
+
+
+def test_the_oldest_column_is_the_first_until_the_window_has_passed_it() -> None:
+    expected = [[0], [1, 2, 11], [1, 2, 11], [1, 2, 11], [3, 4, 12]]
+    assert [halved(window("oldest_column", *COLUMNS[:n]).main(EIGHTS, ALL)) for n in range(5)] == expected
+
+
+def test_no_penalty_on_main_tokens_leaves_that_on_codes() -> None:
+    quiet = window("none", *COLUMNS)
+    assert halved(quiet.main(EIGHTS, ALL)) == []
+    assert halved(quiet.code(EIGHTS, 0)) == [3, 5, 7]
+
+
+def test_tokens_of_the_window_that_the_head_lacks_do_nothing() -> None:
+    """Codes and the zeros are token ids here, below and between the five of the head; 19 is above them."""
+    assert halved(window("row", *COLUMNS[:2]).main(EIGHTS[:5], IDS)) == [2, 3]
+    assert halved(window("oldest_column", [19, 5, 6]).main(EIGHTS[:5], IDS)) == [0]
+    assert halved(window("oldest_column", [9, 0, 7]).main(EIGHTS[:5], IDS)) == []
 
 
 def test_a_repeated_token_is_drawn_again() -> None:
@@ -178,6 +246,9 @@ def test_the_second_draw_has_the_rules_temperature_and_top_p_but_the_requests_to
         {"top_k": 0},
         {"top_k": -3},
         {"top_k": 1.5},
+        {"repetition_penalty": 0},
+        {"repetition_penalty": 2},
+        {"repetition_penalty": "some"},
         {"temperature": "warm"},
         {"top_p": "all"},
     ],
@@ -189,7 +260,16 @@ def test_values_outside_their_range_are_named(bad: dict[str, Any]) -> None:
 
 
 def test_defaults_are_the_bundles_where_nothing_is_given() -> None:
-    defaults = SamplingDefaults(0.8, 0.7, 30, None)
+    defaults = SamplingDefaults(0.8, 0.7, 30, None, None)
     assert Sampling().resolve(defaults) == Sampling(0.8, 0.7, 30)
     assert Sampling(top_p=0.5, top_k=None).resolve(defaults) == Sampling(0.8, 0.5, 30)
     assert Sampling(0.6, 0.5, 10**9).resolve(defaults) == Sampling(0.6, 0.5, 10**9)
+
+
+def test_a_repetition_penalty_is_for_models_that_have_one() -> None:
+    rules = RepetitionPenalty(penalty=1.2, window=16, main="row")
+    defaults = SamplingDefaults(0.8, 0.7, None, None, rules)
+    assert Sampling().resolve(defaults) == Sampling(0.8, 0.7, None, 1.2)
+    assert Sampling(repetition_penalty=1.0).resolve(defaults) == Sampling(0.8, 0.7, None, 1.0)
+    with pytest.raises(SamplingError, match="no repetition penalty"):
+        Sampling(repetition_penalty=1.2).resolve(replace(defaults, repetition_penalty=None))

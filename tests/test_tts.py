@@ -14,6 +14,7 @@ from fakes import FakeEngine, expected_codes, fake_bundle, fake_engines
 from fishrt import TTS, FishrtError, Sampling, Voice
 from fishrt.bundle import embedded_bundle
 from fishrt.errors import AudioError, BundleError, GraphError, PromptError, ProviderError, SamplingError, VoiceError
+from fishrt.features import RepetitionPenalty
 from fishrt.sampling import audio_ids
 from fishrt.speech import PieceInfo, Progress
 from helpers_text import language_model, manifest, voice
@@ -311,3 +312,46 @@ def test_the_embedded_bundle_is_found_or_its_absence_told(tmp_path: Path, monkey
         embedded_bundle()
     (tmp_path / "minnow").mkdir()
     assert embedded_bundle() == tmp_path / "minnow"
+
+
+def test_codes_are_raw_and_the_history_holds_them_as_they_are_drawn(tmp_path: Path) -> None:
+    """One token for every frame, codes of the fast AR stored + 1, each piece remembered as a voice is."""
+    lm = language_model(
+        prompt_dialect="segments", code_zero="fast", code_offset=1, semantic_end_id=LM.semantic_begin_id, chunk_bytes=60
+    )
+    tts = fake_tts(tmp_path, [lm.semantic_begin_id] * 3, language_model=lm)
+    chunks = list(tts.stream(LONG))
+    assert len(chunks) > 1
+    for n, prompt in enumerate(prompts(tts)):
+        frames = prompt[1:, prompt[0] == lm.semantic_begin_id]
+        said = [tts.voice("anna").codes, *(chunk.codes for chunk in chunks[:n])]
+        np.testing.assert_array_equal(frames, 1 + np.concatenate(said, axis=1))
+    assert chunks[0].codes.T.tolist() == [expected_codes(lm, lm.semantic_begin_id)] * 3
+    tts.decode(chunks[0].codes)
+
+
+def test_long_text_of_any_dialect_is_spoken_with_what_was_said(tmp_path: Path) -> None:
+    tts = fake_tts(tmp_path, language_model=language_model(prompt_dialect="interleaved"))
+    chunks = list(tts.stream(LONG, voice=[]))
+    assert [codes_in(prompt).shape[1] for prompt in prompts(tts)] == [4 * n for n in range(len(chunks))]
+    (whole,) = tts.stream(LONG, voice=[], upstream_compat=True)
+    assert whole.text == LONG
+
+
+def test_a_model_without_turns_takes_no_tags_and_no_system_text(tmp_path: Path) -> None:
+    tts = fake_tts(tmp_path, language_model=language_model(prompt_dialect="instruction"))
+    with pytest.raises(PromptError, match="no turns"):
+        tts.speak("<|speaker:0|>Hello!")
+    with pytest.raises(PromptError, match="no system text"):
+        tts.speak("Hello!", system="Be kind.")
+    both = codes_in(prompts_after(tts, "Hello!", voice=["anna", "ben"]))
+    np.testing.assert_array_equal(both, np.concatenate([tts.voice("anna").codes, tts.voice("ben").codes], axis=1))
+
+
+def test_a_repetition_penalty_is_the_bundles_or_the_requests(tts: TTS, tmp_path: Path) -> None:
+    with pytest.raises(SamplingError, match="no repetition penalty"):
+        tts.speak("Hello!", sampling=Sampling(repetition_penalty=1.2))
+    rules = replace(LM.sampling, repetition_penalty=RepetitionPenalty(penalty=1.3, window=16, main="row"))
+    own = fake_tts(tmp_path / "own", language_model=replace(LM, sampling=rules))
+    assert own.speak("Hello!").info.sampling.repetition_penalty == 1.3
+    assert own.speak("Hello!", sampling=Sampling(repetition_penalty=1.1)).info.sampling.repetition_penalty == 1.1

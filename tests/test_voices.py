@@ -254,6 +254,16 @@ def test_check_of_codes(codes, message):
         voice(codes=codes).check(manifest())
 
 
+def test_codes_are_checked_by_the_codecs_entries_and_not_the_language_models():
+    content = manifest(
+        codec=dataclasses.replace(manifest().codec, codebook_sizes=(1000,) * 4),
+        language_model=language_model(codebook_width=1024, code_offset=1, code_zero="fast"),
+    )
+    voice(codes=np.full((4, 2), 999)).check(content)
+    with pytest.raises(VoiceError, match="1000 in codebook 0, which has the entries 0 to 999"):
+        voice(codes=np.full((4, 2), 1000)).check(content)
+
+
 def test_from_audio(tmp_path):
     soundfile.write(tmp_path / "a.wav", np.stack([tone(1.0, 8000)] * 2, axis=1), 8000)
     for audio in (tmp_path / "a.wav", str(tmp_path / "a.wav"), (tone(1.0), RATE)):
@@ -296,7 +306,7 @@ def test_a_long_file_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
 
 
 def test_a_recording_must_fit_the_context_too():
-    small = FakeTts(dataclasses.replace(manifest(), language_model=language_model(max_seq_len=200)))
+    small = FakeTts(dataclasses.replace(manifest(), language_model=language_model(max_prompt=100)))
     with pytest.raises(AudioError, match=r"0\.2 s to 4\.0 s"):
         Voice.from_audio(small, (tone(5), RATE), "x")
 

@@ -18,8 +18,11 @@ from fishrt.generate import DualAR
 from fishrt_engines import Engine, open_engine
 from fishrt_export import export_bundle
 from fishrt_export.codec.dac import Dac
+from fishrt_export.codec.firefly import Firefly
+from fishrt_export.codec.source import CodecSource, open_codec
 from fishrt_export.fast_ar import FastAR
-from fishrt_export.graphs import CodecSource, GraphJob, LanguageModelSource, open_codec, open_language_model
+from fishrt_export.graphs import LanguageModelSource, open_language_model
+from fishrt_export.job import GraphJob
 from fishrt_export.slow_ar import SlowAR
 from tolerances import TOLERANCES
 
@@ -36,7 +39,7 @@ class GoldenModel:
 
     @cached_property
     def lm(self) -> LanguageModelSource:
-        return open_language_model(self.golden / "lm/checkpoint")
+        return open_language_model(self.checkpoint, codec=self.codec.kind)
 
     @cached_property
     def codec(self) -> CodecSource:
@@ -51,13 +54,13 @@ class GoldenModel:
         return self.lm.fast_ar()
 
     @cached_property
-    def dac(self) -> Dac:
-        return self.codec.dac()
+    def codec_module(self) -> Dac | Firefly:
+        return self.codec.module()
 
     @cached_property
     def fits(self) -> bool:
         """Whether the halves can be one model."""
-        return self.lm.config.num_codebooks == len(self.codec.config.codebook_sizes)
+        return self.lm.config.num_codebooks <= len(self.codec.config.codebook_sizes)
 
     @cached_property
     def checkpoint(self) -> Path:
@@ -76,17 +79,25 @@ class GoldenModel:
         job = self._job(role, head)
         if head == "audio" and self.fits:
             return self.bundle.file(job.spec.file)
-        folder = self.folder / f"{role}-{head}"
-        if not folder.exists():
-            folder.mkdir()
-            job.run(folder)
-        return folder / job.spec.file
+        return self._exported(job, f"{role}-{head}")
 
     def engine(self, role: str, head: str = "audio") -> Engine:
         """The exported graph in ONNX Runtime on the CPU."""
         if (role, head) not in self._engines:
             self._engines[role, head] = open_engine(self.file(role, head), self._job(role, head).spec, provider="cpu")
         return self._engines[role, head]
+
+    def engine_of(self, source: LanguageModelSource, role: str, head: str, name: str) -> Engine:
+        """A graph of other weights, which has this `name`."""
+        job = next(job for job in source.jobs(head) if job.role == role)
+        return open_engine(self._exported(job, f"{role}-{head}-{name}"), job.spec, provider="cpu")
+
+    def _exported(self, job: GraphJob, name: str) -> Path:
+        folder = self.folder / name
+        if not folder.exists():
+            folder.mkdir()
+            job.run(folder)
+        return folder / job.spec.file
 
     def dual_ar(self, head: str) -> DualAR:
         return DualAR(self.engine("slow_ar", head), self.engine("fast_ar"), self.lm.describe(head))

@@ -115,7 +115,7 @@ def doctor() -> str:
         f"cpu features: {' '.join(_cpu_features()) or 'unknown'}",
         f"memory: {_memory()}",
     ]
-    for name in ("numpy", "onnxruntime", "onnxruntime-gpu", "tensorrt-cu13", "soundfile", "soxr", "tokenizers"):
+    for name in ("numpy", "onnxruntime", "onnxruntime-gpu", "tensorrt-cu13", "soundfile", "tokenizers"):
         lines.append(f"{name}: {_version(name) or 'not installed'}")
     installed = installed_providers()
     for provider in _PROVIDERS:

@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .bundle import export_bundle
+    from .lora import Lora
     from .memory import peak_memory
 
-__all__ = ["export_bundle", "peak_memory"]
+__all__ = ["Lora", "export_bundle", "peak_memory"]
 
 
 def __getattr__(name: str) -> object:
@@ -16,6 +17,10 @@ def __getattr__(name: str) -> object:
         from .bundle import export_bundle
 
         return export_bundle
+    if name == "Lora":
+        from .lora import Lora
+
+        return Lora
     if name == "peak_memory":
         from .memory import peak_memory
 

@@ -20,10 +20,13 @@ from fishrt.bundle import MANIFEST, SCHEMA, Bundle, Licence, Manifest, Parity, d
 from fishrt.errors import BundleError, FishrtError
 from fishrt.version import __version__
 
-from .checkpoint import TOKENIZER, reading
+from .checkpoint import TOKENIZER
+from .codec.source import open_codec
 from .errors import ExportError
-from .graphs import GraphJob, open_codec, open_language_model
+from .graphs import open_language_model
+from .job import GraphJob
 from .licence import copy_licence
+from .lora import Lora
 from .voices import check_references, encode_references
 from .weights import refuse
 
@@ -32,20 +35,33 @@ Progress = Callable[[str, float], None]
 
 
 def export_bundle(
-    checkpoint: str | Path, out: str | Path, *, head: str = "audio", progress: Progress = lambda _stage, _done: None
+    checkpoint: str | Path,
+    out: str | Path,
+    *,
+    head: str = "audio",
+    family: str | None = None,
+    lora: Lora | None = None,
+    progress: Progress = lambda _stage, _done: None,
 ) -> Bundle:
     """Exports the checkpoint in the folder `checkpoint` as a bundle in the new or empty folder `out`.
 
+    A language model may have fewer codebooks than the codec: it then speaks with the first ones, and the others add nothing.
+
     head: "audio" keeps the logits of the tokens that can be spoken, "full" those of the whole vocabulary.
-    Raises ExportError for a checkpoint that is incomplete, damaged or of an unknown family, with every tensor that does not fit
-    listed at once; for an `out` that is not empty or cannot be written; and for a graph that is not equal to its torch module.
+    family: a key of families.FAMILIES; None finds it out. lora: merged into the language model.
+    Raises ExportError for a checkpoint that is incomplete, damaged, mixed or of an unknown family, with every tensor that does
+    not fit listed at once; for a LoRA of another model; for an `out` that is not empty or cannot be written; and for a graph that
+    is not equal to its torch module.
     """
     checkpoint, out = Path(checkpoint), Path(out)
     _check_out(out)
     progress("reading the checkpoint", 0.0)
-    language_model, codec = open_language_model(checkpoint), open_codec(checkpoint)
+    codec = open_codec(checkpoint)
+    language_model = open_language_model(checkpoint, family=family, codec=codec.kind, lora=lora)
     refuse([*language_model.problems(), *codec.problems()])
-    if (of_model := language_model.config.num_codebooks) != (of_codec := len(codec.config.codebook_sizes)):
+    of_model, of_codec = language_model.config.num_codebooks, len(codec.config.codebook_sizes)
+    # A codec speaks from its first codebooks too. But of 1.2 and 1.4, a model beside the other's codec shows in nothing else.
+    if of_model > of_codec or (of_model < of_codec and language_model.family.one_semantic):
         raise ExportError(
             f"the language model has {of_model} codebooks and the codec has {of_codec}",
             hint="take both from one checkpoint",
@@ -72,9 +88,7 @@ def export_bundle(
         raise ExportError(f"{checkpoint} cannot become a bundle: {error}", hint="are all files of one checkpoint?") from None
     references = check_references(checkpoint, Bundle(out, draft))
     with _written_aside(out) as folder:
-        with reading(language_model.tokenizer):
-            tokenizer = language_model.tokenizer.read_bytes()
-        (folder / TOKENIZER).write_bytes(tokenizer)
+        (folder / TOKENIZER).write_bytes(language_model.tokenizer.encode())
         licence = copy_licence(checkpoint, folder)
         parity = _run(jobs, folder, progress)
         voices = encode_references(references, Bundle(folder, draft))

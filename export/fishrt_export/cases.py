@@ -8,9 +8,9 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
-from .codec.dac import MAX_FRAMES, DacConfig
+from .codec.load import CodecConfig
 from .config import ModelConfig
-from .families import AudioIds
+from .identify import AudioIds
 from .verify import Case, Feeds
 
 Ints = npt.NDArray[np.int64]
@@ -90,26 +90,20 @@ def _fast_ar_case(config: ModelConfig, batch: int, first: int, rng: np.random.Ge
     return Case(tuple(calls), {"batch": batch})
 
 
-def codec_encode_cases(config: DacConfig) -> list[Case]:
-    """Noise of two lengths, once with two rows; and longer than every attention window."""
+def codec_encode_cases(config: CodecConfig) -> list[Case]:
+    """Noise: as short as can be, two rows, and longer than the encoder sees; of broken frames where they can be encoded."""
     rng = np.random.default_rng(3)
-    windows = [config.pre_module.window]
-    rate = config.hop  # positions a frame
-    for stride, transformer in zip(config.encoder_rates, config.encoder_transformers, strict=True):
-        rate //= stride
-        if transformer:
-            windows.append(-(-transformer.window // rate))
-    sizes = ((1, 2), (2, 7), (1, _longer_than(*windows)))
-    audio = [rng.uniform(-0.5, 0.5, (batch, 1, frames * config.hop)).astype(np.float32) for batch, frames in sizes]
-    return [Case(({"audio": wave},), {}) for wave in audio]
+    sizes = ((1, config.min_samples), (2, 7 * config.hop - 1), (1, _longer_than(config) * config.hop - config.hop // 2))
+    whole = [(batch, 1, -(-samples // config.sample_multiple) * config.sample_multiple) for batch, samples in sizes]
+    return [Case(({"audio": rng.uniform(-0.5, 0.5, shape).astype(np.float32)},), {}) for shape in whole]
 
 
-def codec_decode_cases(config: DacConfig) -> list[Case]:
-    """Random codes of two lengths, once with two rows, and longer than the window; a frame holds codes past the end and none."""
+def codec_decode_cases(config: CodecConfig) -> list[Case]:
+    """Random codes: few, two rows, longer than the decoder sees; a frame holds codes past the end, another one that is none."""
     rng = np.random.default_rng(4)
     sizes = np.array(config.codebook_sizes)[:, None]
     cases = []
-    for batch, frames in ((1, 3), (2, 11), (1, _longer_than(config.post_module.window))):
+    for batch, frames in ((1, 3), (2, 11), (1, _longer_than(config))):
         codes = rng.integers(0, sizes, (batch, len(sizes), frames))
         codes[0, :, -1] += sizes[:, 0]
         codes[0, -1, 0] = -1
@@ -117,6 +111,6 @@ def codec_decode_cases(config: DacConfig) -> list[Case]:
     return cases
 
 
-def _longer_than(*frames: int) -> int:
+def _longer_than(config: CodecConfig) -> int:
     """Frames enough that the last do not see the first, and that so many are out of sight that even codes would tell."""
-    return min(max(frames) * 3 // 2 + 3, MAX_FRAMES)
+    return min(config.sight * 3 // 2 + 3, config.max_frames)

@@ -24,10 +24,12 @@ SINGLE = "model.safetensors"
 PICKLE = "model.pth"
 CONFIG = "config.json"
 TOKENIZER = "tokenizer.json"
+TIKTOKEN = "tokenizer.tiktoken"
 CODEC = "codec.pth"
+FIREFLY = "firefly-gan-vq-fsq-*-generator.pth"
 CODEC_CONFIG = "codec_config.json"
 
-_DAMAGED = "the file may be incomplete; copy or download it again"
+DAMAGED = "the file may be incomplete; copy or download it again"
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +40,7 @@ class LanguageModelFiles:
     weights: Path
     """The index of the shards, the single safetensors file, or the pickle."""
     tokenizer: Path
+    """tokenizer.json or tokenizer.tiktoken."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,29 +53,40 @@ class CodecFiles:
 
 
 def find_language_model(folder: Path) -> LanguageModelFiles:
-    """Raises ExportError that names every file the folder lacks."""
+    """Raises ExportError that names every file the folder lacks, and for two tokenizers."""
     _require_folder(folder)
-    weights = next((folder / name for name in (INDEX, SINGLE, PICKLE) if (folder / name).is_file()), None)
-    missing = [name for name in (CONFIG, TOKENIZER) if not (folder / name).is_file()]
-    if weights is None:
+    weights = [folder / name for name in (INDEX, SINGLE, PICKLE) if (folder / name).is_file()]
+    tokenizers = [folder / name for name in (TOKENIZER, TIKTOKEN) if (folder / name).is_file()]
+    missing = [] if (folder / CONFIG).is_file() else [CONFIG]
+    if not tokenizers:
+        missing.append(f"tokenizer ({TOKENIZER} or {TIKTOKEN})")
+    if not weights:
         missing.append(f"weights ({INDEX}, {SINGLE} or {PICKLE})")
-    if missing or weights is None:
+    if missing:
         raise ExportError(
             f"{folder} is not a complete checkpoint: it lacks {', '.join(missing)}",
             hint="give the folder of an official checkpoint with all its files",
         )
-    return LanguageModelFiles(read_json(folder / CONFIG), weights, folder / TOKENIZER)
+    if len(tokenizers) > 1:
+        raise ExportError(f"{folder} has two tokenizers, {TOKENIZER} and {TIKTOKEN}", hint="keep the one of this model")
+    return LanguageModelFiles(read_json(folder / CONFIG), weights[0], tokenizers[0])
 
 
 def find_codec(folder: Path) -> CodecFiles:
-    """Raises ExportError if the folder has no codec."""
+    """By the names under which codecs are published. Raises ExportError if the folder has none, or more than one."""
     _require_folder(folder)
-    if not (folder / CODEC).is_file():
+    found = [path for path in (folder / CODEC, *sorted(folder.glob(FIREFLY))) if path.is_file()]
+    if not found:
         raise ExportError(
-            f"{folder} is not a complete checkpoint: it lacks {CODEC}", hint="put the codec beside the model's weights"
+            f"{folder} is not a complete checkpoint: it lacks a codec ({CODEC} or {FIREFLY})",
+            hint="put the codec beside the model's weights",
+        )
+    if len(found) > 1:
+        raise ExportError(
+            f"{folder} has more than one codec: {', '.join(path.name for path in found)}", hint="keep the one of this model"
         )
     config = folder / CODEC_CONFIG
-    return CodecFiles(folder / CODEC, read_json(config) if config.is_file() else None)
+    return CodecFiles(found[0], read_json(config) if config.is_file() else None)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -80,16 +94,16 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ExportError(f"{path} cannot be read: {error}", hint=_DAMAGED) from None
+        raise ExportError(f"{path} cannot be read: {error}", hint=DAMAGED) from None
     if not isinstance(data, dict):
-        raise ExportError(f"{path} holds no JSON object", hint=_DAMAGED)
+        raise ExportError(f"{path} holds no JSON object", hint=DAMAGED)
     return data
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
     """Every tensor of the language model, by its name on disk. Raises ExportError for a damaged, missing or foreign file."""
     if path.name == PICKLE:
-        return _unwrap_pickle(read_pickle(path))
+        return read_model_pickle(path)
     return _read_shards(path) if path.name == INDEX else _read_safetensors(path)
 
 
@@ -99,7 +113,7 @@ def read_pickle(path: Path) -> Mapping[str, Any]:
         # Memory-mapped where the format allows it, so that tensors nobody asks for are not read.
         data = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # torch.load raises whatever its unpickler meets in a damaged file
-        raise ExportError(f"{path} cannot be read: {_first_line(error)}", hint=_DAMAGED) from None
+        raise ExportError(f"{path} cannot be read: {_first_line(error)}", hint=DAMAGED) from None
     if isinstance(data, Mapping) and isinstance(data.get("state_dict"), Mapping):
         data = data["state_dict"]
     if not isinstance(data, Mapping) or not data:
@@ -108,6 +122,16 @@ def read_pickle(path: Path) -> Mapping[str, Any]:
         if not isinstance(name, str):
             raise ExportError(f"{path} holds an entry named {name!r}, which is not text", hint="is this the right file?")
     return data
+
+
+def read_model_pickle(path: Path) -> dict[str, Tensor]:
+    """As upstream reads a language model or its LoRA: without the `model.` of training frameworks, and without the unreleased
+    audio input, both by name. Raises ExportError.
+    """
+    data = read_pickle(path)
+    if next(iter(data)).startswith("model."):
+        data = {name.replace("model.", ""): value for name, value in data.items()}
+    return only_tensors({name: value for name, value in data.items() if "audio_" not in name}, path.name)
 
 
 def only_tensors(data: Mapping[str, Any], source: str) -> dict[str, Tensor]:
@@ -131,17 +155,10 @@ def _require_folder(folder: Path) -> None:
         raise ExportError(f"{folder} is not a folder", hint="give the folder of an official checkpoint")
 
 
-def _unwrap_pickle(data: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Takes off the `model.` of training frameworks, and drops the unreleased audio input that upstream drops by name."""
-    if next(iter(data)).startswith("model."):
-        data = {name.replace("model.", ""): value for name, value in data.items()}
-    return only_tensors({name: value for name, value in data.items() if "audio_" not in name}, PICKLE)
-
-
 def _read_shards(index: Path) -> dict[str, Tensor]:
     places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
-        raise ExportError(f"{index} has no usable weight_map", hint=_DAMAGED)
+        raise ExportError(f"{index} has no usable weight_map", hint=DAMAGED)
     shards = sorted(set(places.values()))
     if outside := [name for name in shards if PurePath(name).name != name]:
         raise ExportError(f"{index} names shards outside its folder: {', '.join(outside)}")
@@ -151,9 +168,9 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
     for shard in shards:
         found = _read_safetensors(index.parent / shard)
         if lacking := sorted(name for name, place in places.items() if place == shard and name not in found):
-            raise ExportError(f"{shard} lacks tensors that {INDEX} places in it: {', '.join(lacking)}", hint=_DAMAGED)
+            raise ExportError(f"{shard} lacks tensors that {INDEX} places in it: {', '.join(lacking)}", hint=DAMAGED)
         if twice := sorted(found.keys() & tensors.keys()):
-            raise ExportError(f"{shard} repeats tensors of another shard: {', '.join(twice)}", hint=_DAMAGED)
+            raise ExportError(f"{shard} repeats tensors of another shard: {', '.join(twice)}", hint=DAMAGED)
         tensors |= found
     return tensors
 
@@ -163,7 +180,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict: it has no iterator)
     except (SafetensorError, OSError) as error:
-        raise ExportError(f"{path} cannot be read: {_first_line(error)}", hint=_DAMAGED) from None
+        raise ExportError(f"{path} cannot be read: {_first_line(error)}", hint=DAMAGED) from None
 
 
 def _first_line(error: Exception) -> str:

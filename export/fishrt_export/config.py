@@ -8,6 +8,7 @@ from typing import Any
 
 from .checkpoint import CONFIG
 from .errors import ExportError
+from .families import Family
 from .fields import Fields
 
 Raw = Mapping[str, Any]
@@ -35,6 +36,14 @@ _DEFAULTS: dict[str, Any] = {
     "num_codebooks": 4,
     "n_fast_layer": 4,
     "scale_codebook_embeddings": False,
+    "share_codebook_embeddings": True,
+    "norm_fastlayer_input": False,
+}
+# What the fields are to families that do not heed them.
+_UNHEEDED: dict[str, Any] = {
+    "head_dim": None,
+    "scale_codebook_embeddings": False,
+    "share_codebook_embeddings": True,
     "norm_fastlayer_input": False,
 }
 _FROM_TEXT = (
@@ -101,6 +110,8 @@ class ModelConfig:
     """The slow AR's head is its token embedding."""
     scale_codebook_embeddings: bool
     """Audio positions are divided by √(codebooks + 1)."""
+    codebook_offsets: bool
+    """Each codebook has its own rows of the embedding table. If not, all look into the first codebook's."""
     norm_fast_input: bool
     """The fast AR takes the slow AR's output after its last norm, not before."""
 
@@ -133,12 +144,18 @@ def flatten(raw: Raw) -> dict[str, Any]:
     return flat | {flat_name: raw[name] for name, flat_name in ids.items() if name in raw}
 
 
-def read_config(raw: Raw) -> ModelConfig:
-    """Raises ExportError for a field of the wrong type or a contradiction between fields."""
-    flat = flatten(raw)
+def read_config(raw: Raw, family: Family) -> ModelConfig:
+    """Fields that the family does not heed are passed over, as upstream does.
+
+    Raises ExportError for a field of the wrong type or a contradiction between fields.
+    """
+    flat = flatten(raw) | {name: value for name, value in _UNHEEDED.items() if name not in family.heeds}
     read = Fields({**_DEFAULTS, **flat}, CONFIG)
     slow = _stack(read, "")
-    fast = _stack(Fields(_fast_values(flat, slow), CONFIG), "fast_")
+    fast_values = _fast_values(flat, slow)
+    if "head_dim" not in family.heeds:
+        fast_values["head_dim"] = None
+    fast = _stack(Fields(fast_values, CONFIG), "fast_")
     return ModelConfig(
         slow=slow,
         fast=fast,
@@ -148,6 +165,7 @@ def read_config(raw: Raw) -> ModelConfig:
         max_seq_len=read.count("max_seq_len"),
         tied_head=read.flag("tie_word_embeddings"),
         scale_codebook_embeddings=read.flag("scale_codebook_embeddings"),
+        codebook_offsets=read.flag("share_codebook_embeddings"),
         norm_fast_input=read.flag("norm_fastlayer_input"),
     )
 

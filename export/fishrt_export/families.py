@@ -1,50 +1,217 @@
-"""What differs between releases and is in no file of theirs: how they are prompted and sampled. One entry for each family."""
+"""What differs between releases and is in no file of theirs: how they are prompted and sampled. One entry for each family.
+
+A checkpoint folder may hold a `fishrt.json` of ours with defaults of its own.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from tokenizers import Tokenizer
+from fishrt.bundle import parse_dataclass
+from fishrt.errors import BundleError
+from fishrt.features import (
+    PunctuationSplit,
+    RepetitionAware,
+    RepetitionPenalty,
+    SamplingDefaults,
+    TextCleaning,
+    sampling_faults,
+)
 
-from fishrt.bundle import RepetitionAware, SamplingDefaults, parse_dataclass
-from fishrt.errors import BundleError, SamplingError
-from fishrt.sampling import Sampling
-
-from .config import flatten, is_nested
 from .errors import ExportError
 
-END = "<|im_end|>"
 DEFAULTS = "fishrt.json"
 """A file of ours that a checkpoint folder may hold: defaults of this checkpoint in place of its family's."""
-MAX_SEMANTIC = 4096
-"""Upstream looks for `<|semantic:i|>` only below this."""
 
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """Releases that share prompts and sampling. The values go into the manifest as they are."""
+    """Releases that share prompts and sampling. The values go into the manifest as they are, from `main_tokens` on."""
 
     name: str
+    repository: str
+    """Where on Hugging Face the official checkpoint is published."""
+    files: str
+    """What an export needs of it."""
+    codec: str
+    """Kind of the codec; see CodecSource.kind."""
+    heeds: tuple[str, ...]
+    """Which of the fields of config.json count that some releases read, but pass over. A head_dim that is passed over is
+    dim // n_head."""
+    control_tokens: tuple[str, ...]
+    """What follows the ranks of a `tokenizer.tiktoken`, in the order of ids. Empty where the tokenizer is a `tokenizer.json`."""
+    lists_control_tokens: bool
+    """Whether a `special_tokens.json` counts in place of `control_tokens`."""
+    main_tokens: str
+    """With the full head; with the audio head, no other tokens can be drawn anyway."""
+    code_zero: str
+    code_offset: int
+    fast_candidates: int | None
+    """None: as many as there are."""
+    zero_codes_off_audio: bool
     prompt_dialect: str
+    cleaning: TextCleaning | None
+    splitting: PunctuationSplit | None
     chunk_bytes: int
+    prompt_room: Callable[[int], int]
+    """Positions of the slow AR → most columns of a prompt."""
+    upstream_trim: str
     sampling: SamplingDefaults
 
+    @property
+    def one_semantic(self) -> bool:
+        """Whether one token, `<|semantic|>`, stands for every frame."""
+        return self.code_zero == "fast"
+
+
+def _leave(reserved: int, positions: int) -> int:
+    """Positions but those reserved for speech: upstream's number, of a small model half of all."""
+    return positions - min(reserved, positions // 2)
+
+
+def _penalised(temperature: float, top_p: float, penalty: float, main: str) -> SamplingDefaults:
+    return SamplingDefaults(
+        temperature=temperature,
+        top_p=top_p,
+        top_k=None,
+        repetition_aware=None,
+        repetition_penalty=RepetitionPenalty(penalty=penalty, window=16, main=main),
+    )
+
+
+def _named(names: str) -> tuple[str, ...]:
+    return tuple(f"<|{name}|>" for name in names.split())
+
+
+_SEMANTIC = tuple(f"<|semantic:{i}|>" for i in range(4096))
+_EMOJI = ((0x1F600, 0x1F64F), (0x1F300, 0x1F5FF), (0x1F680, 0x1F6FF), (0x1F1E0, 0x1F1FF))
 
 S2 = Family(
     name="s2",
+    repository="fishaudio/s2-pro",
+    files="config.json, model.safetensors.index.json and the shards it names, tokenizer.json, codec.pth",
+    codec="dac",
+    heeds=("head_dim", "scale_codebook_embeddings", "norm_fastlayer_input"),
+    control_tokens=(),
+    lists_control_tokens=False,
+    main_tokens="audio",
+    code_zero="main",
+    code_offset=0,
+    fast_candidates=None,
+    zero_codes_off_audio=False,
     prompt_dialect="conversation",
+    cleaning=None,
+    splitting=None,
     chunk_bytes=300,
+    prompt_room=lambda positions: _leave(2048, positions),
+    upstream_trim="last",
     sampling=SamplingDefaults(
         temperature=1.0,
         top_p=0.9,
         top_k=30,
         repetition_aware=RepetitionAware(window=10, temperature=1.0, top_p=0.9),
+        repetition_penalty=None,
     ),
 )
+
+S1 = replace(
+    S2,
+    name="s1",
+    repository="fishaudio/openaudio-s1-mini",
+    files="config.json, model.pth, tokenizer.tiktoken, special_tokens.json, codec.pth",
+    heeds=("head_dim", "scale_codebook_embeddings"),
+    control_tokens=(
+        *_named("begin_of_text end_of_text pad im_start im_end phoneme_start phoneme_end tool_call_start tool_call_end"),
+        *_named("text voice interleave audio_start audio_end audio"),
+        *_SEMANTIC,
+    ),
+    lists_control_tokens=True,
+    main_tokens="any",
+    fast_candidates=1024,
+    prompt_dialect="interleaved",
+    sampling=_penalised(temperature=0.8, top_p=0.8, penalty=1.1, main="oldest_column"),
+)
+
+FISH_1_5 = replace(
+    S1,
+    name="1.5",
+    repository="fishaudio/fish-speech-1.5",
+    files="config.json, model.pth, tokenizer.tiktoken, firefly-gan-vq-fsq-8x1024-21hz-generator.pth",
+    codec="firefly",
+    heeds=("share_codebook_embeddings",),
+    control_tokens=(
+        *_named("begin_of_text end_of_text pad im_start im_end placeholder:0 placeholder:1 placeholder:2 placeholder:3"),
+        *_named("text voice interleave"),
+        *_SEMANTIC[:1024],
+    ),
+    lists_control_tokens=False,
+    fast_candidates=None,
+    prompt_dialect="instruction",
+    cleaning=TextCleaning(replace=dict.fromkeys("‘’", "'"), keep=None, drop=_EMOJI, collapse=","),
+    splitting=PunctuationSplit(sentence_ends=".!?。！？", clause_ends=",，"),
+    chunk_bytes=200,
+    prompt_room=lambda positions: _leave(1024, min(positions, 4096)),
+    upstream_trim="first",
+    sampling=_penalised(temperature=0.7, top_p=0.7, penalty=1.2, main="row"),
+)
+
+FISH_1_4 = replace(
+    FISH_1_5,
+    name="1.4",
+    repository="fishaudio/fish-speech-1.4",
+    files="config.json, model.pth, tokenizer.json, firefly-gan-vq-fsq-8x1024-21hz-generator.pth",
+    heeds=(),
+    control_tokens=(),
+    code_zero="fast",
+    code_offset=1,
+    zero_codes_off_audio=True,
+    prompt_dialect="segments",
+    cleaning=TextCleaning(
+        replace={
+            **dict.fromkeys("：；;:", ","),
+            **dict.fromkeys("“”‘’「」《》", "'"),
+            **dict.fromkeys("【】[]（）()・·—～~\n", ""),
+            "…": ".",
+        },
+        keep=None,
+        drop=_EMOJI,
+        collapse=".,",
+    ),
+    upstream_trim="last",
+    sampling=_penalised(temperature=0.7, top_p=0.7, penalty=1.2, main="none"),
+)
+
+FISH_1_2 = replace(
+    FISH_1_4,
+    name="1.2",
+    repository="fishaudio/fish-speech-1.2-sft",
+    files="config.json, model.pth, tokenizer.json, firefly-gan-vq-fsq-4x1024-42hz-generator.pth",
+    codec="centred firefly",
+    zero_codes_off_audio=False,
+    cleaning=TextCleaning(
+        replace={
+            **dict.fromkeys("：；，·、;:", ","),
+            **dict.fromkeys("。\n", "."),
+            "！": "!",
+            "？": "?",
+            "...": "…",  # which is then dropped
+            **dict.fromkeys("“”‘’（）()《》【】[]「」", "'"),
+            **dict.fromkeys("—～~・", "-"),
+        },
+        # ASCII, CJK ideographs, hiragana, katakana and its extensions.
+        keep=((0x00, 0x7F), (0x4E00, 0x9FFF), (0x3040, 0x309F), (0x30A0, 0x30FF), (0x31F0, 0x31FF)),
+        drop=(),
+        collapse="",
+    ),
+    splitting=PunctuationSplit(sentence_ends=".!?", clause_ends=","),
+    prompt_room=lambda positions: _leave(1024, min(positions, 2048)),
+    sampling=_penalised(temperature=0.7, top_p=0.7, penalty=1.2, main="row"),
+)
+
+FAMILIES = {family.name: family for family in (S2, S1, FISH_1_5, FISH_1_4, FISH_1_2)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,33 +222,6 @@ class Defaults:
     sampling: SamplingDefaults
 
 
-@dataclass(frozen=True, slots=True)
-class AudioIds:
-    """Token ids by role."""
-
-    semantic: range
-    """The token of semantic code i is semantic[i]."""
-    end: int
-
-
-def read_vocabulary(path: Path) -> dict[str, int]:
-    """Token → id of a `tokenizer.json`. Raises ExportError."""
-    try:
-        return Tokenizer.from_file(str(path)).get_vocab(with_added_tokens=True)
-    except Exception as error:  # the library raises bare Exception
-        raise ExportError(f"{path} cannot be read: {error}", hint="the file may be incomplete; copy it again") from None
-
-
-def identify(config: Mapping[str, Any], vocabulary: Mapping[str, int]) -> Family:
-    """The family of a checkpoint, by its features. Raises ExportError for one that is not supported."""
-    if is_nested(config) or "<|semantic:0|>" in vocabulary:
-        return S2
-    raise ExportError(
-        "this checkpoint is of a family that this version does not export: its tokenizer has no <|semantic:0|>",
-        hint="Fish Audio S2-Pro is supported",
-    )
-
-
 def with_defaults(family: Family, checkpoint: Path) -> Family:
     """The family with the checkpoint's own defaults, if it has a `fishrt.json`. Raises ExportError for one that is not valid."""
     path = checkpoint / DEFAULTS
@@ -90,38 +230,20 @@ def with_defaults(family: Family, checkpoint: Path) -> Family:
     try:
         own = parse_dataclass(Defaults, json.loads(path.read_text(encoding="utf-8")), DEFAULTS)
         _check_defaults(own)
-    except (OSError, ValueError, BundleError, SamplingError) as error:
+    except (OSError, ValueError, BundleError) as error:
         raise ExportError(f"{path} is not valid: {error}", hint="mend it, or take it away to use the family's defaults") from None
     return replace(family, chunk_bytes=own.chunk_bytes, sampling=own.sampling)
 
 
 def _check_defaults(own: Defaults) -> None:
-    """Raises ValueError or SamplingError for a number outside its range."""
-    Sampling(own.sampling.temperature, own.sampling.top_p, own.sampling.top_k)
-    if own.chunk_bytes < 1:
-        raise ValueError(f"chunk_bytes is {own.chunk_bytes}; expected at least 1")
-    if again := own.sampling.repetition_aware:
-        Sampling(again.temperature, again.top_p, None)
-        if again.window < 1:
-            raise ValueError(f"repetition_aware.window is {again.window}; expected at least 1")
-
-
-def find_ids(config: Mapping[str, Any], vocabulary: Mapping[str, int], vocab_size: int) -> AudioIds:
-    """Ids from the tokenizer; those of the config serve only where the tokenizer names no semantic token."""
-    found = {i: vocabulary[name] for i in range(MAX_SEMANTIC) if (name := f"<|semantic:{i}|>") in vocabulary}
-    if found:
-        semantic = range(min(found.values()), max(found.values()) + 1)
-        if any(token != semantic.start + i for i, token in found.items()) or len(found) != len(semantic):
-            raise ExportError("the ids of <|semantic:0|>, <|semantic:1|>, … are not consecutive in tokenizer.json")
-    else:
-        flat = flatten(config)
-        begin, end = flat.get("semantic_begin_id"), flat.get("semantic_end_id")
-        if not isinstance(begin, int) or not isinstance(end, int) or not 0 < begin <= end:
-            raise ExportError("neither tokenizer.json nor config.json tells the ids of the semantic tokens")
-        semantic = range(begin, end + 1)
-    if END not in vocabulary:
-        raise ExportError(f"tokenizer.json has no {END}", hint="is it the tokenizer of this checkpoint?")
-    ids = AudioIds(semantic, vocabulary[END])
-    if (largest := max(ids.end, ids.semantic[-1])) >= vocab_size:
-        raise ExportError(f"tokenizer.json uses id {largest}, but config.json has a vocab_size of {vocab_size}")
-    return ids
+    """Raises ValueError for a number outside its range."""
+    s = own.sampling
+    penalty, again = s.repetition_penalty, s.repetition_aware
+    faults = [*sampling_faults(s.temperature, s.top_p, s.top_k, penalty and penalty.penalty)]
+    if again:
+        faults += sampling_faults(again.temperature, again.top_p, None, None)
+    windows = {"repetition_aware": again, "repetition_penalty": penalty}
+    counts = {"chunk_bytes": own.chunk_bytes, **{f"{name}.window": entry.window for name, entry in windows.items() if entry}}
+    faults += [(f"{name} is {count}", "expected at least 1") for name, count in counts.items() if count < 1]
+    for found, rule in faults:
+        raise ValueError(f"{found}; {rule}")

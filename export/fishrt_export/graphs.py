@@ -1,62 +1,35 @@
-"""From a checkpoint to its graphs: opens each half, checks all of it, and says for each graph what is traced and verified."""
+"""The language-model half of a checkpoint: opens it, checks all of it, and says how its two graphs are made."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fishrt.bundle import Codec, LanguageModel, Parity
+from fishrt.features import LanguageModel
 from fishrt.sampling import audio_ids
-from fishrt_engines.spec import GraphSpec
 
-from .cases import codec_decode_cases, codec_encode_cases, fast_ar_cases, slow_ar_cases
-from .checkpoint import find_codec, find_language_model, read_weights
-from .codec.dac import MAX_FRAMES, Dac, DacConfig
-from .codec.graphs import CodecDecode, CodecEncode, codec_decode_spec, codec_encode_spec
-from .codec.load import fingerprint, fuse_codec, read_codec_config, read_stored_codec
-from .codec.margins import code_margins
+from .cases import fast_ar_cases, slow_ar_cases
+from .checkpoint import TIKTOKEN, find_language_model, read_weights
 from .config import ModelConfig, read_config
 from .errors import ExportError
-from .families import AudioIds, Family, find_ids, identify, read_vocabulary, with_defaults
+from .families import Family, with_defaults
 from .fast_ar import FastAR, fast_ar_spec
+from .identify import AudioIds, Evidence, find_ids, identify
+from .job import GraphJob
+from .lora import Lora, merge
+from .quantised import dequantise
 from .slow_ar import SlowAR, slow_ar_spec
-from .trace import Derived, export_graph
-from .verify import Case, Margins, verify
+from .tokenizer import read_text, read_tokenizer, read_vocabulary
 from .weights import expected_shapes, find_problems, flat_names, load
 
 HEADS = ("audio", "full")
 LANGUAGE_MODEL_TOLERANCE = 5e-4
-AUDIO_TOLERANCE = 1e-4
 
 _PROJECTION = "fast_project_in."
-
-
-@dataclass(frozen=True, slots=True)
-class GraphJob:
-    """One graph to be made."""
-
-    role: str
-    spec: GraphSpec
-    build: Callable[[], nn.Module]
-    """Makes the torch module with its weights in float32."""
-    weights: Mapping[str, Tensor]
-    """By the module's names, as the checkpoint holds them."""
-    cases: list[Case]
-    tolerance: float
-    derived: Derived = field(default_factory=dict)
-    margins: Callable[[nn.Module], Margins] | None = None
-
-    def run(self, folder: Path, stage: Callable[[str], None] = lambda _: None) -> Parity:
-        """Writes the graph into `folder` and verifies it. Raises ExportError."""
-        module = self.build()
-        stage("tracing")
-        export_graph(module, self.spec, folder, {name: tensor.dtype for name, tensor in self.weights.items()}, self.derived)
-        stage("verifying")
-        return verify(module, self.spec, folder, self.cases, self.tolerance, self.margins and self.margins(module))
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,29 +39,38 @@ class LanguageModelSource:
     config: ModelConfig
     family: Family
     ids: AudioIds
-    tokenizer: Path
+    tokenizer: str
+    """The text of the `tokenizer.json`."""
     weights: Mapping[str, Tensor]
 
     def problems(self) -> list[str]:
         """In what the weights do not fit the config."""
-        with torch.device("meta"):
-            slow, fast = self._slow_module("full"), FastAR(self.config)
-        return find_problems(expected_shapes(slow) | expected_shapes(fast, "fast_"), self.weights)
+        return find_problems(_shapes(self.config), self.weights)
 
     def describe(self, head: str) -> LanguageModel:
         """The manifest's entry."""
+        family, width = self.family, self.config.codebook_width
         return LanguageModel(
             num_codebooks=self.config.num_codebooks,
-            codebook_width=self.config.codebook_width,
+            codebook_width=width,
             max_seq_len=self.config.max_seq_len,
+            max_prompt=family.prompt_room(self.config.max_seq_len),
             head=head,
+            main_tokens=family.main_tokens if head == "full" else "audio",
             vocab_size=self.config.vocab_size,
             semantic_begin_id=self.ids.semantic[0],
             semantic_end_id=self.ids.semantic[-1],
             end_id=self.ids.end,
-            prompt_dialect=self.family.prompt_dialect,
-            chunk_bytes=self.family.chunk_bytes,
-            sampling=self.family.sampling,
+            code_zero=family.code_zero,
+            code_offset=family.code_offset,
+            fast_candidates=width if family.fast_candidates is None else min(family.fast_candidates, width),
+            zero_codes_off_audio=family.zero_codes_off_audio,
+            prompt_dialect=family.prompt_dialect,
+            cleaning=family.cleaning,
+            splitting=family.splitting,
+            chunk_bytes=family.chunk_bytes,
+            upstream_trim=family.upstream_trim,
+            sampling=family.sampling,
         )
 
     @property
@@ -153,79 +135,31 @@ class LanguageModelSource:
         return SlowAR(self.config, self.ids.semantic, size)
 
 
-@dataclass(frozen=True, slots=True)
-class CodecSource:
-    """The codec half of a checkpoint, with weights by the names of Dac."""
+def open_language_model(
+    folder: Path, *, family: str | None = None, codec: str | None = None, lora: Lora | None = None
+) -> LanguageModelSource:
+    """Reads config, tokenizer and weights, and merges the LoRA.
 
-    config: DacConfig
-    weights: Mapping[str, Tensor]
-    fingerprint: str
-
-    def problems(self) -> list[str]:
-        """In what the weights do not fit the config."""
-        with torch.device("meta"):
-            module = Dac(self.config)
-        return find_problems(expected_shapes(module), self.weights)
-
-    def describe(self) -> Codec:
-        """The manifest's entry."""
-        return Codec(
-            sample_rate=self.config.sample_rate,
-            hop=self.config.hop,
-            codebook_sizes=self.config.codebook_sizes,
-            max_frames=MAX_FRAMES,
-            fingerprint=self.fingerprint,
-        )
-
-    def dac(self) -> Dac:
-        """The module, in float32."""
-        with torch.device("meta"):
-            module = Dac(self.config)
-        return load(module, self.weights)
-
-    def jobs(self) -> list[GraphJob]:
-        """codec_encode and codec_decode."""
-        derived = {"samples": (self.config.hop, "frames")}
-        return [
-            GraphJob(
-                role="codec_encode",
-                spec=codec_encode_spec(self.config),
-                build=lambda: CodecEncode(self.dac()),
-                weights=self.weights,
-                cases=codec_encode_cases(self.config),
-                tolerance=AUDIO_TOLERANCE,
-                derived=derived,
-                margins=code_margins,
-            ),
-            GraphJob(
-                role="codec_decode",
-                spec=codec_decode_spec(self.config),
-                build=lambda: CodecDecode(self.dac()),
-                weights=self.weights,
-                cases=codec_decode_cases(self.config),
-                tolerance=AUDIO_TOLERANCE,
-                derived=derived,
-            ),
-        ]
-
-
-def open_language_model(folder: Path) -> LanguageModelSource:
-    """Reads config, tokenizer and weights. Raises ExportError for what is missing or unreadable; `problems` tells the rest."""
+    family: a key of FAMILIES, in place of finding it out. codec: the kind of the codec beside it, see CodecSource.kind.
+    Raises ExportError for what is missing, unreadable or not of one family; `problems` tells the rest.
+    """
     files = find_language_model(folder)
-    config = read_config(files.config)
-    vocabulary = read_vocabulary(files.tokenizer)
-    family = with_defaults(identify(files.config, vocabulary), folder)
-    ids = find_ids(files.config, vocabulary, config.vocab_size)
-    weights = flat_names(read_weights(files.weights), tied_head=config.tied_head)
-    return LanguageModelSource(config, family, ids, files.tokenizer, weights)
+    vocabulary = None if files.tokenizer.name == TIKTOKEN else read_vocabulary(read_text(files.tokenizer), files.tokenizer)
+    known = with_defaults(identify(Evidence(files.config, vocabulary, codec), family), folder)
+    tokenizer = read_tokenizer(files.tokenizer, known)
+    config = read_config(files.config, known)
+    ids = find_ids(files.config, read_vocabulary(tokenizer, files.tokenizer), config.vocab_size, known)
+    weights = dequantise(flat_names(read_weights(files.weights), tied_head=config.tied_head), _shapes(config))
+    if lora is not None:
+        weights = merge(weights, lora)
+    return LanguageModelSource(config, known, ids, tokenizer, weights)
 
 
-def open_codec(folder: Path) -> CodecSource:
-    """Reads the codec. Raises ExportError for what is missing or unreadable; `problems` tells the rest."""
-    files = find_codec(folder)
-    config = read_codec_config(files)
-    weights = fuse_codec(read_stored_codec(files))
-    return CodecSource(config, weights, fingerprint(weights, config))
+def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Every tensor of the language model, by flat names."""
+    with torch.device("meta"):
+        slow = SlowAR(config, range(1), None if config.tied_head else config.vocab_size)
+        return expected_shapes(slow) | expected_shapes(FastAR(config), "fast_")
 
 
 def _is_fast(name: str) -> bool:

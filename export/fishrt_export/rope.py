@@ -10,11 +10,12 @@ from torch import Tensor
 def rope_table(rows: int, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
     """cos and sin, each float32 [rows, head_dim/2], for angle = row · base^(−2m/head_dim).
 
-    The angles are computed in float64 and the tables then rounded to bfloat16, because the originals keep bfloat16 tables
-    whatever the model's dtype; float32 tables drift audibly over a long output.
+    The originals round the angles to float32, and the tables to bfloat16, whatever the model's dtype. So are these: other tables
+    drift audibly over a long output.
     """
-    theta = float(base) ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
-    angle = torch.from_numpy(np.arange(rows, dtype=np.float64)[:, None] * theta)
+    exponent = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    theta = 1 / np.power(float(base), exponent, dtype=np.float64).astype(np.float32)
+    angle = torch.from_numpy((np.arange(rows, dtype=np.float32)[:, None] * theta).astype(np.float64))
     return tuple(f(angle).to(torch.bfloat16).to(torch.float32) for f in (torch.cos, torch.sin))  # type: ignore[return-value]
 
 

@@ -32,9 +32,12 @@ class SlowAR(Stack):
 
     def embed(self, prompt: Tensor) -> Tensor:
         """prompt int64 [batch, 1 + codebooks, length] → [batch, length, dim]."""
-        main = prompt.select(1, 0)
-        offsets = torch.arange(self.config.num_codebooks, device=prompt.device).unsqueeze(-1) * self.config.codebook_width
-        audio = self.codebook_embeddings(prompt.narrow(1, 1, self.config.num_codebooks) + offsets).sum(dim=1)
+        main, codes = prompt.select(1, 0), prompt.narrow(1, 1, self.config.num_codebooks)
+        if self.config.codebook_offsets:
+            codes = (
+                codes + torch.arange(self.config.num_codebooks, device=prompt.device).unsqueeze(-1) * self.config.codebook_width
+            )
+        audio = self.codebook_embeddings(codes).sum(dim=1)
         is_audio = ((main >= self.semantic[0]) & (main <= self.semantic[-1])).unsqueeze(-1)
         text = self.embeddings(main)
         both = text + audio

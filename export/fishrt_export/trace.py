@@ -29,16 +29,16 @@ IR_VERSION = 10
 # Sizes of the example inputs. All differ and none is 0 or 1, so that nothing is taken for a constant or for another dimension.
 _EXAMPLE_DIMS = {"batch": 2, "length": 3, "cache": 7, "frames": 5}
 
-Derived = Mapping[str, tuple[int, str]]
-"""Dimensions that are a multiple of another: {"samples": (hop, "frames")}."""
+Dims = Mapping[str, int | tuple[int, str]]
+"""Dimensions of one graph: a smallest size, {"samples": 769}, or a multiple of another, {"samples": (hop, "frames")}."""
 
 
-def export_graph(module: nn.Module, spec: GraphSpec, folder: Path, dtypes: Mapping[str, torch.dtype], derived: Derived) -> None:
+def export_graph(module: nn.Module, spec: GraphSpec, folder: Path, dtypes: Mapping[str, torch.dtype], own_dims: Dims) -> None:
     """Writes `spec.file` and `spec.file` + ".data" into `folder`.
 
     `dtypes` says how the checkpoint holds each parameter. Raises ExportError if the traced graph does not match `spec`.
     """
-    model = _trace(module, spec, derived)
+    model = _trace(module, spec, own_dims)
     _optimize(model)
     _describe(model, spec)
     buffers = {name: torch.bfloat16 for name, _ in module.named_buffers() if name.rpartition(".")[2] in ("cos", "sin")}
@@ -47,16 +47,20 @@ def export_graph(module: nn.Module, spec: GraphSpec, folder: Path, dtypes: Mappi
     ir.save(model, folder / spec.file, external_data=f"{spec.file}.data", size_threshold_bytes=1024)
 
 
-def _trace(module: nn.Module, spec: GraphSpec, derived: Derived) -> ir.Model:
-    sizes = _EXAMPLE_DIMS | {name: factor * _EXAMPLE_DIMS[base] for name, (factor, base) in derived.items()}
-    dims = {name: torch.export.Dim(name) for name in _EXAMPLE_DIMS}
-    shapes = dims | {name: factor * dims[base] for name, (factor, base) in derived.items()}
+def _trace(module: nn.Module, spec: GraphSpec, own_dims: Dims) -> ir.Model:
+    sizes, dims = dict(_EXAMPLE_DIMS), {name: torch.export.Dim(name) for name in _EXAMPLE_DIMS}
+    for name, rule in own_dims.items():
+        if isinstance(rule, int):
+            sizes[name], dims[name] = 16 * rule + 1, torch.export.Dim(name, min=rule)
+        else:
+            factor, base = rule
+            sizes[name], dims[name] = factor * sizes[base], factor * dims[base]
 
     def example(tensor: TensorSpec) -> Tensor:
         return torch.zeros(tensor.resolve(sizes), dtype=getattr(torch, tensor.dtype))
 
     def dynamic(tensor: TensorSpec) -> dict[int, object]:
-        return {axis: shapes[dim] for axis, dim in enumerate(tensor.shape) if isinstance(dim, str)}
+        return {axis: dims[dim] for axis, dim in enumerate(tensor.shape) if isinstance(dim, str)}
 
     # The state travels as one list, which the exporter takes apart again into one graph input for each tensor.
     arguments: list[object] = [example(tensor) for tensor in spec.feeds]

@@ -19,8 +19,6 @@ from fishrt_engines.spec import GraphSpec
 from .errors import ExportError
 
 PROVIDER = "cpu"
-MARGIN = 1e-4
-"""Codebook rows whose cosine similarity is closer than this to the best may be chosen instead of it."""
 PEAK = 50.0
 """Float32 rounding grows with the numbers: beyond this size of an output, its error is taken in proportion."""
 
@@ -35,8 +33,16 @@ class Case:
     dims: Mapping[str, int]
 
 
-Margins = Callable[[Tensor], Tensor]
-"""Input of an encoder → how clear each code was, [batch, codebooks, frames]."""
+@dataclass(frozen=True, slots=True)
+class Margins:
+    """How an encoder's codes are judged where they differ: rounding may decide what was not clear."""
+
+    measure: Callable[[Tensor], Tensor]
+    """The encoder's input → how clear each code was, [batch, codebooks, frames]."""
+    allowed: float
+    """A code less clear than this may be another."""
+    chain: int
+    """So many codebooks, one after another, each code what the ones before left."""
 
 
 def verify(
@@ -45,10 +51,10 @@ def verify(
     """The largest error found, and what was allowed. Raises ExportError where it is more.
 
     The error of an output is its largest absolute difference, divided by max(1, largest absolute value / PEAK).
-    With `margins`, the error of codes is the largest margin of a choice that differs: 0 if none does, MARGIN is allowed.
+    With `margins`, the error of codes is the largest margin of a choice that differs, 0 if none does.
     """
     engine = open_engine(folder / spec.file, spec, provider=PROVIDER)
-    report = _Report(spec.file, tolerance if margins is None else MARGIN)
+    report = _Report(spec.file, tolerance if margins is None else margins.allowed)
     for case in cases:
         state = engine.new_state(**case.dims) if spec.states else None
         carried = [torch.zeros(tensor.resolve(case.dims)) for tensor in spec.state_tensors]
@@ -57,7 +63,7 @@ def verify(
             actual = engine.run(feeds, state)
             for name, value in expected.items():
                 if margins is not None and value.dtype == np.int64:
-                    report.codes(name, value, actual[name], _margins(margins, feeds))
+                    report.codes(name, value, actual[name], _measured(margins, feeds), margins.chain)
                 else:
                     report.values(name, value, actual[name])
         if state is not None:
@@ -81,20 +87,20 @@ def run_module(
     return results, [by_name[pair.output] for pair in spec.states]
 
 
-def flipped_margin(expected: Array, actual: Array, margins: npt.NDArray[np.float32]) -> float:
+def flipped_margin(expected: Array, actual: Array, margins: npt.NDArray[np.float32], chain: int) -> float:
     """The largest margin of a choice that differs; 0.0 if no code [batch, codebooks, frames] does.
 
-    Only the first code that differs in a frame is a choice: those after it code what another choice left.
+    Only the first code that differs in a chain is a choice: those after it code what another choice left.
     """
-    differ = expected != actual
+    differ = (expected != actual).reshape(-1, chain, expected.shape[-1])
     first = differ & (differ.cumsum(axis=1) == 1)
-    return float(margins[first].max(initial=0.0))
+    return float(margins.reshape(differ.shape)[first].max(initial=0.0))
 
 
-def _margins(margins: Margins, feeds: Mapping[str, Array]) -> npt.NDArray[np.float32]:
+def _measured(margins: Margins, feeds: Mapping[str, Array]) -> npt.NDArray[np.float32]:
     (audio,) = feeds.values()
     with torch.no_grad():
-        return np.asarray(margins(torch.from_numpy(audio)).numpy(), np.float32)
+        return np.asarray(margins.measure(torch.from_numpy(audio)).numpy(), np.float32)
 
 
 class _Report:
@@ -109,10 +115,10 @@ class _Report:
         difference = float(np.abs(expected.astype(np.float64) - actual.astype(np.float64)).max())
         self._add(difference / max(1.0, float(np.abs(expected).max()) / PEAK), f"{name} differs by {difference:.3g}")
 
-    def codes(self, name: str, expected: Array, actual: Array, margins: npt.NDArray[np.float32]) -> None:
+    def codes(self, name: str, expected: Array, actual: Array, margins: npt.NDArray[np.float32], chain: int) -> None:
         self._same_shape(name, expected, actual)
         count = int((expected != actual).sum())
-        self._add(flipped_margin(expected, actual, margins), f"{count} of {expected.size} {name} differ")
+        self._add(flipped_margin(expected, actual, margins, chain), f"{count} of {expected.size} {name} differ")
 
     def _add(self, error: float, what: str) -> None:
         if not error <= self.tolerance:  # also when the error is NaN

@@ -13,8 +13,8 @@ import numpy.typing as npt
 
 from fishrt_engines import Engine
 
-from .bundle import Codec
 from .errors import AudioError, GraphError, VoiceError
+from .features import Codec
 
 Ints = npt.NDArray[np.int64]
 Pcm = npt.NDArray[np.float32]
@@ -30,9 +30,9 @@ class CodecEncoder:
         self._codec = codec
 
     def encode(self, pcm: Pcm) -> Ints:
-        """pcm: float32 [samples] at the codec's rate → int64 [K, ceil(samples / hop)].
+        """pcm: float32 [samples] at the codec's rate → int64 [K, frames].
 
-        The last frame is filled up with silence. Raises AudioError for no samples, samples that are not numbers, or too many.
+        Silence fills it up to what the codec takes. Raises AudioError for samples that are not numbers, too few, or too many.
         """
         codec = self._codec
         if pcm.ndim != 1 or pcm.dtype != np.float32:
@@ -41,16 +41,17 @@ class CodecEncoder:
             raise AudioError("the audio is empty")
         if not np.isfinite(pcm).all():
             raise AudioError("the audio has samples that are not numbers", hint="record or convert it again")
-        frames = -(-len(pcm) // codec.hop)
-        if frames > codec.max_frames:
+        if len(pcm) < codec.min_samples:
+            raise AudioError(
+                f"the audio has {len(pcm)} samples; the codec takes at least {codec.min_samples}", hint="record more"
+            )
+        if len(pcm) > codec.max_frames * codec.hop:
             seconds, most = len(pcm) / codec.sample_rate, codec.max_frames / codec.frame_rate
             raise AudioError(
-                f"the audio is {seconds:.1f} s long; the codec takes at most {most:.1f} s",
-                hint="cut it into shorter parts",
+                f"the audio is {seconds:.1f} s long; the codec takes at most {most:.1f} s", hint="cut it into shorter parts"
             )
-        padded = np.zeros((1, 1, frames * codec.hop), np.float32)
-        padded[0, 0, : len(pcm)] = pcm
-        codes: Ints = self._engine.run({"audio": padded})["codes"][0].astype(np.int64)
+        padded = np.pad(pcm, (0, -len(pcm) % codec.sample_multiple))
+        codes: Ints = self._engine.run({"audio": padded[None, None]})["codes"][0].astype(np.int64)
         return codes
 
 
@@ -68,13 +69,69 @@ class CodecDecoder:
         Raises VoiceError as `check_codes` does, GraphError if the graph gives no numbers.
         """
         checked = check_codes(codes, self._codec, upstream_compat=upstream_compat)
-        rows, frames = checked.shape
-        every = np.full((1, len(self._codec.codebook_sizes), frames), _ABSENT, np.int64)
-        every[0, :rows] = checked
-        pcm: Pcm = self._engine.run({"codes": every})["audio"][0, 0].astype(np.float32, copy=False)
-        if not np.isfinite(pcm).all():
-            raise GraphError("the codec gave samples that are not numbers", hint="the bundle is damaged: export it again")
+        return _run(self._engine, _with_absent(checked, self._codec))
+
+
+class CodecStream:
+    """Codes → waveform while they come, for codecs whose frames depend on a few others only.
+
+    Every call decodes the frames before those that are due once more, and frames are held back until those ahead of them are
+    there. What `push` and `flush` give, put together, is what the decoder gives for all codes at once, but for rounding.
+    """
+
+    def __init__(self, engine: Engine, codec: Codec) -> None:
+        """Raises ValueError for a codec that can only decode from the beginning."""
+        if codec.context is None:
+            raise ValueError("this codec has no decode context: every earlier frame counts")
+        self._engine = engine
+        self._codec = codec
+        self._context = codec.context
+        self._restart()
+
+    def _restart(self) -> None:
+        # The frames that are still needed: first those whose sound was given already, then those that are due.
+        self._frames: Ints = np.empty((len(self._codec.codebook_sizes), 0), np.int64)
+        self._given = 0
+
+    def push(self, codes: npt.NDArray[np.integer]) -> Pcm:
+        """codes as `check_codes` takes them, the next frames → pcm float32 [frames that are ready · hop], maybe none.
+
+        Raises as `CodecDecoder.decode` does, also for too many frames at once; the stream is then as before.
+        """
+        checked = _with_absent(check_codes(codes, self._codec), self._codec)
+        if checked.shape[1] > (most := self._codec.max_frames - self._frames.shape[1]):
+            raise VoiceError(f"there are {checked.shape[1]} frames of codes; the stream takes at most {most} at once now")
+        return self._advance(np.concatenate([self._frames, checked], axis=1), self._context.ahead)
+
+    def flush(self) -> Pcm:
+        """The rest, pcm float32 [frames held back · hop]: no more codes come. The stream can then begin anew."""
+        pcm = self._advance(self._frames, 0)
+        self._restart()
         return pcm
+
+    def _advance(self, frames: Ints, held: int) -> Pcm:
+        """Gives the sound of all `frames` not given yet but for the last `held`, and keeps those that are needed again."""
+        hop, end = self._codec.hop, frames.shape[1] - held
+        pcm = np.empty(0, np.float32)
+        if end > self._given:
+            pcm = _run(self._engine, frames)[self._given * hop : end * hop]
+            start = max(end - self._context.left, 0)
+            frames, self._given = frames[:, start:], end - start
+        self._frames = frames
+        return pcm
+
+
+def _run(engine: Engine, codes: Ints) -> Pcm:
+    """codes int64 [K, frames] → pcm float32 [frames · hop]."""
+    pcm: Pcm = engine.run({"codes": codes[None]})["audio"][0, 0].astype(np.float32, copy=False)
+    if not np.isfinite(pcm).all():
+        raise GraphError("the codec gave samples that are not numbers", hint="the bundle is damaged: export it again")
+    return pcm
+
+
+def _with_absent(codes: Ints, codec: Codec) -> Ints:
+    """Codes [k, frames] with rows of _ABSENT for the codebooks that they leave out."""
+    return np.pad(codes, ((0, len(codec.codebook_sizes) - len(codes)), (0, 0)), constant_values=_ABSENT)
 
 
 def check_codes(codes: npt.NDArray[np.integer], codec: Codec, *, upstream_compat: bool = False) -> Ints:

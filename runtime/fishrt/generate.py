@@ -6,8 +6,9 @@
     └── slow AR (one column) ◄─────────────────────────────────────────────────────────────────────┘
 
 A column is a frame with its main token on top: int64 [1 + C]. Each is fed back to the slow AR exactly as drawn. The fast AR takes
-the slow AR's hidden vector at its position 0 and code j − 1 at position j, so that it gives the logits of code j there. Code 0
-follows from the main token, so positions 0 and 1 are known together and go in one call.
+the slow AR's hidden vector at its position 0 and code j − 1 at position j, so that it gives the logits of code j there. Where
+code 0 follows from the main token, positions 0 and 1 are known together and go in one call; elsewhere it is drawn like the rest.
+Columns hold codes + `code_offset`, frames the codes themselves.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ import numpy as np
 
 from fishrt_engines import Array, Engine
 
-from .bundle import LanguageModel
-from .errors import PromptError, SamplingError
-from .sampling import Floats, Ints, Noise, Sampling, audio_ids, draw, probabilities, sample_main
+from .errors import FishrtError, PromptError, SamplingError
+from .features import LanguageModel
+from .sampling import Floats, Ints, Noise, PenaltyWindow, Sampling, draw, is_semantic, main_ids, probabilities, sample_main
 
 StopReason = Literal["end", "max_frames", "max_seq_len"]
 """The end token; as many frames as asked for; no position left in the model's context."""
@@ -46,8 +47,8 @@ class DualAR:
 class Columns(Iterator[Ints]):
     """The columns of one generation as they are drawn, the one of the end token included: int64 [1 + C] each.
 
-    `stop_reason` is None until the columns are exhausted. A prefill column (the first) that is the end token ends the generation
-    only if `first_may_end`.
+    `stop_reason` is None until the columns are exhausted. With `upstream_compat` the generation does not end with a first column
+    that is the end token, and padding may be drawn in place of a code.
     """
 
     def __init__(
@@ -58,7 +59,7 @@ class Columns(Iterator[Ints]):
         noise: Noise,
         *,
         max_columns: int | None = None,
-        first_may_end: bool = True,
+        upstream_compat: bool = False,
     ) -> None:
         """Raises PromptError for a prompt that does not fit the model, SamplingError for max_columns below 1."""
         self.stop_reason: StopReason | None = None
@@ -71,30 +72,37 @@ class Columns(Iterator[Ints]):
         room = lm.max_seq_len - length
         self._limit = room if max_columns is None else min(max_columns, room)
         self._limit_reason: StopReason = "max_seq_len" if self._limit == room and max_columns != room else "max_frames"
-        self._first_may_end = first_may_end
+        self._first_may_end = not upstream_compat
+        self._padding = 0 if upstream_compat else lm.code_offset
         self._count = 0
-        self._ids = audio_ids(lm)
-        self._head = slice(None) if lm.head == "audio" else self._ids
+        self._ids = main_ids(lm)
+        self._head = self._ids if lm.head == "full" and lm.main_tokens == "audio" else slice(None)
         self._most_rows = length + self._limit
         self._slow_state = model.slow.new_state(batch=1, cache=min(length + FIRST_FRAMES, self._most_rows))
         self._fast_state = model.fast.new_state(batch=1)
         self._position = 0
         self._next_input: Ints = np.ascontiguousarray(prompt[None])
-        # Main tokens of the last frames; the prefill's never enters.
-        rules = lm.sampling.repetition_aware
-        self._recent: deque[int] = deque(maxlen=rules.window if rules else 0)
+        self._fast_positions = np.arange(lm.num_codebooks, dtype=np.int64)
+        # What the last frames drew; the prefill's never enters.
+        aware, penalty = lm.sampling.repetition_aware, lm.sampling.repetition_penalty
+        self._recent: deque[int] = deque(maxlen=aware.window if aware else 0)
+        factor = sampling.repetition_penalty
+        self._window = PenaltyWindow(penalty, factor, lm.num_codebooks) if penalty and factor not in (None, 1) else None
 
     def __next__(self) -> Ints:
         if self.stop_reason is not None:
             raise StopIteration
         lm = self._model.language_model
         results = self._slow_call(self._next_input)
-        main = self._draw_main(results["logits"][0])
         column = np.empty(1 + lm.num_codebooks, np.int64)
-        column[0] = main
-        column[1:] = self._draw_codes(main, results["hidden"])
+        column[0] = main = self._draw_main(results["logits"])
+        self._draw_codes(column, results["hidden"])
+        if lm.zero_codes_off_audio and not is_semantic(main, lm):
+            column[1:] = 0
         if self._count > 0:
             self._recent.append(main)
+            if self._window:
+                self._window.add(column)
         self._count += 1
         self._next_input = column[None, :, None]
         if main == lm.end_id and (self._count > 1 or self._first_may_end):
@@ -121,44 +129,70 @@ class Columns(Iterator[Ints]):
         lm = self._model.language_model
         draws = 1 if lm.sampling.repetition_aware is None else 2
         noise = [self._noise.slow(len(self._ids)) for _ in range(draws)]
-        return sample_main(_floats(logits)[self._head], self._ids, self._sampling, lm, self._recent, noise)
+        candidates = _floats(logits[0])[self._head]
+        if self._window and self._count:
+            candidates = self._window.main(candidates, self._ids)
+        return sample_main(candidates, self._ids, self._sampling, lm, self._recent, noise)
 
-    def _draw_codes(self, main: int, hidden: Array) -> list[int]:
-        """All codes of a frame. Entries of the fast cache beyond a position are masked, so nothing is cleared between frames."""
+    def _draw_codes(self, column: Ints, hidden: Array) -> None:
+        """Fills in the codes. Entries of the fast cache beyond a position are masked, so nothing is cleared between frames."""
         lm = self._model.language_model
-        codes = [min(max(main - lm.semantic_begin_id, 0), lm.codebook_width - 1)]
-        if lm.num_codebooks > 1:
-            codes.append(self._draw_code([0, codes[0]], 0, hidden))
-        for position in range(2, lm.num_codebooks):
-            codes.append(self._draw_code([codes[-1]], position, hidden))
-        return codes
+        codes, known = column[1:], 0
+        if lm.code_zero == "main":
+            semantic = min(max(int(column[0]), lm.semantic_begin_id), lm.semantic_end_id) - lm.semantic_begin_id
+            codes[0] = min(semantic, lm.codebook_width - 1)
+            known = 1
+        for codebook in range(known, lm.num_codebooks):
+            fed = np.append(0, codes[:known]) if codebook == known else codes[codebook - 1 : codebook]
+            codes[codebook] = self._draw_code(codebook, fed, hidden)
 
-    def _draw_code(self, codes: list[int], position: int, hidden: Array) -> int:
-        """Feeds codes at `position` and after; position 0 takes `hidden` in place of its code."""
-        feeds = {
-            "hidden": hidden,
-            "codes": np.array([codes], np.int64),
-            "position_ids": np.arange(position, position + len(codes), dtype=np.int64)[None],
-            "write_index": np.array([position], np.int64),
-        }
-        logits = _floats(self._model.fast.run(feeds, self._fast_state)["logits"][0])
+    def _draw_code(self, codebook: int, fed: Ints, hidden: Array) -> int:
+        """Feeds codes at the positions up to `codebook`; position 0 takes `hidden` in place of its code."""
+        lm = self._model.language_model
+        positions = self._fast_positions[codebook + 1 - len(fed) : codebook + 1]
+        feeds = {"hidden": hidden, "codes": fed[None], "position_ids": positions[None], "write_index": positions[:1]}
+        logits = _floats(self._model.fast.run(feeds, self._fast_state)["logits"][0])[: lm.fast_candidates]
+        if self._window and self._count:
+            logits = self._window.code(logits, codebook)
+        if self._padding:
+            logits = logits.copy()
+            logits[: self._padding] = -np.inf
         return draw(probabilities(logits, self._sampling), self._noise.fast(len(logits)))
 
 
 class Generation(Iterator[Ints]):
-    """Frames of codes, int64 [C] each. `stop_reason` is None until they are exhausted."""
+    """Frames of raw codes, int64 [C] each. `stop_reason` is None until they are exhausted."""
 
-    def __init__(self, columns: Columns, *, end_id: int, drop_last: bool) -> None:
-        self._columns = columns
-        self._frames = _all_but_last(columns) if drop_last else (c for c in columns if c[0] != end_id)
+    def __init__(self, columns: Columns, model: LanguageModel, *, upstream_compat: bool) -> None:
+        self._columns, self._model = columns, model
+        self._drawn: list[Ints] = []
+        self._spoken = self._trimmed(model.upstream_trim if upstream_compat else None)
 
     @property
     def stop_reason(self) -> StopReason | None:
         """Why it ended."""
         return self._columns.stop_reason
 
+    @property
+    def drawn(self) -> Ints:
+        """All columns so far, as they were drawn, an end token's included: int64 [1 + C, T]."""
+        return np.stack(self._drawn, axis=1) if self._drawn else np.zeros((1 + self._model.num_codebooks, 0), np.int64)
+
     def __next__(self) -> Ints:
-        return next(self._frames)[1:]
+        frame = next(self._spoken)[1:] - self._model.code_offset
+        if frame.min() < 0:
+            raise FishrtError("the model drew padding in place of a code, which has no sound", hint="try another seed")
+        return frame
+
+    def _trimmed(self, trim: str | None) -> Iterator[Ints]:
+        """The columns that are spoken: not the end token's, or not that one which upstream drops."""
+        for column in self._columns:
+            self._drawn.append(column)
+            if trim == "last":
+                if len(self._drawn) > 1:
+                    yield self._drawn[-2]
+            elif len(self._drawn) > 1 if trim == "first" else column[0] != self._model.end_id:
+                yield column
 
 
 def generate_frames(
@@ -169,19 +203,13 @@ def generate_frames(
     sampling: resolved. max_frames: None means until the end token or the end of the context. The cache never exceeds the prompt
     and this limit.
     The column of the end token is not yielded. With `upstream_compat` the literal upstream behaviour: an end token in the first
-    column does not stop, and the last column is left out whatever stopped the loop, so that a limit yields one frame less.
-    Raises PromptError for a prompt that does not fit the model, SamplingError for max_frames below 1.
+    column does not stop, padding may be drawn, and the column that `upstream_trim` names is left out whatever it is, so that a
+    limit yields one frame less.
+    Raises PromptError for a prompt that does not fit the model, SamplingError for max_frames below 1. The iterator raises
+    FishrtError for a frame with padding in place of a code.
     """
-    columns = Columns(model, prompt, sampling, noise, max_columns=max_frames, first_may_end=not upstream_compat)
-    return Generation(columns, end_id=model.language_model.end_id, drop_last=upstream_compat)
-
-
-def _all_but_last(columns: Iterator[Ints]) -> Iterator[Ints]:
-    held: Ints | None = None
-    for column in columns:
-        if held is not None:
-            yield held
-        held = column
+    columns = Columns(model, prompt, sampling, noise, max_columns=max_frames, upstream_compat=upstream_compat)
+    return Generation(columns, model.language_model, upstream_compat=upstream_compat)
 
 
 def _floats(array: Array) -> Floats:

@@ -1,15 +1,20 @@
 """Text and voices → the prompt int64 [1 + num_codebooks, T]. The only file that knows `<|im_start|>`.
 
-The dialect "conversation": messages of a role and parts, text or codes, one after the other:
+A prompt is a head, then the text and the speech of each earlier piece, then the text of this piece. The model goes on with its
+speech. How that is written differs by dialect:
 
-    system     convert the provided text to speech reference to the following: … Text: … Speech: ⟨codes of all voices⟩
-    user       text of the first piece           ┐ repeated for each piece that was spoken; the oldest are forgotten
-    assistant  <|voice|>⟨codes of that piece⟩    ┘ when the prompt would grow too long
-    user       text of this piece
-    assistant  <|voice|>                           ← the model goes on here
+    conversation   head: a system message, with the text and speech of all voices in it
+                   user: text    assistant: <|voice|>speech
+    instruction    head: a system message, then each voice as if it were an earlier piece
+                   user: text    assistant: <|voice|>speech
+    segments       head: each voice as if it were an earlier piece
+                   user: text    assistant: speech
+    interleaved    head: <|interleave|>, then each voice as if it were an earlier piece
+                   <|speaker:0|>text    speech
 
-Row 0 holds token ids, where a frame is `semantic_begin_id + code 0`; rows 1… hold the codes of a frame, and 0 below text.
-Every part is tokenised by itself, never across a border between parts: the ids depend on it.
+Row 0 holds token ids, where a frame is `semantic_begin_id + code 0`, or `semantic_begin_id` alone where code 0 is not part of the
+main token; rows 1… hold the codes of a frame + `code_offset`, and 0 below text. Every part is tokenised by itself, never across a
+border between parts: the ids depend on it.
 """
 
 from __future__ import annotations
@@ -20,9 +25,11 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from .bundle import LanguageModel
+from .cleaning import clean_text, lost_letters, unwrap
 from .codec import check_entries
 from .errors import PromptError, VoiceError
+from .features import LanguageModel
+from .punctuation import split_punctuation
 from .text import (
     MAX_TURNS,
     SPEAKER,
@@ -37,21 +44,54 @@ from .text import (
     with_end,
 )
 from .tokenizer import Tokenizer
-from .voices import Voice, max_prompt
+from .voices import Voice
 
-INSTRUCTION = "convert the provided text to speech"
 Ints = npt.NDArray[np.int64]
+Parts = list[str | Ints]
+"""Of a prompt: texts, and codes int64 [num_codebooks, frames]."""
 
 
 @dataclass(frozen=True, slots=True)
-class Message:
-    """One message: `parts` are texts and codes int64 [num_codebooks, frames]. An open one ends without the end token."""
+class Dialect:
+    """How a model was taught to be asked."""
 
-    role: str
-    parts: tuple[str | Ints, ...]
-    modality: str | None = None
-    """The name inside a `<|…|>` behind the role: voice, text, interleave."""
-    open: bool = False
+    opening: tuple[str, ...]
+    """Where the head begins."""
+    ask: tuple[str, ...]
+    """What speech follows on; {} stands for the text."""
+    end: str
+    """What comes behind speech."""
+    turns: bool = False
+    """The text may have turns of several speakers, voice i being speaker i. There is a system message that can be replaced."""
+    window: int | None = None
+    """Upstream remembers a part of what was said (see `WindowedConversation`), of speech all columns but so many of the last.
+    None: it remembers all pieces as wholes, or speaks but one."""
+
+    def asked(self, text: str) -> Parts:
+        """The parts in front of the speech of a text."""
+        return [part.replace("{}", text) for part in self.ask]
+
+    def said(self, text: str, codes: Ints) -> Parts:
+        """The parts of a text that has been spoken."""
+        return [*self.asked(text), codes, self.end]
+
+
+DIALECTS = {
+    "conversation": Dialect(
+        opening=("<|im_start|>system\n", "convert the provided text to speech", "<|im_end|>\n"),
+        ask=("<|im_start|>user\n", "{}", "<|im_end|>\n", "<|im_start|>assistant\n<|voice|>"),
+        end="<|im_end|>\n",
+        turns=True,
+    ),
+    "instruction": Dialect(
+        opening=("<|im_start|>system\n", "Speak out the provided text.", "<|im_end|>"),
+        ask=("<|im_start|>user\n", "{}", "<|im_end|>", "<|im_start|>assistant\n<|voice|>"),
+        end="<|im_end|>",
+        window=0,
+    ),
+    "segments": Dialect(opening=(), ask=("<|im_start|>user\n{}<|im_end|><|im_start|>assistant\n",), end="<|im_end|>", window=1),
+    "interleaved": Dialect(opening=("<|interleave|>",), ask=("<|speaker:0|>", "{}"), end="<|im_end|>"),
+}
 
 
 class PromptBuilder:
@@ -59,117 +99,151 @@ class PromptBuilder:
 
     def __init__(self, tokenizer: Tokenizer, language_model: LanguageModel) -> None:
         self._tokenizer = tokenizer
-        self._model = language_model
-
-    @property
-    def max_prompt(self) -> int:
-        """Most columns of a prompt that leaves room for speech."""
-        return max_prompt(self._model)
+        self.model = language_model
+        self.dialect = DIALECTS[language_model.prompt_dialect]
 
     def split(self, text: str, *, upstream_compat: bool = False, chunk_bytes: int | None = None) -> list[str]:
         """Pieces of a text that are spoken one after the other; `chunk_bytes` (UTF-8) defaults to the manifest's.
 
-        Turns of speakers are packed into pieces of at most five turns and `chunk_bytes`. Text that is too long, with or without a
-        speaker tag, is split at sentence ends, and each part of a turn repeats its tag. Text before the first tag is speaker 0's.
+        The pieces are cleaned as the model needs it; line breaks have become spaces then. Text that is too long is split behind
+        punctuation as `splitting` says, else at sentence ends. Turns of speakers are packed into pieces of at most five turns
+        and `chunk_bytes`, and each part of a turn that is too long repeats its tag. Text before the first tag is speaker 0's.
         What has no letter or digit holds nothing to speak and is left out. A piece or turn that ends in a letter or digit is
         given a full stop.
 
         `upstream_compat`: the text before the first tag is dropped, nothing is split within a turn or added, text without tags is
-        one piece whatever its length, and control tokens in the text act.
+        one piece whatever its length unless there is a `splitting`, letters that a model was not taught are dropped, and control
+        tokens in the text act.
 
-        Raises PromptError for text with nothing to speak, lone surrogates, or control tokens.
+        Raises PromptError for text with nothing to speak, lone surrogates, control tokens, letters that cleaning would drop, or
+        speaker tags that the dialect does not have.
         """
-        limit = self._model.chunk_bytes if chunk_bytes is None else chunk_bytes
+        model = self.model
+        limit = model.chunk_bytes if chunk_bytes is None else chunk_bytes
+        text = self._prepare(text, "the text", upstream_compat)
         check_text(text)
-        turns = speaker_turns(text)
+        turns = speaker_turns(text) if self.dialect.turns else []
         if upstream_compat:
-            return pack_turns(turns, MAX_TURNS, limit) if turns else [text]
-        self._refuse_control_tokens(text, "the text")
-        if not turns:
-            return [with_end(piece) for piece in split_sentences(text, limit) if speakable(piece)]
-        if first := before_first_turn(text):
+            if turns:
+                return pack_turns(turns, MAX_TURNS, limit)
+            pieces = [text] if model.splitting is None else split_punctuation(text, model.splitting, limit)
+            return [self._cleaned(piece) for piece in pieces]  # once more, as upstream does
+        if first := before_first_turn(text) if turns else "":
             turns = [f"<|speaker:0|>{first}", *turns]
-        parts = [with_end(part) for turn in turns for part in split_turn(turn, limit) if speakable(part)]
-        return pack_turns(parts, MAX_TURNS, limit)
+        if turns:
+            parts = [with_end(part) for turn in turns for part in split_turn(turn, limit) if speakable(part)]
+            return pack_turns(parts, MAX_TURNS, limit)
+        pieces = split_sentences(text, limit) if model.splitting is None else split_punctuation(text, model.splitting, limit)
+        return [with_end(piece) for piece in pieces if speakable(piece)]
 
     def start(self, voices: Sequence[Voice] = (), system: str | None = None, *, upstream_compat: bool = False) -> Conversation:
-        """A conversation in which voice i speaks as `<|speaker:i|>`.
+        """A conversation in which voice i speaks as `<|speaker:i|>`, or, where there are no turns, one speaker has all voices.
 
         `system` takes the place of the usual instruction; with voices it is a message of its own in front, because theirs is
-        worded as the model learnt it. Raises VoiceError for codes that are not this model's, PromptError for bad text.
+        worded as the model learnt it. Raises VoiceError for codes that are not this model's, PromptError for bad text, or a
+        system text where there is no such message.
         """
-        messages = []
+        dialect = self.dialect
+        texts = []
         for n, voice in enumerate(voices):
             self._check_codes(voice.codes, f"voice {voice.name!r}")
-            check_unicode(voice.transcript, f"the transcript of voice {voice.name!r}")
-            if not upstream_compat:
-                self._refuse_control_tokens(voice.transcript, f"the transcript of voice {n} ({voice.name!r})")
+            texts.append(self._prepare(voice.transcript, f"the transcript of voice {n} ({voice.name!r})", upstream_compat))
         if system is not None:
-            check_unicode(system, "the system text")
+            if not dialect.turns:
+                raise PromptError("this model takes no system text", hint="leave it out")
             if not system.strip():
                 raise PromptError("the system text is empty", hint="leave it out, and the model's usual instruction is used")
-            if not upstream_compat:
-                self._refuse_control_tokens(system, "the system text")
-            messages.append(Message("system", (system,)))
-        if voices:
-            tagged = [
-                v.transcript if SPEAKER.search(v.transcript) else f"<|speaker:{n}|>{v.transcript}" for n, v in enumerate(voices)
-            ]
-            intro = f"{INSTRUCTION} reference to the following:\n\nText:\n"
-            codes = np.concatenate([v.codes for v in voices], axis=1)
-            messages.append(Message("system", (intro, "\n".join(tagged), "\n\nSpeech:\n", codes)))
-        if not messages:
-            messages.append(Message("system", (INSTRUCTION,)))
-        return Conversation(self, self.encode(messages), keep_all=upstream_compat)
+            system = self._prepare(system, "the system text", upstream_compat)
+        if dialect.turns:
+            parts = self._system_messages(texts, voices, system)
+        else:
+            parts = list(dialect.opening)
+            for text, voice in zip(texts, voices, strict=True):
+                parts += dialect.said(text, voice.codes)
+        kind = WindowedConversation if upstream_compat and dialect.window is not None else Conversation
+        return kind(self, self.encode(parts), upstream_compat=upstream_compat)
 
-    def encode(self, messages: Sequence[Message]) -> Ints:
-        """The columns of messages, int64 [1 + num_codebooks, T]. Raises VoiceError for codes that are not this model's."""
-        parts: list[str | Ints] = []
-        for message in messages:
-            parts += [f"<|im_start|>{message.role}\n" + (f"<|{message.modality}|>" if message.modality else ""), *message.parts]
-            if not message.open:
-                parts.append("<|im_end|>\n")
-        return np.concatenate([self._text(p) if isinstance(p, str) else self._audio(p) for p in parts], axis=1)
+    def encode(self, parts: Sequence[str | Ints]) -> Ints:
+        """Columns of parts of a prompt, int64 [1 + num_codebooks, T]. Raises VoiceError for codes that are not the model's."""
+        nothing = np.zeros((1 + self.model.num_codebooks, 0), np.int64)
+        columns = [self._text(part) if isinstance(part, str) else self._audio(part) for part in parts]
+        return np.concatenate([nothing, *columns], axis=1)
+
+    def _system_messages(self, texts: list[str], voices: Sequence[Voice], system: str | None) -> Parts:
+        begin, instruction, end = self.dialect.opening
+        parts: Parts = [] if system is None else [begin, system, end]
+        if voices:
+            tagged = [text if SPEAKER.search(text) else f"<|speaker:{n}|>{text}" for n, text in enumerate(texts)]
+            intro = f"{instruction} reference to the following:\n\nText:\n"
+            codes = np.concatenate([voice.codes for voice in voices], axis=1)
+            parts += [begin, intro, "\n".join(tagged), "\n\nSpeech:\n", codes, end]
+        return parts or [begin, instruction, end]
 
     def _text(self, text: str) -> Ints:
         ids = self._tokenizer.encode(text)
-        columns = np.zeros((1 + self._model.num_codebooks, len(ids)), dtype=np.int64)
+        columns = np.zeros((1 + self.model.num_codebooks, len(ids)), dtype=np.int64)
         columns[0] = ids
         return columns
 
     def _audio(self, codes: Ints) -> Ints:
-        self._check_codes(codes, "a part of the conversation")
-        return np.concatenate((codes[:1] + self._model.semantic_begin_id, codes)).astype(np.int64)
+        self._check_codes(codes, "a part of the prompt")
+        model = self.model
+        main = codes[:1] if model.code_zero == "main" else np.zeros_like(codes[:1])
+        return np.concatenate((model.semantic_begin_id + main, codes + model.code_offset)).astype(np.int64)
 
     def _check_codes(self, codes: Ints, what: str) -> None:
-        model = self._model
+        model = self.model
         if codes.ndim != 2 or codes.shape[0] != model.num_codebooks:
             raise VoiceError(
                 f"{what} has codes of shape {list(codes.shape)}; this model needs [{model.num_codebooks}, frames]",
                 hint="add the voice again with this bundle",
             )
         if codes.shape[1]:
-            semantic = model.semantic_end_id - model.semantic_begin_id + 1
-            first = min(semantic, model.codebook_width)
-            check_entries(codes, [first] + [model.codebook_width] * (model.num_codebooks - 1), f"the codes of {what}")
+            sizes = [model.codebook_width - model.code_offset] * model.num_codebooks
+            if model.code_zero == "main":
+                sizes[0] = min(sizes[0], model.semantic_end_id - model.semantic_begin_id + 1)
+            check_entries(codes, sizes, f"the codes of {what}")
 
-    def _refuse_control_tokens(self, text: str, what: str) -> None:
+    def _prepare(self, text: str, what: str, upstream_compat: bool) -> str:
+        """The text as the model is to read it. Raises PromptError for what must not or cannot be spoken."""
+        check_unicode(text, what)
+        if upstream_compat:
+            return self._cleaned(text)
+        if not self.dialect.turns and (tag := SPEAKER.search(text)):
+            raise PromptError(f"{what} has {tag[0]}, but this model knows no turns of speakers", hint="take the tags out")
+        if rules := self.model.cleaning:
+            text = unwrap(text)
+            if lost := lost_letters(text, rules):
+                raise PromptError(
+                    f"{what} has {', '.join(lost[:10])}{', …' if lost[10:] else ''}, which this model was not taught to read",
+                    hint="write it otherwise; upstream_compat leaves these letters out",
+                )
+        text = self._cleaned(text)
+        # Looked for behind the cleaning, which may take away what kept a token from acting.
         if names := [name for name in self._tokenizer.control_tokens(text) if not SPEAKER.fullmatch(name)]:
             raise PromptError(
                 f"{what} contains {', '.join(names)}, which would steer the model instead of being spoken",
-                hint="take it out, or write it with a space, as '< |'; only <|speaker:0|>, <|speaker:1|>, … may be used",
+                hint="take it out, or write it with a space, as '< |'",
             )
+        return text
+
+    def _cleaned(self, text: str) -> str:
+        return text if self.model.cleaning is None else clean_text(text, self.model.cleaning)
 
 
 class Conversation:
-    """What was said so far in one request. For each piece of text: `prompt = user(text)`, generate, `assistant(codes)`."""
+    """What was said so far in one request. For each piece of text: `prompt = user(text)`, generate, `assistant(columns)`.
 
-    def __init__(self, builder: PromptBuilder, system: Ints, *, keep_all: bool) -> None:
+    Earlier pieces stand in the prompt as voices do, with an end behind their speech: so the models were taught, and so they know
+    that a piece ends. Upstream does the same in some dialects; where it does not, see `WindowedConversation`.
+    """
+
+    def __init__(self, builder: PromptBuilder, head: Ints, *, upstream_compat: bool) -> None:
         self._builder = builder
-        self._system = system
+        self._head = head
+        self._upstream_compat = upstream_compat
         self._history: list[Ints] = []
-        self._asked = ""
-        self._keep_all = keep_all
+        self._text = ""
 
     def user(self, text: str) -> Ints:
         """The prompt int64 [1 + num_codebooks, T] for the next piece, as `split` gave it.
@@ -177,22 +251,58 @@ class Conversation:
         Forgets the oldest pieces as soon as the prompt would exceed `max_prompt`; upstream_compat keeps all.
         Raises PromptError if it is too long even so.
         """
-        self._asked = text
-        now = self._builder.encode([Message("user", (text,)), Message("assistant", (), "voice", open=True)])
-        fixed, limit = self._system.shape[1] + now.shape[1], self._builder.max_prompt
-        said = sum(turn.shape[1] for turn in self._history)
-        while self._history and fixed + said > limit and not self._keep_all:
+        self._text = text
+        now = self._asked()
+        fixed, limit = self._head.shape[1] + now.shape[1], self._builder.model.max_prompt
+        said = sum(piece.shape[1] for piece in self._history)
+        while self._history and fixed + said > limit and not self._upstream_compat:
             said -= self._history.pop(0).shape[1]
         if fixed + said > limit:
             raise PromptError(
-                f"the prompt is too long: {fixed + said:,} columns (voices and system text {self._system.shape[1]:,}, "
+                f"the prompt is too long: {fixed + said:,} columns (voices and system text {self._head.shape[1]:,}, "
                 f"text {now.shape[1]:,}, earlier pieces {said:,}), but the model takes {limit:,} and then speech",
-                hint="use shorter text" if now.shape[1] > self._system.shape[1] else "use shorter or fewer references",
+                hint="use shorter text" if now.shape[1] > self._head.shape[1] else "use shorter or fewer references",
             )
-        return np.concatenate([self._system, *self._history, now], axis=1)
+        return np.concatenate([self._head, *self._history, now], axis=1)
 
-    def assistant(self, codes: Ints) -> None:
-        """Remembers the codes int64 [num_codebooks, frames] that were spoken for the last `user` text."""
-        if not codes.shape[1]:  # an answer without sound would teach the model to be silent
-            return
-        self._history.append(self._builder.encode([Message("user", (self._asked,)), Message("assistant", (codes,), "voice")]))
+    def assistant(self, columns: Ints) -> None:
+        """Remembers the columns int64 [1 + num_codebooks, T] that were drawn for the last `user` text, an end token's included.
+
+        Upstream leaves out the last, end token or not.
+        """
+        model = self._builder.model
+        spoken = columns[:, :-1] if self._upstream_compat else columns[:, columns[0] != model.end_id]
+        if spoken.shape[1]:  # an answer without sound would teach the model to be silent
+            codes = spoken[1:] - model.code_offset
+            self._history.append(self._builder.encode(self._builder.dialect.said(self._text, codes)))
+
+    def _asked(self) -> Ints:
+        return self._builder.encode(self._builder.dialect.asked(self._text))
+
+
+class WindowedConversation(Conversation):
+    """Upstream's memory in the dialects that have a `window`, to the letter.
+
+    Columns are remembered as they were drawn, and nothing is put behind them. Texts and speech are one element each. The first
+    two are always kept; of the rest, an odd number of the last ones: those up to the one that, counted twice, does not fit any
+    more. If that is the newest, all elements are there a second time. A prompt longer than `max_prompt` is no error.
+    """
+
+    def user(self, text: str) -> Ints:
+        """The prompt int64 [1 + num_codebooks, T] for the next piece."""
+        self._text = text
+        elements = [*self._history, self._asked()]
+        room = self._builder.model.max_prompt - self._head.shape[1]
+        lengths = np.array([element.shape[1] for element in reversed(elements)])
+        too_much = np.cumsum(lengths) + lengths > room
+        nth = int(too_much.argmax()) if too_much.any() else len(elements) - 1
+        if nth and nth % 2 == 0:
+            nth -= 1
+        if nth < len(elements) - 2:
+            elements = elements[:2] + elements[-nth:]
+        return np.concatenate([self._head, *elements], axis=1)
+
+    def assistant(self, columns: Ints) -> None:
+        """Remembers the columns int64 [1 + num_codebooks, T] that were drawn for the last `user` text."""
+        kept = columns.shape[1] - (self._builder.dialect.window or 0)
+        self._history += [self._asked(), columns[:, :kept]]

@@ -1,4 +1,4 @@
-"""From logits to ids: top-p, top-k, temperature, the draw, and repetition-aware sampling. Pure functions over numpy arrays.
+"""From logits to ids: repetition penalty, top-p, top-k, temperature, the draw, and repetition-aware sampling, in numpy.
 
 The order of the filters is the models' own and is not the usual one: top-p looks at the logits before the temperature, its
 cumulative probability includes the item itself (so the item that crosses the limit is removed), and only then are the survivors
@@ -15,8 +15,8 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from .bundle import LanguageModel, SamplingDefaults, sampling_faults
 from .errors import GraphError, SamplingError
+from .features import LanguageModel, RepetitionPenalty, SamplingDefaults, sampling_faults
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
@@ -32,30 +32,39 @@ class Sampling:
     """0 < top_p <= 1. Only the likeliest tokens that together stay within this probability are drawn."""
     top_k: int | None = None
     """At least 1. Only so many of the likeliest tokens are drawn. As many as there are tokens, or more, removes none."""
+    repetition_penalty: float | None = None
+    """0 < repetition_penalty < 2. Above 1, what was drawn in the last frames becomes less likely; 1 changes nothing."""
 
     def __post_init__(self) -> None:
         temperature = 1.0 if self.temperature is None else self.temperature
         top_p = 1.0 if self.top_p is None else self.top_p
-        for found, rule in sampling_faults(temperature, top_p, self.top_k):
+        for found, rule in sampling_faults(temperature, top_p, self.top_k, self.repetition_penalty):
             raise SamplingError(found, hint=rule)
 
     def resolve(self, defaults: SamplingDefaults) -> Sampling:
-        """With a bundle's defaults in place of None. A top_k that is None even then removes no token."""
+        """With a bundle's defaults in place of None. A top_k that is None even then removes no token.
+
+        Raises SamplingError for a repetition penalty where the model has none.
+        """
+        penalty = defaults.repetition_penalty
+        if penalty is None and self.repetition_penalty is not None:
+            raise SamplingError("this model has no repetition penalty", hint="leave it out")
         return Sampling(
             defaults.temperature if self.temperature is None else self.temperature,
             defaults.top_p if self.top_p is None else self.top_p,
             defaults.top_k if self.top_k is None else self.top_k,
+            penalty.penalty if penalty and self.repetition_penalty is None else self.repetition_penalty,
         )
 
 
 class Noise(Protocol):
     """Where the draws get their randomness: float32 [width], positive, exponentially distributed with mean 1.
 
-    The loop asks in this order in every frame: slow (twice for repetition-aware models), then fast for each later codebook.
+    The loop asks in this order in every frame: slow (twice for repetition-aware models), then fast for each code that is drawn.
     """
 
     def slow(self, width: int) -> Floats:
-        """Noise for one draw of a main token; entry i belongs to the i-th of `audio_ids`."""
+        """Noise for one draw of a main token; entry i belongs to the i-th of `main_ids`."""
         ...
 
     def fast(self, width: int) -> Floats:
@@ -138,6 +147,47 @@ def audio_ids(model: LanguageModel) -> Ints:
     return np.union1d(semantic, np.array([model.end_id], np.int64))
 
 
+def main_ids(model: LanguageModel) -> Ints:
+    """The tokens that can be drawn as main tokens, ascending: int64 [n]."""
+    return audio_ids(model) if model.main_tokens == "audio" else np.arange(model.vocab_size, dtype=np.int64)
+
+
+def penalised(logits: Floats, indices: Ints, penalty: float) -> Floats:
+    """A copy of the logits, float32 [n], with those at `indices` made less likely; one that is there twice, once."""
+    result = logits.copy()
+    chosen = logits[indices]
+    result[indices] = np.where(chosen < 0, chosen * np.float32(penalty), chosen / np.float32(penalty))
+    return result
+
+
+class PenaltyWindow:
+    """The last columns that were drawn, and what they do to the next; see `RepetitionPenalty`."""
+
+    def __init__(self, rules: RepetitionPenalty, penalty: float, num_codebooks: int) -> None:
+        self._rules, self._penalty = rules, penalty
+        self._columns = np.zeros((1 + num_codebooks, rules.window), np.int64)
+        self._count = 0
+
+    def add(self, column: Ints) -> None:
+        """A column int64 [1 + num_codebooks]; the oldest makes room for it."""
+        self._columns[:, self._count % self._rules.window] = column
+        self._count += 1
+
+    def main(self, logits: Floats, ids: Ints) -> Floats:
+        """Penalised logits float32 [n] of the tokens `ids`, int64 [n], ascending. Tokens that are not among them do nothing."""
+        if self._rules.main == "none":
+            return logits
+        # While the window fills, the column that came first counts as the oldest, not the zeros that stand for missing ones.
+        oldest = self._count % self._rules.window if self._count >= self._rules.window else 0
+        tokens = self._columns[0] if self._rules.main == "row" else self._columns[:, oldest]
+        indices = np.minimum(np.searchsorted(ids, tokens), len(ids) - 1)
+        return penalised(logits, indices[ids[indices] == tokens], self._penalty)
+
+    def code(self, logits: Floats, codebook: int) -> Floats:
+        """Penalised logits float32 [n] of the codes of one codebook."""
+        return penalised(logits, self._columns[1 + codebook], self._penalty)
+
+
 def sample_main(
     logits: Floats,
     ids: Ints,
@@ -148,16 +198,17 @@ def sample_main(
 ) -> int:
     """Draws a main token, with a resolved `sampling`.
 
-    logits: float32 [n], those of `ids`: int64 [n] from `audio_ids`. recent: the main tokens that repetition-aware sampling looks
+    logits: float32 [n], those of `ids`: int64 [n] from `main_ids`. recent: the main tokens that repetition-aware sampling looks
     back on. noise: one array float32 [n], or two for a repetition-aware model: for the draw itself, and for the second draw that
     replaces it when it gives a semantic token in `recent`. The second may give the same again.
     """
     token = int(ids[draw(probabilities(logits, sampling), noise[0])])
     rules = model.sampling.repetition_aware
-    if rules is not None and token in recent and _is_semantic(token, model):
+    if rules is not None and token in recent and is_semantic(token, model):
         token = int(ids[draw(filter_probs(logits, rules.temperature, rules.top_p, sampling.top_k), noise[1])])
     return token
 
 
-def _is_semantic(token: int, model: LanguageModel) -> bool:
+def is_semantic(token: int, model: LanguageModel) -> bool:
+    """Whether a main token stands for a frame."""
     return model.semantic_begin_id <= token <= model.semantic_end_id

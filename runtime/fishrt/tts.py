@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from numbers import Integral
 from pathlib import Path
@@ -99,16 +99,18 @@ class TTS:
     ) -> Speech:
         """Speaks a text.
 
-        voice: one or several; the i-th speaks `<|speaker:i|>`. None: the bundle's default voice, or all of its voices, the
-        default first, where the text has speaker tags. An empty list: none at all.
+        voice: one or several; the i-th speaks `<|speaker:i|>`, or, where the model knows no turns of speakers, all are of one
+        speaker. None: the bundle's default voice, or all of its voices, the default first, where the text has speaker tags. An
+        empty list: none at all.
         sampling: None means the bundle's defaults. seed: at least 0; None draws one, which `info` tells. The same seed and
         request give the same codes. max_frames: limit for each piece of text, at most the codec's; None means what context and
         codec allow. `info` tells which pieces were cut off by it.
         system: takes the place of the model's usual instruction. upstream_compat: upstream's behaviour to the letter.
 
-        Raises PromptError for text that cannot be spoken or is too long with its references, VoiceError for a voice that is
-        unknown or not this bundle's, SamplingError for a bad limit or seed (also for one that is no whole number), FishrtError if
-        the model says nothing for a piece of the text or memory does not suffice.
+        Raises PromptError for text that cannot be spoken or is too long with its references, or a system text that the model does
+        not take; VoiceError for a voice that is unknown or not this bundle's; SamplingError for a bad limit or seed (also for one
+        that is no whole number), or a repetition penalty that the model does not have; FishrtError if the model says nothing for
+        a piece of the text, or draws what has no sound, or memory does not suffice.
         """
         request = self._request(text, voice, sampling, seed, max_frames, system, upstream_compat)
         chunks = []
@@ -235,7 +237,8 @@ class TTS:
         voices = [self.voice(v) if isinstance(v, str) else v for v in given]
         for v in voices:
             v.check(manifest)
-        return voices
+        # The codec may have more codebooks than the model.
+        return [replace(v, codes=v.codes[: manifest.language_model.num_codebooks]) for v in voices]
 
     def _chunks(self, request: _Request, progress: Callable[[Progress], None] | None) -> Iterator[AudioChunk]:
         codec, lm = self.bundle.manifest.codec, self.bundle.manifest.language_model
@@ -265,9 +268,9 @@ class TTS:
                         total = said + len(frames)
                         elapsed = time.perf_counter() - begun
                         progress(Progress(n, len(request.pieces), total, total / codec.frame_rate, elapsed))
-                drawn = np.stack(frames, axis=1) if frames else np.zeros((lm.num_codebooks, 0), np.int64)
                 # The model is reminded of exactly what it drew; the codec and the caller get codes that the codec has.
-                request.conversation.assistant(drawn)
+                request.conversation.assistant(generation.drawn)
+                drawn = np.stack(frames, axis=1) if frames else np.zeros((lm.num_codebooks, 0), np.int64)
                 spoken = time.perf_counter()
                 codes = clamp_codes(drawn, codec)
                 pcm = decoder.decode(codes) if frames else np.zeros(0, np.float32)

@@ -18,15 +18,13 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from .bundle import Bundle, LanguageModel, Manifest
+from .bundle import Bundle, Manifest
 from .codec import check_entries, check_integers
 from .errors import AudioError, VoiceError
 from .text import check_unicode
 
 SCHEMA = 1
 MIN_SECONDS = 0.2
-SPEECH_ROOM = 2048
-"""Positions of the context kept free for speech; half of the context, where that is less."""
 SILENCE = 1e-3
 """A recording whose largest sample is below this (−60 dB of full scale) holds no voice."""
 
@@ -206,11 +204,6 @@ class VoiceStore:
         return speakers
 
 
-def max_prompt(model: LanguageModel) -> int:
-    """Most columns of a prompt, references included, that leaves room for speech."""
-    return model.max_seq_len - min(SPEECH_ROOM, model.max_seq_len // 2)
-
-
 def user_folder() -> Path:
     """Where a user's voices lie: $FISHRT_VOICE_DIR, else fishrt/voices in the XDG data folder."""
     if folder := os.environ.get("FISHRT_VOICE_DIR"):
@@ -263,7 +256,7 @@ def _check_transcript(transcript: str, name: str) -> None:
 
 def _most_seconds(manifest: Manifest) -> float:
     """The longest recording that codec and context take."""
-    return min(manifest.codec.max_frames, max_prompt(manifest.language_model)) / manifest.codec.frame_rate
+    return min(manifest.codec.max_frames, manifest.language_model.max_prompt) / manifest.codec.frame_rate
 
 
 def _check_recording(pcm: Pcm, rate: int, manifest: Manifest, what: str) -> None:

@@ -126,6 +126,41 @@ class DacConfig:
         """Entries of each codebook, the semantic one first."""
         return (self.semantic_codebook_size, *[self.codebook_size] * self.residual_codebooks)
 
+    @property
+    def kind(self) -> str:
+        """As a codec source tells it."""
+        return "dac"
+
+    @property
+    def max_frames(self) -> int:
+        """The rows of the rotary tables."""
+        return MAX_FRAMES
+
+    @property
+    def sample_multiple(self) -> int:
+        """Whole frames are encoded."""
+        return self.hop
+
+    @property
+    def min_samples(self) -> int:
+        """Any sound can be filled up to a frame."""
+        return 1
+
+    @property
+    def context(self) -> None:
+        """Attention layer upon layer, and positions counted from the start: every earlier frame counts."""
+        return None
+
+    @property
+    def sight(self) -> int:
+        """Frames of the longest attention window, rounded up."""
+        windows, rate = [self.pre_module.window, self.post_module.window], self.hop  # rate: positions a frame
+        for stride, transformer in zip(self.encoder_rates, self.encoder_transformers, strict=True):
+            rate //= stride
+            if transformer:
+                windows.append(-(-transformer.window // rate))
+        return max(windows)
+
     @classmethod
     def from_json(cls, config: Mapping[str, Any]) -> DacConfig:
         """Reads the originals' field names. Raises ExportError for a missing, mistyped, contradictory or unknown field."""

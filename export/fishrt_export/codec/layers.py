@@ -14,16 +14,16 @@ from ..rope import apply_rope, rope_table
 class CausalConv1d(nn.Module):
     """Convolution that sees no future: zeros of length (k−1)·dilation − (stride−1) stand before the first sample.
 
-    Input [batch, in, stride·n], output [batch, out, n].
+    Input [batch, in, n], output [batch, out, ⌈n / stride⌉]: zeros behind the last sample complete its stride.
     """
 
     def __init__(self, inputs: int, outputs: int, kernel: int, *, stride: int = 1, dilation: int = 1, groups: int = 1) -> None:
         super().__init__()
         self.conv = nn.Conv1d(inputs, outputs, kernel, stride, dilation=dilation, groups=groups)
-        self.left = (kernel - 1) * dilation + 1 - stride
+        self.padding = ((kernel - 1) * dilation + 1 - stride, stride - 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return cast(Tensor, self.conv(F.pad(x, (self.left, 0))))
+        return cast(Tensor, self.conv(F.pad(x, self.padding)))
 
 
 class CausalConvTranspose1d(nn.Module):
@@ -37,6 +37,25 @@ class CausalConvTranspose1d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.conv(x)
         return y[..., : -self.trim] if self.trim else y
+
+
+def conv1d(
+    inputs: int, outputs: int, kernel: int, *, causal: bool, stride: int = 1, dilation: int = 1, groups: int = 1
+) -> CausalConv1d | nn.Conv1d:
+    """Causal, or centred: zeros on both sides alike, none where kernel and stride are equal, so that a last part is left out."""
+    if causal:
+        return CausalConv1d(inputs, outputs, kernel, stride=stride, dilation=dilation, groups=groups)
+    padding = ((kernel - 1) * dilation + 1 - stride) // 2
+    return nn.Conv1d(inputs, outputs, kernel, stride, padding, dilation, groups)
+
+
+def conv_transpose1d(
+    inputs: int, outputs: int, kernel: int, stride: int, *, causal: bool
+) -> CausalConvTranspose1d | nn.ConvTranspose1d:
+    """Causal, or centred: the outputs that are dropped are taken from both ends. [batch, in, n] → [batch, out, stride·n]."""
+    if causal:
+        return CausalConvTranspose1d(inputs, outputs, kernel, stride)
+    return nn.ConvTranspose1d(inputs, outputs, kernel, stride, (kernel - stride) // 2)
 
 
 class Snake(nn.Module):
@@ -69,9 +88,9 @@ class ResidualUnit(nn.Module):
 class ConvNeXtBlock(nn.Module):
     """Depthwise convolution over time, then a two-layer network over channels, scaled by gamma and added to the input."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, kernel: int = 7, *, causal: bool = True) -> None:
         super().__init__()
-        self.dwconv = CausalConv1d(channels, channels, 7, groups=channels)
+        self.dwconv = conv1d(channels, channels, kernel, causal=causal, groups=channels)
         self.norm = nn.LayerNorm(channels, eps=1e-6)
         self.pwconv1 = nn.Linear(channels, 4 * channels)
         self.pwconv2 = nn.Linear(4 * channels, channels)

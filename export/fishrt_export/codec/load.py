@@ -1,4 +1,4 @@
-"""Reads a DAC codec: `codec.pth` and its sizes, which no checkpoint carries and which are the official ones if not given."""
+"""Reads a codec: its tensors, whose names tell its kind, and its sizes, which are the official ones if no file gives them."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from torch import Tensor
 
 from ..checkpoint import CodecFiles, only_tensors, read_pickle
 from ..errors import ExportError
-from ..weights import fuse_weight_norm
 from .dac import DacConfig
+from .firefly import FireflyConfig
+
+CodecConfig = DacConfig | FireflyConfig
 
 _TRANSFORMER = {
     "n_layer": 8,
@@ -46,37 +48,69 @@ OFFICIAL: dict[str, Any] = {
         "post_module": _MODULE,
     },
 }
-"""S2-Pro, in the originals' field names."""
+"""S1 and S2, in the originals' field names."""
 
-_PARTS = ("encoder.", "quantizer.", "decoder.")
+
+def official_firefly(*, causal: bool) -> dict[str, Any]:
+    """1.4 and 1.5, or 1.2, whose codec is the centred one."""
+    return {
+        "spec_transform": {"sample_rate": 44100, "n_mels": 160, "n_fft": 2048, "hop_length": 512, "win_length": 2048},
+        "backbone": {"input_channels": 160, "depths": [3, 3, 9, 3], "dims": [128, 256, 384, 512], "kernel_size": 7},
+        "head": {
+            "hop_length": 512,
+            "upsample_rates": [8, 8, 2, 2, 2],
+            "upsample_kernel_sizes": [16, 16, 4, 4, 4],
+            "resblock_kernel_sizes": [3, 7, 11],
+            "resblock_dilation_sizes": [[1, 3, 5], [1, 3, 5], [1, 3, 5]],
+            "num_mels": 512,
+            "upsample_initial_channel": 512,
+            "pre_conv_kernel_size": 13,
+            "post_conv_kernel_size": 13,
+        },
+        "quantizer": {
+            "input_dim": 512,
+            "n_codebooks": 1,
+            "n_groups": 8 if causal else 4,
+            "levels": [8, 5, 5, 5],
+            "downsample_factor": [2, 2] if causal else [2],
+        },
+    }
+
+
+_DAC, _FIREFLY = ("encoder.", "decoder."), ("backbone.", "head.")
+_BOTH = ("quantizer.",)
+_CAUSAL = "head.conv_pre.conv."
 _IGNORED_ENDINGS = (".causal_mask", ".freqs_cis", ".inited", ".cluster_size", ".embed_avg")
 """Buffers that are computed here (S1-era files carry them), and leftovers of training."""
-_IGNORED_STARTS = ("quantizer.semantic_predictor_module.",)
-
-
-def read_codec_config(files: CodecFiles) -> DacConfig:
-    """Raises ExportError for a `codec_config.json` with missing, mistyped, contradictory or unknown fields."""
-    return DacConfig.from_json(OFFICIAL if files.config is None else files.config)
+_IGNORED_STARTS = ("quantizer.semantic_predictor_module.", "head.noise_convs.")
 
 
 def read_stored_codec(files: CodecFiles) -> dict[str, Tensor]:
-    """The tensors of `codec.pth` that inference needs, as stored, by the names of `Dac` but for weight norm."""
+    """The tensors that inference needs, as stored, by the names of `Dac` or `Firefly` but for weight norm. Raises ExportError."""
     data = read_pickle(files.weights)
     if any("generator" in name for name in data):
         data = {name.replace("generator.", ""): value for name, value in data.items() if "generator." in name}
-    kept = {name: value for name, value in data.items() if _is_needed(name)}
-    if not kept:
-        raise ExportError(f"{files.weights} holds no codec: no tensor is named encoder.*, quantizer.* or decoder.*")
+    parts = [parts for parts in (_DAC, _FIREFLY) if any(name.startswith(parts) for name in data)]
+    if len(parts) != 1:
+        raise ExportError(
+            f"{files.weights} holds {'parts of two codecs' if parts else 'no codec'}: "
+            "it has encoder.*, quantizer.* and decoder.*, or backbone.*, quantizer.* and head.*",
+            hint="is this the right file?",
+        )
+    kept = {name: value for name, value in data.items() if name.startswith(parts[0] + _BOTH) and not _is_ignored(name)}
     return only_tensors(kept, str(files.weights))
 
 
-def fuse_codec(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors by the names of `Dac`, weight norm multiplied out."""
-    return fuse_weight_norm(stored)
+def read_codec_config(files: CodecFiles, stored: Mapping[str, Tensor]) -> CodecConfig:
+    """Raises ExportError for a `codec_config.json` with missing, mistyped, contradictory or unknown fields."""
+    if any(name.startswith(_DAC) for name in stored):
+        return DacConfig.from_json(OFFICIAL if files.config is None else files.config)
+    causal = any(name.startswith(_CAUSAL) for name in stored)
+    return FireflyConfig.from_json(official_firefly(causal=causal) if files.config is None else files.config, causal=causal)
 
 
-def fingerprint(fused: Mapping[str, Tensor], config: DacConfig) -> str:
-    """Hex SHA-256 over the config and the names, dtypes, shapes and bytes of the fused weights.
+def fingerprint(fused: Mapping[str, Tensor], config: CodecConfig) -> str:
+    """Hex SHA-256 over the config and the names, dtypes, shapes and bytes of the weights, weight norm multiplied out.
 
     Codecs that sound the same have equal fingerprints, however their weight norm was stored.
     """
@@ -88,5 +122,5 @@ def fingerprint(fused: Mapping[str, Tensor], config: DacConfig) -> str:
     return digest.hexdigest()
 
 
-def _is_needed(name: str) -> bool:
-    return name.startswith(_PARTS) and not name.startswith(_IGNORED_STARTS) and not name.endswith(_IGNORED_ENDINGS)
+def _is_ignored(name: str) -> bool:
+    return name.startswith(_IGNORED_STARTS) or name.endswith(_IGNORED_ENDINGS)

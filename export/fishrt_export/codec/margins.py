@@ -1,30 +1,47 @@
-"""How clear each choice of the quantiser was: what a differing code must be judged by."""
+"""How clear each choice of a quantiser was: what a differing code must be judged by."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .graphs import CodecEncode
+from ..verify import Margins
+from .dac import Dac
+from .firefly import Firefly, Quantizer
+
+COSINE_MARGIN = 1e-4
+"""Codebook rows whose cosine similarity is closer than this to the best may be chosen instead of it."""
+LEVEL_MARGIN = 1e-3
+"""A number may be rounded to either of two levels if it is closer than this to the middle between them."""
 
 
-def code_margins(module: nn.Module) -> Callable[[Tensor], Tensor]:
-    """For a CodecEncode: audio [batch, 1, samples] → gap of best and second-best cosine, [batch, codebooks, frames]."""
-    encoder = cast(CodecEncode, module)
+def code_margins(codec: nn.Module) -> Margins:
+    """For a Dac or a Firefly."""
+    if isinstance(codec, Firefly):
+        return Margins(
+            lambda audio: level_margins(codec.quantizer, codec.backbone(codec.mel(audio))), LEVEL_MARGIN, codec.config.residuals
+        )
+    dac = cast(Dac, codec)
+    return Margins(lambda audio: cosine_margins(dac, audio), COSINE_MARGIN, len(dac.quantizer.codebooks))
 
-    def margins(audio: Tensor) -> Tensor:
-        quantizer = encoder.quantizer
-        residual = quantizer.pre_module(quantizer.downsample(encoder.encoder(audio)))
-        gaps = []
-        for codebook in quantizer.codebooks:
-            place = F.normalize(codebook.project(residual), dim=1).transpose(1, 2)
-            best = (place @ F.normalize(codebook.codebook.weight, dim=1).T).topk(2, dim=-1)
-            gaps.append(best.values[..., 0] - best.values[..., 1])
-            residual = residual - codebook.lookup(best.indices[..., 0])
-        return torch.stack(gaps, dim=1)
 
-    return margins
+def cosine_margins(dac: Dac, audio: Tensor) -> Tensor:
+    """audio [batch, 1, samples] → gap of best and second-best cosine, [batch, codebooks, frames]."""
+    quantizer = dac.quantizer
+    residual = quantizer.pre_module(quantizer.downsample(dac.encoder(audio)))
+    gaps = []
+    for codebook in quantizer.codebooks:
+        place = F.normalize(codebook.project(residual), dim=1).transpose(1, 2)
+        best = (place @ F.normalize(codebook.codebook.weight, dim=1).T).topk(2, dim=-1)
+        gaps.append(best.values[..., 0] - best.values[..., 1])
+        residual = residual - codebook.lookup(best.indices[..., 0])
+    return torch.stack(gaps, dim=1)
+
+
+def level_margins(quantizer: Quantizer, features: Tensor) -> Tensor:
+    """[batch, dim, n] → distance of a code's least clear number from the middle of two levels, [batch, codebooks, frames]."""
+    levels = quantizer.residual_fsq.levels(quantizer.downsample(features))
+    return (levels - levels.floor() - 0.5).abs().amin(dim=-1).flatten(1, 2)

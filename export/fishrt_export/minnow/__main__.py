@@ -14,7 +14,7 @@ from .train_encoder import train_encoder
 from .train_lm import train_lm
 from .train_tokens import train_tokens
 
-STEPS = {"tokens": 2500, "decoder": 5500, "encoder": 2500, "lm": 4700}
+STEPS = {"tokens": 2500, "decoder": 5500, "encoder": 2500, "lm": 5000}
 
 
 @click.command(context_settings={"show_default": True})
@@ -28,13 +28,13 @@ def main(stage: str, folder: Path, threads: int, steps: int | None, out: Path | 
 
     In order: synth, tokens, encode, then decoder, encoder and lm side by side or in turn, then package.
 
-    synth needs Debian's packages flite, fortunes, fortunes-min and scowl, and about 3 GB. Every training stage saves itself
+    synth needs Debian's packages flite, fortunes, fortunes-min and scowl, and about 4 GB. Every training stage saves itself
     every two minutes, continues where it was stopped, and logs to FOLDER/STAGE.jsonl.
     """
     if threads:
         torch.set_num_threads(threads)
     if stage == "synth":
-        synthesise(folder / "speech", templates=10_000, word_lists=10_000, seed=1)
+        synthesise(folder / "speech", templates=10_000, word_lists=20_000, seed=1)
     elif stage == "package":
         if out is None:
             raise click.UsageError("package needs --out, the checkpoint folder to write")

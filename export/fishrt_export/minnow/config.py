@@ -95,6 +95,7 @@ DEFAULTS: dict[str, Any] = {
         "top_p": 0.8,
         "top_k": 20,
         "repetition_aware": None,
+        "repetition_penalty": None,
     },
 }
 """What the voice sounds best with; written as the checkpoint's `fishrt.json`."""

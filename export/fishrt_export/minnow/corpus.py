@@ -174,11 +174,11 @@ def build_corpus(*, templates: int, word_lists: int, seed: int) -> list[Sentence
     common = _words((10, 20, 35, 40, 50))
     sentences = [Sentence(text, "fortune") for text in _fortunes(common)]
     sentences += [Sentence(_fill(rng), "template") for _ in range(templates)]
-    frequent, rest = _words((10, 20)), _words((35,))
+    frequent, rest = _words((10, 20)), _words((35, 40, 50))
     pool = sorted(w for w in frequent if len(w) > 1)
     rare = sorted(w for w in rest if len(w) > 2)
     for n in range(word_lists):
-        source = pool if n % 3 else rare
+        source = pool if n % 2 else rare
         sentences.append(Sentence(_word_list(rng.sample(source, rng.randint(2, 6))), "words"))
     unique = {s.text: s for s in sentences}
     ordered = sorted(unique.values(), key=lambda s: s.text)

@@ -12,8 +12,13 @@ from ..codec.layers import FeedForward
 from ..rope import apply_rope, rope_table
 
 GUIDED_LAYER = 2
-GUIDED_HEADS = slice(0, 2)
-"""The attention heads of the slow AR that training guides along the text."""
+GUIDED_LETTERS = (0.0, 2.0)
+"""The first attention heads of this layer of the slow AR are guided along the text: one each to the letter that is about to be
+spoken, and so many letters ahead of it, as what follows decides how a letter sounds."""
+GUIDED_WIDTH = 1.5
+"""In letters: how far off a guided head may look."""
+HEARD_LAYER = 3
+"""What this layer puts out is asked for the phone about to be spoken."""
 
 
 class Attention(nn.Module):
@@ -110,10 +115,11 @@ class DualAr(nn.Module):
                 for out in (block.attention.wo, block.feed_forward.w2):  # type: ignore[union-attr]
                     nn.init.normal_(out.weight, std=0.02 / (2 * len(layers)) ** 0.5)  # type: ignore[union-attr, arg-type]
 
-    def slow(self, prompt: Tensor, centre: Tensor, width: Tensor) -> tuple[Tensor, Tensor]:
-        """prompt int64 [batch, 1+codebooks, length] → normed hidden [batch, length, dim], and how far GUIDED heads look astray.
+    def slow(self, prompt: Tensor, letter: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Normed hidden, what HEARD_LAYER puts out, both [batch, length, dim], and how far the guided heads look astray.
 
-        The latter is the mean attention weight that lies further from `centre` than `width`, softly, over rows of width > 0.
+        `prompt` is int64 [batch, 1+codebooks, length]; `letter` float32 [batch, length] the column of the letter that is spoken
+        next, 0 where no frame follows. Astray is the mean share of attention, softly, that lies off the letters of a head.
         """
         main, codes = prompt[:, 0], prompt[:, 1:].transpose(1, 2)
         audio = ((main >= self.semantic_begin) & (main < self.semantic_begin + self.width)).unsqueeze(-1)
@@ -122,15 +128,17 @@ class DualAr(nn.Module):
         x = torch.where(audio, (x + summed) / (self.codebooks + 1) ** 0.5, x)
         cos, sin = cast(Tensor, self.slow_rope)
         position_ids = torch.arange(main.shape[1]).expand(main.shape[0], -1)
-        astray = torch.zeros(())
+        heard, astray = x, torch.zeros(())
         for n, layer in enumerate(self.layers):
             x, weights = layer(x, cos, sin, position_ids)
             if n == GUIDED_LAYER:
-                distance = torch.arange(main.shape[1]) - centre.unsqueeze(-1)
-                off = 1.0 - torch.exp(-0.5 * (distance / width.unsqueeze(-1).clamp(min=1.0)).square())
-                share = (weights[:, GUIDED_HEADS].float() * off.unsqueeze(1)).sum(-1).mean(1)
-                astray = share[width > 0].mean()
-        return cast(Tensor, self.norm(x)), astray
+                wanted = letter[:, None, :, None] + torch.tensor(GUIDED_LETTERS)[:, None, None]
+                off = 1.0 - torch.exp(-0.5 * ((torch.arange(main.shape[1]) - wanted) / GUIDED_WIDTH).square())
+                share = (weights[:, : len(GUIDED_LETTERS)].float() * off).sum(-1).mean(1)
+                astray = share[letter > 0].mean()
+            if n == HEARD_LAYER:
+                heard = x
+        return cast(Tensor, self.norm(x)), heard, astray
 
     def main_logits(self, hidden: Tensor) -> Tensor:
         """[..., dim] → logits [..., 1+width]: the end token, then the semantic codes."""

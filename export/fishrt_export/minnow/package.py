@@ -48,7 +48,7 @@ def write_checkpoint(folder: Path, out: Path) -> None:
     for voice in VOICES:
         reference = out / "references" / voice
         reference.mkdir(parents=True)
-        soundfile.write(reference / "reference.flac", flite(REFERENCE, voice), SAMPLE_RATE)
+        soundfile.write(reference / "reference.flac", flite(REFERENCE, voice)[0], SAMPLE_RATE)
         (reference / "reference.lab").write_text(REFERENCE + "\n")
     (out / "references" / "default.txt").write_text(DEFAULT_VOICE + "\n")
     (out / "LICENSE").write_text(NOTICE)
@@ -68,7 +68,8 @@ def _write_language_model(folder: Path, out: Path) -> None:
         "semantic_end_token_id": ids["<|semantic:0|>"] + size - 1,
     }
     _write_json(out / "config.json", config)
-    trained = torch.load(folder / "lm.pt", weights_only=True)["modules"]
+    modules = torch.load(folder / "lm.pt", weights_only=True)["modules"]
+    trained = {k.removeprefix("model."): v for k, v in modules.items() if k.startswith("model.")}
     save_file({_official_name(k): v.to(torch.bfloat16).contiguous() for k, v in trained.items()}, out / "model.safetensors")
 
 

@@ -5,9 +5,9 @@ The voices are flite's `slt`, `rms` and `awb`, which Carnegie Mellon University 
 
 from __future__ import annotations
 
-import io
 import json
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -32,15 +32,20 @@ class Utterance:
     voice: str
     start: int
     length: int
+    phones: list[tuple[str, float]]
+    """What is spoken when: each phone with the time of its end, in seconds; `pau` is silence."""
 
 
-def flite(text: str, voice: str) -> np.ndarray:
-    """`text` spoken by a flite voice: int16 [samples], 16 kHz, mono."""
-    done = subprocess.run(["flite", "-voice", voice, "-t", text, "-o", "/dev/stdout"], capture_output=True, check=True)
-    pcm, rate = soundfile.read(io.BytesIO(done.stdout), dtype="int16")
+def flite(text: str, voice: str) -> tuple[np.ndarray, list[tuple[str, float]]]:
+    """`text` spoken by a flite voice: int16 [samples] at 16 kHz, mono; and each phone with the time of its end, in seconds."""
+    with tempfile.NamedTemporaryFile(suffix=".wav") as wav:
+        command = ["flite", "-voice", voice, "-psdur", "-t", text, "-o", wav.name]
+        printed = subprocess.run(command, capture_output=True, check=True, text=True).stdout
+        pcm, rate = soundfile.read(wav.name, dtype="int16")
     if rate != SAMPLE_RATE or pcm.ndim != 1:
         raise RuntimeError(f"flite voice {voice} gives {rate} Hz, {pcm.ndim} axes; expected mono at {SAMPLE_RATE} Hz")
-    return np.asarray(pcm)
+    phones = [(name, float(end)) for name, _, end in (pair.partition(":") for pair in printed.split())]
+    return np.asarray(pcm), phones
 
 
 class SpeechData:
@@ -64,9 +69,9 @@ def synthesise(folder: Path, *, templates: int, word_lists: int, seed: int, work
     start = 0
     index: list[str] = []
     with (folder / "audio.i16").open("wb") as out, ThreadPoolExecutor(workers) as pool:
-        for sentence, voice, pcm in pool.map(_speak, _assign(corpus)):
+        for sentence, voice, pcm, phones in pool.map(_speak, _assign(corpus)):
             out.write(pcm.tobytes())
-            entry = Utterance(sentence.text, sentence.source, sentence.held_out, voice, start, len(pcm))
+            entry = Utterance(sentence.text, sentence.source, sentence.held_out, voice, start, len(pcm), phones)
             index.append(json.dumps(asdict(entry)))
             start += len(pcm)
             if len(index) % 1000 == 0:
@@ -79,6 +84,6 @@ def _assign(corpus: list[Sentence]) -> Iterator[tuple[Sentence, str]]:
         yield sentence, VOICES[n % len(VOICES)]
 
 
-def _speak(job: tuple[Sentence, str]) -> tuple[Sentence, str, np.ndarray]:
+def _speak(job: tuple[Sentence, str]) -> tuple[Sentence, str, np.ndarray, list[tuple[str, float]]]:
     sentence, voice = job
-    return sentence, voice, flite(sentence.text, voice)
+    return sentence, voice, *flite(sentence.text, voice)

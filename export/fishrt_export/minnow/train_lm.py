@@ -6,15 +6,16 @@ sometimes none, sometimes a turn of history. Every audio frame is a target, thos
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .config import LANGUAGE_MODEL
+from .align import Aligner
+from .config import HOP, LANGUAGE_MODEL, SAMPLE_RATE
 from .model import DualAr
 from .synth import VOICES, SpeechData
 from .text_tokens import build_tokenizer, token_id
@@ -25,15 +26,20 @@ POOL = 8
 """Batches whose examples are sorted by length together, so that little is padded."""
 FAST_SHARE = 0.3
 """Share of the frames on which the fast AR is trained in each step; all would cost more than they teach."""
-GUIDE_STEPS = 4000
 GUIDE_WEIGHT = 0.5
-"""In the first steps two attention heads are told to look at the text that is being spoken. Without this the model takes long to
-find out that the text matters."""
+"""Two attention heads are told to look at the letters that are being spoken. Without this the model takes long to find out that
+the text matters."""
+PHONE_WEIGHT = 0.5
+"""A layer in the middle is asked for the phone that is about to be spoken, and for the one after it: spelling is learned faster
+from forty phones than from the many codes that each may be spoken as."""
+ALIGN_SENTENCES, ALIGN_ROUNDS = 6000, 4
 SIZE_STEP = 32
 """Lengths and counts are multiples of this: the matrix library compiles a kernel for every new shape and keeps it for ever."""
 NOISE = 0.04
-FRAME_NOISE = 0.08
-"""Shares of input codes, and of whole frames, replaced at random, so that the model learns to recover from its own slips."""
+FRAME_NOISE = 0.06
+SPAN_NOISE, SPAN = 0.02, 5
+"""Shares of input codes, of whole frames, and of frames at which a span of them begins, replaced at random, so that the model
+learns to recover from its own slips, and to read rather than to carry on."""
 REFERENCE_FRAMES = range(30, 111)
 MAX_COLUMNS = 640
 SYSTEM = "convert the provided text to speech"
@@ -41,10 +47,15 @@ SYSTEM = "convert the provided text to speech"
 
 @dataclass(frozen=True, slots=True)
 class Spoken:
-    """An utterance as text and codes, uint8 [codebooks, frames]."""
+    """An utterance: its text, its codes uint8 [codebooks, frames], and of each frame the letter and the phones.
+
+    `letters` int64 [frames] are indices into the text; `phones` int64 [2, frames] are the phone of the frame and the next one.
+    """
 
     text: str
     codes: np.ndarray
+    letters: np.ndarray
+    phones: np.ndarray
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,14 +67,14 @@ class Sound:
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A prompt with its answer, and where the text of each frame is."""
+    """A prompt with its answer, and what is said in each frame."""
 
     prompt: np.ndarray
     """int64 [1+codebooks, length]"""
-    centre: np.ndarray
-    """float64 [length]: the column of the text that is about to be spoken, if a sentence were spoken evenly."""
-    width: np.ndarray
-    """float64 [length]: how far off that may be, in columns; 0 where no frame follows."""
+    letter: np.ndarray
+    """int64 [length]: the column of the letter that the next column speaks; 0 where that is no frame."""
+    phones: np.ndarray
+    """int64 [2, length]: the phone that the next column speaks, and the one after it; −1 where that is no frame."""
 
 
 class Examples:
@@ -76,9 +87,15 @@ class Examples:
         self.by_voice: dict[str, list[Spoken]] = {voice: [] for voice in VOICES}
         with np.load(folder / "codes.npz") as stored:
             codes, starts = stored["codes"], stored["starts"]
-        for n, u in enumerate(data.utterances):
-            if not u.held_out:
-                self.by_voice[u.voice].append(Spoken(u.text, codes[:, starts[n] : starts[n + 1]]))
+        spoken = [(n, u, [name for name, _ in u.phones]) for n, u in enumerate(data.utterances) if not u.held_out]
+        self.aligner = Aligner([(u.text, names) for _, u, names in spoken[:ALIGN_SENTENCES]], rounds=ALIGN_ROUNDS)
+        for n, u, names in spoken:
+            piece = codes[:, starts[n] : starts[n + 1]]
+            middles = (np.arange(piece.shape[1]) + 0.5) * HOP / SAMPLE_RATE
+            which = np.searchsorted([end for _, end in u.phones[:-1]], middles)
+            ids = np.array([self.aligner.phones[name] for name in names])
+            phones = np.stack((ids[which], ids[np.minimum(which + 1, len(ids) - 1)]))
+            self.by_voice[u.voice].append(Spoken(u.text, piece, self.aligner(u.text, names)[which], phones))
         self.references = {
             voice: [s for s in spoken if s.codes.shape[1] in REFERENCE_FRAMES] for voice, spoken in self.by_voice.items()
         }
@@ -98,25 +115,25 @@ class Examples:
         while True:
             parts = self._parts(rng)
             columns: list[np.ndarray] = []
-            texts: dict[int, tuple[int, int]] = {}
-            centres, widths, length = [], [], 0
+            texts: dict[int, int] = {}
+            sounds: list[tuple[int, Spoken]] = []
+            length = 0
             for part in parts:
                 if isinstance(part, Sound):
                     columns.append(self.audio(part.of.codes))
-                    (start, count), frames = texts[id(part.of)], part.of.codes.shape[1]
-                    centres.append((length, start + (np.arange(frames) + 0.5) / frames * count))
-                    widths.append(3.0 + 0.12 * count)
+                    sounds.append((length, part.of))
                 else:
                     columns.append(self.text(part if isinstance(part, str) else part.text))
                     if isinstance(part, Spoken):
-                        texts[id(part)] = (length, columns[-1].shape[1])
+                        texts[id(part)] = length
                 length += columns[-1].shape[1]
             if length <= MAX_COLUMNS:
-                example = Example(np.concatenate(columns, axis=1), np.zeros(length), np.zeros(length))
-                for (first, centre), width in zip(centres, widths, strict=True):
+                example = Example(np.concatenate(columns, axis=1), np.zeros(length, np.int64), np.full((2, length), -1))
+                for first, spoken in sounds:
                     # A frame is drawn from the column before its own.
-                    example.centre[first - 1 : first - 1 + len(centre)] = centre
-                    example.width[first - 1 : first - 1 + len(centre)] = width
+                    frames = slice(first - 1, first - 1 + spoken.codes.shape[1])
+                    example.letter[frames] = texts[id(spoken)] + spoken.letters
+                    example.phones[:, frames] = spoken.phones
                 return example
 
     def _parts(self, rng: np.random.Generator) -> list[str | Spoken | Sound]:
@@ -154,8 +171,8 @@ class Examples:
 
     @staticmethod
     def _pick(spoken: list[Spoken], rng: np.random.Generator) -> Spoken:
-        chosen = spoken[int(rng.integers(len(spoken)))]
-        return Spoken(chosen.text, chosen.codes)  # a copy, so that the same sentence twice in a prompt is two things
+        # A copy, so that the same sentence twice in a prompt is two things.
+        return replace(spoken[int(rng.integers(len(spoken)))])
 
 
 def train_lm(folder: Path, data: SpeechData, *, steps: int, seed: int = 3) -> None:
@@ -163,6 +180,7 @@ def train_lm(folder: Path, data: SpeechData, *, steps: int, seed: int = 3) -> No
     torch.manual_seed(seed)
     examples = Examples(folder, data)
     model = DualAr(LANGUAGE_MODEL, vocab_size=vocab_size(), semantic_begin=examples.begin, end_id=examples.end)
+    phone_head = nn.Linear(LANGUAGE_MODEL["text_config"]["dim"], 2 * len(examples.aligner.phones))
     slow, fast = torch.compile(model.slow, dynamic=True), torch.compile(model.fast, dynamic=True)
     pool: dict[int, list[list[Example]]] = {}
 
@@ -180,11 +198,13 @@ def train_lm(folder: Path, data: SpeechData, *, steps: int, seed: int = 3) -> No
         drawn = batch(n)
         length = -(-max(e.prompt.shape[1] for e in drawn) // SIZE_STEP) * SIZE_STEP + 1
         prompts = torch.zeros(len(drawn), 1 + model.codebooks, length, dtype=torch.int64)
-        centre, width = torch.zeros(2, len(drawn), length - 1)
+        letter = torch.zeros(len(drawn), length - 1)
+        phones = torch.full((2, len(drawn), length - 1), -1)
         for row, example in enumerate(drawn):
             end = example.prompt.shape[1]
             prompts[row, :, :end] = torch.from_numpy(example.prompt)
-            centre[row, : end - 1], width[row, : end - 1] = torch.from_numpy(np.stack((example.centre, example.width)))[:, :-1]
+            letter[row, : end - 1] = torch.from_numpy(example.letter[:-1])
+            phones[:, row, : end - 1] = torch.from_numpy(example.phones[:, :-1])
         inputs, following = corrupt(prompts[..., :-1], model, rng), prompts[..., 1:]
         is_audio = (following[:, 0] >= examples.begin) & (prompts[:, 0, 1:] < examples.begin + model.width)
         after_audio = (prompts[:, 0, :-1] >= examples.begin) & (following[:, 0] == examples.end)
@@ -193,22 +213,40 @@ def train_lm(folder: Path, data: SpeechData, *, steps: int, seed: int = 3) -> No
         frames = some(is_audio.flatten(), FAST_SHARE, rng)
         codes, target = following[:, 1:].transpose(1, 2).flatten(0, 1)[frames], main[judged]
         with torch.autocast("cpu", torch.bfloat16):
-            hidden, astray = slow(inputs, centre, width)
+            hidden, heard, astray = slow(inputs, letter)
             hidden = hidden.flatten(0, 1)
+            phone_logits = phone_head(heard.flatten(0, 1)[judged]).unflatten(-1, (2, -1))
             logits = model.main_logits(hidden[judged])
             fast_logits = fast(hidden[frames], codes)
         slow_loss = F.cross_entropy(logits.float(), target)
         fast_losses = F.cross_entropy(fast_logits.float().transpose(1, 2), codes[:, 1:], reduction="none").mean(dim=0)
+        phone_targets = phones.flatten(1)[:, judged].T
+        phone_loss = F.cross_entropy(phone_logits.float().transpose(1, 2), phone_targets, ignore_index=-1)
         return {
-            "loss": slow_loss + fast_losses.mean() + (GUIDE_WEIGHT if n < GUIDE_STEPS else 0.0) * astray,
+            "loss": slow_loss + fast_losses.mean() + GUIDE_WEIGHT * astray + PHONE_WEIGHT * phone_loss,
             "astray": astray,
+            "phone": phone_loss,
             "slow": slow_loss,
             "fast": fast_losses.mean(),
             "fast1": fast_losses[0],
             "end": F.cross_entropy(logits.float()[target == 0], target[target == 0]),
         }
 
-    train("lm", folder, model, step, steps=steps, learning_rate=2e-3, warmup=300, weight_decay=0.01, seed=seed)
+    matrices = [p for p in (*model.layers.parameters(), *model.fast_layers.parameters()) if p.ndim == 2]
+    modules = nn.ModuleDict({"model": model, "phone_head": phone_head})
+    train(
+        "lm",
+        folder,
+        modules,
+        step,
+        steps=steps,
+        learning_rate=2e-3,
+        warmup=300,
+        decay=0.4,
+        weight_decay=0.01,
+        matrices=matrices,
+        seed=seed,
+    )
 
 
 def some(mask: Tensor, share: float, rng: torch.Generator) -> Tensor:
@@ -219,10 +257,12 @@ def some(mask: Tensor, share: float, rng: torch.Generator) -> Tensor:
 
 
 def corrupt(prompts: Tensor, model: DualAr, rng: torch.Generator) -> Tensor:
-    """Replaces NOISE of the codes and FRAME_NOISE of the frames by random ones; the main token follows code 0."""
+    """Replaces codes, frames and spans of frames by random ones; the main token follows code 0."""
     audio = (prompts[:, :1] >= model.semantic_begin) & (prompts[:, :1] < model.semantic_begin + model.width)
     codes = prompts[:, 1:]
-    hit = (torch.rand(codes.shape, generator=rng) < NOISE) | (torch.rand(audio.shape, generator=rng) < FRAME_NOISE)
+    spans = (torch.rand(audio.shape, generator=rng) < SPAN_NOISE).float()
+    spans = F.max_pool1d(F.pad(spans, (SPAN - 1, 0)), SPAN, stride=1) > 0
+    hit = spans | (torch.rand(audio.shape, generator=rng) < FRAME_NOISE) | (torch.rand(codes.shape, generator=rng) < NOISE)
     hit &= audio
     codes = torch.where(hit, torch.randint(model.width, codes.shape, generator=rng), codes)
     main = torch.where(audio, codes[:, :1] + model.semantic_begin, prompts[:, :1])

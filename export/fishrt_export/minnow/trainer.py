@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -23,7 +23,9 @@ def train(
     steps: int,
     learning_rate: float,
     warmup: int = 200,
+    decay: float = 1.0,
     weight_decay: float = 0.0,
+    matrices: Sequence[nn.Parameter] = (),
     betas: tuple[float, float] = (0.9, 0.98),
     clip: float = 1.0,
     save_every_s: float = 120.0,
@@ -32,29 +34,38 @@ def train(
 ) -> None:
     """Minimises `step(...)["loss"]` over the parameters of `modules`; continues from `folder/name.pt` where it exists.
 
-    `step` is given the step number and a generator seeded from it, so that a resumed run sees the data an unbroken one would.
+    The learning rate stays where it is, then falls by a cosine over the last `decay` share of the steps. Of the parameters,
+    `matrices` are left to Muon and the rest to AdamW. `step` is given the step number and a generator seeded from it, so that a
+    resumed run sees the data an unbroken one would.
     """
     parameters = [p for p in modules.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=betas, weight_decay=weight_decay, fused=True)
+    chosen = {id(p) for p in matrices}
+    rest = [p for p in parameters if id(p) not in chosen]
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(rest, betas=betas, weight_decay=weight_decay, fused=True)]
+    if matrices:
+        optimizers.append(torch.optim.Muon(matrices, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))
     checkpoint = folder / f"{name}.pt"
     start = 0
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
         modules.load_state_dict(state["modules"])
-        optimizer.load_state_dict(state["optimizer"])
+        for optimizer, kept in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(kept)
         start = state["step"]
         print(f"{name}: continuing at step {start}", flush=True)
     saved = began = time.monotonic()
     sums: dict[str, float] = {}
     for n in range(start, steps):
-        rate = learning_rate * min(1.0, (n + 1) / warmup) * (0.05 + 0.95 * 0.5 * (1.0 + math.cos(math.pi * n / steps)))
-        for group in optimizer.param_groups:
+        fallen = max(0.0, 1.0 - (1.0 - n / steps) / decay)
+        rate = learning_rate * min(1.0, (n + 1) / warmup) * (0.05 + 0.95 * 0.5 * (1.0 + math.cos(math.pi * fallen)))
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = rate
         losses = step(n, torch.Generator().manual_seed(seed * 1_000_003 + n))
-        optimizer.zero_grad(set_to_none=True)
+        modules.zero_grad(set_to_none=True)
         losses["loss"].backward()  # type: ignore[no-untyped-call]
         norm = nn.utils.clip_grad_norm_(parameters, clip)
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         for key, value in {**losses, "grad_norm": norm}.items():
             sums[key] = sums.get(key, 0.0) + float(value.detach())
         if (n + 1) % log_every == 0:
@@ -65,7 +76,7 @@ def train(
             print(name, line, flush=True)
             sums = {}
         if time.monotonic() - saved > save_every_s or n + 1 == steps:
-            save(checkpoint, {"modules": modules.state_dict(), "optimizer": optimizer.state_dict(), "step": n + 1})
+            save(checkpoint, {"modules": modules.state_dict(), "optimizers": [o.state_dict() for o in optimizers], "step": n + 1})
             saved = time.monotonic()
 
 

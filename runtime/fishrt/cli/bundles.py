@@ -17,7 +17,17 @@ from .base import Reporter, bar, debug_option, json_option, load_bundle, print_j
 _EXPORT_NEEDS = ("torch", "onnx", "onnxscript", "onnx_ir", "safetensors", "onnxruntime")
 
 
-@click.command()
+class _ExportCommand(click.Command):
+    """Its help ends with the checkpoints that the exporter knows."""
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        from fishrt_export.families import FAMILIES
+
+        with formatter.section("Official checkpoints, by their names on Hugging Face"):
+            formatter.write_dl([(f.repository, f"{f.files} (family {f.name})") for f in FAMILIES.values()])
+
+
+@click.command(cls=_ExportCommand)
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option(
@@ -27,19 +37,42 @@ _EXPORT_NEEDS = ("torch", "onnx", "onnxscript", "onnx_ir", "safetensors", "onnxr
     show_default=True,
     help="Logits of the slow AR: of what can be spoken, or of the whole vocabulary (larger and slower; for comparisons).",
 )
+@click.option("--family", metavar="NAME", help="Take the checkpoint for one of this family, in place of finding it out.")
+@click.option("--lora", type=click.Path(path_type=Path), metavar="FILE", help="Merge the LoRA of a fine-tuning into the model.")
+@click.option("--lora-alpha", type=float, metavar="A", help="Its alpha, which no file tells: r_8_alpha_16 means 16.")
+@click.option("--lora-rank", type=int, metavar="R", help="What its rank must be.  [default: as it is found]")
 @quiet_option
 @json_option
 @debug_option
-def export(checkpoint: Path, out: Path, head: str, quiet: bool, as_json: bool) -> None:
+def export(
+    checkpoint: Path,
+    out: Path,
+    head: str,
+    family: str | None,
+    lora: Path | None,
+    lora_alpha: float | None,
+    lora_rank: int | None,
+    quiet: bool,
+    as_json: bool,
+) -> None:
     """Turn an official CHECKPOINT folder into the bundle OUT, and prove its graphs equal to the torch modules.
 
     Needs torch: pip install "fishrt[export]". Nothing is left behind when it fails or is interrupted.
     """
+    if (lora is None) != (lora_alpha is None) or (lora is None and lora_rank is not None):
+        raise click.UsageError("--lora and --lora-alpha go together, and --lora-rank with them")
     reporter = Reporter(quiet=quiet or as_json)
     try:
-        from fishrt_export import export_bundle, peak_memory
+        from fishrt_export import Lora, export_bundle, peak_memory
 
-        bundle = export_bundle(checkpoint, out, head=head, progress=lambda stage, part: reporter.show(f"{bar(part)} {stage}"))
+        bundle = export_bundle(
+            checkpoint,
+            out,
+            head=head,
+            family=family,
+            lora=None if lora is None or lora_alpha is None else Lora(lora, lora_alpha, lora_rank),
+            progress=lambda stage, part: reporter.show(f"{bar(part)} {stage}"),
+        )
     except ImportError as error:
         if (error.name or "").split(".")[0] not in _EXPORT_NEEDS:
             raise
@@ -101,6 +134,8 @@ def _describe(bundle: Bundle) -> list[str]:
     sampling = f"temperature {s.temperature:g}, top-p {s.top_p:g}, top-k {s.top_k or 'off'}"
     if ras := s.repetition_aware:
         sampling += f"; repeats within {ras.window} frames drawn again at temperature {ras.temperature:g}, top-p {ras.top_p:g}"
+    if penalty := s.repetition_penalty:
+        sampling += f"; what the last {penalty.window} frames drew penalised by {penalty.penalty:g}"
     lines = [
         f"bundle        {m.name}",
         f"path          {bundle.path}",

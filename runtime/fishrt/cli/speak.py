@@ -64,6 +64,13 @@ if TYPE_CHECKING:
 )
 @click.option("--top-k", type=int, metavar="K", help="At least 1: draw from so many of the likeliest.  [default: the bundle's]")
 @click.option(
+    "--repetition-penalty",
+    type=float,
+    metavar="R",
+    help="Above 0, below 2: how much less likely what was just drawn becomes; 1 is not at all, and some models have none.  "
+    "[default: the bundle's]",
+)
+@click.option(
     "--seed", type=click.IntRange(min=0), metavar="N", help="The same seed gives the same speech.  [default: a new one, reported]"
 )
 @click.option(
@@ -72,7 +79,7 @@ if TYPE_CHECKING:
     metavar="N",
     help="Stop each piece of text after so many frames.  [default: what fits]",
 )
-@click.option("--system", metavar="TEXT", help="System text in place of the model's usual instruction.")
+@click.option("--system", metavar="TEXT", help="System text in place of the usual instruction, if the model takes one.")
 @click.option("--upstream-compat", is_flag=True, help="The original implementation's behaviour to the letter, its bugs included.")
 @engine_options
 @quiet_option
@@ -89,6 +96,7 @@ def speak(
     temperature: float | None,
     top_p: float | None,
     top_k: int | None,
+    repetition_penalty: float | None,
     seed: int | None,
     max_frames: int | None,
     system: str | None,
@@ -102,7 +110,8 @@ def speak(
     """Speak TEXT, or a file, or standard input.
 
     <|speaker:0|>, <|speaker:1|>, … in the text begin the turns of the voices given by --voice and --reference, counted in that
-    order. [Tags] such as [laughing] are passed to the model. Long text is spoken piece by piece.
+    order, if the model knows turns; else all are recordings of one speaker. [Tags] such as [laughing] are passed to the model.
+    Long text is spoken piece by piece.
 
     Progress on standard error shows frames, seconds of speech, and the RTF: compute seconds per second of speech.
     """
@@ -127,7 +136,7 @@ def speak(
     speech = tts.speak(
         content,
         voice=voices or None,
-        sampling=Sampling(temperature, top_p, top_k),
+        sampling=Sampling(temperature, top_p, top_k, repetition_penalty),
         seed=seed,
         max_frames=max_frames,
         system=system,

@@ -1,0 +1,106 @@
+"""The codec half of a checkpoint: opens it, checks all of it, and says how its two graphs are made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from fishrt.features import Codec
+from fishrt_engines.spec import GraphSpec, TensorSpec
+
+from ..cases import codec_decode_cases, codec_encode_cases
+from ..checkpoint import find_codec
+from ..job import GraphJob
+from ..weights import expected_shapes, find_problems, fuse_weight_norm, load
+from .dac import Dac, DacConfig
+from .firefly import Firefly
+from .load import CodecConfig, fingerprint, read_codec_config, read_stored_codec
+from .margins import code_margins
+
+AUDIO_TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True, slots=True)
+class CodecSource:
+    """A codec of either kind, with weights by the names of its module."""
+
+    config: CodecConfig
+    weights: Mapping[str, Tensor]
+    fingerprint: str
+
+    @property
+    def kind(self) -> str:
+        """ "dac", "firefly" or "centred firefly": what the names of the tensors tell."""
+        return self.config.kind
+
+    def problems(self) -> list[str]:
+        """In what the weights do not fit the config."""
+        return find_problems(expected_shapes(self._empty()), self.weights)
+
+    def describe(self) -> Codec:
+        """The manifest's entry."""
+        config = self.config
+        return Codec(
+            sample_rate=config.sample_rate,
+            hop=config.hop,
+            codebook_sizes=config.codebook_sizes,
+            max_frames=config.max_frames,
+            min_samples=config.min_samples,
+            sample_multiple=config.sample_multiple,
+            context=config.context,
+            fingerprint=self.fingerprint,
+        )
+
+    def module(self) -> Dac | Firefly:
+        """In float32."""
+        return load(self._empty(), self.weights)
+
+    def jobs(self) -> list[GraphJob]:
+        """codec_encode and codec_decode. "samples" is hop · "frames" where the codec takes whole frames only."""
+        config = self.config
+        codes = TensorSpec("codes", "int64", ("batch", len(config.codebook_sizes), "frames"))
+        audio = TensorSpec("audio", "float32", ("batch", 1, "samples"))
+        whole = config.sample_multiple == config.hop
+        return [
+            GraphJob(
+                role="codec_encode",
+                spec=GraphSpec(file="codec_encode.onnx", inputs=(audio,), outputs=(codes,)),
+                build=lambda: _running(self.module(), "encode"),
+                weights=self.weights,
+                cases=codec_encode_cases(config),
+                tolerance=AUDIO_TOLERANCE,
+                dims={"samples": (config.hop, "frames") if whole else config.min_samples},
+                margins=code_margins,
+            ),
+            GraphJob(
+                role="codec_decode",
+                spec=GraphSpec(file="codec_decode.onnx", inputs=(codes,), outputs=(audio,)),
+                build=lambda: _running(self.module(), "decode"),
+                weights=self.weights,
+                cases=codec_decode_cases(config),
+                tolerance=AUDIO_TOLERANCE,
+            ),
+        ]
+
+    def _empty(self) -> Dac | Firefly:
+        with torch.device("meta"):
+            return Dac(self.config) if isinstance(self.config, DacConfig) else Firefly(self.config)
+
+
+def _running(codec: Dac | Firefly, direction: str) -> nn.Module:
+    """The codec with one of its methods as what is called. A graph of it leaves out the weights of the other half as unused."""
+    codec.forward = getattr(codec, direction)
+    return codec
+
+
+def open_codec(folder: Path) -> CodecSource:
+    """Reads the codec. Raises ExportError for what is missing or unreadable; `problems` tells the rest."""
+    files = find_codec(folder)
+    stored = read_stored_codec(files)
+    config = read_codec_config(files, stored)
+    weights = fuse_weight_norm(stored)
+    return CodecSource(config, weights, fingerprint(weights, config))

@@ -1,0 +1,89 @@
+"""Merging a LoRA into a language model: files as upstream's training writes them, of all generations.
+
+A file holds two small matrices for each module that was trained, `<module>.lora_A` and `<module>.lora_B`. Their rank r is their
+inner size; the factor alpha is in no file.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from .checkpoint import read_model_pickle
+from .errors import ExportError
+from .weights import FLOATS
+
+_EMBEDDINGS = ("embeddings", "codebook_embeddings", "fast_embeddings")
+"""Their matrices are those of the transposed table."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lora:
+    """What is to be merged."""
+
+    path: Path
+    """A pickle whose names begin with `model.` or not."""
+    alpha: float
+    """The lora_alpha of the training: the product of both matrices counts alpha / r times."""
+    rank: int | None = None
+    """What r must be. None: as it is found."""
+
+
+def merge(weights: Mapping[str, Tensor], lora: Lora) -> dict[str, Tensor]:
+    """The weights, by flat names, with those of the trained modules changed; these become float32, as rounding would undo them.
+
+    Raises one ExportError that lists everything in which the LoRA does not fit the model.
+    """
+    if not math.isfinite(lora.alpha) or lora.alpha <= 0:
+        raise ExportError(f"the LoRA's alpha is {lora.alpha}", hint="give the lora_alpha of its training, such as 16")
+    tensors = read_model_pickle(lora.path)
+    pairs: dict[str, dict[str, Tensor]] = {}
+    problems = []
+    for name, tensor in tensors.items():
+        if match := re.fullmatch(r"(.+)\.lora_([AB])", name):
+            pairs.setdefault(match[1], {})[match[2]] = tensor
+        else:
+            problems.append(f"unexpected: {name}")
+    if not pairs:
+        raise ExportError(f"{lora.path} holds no LoRA: none of its {len(tensors)} tensors is a lora_A or lora_B", hint=_HINT)
+    for module, pair in pairs.items():
+        problems += _problems(module, pair, weights)
+    ranks = {tensor.shape[half == "B"] for pair in pairs.values() for half, tensor in pair.items() if tensor.ndim == 2}
+    if len(ranks) != 1 or lora.rank not in (None, *ranks):
+        asked = "one" if lora.rank is None else lora.rank
+        problems.append(f"wrong rank: found {', '.join(map(str, sorted(ranks)))}, expected {asked}")
+    if problems:
+        listing = "\n".join(f"  {problem}" for problem in problems)
+        raise ExportError(f"{lora.path} does not fit the model ({len(problems)} problems):\n{listing}", hint=_HINT)
+    merged, (rank,) = dict(weights), ranks
+    for module, pair in pairs.items():
+        change = pair["B"].float() @ pair["A"].float() * (lora.alpha / rank)
+        name = f"{module}.weight"
+        merged[name] = weights[name].float() + (change.T if module in _EMBEDDINGS else change)
+    return merged
+
+
+_HINT = "give a LoRA that was trained on this very model, and its rank"
+
+
+def _problems(module: str, pair: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> Iterator[str]:
+    weight = weights.get(f"{module}.weight")
+    if weight is None or weight.ndim != 2:
+        tied = ": its head is its token embedding" if module == "output" else ""
+        yield f"unknown module: the model has no matrix {module}.weight{tied}"
+        return
+    rows, columns = reversed(weight.shape) if module in _EMBEDDINGS else weight.shape
+    expected = {"A": ("r", columns), "B": (rows, "r")}
+    for half, shape in expected.items():
+        tensor, name = pair.get(half), f"{module}.lora_{half}"
+        if tensor is None:
+            yield f"missing: {name} [{shape[0]}, {shape[1]}]"
+        elif tensor.ndim != 2 or tensor.shape[half == "A"] != shape[half == "A"]:
+            yield f"wrong shape: {name} is {list(tensor.shape)}, expected [{shape[0]}, {shape[1]}]"
+        elif tensor.dtype not in FLOATS or not bool(tensor.isfinite().all()):
+            yield f"not finite numbers: {name}"

@@ -1,0 +1,43 @@
+"""Checkpoints of upstream's own quantiser, which keeps integers in place of the weights of linear layers.
+
+They are known by their tensors, not by names of folders as upstream has it. int8 becomes float32 when it is read: a bundle gets
+the values that upstream computes with, and is as large as one of float32 weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from .errors import ExportError
+
+_SCALES = ".scales"
+_INT4 = ".scales_and_zeros"
+
+
+def dequantise(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """The tensors with an int8 `weight` [out, in] times its `scales` [out] wherever there are both.
+
+    `expected` names what the model takes: the biases of quantised layers, which the quantiser drops, become zeros. Raises
+    ExportError for int4, whose layout is that of one kind of GPU. What does not fit together is left for `find_problems`.
+    """
+    if packed := [name for name in tensors if name.endswith(_INT4)]:
+        raise ExportError(
+            f"the weights are quantised to int4 ({packed[0]} and {len(packed) - 1} more): packed in tiles for CUDA kernels, in "
+            "groups of a size that only the folder's name tells, which is not supported",
+            hint="export the checkpoint that they were made from, or its int8 form",
+        )
+    result = dict(tensors)
+    for name, scales in tensors.items():
+        stem = name.removesuffix(_SCALES)
+        weight = tensors.get(f"{stem}.weight")
+        if stem == name or weight is None or weight.dtype != torch.int8 or scales.shape != weight.shape[:1]:
+            continue
+        del result[name]
+        result[f"{stem}.weight"] = weight.float() * scales.float().unsqueeze(-1)
+        bias = f"{stem}.bias"
+        if bias in expected and bias not in tensors:
+            result[bias] = torch.zeros(expected[bias])
+    return result

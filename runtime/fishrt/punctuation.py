@@ -1,0 +1,53 @@
+"""Long text cut behind punctuation, for models whose original does so: sentence ends, then clauses, then spaces, then anywhere.
+
+Neighbours are joined again as long as they fit. Abbreviations and markup are not minded, but a decimal number stays whole.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+from collections.abc import Iterator
+
+from .features import PunctuationSplit
+
+
+def split_punctuation(text: str, rules: PunctuationSplit, max_bytes: int) -> list[str]:
+    """Pieces of a text, stripped, of at most `max_bytes` (UTF-8) or, within a word that is longer, one character more.
+
+    Those of ASCII punctuation only are left out, so that there may be none.
+    """
+    pieces = [text]
+    for ends in filter(None, (rules.sentence_ends, rules.clause_ends, " ")):
+        pieces = [part for piece in pieces for part in (_cut(piece, ends) if _bytes(piece) > max_bytes else [piece])]
+    pieces = [part for piece in pieces for part in (_cut_characters(piece, max_bytes) if _bytes(piece) > max_bytes else [piece])]
+    joined = [""]
+    for piece in pieces:
+        if _bytes(joined[-1]) + _bytes(piece) > max_bytes:
+            joined.append("")
+        joined[-1] += piece
+    return [piece.strip() for piece in joined if not all(c.isspace() or c in string.punctuation for c in piece)]
+
+
+def _cut(text: str, ends: str) -> Iterator[str]:
+    """Parts of a text, cut behind each of these characters. A decimal number is passed over as a whole."""
+    start = 0
+    for match in re.finditer(rf"\d+\.\d+|([{re.escape(ends)}])", text):
+        if match[1]:
+            yield text[start : match.end()]
+            start = match.end()
+    yield text[start:]
+
+
+def _cut_characters(text: str, max_bytes: int) -> Iterator[str]:
+    part = ""
+    for char in text:
+        part += char
+        if _bytes(part) >= max_bytes:
+            yield part
+            part = ""
+    yield part
+
+
+def _bytes(text: str) -> int:
+    return len(text.encode("utf-8"))

@@ -1,0 +1,83 @@
+"""Cleaning and punctuation splitting on rules small enough to follow by hand; the originals' are in test_parity_prompt.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fishrt.cleaning import clean_text, lost_letters, unwrap
+from fishrt.features import PunctuationSplit, TextCleaning
+from fishrt.punctuation import split_punctuation
+
+
+def rules(**changes: Any) -> TextCleaning:
+    return TextCleaning(**{"replace": {}, "keep": None, "drop": (), "collapse": "", **changes})
+
+
+ASCII = rules(keep=((0, 127),))
+SPLIT = PunctuationSplit(sentence_ends=".!", clause_ends=",")
+
+
+@pytest.mark.parametrize(
+    ("changes", "text", "cleaned"),
+    [
+        ({}, " a\n ", "a"),
+        ({"replace": {"a": "b", "b": "c"}}, "ab", "bc"),
+        ({"replace": {"..": "-", ".": "+"}}, "...", "-+"),
+        ({"replace": {".": "+", "..": "-"}}, "...", "+++"),
+        ({"keep": ((97, 98), (100, 100))}, "abcde", "abd"),
+        ({"drop": ((98, 98), (100, 101))}, "abcde", "ac"),
+        ({"keep": ((97, 100),), "drop": ((98, 98),)}, "abcde", "acd"),
+        ({"collapse": ".,"}, "a,.b..c,d", "a,b.c,d"),
+        ({"collapse": "]^-"}, "a]]b^-c", "a]b^c"),
+        ({"replace": {"x": "."}, "drop": ((98, 98),), "collapse": "."}, "axb.", "a."),
+    ],
+)
+def test_each_rule_and_their_order(changes: dict[str, Any], text: str, cleaned: str) -> None:
+    assert clean_text(text, rules(**changes)) == cleaned
+
+
+def test_letters_that_would_vanish_are_found_but_not_symbols() -> None:
+    assert lost_letters("Größe ①, ☺ — größer", ASCII) == ["ö", "ß", "①"]
+    assert lost_letters("Gro\u0308", ASCII) == ["ö"]
+    assert lost_letters("Größe", rules()) == []
+    assert lost_letters("abc", rules(replace={"a": "ä"}, keep=((0, 127),))) == ["a"]
+
+
+def test_lines_become_one_and_paragraphs_sentences() -> None:
+    assert unwrap(" One\ntwo  three.\r\n\r\nFour\n \n\nfive! \n\nsix\n") == "One two three. Four. five! six"
+
+
+def test_a_piece_that_fits_is_not_cut() -> None:
+    assert split_punctuation("One. Two, three.", SPLIT, 16) == ["One. Two, three."]
+    assert split_punctuation("One. Two, three.", SPLIT, 15) == ["One.", "Two, three."]
+    assert split_punctuation("One. Two, three.", SPLIT, 11) == ["One. Two,", "three."]
+
+
+def test_numbers_stay_whole() -> None:
+    assert split_punctuation("Pi is 3.14. Yes.", SPLIT, 11) == ["Pi is 3.14.", "Yes."]
+    assert split_punctuation("Pi is 3.14. Yes.", SPLIT, 8) == ["Pi is", "3.14.", "Yes."]
+
+
+def test_bytes_are_counted() -> None:
+    assert split_punctuation("äöü", SPLIT, 4) == ["äö", "ü"]
+    assert split_punctuation("äöü", SPLIT, 3) == ["äö", "ü"]
+
+
+def test_rules_may_lack_characters() -> None:
+    assert split_punctuation("one, two. three", PunctuationSplit("", ""), 10) == ["one, two.", "three"]
+
+
+def test_pieces_without_words_are_left_out() -> None:
+    assert split_punctuation("... --- !!!", SPLIT, 3) == []
+    assert split_punctuation("", SPLIT, 3) == []
+
+
+@given(st.text(alphabet="ab. ,!3ä。", max_size=80), st.integers(2, 30))
+def test_every_letter_is_in_a_piece_that_fits(text: str, limit: int) -> None:
+    pieces = split_punctuation(text, SPLIT, limit)
+    assert [c for c in "".join(pieces) if c.isalnum()] == [c for c in text if c.isalnum()]
+    assert all(len(piece.encode()) <= limit + 2 for piece in pieces)

@@ -1,0 +1,240 @@
+"""Each family is told by its files, and files of different families in one folder are found out before any graph is made."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from click.testing import CliRunner
+
+from conftest import CHOSEN, find_golden
+from fishrt.cli import main
+from fishrt_export import export_bundle
+from fishrt_export.errors import ExportError
+from fishrt_export.families import FAMILIES
+from fishrt_export.graphs import open_language_model
+from fishrt_export.slow_ar import SlowAR
+from tiny import GoldenModel
+
+FOLDERS = {"s2-pro": "s2", "s1-mini": "s1", "fish-1.5": "1.5", "fish-1.4": "1.4", "fish-1.2": "1.2"}
+ModelOf = Callable[[str], GoldenModel]
+
+
+@pytest.fixture(scope="session")
+def model_of(models: Callable[[Path], GoldenModel]) -> ModelOf:
+    return lambda folder: models(find_golden(CHOSEN, folder))
+
+
+@pytest.fixture
+def folder_of(model_of: ModelOf, tmp_path: Path) -> Callable[[str], Path]:
+    """A copy of a family's whole checkpoint, to be written to."""
+    return lambda folder: Path(shutil.copytree(model_of(folder).checkpoint, tmp_path / folder, dirs_exist_ok=True))
+
+
+def change_config(checkpoint: Path, without: tuple[str, ...] = (), **changes: Any) -> None:
+    path = checkpoint / "config.json"
+    config = {**json.loads(path.read_text(encoding="utf-8")), **changes}
+    path.write_text(json.dumps({name: value for name, value in config.items() if name not in without}), encoding="utf-8")
+
+
+def refused(checkpoint: Path, message: str, **options: Any) -> str:
+    """The whole message of an export that fails at once."""
+    stages: list[str] = []
+    with pytest.raises(ExportError, match=message) as caught:
+        export_bundle(checkpoint, checkpoint.parent / "out", progress=lambda stage, _done: stages.append(stage), **options)
+    assert stages == ["reading the checkpoint"]
+    assert not (checkpoint.parent / "out").exists()
+    return str(caught.value)
+
+
+def test_every_family_is_told_by_its_files(golden_model: GoldenModel) -> None:
+    source = golden_model.lm
+    assert source.family is FAMILIES[FOLDERS[golden_model.golden.name]]
+    assert source.family.codec == golden_model.codec.kind
+    assert source.problems() == []
+    for head in ("audio", "full"):
+        assert list(source.describe(head).faults()) == []
+
+
+def test_the_name_of_the_family_is_taken_at_its_word(golden_model: GoldenModel) -> None:
+    name = FOLDERS[golden_model.golden.name]
+    assert open_language_model(golden_model.checkpoint, family=name).family.name == name
+
+
+def test_without_a_codec_two_families_are_alike(model_of: ModelOf) -> None:
+    with pytest.raises(ExportError, match=r"may be of several families: 1\.4, 1\.2") as caught:
+        open_language_model(model_of("fish-1.2").checkpoint)
+    assert "--family" in str(caught.value.hint)
+
+
+def test_a_family_of_another_name_is_refused(model_of: ModelOf) -> None:
+    checkpoint = model_of("fish-1.4").checkpoint
+    with pytest.raises(ExportError, match=r"unknown family '1\.6'") as caught:
+        open_language_model(checkpoint, family="1.6")
+    assert all(name in str(caught.value.hint) for name in FAMILIES)
+    with pytest.raises(ExportError, match=r"cannot be of the family 1\.5, which has a tokenizer with <\|semantic:0\|>"):
+        open_language_model(checkpoint, family="1.5")
+    with pytest.raises(
+        ExportError, match=r"cannot be of the family 1\.2, which has a codec of the kind 'centred firefly', not 'firefly'"
+    ):
+        open_language_model(checkpoint, family="1.2", codec="firefly")
+    with pytest.raises(ExportError, match=r"the tokenizer has no <\|semantic\|>"):
+        open_language_model(model_of("fish-1.5").checkpoint, family="1.4")
+
+
+def test_a_config_of_another_form_needs_the_name(folder_of: Callable[[str], Path]) -> None:
+    checkpoint = folder_of("fish-1.5")
+    change_config(checkpoint, attention_qk_norm=False)
+    with pytest.raises(ExportError, match=r"1\.5: a config\.json without attention_qk_norm"):
+        open_language_model(checkpoint, codec="firefly")
+    assert open_language_model(checkpoint, codec="firefly", family="1.5").problems() == []
+
+
+def test_every_family_becomes_a_bundle_that_speaks(golden_model: GoldenModel, tmp_path: Path) -> None:
+    """By the two commands; the export is the one that the session's tests share."""
+    if not golden_model.fits:
+        pytest.skip("these vectors' language model and codec have numbers of codebooks that do not fit")
+    bundle, out = golden_model.bundle, tmp_path / "speech.wav"
+    assert {path.name for path in bundle.path.iterdir()} == {"manifest.json", *bundle.manifest.files}
+    text = "Hello there! It is a fine day, is it not?"
+    limits = ("--max-frames", "6", "--seed", "3", "--provider", "cpu", "--threads", "1")
+    result = CliRunner().invoke(main, ["speak", text, "--bundle", str(bundle.path), "-o", str(out), *limits])
+    assert result.exit_code == 0, result.output
+    pcm, rate = soundfile.read(out)
+    codec = bundle.manifest.codec
+    assert rate == codec.sample_rate
+    assert len(pcm) in range(codec.hop, 6 * codec.hop + 1, codec.hop)
+    assert np.abs(pcm).max() > 0
+
+
+# ---- mixed folders
+
+
+@pytest.mark.parametrize("codec", FOLDERS)
+@pytest.mark.parametrize("model", FOLDERS)
+def test_a_codec_of_another_generation(folder_of: Callable[[str], Path], model_of: ModelOf, model: str, codec: str) -> None:
+    other = model_of(codec)
+    if other.codec.kind == model_of(model).codec.kind:
+        pytest.skip("these generations have the same codec")
+    checkpoint = folder_of(model)
+    for name in (path.name for path in (model_of(model).golden / "codec/checkpoint").iterdir()):
+        (checkpoint / name).unlink()
+    shutil.copytree(other.golden / "codec/checkpoint", checkpoint, dirs_exist_ok=True)
+    refused(checkpoint, "are not those of one family|codebooks and the codec has")
+
+
+@pytest.mark.parametrize("tokenizer", FOLDERS)
+@pytest.mark.parametrize("model", FOLDERS)
+def test_a_tokenizer_of_another_generation(
+    folder_of: Callable[[str], Path], model_of: ModelOf, model: str, tokenizer: str
+) -> None:
+    (theirs,) = (model_of(tokenizer).golden / "lm/checkpoint").glob("tokenizer.*")
+    checkpoint = folder_of(model)
+    (ours,) = checkpoint.glob("tokenizer.*")
+    if ours.read_bytes() == theirs.read_bytes():
+        pytest.skip("these generations have the same tokenizer")
+    if {model, tokenizer} == {"fish-1.2", "fish-1.4"}:
+        pytest.skip("these tokenizers have the same form and size")
+    ours.unlink()
+    shutil.copy(theirs, checkpoint)
+    refused(checkpoint, "are not those of one family|the tokenizer has")
+
+
+def test_a_tokenizer_of_another_generation_beside_a_config_that_tells_nothing(
+    folder_of: Callable[[str], Path], model_of: ModelOf
+) -> None:
+    """By its fields the config could be 1.4's, whose codec is that of 1.5."""
+    checkpoint = folder_of("fish-1.5")
+    change_config(checkpoint, without=("scale_codebook_embeddings", "share_codebook_embeddings", "is_reward_model"))
+    (checkpoint / "tokenizer.tiktoken").unlink()
+    shutil.copy(model_of("fish-1.4").checkpoint / "tokenizer.json", checkpoint)
+    refused(checkpoint, "tokens and ids up to .* vocab_size")
+
+
+def test_two_tokenizers(folder_of: Callable[[str], Path], model_of: ModelOf) -> None:
+    checkpoint = folder_of("fish-1.5")
+    shutil.copy(model_of("fish-1.4").checkpoint / "tokenizer.json", checkpoint)
+    refused(checkpoint, r"two tokenizers, tokenizer\.json and tokenizer\.tiktoken")
+
+
+def test_two_codecs(folder_of: Callable[[str], Path], model_of: ModelOf) -> None:
+    checkpoint = folder_of("fish-1.5")
+    shutil.copy(model_of("s1-mini").checkpoint / "codec.pth", checkpoint)
+    refused(checkpoint, r"more than one codec: codec\.pth, firefly-gan-vq-fsq-8x1024-21hz-generator\.pth")
+
+
+def test_weights_of_another_generation(folder_of: Callable[[str], Path], model_of: ModelOf) -> None:
+    checkpoint = folder_of("fish-1.4")
+    shutil.copy(model_of("fish-1.2").checkpoint / "model.pth", checkpoint)
+    refused(checkpoint, "wrong shape: codebook_embeddings.weight")
+
+
+# ---- what each family makes of its config
+
+
+@pytest.mark.parametrize("folder", ["fish-1.2", "fish-1.4", "fish-1.5"])
+def test_head_dim_is_passed_over(folder_of: Callable[[str], Path], model_of: ModelOf, folder: str) -> None:
+    source, checkpoint = model_of(folder).lm, folder_of(folder)
+    change_config(checkpoint, head_dim=2 * source.config.slow.head_dim)
+    assert open_language_model(checkpoint, family=source.family.name).config == source.config
+
+
+def test_the_fast_head_dim_is_passed_over_too(folder_of: Callable[[str], Path]) -> None:
+    checkpoint = folder_of("fish-1.5")
+    change_config(checkpoint, fast_dim=24, fast_n_head=2, fast_n_local_heads=1, fast_head_dim=4)
+    config = open_language_model(checkpoint).config
+    assert (config.fast.dim, config.fast.heads, config.fast.head_dim) == (24, 2, 12)
+
+
+def test_head_dim_counts_later(folder_of: Callable[[str], Path]) -> None:
+    checkpoint = folder_of("s1-mini")
+    change_config(checkpoint, head_dim=6, fast_head_dim=None)
+    config = open_language_model(checkpoint).config
+    assert (config.slow.head_dim, config.fast.head_dim) == (6, 6)
+
+
+@pytest.mark.parametrize(("folder", "scaled"), [("fish-1.5", False), ("s1-mini", True)])
+def test_scaled_embeddings_count_from_s1_on(folder_of: Callable[[str], Path], folder: str, scaled: bool) -> None:
+    checkpoint = folder_of(folder)
+    change_config(checkpoint, scale_codebook_embeddings=True)
+    assert open_language_model(checkpoint).config.scale_codebook_embeddings is scaled
+
+
+@pytest.mark.parametrize(("folder", "counts"), [("fish-1.4", False), ("fish-1.5", True)])
+def test_codebooks_that_share_rows(folder_of: Callable[[str], Path], model_of: ModelOf, folder: str, counts: bool) -> None:
+    """Where the flag counts, every codebook looks into the first one's rows."""
+    checkpoint = folder_of(folder)
+    change_config(checkpoint, share_codebook_embeddings=False)
+    source, usual = open_language_model(checkpoint), model_of(folder).lm
+    config = source.config
+    prompt = torch.from_numpy(np.random.default_rng(0).integers(0, config.codebook_width, (1, 1 + config.num_codebooks, 4)))
+    prompt[:, 0] = source.ids.semantic[0]
+    table = usual.weights["codebook_embeddings.weight"]
+    repeated = {**usual.weights, "codebook_embeddings.weight": table[: config.codebook_width].repeat(config.num_codebooks, 1)}
+    assert torch.equal(embedded(source.slow_ar("full"), prompt), embedded(usual.slow_ar("full"), prompt)) is not counts
+    if counts:
+        other = type(usual)(usual.config, usual.family, usual.ids, usual.tokenizer, repeated)
+        assert torch.equal(embedded(source.slow_ar("full"), prompt), embedded(other.slow_ar("full"), prompt))
+
+
+def embedded(module: SlowAR, prompt: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return module.embed(prompt)
+
+
+def test_small_models_keep_room_for_a_prompt() -> None:
+    rooms = {name: [family.prompt_room(positions) for positions in (1, 512, 4096, 8192)] for name, family in FAMILIES.items()}
+    assert rooms == {
+        "s2": [1, 256, 2048, 6144],
+        "s1": [1, 256, 2048, 6144],
+        "1.5": [1, 256, 3072, 3072],
+        "1.4": [1, 256, 3072, 3072],
+        "1.2": [1, 256, 1024, 1024],
+    }

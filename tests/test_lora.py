@@ -1,0 +1,125 @@
+"""A LoRA is merged by its rules, and every way in which it does not fit the model is named at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fishrt_export.errors import ExportError
+from fishrt_export.graphs import open_language_model
+from fishrt_export.lora import Lora, merge
+from synthetic import EVERYTHING, PLAIN, random_weights, write_flat
+
+RANK = 3
+EMBEDDINGS = ("embeddings", "codebook_embeddings", "fast_embeddings")
+
+
+def random_lora(weights: dict[str, Tensor], *modules: str, rank: int = RANK) -> dict[str, Tensor]:
+    """Pairs for some modules, or for all that training may adapt."""
+    found: dict[str, Tensor] = {}
+    for name, weight in weights.items():
+        module = name.removesuffix(".weight")
+        if weight.ndim != 2 or module == name or (modules and module not in modules):
+            continue
+        rows, columns = reversed(weight.shape) if module in EMBEDDINGS else weight.shape
+        found |= {f"{module}.lora_A": torch.randn(rank, columns), f"{module}.lora_B": torch.randn(rows, rank)}
+    return found
+
+
+def write(folder: Path, tensors: dict[str, Any], *, prefix: str = "model.") -> Path:
+    path = folder / "step_000000010.ckpt"
+    torch.save({"state_dict": {prefix + name: tensor for name, tensor in tensors.items()}, "global_step": 10}, path)
+    return path
+
+
+@pytest.mark.parametrize("prefix", ["model.", ""])
+def test_every_module_is_merged(tmp_path: Path, prefix: str) -> None:
+    weights = random_weights(EVERYTHING)
+    pairs = random_lora(weights)
+    merged = merge(weights, Lora(write(tmp_path, pairs, prefix=prefix), alpha=6, rank=RANK))
+    assert merged.keys() == weights.keys()
+    for name, weight in weights.items():
+        module = name.removesuffix(".weight")
+        expected = weight
+        if f"{module}.lora_A" in pairs:
+            change = 2 * (pairs[f"{module}.lora_B"].double() @ pairs[f"{module}.lora_A"].double())
+            expected = weight.double() + (change.T if module in EMBEDDINGS else change)
+            assert merged[name].dtype == torch.float32
+        torch.testing.assert_close(merged[name].double(), expected.double(), rtol=0, atol=1e-5)
+
+
+def test_other_modules_stay_as_they_are(tmp_path: Path) -> None:
+    weights = random_weights(EVERYTHING)
+    merged = merge(weights, Lora(write(tmp_path, random_lora(weights, "fast_output")), alpha=6))
+    changed = {name for name in weights if merged[name] is not weights[name]}
+    assert changed == {"fast_output.weight"}
+
+
+def test_the_rows_of_the_audio_head_are_merged(tmp_path: Path) -> None:
+    """A tied head is the merged embedding."""
+    weights = random_weights(PLAIN)
+    lora = Lora(write(tmp_path, random_lora(weights, "embeddings")), alpha=6)
+    source = open_language_model(write_flat(tmp_path / "checkpoint", PLAIN, weights), family="s2", lora=lora)
+    assert torch.equal(source.slow_weights("audio")["output.weight"], source.weights["embeddings.weight"][source.audio_head])
+    assert not torch.equal(source.weights["embeddings.weight"], weights["embeddings.weight"].float())
+
+
+def refused(tmp_path: Path, weights: dict[str, Tensor], tensors: dict[str, Any], **options: Any) -> str:
+    with pytest.raises(ExportError) as caught:
+        merge(weights, Lora(write(tmp_path, tensors), **{"alpha": 16, **options}))
+    return str(caught.value)
+
+
+def test_everything_that_does_not_fit_is_named_at_once(tmp_path: Path) -> None:
+    weights = random_weights(PLAIN)
+    pairs = random_lora(weights, "embeddings", "layers.0.attention.wo", "layers.1.attention.wo", "fast_output")
+    del pairs["fast_output.lora_A"]
+    pairs["embeddings.lora_A"] = pairs["embeddings.lora_A"][:, :-1]
+    pairs["layers.0.attention.wo.lora_B"][0, 0] = float("nan")
+    pairs |= {"layers.9.attention.wo.lora_A": torch.zeros(3, 4), "norm.lora_A": torch.zeros(3, 1), "norm.weight": torch.zeros(1)}
+    pairs |= {"output.lora_A": torch.zeros(3, 16), "output.lora_B": torch.zeros(48, 3)}
+    message = refused(tmp_path, weights, pairs)
+    for problem in (
+        "missing: fast_output.lora_A [r, 16]",
+        "wrong shape: embeddings.lora_A is [3, 47], expected [r, 48]",
+        "not finite numbers: layers.0.attention.wo.lora_B",
+        "unknown module: the model has no matrix layers.9.attention.wo.weight",
+        "unknown module: the model has no matrix norm.weight",
+        "unknown module: the model has no matrix output.weight: its head is its token embedding",
+        "unexpected: norm.weight",
+        "(7 problems)",
+    ):
+        assert problem in message
+
+
+def test_a_lora_for_another_size(tmp_path: Path) -> None:
+    message = refused(tmp_path, random_weights(PLAIN), random_lora(random_weights({**PLAIN, "dim": 20, "n_layer": 3})))
+    assert "wrong shape: layers.0.attention.wqkv.lora_A is [3, 20], expected [r, 16]" in message
+    assert "layers.2.feed_forward.w1.weight" in message
+
+
+def test_the_rank(tmp_path: Path) -> None:
+    weights = random_weights(PLAIN)
+    pairs = random_lora(weights, "fast_output")
+    assert "wrong rank: found 3, expected 8" in refused(tmp_path, weights, pairs, rank=8)
+    other = random_lora(weights, "embeddings", rank=5)
+    assert "wrong rank: found 3, 5, expected one" in refused(tmp_path, weights, pairs | other)
+    crossed = {**pairs, "fast_output.lora_B": torch.zeros(14, 5)}
+    assert "wrong rank: found 3, 5, expected one" in refused(tmp_path, weights, crossed)
+
+
+@pytest.mark.parametrize("alpha", [0, -1, float("nan"), float("inf")])
+def test_alpha_must_be_a_number_that_counts(tmp_path: Path, alpha: float) -> None:
+    weights = random_weights(PLAIN)
+    assert "alpha is" in refused(tmp_path, weights, random_lora(weights, "fast_output"), alpha=alpha)
+
+
+def test_a_file_without_a_lora(tmp_path: Path) -> None:
+    weights = random_weights(PLAIN)
+    assert "holds no LoRA: none of its" in refused(tmp_path, weights, weights)
+    with pytest.raises(ExportError, match="cannot be read"):
+        merge(weights, Lora(tmp_path / "absent.ckpt", alpha=16))
