@@ -35,6 +35,7 @@ def language_model(**changes: Any) -> LanguageModel:
         "codebook_width": 160,
         "max_seq_len": 1024,
         "max_prompt": 512,
+        "history_window": None,
         "main_tokens": "audio",
         "code_zero": "main",
         "code_offset": 0,

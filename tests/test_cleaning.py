@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fishrt.cleaning import clean_text, lost_letters, unwrap
+from fishrt.cleaning import clean_text, lost_letters, spaced, unwrap
 from fishrt.features import PunctuationSplit, TextCleaning
 from fishrt.punctuation import split_punctuation
 
@@ -42,9 +42,23 @@ def test_each_rule_and_their_order(changes: dict[str, Any], text: str, cleaned: 
 
 def test_letters_that_would_vanish_are_found_but_not_symbols() -> None:
     assert lost_letters("Größe ①, ☺ — größer", ASCII) == ["ö", "ß", "①"]
-    assert lost_letters("Gro\u0308", ASCII) == ["ö"]
+    assert lost_letters("5 € × 20 °", ASCII) == ["€", "×"]
+    assert lost_letters("~", rules(replace={"~": ""})) == []
     assert lost_letters("Größe", rules()) == []
     assert lost_letters("abc", rules(replace={"a": "ä"}, keep=((0, 127),))) == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "text", "result"),
+    [
+        ({"keep": ((0, 127),)}, "10\u201320 hi\U0001f642there \u2014 x", "10 20 hi there \u2014 x"),
+        ({"replace": {"(": "", ")": ""}}, "foo(bar) baz (qux)", "foo bar) baz (qux)"),
+        ({"replace": {"...": "\u2026"}, "keep": ((0, 127),)}, "Wait...what? Oh...", "Wait what? Oh..."),
+        ({"replace": {"-": ","}}, "a-b", "a-b"),
+    ],
+)
+def test_what_is_dropped_between_words_leaves_a_space(changes: dict[str, Any], text: str, result: str) -> None:
+    assert spaced(text, rules(**changes)) == result
 
 
 def test_lines_become_one_and_paragraphs_sentences() -> None:

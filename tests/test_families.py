@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +17,11 @@ import torch
 from click.testing import CliRunner
 
 from conftest import CHOSEN, find_golden
+from fishrt import TTS, Voice
 from fishrt.cli import main
 from fishrt_export import export_bundle
 from fishrt_export.errors import ExportError
-from fishrt_export.families import FAMILIES
+from fishrt_export.families import FAMILIES, Family
 from fishrt_export.graphs import open_language_model
 from fishrt_export.slow_ar import SlowAR
 from tiny import GoldenModel
@@ -112,36 +115,40 @@ def test_every_family_becomes_a_bundle_that_speaks(golden_model: GoldenModel, tm
     assert rate == codec.sample_rate
     assert len(pcm) in range(codec.hop, 6 * codec.hop + 1, codec.hop)
     assert np.abs(pcm).max() > 0
+    # A voice has codes of all the codec's codebooks, which may be more than the model's.
+    voice = Voice("low", np.ones((len(codec.codebook_sizes), 9), np.int64), "What was said.", codec.fingerprint)
+    speech = TTS.load(bundle.path, provider="cpu", threads=1).speak(text, voice=voice, seed=3, max_frames=3)
+    assert speech.codes.shape[0] == bundle.manifest.language_model.num_codebooks
+    assert len(speech.pcm) == speech.codes.shape[1] * codec.hop
 
 
 # ---- mixed folders
 
 
-@pytest.mark.parametrize("codec", FOLDERS)
-@pytest.mark.parametrize("model", FOLDERS)
+def pairs_that_differ(feature: Callable[[Family], object]) -> list[tuple[str, str]]:
+    """All folders of two families in which the feature is not the same."""
+    pairs = itertools.permutations(FOLDERS, 2)
+    return [pair for pair in pairs if len({feature(FAMILIES[FOLDERS[folder]]) for folder in pair}) == 2]
+
+
+@pytest.mark.parametrize(("model", "codec"), pairs_that_differ(lambda family: family.codec))
 def test_a_codec_of_another_generation(folder_of: Callable[[str], Path], model_of: ModelOf, model: str, codec: str) -> None:
-    other = model_of(codec)
-    if other.codec.kind == model_of(model).codec.kind:
-        pytest.skip("these generations have the same codec")
-    checkpoint = folder_of(model)
+    other, checkpoint = model_of(codec), folder_of(model)
     for name in (path.name for path in (model_of(model).golden / "codec/checkpoint").iterdir()):
         (checkpoint / name).unlink()
     shutil.copytree(other.golden / "codec/checkpoint", checkpoint, dirs_exist_ok=True)
     refused(checkpoint, "are not those of one family|codebooks and the codec has")
 
 
-@pytest.mark.parametrize("tokenizer", FOLDERS)
-@pytest.mark.parametrize("model", FOLDERS)
+@pytest.mark.parametrize(
+    ("model", "tokenizer"), pairs_that_differ(lambda family: (family.one_semantic, bool(family.control_tokens)))
+)
 def test_a_tokenizer_of_another_generation(
     folder_of: Callable[[str], Path], model_of: ModelOf, model: str, tokenizer: str
 ) -> None:
     (theirs,) = (model_of(tokenizer).golden / "lm/checkpoint").glob("tokenizer.*")
     checkpoint = folder_of(model)
     (ours,) = checkpoint.glob("tokenizer.*")
-    if ours.read_bytes() == theirs.read_bytes():
-        pytest.skip("these generations have the same tokenizer")
-    if {model, tokenizer} == {"fish-1.2", "fish-1.4"}:
-        pytest.skip("these tokenizers have the same form and size")
     ours.unlink()
     shutil.copy(theirs, checkpoint)
     refused(checkpoint, "are not those of one family|the tokenizer has")
@@ -229,12 +236,12 @@ def embedded(module: SlowAR, prompt: torch.Tensor) -> torch.Tensor:
         return module.embed(prompt)
 
 
-def test_small_models_keep_room_for_a_prompt() -> None:
-    rooms = {name: [family.prompt_room(positions) for positions in (1, 512, 4096, 8192)] for name, family in FAMILIES.items()}
-    assert rooms == {
-        "s2": [1, 256, 2048, 6144],
-        "s1": [1, 256, 2048, 6144],
-        "1.5": [1, 256, 3072, 3072],
-        "1.4": [1, 256, 3072, 3072],
-        "1.2": [1, 256, 1024, 1024],
-    }
+@pytest.mark.parametrize(("positions", "room"), [(1, 1), (512, 256), (4096, 2048), (8192, 6144)])
+def test_small_models_keep_room_for_a_prompt(golden_model: GoldenModel, positions: int, room: int) -> None:
+    source = replace(golden_model.lm, config=replace(golden_model.lm.config, max_seq_len=positions))
+    assert source.describe("audio").max_prompt == room
+
+
+def test_what_the_originals_remember() -> None:
+    windows = {name: family.history_window for name, family in FAMILIES.items()}
+    assert windows == {"s2": None, "s1": None, "1.5": 3072, "1.4": 3072, "1.2": 1024}

@@ -236,7 +236,7 @@ def test_graphs_of_other_configurations(tmp_path: Path, config: dict[str, Any], 
     weights, end = random_weights(config), BEGIN + SEMANTIC
     write_flat(tmp_path, config, weights)
     write_tokenizer(tmp_path, end=end)
-    source = open_language_model(tmp_path)
+    source = open_language_model(tmp_path, family="s2")
     rng = np.random.default_rng(8)
     prompt = random_prompt(source.config, source.ids, (1, 11), rng)[0]
     exact = {name: tensor.double().numpy() for name, tensor in weights.items()}
@@ -268,7 +268,7 @@ def test_graphs_of_other_configurations(tmp_path: Path, config: dict[str, Any], 
 def test_an_unknown_head_is_refused(tmp_path: Path) -> None:
     write_flat(tmp_path, PLAIN, random_weights(PLAIN))
     with pytest.raises(ExportError, match="unknown head 'half'"):
-        open_language_model(tmp_path).jobs("half")
+        open_language_model(tmp_path, family="s2").jobs("half")
 
 
 def test_codes_may_differ_only_on_the_margin_and_after_it() -> None:

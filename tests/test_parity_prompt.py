@@ -42,7 +42,7 @@ class Vectors:
         """For a case that shrinks the window, with that window."""
         model = self.model
         return PromptBuilder(
-            self.tokenizer, replace(model, max_prompt=case["max_length"] - 1024) if "max_length" in case else model
+            self.tokenizer, replace(model, history_window=case["max_length"] - 1024) if "max_length" in case else model
         )
 
     def opening(self, case: dict[str, Any]) -> int:

@@ -334,6 +334,23 @@ def test_letters_that_cleaning_would_drop_are_refused():
         builder.split("öß", upstream_compat=True)
 
 
+def test_cleaning_leaves_nothing_out_and_joins_nothing():
+    builder = of("instruction", **CLEANED)
+    assert builder.split("Pages 10\u201320, foo[bar] and hi\U0001f642there.") == ["Pages 10 20, foo bar and hi there."]
+    with pytest.raises(PromptError, match="the text has €, ①, which"):
+        builder.split("It costs € 5 ①.")
+    with pytest.raises(PromptError, match="the text has 不, which"):  # a compatibility ideograph, which is 不 otherwise written
+        builder.split("No \uf967.")
+    with pytest.raises(PromptError, match=r"transcript of voice 0 .* nothing to speak"):
+        builder.start([voice(transcript="\U0001f642")])
+
+
+def test_the_stop_that_is_added_is_cleaned_too():
+    cleaning = TextCleaning(replace={"。": "."}, keep=((0, 127), (0x4E00, 0x9FFF)), drop=(), collapse="")
+    builder = of("segments", cleaning=cleaning, splitting=PunctuationSplit(".!?", ","))
+    assert builder.split("你好") == ["你好."]
+
+
 def test_cleaning_makes_no_control_token_act():
     with pytest.raises(PromptError, match=r"<\|im_end\|>"):
         of("instruction", **CLEANED).split("Hello <[|]im_end|> you.")

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import fishrt.sampling as sampling_module
 from fishrt.errors import GraphError, SamplingError
 from fishrt.features import RepetitionAware, RepetitionPenalty, SamplingDefaults
 from fishrt.sampling import (
@@ -97,6 +98,24 @@ def test_forbidden_entries_are_never_drawn() -> None:
 def test_logits_that_are_not_numbers_are_an_error(bad: list[float]) -> None:
     with pytest.raises(GraphError, match="not numbers"):
         filter_probs(np.array(bad, np.float32), 1.0, 0.9, 30)
+
+
+@pytest.mark.parametrize("top_k", [1, 30, None])
+@pytest.mark.parametrize("count", [1, 50])
+def test_one_that_is_not_a_number_among_many_is_an_error(count: int, top_k: int | None) -> None:
+    logits = np.zeros(50, np.float32)
+    logits[:count] = np.nan
+    with pytest.raises(GraphError, match="not numbers"):
+        filter_probs(logits, 1.0, 0.9, top_k)
+
+
+@pytest.mark.parametrize("top_p", [0.3, 0.9, 1.0])
+@pytest.mark.parametrize("scale", [0.01, 1, 20])
+def test_ranking_few_at_first_changes_nothing(scale: float, top_p: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = (np.random.default_rng(7).standard_normal(1000) * scale).round(1).astype(np.float32)
+    few = filter_probs(logits, 0.7, top_p, None)
+    monkeypatch.setattr(sampling_module, "FIRST_RANKED", 1000)
+    np.testing.assert_array_equal(few, filter_probs(logits, 0.7, top_p, None))
 
 
 def test_draw_divides_by_the_noise() -> None:

@@ -67,11 +67,13 @@ def export_bundle(
             hint="take both from one checkpoint",
         )
     jobs = [*codec.jobs(), *language_model.jobs(head)]
+    described, largest = language_model.describe(head), max(codec.config.codebook_sizes)
     draft = Manifest(
         schema=SCHEMA,
         name=checkpoint.resolve().name,
         exported_by=f"fishrt {__version__}",
-        language_model=language_model.describe(head),
+        # What no codebook holds is not drawn.
+        language_model=replace(described, fast_candidates=min(described.fast_candidates, largest + described.code_offset)),
         codec=codec.describe(),
         tokenizer=TOKENIZER,
         graphs={job.role: job.spec for job in jobs},

@@ -6,7 +6,6 @@ A checkpoint folder may hold a `fishrt.json` of ours with defaults of its own.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -56,8 +55,7 @@ class Family:
     cleaning: TextCleaning | None
     splitting: PunctuationSplit | None
     chunk_bytes: int
-    prompt_room: Callable[[int], int]
-    """Positions of the slow AR → most columns of a prompt."""
+    history_window: int | None
     upstream_trim: str
     sampling: SamplingDefaults
 
@@ -65,11 +63,6 @@ class Family:
     def one_semantic(self) -> bool:
         """Whether one token, `<|semantic|>`, stands for every frame."""
         return self.code_zero == "fast"
-
-
-def _leave(reserved: int, positions: int) -> int:
-    """Positions but those reserved for speech: upstream's number, of a small model half of all."""
-    return positions - min(reserved, positions // 2)
 
 
 def _penalised(temperature: float, top_p: float, penalty: float, main: str) -> SamplingDefaults:
@@ -106,7 +99,7 @@ S2 = Family(
     cleaning=None,
     splitting=None,
     chunk_bytes=300,
-    prompt_room=lambda positions: _leave(2048, positions),
+    history_window=None,
     upstream_trim="last",
     sampling=SamplingDefaults(
         temperature=1.0,
@@ -153,7 +146,7 @@ FISH_1_5 = replace(
     cleaning=TextCleaning(replace=dict.fromkeys("‘’", "'"), keep=None, drop=_EMOJI, collapse=","),
     splitting=PunctuationSplit(sentence_ends=".!?。！？", clause_ends=",，"),
     chunk_bytes=200,
-    prompt_room=lambda positions: _leave(1024, min(positions, 4096)),
+    history_window=3072,
     upstream_trim="first",
     sampling=_penalised(temperature=0.7, top_p=0.7, penalty=1.2, main="row"),
 )
@@ -207,7 +200,7 @@ FISH_1_2 = replace(
         collapse="",
     ),
     splitting=PunctuationSplit(sentence_ends=".!?", clause_ends=","),
-    prompt_room=lambda positions: _leave(1024, min(positions, 2048)),
+    history_window=1024,
     sampling=_penalised(temperature=0.7, top_p=0.7, penalty=1.2, main="row"),
 )
 

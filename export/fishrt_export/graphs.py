@@ -28,6 +28,8 @@ from .weights import expected_shapes, find_problems, flat_names, load
 
 HEADS = ("audio", "full")
 LANGUAGE_MODEL_TOLERANCE = 5e-4
+SPEECH_ROOM = 2048
+"""Positions that prompts leave for speech, as the originals of S1 and S2 have it; half of a small model's."""
 
 _PROJECTION = "fast_project_in."
 
@@ -49,12 +51,13 @@ class LanguageModelSource:
 
     def describe(self, head: str) -> LanguageModel:
         """The manifest's entry."""
-        family, width = self.family, self.config.codebook_width
+        family, width, positions = self.family, self.config.codebook_width, self.config.max_seq_len
         return LanguageModel(
             num_codebooks=self.config.num_codebooks,
             codebook_width=width,
-            max_seq_len=self.config.max_seq_len,
-            max_prompt=family.prompt_room(self.config.max_seq_len),
+            max_seq_len=positions,
+            max_prompt=positions - min(SPEECH_ROOM, positions // 2),
+            history_window=family.history_window,
             head=head,
             main_tokens=family.main_tokens if head == "full" else "audio",
             vocab_size=self.config.vocab_size,

@@ -1,7 +1,7 @@
 """Text cleaning, for models that were taught cleaned text: symbols replaced, code points dropped, punctuation shortened.
 
-What is done is data, `TextCleaning`. The rules were made for single lines: at a line break they join two words or end the
-sentence, and letters that a model was not taught vanish. `unwrap` prevents the first, `lost_letters` finds the second.
+What is done is data, `TextCleaning`. The rules join two words where a line breaks or a symbol is dropped, and letters that a
+model was not taught vanish. `unwrap` and `spaced` prevent the first, `lost_letters` finds the second.
 """
 
 from __future__ import annotations
@@ -32,10 +32,20 @@ def unwrap(text: str) -> str:
     return " ".join([*map(with_end, others), last])
 
 
+def spaced(text: str, rules: TextCleaning) -> str:
+    """The text with a space in place of what cleaning would drop from between two words."""
+    symbols = [symbol for symbol in (*rules.replace, *sorted(set(text))) if symbol.strip() and not clean_text(symbol, rules)]
+    if not symbols:
+        return text
+    return re.sub(rf"(?<=\w)(?:{'|'.join(map(re.escape, symbols))})+(?=\w)", " ", text)
+
+
 def lost_letters(text: str, rules: TextCleaning) -> list[str]:
-    """The letters and digits that cleaning would drop, each once."""
-    composed = dict.fromkeys(unicodedata.normalize("NFC", text))
-    return [char for char in composed if unicodedata.category(char)[0] in "LN" and not clean_text(char, rules)]
+    """What is read aloud but would be dropped, each once: letters, digits, currency and mathematical signs. Not a symbol
+    that the rules name for dropping.
+    """
+    spoken = (char for char in dict.fromkeys(text) if unicodedata.category(char) in ("Sc", "Sm") or char.isalnum())
+    return [char for char in spoken if rules.replace.get(char) != "" and not clean_text(char, rules)]
 
 
 def _within(char: str, ranges: tuple[tuple[int, ...], ...]) -> bool:

@@ -89,6 +89,8 @@ class LanguageModel:
     """Positions that the slow AR was trained for: prompt and generated frames together."""
     max_prompt: int
     """Most columns of a prompt that leaves room for speech."""
+    history_window: int | None
+    """Columns of a prompt within which the original keeps what was said before. None: it has no such limit."""
     head: str
     """"audio": logits of the end token and the semantic tokens only, in the order of their ids. "full": of every token."""
     main_tokens: str
@@ -128,6 +130,7 @@ class LanguageModel:
             "codebook_width": self.codebook_width,
             "max_seq_len": self.max_seq_len,
             "max_prompt": self.max_prompt,
+            **({"history_window": self.history_window} if self.history_window is not None else {}),
             "vocab_size": self.vocab_size,
             "fast_candidates": self.fast_candidates,
             "chunk_bytes": self.chunk_bytes,
@@ -157,8 +160,10 @@ class LanguageModel:
             yield f"end_id {self.end_id} is one of the semantic ids"
         if self.main_tokens == "any" and self.head != "full":
             yield "main_tokens is 'any', but the head has only the logits of audio tokens"
-        if self.code_offset not in (0, 1):
-            yield f"code_offset is {self.code_offset}; known are 0 and 1"
+        if self.code_offset not in ((0, 1) if self.code_zero == "fast" else (0,)):
+            yield f"code_offset is {self.code_offset} where code 0 comes from {self.code_zero}; known are 0, and 1 with fast"
+        if self.fast_candidates <= self.code_offset:
+            yield f"fast_candidates is {self.fast_candidates}, which leaves nothing above code_offset {self.code_offset}"
         if self.fast_candidates > self.codebook_width:
             yield f"fast_candidates is {self.fast_candidates}, above codebook_width {self.codebook_width}"
         if self.max_prompt >= max(self.max_seq_len, 2):
@@ -166,6 +171,8 @@ class LanguageModel:
         ranges = self.cleaning and (*(self.cleaning.keep or ()), *self.cleaning.drop)
         if wrong := [list(r) for r in ranges or () if len(r) != 2 or not 0 <= r[0] <= r[1]]:
             yield f"cleaning holds {wrong[0]}, which is no first and last code point"
+        if self.cleaning and ("" in self.cleaning.replace or self.cleaning.keep == ()):
+            yield "cleaning replaces nothing by something, or keeps nothing"
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,6 +221,8 @@ class Codec:
         yield from (f"{name} is {count}, below 1" for name, count in counts.items() if count < 1)
         if self.context and min(self.context.left, self.context.ahead) < 0:
             yield f"context is {self.context.left} and {self.context.ahead} frames, below 0"
+        if self.context and self.context.left + self.context.ahead >= self.max_frames:
+            yield f"context is {self.context.left} and {self.context.ahead} frames, but the graphs take {self.max_frames}"
 
 
 def sampling_faults(temperature: object, top_p: object, top_k: object, repetition_penalty: object) -> Iterator[tuple[str, str]]:

@@ -72,7 +72,7 @@ class Columns(Iterator[Ints]):
         room = lm.max_seq_len - length
         self._limit = room if max_columns is None else min(max_columns, room)
         self._limit_reason: StopReason = "max_seq_len" if self._limit == room and max_columns != room else "max_frames"
-        self._first_may_end = not upstream_compat
+        self._upstream_compat = upstream_compat
         self._padding = 0 if upstream_compat else lm.code_offset
         self._count = 0
         self._ids = main_ids(lm)
@@ -96,7 +96,11 @@ class Columns(Iterator[Ints]):
         results = self._slow_call(self._next_input)
         column = np.empty(1 + lm.num_codebooks, np.int64)
         column[0] = main = self._draw_main(results["logits"])
-        self._draw_codes(column, results["hidden"])
+        ends = main == lm.end_id and (self._count > 0 or not self._upstream_compat)
+        if ends and not self._upstream_compat:
+            column[1:] = lm.code_offset  # nobody hears them
+        else:
+            self._draw_codes(column, results["hidden"])
         if lm.zero_codes_off_audio and not is_semantic(main, lm):
             column[1:] = 0
         if self._count > 0:
@@ -105,7 +109,7 @@ class Columns(Iterator[Ints]):
                 self._window.add(column)
         self._count += 1
         self._next_input = column[None, :, None]
-        if main == lm.end_id and (self._count > 1 or self._first_may_end):
+        if ends:
             self.stop_reason = "end"
         elif self._count == self._limit:
             self.stop_reason = self._limit_reason

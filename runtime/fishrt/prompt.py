@@ -19,13 +19,14 @@ border between parts: the ids depend on it.
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from .cleaning import clean_text, lost_letters, unwrap
+from .cleaning import clean_text, lost_letters, spaced, unwrap
 from .codec import check_entries
 from .errors import PromptError, VoiceError
 from .features import LanguageModel
@@ -134,7 +135,7 @@ class PromptBuilder:
             parts = [with_end(part) for turn in turns for part in split_turn(turn, limit) if speakable(part)]
             return pack_turns(parts, MAX_TURNS, limit)
         pieces = split_sentences(text, limit) if model.splitting is None else split_punctuation(text, model.splitting, limit)
-        return [with_end(piece) for piece in pieces if speakable(piece)]
+        return [self._cleaned(with_end(piece)) for piece in pieces if speakable(piece)]
 
     def start(self, voices: Sequence[Voice] = (), system: str | None = None, *, upstream_compat: bool = False) -> Conversation:
         """A conversation in which voice i speaks as `<|speaker:i|>`, or, where there are no turns, one speaker has all voices.
@@ -212,13 +213,16 @@ class PromptBuilder:
         if not self.dialect.turns and (tag := SPEAKER.search(text)):
             raise PromptError(f"{what} has {tag[0]}, but this model knows no turns of speakers", hint="take the tags out")
         if rules := self.model.cleaning:
-            text = unwrap(text)
+            text = unwrap(unicodedata.normalize("NFC", text))
             if lost := lost_letters(text, rules):
                 raise PromptError(
                     f"{what} has {', '.join(lost[:10])}{', …' if lost[10:] else ''}, which this model was not taught to read",
                     hint="write it otherwise; upstream_compat leaves these letters out",
                 )
-        text = self._cleaned(text)
+            cleaned = self._cleaned(spaced(text, rules))
+            if text and not cleaned:
+                raise PromptError(f"{what} has nothing to speak that this model was taught to read", hint="write it in words")
+            text = cleaned
         # Looked for behind the cleaning, which may take away what kept a token from acting.
         if names := [name for name in self._tokenizer.control_tokens(text) if not SPEAKER.fullmatch(name)]:
             raise PromptError(
@@ -285,14 +289,15 @@ class WindowedConversation(Conversation):
 
     Columns are remembered as they were drawn, and nothing is put behind them. Texts and speech are one element each. The first
     two are always kept; of the rest, an odd number of the last ones: those up to the one that, counted twice, does not fit any
-    more. If that is the newest, all elements are there a second time. A prompt longer than `max_prompt` is no error.
+    more. If that is the newest, all elements are there a second time. A prompt longer than `history_window` is no error.
     """
 
     def user(self, text: str) -> Ints:
         """The prompt int64 [1 + num_codebooks, T] for the next piece."""
         self._text = text
         elements = [*self._history, self._asked()]
-        room = self._builder.model.max_prompt - self._head.shape[1]
+        model = self._builder.model
+        room = (model.max_prompt if model.history_window is None else model.history_window) - self._head.shape[1]
         lengths = np.array([element.shape[1] for element in reversed(elements)])
         too_much = np.cumsum(lengths) + lengths > room
         nth = int(too_much.argmax()) if too_much.any() else len(elements) - 1

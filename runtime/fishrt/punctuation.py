@@ -32,7 +32,7 @@ def split_punctuation(text: str, rules: PunctuationSplit, max_bytes: int) -> lis
 def _cut(text: str, ends: str) -> Iterator[str]:
     """Parts of a text, cut behind each of these characters. A decimal number is passed over as a whole."""
     start = 0
-    for match in re.finditer(rf"\d+\.\d+|([{re.escape(ends)}])", text):
+    for match in re.finditer(rf"(?<!\d)\d+\.\d+|([{re.escape(ends)}])", text):
         if match[1]:
             yield text[start : match.end()]
             start = match.end()

@@ -18,6 +18,8 @@ import numpy.typing as npt
 from .errors import GraphError, SamplingError
 from .features import LanguageModel, RepetitionPenalty, SamplingDefaults, sampling_faults
 
+FIRST_RANKED = 64
+"""Logits that are ranked at first; four times as many as long as they do not suffice."""
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
 
@@ -98,9 +100,7 @@ def filter_probs(logits: Floats, temperature: float, top_p: float, top_k: int | 
     logits: float32 [n]; -inf forbids an entry. Of equal logits the lower index ranks first. The likeliest entry always stays.
     Raises GraphError for logits of which one is NaN or +inf, or all are -inf.
     """
-    width = len(logits)
-    kept = _ranked(logits, min(top_k or width, width))
-    top = logits[kept[0]]
+    top = logits.max()
     with np.errstate(invalid="ignore"):  # the check below says it in words
         total = np.exp(logits - top).sum(dtype=np.float64)
     if not np.isfinite(total):
@@ -108,8 +108,17 @@ def filter_probs(logits: Floats, temperature: float, top_p: float, top_k: int | 
             "a graph gave logits that are not numbers", hint="the weights of the bundle are damaged: export it again"
         )
     # The sum above is over all entries: what top-k removes still counts for top-p. In float64 the sums are so near to exact that
-    # top_p = 1 removes nothing of weight.
-    within = np.cumsum(np.exp(logits[kept] - top), dtype=np.float64) <= top_p * total
+    # top_p = 1 removes nothing of weight. Few entries make up top_p mostly, and the others are then not even sorted.
+    most = width = len(logits)
+    if top_k is not None:
+        most = min(top_k, width)
+    ranked = min(FIRST_RANKED, most)
+    while True:
+        kept = _ranked(logits, ranked)
+        within = np.cumsum(np.exp(logits[kept] - top), dtype=np.float64) <= top_p * total
+        if ranked == most or not within[-1]:
+            break
+        ranked = min(4 * ranked, most)
     within[0] = True
     kept = kept[within]
     scaled = logits[kept] / np.float32(max(temperature, 1e-5))

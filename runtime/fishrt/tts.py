@@ -117,6 +117,8 @@ class TTS:
         for chunk in self._chunks(request, progress):
             if not chunk.codes.shape[1]:
                 said = textwrap.shorten(chunk.text, 60, placeholder=" …")
+                if chunk.stop_reason != "end":
+                    raise FishrtError(f'the limit leaves no frame for "{said}"', hint="allow more frames")
                 raise FishrtError(f'the model ended before it said "{said}"', hint="try another seed, voice or text")
             chunks.append(chunk)
         codes = np.concatenate([c.codes for c in chunks], axis=1)

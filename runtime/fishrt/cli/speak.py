@@ -110,8 +110,8 @@ def speak(
     """Speak TEXT, or a file, or standard input.
 
     <|speaker:0|>, <|speaker:1|>, … in the text begin the turns of the voices given by --voice and --reference, counted in that
-    order, if the model knows turns; else all are recordings of one speaker. [Tags] such as [laughing] are passed to the model.
-    Long text is spoken piece by piece.
+    order, if the model knows turns; else all are recordings of one speaker. [Tags] such as [laughing] reach models that
+    know them. Long text is spoken piece by piece.
 
     Progress on standard error shows frames, seconds of speech, and the RTF: compute seconds per second of speech.
     """
