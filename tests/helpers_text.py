@@ -78,6 +78,13 @@ def manifest(**changes: Any) -> Manifest:
         ),
         states=(StatePair("key_cache.0", "key_cache_out.0"),),
     )
+    codes = TensorSpec("codes", "int64", ("batch", 4, "frames"))
+    graphs = {
+        "slow_ar": spec,
+        "fast_ar": replace(spec, outputs=(TensorSpec("logits", "float32", ("batch", 160)), *spec.outputs[1:])),
+        "codec_encode": GraphSpec("", (), (codes,)),
+        "codec_decode": GraphSpec("", (codes,), ()),
+    }
     values: dict[str, Any] = {
         "schema": SCHEMA,
         "name": "test",
@@ -94,7 +101,7 @@ def manifest(**changes: Any) -> Manifest:
             fingerprint=FINGERPRINT,
         ),
         "tokenizer": "tokenizer.json",
-        "graphs": {role: replace(spec, file=f"{role}.onnx") for role in ROLES},
+        "graphs": {role: replace(graphs[role], file=f"{role}.onnx") for role in ROLES},
         "precision": "float32",
         "parity": {},
         "licence": Licence("Apache-2.0", None),

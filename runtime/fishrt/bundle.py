@@ -113,9 +113,30 @@ class Manifest:
                 f"the default voice {self.voices and self.voices.default!r} is not among the voices",
             ),
         )
-        faults += [says for holds, says in rules if not holds]
+        faults += [says for holds, says in rules if not holds] or self._misfits()
         if faults:
             raise BundleError(f"{MANIFEST} cannot be right: {'; '.join(faults)}", hint="update fishrt, or export again")
+
+    def _misfits(self) -> list[str]:
+        """Tensors whose second dimension is not what the rest of the manifest says. All ROLES must be there."""
+        lm, books = self.language_model, len(self.codec.codebook_sizes)
+        rows = lm.vocab_size if lm.head == "full" else lm.semantic_end_id - lm.semantic_begin_id + 2
+        widths = (
+            ("slow_ar", "prompt", 1 + lm.num_codebooks),
+            ("slow_ar", "logits", rows),
+            ("fast_ar", "logits", lm.codebook_width),
+            ("codec_encode", "codes", books),
+            ("codec_decode", "codes", books),
+        )
+        faults = []
+        for role, name, width in widths:
+            spec = self.graphs[role]
+            shapes = [tensor.shape for tensor in (*spec.inputs, *spec.outputs) if tensor.name == name]
+            if not shapes or len(shapes[0]) < 2 or shapes[0][1] != width:
+                faults.append(
+                    f"{name} of {role} is {list(shapes[0]) if shapes else 'missing'}, expected a second dimension of {width}"
+                )
+        return faults
 
     def to_json(self) -> str:
         """The text of `manifest.json`."""
