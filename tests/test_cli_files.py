@@ -220,8 +220,11 @@ def test_inspect_finds_what_is_wrong(fake):
     refused(run("inspect", "nowhere"), "nowhere is not a bundle")
 
 
-def test_export_passes_its_options_on(fake, monkeypatch):
+def test_export_passes_its_options_on(fake, monkeypatch, tmp_path):
     import fishrt_export
+
+    lora = tmp_path / "a.ckpt"
+    lora.touch()
 
     asked = []
 
@@ -237,12 +240,12 @@ def test_export_passes_its_options_on(fake, monkeypatch):
     assert "peak memory 5.0 MB" in result.stderr
     assert "slow_ar.onnx" in result.stderr
     assert json.loads(run("export", "ckpt", "out", "--head", "full", "--json").stdout)["peak_memory_bytes"] == 5_000_000
-    run("export", "ckpt", "out", "--family", "1.5", "--lora", "a.ckpt", "--lora-alpha", "16")
-    run("export", "ckpt", "out", "--lora", "a.ckpt", "--lora-alpha", "0.5", "--lora-rank", "8")
+    run("export", "ckpt", "out", "--family", "1.5", "--lora", str(lora), "--lora-alpha", "16")
+    run("export", "ckpt", "out", "--lora", str(lora), "--lora-alpha", "0.5", "--lora-rank", "8")
     paths, plain = (Path("ckpt"), Path("out")), {"head": "full", "family": None, "lora": None}
     assert asked[0] == (*paths, plain)
-    assert asked[2] == (*paths, {"head": "audio", "family": "1.5", "lora": fishrt_export.Lora(Path("a.ckpt"), 16.0, None)})
-    assert asked[3] == (*paths, {"head": "audio", "family": None, "lora": fishrt_export.Lora(Path("a.ckpt"), 0.5, 8)})
+    assert asked[2] == (*paths, {"head": "audio", "family": "1.5", "lora": fishrt_export.Lora(lora, 16.0, None)})
+    assert asked[3] == (*paths, {"head": "audio", "family": None, "lora": fishrt_export.Lora(lora, 0.5, 8)})
 
 
 @pytest.mark.parametrize("options", [("--lora", "a.ckpt"), ("--lora-alpha", "16"), ("--lora-rank", "8")])

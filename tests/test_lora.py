@@ -121,5 +121,16 @@ def test_alpha_must_be_a_number_that_counts(tmp_path: Path, alpha: float) -> Non
 def test_a_file_without_a_lora(tmp_path: Path) -> None:
     weights = random_weights(PLAIN)
     assert "holds no LoRA: none of its" in refused(tmp_path, weights, weights)
-    with pytest.raises(ExportError, match="cannot be read"):
-        merge(weights, Lora(tmp_path / "absent.ckpt", alpha=16))
+    for path in (tmp_path, tmp_path / "absent.ckpt"):
+        with pytest.raises(ExportError, match="is not a file"):
+            Lora(path, alpha=16)
+
+
+def test_a_lora_of_no_rank(tmp_path: Path) -> None:
+    weights = random_weights(PLAIN)
+    pairs = {
+        name: tensor[:0] if "lora_A" in name else tensor[:, :0] for name, tensor in random_lora(weights, "fast_output").items()
+    }
+    assert "wrong rank: found 0" in refused(tmp_path, weights, pairs)
+    with pytest.raises(ExportError, match="rank is 0"):
+        Lora(write(tmp_path, pairs), alpha=16, rank=0)

@@ -50,6 +50,8 @@ def assert_near(actual: Any, expected: np.ndarray) -> None:
 def whole_forward(golden_model: GoldenModel, vectors: Vectors) -> dict[str, torch.Tensor]:
     """All stages of the slow AR's torch module over the whole input, at every position."""
     module = golden_model.slow_ar
+    if not golden_model.lm.config.codebook_offsets:
+        pytest.skip("the original leaves out the offsets of codebooks in cached runs only")
     prompt = torch.from_numpy(vectors.prompt("slow/input"))[None]
     length = prompt.shape[2]
     outputs: list[torch.Tensor] = []

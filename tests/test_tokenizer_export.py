@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import tiktoken
+import tokenizers
 
 from conftest import CHOSEN, find_golden
 from fishrt.tokenizer import Tokenizer
@@ -88,7 +89,7 @@ def test_ids_of_every_recorded_text(golden_model: GoldenModel, tmp_path: Path) -
 @pytest.fixture
 def ranks(tmp_path: Path) -> Path:
     """The ranks of the tiny S1, beside no other file."""
-    return Path(shutil.copy(find_golden(CHOSEN, "s1-mini") / "lm/checkpoint/tokenizer.tiktoken", tmp_path))
+    return Path(shutil.copy(find_golden(None, "s1-mini") / "lm/checkpoint/tokenizer.tiktoken", tmp_path))
 
 
 def ids_of(path: Path, family: object) -> dict[str, int]:
@@ -120,6 +121,16 @@ def test_blank_lines_and_the_empty_token_are_skipped(ranks: Path) -> None:
     tokens = read_ranks(ranks)
     ranks.write_text(ranks.read_text() + "\n\n= 99999\n")
     assert read_ranks(ranks) == tokens
+
+
+def test_the_empty_token_counts_in_other_releases(ranks: Path) -> None:
+    tokens = read_ranks(ranks)
+    ranks.write_text(f"{ranks.read_text()}\n= {len(tokens)}\n")
+    assert read_ranks(ranks, skips_empty=False) == [*tokens, b""]
+    assert ids_of(ranks, FISH_1_5)["<|im_end|>"] == len(tokens) + 1 + 4
+    with_it = tokenizers.Tokenizer.from_str(read_tokenizer(ranks, FISH_1_5))
+    text = "Hello, world! 你好"
+    assert with_it.encode(text).ids == convert_tiktoken(tokens, ()).encode(text).ids
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from fishrt.bundle import Bundle
 from fishrt.generate import DualAR
 from fishrt_engines import Engine, open_engine
 from fishrt_export import export_bundle
+from fishrt_export.bundle import halves_fit
 from fishrt_export.codec.dac import Dac
 from fishrt_export.codec.firefly import Firefly
 from fishrt_export.codec.source import CodecSource, open_codec
@@ -60,7 +61,7 @@ class GoldenModel:
     @cached_property
     def fits(self) -> bool:
         """Whether the halves can be one model."""
-        return self.lm.config.num_codebooks <= len(self.codec.config.codebook_sizes)
+        return halves_fit(self.lm, self.codec)
 
     @cached_property
     def checkpoint(self) -> Path:

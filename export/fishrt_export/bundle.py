@@ -21,9 +21,9 @@ from fishrt.errors import BundleError, FishrtError
 from fishrt.version import __version__
 
 from .checkpoint import TOKENIZER
-from .codec.source import open_codec
+from .codec.source import CodecSource, open_codec
 from .errors import ExportError
-from .graphs import open_language_model
+from .graphs import LanguageModelSource, open_language_model
 from .job import GraphJob
 from .licence import copy_licence
 from .lora import Lora
@@ -59,11 +59,10 @@ def export_bundle(
     codec = open_codec(checkpoint)
     language_model = open_language_model(checkpoint, family=family, codec=codec.kind, lora=lora)
     refuse([*language_model.problems(), *codec.problems()])
-    of_model, of_codec = language_model.config.num_codebooks, len(codec.config.codebook_sizes)
-    # A codec speaks from its first codebooks too. But of 1.2 and 1.4, a model beside the other's codec shows in nothing else.
-    if of_model > of_codec or (of_model < of_codec and language_model.family.one_semantic):
+    if not halves_fit(language_model, codec):
         raise ExportError(
-            f"the language model has {of_model} codebooks and the codec has {of_codec}",
+            f"the language model has {language_model.config.num_codebooks} codebooks "
+            f"and the codec has {len(codec.config.codebook_sizes)}",
             hint="take both from one checkpoint",
         )
     jobs = [*codec.jobs(), *language_model.jobs(head)]
@@ -100,6 +99,15 @@ def export_bundle(
         (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
         bundle = Bundle.load(folder)
     return replace(bundle, path=out)
+
+
+def halves_fit(language_model: LanguageModelSource, codec: CodecSource) -> bool:
+    """Whether the codec can speak what the language model draws: it also speaks from its first codebooks.
+
+    Of 1.2 and 1.4, a model beside the other's codec shows in nothing but the number of codebooks, so that it must be the same.
+    """
+    of_model, of_codec = language_model.config.num_codebooks, len(codec.config.codebook_sizes)
+    return of_model == of_codec or (of_model < of_codec and not language_model.family.one_semantic)
 
 
 def _check_out(out: Path) -> None:

@@ -93,7 +93,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """An object from a JSON file. Raises ExportError."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ExportError(f"{path} cannot be read: {error}", hint=DAMAGED) from None
     if not isinstance(data, dict):
         raise ExportError(f"{path} holds no JSON object", hint=DAMAGED)
@@ -135,8 +135,8 @@ def read_model_pickle(path: Path) -> dict[str, Tensor]:
 
 
 def only_tensors(data: Mapping[str, Any], source: str) -> dict[str, Tensor]:
-    """Raises ExportError that lists the entries which are not tensors."""
-    if others := [str(name) for name, value in data.items() if not isinstance(value, Tensor)]:
+    """Raises ExportError that lists the entries which are not tensors, or sparse ones."""
+    if others := [str(name) for name, value in data.items() if not isinstance(value, Tensor) or value.layout != torch.strided]:
         raise ExportError(f"{source} holds entries that are not tensors: {', '.join(others)}", hint="is this the right file?")
     return dict(data)
 

@@ -223,7 +223,7 @@ def with_defaults(family: Family, checkpoint: Path) -> Family:
     try:
         own = parse_dataclass(Defaults, json.loads(path.read_text(encoding="utf-8")), DEFAULTS)
         _check_defaults(own)
-    except (OSError, ValueError, BundleError) as error:
+    except (OSError, ValueError, RecursionError, BundleError) as error:
         raise ExportError(f"{path} is not valid: {error}", hint="mend it, or take it away to use the family's defaults") from None
     return replace(family, chunk_bytes=own.chunk_bytes, sampling=own.sampling)
 

@@ -9,6 +9,9 @@ from typing import Any
 
 from .errors import ExportError
 
+MOST = 2**24
+"""No size of any model is larger; one that is would be an error of another kind later, or fill the memory."""
+
 
 @dataclass(frozen=True, slots=True)
 class Fields:
@@ -27,10 +30,10 @@ class Fields:
         return self.values[name]
 
     def count(self, name: str) -> int:
-        """A positive whole number."""
+        """A positive whole number, of a size that memory can hold."""
         value = self.raw(name)
-        if not _is_whole(value) or value < 1:
-            raise self.error(name, "a positive whole number")
+        if not _is_whole(value) or not 1 <= value <= MOST:
+            raise self.error(name, f"a positive whole number up to {MOST:,}")
         return int(value)
 
     def number(self, name: str) -> float:

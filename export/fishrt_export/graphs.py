@@ -24,7 +24,7 @@ from .lora import Lora, merge
 from .quantised import dequantise
 from .slow_ar import SlowAR, slow_ar_spec
 from .tokenizer import read_text, read_tokenizer, read_vocabulary
-from .weights import expected_shapes, find_problems, flat_names, load
+from .weights import expected_shapes, find_problems, flat_names, load, refuse
 
 HEADS = ("audio", "full")
 LANGUAGE_MODEL_TOLERANCE = 5e-4
@@ -152,8 +152,10 @@ def open_language_model(
     tokenizer = read_tokenizer(files.tokenizer, known)
     config = read_config(files.config, known)
     ids = find_ids(files.config, read_vocabulary(tokenizer, files.tokenizer), config.vocab_size, known)
-    weights = dequantise(flat_names(read_weights(files.weights), tied_head=config.tied_head), _shapes(config))
+    shapes = _shapes(config)
+    weights = dequantise(flat_names(read_weights(files.weights), tied_head=config.tied_head), shapes)
     if lora is not None:
+        refuse(find_problems(shapes, weights))  # merging would hide them
         weights = merge(weights, lora)
     return LanguageModelSource(config, known, ids, tokenizer, weights)
 

@@ -17,6 +17,8 @@ from .families import FAMILIES, Family
 
 END = "<|im_end|>"
 SEMANTIC = "<|semantic|>"
+SPARE_TOKENS = 64
+"""Embeddings without a token that any model may have; of a large one, a tenth."""
 MAX_SEMANTIC = 4096
 """Upstream looks for `<|semantic:i|>` only below this."""
 
@@ -127,7 +129,7 @@ def find_ids(config: Mapping[str, Any], vocabulary: Mapping[str, int], vocab_siz
         raise ExportError(f"the tokenizer has no {END}", hint="is it the tokenizer of this checkpoint?")
     largest = max(*vocabulary.values(), semantic[-1])
     # Rows of the embedding are rounded up, by about a hundredth in what is published.
-    if largest >= vocab_size or len(vocabulary) < vocab_size / 2:
+    if largest >= vocab_size or vocab_size - len(vocabulary) > max(SPARE_TOKENS, vocab_size // 10):
         raise ExportError(
             f"the tokenizer has {len(vocabulary)} tokens and ids up to {largest}, but config.json a vocab_size of {vocab_size}",
             hint="is it the tokenizer of this checkpoint?",

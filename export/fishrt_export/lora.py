@@ -33,14 +33,21 @@ class Lora:
     rank: int | None = None
     """What r must be. None: as it is found."""
 
+    def __post_init__(self) -> None:
+        """Raises ExportError for what cannot be, before anything large is read."""
+        if not math.isfinite(self.alpha) or self.alpha <= 0:
+            raise ExportError(f"the LoRA's alpha is {self.alpha}", hint="give the lora_alpha of its training, such as 16")
+        if self.rank is not None and self.rank < 1:
+            raise ExportError(f"the LoRA's rank is {self.rank}", hint="it must be at least 1")
+        if not self.path.is_file():
+            raise ExportError(f"{self.path} is not a file", hint="give the file that the training wrote")
+
 
 def merge(weights: Mapping[str, Tensor], lora: Lora) -> dict[str, Tensor]:
     """The weights, by flat names, with those of the trained modules changed; these become float32, as rounding would undo them.
 
     Raises one ExportError that lists everything in which the LoRA does not fit the model.
     """
-    if not math.isfinite(lora.alpha) or lora.alpha <= 0:
-        raise ExportError(f"the LoRA's alpha is {lora.alpha}", hint="give the lora_alpha of its training, such as 16")
     tensors = read_model_pickle(lora.path)
     pairs: dict[str, dict[str, Tensor]] = {}
     problems = []
@@ -54,7 +61,7 @@ def merge(weights: Mapping[str, Tensor], lora: Lora) -> dict[str, Tensor]:
     for module, pair in pairs.items():
         problems += _problems(module, pair, weights)
     ranks = {tensor.shape[half == "B"] for pair in pairs.values() for half, tensor in pair.items() if tensor.ndim == 2}
-    if len(ranks) != 1 or lora.rank not in (None, *ranks):
+    if len(ranks) != 1 or 0 in ranks or lora.rank not in (None, *ranks):
         asked = "one" if lora.rank is None else lora.rank
         problems.append(f"wrong rank: found {', '.join(map(str, sorted(ranks)))}, expected {asked}")
     if problems:

@@ -42,7 +42,7 @@ def read_tokenizer(path: Path, family: Family) -> str:
         return read_text(path)
     listed = path.with_name(SPECIAL_TOKENS)
     names = tuple(read_json(listed)) if family.lists_control_tokens and listed.is_file() else family.control_tokens
-    return convert_tiktoken(read_ranks(path), names).to_str()
+    return convert_tiktoken(read_ranks(path, skips_empty=family.lists_control_tokens), names).to_str()
 
 
 def read_vocabulary(text: str, source: Path) -> dict[str, int]:
@@ -53,14 +53,20 @@ def read_vocabulary(text: str, source: Path) -> dict[str, int]:
         raise ExportError(f"{source} cannot be read: {error}", hint=DAMAGED) from None
 
 
-def read_ranks(path: Path) -> list[bytes]:
-    """The tokens of a `tokenizer.tiktoken` by rank. Raises ExportError."""
+def read_ranks(path: Path, *, skips_empty: bool = True) -> list[bytes]:
+    """The tokens of a `tokenizer.tiktoken` by rank. Raises ExportError.
+
+    skips_empty: a line whose token is "=", the empty token, is passed over. If not, it counts.
+    """
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(read_text(path).splitlines(), 1):
         try:
             match line.split():
-                case [] | ["=", _]:  # upstream skips the empty token
+                case []:
                     continue
+                case ["=", rank]:
+                    if not skips_empty:
+                        ranks[b""] = int(rank)
                 case [token, rank]:
                     ranks[b64decode(token, validate=True)] = int(rank)
                 case _:

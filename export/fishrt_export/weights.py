@@ -12,19 +12,21 @@ from torch import Tensor, nn
 from .errors import ExportError
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+_COMPUTED = ("freqs_cis", "fast_freqs_cis", "causal_mask")
 M = TypeVar("M", bound=nn.Module)
 
 
 def flat_names(tensors: Mapping[str, Tensor], *, tied_head: bool) -> dict[str, Tensor]:
     """Renames the nested form of S2-Pro (`text_model.…`, `audio_decoder.…`) and joins separate wq, wk, wv.
 
-    Left out by name: `audio_encoder.*`, and `text_model.lm_head.*` where the head is tied to the embedding.
+    Left out by name: what models compute for themselves, the head of reward models, `audio_encoder.*`, and `text_model.lm_head.*`
+    where the head is tied to the embedding.
     """
-    flat = dict(tensors)
+    flat = {name: tensor for name, tensor in tensors.items() if name not in _COMPUTED and not name.startswith("score_output.")}
     if any(name.startswith(("text_model.", "audio_decoder.")) for name in tensors):
         flat = {
             _flat_name(name): tensor
-            for name, tensor in tensors.items()
+            for name, tensor in flat.items()
             if not name.startswith("audio_encoder.") and not (tied_head and name.startswith("text_model.lm_head."))
         }
     return _join_legacy_projections(flat)
