@@ -258,7 +258,7 @@ def test_the_oldest_piece_is_forgotten_first_in_each_dialect(dialect):
 
 @pytest.mark.parametrize(("dialect", "last"), [("segments", 3), ("instruction", 4)])
 def test_upstream_remembers_columns_as_they_were_drawn(dialect, last):
-    builder = of(dialect, **OWN_CODES)
+    builder = of(dialect, **OWN_CODES, history_window=512)
     conversation = builder.start(upstream_compat=True)
     first = conversation.user("One.")
     np.testing.assert_array_equal(conversation.user("One."), first)
@@ -270,7 +270,7 @@ def test_upstream_remembers_columns_as_they_were_drawn(dialect, last):
 
 
 def test_upstreams_window_goes_beyond_the_limit_and_never_gives_up():
-    builder = of("segments", **OWN_CODES, max_prompt=40)
+    builder = of("segments", **OWN_CODES, history_window=40)
     conversation = builder.start(upstream_compat=True)
     for n in range(4):
         prompt = conversation.user(f"Number {n}.")

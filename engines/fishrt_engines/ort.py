@@ -50,7 +50,7 @@ def open_engine(path: Path, spec: GraphSpec, *, provider: str = "auto", threads:
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
     # Idle threads that spin take the cores from the other session of the same loop: on two cores a loop of one large and nine
-    # small calls took 8.4 ms a round with spinning and 6.6 ms without.
+    # small calls was slower with spinning than without.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     try:
         session = ort.InferenceSession(str(path), options, providers=[_ORT_PROVIDER[name]])

@@ -90,7 +90,7 @@ class LanguageModel:
     max_prompt: int
     """Most columns of a prompt that leaves room for speech."""
     history_window: int | None
-    """Columns of a prompt within which the original keeps what was said before. None: it has no such limit."""
+    """Columns of a prompt within which the original keeps what was said before. None: it keeps all, or speaks in one go."""
     head: str
     """"audio": logits of the end token and the semantic tokens only, in the order of their ids. "full": of every token."""
     main_tokens: str

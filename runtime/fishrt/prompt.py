@@ -64,9 +64,8 @@ class Dialect:
     """What comes behind speech."""
     turns: bool = False
     """The text may have turns of several speakers, voice i being speaker i. There is a system message that can be replaced."""
-    window: int | None = None
-    """Upstream remembers a part of what was said (see `WindowedConversation`), of speech all columns but so many of the last.
-    None: it remembers all pieces as wholes, or speaks but one."""
+    not_remembered: int = 0
+    """So many of the last columns of speech are left out of what upstream remembers; see `WindowedConversation`."""
 
     def asked(self, text: str) -> Parts:
         """The parts in front of the speech of a text."""
@@ -88,9 +87,10 @@ DIALECTS = {
         opening=("<|im_start|>system\n", "Speak out the provided text.", "<|im_end|>"),
         ask=("<|im_start|>user\n", "{}", "<|im_end|>", "<|im_start|>assistant\n<|voice|>"),
         end="<|im_end|>",
-        window=0,
     ),
-    "segments": Dialect(opening=(), ask=("<|im_start|>user\n{}<|im_end|><|im_start|>assistant\n",), end="<|im_end|>", window=1),
+    "segments": Dialect(
+        opening=(), ask=("<|im_start|>user\n{}<|im_end|><|im_start|>assistant\n",), end="<|im_end|>", not_remembered=1
+    ),
     "interleaved": Dialect(opening=("<|interleave|>",), ask=("<|speaker:0|>", "{}"), end="<|im_end|>"),
 }
 
@@ -161,7 +161,7 @@ class PromptBuilder:
             parts = list(dialect.opening)
             for text, voice in zip(texts, voices, strict=True):
                 parts += dialect.said(text, voice.codes)
-        kind = WindowedConversation if upstream_compat and dialect.window is not None else Conversation
+        kind = WindowedConversation if upstream_compat and self.model.history_window is not None else Conversation
         return kind(self, self.encode(parts), upstream_compat=upstream_compat)
 
     def encode(self, parts: Sequence[str | Ints]) -> Ints:
@@ -285,7 +285,7 @@ class Conversation:
 
 
 class WindowedConversation(Conversation):
-    """Upstream's memory in the dialects that have a `window`, to the letter.
+    """Upstream's memory of the models that have a `history_window`, to the letter.
 
     Columns are remembered as they were drawn, and nothing is put behind them. Texts and speech are one element each. The first
     two are always kept; of the rest, an odd number of the last ones: those up to the one that, counted twice, does not fit any
@@ -296,8 +296,9 @@ class WindowedConversation(Conversation):
         """The prompt int64 [1 + num_codebooks, T] for the next piece."""
         self._text = text
         elements = [*self._history, self._asked()]
-        model = self._builder.model
-        room = (model.max_prompt if model.history_window is None else model.history_window) - self._head.shape[1]
+        window = self._builder.model.history_window
+        assert window is not None
+        room = window - self._head.shape[1]
         lengths = np.array([element.shape[1] for element in reversed(elements)])
         too_much = np.cumsum(lengths) + lengths > room
         nth = int(too_much.argmax()) if too_much.any() else len(elements) - 1
@@ -309,5 +310,5 @@ class WindowedConversation(Conversation):
 
     def assistant(self, columns: Ints) -> None:
         """Remembers the columns int64 [1 + num_codebooks, T] that were drawn for the last `user` text."""
-        kept = columns.shape[1] - (self._builder.dialect.window or 0)
+        kept = columns.shape[1] - self._builder.dialect.not_remembered
         self._history += [self._asked(), columns[:, :kept]]
