@@ -17,7 +17,8 @@ from fishrt.bundle import Bundle
 from fishrt_engines import Engine, open_engine
 from fishrt_engines.spec import GraphSpec, TensorSpec
 from fishrt_export.cases import codec_decode_cases, codec_encode_cases, random_prompt, slow_ar_cases
-from fishrt_export.codec.dac import MAX_FRAMES, Dac, DacConfig
+from fishrt_export.codec.dac import Dac
+from fishrt_export.codec.dac_config import MAX_FRAMES, DacConfig
 from fishrt_export.codec.layers import WindowTransformer
 from fishrt_export.codec.load import OFFICIAL
 from fishrt_export.codec.margins import COSINE_MARGIN

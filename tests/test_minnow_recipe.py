@@ -13,7 +13,8 @@ from fishrt.bundle import Bundle, Voices, embedded_bundle
 from fishrt.prompt import PromptBuilder
 from fishrt.tokenizer import Tokenizer
 from fishrt.voices import Voice
-from fishrt_export.codec.dac import Dac, DacConfig
+from fishrt_export.codec.dac import Dac
+from fishrt_export.codec.dac_config import DacConfig
 from fishrt_export.codec.source import open_codec
 from fishrt_export.graphs import open_language_model
 from fishrt_export.minnow.align import Aligner

@@ -22,7 +22,7 @@ from fishrt.features import DecodeContext
 
 from ..checkpoint import CODEC_CONFIG
 from ..fields import Fields
-from .dac import MAX_FRAMES
+from .dac_config import MAX_FRAMES
 from .fsq import GroupedFSQ
 from .layers import ConvNeXtBlock, conv1d, conv_transpose1d
 from .mel import LogMel

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..checkpoint import CodecFiles, only_tensors, read_pickle
 from ..errors import ExportError
-from .dac import DacConfig
+from .dac_config import DacConfig
 from .firefly import FireflyConfig
 
 CodecConfig = DacConfig | FireflyConfig

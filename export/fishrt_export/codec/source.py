@@ -16,7 +16,8 @@ from ..cases import codec_decode_cases, codec_encode_cases
 from ..checkpoint import find_codec
 from ..job import GraphJob
 from ..weights import expected_shapes, find_problems, fuse_weight_norm, load
-from .dac import Dac, DacConfig
+from .dac import Dac
+from .dac_config import DacConfig
 from .firefly import Firefly
 from .load import CodecConfig, fingerprint, read_codec_config, read_stored_codec
 from .margins import code_margins
