@@ -1,6 +1,7 @@
 # make speak TEXT="…" OUT=hello.wav   speaks with the embedded voice; installs the runtime only
 # make test                           installs everything, runs every test
 # make lint                           checks style and types
+# make smoke                          runs the benchmark once on a tiny checkpoint, to see that it works
 VENV   := .venv
 PYTHON ?= python3
 BIN    := $(VENV)/bin
@@ -12,7 +13,7 @@ OUT    ?= speech.wav
 export FISHRT_TEXT = $(value TEXT)
 export FISHRT_OUT  = $(value OUT)
 
-.PHONY: speak test venv lint clean
+.PHONY: speak test venv lint smoke clean
 
 speak: $(VENV)/runtime
 	@$(BIN)/fishrt speak --output "$$FISHRT_OUT" -- "$$FISHRT_TEXT"
@@ -24,6 +25,10 @@ lint: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# One thread: torch's wait for each other, and on a busy machine longer than they work.
+smoke: venv
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/cpu.py --smoke
 
 venv: $(VENV)/dev
 

@@ -1,15 +1,10 @@
-"""Every measure that the project publishes, defined once."""
+"""Every measure of how well a voice speaks, defined once; those of speed are in `fishrt.metrics`."""
 
 from __future__ import annotations
 
 import re
 
 import numpy as np
-
-
-def rtf(compute_s: float, audio_s: float) -> float:
-    """Real-time factor: compute seconds ÷ audio seconds. Below 1 is faster than real time."""
-    return compute_s / audio_s
 
 
 def words(text: str) -> list[str]:

@@ -19,7 +19,8 @@ import numpy as np
 import soundfile
 
 from fishrt import TTS
-from metrics import VoiceClassifier, mfcc_summary, rtf, word_errors, words
+from fishrt.metrics import rtf
+from metrics import VoiceClassifier, mfcc_summary, word_errors, words
 from recogniser import Recogniser
 from record import write_record
 

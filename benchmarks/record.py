@@ -3,35 +3,28 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
 import subprocess
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("fishrt", "numpy", "onnxruntime", "onnx", "torch", "tokenizers", "pocketsphinx")
+from fishrt.bench.machine import describe_machine
+
+PACKAGES = ("onnx", "torch", "pocketsphinx")
+"""Whose versions count beside those that the runtime itself depends on."""
 RESULTS = Path(__file__).parent / "results"
 
 
 def environment() -> dict[str, Any]:
     """Machine, versions and commit."""
-    versions = {}
+    machine = describe_machine()
     for name in PACKAGES:
         try:
-            versions[name] = metadata.version(name)
+            machine["versions"][name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    return {
-        "date": datetime.now(timezone.utc).date().isoformat(),
-        "commit": _commit(),
-        "python": platform.python_version(),
-        "system": f"{platform.system()} {platform.machine()}",
-        "cpu": _cpu(),
-        "cores": os.cpu_count(),
-        "versions": versions,
-    }
+    return {"date": datetime.now(timezone.utc).date().isoformat(), "commit": _commit(), **machine}
 
 
 def write_record(name: str, measured: dict[str, Any], path: Path | None = None) -> Path:
@@ -48,10 +41,3 @@ def _commit() -> str | None:
         ["git", "-C", str(here), "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
     )
     return done.stdout.strip() or None
-
-
-def _cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()

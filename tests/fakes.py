@@ -35,6 +35,9 @@ class FakeState:
     def read(self, name: str) -> Array:
         return self.arrays[name].copy()
 
+    def write(self, name: str, array: Array) -> None:
+        self.arrays[name][tuple(slice(n) for n in array.shape)] = array
+
     def grow(self, **dims: int) -> None:
         self.dims.update(dims)
         for t in self._tensors:
@@ -137,6 +140,9 @@ def fake_engines(lm: LanguageModel, codec: Codec, main_tokens: Sequence[int] | N
     def slow(feeds: Mapping[str, Array], state: FakeState) -> dict[str, Array]:
         length = feeds["prompt"].shape[2]
         start = state.memory.get("next", 0)
+        if length > 1:  # a prompt, or what of it was not read yet
+            start = int(feeds["write_index"][0])
+            state.memory["frame"] = -1
         assert feeds["write_index"].tolist() == [start]
         assert feeds["position_ids"].tolist() == [list(range(start, start + length))]
         assert feeds["last_index"].tolist() == [length - 1]

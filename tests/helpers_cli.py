@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,8 @@ from click.testing import CliRunner
 
 import fishrt.tts
 from fishrt.cli import main
-from fishrt.speech import PieceInfo, Progress, Speech, SpeechInfo, Timings
+from fishrt.prepared import prepared_path
+from fishrt.speech import AudioChunk, PieceInfo, Progress, Speech, SpeechInfo, SpeechStream, Timings
 from fishrt.voices import VoiceStore
 from helpers_text import bundle_folder, voice
 
@@ -27,6 +29,17 @@ class FakeTts:
         self.failure = None
         self.stop_reason = "end"
 
+        self.prepared = []
+
+    sample_rate = RATE
+
+    def is_prepared(self, folder):
+        return prepared_path(folder, self.bundle.manifest.identity("slow_ar")).is_file()
+
+    def prepare(self, voice, folder=None):
+        self.prepared.append((voice.name, folder))
+        prepared_path(folder, self.bundle.manifest.identity("slow_ar")).touch()
+
     def speak(self, text, *, progress, voice, seed, sampling, **request):
         self.asked = {"text": text, "voice": voice, "seed": seed, "sampling": sampling, **request}
         progress(Progress(piece=0, pieces=1, frames=25, audio_s=1.0, elapsed_s=0.5))
@@ -39,13 +52,30 @@ class FakeTts:
             pieces=(PieceInfo(text, 25, self.stop_reason),),
             frames=25,
             audio_s=1.0,
-            timings=Timings(0.1, 0.4, 0.1),
+            timings=Timings(0.1, 0.4, 0.1, None),
             rtf=0.5,
             provider="cpu",
             bundle="test",
             bundle_sha256="00",
         )
         return Speech(tone(1.0), RATE, np.zeros((4, 25), np.int64), info)
+
+    def stream(self, text, **request):
+        """The same in chunks of a quarter, of which `given` counts those asked for."""
+        speech = self.speak(text, **request)
+
+        def chunks():
+            for n, pcm in enumerate(np.split(speech.pcm, 4)):
+                self.given = n + 1
+                reason, timings = self.stop_reason if n == 3 else None, Timings(0.0, 0.1, 0.02, 0.2 if n == 0 else None)
+                yield AudioChunk(pcm, RATE, speech.codes[:, : 25 * (n == 3)], 0, text, reason, 1, timings)
+
+        return SpeechStream(
+            chunks(),
+            lambda pieces, samples, timings: replace(
+                speech.info, pieces=pieces, frames=sum(p.frames for p in pieces), audio_s=samples / RATE, timings=timings
+            ),
+        )
 
     def voice(self, name):
         return VoiceStore(self.bundle.path / "voices").load(name)

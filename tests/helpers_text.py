@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from fishrt.bundle import ROLES, SCHEMA, Bundle, Licence, Manifest, Voices, describe_files
-from fishrt.features import Codec, LanguageModel, SamplingDefaults
+from fishrt.features import Codec, DecodeContext, LanguageModel, SamplingDefaults
 from fishrt.tokenizer import Tokenizer
 from fishrt.voices import Voice
 from fishrt_engines.spec import GraphSpec, StatePair, TensorSpec
@@ -97,12 +97,13 @@ def manifest(**changes: Any) -> Manifest:
             max_frames=500,
             min_samples=1,
             sample_multiple=640,
-            context=None,
+            context=DecodeContext(left=0, ahead=0),
             fingerprint=FINGERPRINT,
         ),
         "tokenizer": "tokenizer.json",
         "graphs": {role: replace(graphs[role], file=f"{role}.onnx") for role in ROLES},
-        "precision": "float32",
+        "precision": dict.fromkeys(ROLES, "fp32"),
+        "memory": dict.fromkeys(ROLES, 1000),
         "parity": {},
         "licence": Licence("Apache-2.0", None),
         "voices": None,

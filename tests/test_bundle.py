@@ -52,6 +52,7 @@ def test_a_whole_bundle_loads_and_verifies(folder: Path) -> None:
         (lambda m: m["codec"].update(hop=640.5), r"manifest\.codec\.hop is 640\.5"),
         (lambda m: m["codec"].update(hop=True), r"manifest\.codec\.hop is True"),
         (lambda m: m["codec"].update(codebook_sizes=[160, None]), r"codebook_sizes\[1\]"),
+        (lambda m: m["codec"].update(codebook_sizes=160), r"codebook_sizes is 160"),
         (lambda m: m.update(licence=None), r"manifest\.licence is None"),
         (lambda m: m.update(graphs=[]), r"manifest\.graphs"),
         (lambda m: m.update(schema="1"), "no schema number"),

@@ -148,7 +148,7 @@ def test_every_switch_of_the_config(tmp_path: Path, config: dict[str, Any]) -> N
     with torch.no_grad():
         start = torch.zeros(1, dtype=torch.int64)
         x, _ = slow.run_layers(
-            slow.embed(ids), torch.arange(9)[None], start, caches(slow_job.spec.state_tensors, batch=1, cache=9)
+            slow.enter(ids), torch.arange(9)[None], start, caches(slow_job.spec.state_tensors, batch=1, cache=9)
         )
         found_logits, found_hidden = slow.read_out(x)
         assert np.abs(found_logits[0].numpy() - logits).max() <= TOLERANCES["reference"]

@@ -277,7 +277,12 @@ def test_no_text_and_no_standard_input(tmp_path):
 
 
 def test_a_standard_output_that_nobody_reads(tmp_path):
-    for line in ("$fishrt speak Hi. -o - -q | true", "$fishrt speak Hi. -o - -q >&-", "$fishrt inspect bundle | true"):
+    for line in (
+        "$fishrt speak Hi. -o - -q | true",
+        "$fishrt speak Hi. --stream -o - -q | true",
+        "$fishrt speak Hi. -o - -q >&-",
+        "$fishrt inspect bundle | true",
+    ):
         done = run_in_shell(line, tmp_path)
         assert "Traceback" not in done.stderr
         assert "BrokenPipe" not in done.stderr

@@ -119,6 +119,20 @@ def test_voice_dir(fake, recording, tmp_path):
     assert run("speak", "Hi.", "--voice", "a", "--voice-dir", tmp_path / "other").exit_code == 0
 
 
+def test_a_prepared_voice_is_taken_from_its_folder(fake, recording):
+    run("voice", "add", "otto", "--audio", recording, "--text", "My words.")
+    run("speak", "Hello.", "--voice", "otto", "-o", "a.wav")
+    assert not fake.prepared
+    done = run("voice", "prepare", "otto")
+    (made,) = fake.prepared
+    assert made[0] == "otto"
+    assert str(made[1]) in done.stderr
+    for arguments in (["--voice", "otto"], ["--voice", "otto", "--voice", "otto"]):
+        assert run("speak", "Hello.", *arguments, "-o", "a.wav").exit_code == 0
+    assert fake.prepared == [made] * 2  # several voices are read together
+    refused(run("voice", "prepare", "nobody"), "nobody")
+
+
 @pytest.mark.parametrize("name", ["a/b", "", ".."])
 def test_voice_add_checks_the_name_first(fake, name, recording):
     refused(run("voice", "add", name, "--audio", recording, "--text", "x"), "cannot be the name")
@@ -242,10 +256,27 @@ def test_export_passes_its_options_on(fake, monkeypatch, tmp_path):
     assert json.loads(run("export", "ckpt", "out", "--head", "full", "--json").stdout)["peak_memory_bytes"] == 5_000_000
     run("export", "ckpt", "out", "--family", "1.5", "--lora", str(lora), "--lora-alpha", "16")
     run("export", "ckpt", "out", "--lora", str(lora), "--lora-alpha", "0.5", "--lora-rank", "8")
-    paths, plain = (Path("ckpt"), Path("out")), {"head": "full", "family": None, "lora": None}
-    assert asked[0] == (*paths, plain)
-    assert asked[2] == (*paths, {"head": "audio", "family": "1.5", "lora": fishrt_export.Lora(lora, 16.0, None)})
-    assert asked[3] == (*paths, {"head": "audio", "family": None, "lora": fishrt_export.Lora(lora, 0.5, 8)})
+    run("export", "ckpt", "out", "--precision", "int4", "--keep", "slow_ar.layers.0.*=int8", "--keep", "fast_ar.output=fp32")
+    plain = {"head": "audio", "family": None, "lora": None, "precision": "fp32", "keep": {}}
+    assert {(checkpoint, out) for checkpoint, out, _ in asked} == {(Path("ckpt"), Path("out"))}
+    changes = [{**options, "head": "full"} for options in (plain, plain)]
+    changes += [{**plain, "family": "1.5", "lora": fishrt_export.Lora(lora, 16.0, None)}]
+    changes += [{**plain, "lora": fishrt_export.Lora(lora, 0.5, 8)}]
+    changes += [{**plain, "precision": "int4", "keep": {"slow_ar.layers.0.*": "int8", "fast_ar.output": "fp32"}}]
+    assert [options for _, _, options in asked] == changes
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--precision", "int5"), "'int5' is not one of 'fp32', 'fp16', 'int8', 'int4'"),
+        (("--keep", "slow_ar.output"), "'slow_ar.output' is not NAME=PRECISION"),
+        (("--keep", "=int8"), "'=int8' is not NAME=PRECISION"),
+        (("--keep", "slow_ar.output=int5"), "unknown precision 'int5'"),
+    ],
+)
+def test_a_precision_that_is_none(fake, options, says):
+    refused(run("export", "ckpt", "out", *options), says)
 
 
 @pytest.mark.parametrize("options", [("--lora", "a.ckpt"), ("--lora-alpha", "16"), ("--lora-rank", "8")])

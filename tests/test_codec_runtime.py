@@ -10,10 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fakes import FakeEngine, fake_engines
-from fishrt.codec import CodecDecoder, CodecEncoder, CodecStream, check_codes, clamp_codes
+from fakes import FakeEngine, FakeState, fake_engines
+from fishrt.codec import CodecDecoder, CodecEncoder, OverlapStream, StatefulStream, check_codes, clamp_codes
 from fishrt.errors import AudioError, GraphError, VoiceError
 from fishrt.features import Codec, DecodeContext
+from fishrt_engines import GraphSpec, StatePair, TensorSpec
 from helpers_text import language_model
 
 CODEC = Codec(
@@ -23,7 +24,7 @@ CODEC = Codec(
     max_frames=10,
     min_samples=1,
     sample_multiple=4,
-    context=None,
+    context=DecodeContext(left=0, ahead=0),
     fingerprint="f",
 )
 
@@ -165,7 +166,7 @@ def test_a_stream_gives_what_decoding_gives(chunks: list[int]) -> None:
     """Exactly, for every way to cut; each frame as soon as those ahead of it are there; and it keeps only what it needs."""
     codes = np.random.default_rng(1).integers(0, 8, (3, sum(chunks)))
     engine, heard, given_frames = windowed_engine(), 0, []
-    stream = CodecStream(engine, WINDOWED)
+    stream = OverlapStream(engine, WINDOWED)
     for n in chunks:
         given_frames.append(stream.push(codes[:, heard : heard + n]))
         heard += n
@@ -178,18 +179,18 @@ def test_a_stream_gives_what_decoding_gives(chunks: list[int]) -> None:
 
 
 def test_a_stream_begins_anew_after_its_end() -> None:
-    codes, stream = np.arange(8).reshape(1, 8), CodecStream(windowed_engine(), WINDOWED)
+    codes, stream = np.arange(8).reshape(1, 8), OverlapStream(windowed_engine(), WINDOWED)
     first, again = (np.concatenate([stream.push(codes[:, :5]), stream.push(codes[:, 5:]), stream.flush()]) for _ in range(2))
     np.testing.assert_array_equal(first, again)
 
 
 def test_a_stream_refuses_what_decoding_refuses_and_goes_on() -> None:
-    codes, stream = np.ones((3, 8), int), CodecStream(windowed_engine(), WINDOWED)
+    codes, stream = np.ones((3, 8), int), OverlapStream(windowed_engine(), WINDOWED)
     pcm = [stream.push(codes[:, :4])]
     for wrong, says in (
         (np.full((3, 1), 8), "8 in codebook 1"),
         (np.ones((3, 0), int), "0 frames"),
-        (np.ones((3, 27), int), "27 frames of codes; the stream takes at most 26 at once now"),
+        (np.ones((3, 31), int), "31 frames of codes; the codec takes 1 to 30"),
     ):
         with pytest.raises(VoiceError, match=says):
             stream.push(wrong)
@@ -199,10 +200,96 @@ def test_a_stream_refuses_what_decoding_refuses_and_goes_on() -> None:
 
 def test_missing_rows_are_absent_in_a_stream_too() -> None:
     engine = windowed_engine()
-    CodecStream(engine, WINDOWED).push(np.array([[3, 4, 5]]))
+    OverlapStream(engine, WINDOWED).push(np.array([[3, 4, 5]]))
     assert engine.calls[0]["codes"].tolist() == [[[3, 4, 5], [-1] * 3, [-1] * 3]]
 
 
-def test_a_codec_that_needs_all_earlier_frames_has_no_stream(engines: dict[str, FakeEngine]) -> None:
-    with pytest.raises(ValueError, match="every earlier frame"):
-        CodecStream(engines["codec_decode"], CODEC)
+def test_long_codes_are_decoded_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Never more frames at once than pay, whatever is pushed; and the last part needs no other call to be flushed."""
+    monkeypatch.setattr("fishrt.codec._MOST_FRAMES", 10)
+    long = replace(WINDOWED, max_frames=70)
+    codes, engine = np.random.default_rng(2).integers(0, 8, (3, 70)), windowed_engine()
+    decoder = CodecDecoder(engine, long)
+    assert decoder.chunk_frames == (5, 40)
+    pcm = decoder.decode(codes)
+    assert [call["codes"].shape[2] for call in engine.calls] == [40, LEFT + AHEAD + 30]
+    np.testing.assert_array_equal(pcm, windowed_engine().run({"codes": codes[None]})["audio"][0, 0])
+    assert CodecDecoder(engine, replace(WINDOWED, max_frames=12)).chunk_frames == (5, 7)
+
+
+def counting_engine(*, positions: bool) -> FakeEngine:
+    """Decodes each frame to the sum of the codes of its first row so far in the state; and checks the positions."""
+    spec = fake_engines(language_model(), CODEC)["codec_decode"].spec
+    total = TensorSpec("columns.0", "float32", ("batch", 1, 1))
+    position_ids = (TensorSpec("position_ids", "int64", ("batch", "frames")),) if positions else ()
+    spec = GraphSpec(
+        spec.file,
+        (*spec.inputs, *position_ids, total),
+        (*spec.outputs, replace(total, name="columns_out.0")),
+        (StatePair("columns.0", "columns_out.0"),),
+    )
+
+    def decode(feeds: Mapping[str, np.ndarray], state: FakeState) -> dict[str, np.ndarray]:
+        start, frames = state.memory.get("frames", 0), feeds["codes"].shape[2]
+        if positions:
+            assert feeds["position_ids"].tolist() == [list(range(start, start + frames))]
+        state.memory["frames"] = start + frames
+        sums = state.arrays["columns.0"][0, 0, 0] + np.cumsum(feeds["codes"][0, 0])
+        state.arrays["columns.0"][...] = sums[-1]
+        return {"audio": np.repeat(sums, CODEC.hop).astype(np.float32)[None, None]}
+
+    return FakeEngine(spec, decode)
+
+
+STATEFUL = replace(CODEC, max_frames=30, context=None)
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(1, 9), max_size=3), st.booleans())
+def test_a_stream_with_state_gives_each_frame_at_once(chunks: list[int], positions: bool) -> None:
+    codes = np.random.default_rng(3).integers(0, 8, (3, sum(chunks)))
+    stream, heard = CodecDecoder(counting_engine(positions=positions), STATEFUL).stream(), 0
+    expected = np.repeat(np.cumsum(codes[0]), CODEC.hop)
+    for n in chunks:
+        pcm = stream.push(codes[:, heard : heard + n])
+        np.testing.assert_array_equal(pcm, expected[heard * CODEC.hop : (heard + n) * CODEC.hop])
+        heard += n
+    assert len(stream.flush()) == 0
+    if chunks:
+        np.testing.assert_array_equal(CodecDecoder(counting_engine(positions=positions), STATEFUL).decode(codes), expected)
+
+
+def test_long_codes_are_fed_in_parts_to_a_graph_with_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fishrt.codec._MOST_FRAMES", 8)
+    engine, codes = counting_engine(positions=True), np.ones((3, 30), int)
+    pcm = CodecDecoder(engine, STATEFUL).decode(codes)
+    assert [call["codes"].shape[2] for call in engine.calls] == [8, 8, 8, 6]
+    np.testing.assert_array_equal(pcm, np.repeat(np.arange(1, 31), CODEC.hop))
+
+
+def test_a_stream_with_state_ends_and_begins_anew() -> None:
+    engine = counting_engine(positions=True)
+    stream = CodecDecoder(engine, STATEFUL).stream()
+    stream.push(np.ones((3, 20), int))
+    with pytest.raises(VoiceError, match="11 frames of codes more; the codec takes 30 in one stream"):
+        stream.push(np.ones((3, 11), int))
+    stream.push(np.ones((3, 10), int), last=True)
+    assert stream.push(np.ones((3, 1), int)).tolist() == [1.0] * CODEC.hop
+    stream.flush()
+    assert stream.push(np.ones((3, 1), int)).tolist() == [1.0] * CODEC.hop
+    assert len(engine.states) == 3
+
+
+@pytest.mark.parametrize("kind", [OverlapStream, StatefulStream])
+def test_the_last_push_needs_no_flush(kind: type[OverlapStream] | type[StatefulStream]) -> None:
+    make = {OverlapStream: lambda: windowed_engine(), StatefulStream: lambda: counting_engine(positions=False)}[kind]
+    codes = np.random.default_rng(4).integers(0, 8, (3, 9))
+    first, second = kind(make(), WINDOWED), kind(make(), WINDOWED)
+    flushed = np.concatenate([first.push(codes[:, :4]), first.push(codes[:, 4:]), first.flush()])
+    np.testing.assert_array_equal(np.concatenate([second.push(codes[:, :4]), second.push(codes[:, 4:], last=True)]), flushed)
+    assert len(second.flush()) == 0
+
+
+def test_a_graph_that_can_only_decode_a_whole_is_refused(engines: dict[str, FakeEngine]) -> None:
+    with pytest.raises(GraphError, match="carries no state"):
+        CodecDecoder(engines["codec_decode"], replace(CODEC, context=None))

@@ -87,6 +87,19 @@ def test_a_state_cannot_grow_to(engine, dims: dict[str, int]) -> None:
         state.grow(**dims)
 
 
+def test_what_was_read_can_be_written(engine) -> None:
+    state, other = engine.new_state(batch=1, cache=4), engine.new_state(batch=1, cache=6)
+    engine.run(feeds([1, 2], 0), state)
+    other.write("cache", state.read("cache")[:, :, :2])
+    assert engine.run(feeds([4], 2), other)["total"].tolist() == [[7.0] * WIDTH]
+
+
+@pytest.mark.parametrize("array", [np.zeros((1, 1, 9, WIDTH), np.float32), np.zeros((1, 1, 1, WIDTH)), np.zeros(3, np.float32)])
+def test_only_what_fits_can_be_written(engine, array: np.ndarray) -> None:
+    with pytest.raises(ValueError, match="does not fit"):
+        engine.new_state(batch=1, cache=4).write("cache", array)
+
+
 def test_what_read_gives_is_a_copy(engine) -> None:
     state = engine.new_state(batch=1, cache=4)
     state.read("cache")[:] = 9

@@ -15,17 +15,19 @@ from typing import Any
 import pytest
 import torch
 
+import fishrt.memory
 import fishrt_export.bundle
 import fishrt_export.codec.source
 import fishrt_export.families
 import fishrt_export.job
 from fishrt.bundle import Bundle
-from fishrt.errors import AudioError, BundleError, VoiceError
+from fishrt.errors import AudioError, BundleError, FishrtError, VoiceError
 from fishrt.features import SamplingDefaults
 from fishrt_export import export_bundle
 from fishrt_export.errors import ExportError
 from fishrt_export.families import DEFAULTS, S2
 from fishrt_export.graphs import open_language_model
+from fishrt_export.job import Made, Tell
 from synthetic import EVERYTHING, random_weights, write_nested, write_reference
 
 ROLES = ("slow_ar", "fast_ar", "codec_encode", "codec_decode")
@@ -169,6 +171,23 @@ def test_an_output_that_cannot_be_written(checkpoint: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.usefixtures("no_graphs")
+def test_too_little_memory_is_found_out_before_anything_is_written(
+    checkpoint: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fishrt.memory, "available_memory", lambda: 200_000_000)
+    with pytest.raises(FishrtError, match=r"exporting .* needs about 0\.3\d GB of memory, and 0\.20 GB are free"):
+        export_bundle(checkpoint, out)
+    assert_nothing_left(out)
+
+
+@pytest.mark.usefixtures("no_graphs")
+def test_a_layer_that_the_model_does_not_have(checkpoint: Path, out: Path) -> None:
+    with pytest.raises(ExportError, match=r"slow_ar\.layers\.99\.\*=int8"):
+        export_bundle(checkpoint, out, keep={"slow_ar.layers.99.*": "int8"})
+    assert_nothing_left(out)
+
+
+@pytest.mark.usefixtures("no_graphs")
 def test_a_description_that_cannot_be(checkpoint: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(fishrt_export.families.FAMILIES, "s2", replace(S2, prompt_dialect="whistling"))
     with pytest.raises(ExportError, match=r"cannot become a bundle: .*whistling"):
@@ -267,7 +286,7 @@ def test_progress_grows_to_the_end(checkpoint: Path, out: Path, monkeypatch: pyt
         *(
             f"{role}: {stage}"
             for role in ("codec_encode", "codec_decode", "slow_ar", "fast_ar")
-            for stage in ("tracing", "verifying")
+            for stage in ("tracing", "writing", "verifying")
         ),
         "hashing the files",
     ]
@@ -314,7 +333,7 @@ def export_and_send(number: signal.Signals, checkpoint: Path, out: Path) -> subp
     script = (
         "import os, sys; from fishrt_export import export_bundle, bundle\n"
         f"bundle.describe_files = lambda folder: os.kill(os.getpid(), {int(number)})\n"
-        "bundle.GraphJob.run = lambda *_: None\n"
+        "bundle.GraphJob.run = lambda *_: bundle.Made(None, 0, {})\n"
         "export_bundle(sys.argv[1], sys.argv[2])\n"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -334,10 +353,10 @@ def test_a_graph_that_differs_fails_and_leaves_nothing(checkpoint: Path, out: Pa
 def skip_tracing(monkeypatch: pytest.MonkeyPatch) -> None:
     from fishrt.bundle import Parity
 
-    def run(job: fishrt_export.job.GraphJob, folder: Path, stage: Any) -> Parity:
-        for name in ("tracing", "verifying"):
-            stage(name)
+    def run(job: fishrt_export.job.GraphJob, folder: Path, tell: Tell) -> Made:
+        for part, name in enumerate(("tracing", "writing", "verifying")):
+            tell(name, part / 3)
         (folder / job.spec.file).write_bytes(b"not a graph")
-        return Parity(0.0, 0.0, "cpu")
+        return Made(Parity(0.0, 0.0, "cpu"), 1000, {})
 
     monkeypatch.setattr(fishrt_export.job.GraphJob, "run", run)

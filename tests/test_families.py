@@ -233,7 +233,7 @@ def test_codebooks_that_share_rows(folder_of: Callable[[str], Path], model_of: M
 
 def embedded(module: SlowAR, prompt: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
-        return module.embed(prompt)
+        return module.enter(prompt)
 
 
 @pytest.mark.parametrize(("positions", "room"), [(1, 1), (512, 256), (4096, 2048), (8192, 6144)])

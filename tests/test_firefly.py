@@ -117,7 +117,7 @@ def test_graphs_of_another_firefly(tmp_path: Path, causal: bool) -> None:
     assert source.config.codebook_sizes == (160,) * 8
     jobs = source.jobs()
     for job in jobs:
-        parity = job.run(tmp_path)
+        parity = job.run(tmp_path).parity
         assert parity.max_abs_error <= parity.tolerance
     engine = open_engine(tmp_path / jobs[0].spec.file, jobs[0].spec, provider="cpu")
     assert source.config.min_samples == (34 if causal else 180)

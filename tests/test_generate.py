@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fakes import expected_codes, fake_dual_ar
-from fishrt import generate
+from fishrt import context
 from fishrt.errors import FishrtError, PromptError, SamplingError
 from fishrt.features import RepetitionAware, RepetitionPenalty
 from fishrt.generate import Columns, DualAR, generate_frames
@@ -78,7 +78,7 @@ def test_columns_are_fed_back_as_drawn(lm: Any) -> None:
 
 
 def test_the_cache_grows_with_what_is_said_up_to_prompt_and_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(generate, "FIRST_FRAMES", 2)
+    monkeypatch.setattr(context, "FIRST_FRAMES", 2)
     model = fake_dual_ar(LM, SPOKEN)
     sizes = []
     for limit in (1, len(SPOKEN), 100_000):

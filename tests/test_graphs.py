@@ -19,13 +19,15 @@ from fishrt_engines.spec import GraphSpec, TensorSpec
 from fishrt_export.cases import codec_decode_cases, codec_encode_cases, random_prompt, slow_ar_cases
 from fishrt_export.codec.dac import Dac
 from fishrt_export.codec.dac_config import MAX_FRAMES, DacConfig
+from fishrt_export.codec.decoding import decode_spec
 from fishrt_export.codec.layers import WindowTransformer
 from fishrt_export.codec.load import OFFICIAL
 from fishrt_export.codec.margins import COSINE_MARGIN
 from fishrt_export.codec.source import AUDIO_TOLERANCE, open_codec
 from fishrt_export.errors import ExportError
 from fishrt_export.graphs import LANGUAGE_MODEL_TOLERANCE, open_language_model
-from fishrt_export.trace import export_graph
+from fishrt_export.store import store
+from fishrt_export.trace import trace
 from fishrt_export.verify import PEAK, Case, flipped_margin, verify
 from reference_lm import fast_forward, slow_forward
 from synthetic import BEGIN, EVERYTHING, PLAIN, SEMANTIC, random_weights, write_flat, write_tokenizer
@@ -148,9 +150,9 @@ def test_a_tied_head_is_stored_once(s2_model: GoldenModel) -> None:
 # ---- what the graphs compute
 
 
-@pytest.fixture
-def slow(s2_model: GoldenModel) -> Engine:
-    return s2_model.engine("slow_ar")
+@pytest.fixture(params=[False, True], ids=["portable", "specialised"])
+def slow(s2_model: GoldenModel, request: pytest.FixtureRequest) -> Engine:
+    return s2_model.engine("slow_ar", specialise=request.param)
 
 
 def random_prompts(s2_model: GoldenModel, *lengths: int) -> list[np.ndarray]:
@@ -209,13 +211,19 @@ def test_the_cache_may_be_longer_than_needed(s2_model: GoldenModel, slow: Engine
     assert_near(results(slow, calls, cache=6), results(slow, calls, cache=50))
 
 
+def decode(engine: Engine, codes: np.ndarray) -> np.ndarray:
+    """codes [batch, K, frames] → audio [batch, 1, samples], from the start."""
+    positions = np.tile(np.arange(codes.shape[2]), (len(codes), 1))
+    return engine.run({"codes": codes, "position_ids": positions}, engine.new_state(batch=len(codes)))["audio"].copy()
+
+
 def test_more_frames_never_change_earlier_audio(s2_model: GoldenModel) -> None:
     engine, config = s2_model.engine("codec_decode"), s2_model.codec.config
     sizes = np.array(config.codebook_sizes)[:, None]
     codes = np.random.default_rng(5).integers(0, sizes, (1, len(sizes), 40))
-    whole = engine.run({"codes": codes})["audio"].copy()
+    whole = decode(engine, codes)
     for frames in (1, 2, 7, 39):
-        audio = engine.run({"codes": np.ascontiguousarray(codes[..., :frames])})["audio"]
+        audio = decode(engine, np.ascontiguousarray(codes[..., :frames]))
         assert audio.shape == (1, 1, frames * config.hop)
         assert np.abs(audio - whole[..., : frames * config.hop]).max() <= TOLERANCES["prefix"]
 
@@ -224,9 +232,9 @@ def test_rows_of_codes_do_not_see_each_other(s2_model: GoldenModel) -> None:
     engine, config = s2_model.engine("codec_decode"), s2_model.codec.config
     sizes = np.array(config.codebook_sizes)[:, None]
     codes = np.random.default_rng(6).integers(0, sizes, (3, len(sizes), 5))
-    together = engine.run({"codes": codes})["audio"].copy()
+    together = decode(engine, codes)
     for row in range(3):
-        alone = engine.run({"codes": codes[row : row + 1]})["audio"]
+        alone = decode(engine, codes[row : row + 1])
         assert np.abs(alone[0] - together[row]).max() <= TOLERANCES["prefix"]
 
 
@@ -301,7 +309,7 @@ def test_errors_are_measured_as_recorded(tmp_path: Path) -> None:
     """The graph of a module against one that is a little different: as it is for small outputs, in proportion for large."""
     shape = ("batch", 4)
     spec = GraphSpec("scale.onnx", (TensorSpec("values", "float32", shape),), (TensorSpec("scaled", "float32", shape),))
-    export_graph(Scale(1.0), spec, tmp_path, {}, {})
+    store(trace(Scale(1.0), spec, {}), tmp_path / spec.file, {}, {})
     for size, error in ((2.0, 2e-3), (2 * PEAK, 1e-3 * PEAK)):
         cases = [Case(({"values": np.full((1, 4), size, np.float32)},), {})]
         parity = verify(Scale(1.001), spec, tmp_path, cases, tolerance=1.1 * error)
@@ -320,8 +328,12 @@ def test_the_cases_reach_the_last_position(s2_model: GoldenModel) -> None:
 @pytest.mark.parametrize("official", [False, True], ids=["golden", "official"])
 def test_the_cases_leave_every_window(s2_model: GoldenModel, official: bool) -> None:
     codec = DacConfig.from_json(OFFICIAL) if official else s2_model.codec.config
-    frames = max(case.calls[0]["codes"].shape[2] for case in codec_decode_cases(codec))
-    assert frames > codec.post_module.window
+    with torch.device("meta"):
+        spec = decode_spec(Dac(codec))
+    calls = [[feeds["codes"].shape[2] for feeds in case.calls] for case in codec_decode_cases(codec, spec)]
+    assert all(len(frames) > 1 for frames in calls)
+    assert max(max(frames) for frames in calls) > codec.post_module.window - 1
+    assert max(sum(frames) for frames in calls) > codec.post_module.window
     length = max(case.calls[0]["audio"].shape[2] for case in codec_encode_cases(codec))
     assert length > codec.hop * codec.pre_module.window
     for stride, transformer in zip(codec.encoder_rates, codec.encoder_transformers, strict=True):
@@ -382,7 +394,7 @@ def test_graphs_of_another_codec(tmp_path: Path, dtype: torch.dtype) -> None:
     source = open_codec(tmp_path)
     assert source.problems() == []
     for job in source.jobs() if dtype == torch.float32 else source.jobs()[1:]:
-        parity = job.run(tmp_path)
+        parity = job.run(tmp_path).parity
         assert parity.max_abs_error <= parity.tolerance
         graph = onnx.load(tmp_path / job.spec.file, load_external_data=False).graph
         kinds = {tensor.data_type for tensor in graph.initializer if tensor.name in stored}

@@ -138,7 +138,10 @@ def test_decode_graph(golden_model: GoldenModel, vectors: Vectors) -> None:
     cases = vectors.cases("dec_", "audio")
     assert {"dec_A", "dec_batch", *(("dec_clamp", "dec_partial") if golden_model.codec.kind == "dac" else ())} <= set(cases)
     for case in cases:
-        audio = engine.run({"codes": every_codebook(golden_model, vectors, case)})["audio"].copy()
+        codes = every_codebook(golden_model, vectors, case)
+        feeds = {"codes": codes, "position_ids": np.tile(np.arange(codes.shape[2]), (len(codes), 1))}
+        state = engine.new_state(batch=len(codes)) if engine.spec.states else None
+        audio = engine.run({t.name: feeds[t.name] for t in engine.spec.feeds}, state)["audio"].copy()
         for row, frames in enumerate(unmasked(vectors, case, config)):
             masked = frames * config.hop
             audio[row, :, masked:] = vectors.arrays[f"{case}.audio"][row, :, masked:]

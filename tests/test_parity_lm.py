@@ -57,7 +57,7 @@ def whole_forward(golden_model: GoldenModel, vectors: Vectors) -> dict[str, torc
     outputs: list[torch.Tensor] = []
     hooks = [layer.register_forward_hook(lambda _module, _args, out: outputs.append(out[0][0])) for layer in module.layers]
     with torch.no_grad():
-        x = module.embed(prompt)
+        x = module.enter(prompt)
         states = golden_model.lm.jobs("full")[0].spec.state_tensors
         y, _ = module.run_layers(
             x, torch.arange(length)[None], torch.zeros(1, dtype=torch.int64), caches(states, batch=1, cache=length)

@@ -36,7 +36,7 @@ class GoldenModel:
 
     def __init__(self, golden: Path, folder: Path) -> None:
         self.golden, self.folder = golden, folder
-        self._engines: dict[tuple[str, str], Engine] = {}
+        self._engines: dict[tuple[str, str, bool], Engine] = {}
 
     @cached_property
     def lm(self) -> LanguageModelSource:
@@ -82,11 +82,13 @@ class GoldenModel:
             return self.bundle.file(job.spec.file)
         return self._exported(job, f"{role}-{head}")
 
-    def engine(self, role: str, head: str = "audio") -> Engine:
-        """The exported graph in ONNX Runtime on the CPU."""
-        if (role, head) not in self._engines:
-            self._engines[role, head] = open_engine(self.file(role, head), self._job(role, head).spec, provider="cpu")
-        return self._engines[role, head]
+    def engine(self, role: str, head: str = "audio", *, specialise: bool = False) -> Engine:
+        """The exported graph in ONNX Runtime on the CPU, as it is or specialised for it."""
+        key = role, head, specialise
+        if key not in self._engines:
+            spec = self._job(role, head).spec
+            self._engines[key] = open_engine(self.file(role, head), spec, provider="cpu", specialise=specialise)
+        return self._engines[key]
 
     def engine_of(self, source: LanguageModelSource, role: str, head: str, name: str) -> Engine:
         """A graph of other weights, which has this `name`."""

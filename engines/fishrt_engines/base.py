@@ -25,6 +25,10 @@ class State(Protocol):
         """A copy of one state tensor, by its input name."""
         ...
 
+    def write(self, name: str, array: Array) -> None:
+        """Puts an array into the leading part of one state tensor, by its input name: the inverse of `read`, or of part of it."""
+        ...
+
     def grow(self, **dims: int) -> None:
         """Enlarges dimensions. What is there stays where it is; the new part is zeros. Raises FishrtError if memory lacks."""
         ...

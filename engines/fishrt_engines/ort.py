@@ -23,45 +23,49 @@ import numpy as np
 
 from .base import Array, Engine, State
 from .errors import FishrtError, GraphError, ProviderError
+from .ort_session import Opened, open_session
 from .providers import default_threads, import_onnxruntime, resolve_provider
 from .spec import GraphSpec, TensorSpec
+from .specialise import ColumnInputs
 
 _DTYPES = {"tensor(float)": "float32", "tensor(double)": "float64", "tensor(float16)": "float16", "tensor(bool)": "bool"}
 _DTYPES |= {f"tensor({sign}int{bits})": f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)}
-_ORT_PROVIDER = {"cpu": "CPUExecutionProvider"}
 _PLANS_KEPT = 4
 """Sets of shapes a state remembers. A loop has two or three; a prefill's is never met again and is the first to go."""
 
 
-def open_engine(path: Path, spec: GraphSpec, *, provider: str = "auto", threads: int | None = None) -> Engine:
+def open_engine(
+    path: Path,
+    spec: GraphSpec,
+    *,
+    provider: str = "auto",
+    threads: int | None = None,
+    specialise: bool = False,
+    identity: str | None = None,
+) -> Engine:
     """Loads the graph file `path` and checks that it is what `spec` says.
 
     provider: "auto" or one of the names in `providers.PROVIDERS`. threads: None means the physical cores.
+    specialise: run what is fastest here in place of the operators in the file; see `specialise.py`. Quantised weights are then
+    multiplied in integers, and calls must write consecutive columns at their own positions.
+    identity: a hash that stands for graph and weights; what was specialised is kept on disk under it, see `graph_cache`.
     Raises ProviderError for a provider that is unknown or not here, GraphError for a file that is missing, damaged or different.
     """
     name = resolve_provider(provider)
     if threads is not None and threads < 1:
         raise ProviderError(f"threads is {threads}; at least 1 is needed", hint="leave it out to use the physical cores")
-    ort = import_onnxruntime()
     if not path.is_file():
         raise GraphError(f"there is no graph file {path}")
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads or default_threads()
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 3
-    # Idle threads that spin take the cores from the other session of the same loop: on two cores a loop of one large and nine
-    # small calls was slower with spinning than without.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     try:
-        session = ort.InferenceSession(str(path), options, providers=[_ORT_PROVIDER[name]])
+        opened = open_session(path, threads=threads or default_threads(), specialised=specialise, identity=identity)
     except Exception as error:  # ONNX Runtime's exceptions have no common base
         if _is_memory_error(error):
             raise _out_of_memory(f"the weights of {path.name}") from None
         raise GraphError(f"{path} cannot be loaded: {error}", hint="copy or export the bundle again") from None
-    differences = [*_inconsistencies(spec), *_differences(spec, session)]
+    differences = [*_inconsistencies(spec), *_differences(spec, opened.session)]
     if differences:
         raise GraphError(f"{path} is not the graph that was described: " + "; ".join(differences), hint="export it again")
-    return OrtEngine(ort, session, spec, name)
+    return OrtEngine(import_onnxruntime(), opened, spec, name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +92,17 @@ class OrtState:
         """A copy of one state tensor, by its input name."""
         return self.arrays[name].copy()
 
+    def write(self, name: str, array: Array) -> None:
+        """See `base.State.write`. Raises ValueError for an array that does not fit."""
+        into = self.arrays[name]
+        if (
+            array.dtype != into.dtype
+            or array.ndim != into.ndim
+            or any(a > b for a, b in zip(array.shape, into.shape, strict=True))
+        ):
+            raise ValueError(f"{name} is {into.dtype} {list(into.shape)}; {array.dtype} {list(array.shape)} does not fit into it")
+        into[tuple(map(slice, array.shape))] = array
+
     def grow(self, **dims: int) -> None:
         """See `base.State.grow`. Raises ValueError for a dimension that is unknown or would shrink."""
         if bad := [f"{name} = {size}" for name, size in dims.items() if size < self.dims.get(name, size + 1)]:
@@ -102,11 +117,12 @@ class OrtState:
 class OrtEngine:
     """One graph in one ONNX Runtime session. See `base.Engine`."""
 
-    def __init__(self, ort: Any, session: Any, spec: GraphSpec, provider: str) -> None:
+    def __init__(self, ort: Any, opened: Opened, spec: GraphSpec, provider: str) -> None:
         self.spec = spec
         self.provider = provider
         self._ort = ort
-        self._session = session
+        self._session = opened.session
+        self._columns = opened.columns
         self._feeds = spec.feeds
         self._dtypes = {t.name: np.dtype(t.dtype) for t in spec.feeds}
         self._results = spec.results
@@ -135,6 +151,8 @@ class OrtEngine:
             return dict(zip(self._result_names, self._call(self._session.run, self._result_names, dict(feeds)), strict=True))
         if not isinstance(state, OrtState) or state.owner is not self:
             raise ValueError(f"{self.spec.file} needs a state that its own new_state made")
+        if self._columns is not None and self._must_part(feeds, self._columns):
+            return self._row_by_row(feeds, state)
         plan = self._plan(feeds, state)
         for name, buffer in plan.feeds:
             buffer[...] = feeds[name]
@@ -146,6 +164,22 @@ class OrtEngine:
             outputs = plan.binding.get_outputs()
             results |= {name: outputs[n].numpy() for n, name in plan.allocated}
         return results
+
+    def _must_part(self, feeds: Mapping[str, Array], columns: ColumnInputs) -> bool:
+        """Whether this call is one that GroupQueryAttention refuses: several rows of several columns each, after others."""
+        positions, index = feeds.get(columns.position_ids), feeds.get(columns.write_index)
+        return positions is not None and index is not None and min(positions.shape) > 1 and bool(index.any())
+
+    def _row_by_row(self, feeds: Mapping[str, Array], state: OrtState) -> dict[str, Array]:
+        """Each row of the batch by itself, on its part of the state. All feeds, states and results begin with the batch."""
+        self._check(feeds, state.dims)
+        parts = []
+        for row in range(state.dims["batch"]):
+            only = slice(row, row + 1)
+            alone = OrtState(self, {**state.dims, "batch": 1}, {name: array[only] for name, array in state.arrays.items()})
+            results = self.run({name: np.ascontiguousarray(array[only]) for name, array in feeds.items()}, alone)
+            parts.append({name: array.copy() for name, array in results.items()})
+        return {name: np.concatenate([part[name] for part in parts]) for name in self._result_names}
 
     def _plan(self, feeds: Mapping[str, Array], state: OrtState) -> _Plan:
         """The plan for the shapes of `feeds`. Shapes that were met before were checked then; dtypes are checked always."""

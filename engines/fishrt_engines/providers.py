@@ -179,6 +179,11 @@ def _memory() -> str:
     return "unknown"
 
 
+def cpu_identity() -> str:
+    """What kernels and packed weights depend on: architecture, model and instruction sets of the CPU."""
+    return f"{platform.machine()} {_cpu_name()} {_cpu_field('flags') or _cpu_field('Features')}"
+
+
 def _read(path: Path) -> str | None:
     try:
         return path.read_text(encoding="utf-8", errors="replace").strip()

@@ -11,24 +11,30 @@ import shutil
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
-from fishrt.bundle import MANIFEST, SCHEMA, Bundle, Licence, Manifest, Parity, describe_files
+from fishrt.bundle import MANIFEST, ROLES, SCHEMA, Bundle, Licence, Manifest, describe_files
 from fishrt.errors import BundleError, FishrtError
+from fishrt.memory import check_memory
+from fishrt.quantisation import QUANTISATION, LayerReport, Quantisation
 from fishrt.version import __version__
 
 from .checkpoint import TOKENIZER
 from .codec.source import CodecSource, open_codec
 from .errors import ExportError
 from .graphs import LanguageModelSource, open_language_model
-from .job import GraphJob
+from .job import GraphJob, Made
 from .licence import copy_licence
 from .lora import Lora
+from .recipe import Recipe, Storage, main_precision
 from .voices import check_references, encode_references
 from .weights import refuse
+
+BASE_MEMORY = 300_000_000
+"""Bytes that tracing and ONNX Runtime take, whatever the model."""
 
 Progress = Callable[[str, float], None]
 """Told the name of a stage as it begins, and the part of the export that is done, 0..1."""
@@ -41,6 +47,8 @@ def export_bundle(
     head: str = "audio",
     family: str | None = None,
     lora: Lora | None = None,
+    precision: str = "fp32",
+    keep: Mapping[str, str] | None = None,
     progress: Progress = lambda _stage, _done: None,
 ) -> Bundle:
     """Exports the checkpoint in the folder `checkpoint` as a bundle in the new or empty folder `out`.
@@ -49,11 +57,13 @@ def export_bundle(
 
     head: "audio" keeps the logits of the tokens that can be spoken, "full" those of the whole vocabulary.
     family: a key of families.FAMILIES; None finds it out. lora: merged into the language model.
+    precision, keep: see recipe.Recipe.
     Raises ExportError for a checkpoint that is incomplete, damaged, mixed or of an unknown family, with every tensor that does
     not fit listed at once; for a LoRA of another model; for an `out` that is not empty or cannot be written; and for a graph that
-    is not equal to its torch module.
+    is not equal to its torch module. Raises FishrtError before anything is written where the memory does not suffice.
     """
     checkpoint, out = Path(checkpoint), Path(out)
+    recipe = Recipe(precision, keep or {})
     _check_out(out)
     progress("reading the checkpoint", 0.0)
     codec = open_codec(checkpoint)
@@ -65,8 +75,9 @@ def export_bundle(
             f"and the codec has {len(codec.config.codebook_sizes)}",
             hint="take both from one checkpoint",
         )
-    jobs = [*codec.jobs(), *language_model.jobs(head)]
+    jobs = [*_planned_codec(codec, recipe), *_planned_language_model(language_model, head, recipe)]
     described, largest = language_model.describe(head), max(codec.config.codebook_sizes)
+    tokenizer = language_model.tokenizer
     draft = Manifest(
         schema=SCHEMA,
         name=checkpoint.resolve().name,
@@ -76,8 +87,9 @@ def export_bundle(
         codec=codec.describe(),
         tokenizer=TOKENIZER,
         graphs={job.role: job.spec for job in jobs},
-        precision="float32",
+        precision={job.role: main_precision(job.plan, _sizes(job)) for job in jobs},
         # What follows is known only when the files are there.
+        memory=dict.fromkeys(ROLES, 0),
         parity={},
         licence=Licence("", None),
         voices=None,
@@ -87,15 +99,27 @@ def export_bundle(
         draft.check()
     except BundleError as error:
         raise ExportError(f"{checkpoint} cannot become a bundle: {error}", hint="are all files of one checkpoint?") from None
+    check_memory(BASE_MEMORY + max(job.need() for job in jobs), f"exporting {checkpoint}")
+    plans = {job.role: job.plan for job in jobs}
+    del codec, language_model  # the jobs hold their weights, until each is done
     references = check_references(checkpoint, Bundle(out, draft))
     with _written_aside(out) as folder:
-        (folder / TOKENIZER).write_bytes(language_model.tokenizer.encode())
+        (folder / TOKENIZER).write_bytes(tokenizer.encode())
         licence = copy_licence(checkpoint, folder)
-        parity = _run(jobs, folder, progress)
+        made = _run(jobs, folder, progress)
+        if report := _report(plans, made):
+            (folder / QUANTISATION).write_text(report.to_json(), encoding="utf-8")
         voices = encode_references(references, Bundle(folder, draft))
         progress("hashing the files", 1.0)
         files = dict(describe_files(folder))
-        manifest = replace(draft, parity=parity, licence=licence, voices=voices, files=files)
+        manifest = replace(
+            draft,
+            memory={role: graph.memory for role, graph in made.items()},
+            parity={role: graph.parity for role, graph in made.items()},
+            licence=licence,
+            voices=voices,
+            files=files,
+        )
         (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
         bundle = Bundle.load(folder)
     return replace(bundle, path=out)
@@ -159,17 +183,44 @@ def _terminable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def _run(jobs: list[GraphJob], folder: Path, progress: Progress) -> dict[str, Parity]:
-    """Writes and verifies all graphs. A graph counts by its number of weights, and verifying it is half of the work."""
-    sizes = {job.role: sum(tensor.numel() for tensor in job.weights.values()) for job in jobs}
-    halves = 0
+def _planned_codec(codec: CodecSource, recipe: Recipe) -> list[GraphJob]:
+    plan = recipe.codec_plan(codec.weights)
+    return [replace(job, plan=plan) for job in codec.jobs()]
 
-    def tell(stage: str) -> None:
-        nonlocal halves
-        progress(f"{job.role}: {stage}", 0.5 * halves / sum(sizes.values()))
-        halves += sizes[job.role]
 
-    parity = {}
-    for job in jobs:
-        parity[job.role] = job.run(folder, tell)
-    return parity
+def _planned_language_model(language_model: LanguageModelSource, head: str, recipe: Recipe) -> list[GraphJob]:
+    jobs = language_model.jobs(head)
+    plans = recipe.plan({job.role: job.build() for job in jobs}, {job.role: job.weights for job in jobs})
+    return [replace(job, plan=plans[job.role]) for job in jobs]
+
+
+def _sizes(job: GraphJob) -> dict[str, int]:
+    """How many numbers each weight has."""
+    return {name: tensor.numel() for name, tensor in job.build().state_dict().items()}
+
+
+def _run(jobs: list[GraphJob], folder: Path, progress: Progress) -> dict[str, Made]:
+    """Writes and verifies all graphs, each of which counts by its number of weights. Empties `jobs`, so that weights can go."""
+    sizes = {job.role: sum(_sizes(job).values()) for job in jobs}
+    total, before = sum(sizes.values()), 0
+    made = {}
+    while jobs:
+        job = jobs.pop(0)
+        role, size = job.role, sizes[job.role]
+
+        def tell(stage: str, part: float, role: str = role, size: int = size, before: int = before) -> None:
+            progress(f"{role}: {stage}", (before + part * size) / total)
+
+        made[role] = job.run(folder, tell)
+        before += size
+    return made
+
+
+def _report(plans: Mapping[str, Mapping[str, Storage]], made: Mapping[str, Made]) -> Quantisation | None:
+    """What quantising did to each layer of the language model, the layers that it left out with it; None if there was none."""
+    layers = tuple(
+        LayerReport(f"{role}.{name.removesuffix('.weight')}", storage.precision, storage.block, made[role].errors.get(name, 0.0))
+        for role in ("slow_ar", "fast_ar")
+        for name, storage in plans[role].items()
+    )
+    return Quantisation(layers) if any(layer.block for layer in layers) else None

@@ -8,6 +8,8 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
+from fishrt_engines.spec import GraphSpec
+
 from .codec.load import CodecConfig
 from .config import ModelConfig
 from .identify import AudioIds
@@ -98,16 +100,24 @@ def codec_encode_cases(config: CodecConfig) -> list[Case]:
     return [Case(({"audio": rng.uniform(-0.5, 0.5, shape).astype(np.float32)},), {}) for shape in whole]
 
 
-def codec_decode_cases(config: CodecConfig) -> list[Case]:
-    """Random codes: few, two rows, longer than the decoder sees; a frame holds codes past the end, another one that is none."""
+def codec_decode_cases(config: CodecConfig, spec: GraphSpec) -> list[Case]:
+    """Random codes: few, two rows, longer than the decoder sees; a frame holds codes past the end, another one that is none.
+
+    Where the graph carries a state, they come as one frame, more than half of all in one chunk, and the rest.
+    """
     rng = np.random.default_rng(4)
     sizes = np.array(config.codebook_sizes)[:, None]
+    names = [tensor.name for tensor in spec.feeds]
     cases = []
     for batch, frames in ((1, 3), (2, 11), (1, _longer_than(config))):
         codes = rng.integers(0, sizes, (batch, len(sizes), frames))
         codes[0, :, -1] += sizes[:, 0]
         codes[0, -1, 0] = -1
-        cases.append(Case(({"codes": codes},), {}))
+        feeds = {"codes": codes, "position_ids": np.tile(np.arange(frames), (batch, 1))}
+        cuts = [1, 2 * frames // 3] if spec.states else []
+        chunks = zip(*(np.split(feeds[name], cuts, axis=-1) for name in names), strict=True)
+        calls = [dict(zip(names, map(np.ascontiguousarray, chunk), strict=True)) for chunk in chunks]
+        cases.append(Case(tuple(calls), {"batch": batch} if spec.states else {}))
     return cases
 
 

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .errors import ExportError
+from .lazy import Lazy, Maker
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -100,11 +101,14 @@ def read_json(path: Path) -> dict[str, Any]:
     return data
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """Every tensor of the language model, by its name on disk. Raises ExportError for a damaged, missing or foreign file."""
+def read_weights(path: Path) -> Mapping[str, Tensor]:
+    """Every tensor of the language model, by its name on disk; those of safetensors files are read when they are looked up.
+
+    Raises ExportError for a damaged, missing or foreign file.
+    """
     if path.name == PICKLE:
         return read_model_pickle(path)
-    return _read_shards(path) if path.name == INDEX else _read_safetensors(path)
+    return Lazy(_find_in_shards(path) if path.name == INDEX else _find_tensors(path))
 
 
 def read_pickle(path: Path) -> Mapping[str, Any]:
@@ -155,7 +159,7 @@ def _require_folder(folder: Path) -> None:
         raise ExportError(f"{folder} is not a folder", hint="give the folder of an official checkpoint")
 
 
-def _read_shards(index: Path) -> dict[str, Tensor]:
+def _find_in_shards(index: Path) -> dict[str, Maker]:
     places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
         raise ExportError(f"{index} has no usable weight_map", hint=DAMAGED)
@@ -164,9 +168,9 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
         raise ExportError(f"{index} names shards outside its folder: {', '.join(outside)}")
     if missing := [name for name in shards if not (index.parent / name).is_file()]:
         raise ExportError(f"{index.parent} lacks shards that {INDEX} names: {', '.join(missing)}", hint="download them too")
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, Maker] = {}
     for shard in shards:
-        found = _read_safetensors(index.parent / shard)
+        found = _find_tensors(index.parent / shard)
         if lacking := sorted(name for name, place in places.items() if place == shard and name not in found):
             raise ExportError(f"{shard} lacks tensors that {INDEX} places in it: {', '.join(lacking)}", hint=DAMAGED)
         if twice := sorted(found.keys() & tensors.keys()):
@@ -175,10 +179,27 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
+def _find_tensors(path: Path) -> dict[str, Maker]:
+    """How each tensor of a safetensors file is read. Opening it checks its table against its size."""
+    with _opened(path) as file:
+        return {name: _reading(path, name) for name in file.keys()}  # noqa: SIM118 (not a dict: it has no iterator)
+
+
+def _reading(path: Path, name: str) -> Maker:
+    # Opened anew for each tensor: the pages that were read count as this process's memory until the file is closed.
+    def read() -> Tensor:
+        with _opened(path) as file:
+            tensor: Tensor = file.get_tensor(name)
+            return tensor
+
+    return read
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict: it has no iterator)
+            yield file
     except (SafetensorError, OSError) as error:
         raise ExportError(f"{path} cannot be read: {_first_line(error)}", hint=DAMAGED) from None
 

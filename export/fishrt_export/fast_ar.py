@@ -21,13 +21,22 @@ class FastAR(Stack):
         self.embeddings = nn.Embedding(config.codebook_width, config.fast.dim)
         self.output = nn.Linear(config.fast.dim, config.codebook_width, bias=False)
 
+    ENTERS, LEAVES = ("hidden", "codes", "position_ids"), ()
+
+    def enter(self, hidden: Tensor, codes: Tensor, position_ids: Tensor) -> Tensor:
+        """→ [batch, length, dim]."""
+        return torch.where((position_ids == 0).unsqueeze(-1), hidden.unsqueeze(1), self.embeddings(codes))
+
+    def leave(self, x: Tensor) -> tuple[Tensor]:
+        """Output of the last block [batch, length, dim] → logits of the last column [batch, codebook_width]."""
+        return (self.output(self.norm(x[:, -1])),)
+
     def forward(
         self, hidden: Tensor, codes: Tensor, position_ids: Tensor, write_index: Tensor, caches: Sequence[Tensor]
     ) -> tuple[Tensor, ...]:
         """See `fast_ar_spec`; the caches are one list, and come back after the logits."""
-        x = torch.where((position_ids == 0).unsqueeze(-1), hidden.unsqueeze(1), self.embeddings(codes))
-        x, updated = self.run_layers(x, position_ids, write_index, caches)
-        return self.output(self.norm(x[:, -1])), *updated
+        x, updated = self.run_layers(self.enter(hidden, codes, position_ids), position_ids, write_index, caches)
+        return *self.leave(x), *updated
 
 
 def fast_ar_spec(config: ModelConfig) -> GraphSpec:

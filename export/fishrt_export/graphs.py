@@ -20,11 +20,12 @@ from .families import Family, with_defaults
 from .fast_ar import FastAR, fast_ar_spec
 from .identify import AudioIds, Evidence, find_ids, identify
 from .job import GraphJob
+from .lazy import Lazy, makers
 from .lora import Lora, merge
 from .quantised import dequantise
 from .slow_ar import SlowAR, slow_ar_spec
 from .tokenizer import read_text, read_tokenizer, read_vocabulary
-from .weights import expected_shapes, find_problems, flat_names, load, refuse
+from .weights import expected_shapes, find_problems, flat_names, hollow, load, refuse
 
 HEADS = ("audio", "full")
 LANGUAGE_MODEL_TOLERANCE = 5e-4
@@ -44,6 +45,7 @@ class LanguageModelSource:
     tokenizer: str
     """The text of the `tokenizer.json`."""
     weights: Mapping[str, Tensor]
+    """Those of safetensors files are read when they are looked up."""
 
     def problems(self) -> list[str]:
         """In what the weights do not fit the config."""
@@ -91,7 +93,7 @@ class LanguageModelSource:
             GraphJob(
                 role="slow_ar",
                 spec=slow_ar_spec(self.config, head_size),
-                build=lambda: self.slow_ar(head),
+                build=lambda: hollow(self._slow_module(head)),
                 weights=slow,
                 cases=slow_ar_cases(self.config, self.ids),
                 tolerance=LANGUAGE_MODEL_TOLERANCE,
@@ -99,7 +101,7 @@ class LanguageModelSource:
             GraphJob(
                 role="fast_ar",
                 spec=fast_ar_spec(self.config),
-                build=self.fast_ar,
+                build=lambda: hollow(self._fast_module()),
                 weights=fast,
                 cases=fast_ar_cases(self.config),
                 tolerance=LANGUAGE_MODEL_TOLERANCE,
@@ -108,34 +110,35 @@ class LanguageModelSource:
 
     def slow_ar(self, head: str) -> SlowAR:
         """The module, in float32."""
-        with torch.device("meta"):
-            module = self._slow_module(head)
-        return load(module, self.slow_weights(head))
+        return load(self._slow_module(head), self.slow_weights(head))
 
     def fast_ar(self) -> FastAR:
         """The module, in float32."""
-        with torch.device("meta"):
-            module = FastAR(self.config)
-        return load(module, self.fast_weights())
+        return load(self._fast_module(), self.fast_weights())
 
-    def slow_weights(self, head: str) -> dict[str, Tensor]:
+    def slow_weights(self, head: str) -> Mapping[str, Tensor]:
         """By the names of SlowAR. The audio head holds the rows of the tokens that can be spoken, whether tied or not."""
-        weights = {name: tensor for name, tensor in self.weights.items() if not _is_fast(name)}
+        weights = {name: make for name, make in makers(self.weights).items() if not _is_fast(name)}
         if head == "audio":
             table = weights["embeddings.weight"] if self.config.tied_head else weights["output.weight"]
-            weights["output.weight"] = table[self.audio_head]
-        return weights
+            weights["output.weight"] = lambda: table()[self.audio_head]
+        return Lazy(weights)
 
-    def fast_weights(self) -> dict[str, Tensor]:
+    def fast_weights(self) -> Mapping[str, Tensor]:
         """By the names of FastAR."""
-        return {name.removeprefix("fast_"): tensor for name, tensor in self.weights.items() if _is_fast(name)}
+        return Lazy({name.removeprefix("fast_"): make for name, make in makers(self.weights).items() if _is_fast(name)})
 
     def _slow_module(self, head: str) -> SlowAR:
         if head == "audio":
             size: int | None = len(self.audio_head)
         else:
             size = None if self.config.tied_head else self.config.vocab_size
-        return SlowAR(self.config, self.ids.semantic, size)
+        with torch.device("meta"):
+            return SlowAR(self.config, self.ids.semantic, size)
+
+    def _fast_module(self) -> FastAR:
+        with torch.device("meta"):
+            return FastAR(self.config)
 
 
 def open_language_model(

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from .checkpoint import read_model_pickle
 from .errors import ExportError
-from .weights import FLOATS
+from .lazy import Lazy, Maker, makers
+from .weights import FLOATS, is_finite
 
 _EMBEDDINGS = ("embeddings", "codebook_embeddings", "fast_embeddings")
 """Their matrices are those of the transposed table."""
@@ -43,7 +44,7 @@ class Lora:
             raise ExportError(f"{self.path} is not a file", hint="give the file that the training wrote")
 
 
-def merge(weights: Mapping[str, Tensor], lora: Lora) -> dict[str, Tensor]:
+def merge(weights: Mapping[str, Tensor], lora: Lora) -> Mapping[str, Tensor]:
     """The weights, by flat names, with those of the trained modules changed; these become float32, as rounding would undo them.
 
     Raises one ExportError that lists everything in which the LoRA does not fit the model.
@@ -67,11 +68,17 @@ def merge(weights: Mapping[str, Tensor], lora: Lora) -> dict[str, Tensor]:
     if problems:
         listing = "\n".join(f"  {problem}" for problem in problems)
         raise ExportError(f"{lora.path} does not fit the model ({len(problems)} problems):\n{listing}", hint=_HINT)
-    merged, (rank,) = dict(weights), ranks
+    merged, (rank,) = makers(weights), ranks
     for module, pair in pairs.items():
-        change = pair["B"].float() @ pair["A"].float() * (lora.alpha / rank)
-        name = f"{module}.weight"
-        merged[name] = weights[name].float() + (change.T if module in _EMBEDDINGS else change)
+        merged[f"{module}.weight"] = _merging(weights, module, pair, lora.alpha / rank)
+    return Lazy(merged)
+
+
+def _merging(weights: Mapping[str, Tensor], module: str, pair: Mapping[str, Tensor], factor: float) -> Maker:
+    def merged() -> Tensor:
+        change = pair["B"].float() @ pair["A"].float() * factor
+        return weights[f"{module}.weight"].float() + (change.T if module in _EMBEDDINGS else change)
+
     return merged
 
 
@@ -92,5 +99,5 @@ def _problems(module: str, pair: Mapping[str, Tensor], weights: Mapping[str, Ten
             yield f"missing: {name} [{shape[0]}, {shape[1]}]"
         elif tensor.ndim != 2 or tensor.shape[half == "A"] != shape[half == "A"]:
             yield f"wrong shape: {name} is {list(tensor.shape)}, expected [{shape[0]}, {shape[1]}]"
-        elif tensor.dtype not in FLOATS or not bool(tensor.isfinite().all()):
+        elif tensor.dtype not in FLOATS or not is_finite(tensor):
             yield f"not finite numbers: {name}"

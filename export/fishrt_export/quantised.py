@@ -1,7 +1,7 @@
 """Checkpoints of upstream's own quantiser, which keeps integers in place of the weights of linear layers.
 
-They are known by their tensors, not by names of folders as upstream has it. int8 becomes float32 when it is read: a bundle gets
-the values that upstream computes with, and is as large as one of float32 weights.
+They are known by their tensors, not by names of folders as upstream has it. int8 becomes float32 when it is read: an export gets
+the values that upstream computes with.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from .errors import ExportError
+from .lazy import Lazy, Maker, makers
 
 _SCALES = ".scales"
 _INT4 = ".scales_and_zeros"
 
 
-def dequantise(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+def dequantise(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> Mapping[str, Tensor]:
     """The tensors with an int8 `weight` [out, in] times its `scales` [out] wherever there are both.
 
     `expected` names what the model takes: the biases of quantised layers, which the quantiser drops, become zeros. Raises
@@ -29,15 +30,22 @@ def dequantise(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, 
             "groups of a size that only the folder's name tells, which is not supported",
             hint="export the checkpoint that they were made from, or its int8 form",
         )
-    result = dict(tensors)
-    for name, scales in tensors.items():
-        stem = name.removesuffix(_SCALES)
+    result = makers(tensors)
+    for stem in [name.removesuffix(_SCALES) for name in tensors if name.endswith(_SCALES)]:
         weight = tensors.get(f"{stem}.weight")
-        if stem == name or weight is None or weight.dtype != torch.int8 or scales.shape != weight.shape[:1]:
+        if weight is None or weight.dtype != torch.int8 or tensors[stem + _SCALES].shape != weight.shape[:1]:
             continue
-        del result[name]
-        result[f"{stem}.weight"] = weight.float() * scales.float().unsqueeze(-1)
+        del result[stem + _SCALES]
+        result[f"{stem}.weight"] = _dequantising(tensors, stem)
         bias = f"{stem}.bias"
         if bias in expected and bias not in tensors:
-            result[bias] = torch.zeros(expected[bias])
-    return result
+            result[bias] = _zeros(expected[bias])
+    return Lazy(result)
+
+
+def _dequantising(tensors: Mapping[str, Tensor], stem: str) -> Maker:
+    return lambda: tensors[f"{stem}.weight"].float() * tensors[stem + _SCALES].float().unsqueeze(-1)
+
+
+def _zeros(shape: tuple[int, ...]) -> Maker:
+    return lambda: torch.zeros(shape)

@@ -30,7 +30,9 @@ class SlowAR(Stack):
         self.output = nn.Linear(dim, head_size, bias=False) if head_size else None
         self.fast_project_in = nn.Linear(dim, config.fast.dim) if config.projects else nn.Identity()
 
-    def embed(self, prompt: Tensor) -> Tensor:
+    ENTERS, LEAVES = ("prompt",), ("last_index",)
+
+    def enter(self, prompt: Tensor) -> Tensor:
         """prompt int64 [batch, 1 + codebooks, length] → [batch, length, dim]."""
         main, codes = prompt.select(1, 0), prompt.narrow(1, 1, self.config.num_codebooks)
         if self.config.codebook_offsets:
@@ -45,6 +47,10 @@ class SlowAR(Stack):
             both = both / math.sqrt(self.config.num_codebooks + 1)
         return torch.where(is_audio, both, text)
 
+    def leave(self, x: Tensor, last_index: Tensor) -> tuple[Tensor, Tensor]:
+        """Output of the last block [batch, length, dim] → logits [batch, head_size], hidden [batch, fast_dim]."""
+        return self.read_out(x.gather(1, last_index[:, None, None].expand(-1, 1, x.shape[2])).squeeze(1))
+
     def read_out(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Output of the last block [..., dim] → logits [..., head_size], hidden [..., fast_dim]."""
         normed = self.norm(x)
@@ -56,9 +62,8 @@ class SlowAR(Stack):
         self, prompt: Tensor, position_ids: Tensor, write_index: Tensor, last_index: Tensor, caches: Sequence[Tensor]
     ) -> tuple[Tensor, ...]:
         """See `slow_ar_spec`; the caches are one list, and come back after logits and hidden."""
-        x, updated = self.run_layers(self.embed(prompt), position_ids, write_index, caches)
-        last = x.gather(1, last_index[:, None, None].expand(-1, 1, x.shape[2])).squeeze(1)
-        return *self.read_out(last), *updated
+        x, updated = self.run_layers(self.enter(prompt), position_ids, write_index, caches)
+        return *self.leave(x, last_index), *updated
 
 
 def slow_ar_spec(config: ModelConfig, head_size: int) -> GraphSpec:

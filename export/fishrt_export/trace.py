@@ -1,7 +1,6 @@
-"""A torch module and its GraphSpec → one portable ONNX file: standard operators of opset 24, weights in external data.
+"""A torch module and its GraphSpec → one portable ONNX graph: standard operators of opset 24.
 
-The module computes in float32. A weight whose checkpoint holds it in 16 bits is stored in 16 bits and cast to float32 in the
-graph, which is bit-equal and halves the file. Initialisers keep the names of the module's parameters, in the checkpoint's layout.
+The module computes in float32. Initialisers keep the names of its parameters; what they hold does not matter here, see store.py.
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 
 import onnx_ir as ir
 import torch
@@ -33,18 +31,16 @@ Dims = Mapping[str, int | tuple[int, str]]
 """Dimensions of one graph: a smallest size, {"samples": 769}, or a multiple of another, {"samples": (hop, "frames")}."""
 
 
-def export_graph(module: nn.Module, spec: GraphSpec, folder: Path, dtypes: Mapping[str, torch.dtype], own_dims: Dims) -> None:
-    """Writes `spec.file` and `spec.file` + ".data" into `folder`.
+def trace(module: nn.Module, spec: GraphSpec, own_dims: Dims) -> ir.Model:
+    """The graph, in memory, with the parameters in float32 in the layout of the module.
 
-    `dtypes` says how the checkpoint holds each parameter. Raises ExportError if the traced graph does not match `spec`.
+    Raises ExportError if the traced graph does not match `spec`.
     """
     model = _trace(module, spec, own_dims)
     _optimize(model)
     _describe(model, spec)
-    buffers = {name: torch.bfloat16 for name, _ in module.named_buffers() if name.rpartition(".")[2] in ("cos", "sin")}
-    _store_narrow(model, {**dtypes, **buffers})
     _clean(model, spec)
-    ir.save(model, folder / spec.file, external_data=f"{spec.file}.data", size_threshold_bytes=1024)
+    return model
 
 
 def _trace(module: nn.Module, spec: GraphSpec, own_dims: Dims) -> ir.Model:
@@ -121,43 +117,6 @@ def _describe(model: ir.Model, spec: GraphSpec) -> None:
             if (value.name, dtype, rank) != (tensor.name, tensor.dtype, len(tensor.shape)):
                 raise ExportError(f"{spec.file}: the exporter made {value.name} {dtype} of rank {rank}; expected {tensor}")
             value.shape = ir.Shape(tensor.shape)
-
-
-def _store_narrow(model: ir.Model, dtypes: Mapping[str, torch.dtype]) -> None:
-    """Replaces float32 initialisers by 16-bit ones with a Cast behind them; a Gather reads the 16-bit table and is cast after."""
-    graph = model.graph
-    for name, dtype in dtypes.items():
-        wide = graph.initializers.get(name)
-        if wide is None or wide.const_value is None or dtype not in (torch.bfloat16, torch.float16):
-            continue
-        tensor = torch.from_numpy(wide.const_value.numpy()).to(dtype)
-        kind = ir.DataType.BFLOAT16 if dtype == torch.bfloat16 else ir.DataType.FLOAT16
-        packed = ir.Tensor(tensor.view(torch.uint16).numpy().view(kind.numpy()), dtype=kind, name=name)
-        narrow = ir.Value(name=name, type=ir.TensorType(kind), shape=ir.Shape(tensor.shape), const_value=packed)
-        cast: ir.Node | None = None
-        for node, index in list(wide.uses()):
-            if node.op_type == "Gather" and index == 0:
-                _cast_result(node, narrow)
-                continue
-            if cast is None:
-                cast = ir.node("Cast", [narrow], {"to": ir.DataType.FLOAT}, name=f"{name}.cast")
-                cast.outputs[0].name = f"{name}.float32"
-                graph.insert_before(graph[0], cast)
-            node.replace_input_with(index, cast.outputs[0])
-        graph.initializers.pop(name)
-        graph.register_initializer(narrow)
-
-
-def _cast_result(gather: ir.Node, table: ir.Value) -> None:
-    gather.replace_input_with(0, table)
-    rows = gather.outputs[0]
-    cast = ir.node("Cast", [rows], {"to": ir.DataType.FLOAT}, name=f"{table.name}.cast_rows")
-    cast.outputs[0].name = f"{table.name}.rows"
-    for node, index in list(rows.uses()):
-        if node is not cast:
-            node.replace_input_with(index, cast.outputs[0])
-    assert gather.graph is not None
-    gather.graph.insert_after(gather, cast)
 
 
 def _clean(model: ir.Model, spec: GraphSpec) -> None:

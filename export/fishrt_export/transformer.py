@@ -6,7 +6,7 @@ sees is given by `Step`, so that one graph serves prefill, chunked prefill and s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, cast
 
 import torch
@@ -73,8 +73,16 @@ class Block(nn.Module):
 
 
 class Stack(nn.Module):
-    """Blocks, the norm after them, and rotary tables of `max_length` rows."""
+    """Blocks, the norm after them, and rotary tables of `max_length` rows.
 
+    A model is a stack with an `enter` that makes the first block's input, and a `leave` that makes results of the last one's
+    output; `ENTERS` and `LEAVES` name the feeds that they take.
+    """
+
+    ENTERS: tuple[str, ...]
+    LEAVES: tuple[str, ...]
+    enter: Callable[..., Tensor]
+    leave: Callable[..., tuple[Tensor, ...]]
     cos: Tensor
     sin: Tensor
 
@@ -87,14 +95,16 @@ class Stack(nn.Module):
         self.register_buffer("sin", sin, persistent=False)
 
     def run_layers(
-        self, x: Tensor, position_ids: Tensor, write_index: Tensor, caches: Sequence[Tensor]
+        self, x: Tensor, position_ids: Tensor, write_index: Tensor, caches: Sequence[Tensor], layers: slice = slice(None)
     ) -> tuple[Tensor, list[Tensor]]:
-        """x [batch, length, dim] through all blocks, without the norm. `caches` is key, value, key, …; it is returned updated."""
+        """x [batch, length, dim] through these blocks, without the norm. `caches` is their key, value, key, …, and is returned
+        updated.
+        """
         rows = torch.arange(caches[0].shape[2], device=x.device)
         mask = rows <= position_ids.unsqueeze(1).unsqueeze(-1)
         step = Step(self.cos, self.sin, position_ids, write_index, mask)
         updated: list[Tensor] = []
-        for layer, keys, values in zip(self.layers, caches[0::2], caches[1::2], strict=True):
+        for layer, keys, values in zip(self.layers[layers], caches[0::2], caches[1::2], strict=True):
             x, keys, values = layer(x, step, keys, values)
             updated += (keys, values)
         return x, updated

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fishrt.bundle import Parity
-from fishrt_engines import Array, open_engine
+from fishrt_engines import Array, Engine, open_engine
 from fishrt_engines.spec import GraphSpec
 
 from .errors import ExportError
@@ -54,22 +54,37 @@ def verify(
     With `margins`, the error of codes is the largest margin of a choice that differs, 0 if none does.
     """
     engine = open_engine(folder / spec.file, spec, provider=PROVIDER)
-    report = _Report(spec.file, tolerance if margins is None else margins.allowed)
+    report = Report(spec.file, tolerance if margins is None else margins.allowed)
     for case in cases:
-        state = engine.new_state(**case.dims) if spec.states else None
-        carried = [torch.zeros(tensor.resolve(case.dims)) for tensor in spec.state_tensors]
-        for feeds in case.calls:
-            expected, carried = run_module(module, spec, feeds, carried)
-            actual = engine.run(feeds, state)
-            for name, value in expected.items():
-                if margins is not None and value.dtype == np.int64:
-                    report.codes(name, value, actual[name], _measured(margins, feeds), margins.chain)
-                else:
-                    report.values(name, value, actual[name])
-        if state is not None:
-            for tensor, kept in zip(spec.state_tensors, carried, strict=True):
-                report.values(tensor.name, kept.numpy(), state.read(tensor.name))
-    return Parity(report.error, report.tolerance, PROVIDER)
+        compare(module, engine, case, case, report, margins)
+    return report.parity()
+
+
+def compare(
+    module: nn.Module, engine: Engine, case: Case, case_of_graph: Case, report: Report, margins: Margins | None = None
+) -> tuple[list[dict[str, Array]], list[dict[str, Array]]]:
+    """The results of every call, of the module and of the graph, and tells `report` of each and of the state at the end.
+
+    Both cases are the same, but for what earlier stretches of a graph gave.
+    """
+    spec = engine.spec
+    state = engine.new_state(**case.dims) if spec.states else None
+    carried = [torch.zeros(tensor.resolve(case.dims)) for tensor in spec.state_tensors]
+    of_module, of_graph = [], []
+    for feeds, feeds_of_graph in zip(case.calls, case_of_graph.calls, strict=True):
+        expected, carried = run_module(module, spec, feeds, carried)
+        actual = {name: value.copy() for name, value in engine.run(feeds_of_graph, state).items()}
+        for name, value in expected.items():
+            if margins is not None and value.dtype == np.int64:
+                report.codes(name, value, actual[name], _measured(margins, feeds), margins.chain)
+            else:
+                report.values(name, value, actual[name])
+        of_module.append(expected)
+        of_graph.append(actual)
+    if state is not None:
+        for tensor, kept in zip(spec.state_tensors, carried, strict=True):
+            report.values(tensor.name, kept.numpy(), state.read(tensor.name))
+    return of_module, of_graph
 
 
 def run_module(
@@ -103,19 +118,25 @@ def _measured(margins: Margins, feeds: Mapping[str, Array]) -> npt.NDArray[np.fl
         return np.asarray(margins.measure(torch.from_numpy(audio)).numpy(), np.float32)
 
 
-class _Report:
+class Report:
     """Compares, raises at the first failure, and remembers the largest error."""
 
     def __init__(self, file: str, tolerance: float) -> None:
         self.file, self.tolerance = file, tolerance
         self.error = 0.0
 
+    def parity(self) -> Parity:
+        """The manifest's entry."""
+        return Parity(self.error, self.tolerance, PROVIDER)
+
     def values(self, name: str, expected: Array, actual: Array) -> None:
+        """Compares numbers."""
         self._same_shape(name, expected, actual)
         difference = float(np.abs(expected.astype(np.float64) - actual.astype(np.float64)).max())
         self._add(difference / max(1.0, float(np.abs(expected).max()) / PEAK), f"{name} differs by {difference:.3g}")
 
     def codes(self, name: str, expected: Array, actual: Array, margins: npt.NDArray[np.float32], chain: int) -> None:
+        """Compares codes; see `flipped_margin`."""
         self._same_shape(name, expected, actual)
         count = int((expected != actual).sum())
         self._add(flipped_margin(expected, actual, margins, chain), f"{count} of {expected.size} {name} differ")

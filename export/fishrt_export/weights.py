@@ -10,26 +10,31 @@ import torch
 from torch import Tensor, nn
 
 from .errors import ExportError
+from .lazy import Lazy, Maker, makers
+from .threads import one_thread
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+_PIECE = 1 << 18
 _COMPUTED = ("freqs_cis", "fast_freqs_cis", "causal_mask")
 M = TypeVar("M", bound=nn.Module)
 
 
-def flat_names(tensors: Mapping[str, Tensor], *, tied_head: bool) -> dict[str, Tensor]:
+def flat_names(tensors: Mapping[str, Tensor], *, tied_head: bool) -> Mapping[str, Tensor]:
     """Renames the nested form of S2-Pro (`text_model.…`, `audio_decoder.…`) and joins separate wq, wk, wv.
 
     Left out by name: what models compute for themselves, the head of reward models, `audio_encoder.*`, and `text_model.lm_head.*`
     where the head is tied to the embedding.
     """
-    flat = {name: tensor for name, tensor in tensors.items() if name not in _COMPUTED and not name.startswith("score_output.")}
+    flat = {
+        name: make for name, make in makers(tensors).items() if name not in _COMPUTED and not name.startswith("score_output.")
+    }
     if any(name.startswith(("text_model.", "audio_decoder.")) for name in tensors):
         flat = {
-            _flat_name(name): tensor
-            for name, tensor in flat.items()
+            _flat_name(name): make
+            for name, make in flat.items()
             if not name.startswith("audio_encoder.") and not (tied_head and name.startswith("text_model.lm_head."))
         }
-    return _join_legacy_projections(flat)
+    return Lazy(_join_legacy_projections(flat))
 
 
 def _flat_name(name: str) -> str:
@@ -44,13 +49,17 @@ def _flat_name(name: str) -> str:
     return name
 
 
-def _join_legacy_projections(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _join_legacy_projections(tensors: dict[str, Maker]) -> dict[str, Maker]:
     prefixes = [match[1] for name in tensors if (match := re.fullmatch(r"(.*attention\.)wq\.weight", name))]
     for prefix in prefixes:
         parts = [f"{prefix}{part}.weight" for part in ("wq", "wk", "wv")]
         if all(part in tensors for part in parts):
-            tensors[f"{prefix}wqkv.weight"] = torch.cat([tensors.pop(part) for part in parts])
+            tensors[f"{prefix}wqkv.weight"] = _joining([tensors.pop(part) for part in parts])
     return tensors
+
+
+def _joining(parts: Sequence[Maker]) -> Maker:
+    return lambda: torch.cat([make() for make in parts])
 
 
 def fuse_weight_norm(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -84,16 +93,21 @@ def find_problems(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, T
     """Everything in which the tensors of a checkpoint differ from what the config asks for, one line each."""
     problems = [f"missing: {name} {list(expected[name])}" for name in expected if name not in found]
     problems += [f"unexpected: {name} {list(found[name].shape)}" for name in found if name not in expected]
-    for name, tensor in found.items():
-        if name not in expected:
-            continue
+    for name in (name for name in found if name in expected):
+        tensor = found[name]
         if tuple(tensor.shape) != expected[name]:
             problems.append(f"wrong shape: {name} is {list(tensor.shape)}, expected {list(expected[name])}")
         elif tensor.dtype not in FLOATS:
             problems.append(f"wrong type: {name} holds {tensor.dtype}; expected bfloat16, float16 or float32")
-        elif not bool(tensor.isfinite().all()):
+        elif not is_finite(tensor):
             problems.append(f"not finite: {name} holds NaN or infinity")
     return problems
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether it holds neither NaN nor infinity, found out in pieces that stay in the processor's cache."""
+    with one_thread():
+        return all(bool(piece.isfinite().all()) for piece in torch.split(tensor.flatten(), _PIECE))
 
 
 def refuse(problems: Sequence[str]) -> None:
@@ -104,6 +118,14 @@ def refuse(problems: Sequence[str]) -> None:
             f"the weights do not fit the config ({len(problems)} problems):\n{listing}",
             hint="config and weights must be of one checkpoint, complete and undamaged",
         )
+
+
+def hollow(module: M) -> M:
+    """Gives a module made on the meta device weights that take no memory: enough to trace it.
+
+    Each has a number of its own all over, since the exporter makes one of weights that are equal.
+    """
+    return load(module, {name: torch.tensor(float(n)).expand(t.shape) for n, (name, t) in enumerate(module.state_dict().items())})
 
 
 def load(module: M, tensors: Mapping[str, Tensor]) -> M:

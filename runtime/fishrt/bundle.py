@@ -21,9 +21,11 @@ from fishrt_engines.spec import GraphSpec
 from .errors import BundleError
 from .features import Codec, LanguageModel
 
-SCHEMA = 2
+SCHEMA = 3
 MANIFEST = "manifest.json"
 ROLES = ("slow_ar", "fast_ar", "codec_encode", "codec_decode")
+PRECISIONS = ("fp32", "fp16", "int8", "int4")
+"""How weights are stored. fp32: as the checkpoint had them, which may be in 16 bits. All are computed with in float32."""
 T = TypeVar("T")
 
 
@@ -83,8 +85,10 @@ class Manifest:
     """File name of the tokenizer."""
     graphs: dict[str, GraphSpec]
     """By role: all of ROLES."""
-    precision: str
-    """Of the arithmetic; weights may be stored narrower."""
+    precision: dict[str, str]
+    """By role: how most of the graph's weights are stored, one of PRECISIONS."""
+    memory: dict[str, int]
+    """By role: bytes that the graph's weights take once ONNX Runtime has loaded it for a CPU."""
     parity: dict[str, Parity]
     licence: Licence
     voices: Voices | None
@@ -94,6 +98,12 @@ class Manifest:
     def total_bytes(self) -> int:
         """Of all files."""
         return sum(entry.bytes for entry in self.files.values())
+
+    def identity(self, role: str) -> str:
+        """A hash that stands for one graph and its weights: hex."""
+        file = self.graphs[role].file
+        hashes = [self.files[name].sha256 for name in (file, f"{file}.data") if name in self.files]
+        return hashlib.sha256(" ".join(hashes).encode()).hexdigest()
 
     def check(self) -> None:
         """Raises one BundleError that lists all values that cannot be, or contradict each other."""
@@ -107,6 +117,14 @@ class Manifest:
             (
                 self.graphs.keys() == set(ROLES),
                 f"the graphs are {', '.join(self.graphs) or 'none'}; they must be {', '.join(ROLES)}",
+            ),
+            (
+                self.precision.keys() == set(ROLES) and set(self.precision.values()) <= set(PRECISIONS),
+                f"the precision is {self.precision}; it must name one of {', '.join(PRECISIONS)} for each graph",
+            ),
+            (
+                self.memory.keys() == set(ROLES) and min(self.memory.values()) >= 0,
+                f"the memory is {self.memory}; it must give bytes for each graph",
             ),
             (
                 self.voices is None or self.voices.default in self.voices.names,
@@ -279,6 +297,8 @@ def _fits(kind: Any, value: Any) -> bool:
         return isinstance(value, int) and not isinstance(value, bool)
     if is_dataclass(kind) or typing.get_origin(kind) is dict:
         return isinstance(value, dict)
+    if typing.get_origin(kind) is tuple:
+        return isinstance(value, list)
     return typing.get_origin(kind) is not None or isinstance(value, kind)
 
 

@@ -6,12 +6,13 @@ mono, −1..1, at the codec's sample rate.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from fishrt_engines import Engine
+from fishrt_engines import Array, Engine, State
 
 from .errors import AudioError, GraphError, VoiceError
 from .features import Codec
@@ -20,6 +21,9 @@ Ints = npt.NDArray[np.int64]
 Pcm = npt.NDArray[np.float32]
 _ABSENT = -1
 """Fed to the decode graph for a codebook that contributes nothing."""
+_LEAST_FRAMES, _MOST_FRAMES = 4, 16
+"""Of one call that decodes. Of 4 to 128 frames, at the official size of S1 and S2 on two cores, 16 took the least time for each:
+with fewer the weights are read too often, with more what layers hand on leaves the caches. So memory is bounded, too."""
 
 
 class CodecEncoder:
@@ -55,12 +59,49 @@ class CodecEncoder:
         return codes
 
 
+class CodecStream(Protocol):
+    """Codes → waveform while the codes come.
+
+    What `push` and `flush` give, put together, is what `CodecDecoder.decode` gives for all codes at once, but for rounding.
+    """
+
+    def push(self, codes: npt.NDArray[np.integer], *, last: bool = False) -> Pcm:
+        """codes as `check_codes` takes them, the next frames → pcm float32 [frames that are ready · hop], maybe none.
+
+        last: no more codes come, as if a `flush` followed.
+
+        Raises VoiceError as `check_codes` does, and for more frames in all than the codec takes; the stream is then as before.
+        Raises GraphError if the graph gives no numbers.
+        """
+        ...
+
+    def flush(self) -> Pcm:
+        """The rest, pcm float32 [frames held back · hop]: no more codes come. The stream can then begin anew."""
+        ...
+
+
 class CodecDecoder:
     """Codes → waveform."""
 
     def __init__(self, engine: Engine, codec: Codec) -> None:
+        """Raises GraphError for a graph that cannot decode piece by piece."""
+        if not engine.spec.states and codec.context is None:
+            raise GraphError(
+                f"{engine.spec.file} carries no state, and the manifest does not say which frames a frame depends on",
+                hint="export the checkpoint again",
+            )
         self._engine = engine
         self._codec = codec
+
+    @property
+    def chunk_frames(self) -> tuple[int, int]:
+        """Least and most frames for one push to a stream: with fewer a frame costs far more time, with more no less."""
+        return _chunk_frames(self._engine, self._codec)
+
+    def stream(self) -> CodecStream:
+        """A new stream."""
+        kind = StatefulStream if self._engine.spec.states else OverlapStream
+        return kind(self._engine, self._codec)
 
     def decode(self, codes: npt.NDArray[np.integer], *, upstream_compat: bool = False) -> Pcm:
         """codes as `check_codes` takes them → pcm float32 [frames · hop].
@@ -68,62 +109,109 @@ class CodecDecoder:
         Fewer rows than the codec has codebooks are a coarser description of the sound: the missing ones add nothing.
         Raises VoiceError as `check_codes` does, GraphError if the graph gives no numbers.
         """
-        checked = check_codes(codes, self._codec, upstream_compat=upstream_compat)
-        return _run(self._engine, _with_absent(checked, self._codec))
+        checked, stream = check_codes(codes, self._codec, upstream_compat=upstream_compat), self.stream()
+        return stream.push(checked, last=True)
 
 
-class CodecStream:
-    """Codes → waveform while they come, for codecs whose frames depend on a few others only.
+class StatefulStream:
+    """For a graph that carries what earlier frames left. See `CodecStream`; nothing is held back."""
+
+    def __init__(self, engine: Engine, codec: Codec) -> None:
+        self._engine, self._codec = engine, codec
+        self._counts_positions = any(tensor.name == "position_ids" for tensor in engine.spec.feeds)
+        _, self._most = _chunk_frames(engine, codec)
+        self._begin()
+
+    def _begin(self) -> None:
+        self._state: State | None = None
+        self._position = 0
+
+    def push(self, codes: npt.NDArray[np.integer], *, last: bool = False) -> Pcm:
+        """See `CodecStream.push`."""
+        checked = _with_absent(check_codes(codes, self._codec), self._codec)
+        frames, room = checked.shape[1], self._codec.max_frames - self._position
+        if frames > room:
+            raise VoiceError(f"there are {frames} frames of codes more; the codec takes {self._codec.max_frames} in one stream")
+        if self._state is None:
+            self._state = self._engine.new_state(batch=1)
+        parts = []
+        for start in range(0, frames, self._most):
+            chunk = np.ascontiguousarray(checked[:, start : start + self._most])
+            feeds = {"codes": chunk[None]}
+            if self._counts_positions:
+                feeds["position_ids"] = np.arange(self._position, self._position + chunk.shape[1], dtype=np.int64)[None]
+            parts.append(_pcm(self._engine.run(feeds, self._state)))
+            self._position += chunk.shape[1]
+        if last:
+            self._begin()
+        return np.concatenate(parts)
+
+    def flush(self) -> Pcm:
+        """See `CodecStream.flush`."""
+        self._begin()
+        return np.empty(0, np.float32)
+
+
+class OverlapStream:
+    """For codecs whose frames depend on a few others only. See `CodecStream`.
 
     Every call decodes the frames before those that are due once more, and frames are held back until those ahead of them are
-    there. What `push` and `flush` give, put together, is what the decoder gives for all codes at once, but for rounding.
+    there.
     """
 
     def __init__(self, engine: Engine, codec: Codec) -> None:
-        """Raises ValueError for a codec that can only decode from the beginning."""
-        if codec.context is None:
-            raise ValueError("this codec has no decode context: every earlier frame counts")
-        self._engine = engine
-        self._codec = codec
-        self._context = codec.context
-        self._restart()
+        assert codec.context is not None
+        self._engine, self._codec, self._context = engine, codec, codec.context
+        _, self._most = _chunk_frames(engine, codec)
+        self._begin()
 
-    def _restart(self) -> None:
+    def _begin(self) -> None:
         # The frames that are still needed: first those whose sound was given already, then those that are due.
         self._frames: Ints = np.empty((len(self._codec.codebook_sizes), 0), np.int64)
         self._given = 0
 
-    def push(self, codes: npt.NDArray[np.integer]) -> Pcm:
-        """codes as `check_codes` takes them, the next frames → pcm float32 [frames that are ready · hop], maybe none.
-
-        Raises as `CodecDecoder.decode` does, also for too many frames at once; the stream is then as before.
-        """
+    def push(self, codes: npt.NDArray[np.integer], *, last: bool = False) -> Pcm:
+        """See `CodecStream.push`. There is no limit to all frames together."""
         checked = _with_absent(check_codes(codes, self._codec), self._codec)
-        if checked.shape[1] > (most := self._codec.max_frames - self._frames.shape[1]):
-            raise VoiceError(f"there are {checked.shape[1]} frames of codes; the stream takes at most {most} at once now")
-        return self._advance(np.concatenate([self._frames, checked], axis=1), self._context.ahead)
+        parts, frames = [], checked.shape[1]
+        for start in range(0, frames, self._most):
+            ends = last and start + self._most >= frames
+            parts.append(self._advance(checked[:, start : start + self._most], 0 if ends else self._context.ahead))
+        if last:
+            self._begin()
+        return np.concatenate(parts)
 
     def flush(self) -> Pcm:
-        """The rest, pcm float32 [frames held back · hop]: no more codes come. The stream can then begin anew."""
-        pcm = self._advance(self._frames, 0)
-        self._restart()
+        """See `CodecStream.flush`."""
+        pcm = self._advance(self._frames[:, :0], 0)
+        self._begin()
         return pcm
 
-    def _advance(self, frames: Ints, held: int) -> Pcm:
-        """Gives the sound of all `frames` not given yet but for the last `held`, and keeps those that are needed again."""
+    def _advance(self, more: Ints, held: int) -> Pcm:
+        """Gives the sound of all frames not given yet but for the last `held`, and keeps those that are needed again."""
+        frames = np.concatenate([self._frames, more], axis=1)
         hop, end = self._codec.hop, frames.shape[1] - held
         pcm = np.empty(0, np.float32)
         if end > self._given:
-            pcm = _run(self._engine, frames)[self._given * hop : end * hop]
+            pcm = _pcm(self._engine.run({"codes": frames[None]}))[self._given * hop : end * hop]
             start = max(end - self._context.left, 0)
             frames, self._given = frames[:, start:], end - start
         self._frames = frames
         return pcm
 
 
-def _run(engine: Engine, codes: Ints) -> Pcm:
-    """codes int64 [K, frames] → pcm float32 [frames · hop]."""
-    pcm: Pcm = engine.run({"codes": codes[None]})["audio"][0, 0].astype(np.float32, copy=False)
+def _chunk_frames(engine: Engine, codec: Codec) -> tuple[int, int]:
+    """See `CodecDecoder.chunk_frames`. Overlapping chunks are at least as long as what is decoded again with each."""
+    if engine.spec.states:
+        return _LEAST_FRAMES, min(_MOST_FRAMES, codec.max_frames)
+    assert codec.context is not None
+    again = codec.context.left + codec.context.ahead
+    return max(_LEAST_FRAMES, again), min(max(_MOST_FRAMES, 8 * again), codec.max_frames - again)
+
+
+def _pcm(results: Mapping[str, Array]) -> Pcm:
+    """The decode graph's results → pcm float32 [frames · hop], which no later call overwrites."""
+    pcm: Pcm = results["audio"][0, 0].astype(np.float32)
     if not np.isfinite(pcm).all():
         raise GraphError("the codec gave samples that are not numbers", hint="the bundle is damaged: export it again")
     return pcm

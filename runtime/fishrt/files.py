@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 import secrets
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from .errors import OutputError
 
@@ -24,27 +27,40 @@ def check_place(path: Path) -> None:
         raise OutputError(f"cannot write {path}: the folder {folder} cannot be written")
 
 
-def write_whole(path: str | Path, data: bytes) -> None:
-    """Writes a whole file, or to standard output for "-". Raises OutputError; BrokenPipeError if nobody reads the output."""
+@contextmanager
+def growing(path: str | Path) -> Iterator[tuple[BinaryIO, bool]]:
+    """Opens a result that is written bit by bit, standard output for "-"; and whether what was written can still be changed.
+
+    A file appears under its name when the block ends without an error. Raises OutputError; BrokenPipeError if nobody reads.
+    """
     if str(path) == "-":
         if sys.stdout is None:
             raise OutputError("cannot write to standard output: it is closed")
-        sys.stdout.buffer.write(data)
-        sys.stdout.buffer.flush()
+        yield sys.stdout.buffer, False
         return
     target = Path(path).resolve()  # a link stays a link
+    special = _is_special(target)
+    aside = target if special else target.with_name(f".{secrets.token_hex(8)}.part")
     try:
-        if _is_special(target):
-            target.write_bytes(data)
-            return
-        aside = target.with_name(f".{secrets.token_hex(8)}.part")
         try:
-            aside.write_bytes(data)
-            aside.replace(target)
+            with aside.open("wb") as file:
+                yield file, not special
+            if not special:
+                aside.replace(target)
         finally:
-            aside.unlink(missing_ok=True)
+            if not special:
+                aside.unlink(missing_ok=True)
+    except BrokenPipeError:
+        raise
     except OSError as error:
         raise OutputError(f"cannot write {path}: {error.strerror or error}") from None
+
+
+def write_whole(path: str | Path, data: bytes) -> None:
+    """Writes a whole file, or to standard output for "-". Raises OutputError; BrokenPipeError if nobody reads the output."""
+    with growing(path) as (file, _):
+        file.write(data)
+        file.flush()
 
 
 def _is_special(path: Path) -> bool:

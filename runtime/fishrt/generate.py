@@ -14,7 +14,7 @@ Columns hold codes + `code_offset`, frames the codes themselves.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,17 +22,13 @@ import numpy as np
 
 from fishrt_engines import Array, Engine
 
+from .context import SlowContext
 from .errors import FishrtError, PromptError, SamplingError
 from .features import LanguageModel
 from .sampling import Floats, Ints, Noise, PenaltyWindow, Sampling, draw, is_semantic, main_ids, probabilities, sample_main
 
 StopReason = Literal["end", "max_frames", "max_seq_len"]
 """The end token; as many frames as asked for; no position left in the model's context."""
-
-
-FIRST_FRAMES = 256
-"""Frames for which the slow AR's cache has room at first; it doubles when it is full. How much is said is not known before, and a
-step costs time for every row of the cache, used or not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +56,12 @@ class Columns(Iterator[Ints]):
         *,
         max_columns: int | None = None,
         upstream_compat: bool = False,
+        context: SlowContext | None = None,
     ) -> None:
-        """Raises PromptError for a prompt that does not fit the model, SamplingError for max_columns below 1."""
+        """context: what the slow AR has read already; columns with which the prompt begins as well are not read again.
+
+        Raises PromptError for a prompt that does not fit the model, SamplingError for max_columns below 1.
+        """
         self.stop_reason: StopReason | None = None
         self._model, self._sampling, self._noise = model, sampling, noise
         lm = model.language_model
@@ -77,11 +77,10 @@ class Columns(Iterator[Ints]):
         self._count = 0
         self._ids = main_ids(lm)
         self._head = self._ids if lm.head == "full" and lm.main_tokens == "audio" else slice(None)
-        self._most_rows = length + self._limit
-        self._slow_state = model.slow.new_state(batch=1, cache=min(length + FIRST_FRAMES, self._most_rows))
+        self._context = SlowContext(model.slow, lm.num_codebooks) if context is None else context
+        self._context.reserve(length, length + self._limit)
         self._fast_state = model.fast.new_state(batch=1)
-        self._position = 0
-        self._next_input: Ints = np.ascontiguousarray(prompt[None])
+        self._next_input = self._context.rewind(prompt)
         self._fast_positions = np.arange(lm.num_codebooks, dtype=np.int64)
         # What the last frames drew; the prefill's never enters.
         aware, penalty = lm.sampling.repetition_aware, lm.sampling.repetition_penalty
@@ -93,7 +92,7 @@ class Columns(Iterator[Ints]):
         if self.stop_reason is not None:
             raise StopIteration
         lm = self._model.language_model
-        results = self._slow_call(self._next_input)
+        results = self._context.read(self._next_input)
         column = np.empty(1 + lm.num_codebooks, np.int64)
         column[0] = main = self._draw_main(results["logits"])
         ends = main == lm.end_id and (self._count > 0 or not self._upstream_compat)
@@ -108,26 +107,12 @@ class Columns(Iterator[Ints]):
             if self._window:
                 self._window.add(column)
         self._count += 1
-        self._next_input = column[None, :, None]
+        self._next_input = column[:, None]
         if ends:
             self.stop_reason = "end"
         elif self._count == self._limit:
             self.stop_reason = self._limit_reason
         return column
-
-    def _slow_call(self, columns: Ints) -> Mapping[str, Array]:
-        """Feeds columns int64 [1, 1 + C, length] at the positions after those that were fed before."""
-        start, length = self._position, columns.shape[2]
-        self._position += length
-        if self._position > (rows := self._slow_state.dims["cache"]):
-            self._slow_state.grow(cache=min(2 * rows, self._most_rows))
-        feeds = {
-            "prompt": columns,
-            "position_ids": np.arange(start, start + length, dtype=np.int64)[None],
-            "write_index": np.array([start], np.int64),
-            "last_index": np.array([length - 1], np.int64),
-        }
-        return self._model.slow.run(feeds, self._slow_state)
 
     def _draw_main(self, logits: Array) -> int:
         lm = self._model.language_model
@@ -200,19 +185,26 @@ class Generation(Iterator[Ints]):
 
 
 def generate_frames(
-    model: DualAR, prompt: Ints, sampling: Sampling, noise: Noise, *, max_frames: int | None = None, upstream_compat: bool = False
+    model: DualAR,
+    prompt: Ints,
+    sampling: Sampling,
+    noise: Noise,
+    *,
+    max_frames: int | None = None,
+    upstream_compat: bool = False,
+    context: SlowContext | None = None,
 ) -> Generation:
     """Speaks a prompt, int64 [1 + C, length], frame by frame.
 
     sampling: resolved. max_frames: None means until the end token or the end of the context. The cache never exceeds the prompt
-    and this limit.
+    and this limit. context: what the slow AR has read already, see `SlowContext`; it is not read again.
     The column of the end token is not yielded. With `upstream_compat` the literal upstream behaviour: an end token in the first
     column does not stop, padding may be drawn, and the column that `upstream_trim` names is left out whatever it is, so that a
     limit yields one frame less.
     Raises PromptError for a prompt that does not fit the model, SamplingError for max_frames below 1. The iterator raises
     FishrtError for a frame with padding in place of a code.
     """
-    columns = Columns(model, prompt, sampling, noise, max_columns=max_frames, upstream_compat=upstream_compat)
+    columns = Columns(model, prompt, sampling, noise, max_columns=max_frames, upstream_compat=upstream_compat, context=context)
     return Generation(columns, model.language_model, upstream_compat=upstream_compat)
 
 

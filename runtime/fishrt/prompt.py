@@ -249,6 +249,11 @@ class Conversation:
         self._history: list[Ints] = []
         self._text = ""
 
+    @property
+    def head(self) -> Ints:
+        """What every prompt begins with, system text and voices: int64 [1 + num_codebooks, T], maybe of no columns."""
+        return self._head
+
     def user(self, text: str) -> Ints:
         """The prompt int64 [1 + num_codebooks, T] for the next piece, as `split` gave it.
 

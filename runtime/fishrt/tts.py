@@ -4,17 +4,17 @@
                         ▲                    │
                         └── what was said ◄──┘
 
-`stream()` yields one chunk for each piece of text; `speak()` drains it, so that the two cannot drift apart.
+`stream()` yields chunks while frames are drawn; `speak()` drains the same generator, so that the two cannot drift apart.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import secrets
 import textwrap
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -24,17 +24,21 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from fishrt_engines import Engine, open_engine
+from fishrt_engines import Engine
 from fishrt_engines.providers import resolve_provider
 
 from .audio import Pcm, check_pcm, resample
 from .bundle import Bundle, embedded_bundle
 from .codec import CodecDecoder, CodecEncoder, clamp_codes
+from .context import ContextStore
 from .errors import FishrtError, SamplingError, VoiceError
-from .generate import DualAR, generate_frames
+from .generate import DualAR, Generation, StopReason, generate_frames
+from .graphs import BundleGraphs
+from .memory import check_memory, estimate
+from .prepared import prepared_path, read_prepared, write_prepared
 from .prompt import Conversation, PromptBuilder
 from .sampling import Ints, Sampling, SeededNoise
-from .speech import AudioChunk, PieceInfo, Progress, Speech, SpeechInfo, Timings
+from .speech import AudioChunk, PieceInfo, Progress, Speech, SpeechInfo, SpeechStream, Timings, growing_chunks
 from .text import check_speakers, speaker_turns
 from .tokenizer import Tokenizer
 from .voices import Voice, VoiceStore
@@ -58,6 +62,19 @@ class _Request:
     upstream_compat: bool
 
 
+@dataclass(frozen=True, slots=True)
+class _Drawn:
+    """Frames that are to be decoded together."""
+
+    piece: int
+    codes: Ints
+    """int64 [C, frames], as drawn."""
+    stop_reason: StopReason | None
+    """None: the piece goes on."""
+    seconds: float
+    """What drawing them took."""
+
+
 class TTS:
     """A bundle, ready to speak. May be used by several threads; each request has its own state."""
 
@@ -65,6 +82,7 @@ class TTS:
         """engines: by the roles of the manifest's graphs. `TTS.load` is the usual way."""
         self.bundle = bundle
         self._engines = engines
+        self._contexts = ContextStore()
 
     @classmethod
     def load(cls, bundle: str | Path | Bundle | None = None, *, provider: str = "auto", threads: int | None = None) -> TTS:
@@ -72,13 +90,20 @@ class TTS:
 
         provider: "auto", or one of `fishrt doctor`'s. threads: for each graph; None means the physical cores.
         The files of a bundle up to VERIFIED_BYTES are compared with the hashes of its manifest.
-        Raises BundleError and ProviderError here, GraphError from the call that first needs a damaged graph.
+        Raises BundleError and ProviderError here, and FishrtError where the memory does not suffice; GraphError from the call
+        that first needs a damaged graph.
         """
         if not isinstance(bundle, Bundle):
             bundle = Bundle.load(embedded_bundle() if bundle is None else bundle)
         if bundle.manifest.total_bytes <= VERIFIED_BYTES:
             bundle.verify()
-        return cls(bundle, _Graphs(bundle, resolve_provider(provider), threads))
+        check_memory(estimate(bundle.manifest).speaking, f"speaking with {bundle.manifest.name}")
+        return cls(bundle, BundleGraphs(bundle, resolve_provider(provider), threads))
+
+    @property
+    def engines(self) -> Mapping[str, Engine]:
+        """The graphs by role. One that is asked for is opened, if it is not open yet."""
+        return self._engines
 
     @property
     def sample_rate(self) -> int:
@@ -112,38 +137,20 @@ class TTS:
         that is no whole number), or a repetition penalty that the model does not have; FishrtError if the model says nothing for
         a piece of the text, or draws what has no sound, or memory does not suffice.
         """
+        accepted = time.perf_counter()
         request = self._request(text, voice, sampling, seed, max_frames, system, upstream_compat)
+        stream = self._stream(request, accepted, progress, lambda _, most: itertools.repeat(most))
         chunks = []
-        for chunk in self._chunks(request, progress):
-            if not chunk.codes.shape[1]:
+        for chunk in stream:
+            chunks.append(chunk)
+            if chunk.stop_reason is not None and not sum(c.codes.shape[1] for c in chunks if c.piece == chunk.piece):
                 said = textwrap.shorten(chunk.text, 60, placeholder=" …")
                 if chunk.stop_reason != "end":
                     raise FishrtError(f'the limit leaves no frame for "{said}"', hint="allow more frames")
                 raise FishrtError(f'the model ended before it said "{said}"', hint="try another seed, voice or text")
-            chunks.append(chunk)
         codes = np.concatenate([c.codes for c in chunks], axis=1)
         pcm = np.concatenate([c.pcm for c in chunks])
-        audio_s = len(pcm) / self.sample_rate
-        timings = Timings(
-            sum(c.timings.load_s for c in chunks),
-            sum(c.timings.language_model_s for c in chunks),
-            sum(c.timings.codec_s for c in chunks),
-        )
-        manifest = self.bundle.manifest
-        info = SpeechInfo(
-            seed=request.seed,
-            sampling=request.sampling,
-            voices=request.voices,
-            pieces=tuple(PieceInfo(c.text, c.codes.shape[1], c.stop_reason) for c in chunks),
-            frames=codes.shape[1],
-            audio_s=audio_s,
-            timings=timings,
-            rtf=timings.compute_s / audio_s,
-            provider=self._engines["slow_ar"].provider,
-            bundle=manifest.name,
-            bundle_sha256=hashlib.sha256(manifest.to_json().encode()).hexdigest(),
-        )
-        return Speech(pcm, self.sample_rate, codes, info)
+        return Speech(pcm, self.sample_rate, codes, stream.info)
 
     def stream(
         self,
@@ -156,12 +163,15 @@ class TTS:
         system: str | None = None,
         upstream_compat: bool = False,
         progress: Callable[[Progress], None] | None = None,
-    ) -> Iterator[AudioChunk]:
-        """As `speak`, one chunk for each piece of text; one for which the model said nothing is empty.
+    ) -> SpeechStream:
+        """As `speak`, in chunks while frames are drawn: short ones first, see `growing_chunks`.
 
-        What is wrong with the request is raised here, not at the first chunk.
+        A piece for which the model said nothing has one chunk, which is empty. What is wrong with the request is raised here, not
+        at the first chunk.
         """
-        return self._chunks(self._request(text, voice, sampling, seed, max_frames, system, upstream_compat), progress)
+        accepted = time.perf_counter()
+        request = self._request(text, voice, sampling, seed, max_frames, system, upstream_compat)
+        return self._stream(request, accepted, progress, growing_chunks)
 
     def encode(self, pcm: Pcm, rate: int) -> Ints:
         """pcm: float [samples], mono, −1..1, at `rate` Hz → codes int64 [K, frames]. Raises AudioError."""
@@ -186,6 +196,29 @@ class TTS:
         if name not in names:
             raise VoiceError(f"the bundle has no voice {name!r}; it has: {', '.join(names) or 'none'}", hint="fishrt voice list")
         return VoiceStore(self.bundle.path / "voices").load(name)
+
+    def is_prepared(self, folder: Path) -> bool:
+        """Whether `prepare` wrote into the folder of a voice, for this bundle."""
+        return prepared_path(folder, self.bundle.manifest.identity("slow_ar")).is_file()
+
+    def prepare(self, voice: VoiceLike, folder: Path | None = None) -> None:
+        """Reads a voice, so that requests with it alone, and no system text of their own, start at their text.
+
+        Requests do so by themselves when they meet a voice for the first time, and remember the last few. folder: take what the
+        slow AR made of the voice from there, see `prepared.py`; write it there if it is not there yet.
+        Raises VoiceError for a voice that is unknown or not this bundle's, OutputError.
+        """
+        head = self._prompts.start(self._voices(voice, ""), None, upstream_compat=False).head
+        graph = self.bundle.manifest.identity("slow_ar")
+        with _memory_errors():
+            slow = self._engines["slow_ar"]
+            saved = None if folder is None else read_prepared(folder, graph, head, slow.spec)
+            if saved is not None:
+                self._contexts.add(head, saved)
+                return
+            saved = self._contexts.context(slow, head).save()
+        if folder is not None:
+            write_prepared(folder, graph, head, saved)
 
     @cached_property
     def _prompts(self) -> PromptBuilder:
@@ -242,17 +275,78 @@ class TTS:
         # The codec may have more codebooks than the model.
         return [replace(v, codes=v.codes[: manifest.language_model.num_codebooks]) for v in voices]
 
-    def _chunks(self, request: _Request, progress: Callable[[Progress], None] | None) -> Iterator[AudioChunk]:
-        codec, lm = self.bundle.manifest.codec, self.bundle.manifest.language_model
+    def _stream(
+        self,
+        request: _Request,
+        accepted: float,
+        progress: Callable[[Progress], None] | None,
+        sizes: Callable[[int, int], Iterator[int]],
+    ) -> SpeechStream:
+        """sizes: least and most frames of a useful chunk → frames of each chunk."""
+
+        def describe(pieces: tuple[PieceInfo, ...], samples: int, timings: Timings) -> SpeechInfo:
+            manifest, audio_s = self.bundle.manifest, samples / self.sample_rate
+            return SpeechInfo(
+                seed=request.seed,
+                sampling=request.sampling,
+                voices=request.voices,
+                pieces=pieces,
+                frames=sum(piece.frames for piece in pieces),
+                audio_s=audio_s,
+                timings=timings,
+                rtf=timings.compute_s / audio_s if audio_s else None,
+                provider=self._engines["slow_ar"].provider,
+                bundle=manifest.name,
+                bundle_sha256=hashlib.sha256(manifest.to_json().encode()).hexdigest(),
+            )
+
+        return SpeechStream(self._chunks(request, accepted, progress, sizes), describe)
+
+    def _chunks(
+        self,
+        request: _Request,
+        accepted: float,
+        progress: Callable[[Progress], None] | None,
+        sizes: Callable[[int, int], Iterator[int]],
+    ) -> Generator[AudioChunk]:
+        """Decodes what `_draw` draws; each piece of text begins with a fresh state of the codec."""
+        codec = self.bundle.manifest.codec
         begun = time.perf_counter()
         with _memory_errors():
-            model = DualAR(self._engines["slow_ar"], self._engines["fast_ar"], lm)
+            model = DualAR(self._engines["slow_ar"], self._engines["fast_ar"], self.bundle.manifest.language_model)
             decoder = self._decoder()
-        load_s = time.perf_counter() - begun
-        noise = SeededNoise(request.seed)
-        said = 0
-        begun = time.perf_counter()
-        for n, text in enumerate(request.pieces):
+        load_s, heard = time.perf_counter() - begun, False
+        stream = decoder.stream()
+        for drawn in self._draw(request, model, sizes(*decoder.chunk_frames), progress):
+            begun, last = time.perf_counter(), drawn.stop_reason is not None
+            with _memory_errors():
+                codes = clamp_codes(drawn.codes, codec)
+                pcm = stream.push(codes, last=last) if codes.shape[1] else stream.flush()
+            now = time.perf_counter()
+            first = len(pcm) > 0 and not heard
+            timings = Timings(load_s, drawn.seconds, now - begun, now - accepted if first else None)
+            heard, load_s = heard or first, 0.0
+            yield AudioChunk(
+                pcm, codec.sample_rate, codes, drawn.piece, request.pieces[drawn.piece], drawn.stop_reason, request.seed, timings
+            )
+
+    def _draw(
+        self, request: _Request, model: DualAR, sizes: Iterator[int], progress: Callable[[Progress], None] | None
+    ) -> Iterator[_Drawn]:
+        """The frames of all pieces, in chunks of `sizes` frames; the last of each piece is shorter, maybe empty."""
+        rate, lm, noise = self.bundle.manifest.codec.frame_rate, model.language_model, SeededNoise(request.seed)
+        total, begun = itertools.count(1), time.perf_counter()
+        with _memory_errors():
+            context = self._contexts.context(model.slow, request.conversation.head)
+
+        def told(piece: int, generation: Generation) -> Iterator[Ints]:
+            for frame in generation:
+                if progress is not None:
+                    frames = next(total)
+                    progress(Progress(piece, len(request.pieces), frames, frames / rate, time.perf_counter() - begun))
+                yield frame
+
+        for piece, text in enumerate(request.pieces):
             started = time.perf_counter()
             with _memory_errors():
                 generation = generate_frames(
@@ -262,49 +356,18 @@ class TTS:
                     noise,
                     max_frames=request.max_frames,
                     upstream_compat=request.upstream_compat,
+                    context=context,
                 )
-                frames = []
-                for frame in generation:
-                    frames.append(frame)
-                    if progress is not None:
-                        total = said + len(frames)
-                        elapsed = time.perf_counter() - begun
-                        progress(Progress(n, len(request.pieces), total, total / codec.frame_rate, elapsed))
-                # The model is reminded of exactly what it drew; the codec and the caller get codes that the codec has.
-                request.conversation.assistant(generation.drawn)
-                drawn = np.stack(frames, axis=1) if frames else np.zeros((lm.num_codebooks, 0), np.int64)
-                spoken = time.perf_counter()
-                codes = clamp_codes(drawn, codec)
-                pcm = decoder.decode(codes) if frames else np.zeros(0, np.float32)
-            timings = Timings(load_s, spoken - started, time.perf_counter() - spoken)
-            reason = generation.stop_reason
-            assert reason is not None
-            yield AudioChunk(pcm, codec.sample_rate, codes, n, text, reason, request.seed, timings)
-            said += len(frames)
-            load_s = 0.0
-
-
-class _Graphs(Mapping[str, Engine]):
-    """The graphs of a bundle by role, each opened when it is first asked for: decoding needs no language model."""
-
-    def __init__(self, bundle: Bundle, provider: str, threads: int | None) -> None:
-        self._bundle, self._provider, self._threads = bundle, provider, threads
-        self._open: dict[str, Engine] = {}
-        self._lock = threading.Lock()
-
-    def __getitem__(self, role: str) -> Engine:
-        with self._lock:
-            if role not in self._open:
-                spec = self._bundle.manifest.graphs[role]
-                path = self._bundle.file(spec.file)
-                self._open[role] = open_engine(path, spec, provider=self._provider, threads=self._threads)
-            return self._open[role]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._bundle.manifest.graphs)
-
-    def __len__(self) -> int:
-        return len(self._bundle.manifest.graphs)
+            frames = told(piece, generation)
+            while generation.stop_reason is None:
+                with _memory_errors():
+                    chunk = list(itertools.islice(frames, next(sizes)))
+                    codes = np.stack(chunk, axis=1) if chunk else np.zeros((lm.num_codebooks, 0), np.int64)
+                    if (reason := generation.stop_reason) is not None:
+                        # The model is reminded of exactly what it drew; the codec and the caller get codes that the codec has.
+                        request.conversation.assistant(generation.drawn)
+                yield _Drawn(piece, codes, reason, time.perf_counter() - started)
+                started = time.perf_counter()
 
 
 @contextmanager

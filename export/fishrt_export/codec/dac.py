@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .carry import Carry, Carrying, Chain
 from .dac_config import MAX_FRAMES, DacConfig
 from .layers import CausalConv1d, CausalConvTranspose1d, ConvNeXtBlock, ResidualUnit, Snake, WindowTransformer
 
@@ -48,20 +49,20 @@ class Encoder(nn.Module):
         return cast(Tensor, self.block(audio))
 
 
-class DecoderBlock(nn.Module):
+class DecoderBlock(Carrying):
     """A transposed convolution that halves the channels, then three residual units."""
 
     def __init__(self, channels: int, stride: int) -> None:
         super().__init__()
         half = channels // 2
-        self.block = nn.Sequential(
+        self.block = Chain(
             Snake(channels),
             CausalConvTranspose1d(channels, half, 2 * stride, stride),
             *(ResidualUnit(half, dilation) for dilation in (1, 3, 9)),
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        return cast(Tensor, self.block(x))
+    def forward(self, x: Tensor, carry: Carry | None = None) -> Tensor:
+        return cast(Tensor, self.block(x, carry))
 
 
 class Decoder(nn.Module):
@@ -74,10 +75,10 @@ class Decoder(nn.Module):
         for stride in config.decoder_rates:
             blocks.append(DecoderBlock(channels, stride))
             channels //= 2
-        self.model = nn.Sequential(*blocks, Snake(channels), CausalConv1d(channels, 1, 7))
+        self.model = Chain(*blocks, Snake(channels), CausalConv1d(channels, 1, 7))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.tanh(self.model(x))
+    def forward(self, x: Tensor, carry: Carry | None = None) -> Tensor:
+        return torch.tanh(self.model(x, carry))
 
 
 class VectorQuantizer(nn.Module):
@@ -126,8 +127,8 @@ class Quantizer(nn.Module):
         self.semantic_quantizer = QuantizerStack(dim, 1, config.semantic_codebook_size, config.codebook_dim)
         self.quantizer = QuantizerStack(dim, config.residual_codebooks, config.codebook_size, config.codebook_dim)
         self.post_module = config.post_module.build(max_frames)
-        self.upsample = nn.Sequential(
-            *(nn.Sequential(CausalConvTranspose1d(dim, dim, f, f), ConvNeXtBlock(dim)) for f in reversed(config.downsample))
+        self.upsample = Chain(
+            *(Chain(CausalConvTranspose1d(dim, dim, f, f), ConvNeXtBlock(dim)) for f in reversed(config.downsample))
         )
 
     @property
@@ -149,9 +150,9 @@ class Quantizer(nn.Module):
         """codes int64 [batch, codebooks, frames] → [batch, dim, frames]. A code of −1 contributes nothing."""
         return torch.stack([q.lookup(codes[:, i]) for i, q in enumerate(self.codebooks)]).sum(dim=0)
 
-    def decode(self, codes: Tensor) -> Tensor:
+    def decode(self, codes: Tensor, carry: Carry | None = None) -> Tensor:
         """codes → features [batch, dim, frames·downsampling] for the decoder."""
-        return cast(Tensor, self.upsample(self.post_module(self.dequantize(codes))))
+        return cast(Tensor, self.upsample(self.post_module(self.dequantize(codes), carry), carry))
 
 
 class Dac(nn.Module):
@@ -168,6 +169,6 @@ class Dac(nn.Module):
         """audio float32 [batch, 1, frames·hop], −1..1 → codes int64 [batch, codebooks, frames]."""
         return self.quantizer.encode(self.encoder(audio))
 
-    def decode(self, codes: Tensor) -> Tensor:
+    def decode(self, codes: Tensor, carry: Carry | None = None) -> Tensor:
         """codes int64 [batch, codebooks, frames] → audio float32 [batch, 1, frames·hop]."""
-        return cast(Tensor, self.decoder(self.quantizer.decode(codes)))
+        return cast(Tensor, self.decoder(self.quantizer.decode(codes, carry), carry))

@@ -22,6 +22,7 @@ from fishrt.features import DecodeContext
 
 from ..checkpoint import CODEC_CONFIG
 from ..fields import Fields
+from .carry import Carry, Carrying, Chain, through
 from .dac_config import MAX_FRAMES
 from .fsq import GroupedFSQ
 from .layers import ConvNeXtBlock, conv1d, conv_transpose1d
@@ -261,9 +262,9 @@ class Quantizer(nn.Module):
                 for f in config.downsample
             )
         )
-        self.upsample = nn.Sequential(
+        self.upsample = Chain(
             *(
-                nn.Sequential(conv_transpose1d(dim, dim, f, f, causal=causal), ConvNeXtBlock(dim, KERNEL, causal=causal))
+                Chain(conv_transpose1d(dim, dim, f, f, causal=causal), ConvNeXtBlock(dim, KERNEL, causal=causal))
                 for f in reversed(config.downsample)
             )
         )
@@ -272,12 +273,12 @@ class Quantizer(nn.Module):
         """[batch, dim, n] → codes int64 [batch, codebooks, frames]."""
         return self.residual_fsq.encode(self.downsample(features))
 
-    def decode(self, codes: Tensor) -> Tensor:
+    def decode(self, codes: Tensor, carry: Carry | None = None) -> Tensor:
         """codes → features [batch, dim, frames·downsampling] for the head."""
-        return cast(Tensor, self.upsample(self.residual_fsq.decode(codes)))
+        return cast(Tensor, self.upsample(self.residual_fsq.decode(codes), carry))
 
 
-class ResidualBlock(nn.Module):
+class ResidualBlock(Carrying):
     """Rounds of two convolutions with SiLU before each, added to what they were given. In the oldest release, the second of each
     round is not dilated."""
 
@@ -288,13 +289,13 @@ class ResidualBlock(nn.Module):
             conv1d(channels, channels, kernel, causal=causal, dilation=d if causal else 1) for d in dilations
         )
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, carry: Carry | None = None) -> Tensor:
         for first, second in zip(self.convs1, self.convs2, strict=True):
-            x = x + second(F.silu(first(F.silu(x))))
+            x = x + through(second, F.silu(through(first, F.silu(x), carry)), carry)
         return x
 
 
-class ParallelBlocks(nn.Module):
+class ParallelBlocks(Carrying):
     """The mean of residual blocks of several kernels."""
 
     def __init__(self, channels: int, config: FireflyConfig) -> None:
@@ -304,8 +305,9 @@ class ParallelBlocks(nn.Module):
             for kernel, dilations in zip(config.block_kernels, config.dilations, strict=True)
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.stack([block(x) for block in self.blocks]).mean(dim=0)
+    def forward(self, x: Tensor, carry: Carry | None = None) -> Tensor:
+        first, *others = (block(x, carry) for block in self.blocks)
+        return cast(Tensor, sum(others, first)) / len(self.blocks)
 
 
 class Head(nn.Module):
@@ -322,11 +324,11 @@ class Head(nn.Module):
             self.resblocks.append(ParallelBlocks(channels, config))
         self.conv_post = conv1d(channels, 1, config.post_kernel, causal=causal)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.conv_pre(x)
+    def forward(self, x: Tensor, carry: Carry | None = None) -> Tensor:
+        x = through(self.conv_pre, x, carry)
         for up, blocks in zip(self.ups, self.resblocks, strict=True):
-            x = blocks(up(F.silu(x)))
-        return torch.tanh(self.conv_post(F.silu(x)))
+            x = blocks(through(up, F.silu(x), carry), carry)
+        return torch.tanh(through(self.conv_post, F.silu(x), carry))
 
 
 class Firefly(nn.Module):
@@ -344,6 +346,6 @@ class Firefly(nn.Module):
         """audio float32 [batch, 1, samples], −1..1 → codes int64 [batch, codebooks, frames]."""
         return self.quantizer.encode(self.backbone(self.mel(audio)))
 
-    def decode(self, codes: Tensor) -> Tensor:
-        """codes int64 [batch, codebooks, frames] → audio float32 [batch, 1, frames·hop]."""
-        return cast(Tensor, self.head(self.quantizer.decode(codes)))
+    def decode(self, codes: Tensor, carry: Carry | None = None) -> Tensor:
+        """codes int64 [batch, codebooks, frames] → audio float32 [batch, 1, frames·hop]. Only a causal codec can carry."""
+        return cast(Tensor, self.head(self.quantizer.decode(codes, carry), carry))

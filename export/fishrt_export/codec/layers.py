@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -9,12 +10,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..rope import apply_rope, rope_table
+from .carry import Carry, Carrying, Chain, through
 
 
-class CausalConv1d(nn.Module):
+class CausalConv1d(Carrying):
     """Convolution that sees no future: zeros of length (k−1)·dilation − (stride−1) stand before the first sample.
 
-    Input [batch, in, n], output [batch, out, ⌈n / stride⌉]: zeros behind the last sample complete its stride.
+    Input [batch, in, n], output [batch, out, ⌈n / stride⌉]: zeros behind the last sample complete its stride. Carries the last
+    (k−1)·dilation inputs, if its stride is 1.
     """
 
     def __init__(self, inputs: int, outputs: int, kernel: int, *, stride: int = 1, dilation: int = 1, groups: int = 1) -> None:
@@ -22,21 +25,31 @@ class CausalConv1d(nn.Module):
         self.conv = nn.Conv1d(inputs, outputs, kernel, stride, dilation=dilation, groups=groups)
         self.padding = ((kernel - 1) * dilation + 1 - stride, stride - 1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return cast(Tensor, self.conv(F.pad(x, self.padding)))
+    def forward(self, x: Tensor, carry: Carry | None = None) -> Tensor:
+        if carry is None:
+            return cast(Tensor, self.conv(F.pad(x, self.padding)))
+        assert self.conv.stride == (1,)
+        return cast(Tensor, self.conv(carry.join(x, self.padding[0])))
 
 
-class CausalConvTranspose1d(nn.Module):
-    """Transposed convolution with the last kernel − stride outputs dropped: [batch, in, n] → [batch, out, stride·n]."""
+class CausalConvTranspose1d(Carrying):
+    """Transposed convolution with the last kernel − stride outputs dropped: [batch, in, n] → [batch, out, stride·n].
+
+    Carries the inputs that reach beyond their own stride: one where the kernel is twice the stride, none where it is the stride.
+    """
 
     def __init__(self, inputs: int, outputs: int, kernel: int, stride: int) -> None:
         super().__init__()
         self.conv = nn.ConvTranspose1d(inputs, outputs, kernel, stride)
         self.trim = kernel - stride
+        self.reach = (kernel - 1) // stride
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, carry: Carry | None = None) -> Tensor:
+        first = 0
+        if carry is not None:
+            x, first = carry.join(x, self.reach), self.reach * self.conv.stride[0]
         y: Tensor = self.conv(x)
-        return y[..., : -self.trim] if self.trim else y
+        return y[..., first : -self.trim or None]
 
 
 def conv1d(
@@ -66,26 +79,26 @@ class Snake(nn.Module):
         self.alpha = nn.Parameter(torch.ones(1, channels, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + torch.sin(self.alpha * x).square() / (self.alpha + 1e-9)
+        return x + torch.sin(self.alpha * x).square() * (1 / (self.alpha + 1e-9))
 
 
-class ResidualUnit(nn.Module):
+class ResidualUnit(Carrying):
     """x + conv1(snake(conv7(snake(x)))), the wide convolution dilated."""
 
     def __init__(self, channels: int, dilation: int) -> None:
         super().__init__()
-        self.block = nn.Sequential(
+        self.block = Chain(
             Snake(channels),
             CausalConv1d(channels, channels, 7, dilation=dilation),
             Snake(channels),
             CausalConv1d(channels, channels, 1),
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        return x + cast(Tensor, self.block(x))
+    def forward(self, x: Tensor, carry: Carry | None = None) -> Tensor:
+        return x + cast(Tensor, self.block(x, carry))
 
 
-class ConvNeXtBlock(nn.Module):
+class ConvNeXtBlock(Carrying):
     """Depthwise convolution over time, then a two-layer network over channels, scaled by gamma and added to the input."""
 
     def __init__(self, channels: int, kernel: int = 7, *, causal: bool = True) -> None:
@@ -96,8 +109,8 @@ class ConvNeXtBlock(nn.Module):
         self.pwconv2 = nn.Linear(4 * channels, channels)
         self.gamma = nn.Parameter(torch.full((channels,), 1e-1))
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.norm(self.dwconv(x).transpose(1, 2))
+    def forward(self, x: Tensor, carry: Carry | None = None) -> Tensor:
+        y = self.norm(through(self.dwconv, x, carry).transpose(1, 2))
         y = self.gamma * self.pwconv2(F.gelu(self.pwconv1(y)))
         return x + cast(Tensor, y.transpose(1, 2))
 
@@ -113,6 +126,21 @@ class LayerScale(nn.Module):
         return x * self.gamma
 
 
+@dataclass(frozen=True, slots=True)
+class View:
+    """What all layers of a windowed transformer look at in one call."""
+
+    cos: Tensor
+    sin: Tensor
+    position_ids: Tensor
+    """int64 [batch, length]."""
+    mask: Tensor
+    """bool, broadcast to [batch, heads, length, past + length]: which keys a position sees, those carried standing first."""
+    past: int
+    """Keys and values that are carried."""
+    carry: Carry | None
+
+
 class SelfAttention(nn.Module):
     """Multi-head attention under a given mask, with rotary positions."""
 
@@ -122,13 +150,16 @@ class SelfAttention(nn.Module):
         self.wqkv = nn.Linear(dim, 3 * heads * head_dim, bias=False)
         self.wo = nn.Linear(heads * head_dim, dim, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, x: Tensor, view: View) -> Tensor:
         q, k, v = (
             part.unflatten(-1, (self.heads, self.head_dim)).transpose(1, 2)
             for part in self.wqkv(x).split(self.heads * self.head_dim, dim=-1)
         )
-        q, k = apply_rope(q, cos, sin, position_ids), apply_rope(k, cos, sin, position_ids)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        q, k = (apply_rope(part, view.cos, view.sin, view.position_ids) for part in (q, k))
+        if view.carry is not None:
+            k = view.carry.join(k, view.past, kind="key_cache", dim=-2)
+            v = view.carry.join(v, view.past, kind="value_cache", dim=-2)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=view.mask)
         return cast(Tensor, self.wo(y.transpose(1, 2).flatten(2)))
 
 
@@ -157,13 +188,16 @@ class TransformerLayer(nn.Module):
         self.attention_layer_scale = LayerScale(dim)
         self.ffn_layer_scale = LayerScale(dim)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor, mask: Tensor) -> Tensor:
-        x = x + self.attention_layer_scale(self.attention(self.attention_norm(x), cos, sin, position_ids, mask))
+    def forward(self, x: Tensor, view: View) -> Tensor:
+        x = x + self.attention_layer_scale(self.attention(self.attention_norm(x), view))
         return x + cast(Tensor, self.ffn_layer_scale(self.feed_forward(self.ffn_norm(x))))
 
 
-class WindowTransformer(nn.Module):
-    """Causal transformer in which position i sees positions i − window + 1 … i. [batch, dim, length] in and out."""
+class WindowTransformer(Carrying):
+    """Causal transformer in which position i sees positions i − window + 1 … i. [batch, dim, length] in and out.
+
+    Carries the last window − 1 keys, already rotated to their absolute positions, and values of each layer.
+    """
 
     cos: Tensor
     sin: Tensor
@@ -182,19 +216,29 @@ class WindowTransformer(nn.Module):
         max_length: int,
     ) -> None:
         super().__init__()
-        self.window = window
+        self.window, self.past = window, window - 1
         self.layers = nn.ModuleList(TransformerLayer(dim, hidden, heads, head_dim, norm_eps) for _ in range(layers))
         self.norm = nn.RMSNorm(dim, eps=norm_eps)
         cos, sin = rope_table(max_length, head_dim, rope_base)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, carry: Carry | None = None) -> Tensor:
         x = x.transpose(1, 2)
-        positions = torch.arange(x.shape[1], device=x.device)
-        distance = positions.unsqueeze(1) - positions.unsqueeze(0)
-        mask = (distance >= 0) & (distance < self.window)
-        position_ids = positions.unsqueeze(0).expand(x.shape[0], -1)
+        if carry is None:
+            positions = torch.arange(x.shape[1], device=x.device)
+            distance = positions.unsqueeze(1) - positions.unsqueeze(0)
+            mask = (distance >= 0) & (distance < self.window)
+            view = View(self.cos, self.sin, positions.unsqueeze(0).expand(x.shape[0], -1), mask, 0, None)
+        else:
+            position_ids = carry.position_ids
+            assert position_ids is not None
+            before = position_ids[:, :1] + torch.arange(-self.past, 0, device=x.device)
+            keys = torch.cat([before, position_ids], dim=1).unsqueeze(1)
+            distance = position_ids.unsqueeze(2) - keys
+            # What the state holds for positions below 0 stands before the stream.
+            mask = (distance >= 0) & (distance < self.window) & (keys >= 0)
+            view = View(self.cos, self.sin, position_ids, mask.unsqueeze(1), self.past, carry)
         for layer in self.layers:
-            x = layer(x, self.cos, self.sin, position_ids, mask)
+            x = layer(x, view)
         return cast(Tensor, self.norm(x)).transpose(1, 2)

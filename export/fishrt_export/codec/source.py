@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fishrt.features import Codec
 from fishrt_engines.spec import GraphSpec, TensorSpec
@@ -18,6 +18,7 @@ from ..job import GraphJob
 from ..weights import expected_shapes, find_problems, fuse_weight_norm, load
 from .dac import Dac
 from .dac_config import DacConfig
+from .decoding import decode_spec, decoding, encoding
 from .firefly import Firefly
 from .load import CodecConfig, fingerprint, read_codec_config, read_stored_codec
 from .margins import code_margins
@@ -66,11 +67,12 @@ class CodecSource:
         codes = TensorSpec("codes", "int64", ("batch", len(config.codebook_sizes), "frames"))
         audio = TensorSpec("audio", "float32", ("batch", 1, "samples"))
         whole = config.sample_multiple == config.hop
+        decode = decode_spec(self._empty())
         return [
             GraphJob(
                 role="codec_encode",
                 spec=GraphSpec(file="codec_encode.onnx", inputs=(audio,), outputs=(codes,)),
-                build=lambda: _running(self.module(), "encode"),
+                build=lambda: encoding(self.module()),
                 weights=self.weights,
                 cases=codec_encode_cases(config),
                 tolerance=AUDIO_TOLERANCE,
@@ -79,10 +81,10 @@ class CodecSource:
             ),
             GraphJob(
                 role="codec_decode",
-                spec=GraphSpec(file="codec_decode.onnx", inputs=(codes,), outputs=(audio,)),
-                build=lambda: _running(self.module(), "decode"),
+                spec=decode,
+                build=lambda: decoding(self.module()),
                 weights=self.weights,
-                cases=codec_decode_cases(config),
+                cases=codec_decode_cases(config, decode),
                 tolerance=AUDIO_TOLERANCE,
             ),
         ]
@@ -90,12 +92,6 @@ class CodecSource:
     def _empty(self) -> Dac | Firefly:
         with torch.device("meta"):
             return Dac(self.config) if isinstance(self.config, DacConfig) else Firefly(self.config)
-
-
-def _running(codec: Dac | Firefly, direction: str) -> nn.Module:
-    """The codec with one of its methods as what is called. A graph of it leaves out the weights of the other half as unused."""
-    codec.forward = getattr(codec, direction)
-    return codec
 
 
 def open_codec(folder: Path) -> CodecSource:

@@ -10,8 +10,10 @@ from typing import Any
 
 import click
 
-from ..bundle import Bundle
+from ..bundle import PRECISIONS, Bundle
 from ..errors import BundleError, FishrtError
+from ..memory import CACHE_POSITIONS, estimate
+from ..quantisation import read_quantisation
 from .base import Reporter, bar, debug_option, json_option, load_bundle, print_json, quiet_option
 
 _EXPORT_NEEDS = ("torch", "onnx", "onnxscript", "onnx_ir", "safetensors", "onnxruntime")
@@ -25,6 +27,14 @@ class _ExportCommand(click.Command):
 
         with formatter.section("Official checkpoints, by their names on Hugging Face"):
             formatter.write_dl([(f.repository, f"{f.files} (family {f.name})") for f in FAMILIES.values()])
+
+
+def _parse_keep(_ctx: click.Context, _param: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
+    """NAME=PRECISION by name. What is in them is for the exporter to judge."""
+    pairs = [value.rpartition("=") for value in values]
+    if wrong := [value for value, (name, _, _) in zip(values, pairs, strict=True) if not name]:
+        raise click.BadParameter(f"{wrong[0]!r} is not NAME=PRECISION")
+    return {name: precision for name, _, precision in pairs}
 
 
 @click.command(cls=_ExportCommand)
@@ -41,6 +51,21 @@ class _ExportCommand(click.Command):
 @click.option("--lora", type=click.Path(path_type=Path), metavar="FILE", help="Merge the LoRA of a fine-tuning into the model.")
 @click.option("--lora-alpha", type=float, metavar="A", help="Its alpha, which no file tells: r_8_alpha_16 means 16.")
 @click.option("--lora-rank", type=int, metavar="R", help="What its rank must be.  [default: as it is found]")
+@click.option(
+    "--precision",
+    type=click.Choice(PRECISIONS),
+    default="fp32",
+    show_default=True,
+    help="How weights are stored. fp32: as they are, fp16: rounded to 16 bits, int8: linear layers of the language model in "
+    "8 bits, int4: the same, but the slow AR's blocks in 4.",
+)
+@click.option(
+    "--keep",
+    metavar="NAME=PRECISION",
+    multiple=True,
+    callback=_parse_keep,
+    help="Another precision for some layers, such as 'slow_ar.layers.0.*=int8' or fast_ar.output=fp32. Can be repeated.",
+)
 @quiet_option
 @json_option
 @debug_option
@@ -52,6 +77,8 @@ def export(
     lora: Path | None,
     lora_alpha: float | None,
     lora_rank: int | None,
+    precision: str,
+    keep: dict[str, str],
     quiet: bool,
     as_json: bool,
 ) -> None:
@@ -71,6 +98,8 @@ def export(
             head=head,
             family=family,
             lora=None if lora is None or lora_alpha is None else Lora(lora, lora_alpha, lora_rank),
+            precision=precision,
+            keep=keep,
             progress=lambda stage, part: reporter.show(f"{bar(part)} {stage}"),
         )
     except ImportError as error:
@@ -84,6 +113,8 @@ def export(
     for name, entry in bundle.manifest.files.items():
         reporter.done(f"{_size(entry.bytes):>10}  {name}")
     reporter.done(f"{_size(bundle.manifest.total_bytes):>10}  {out}")
+    if report := read_quantisation(bundle):
+        reporter.done("\n".join(report.summary()))
     reporter.done(f"peak memory {_size(peak)}" if peak else "peak memory unknown")
 
 
@@ -94,7 +125,9 @@ def export(
 @json_option
 @debug_option
 def inspect(bundle: Path | None, verify: bool, quiet: bool, as_json: bool) -> None:
-    """Show what is in BUNDLE (default: the embedded voice): graphs, tensors, sizes, precision, parity, licence, voices."""
+    """Show what is in BUNDLE (default: the embedded voice): graphs, tensors, sizes, precision, parity, licence, voices, and the
+    memory that it needs.
+    """
     loaded = load_bundle(bundle)
     if verify:
         _verify(loaded, quiet=quiet or as_json or sys.stderr is None)
@@ -102,7 +135,13 @@ def inspect(bundle: Path | None, verify: bool, quiet: bool, as_json: bool) -> No
         import dataclasses
 
         print_json(
-            {"command": "inspect", "path": str(loaded.path), "verified": verify, "manifest": dataclasses.asdict(loaded.manifest)}
+            {
+                "command": "inspect",
+                "path": str(loaded.path),
+                "verified": verify,
+                "memory_need": dataclasses.asdict(estimate(loaded.manifest)),
+                "manifest": dataclasses.asdict(loaded.manifest),
+            }
         )
         return
     click.echo("\n".join(_describe(loaded)))
@@ -130,7 +169,7 @@ def _verify(bundle: Bundle, *, quiet: bool) -> None:
 
 def _describe(bundle: Bundle) -> list[str]:
     m, lm, codec = bundle.manifest, bundle.manifest.language_model, bundle.manifest.codec
-    s = lm.sampling
+    s, need = lm.sampling, estimate(m)
     sampling = f"temperature {s.temperature:g}, top-p {s.top_p:g}, top-k {s.top_k or 'off'}"
     if ras := s.repetition_aware:
         sampling += f"; repeats within {ras.window} frames drawn again at temperature {ras.temperature:g}, top-p {ras.top_p:g}"
@@ -141,8 +180,10 @@ def _describe(bundle: Bundle) -> list[str]:
         f"path          {bundle.path}",
         f"size          {_size(m.total_bytes)} in {len(m.files)} files",
         f"exported by   {m.exported_by} (schema {m.schema})",
+        f"memory        {_size(need.speaking)} of weights to speak, {_size(need.encoding)} more to make voices",
+        f"              {_size(need.cache)} for {CACHE_POSITIONS:,} positions of context, {_size(need.state)} for other state",
         f"licence       {m.licence.name}" + (f" ({m.licence.file})" if m.licence.file else ""),
-        f"precision     {m.precision}",
+        f"precision     {', '.join(f'{role} {precision}' for role, precision in m.precision.items())}",
         f"prompts       {lm.prompt_dialect}; context {lm.max_seq_len:,} positions; pieces of about {lm.chunk_bytes} bytes",
         f"speaks        {lm.num_codebooks} codebooks of {lm.codebook_width:,}; vocabulary {lm.vocab_size:,}; {lm.head} head",
         f"sampling      {sampling}",
@@ -151,6 +192,8 @@ def _describe(bundle: Bundle) -> list[str]:
         f"              fingerprint {codec.fingerprint}",
         f"voices        {', '.join(m.voices.names) + f' (default {m.voices.default})' if m.voices else 'none'}",
     ]
+    if report := read_quantisation(bundle):
+        lines += [f"{'' if n else 'quantised':<14}{line}" for n, line in enumerate(report.summary())]
     for role, graph in m.graphs.items():
         size = sum(entry.bytes for name, entry in m.files.items() if name.startswith(graph.file))
         lines += ["", f"graph {role}: {graph.file}, {_size(size)}"]

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import sys
 import textwrap
+from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -29,7 +30,7 @@ from .base import (
 )
 
 if TYPE_CHECKING:
-    from ..speech import Progress
+    from ..speech import Progress, SpeechInfo, SpeechStream
     from ..tts import TTS
 
 
@@ -42,6 +43,12 @@ if TYPE_CHECKING:
     default="speech.wav",
     show_default=True,
     help="File to write or replace, .wav, .flac, .ogg or .mp3; - writes wav to standard output (and --json to standard error).",
+)
+@click.option(
+    "--stream",
+    is_flag=True,
+    help="Write wav while it is made: `-o - | aplay`, or `-o - | ffplay -nodisp -autoexit -`. On standard output its header then "
+    "tells no length; a file appears when it is complete.",
 )
 @click.option(
     "--voice", "names", multiple=True, metavar="NAME", help="A voice of yours or of the bundle; again for speakers 1, 2, …"
@@ -89,6 +96,7 @@ def speak(
     text: str | None,
     file: Path | None,
     output: str,
+    stream: bool,
     names: tuple[str, ...],
     voice_dir: Path | None,
     references: tuple[Path, ...],
@@ -117,6 +125,7 @@ def speak(
     """
     from ..audio import check_writable, write_audio
     from ..sampling import Sampling
+    from ..wav import check_growing_wav
 
     if output == "-":
         json_to_stderr()
@@ -125,41 +134,60 @@ def speak(
             f"{len(references)} --reference, but {len(reference_texts)} --reference-text: each needs the other"
         )
     if output != "-":
-        check_writable(Path(output))
+        (check_growing_wav if stream else check_writable)(Path(output))
     content = _read_text(text, file)
     check_text(content)
     tts = load_tts(bundle, provider, threads)
     own = user_store(voice_dir)
-    voices = [find_voice(name, own, tts.bundle).load(name, tts) for name in names]
+    stores = [find_voice(name, own, tts.bundle) for name in names]
+    voices = [store.load(name, tts) for store, name in zip(stores, names, strict=True)]
+    if len(names) == 1 and not references and tts.is_prepared(folder := stores[0].folder / names[0]):
+        tts.prepare(voices[0], folder)
     voices += [_reference(path, said, tts) for path, said in zip(references, reference_texts, strict=True)]
     reporter = Reporter(quiet=quiet or as_json)
-    speech = tts.speak(
-        content,
-        voice=voices or None,
-        sampling=Sampling(temperature, top_p, top_k, repetition_penalty),
-        seed=seed,
-        max_frames=max_frames,
-        system=system,
-        upstream_compat=upstream_compat,
-        progress=lambda p: reporter.show(_progress_line(p)),
-    )
-    write_audio(output, speech.pcm, speech.sample_rate)
-    info = speech.info
+    request: dict[str, Any] = {
+        "voice": voices or None,
+        "sampling": Sampling(temperature, top_p, top_k, repetition_penalty),
+        "seed": seed,
+        "max_frames": max_frames,
+        "system": system,
+        "upstream_compat": upstream_compat,
+        "progress": lambda p: reporter.show(_progress_line(p)),
+    }
+    if stream:
+        rate, info = tts.sample_rate, _write_as_it_comes(output, tts.stream(content, **request), tts.sample_rate)
+    else:
+        speech = tts.speak(content, **request)
+        rate, info = speech.sample_rate, speech.info
+        write_audio(output, speech.pcm, rate)
     target = "standard output" if output == "-" else output
     reporter.done(
-        f"{target}: {info.frames:,} frames, {info.audio_s:.2f} s, RTF {info.rtf:.2f}, "
+        f"{target}: {info.frames:,} frames, {info.audio_s:.2f} s, RTF {info.rtf or 0:.2f}, "
         f"stopped by {', '.join(dict.fromkeys(info.stop_reasons))}, seed {info.seed}"
     )
     warnings = [
-        f'piece {n} was cut off ({piece.stop_reason}): "{textwrap.shorten(piece.text, 60, placeholder=" …")}"'
+        f"piece {n} was {'cut off' if piece.frames else 'not spoken'} ({piece.stop_reason}): "
+        f'"{textwrap.shorten(piece.text, 60, placeholder=" …")}"'
         for n, piece in enumerate(info.pieces, 1)
-        if piece.stop_reason != "end"
+        if piece.stop_reason != "end" or not piece.frames
     ]
     for warning in warnings:
         say(f"warning: {warning}")
     if as_json:
-        result = {"command": "speak", "output": output, "sample_rate": speech.sample_rate, "warnings": warnings}
+        result = {"command": "speak", "output": output, "sample_rate": rate, "warnings": warnings}
         print_json({**result, **dataclasses.asdict(info)})
+
+
+def _write_as_it_comes(output: str, chunks: SpeechStream, rate: int) -> SpeechInfo:
+    """Ends the request, too, when nobody takes the audio any more."""
+    from ..wav import growing_wav
+
+    with closing(chunks), growing_wav(output, rate) as file:
+        for chunk in chunks:
+            file.write(chunk.pcm)
+        if not chunks.info.frames:
+            raise FishrtError("the model ended before it said anything", hint="try another seed, voice or text")
+    return chunks.info
 
 
 def _progress_line(progress: Progress) -> str:

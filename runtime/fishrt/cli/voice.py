@@ -9,6 +9,7 @@ import click
 
 from ..bundle import Bundle
 from ..errors import BundleError
+from ..prepared import prepared_path
 from ..voices import Voice
 from .base import (
     Reporter,
@@ -67,6 +68,28 @@ def add(
         print_json({"command": "voice add", "folder": str(folder), **_describe(made, tts.bundle)})
     else:
         Reporter(quiet=quiet).done(f"{folder}: {made.codes.shape[1]:,} frames")
+
+
+@voice.command()
+@click.argument("name")
+@voice_dir_option
+@engine_options
+@quiet_option
+@json_option
+@debug_option
+def prepare(
+    name: str, voice_dir: Path | None, bundle: Path | None, provider: str, threads: int | None, quiet: bool, as_json: bool
+) -> None:
+    """Keep beside your voice NAME what the bundle's language model makes of it: speech with it then starts sooner."""
+    store = user_store(voice_dir)
+    made = store.load(name)
+    tts = load_tts(bundle, provider, threads)
+    tts.prepare(made, store.folder / name)
+    path = prepared_path(store.folder / name, tts.bundle.manifest.identity("slow_ar"))
+    if as_json:
+        print_json({"command": "voice prepare", "file": str(path), "bytes": path.stat().st_size})
+    else:
+        Reporter(quiet=quiet).done(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
 
 
 @voice.command(name="list")

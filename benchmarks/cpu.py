@@ -1,0 +1,189 @@
+"""Speed and memory on this machine's CPU, beside torch's: `python benchmarks/cpu.py` writes results/cpu.json and its plots.
+
+For each family a checkpoint of official size with random weights is exported by several recipes, and each bundle is measured by
+`fishrt bench` in a process of its own. Then the first recipe and the peers (the exporter's torch modules, eager, in float32 and
+bfloat16, in the same loop) take turns, each turn a fresh process, for as many rounds as asked for: ratios are of medians over the
+rounds. Needs the `dev` extra, an otherwise idle machine, and for S2 24 GB of memory and 40 GB of disk.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+
+from fishrt.bench.machine import memory_bytes
+from fishrt.metrics import speed_up
+from fishrt_engines.providers import default_threads
+from full_size import FAMILIES, write_checkpoint
+from plot import write_plots
+from record import RESULTS, write_record
+
+RECIPES = {
+    "int4": ("--precision", "int4"),
+    "int8": ("--precision", "int8"),
+    "all-int4": ("--precision", "int4", "--keep", "fast_ar.*=int4", "--keep", "slow_ar.output=int4"),
+    "fp32": (),
+}
+USUAL_RECIPES = {"s2": ("int4", "all-int4")}
+"""Those of a family if none are asked for, where they are not int4 and int8."""
+PEERS = ("fp32", "bf16")
+PEER_FRAMES = {"s2": 8}
+"""Frames of each turn, where it is not `--frames`: a frame of S2's size takes torch about a second."""
+PEER_MEMORY_SHARE = 0.75
+"""A peer whose weights take more of the machine's memory is left out."""
+HERE = Path(__file__).parent
+
+
+@click.command(context_settings={"show_default": True})
+@click.option("--family", "families", multiple=True, type=click.Choice(list(FAMILIES)), default=("1.5", "s1", "s2"))
+@click.option(
+    "--recipe",
+    "recipes",
+    multiple=True,
+    type=click.Choice(list(RECIPES)),
+    help="The first is the one that takes turns with the peers.  [default: int4 and int8; int4 and all-int4 for s2]",
+)
+@click.option("--checkpoints", type=click.Path(path_type=Path), help="Folder with a checkpoint for each family, made if lacking.")
+@click.option("--bundles", type=click.Path(path_type=Path), help="Folder of bundles, FAMILY-RECIPE, made if lacking.")
+@click.option("--rounds", default=3, help="Turns of fishrt and of each peer.")
+@click.option("--frames", default=32, help="Frames of each turn, and of `fishrt bench`.")
+@click.option("--smoke", is_flag=True, help="One tiny checkpoint, everything once, to see that it works. Times mean nothing.")
+@click.option("--out", type=click.Path(path_type=Path), help="Record to write; plots go beside it.  [default: results/cpu.json]")
+def main(
+    families: Sequence[str],
+    recipes: Sequence[str],
+    checkpoints: Path | None,
+    bundles: Path | None,
+    rounds: int,
+    frames: int,
+    smoke: bool,
+    out: Path | None,
+) -> None:
+    """Exports, measures, compares, and writes the record."""
+    threads = None
+    if smoke:
+        families, recipes, rounds, frames, threads = families[:1], recipes[:1] or ("int4",), 1, 3, 1
+    with ExitStack() as stack:
+        work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fishrt-bench-")))
+        out = out or (work / "smoke.json" if smoke else RESULTS / "cpu.json")
+        measured = {}
+        for family in families:
+            checkpoint = (checkpoints or work / "checkpoints") / family
+            if not checkpoint.is_dir():
+                tell(f"{family}: writing a checkpoint")
+                write_checkpoint(family, checkpoint, tiny=smoke)
+            chosen = recipes or USUAL_RECIPES.get(family, ("int4", "int8"))
+            measured[family] = measure_family(family, checkpoint, bundles or work / "bundles", chosen, rounds, frames, threads)
+        method = {
+            "recipes": {name: list(options) for name, options in RECIPES.items()},
+            "rounds": rounds,
+            "frames": frames,
+            "peer_frames": PEER_FRAMES,
+            "weights": "random, of official size and layout" if not smoke else "random and tiny",
+            "warm_up": "in each process, one generation of as many frames before the timed ones",
+        }
+        path = write_record("cpu", {"method": method, "families": measured}, out)
+        plots = write_plots(path)
+        for written in (path, *plots):
+            tell(f"written: {written}")
+
+
+def measure_family(
+    family: str, checkpoint: Path, bundles: Path, recipes: Sequence[str], rounds: int, frames: int, threads: int | None
+) -> dict[str, Any]:
+    """Everything about one family. threads: None is each side's own choice."""
+    found: dict[str, Any] = {"export": {}, "recipes": {}}
+    option = [f"--threads={threads}"] if threads else []
+    for recipe in recipes:
+        bundle = bundles / f"{family}-{recipe}"
+        found["export"][recipe] = export(family, recipe, checkpoint, bundle)
+        tell(f"{family}: fishrt bench, {recipe}")
+        measured = run("-m", "fishrt", "bench", "--json", f"--frames={frames}", *option, bundle)
+        found["recipes"][recipe] = {key: value for key, value in measured.items() if key not in ("ok", "command")}
+    bundle = bundles / f"{family}-{recipes[0]}"
+    found["turns"] = take_turns(family, bundle, checkpoint, rounds, PEER_FRAMES.get(family, frames), option)
+    found["compared"] = compare(recipes[0], found["turns"])
+    tell(f"{family}: threads and texts")
+    cores = range(1, (threads or default_threads()) + 1)
+    child = (HERE / "one_process.py", "ours", bundle, checkpoint, f"--frames={frames}", "--no-codec")
+    found["threads"] = [{"threads": n, **run(*child, f"--threads={n}")} for n in cores]
+    found["texts"] = run(HERE / "one_process.py", "texts", bundle, checkpoint, *option)["texts"]
+    return found
+
+
+def export(family: str, recipe: str, checkpoint: Path, bundle: Path) -> dict[str, Any]:
+    """Seconds and memory of the export: now, or when the bundle was made, which a file beside it tells."""
+    note = bundle.with_suffix(f"{bundle.suffix}.json")
+    if not bundle.is_dir():
+        tell(f"{family}: exporting {recipe}")
+        begun = time.perf_counter()
+        exported = run("-m", "fishrt", "export", "--json", *RECIPES[recipe], checkpoint, bundle)
+        seconds = round(time.perf_counter() - begun, 1)
+        note.write_text(json.dumps({"seconds": seconds, "peak_memory_bytes": exported["peak_memory_bytes"]}))
+    return json.loads(note.read_text()) if note.is_file() else {}
+
+
+def take_turns(
+    family: str, bundle: Path, checkpoint: Path, rounds: int, frames: int, option: Sequence[str]
+) -> dict[str, list[dict[str, Any]]]:
+    """ours, fp32, bf16, ours, fp32, …: what each process of a side measured, by side. A peer too large is left out."""
+    sides = ["ours", *(peer for peer in PEERS if fits(checkpoint, peer))]
+    turns: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
+    for n in range(rounds):
+        for side in sides:
+            tell(f"{family}: round {n + 1} of {rounds}, {side}")
+            turns[side].append(run(HERE / "one_process.py", side, bundle, checkpoint, f"--frames={frames}", *option))
+    return turns
+
+
+def fits(checkpoint: Path, peer: str) -> bool:
+    """Whether memory holds the weights of a peer. Those of the language model are of 16 bits on disk, the codec's of 32."""
+    sizes = {path.name: path.stat().st_size for path in checkpoint.iterdir() if path.suffix in (".pth", ".safetensors")}
+    model = sum(size for name, size in sizes.items() if name.startswith("model"))
+    needed = model * (2 if peer == "fp32" else 1) + sum(sizes.values()) - model
+    memory = memory_bytes()
+    return memory is None or needed < PEER_MEMORY_SHARE * memory
+
+
+def compare(recipe: str, turns: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """Medians over the rounds, and how many times faster ours is than the better of the peers."""
+    figures = {
+        "frame_ms": lambda turn: turn["frame"]["median_ms"],
+        "slow_step_ms": lambda turn: turn["slow_step"]["median_ms"],
+        "prefill_ms": lambda turn: turn["prefill"]["median_ms"],
+        "codec_decode_ms": lambda turn: turn["codec"]["decode"]["median_ms"],
+    }
+    found: dict[str, Any] = {"recipe": recipe}
+    for name, figure in figures.items():
+        medians = {side: round(float(np.median([figure(turn) for turn in own])), 3) for side, own in turns.items()}
+        found[name] = medians
+        if peers := {side: median for side, median in medians.items() if side != "ours"}:
+            best = min(peers, key=peers.__getitem__)
+            found[name] |= {"best_peer": best, "speed_up": round(speed_up(medians["ours"], peers[best]), 2)}
+    return found
+
+
+def run(*arguments: object) -> Any:
+    """The JSON object that a Python process prints. Raises SystemExit with what it said if it fails."""
+    done = subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(map(str, arguments))} ended with status {done.returncode}:\n{done.stderr}")
+    return json.loads(done.stdout)
+
+
+def tell(line: str) -> None:
+    click.echo(line, err=True)
+
+
+if __name__ == "__main__":
+    main()

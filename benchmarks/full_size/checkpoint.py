@@ -1,0 +1,140 @@
+"""A checkpoint folder, written tensor by tensor where the format allows it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fishrt_export.checkpoint import CODEC_CONFIG, CONFIG, INDEX, PICKLE
+from fishrt_export.codec.dac_config import DacConfig
+from fishrt_export.codec.firefly import FireflyConfig
+from fishrt_export.codec.load import OFFICIAL, CodecConfig, official_firefly
+from fishrt_export.config import read_config
+from fishrt_export.families import FAMILIES as KNOWN
+from fishrt_export.families import Family
+
+from . import tokenizer
+from .sizes import FAMILIES, Release, overlaid
+from .weights import LanguageModelWeights, codec_tensors, language_model_shapes
+
+SHARD_BYTES = 5_000_000_000
+_TINY_TEXT_TOKENS = 1000
+_SPARE = 16
+
+Progress = Callable[[str], None]
+"""Told the name of each part as it begins."""
+
+
+def write_checkpoint(
+    family: str, out: str | Path, *, seed: int = 0, tiny: bool = False, progress: Progress = lambda _: None
+) -> Path:
+    """Writes a checkpoint of `family` (a key of FAMILIES) into the new or existing folder `out`, and returns it.
+
+    The same seed gives the same files. tiny: the same layout with small widths, few layers and few text tokens, of a few MB.
+    The sharded family is written in little memory, the others in twice that of their largest file.
+    Raises ValueError for an unknown family.
+    """
+    if family not in FAMILIES:
+        raise ValueError(f"unknown family {family!r}; choose one of: {', '.join(FAMILIES)}")
+    release, known, out = FAMILIES[family], KNOWN[family], Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    progress("tokenizer")
+    text_tokens = _TINY_TEXT_TOKENS if tiny else release.text_tokens
+    semantic, end, ids = _write_tokenizer(out, release, known, text_tokens)
+    raw = overlaid(release.config, release.tiny) if tiny else overlaid(release.config, {})
+    if tiny:
+        _fit_vocabulary(raw, ids + _SPARE, semantic)
+    (out / CONFIG).write_text(json.dumps(raw, indent=1))
+    config = read_config(raw, known)
+    weights = LanguageModelWeights(config, semantic, end, seed)
+    shapes = language_model_shapes(config)
+    if "text_config" in raw:
+        _write_shards(out, weights, shapes, progress)
+    else:
+        progress(PICKLE)
+        torch.save({name: weights.tensor(name, shape) for name, shape in shapes.items()}, out / PICKLE)
+    progress(release.codec)
+    _write_codec(out, release, known, seed, tiny=tiny)
+    return out
+
+
+def _write_tokenizer(out: Path, release: Release, family: Family, text_tokens: int) -> tuple[range, int, int]:
+    """Ids of the semantic tokens and of the end token, and the number of ids."""
+    path = out / release.tokenizer_file
+    if family.control_tokens:
+        tokenizer.write_tiktoken(path, text_tokens)
+        names = family.control_tokens
+        tokenizer.write_special_tokens(path.with_name("special_tokens.json"), names, text_tokens)
+        first = text_tokens + names.index("<|semantic:0|>")
+        ids = text_tokens + len(names)
+        return range(first, ids), text_tokens + names.index("<|im_end|>"), ids
+    if family.one_semantic:
+        tokenizer.write_1_2(path, text_tokens)
+        return range(5, 6), 4, text_tokens
+    ids = tokenizer.write_s2(path, text_tokens)
+    return range(ids - 4096, ids), text_tokens + 2, ids
+
+
+def _fit_vocabulary(raw: dict[str, Any], size: int, semantic: range) -> None:
+    """Gives the config the vocabulary of a small tokenizer."""
+    if "text_config" in raw:
+        raw["text_config"]["vocab_size"] = size
+        raw["eos_token_id"] = semantic.start - 33
+        raw |= {"semantic_start_token_id": semantic.start, "semantic_end_token_id": semantic.stop - 1}
+    else:
+        raw["vocab_size"] = size
+
+
+def _write_shards(out: Path, weights: LanguageModelWeights, shapes: Mapping[str, tuple[int, ...]], progress: Progress) -> None:
+    """Safetensors by its format: the length of a JSON header in 8 bytes, the header, the tensors' bytes."""
+    sizes = {name: 2 * math.prod(shape) for name, shape in shapes.items()}
+    shards: list[list[str]] = [[]]
+    for name in shapes:
+        if shards[-1] and sum(sizes[n] for n in shards[-1]) + sizes[name] > SHARD_BYTES:
+            shards.append([])
+        shards[-1].append(name)
+    places = {}
+    for number, names in enumerate(shards, 1):
+        path = out / f"model-{number:05}-of-{len(shards):05}.safetensors"
+        progress(path.name)
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        offset = 0
+        for name in names:
+            header[_nested(name)] = {
+                "dtype": "BF16",
+                "shape": list(shapes[name]),
+                "data_offsets": [offset, offset + sizes[name]],
+            }
+            offset += sizes[name]
+            places[_nested(name)] = path.name
+        encoded = json.dumps(header).encode()
+        encoded += b" " * (-len(encoded) % 8)
+        with path.open("wb") as file:
+            file.write(len(encoded).to_bytes(8, "little") + encoded)
+            for name in names:
+                for piece in weights.pieces(name, shapes[name]):
+                    file.write(piece.view(torch.uint8).numpy().data)
+    index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places}
+    (out / INDEX).write_text(json.dumps(index, indent=1))
+
+
+def _nested(name: str) -> str:
+    """The name in S2's files."""
+    if name.startswith("fast_"):
+        return "audio_decoder." + name.removeprefix("fast_")
+    return ("audio_decoder." if name.startswith("codebook") else "text_model.model.") + name
+
+
+def _write_codec(out: Path, release: Release, family: Family, seed: int, *, tiny: bool) -> None:
+    dac, causal = family.codec == "dac", family.codec == "firefly"
+    raw = OFFICIAL if dac else official_firefly(causal=causal)
+    if tiny:
+        raw = overlaid(raw, release.tiny_codec)
+        (out / CODEC_CONFIG).write_text(json.dumps(raw, indent=1))
+    config: CodecConfig = DacConfig.from_json(raw) if dac else FireflyConfig.from_json(raw, causal=causal)
+    torch.save(codec_tensors(config, seed), out / release.codec)

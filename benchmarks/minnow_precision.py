@@ -1,0 +1,108 @@
+"""What each precision costs on the embedded voice: `python benchmarks/minnow_precision.py`.
+
+minnow is exported by each recipe, and speaks the same held-out sentences in all of its voices with the same seeds. Word
+error rates are pocketsphinx's: compare the recipes, do not take them for what a person hears. Needs the `dev` extra and Debian's
+package flite, by which voices are recognised; writes results/minnow-precision.json.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+
+from fishrt import TTS
+from fishrt_export import export_bundle
+from metrics import VoiceClassifier, mfcc_summary, word_errors, words
+from minnow_quality import CLASSIFIER_SENTENCES, SENTENCES, VOICES, flite
+from recogniser import Recogniser
+from record import write_record
+
+CHECKPOINT = Path(__file__).parents[1] / "export/minnow"
+RECIPES: dict[str, tuple[str, dict[str, str]]] = {
+    "fp32": ("fp32", {}),
+    "int8": ("int8", {}),
+    "int4": ("int4", {}),
+    "all-int4": ("int4", {"fast_ar.*": "int4", "slow_ar.output": "int4"}),
+}
+"""Name → what `fishrt export` gets for --precision and --keep."""
+_DRAWS = 2000
+_loaded: dict[Path, tuple[TTS, Recogniser]] = {}
+
+
+@click.command(context_settings={"show_default": True})
+@click.option("--count", default=130, help="Held-out sentences, each spoken in every voice.")
+@click.option("--seeds", default=2, help="Times that each is spoken.")
+@click.option("--workers", default=os.cpu_count() or 1, help="Processes.")
+@click.option("--out", type=click.Path(path_type=Path), help="Record to write.  [default: results/minnow-precision.json]")
+def main(count: int, seeds: int, workers: int, out: Path | None) -> None:
+    """Exports, speaks, listens, and writes the record."""
+    sentences = SENTENCES.read_text().splitlines()
+    examples = {v: [mfcc_summary(*flite(s, v)) for s in sentences[-CLASSIFIER_SENTENCES:]] for v in VOICES}
+    classify = VoiceClassifier(examples)
+    spoken = sentences[: min(count, len(sentences) - CLASSIFIER_SENTENCES)]
+    with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(workers) as pool:
+        rows: dict[str, list[dict[str, Any]]] = {}
+        sizes = {}
+        for name, (precision, keep) in RECIPES.items():
+            bundle = export_bundle(CHECKPOINT, Path(folder, name), precision=precision, keep=keep)
+            sizes[name] = bundle.manifest.total_bytes
+        jobs = [(Path(folder), s, v, seed) for s in spoken for v in VOICES for seed in range(seeds)]
+        with click.progressbar(length=len(jobs), label="Speaking", file=sys.stderr) as bar:
+            for heard in pool.map(measure, jobs):  # all recipes of a sentence together: the machine's moods fall on all
+                for name, row in heard.items():
+                    row["voice_heard"] = classify(np.array(row.pop("summary")))
+                    rows.setdefault(name, []).append(row)
+                bar.update(1)
+    summary = {name: {"bytes": sizes[name], **summarise(rows[name], rows["fp32"])} for name in RECIPES}
+    path = write_record("minnow-precision", {"seeds": seeds, "summary": summary, "utterances": rows}, out)
+    for name, figures in summary.items():
+        click.echo(f"{name:10} {figures}")
+    click.echo(f"written to {path}")
+
+
+def measure(job: tuple[Path, str, str, int]) -> dict[str, dict[str, Any]]:
+    """One sentence by each recipe."""
+    folder, text, voice, seed = job
+    rows = {}
+    for name in RECIPES:
+        if folder / name not in _loaded:
+            _loaded[folder / name] = TTS.load(folder / name, threads=1), Recogniser()
+        tts, recognise = _loaded[folder / name]
+        speech = tts.speak(text, voice=voice, seed=seed)
+        heard = recognise(speech.pcm, speech.sample_rate)
+        rows[name] = {
+            "words": len(words(text)),
+            "errors": word_errors(text, heard),
+            "voice": voice,
+            "ended": speech.info.stop_reasons == ("end",),
+            "summary": mfcc_summary(speech.pcm, speech.sample_rate).tolist(),
+        }
+    return rows
+
+
+def summarise(rows: list[dict[str, Any]], baseline: list[dict[str, Any]]) -> dict[str, Any]:
+    """Word error rate, and its difference to the baseline with the interval in which 95 % of resampled differences lie."""
+    count, errors, others = (
+        np.array([r[key] for r in of]) for of, key in ((rows, "words"), (rows, "errors"), (baseline, "errors"))
+    )
+    drawn = np.random.default_rng(0).integers(0, len(rows), (_DRAWS, len(rows)))
+    differences = (errors - others)[drawn].sum(axis=1) / count[drawn].sum(axis=1)
+    return {
+        "utterances": len(rows),
+        "word_error_rate": round(float(errors.sum() / count.sum()), 4),
+        "difference": round(float((errors - others).sum() / count.sum()), 4),
+        "difference_95_percent": [round(float(d), 4) for d in np.quantile(differences, (0.025, 0.975))],
+        "voice_recognised": round(float(np.mean([r["voice_heard"] == r["voice"] for r in rows])), 4),
+        "ended_by_itself": round(float(np.mean([r["ended"] for r in rows])), 4),
+    }
+
+
+if __name__ == "__main__":
+    main()

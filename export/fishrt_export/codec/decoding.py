@@ -1,0 +1,76 @@
+"""A codec as what is traced: one of its directions as `forward`, and for a causal one the state of decoding in and out.
+
+The decode graph of a causal codec takes the next frames of a stream and the state that the frames before them left; a state of
+zeros is the start. So it decodes a whole sequence in one call, or in any chunks, with the same result.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fishrt_engines.spec import GraphSpec, StatePair, TensorSpec
+
+from .carry import Carry
+from .dac import Dac
+from .firefly import Firefly
+
+# A graph leaves out the weights of the direction that it does not run, as unused.
+
+
+def encoding(codec: Dac | Firefly) -> nn.Module:
+    """The codec, called with audio."""
+    codec.forward = codec.encode
+    return codec
+
+
+def decoding(codec: Dac | Firefly) -> nn.Module:
+    """The codec, called with the inputs of `decode_spec` in their order, the state as one list."""
+
+    def at_positions(codes: Tensor, position_ids: Tensor, state: list[Tensor]) -> tuple[Tensor, ...]:
+        carry = Carry(state, position_ids)
+        return codec.decode(codes, carry), *carry.after
+
+    def without_positions(codes: Tensor, state: list[Tensor]) -> tuple[Tensor, ...]:
+        carry = Carry(state)
+        return codec.decode(codes, carry), *carry.after
+
+    if isinstance(codec, Dac):
+        codec.forward = at_positions
+    else:
+        codec.forward = without_positions if codec.config.causal else codec.decode
+    return codec
+
+
+def decode_spec(empty: Dac | Firefly) -> GraphSpec:
+    """For a codec on the meta device, whose weights are not looked at. It is moved there entirely."""
+    books = len(empty.config.codebook_sizes)
+    inputs = [TensorSpec("codes", "int64", ("batch", books, "frames"))]
+    if isinstance(empty, Dac):
+        inputs.append(TensorSpec("position_ids", "int64", ("batch", "frames")))
+    state = _state_tensors(empty)
+    return GraphSpec(
+        file="codec_decode.onnx",
+        inputs=(*inputs, *state),
+        outputs=(TensorSpec("audio", "float32", ("batch", 1, "samples")), *(_output(tensor) for tensor in state)),
+        states=tuple(StatePair(tensor.name, _output(tensor).name) for tensor in state),
+    )
+
+
+def _output(state: TensorSpec) -> TensorSpec:
+    kind, number = state.name.split(".")
+    return TensorSpec(f"{kind}_out.{number}", state.dtype, state.shape)
+
+
+def _state_tensors(empty: Dac | Firefly) -> list[TensorSpec]:
+    """What the layers ask for when one frame is decoded, numbered within each kind."""
+    if isinstance(empty, Firefly) and not empty.config.causal:
+        return []
+    codes = torch.zeros(1, len(empty.config.codebook_sizes), 1, dtype=torch.int64, device="meta")
+    carry = Carry(None, codes[:, 0])
+    empty.to("meta").decode(codes, carry)
+    tensors, counts = [], dict.fromkeys(carry.kinds, 0)
+    for kind, tensor in zip(carry.kinds, carry.after, strict=True):
+        tensors.append(TensorSpec(f"{kind}.{counts[kind]}", "float32", ("batch", *tensor.shape[1:])))
+        counts[kind] += 1
+    return tensors

@@ -1,0 +1,99 @@
+"""How the weights of a bundle are stored: a precision for all, and exceptions by name.
+
+    fp32    as the checkpoint has them
+    fp16    matrices, kernels and tables rounded to float16, but for those with numbers beyond its range
+    int8    linear layers of the language model in 8 bits, its embeddings in 16 of either kind, the codec as the checkpoint has it
+    int4    as int8, with the slow AR's blocks in 4 bits
+
+Norms, biases and rotary tables are small and stay as they are.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor, nn
+
+from fishrt.bundle import PRECISIONS
+
+from .errors import ExportError
+from .quantise import BITS, block_size
+
+
+@dataclass(frozen=True, slots=True)
+class Storage:
+    """How one weight is stored."""
+
+    precision: str
+    """One of PRECISIONS."""
+    block: int | None = None
+    """Inputs that share a scale, of int8 and int4."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """What `fishrt export` is told. Raises ExportError for a precision that is none."""
+
+    precision: str = "fp32"
+    keep: Mapping[str, str] = field(default_factory=dict)
+    """Precisions by patterns over the language model's matrices, such as `slow_ar.layers.0.*` or `fast_ar.output`, in which `*`
+    stands for anything. The last one that matches counts. Embeddings take fp32 and fp16 only."""
+
+    def __post_init__(self) -> None:
+        for name in (self.precision, *self.keep.values()):
+            if name not in PRECISIONS:
+                raise ExportError(f"unknown precision {name!r}", hint=f"choose one of: {', '.join(PRECISIONS)}")
+
+    def plan(
+        self, modules: Mapping[str, nn.Module], weights: Mapping[str, Mapping[str, Tensor]]
+    ) -> dict[str, dict[str, Storage]]:
+        """By role, how each matrix of the language model is stored. A layer whose inputs no block divides stays as it is.
+
+        Raises ExportError for patterns that match nothing, all at once.
+        """
+        plans: dict[str, dict[str, Storage]] = {}
+        matched = set()
+        for role, module in modules.items():
+            plan = plans[role] = {}
+            for path, part in module.named_modules():
+                if not isinstance(part, nn.Linear | nn.Embedding):
+                    continue
+                linear = isinstance(part, nn.Linear)
+                precision = self._usual(role, path)
+                if precision in BITS and not linear:
+                    precision = "fp16" if weights[role][f"{path}.weight"].dtype == torch.float32 else "fp32"
+                for pattern, kept in self.keep.items():
+                    if fnmatchcase(f"{role}.{path}", pattern.removesuffix(".weight")) and (linear or kept not in BITS):
+                        matched.add(pattern)
+                        precision = kept
+                block = block_size(part.in_features) if isinstance(part, nn.Linear) and precision in BITS else None
+                plan[f"{path}.weight"] = Storage("fp32" if precision in BITS and block is None else precision, block)
+        if lost := [pattern for pattern in self.keep if pattern not in matched]:
+            raise ExportError(
+                f"no layer that can be kept so matches: {', '.join(f'{name}={self.keep[name]}' for name in lost)}",
+                hint="names are such as slow_ar.layers.0.attention.wqkv, slow_ar.output, fast_ar.*; embeddings take fp32 or fp16",
+            )
+        return plans
+
+    def codec_plan(self, weights: Mapping[str, Tensor]) -> dict[str, Storage]:
+        """The same for a codec: its kernels and matrices, but no vectors, whatever their shape, if all is to be of 16 bits."""
+        if self.precision != "fp16":
+            return {}
+        return {name: Storage("fp16") for name, tensor in weights.items() if sum(size > 1 for size in tensor.shape) > 1}
+
+    def _usual(self, role: str, path: str) -> str:
+        if self.precision not in BITS:
+            return self.precision
+        return self.precision if role == "slow_ar" and path.startswith("layers.") else "int8"
+
+
+def main_precision(plan: Mapping[str, Storage], sizes: Mapping[str, int]) -> str:
+    """The precision of most of a graph's weights, given how many each name has: that of its linear layers, as a rule."""
+    counts = Counter[str]()
+    for name, storage in plan.items():
+        counts[storage.precision] += sizes[name]
+    return counts.most_common(1)[0][0] if counts else "fp32"

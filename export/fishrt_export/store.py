@@ -1,0 +1,183 @@
+"""A traced graph and its weights → the two files of a graph: weights are read, turned into what is stored and written one by one.
+
+What the checkpoint holds in 16 bits is stored so and cast to float32 in the graph, which is bit-equal and halves the file. An
+integer weight stands as [inputs, outputs] behind a DequantizeLinear; all others keep the checkpoint's layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import BinaryIO
+
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from .quantise import BITS, pack, quantise
+from .recipe import Storage
+
+INLINE_BYTES = 1024
+"""Smaller tensors are kept in the graph's own file."""
+SCALES = ".scales"
+"""Behind the name of a quantised weight: the initialiser of its scales."""
+
+_PAGE, _LINE = 4096, 64
+"""What large and small tensors begin at a multiple of, so that files can be mapped."""
+_KINDS = {
+    torch.bfloat16: ir.DataType.BFLOAT16,
+    torch.float16: ir.DataType.FLOAT16,
+    torch.float32: ir.DataType.FLOAT,
+}
+_TABLES = ("cos", "sin")
+"""Rotary tables, whose values are those of bfloat16."""
+
+
+def store(
+    model: ir.Model,
+    path: Path,
+    weights: Mapping[str, Tensor],
+    plan: Mapping[str, Storage],
+    progress: Callable[[float], None] = lambda _: None,
+) -> int:
+    """Writes the graph to `path` and its weights to `path` + ".data"; returns the bytes that they take in memory.
+
+    That is with ONNX Runtime on a CPU, which keeps integers as they are, maps tables that are looked up in, and widens all else
+    to float32. `plan`: how weights are stored; those without an entry, as they are. `progress` is told the part that is done.
+    """
+    graph, memory = model.graph, 0
+    names = list(graph.initializers)
+    with (path.parent / f"{path.name}.data").open("wb") as file:
+        data = _Data(file, path.parent)
+        for done, name in enumerate(names):
+            progress(done / len(names))
+            value = graph.initializers[name]
+            storage = plan.get(name, Storage("fp32"))
+            if storage.block is not None:
+                memory += _store_integers(graph, value, weights[name], storage, data)
+            else:
+                tensor = weights[name] if name in weights else _constant(value)
+                memory += _store_as_is(graph, value, stored_float(tensor, storage.precision), data)
+    ir.save(model, path)
+    return memory
+
+
+def stored_float(tensor: Tensor, precision: str) -> Tensor:
+    """The tensor as it is stored: in float16 where its precision is fp16 and no number becomes infinite, else as it is."""
+    if precision != "fp16" or tensor.dtype == torch.float16:
+        return tensor
+    largest = torch.finfo(torch.float16).max
+    fits = bool((tensor.amax() <= largest) & (tensor.amin() >= -largest))
+    return tensor.to(torch.float16) if fits else tensor
+
+
+class _Data:
+    """The file of weights while it is written."""
+
+    def __init__(self, file: BinaryIO, folder: Path) -> None:
+        self._file, self._folder = file, folder
+
+    def tensor(self, name: str, tensor: Tensor, kind: ir.DataType, shape: tuple[int, ...]) -> ir.TensorProtocol:
+        """What stands for a tensor in the graph: itself where it is small, else the place where it was written."""
+        raw = tensor.contiguous().flatten().view(torch.uint8).numpy()
+        if raw.nbytes < INLINE_BYTES:
+            return ir.PackedTensor(raw, kind, shape=shape, name=name) if kind == ir.DataType.INT4 else _inline(name, tensor, kind)
+        align = _PAGE if raw.nbytes >= 16 * _PAGE else _LINE
+        offset = -(-self._file.tell() // align) * align
+        self._file.seek(offset)
+        self._file.write(raw.data)
+        location = Path(self._file.name).name
+        return ir.ExternalTensor(location, offset, raw.nbytes, kind, shape=ir.Shape(shape), name=name, base_dir=self._folder)
+
+
+def _inline(name: str, tensor: Tensor, kind: ir.DataType) -> ir.TensorProtocol:
+    array = tensor.view(torch.uint16).numpy().view(kind.numpy()) if kind == ir.DataType.BFLOAT16 else tensor.numpy()
+    return ir.Tensor(array, dtype=kind, name=name)
+
+
+def _constant(value: ir.Value) -> Tensor:
+    """What is in no checkpoint: rotary tables, and constants of the graph."""
+    assert value.const_value is not None
+    tensor = torch.from_numpy(value.const_value.numpy().copy())
+    return tensor.to(torch.bfloat16) if (value.name or "").rpartition(".")[2] in _TABLES else tensor
+
+
+def _store_as_is(graph: ir.Graph, value: ir.Value, tensor: Tensor, data: _Data) -> int:
+    """Returns the bytes in memory."""
+    name, kind = value.name, _KINDS.get(tensor.dtype, value.dtype)
+    assert name is not None
+    assert kind is not None
+    count, width = tensor.numel(), tensor.element_size()
+    packed = data.tensor(name, tensor, kind, tuple(tensor.shape))
+    if tensor.dtype not in (torch.bfloat16, torch.float16):
+        value.const_value = packed
+        return count * width
+    narrow = ir.Value(name=name, type=ir.TensorType(kind), shape=ir.Shape(tensor.shape), const_value=packed)
+    cast: ir.Node | None = None
+    for node, index in list(value.uses()):
+        if node.op_type == "Gather" and index == 0:
+            _cast_result(node, narrow)
+            continue
+        if cast is None:
+            cast = ir.node("Cast", [narrow], {"to": ir.DataType.FLOAT}, name=f"{name}.cast")
+            cast.outputs[0].name = f"{name}.float32"
+            graph.insert_before(graph[0], cast)
+        node.replace_input_with(index, cast.outputs[0])
+    graph.initializers.pop(name)
+    graph.register_initializer(narrow)
+    return count * (width if cast is None else 4)
+
+
+def _cast_result(gather: ir.Node, table: ir.Value) -> None:
+    gather.replace_input_with(0, table)
+    rows = gather.outputs[0]
+    cast = ir.node("Cast", [rows], {"to": ir.DataType.FLOAT}, name=f"{table.name}.cast_rows")
+    cast.outputs[0].name = f"{table.name}.rows"
+    for node, index in list(rows.uses()):
+        if node is not cast:
+            node.replace_input_with(index, cast.outputs[0])
+    assert gather.graph is not None
+    gather.graph.insert_after(gather, cast)
+
+
+def _store_integers(graph: ir.Graph, value: ir.Value, weight: Tensor, storage: Storage, data: _Data) -> int:
+    """Returns the bytes in memory."""
+    name, bits, block = value.name, BITS[storage.precision], storage.block
+    assert name is not None
+    assert block is not None
+    integers, scales = quantise(weight, bits, block)
+    kind = ir.DataType.INT4 if bits == 4 else ir.DataType.INT8
+    packed = pack(integers) if bits == 4 else integers
+    values = []
+    for part, tensor, dtype, shape in (
+        (name, packed, kind, tuple(integers.shape)),
+        (name + SCALES, scales, ir.DataType.FLOAT, tuple(scales.shape)),
+    ):
+        stored = data.tensor(part, tensor, dtype, shape)
+        values.append(ir.Value(name=part, type=ir.TensorType(dtype), shape=ir.Shape(shape), const_value=stored))
+    widen = ir.node("DequantizeLinear", values, {"axis": 0, "block_size": block}, name=f"{name}.dequantize")
+    widen.outputs[0].name = f"{name}.float32"
+    graph.insert_before(graph[0], widen)
+    for node, _ in list(value.uses()):
+        _read_transposed(graph, node, widen.outputs[0])
+    graph.initializers.pop(name)
+    for part_value in values:
+        graph.register_initializer(part_value)
+    return packed.nbytes + scales.nbytes
+
+
+def _read_transposed(graph: ir.Graph, node: ir.Node, weight: ir.Value) -> None:
+    """Makes a node that transposes its weight [outputs, inputs] take `weight` [inputs, outputs] instead."""
+    if node.op_type == "Transpose":
+        for reader, index in list(node.outputs[0].uses()):
+            reader.replace_input_with(index, weight)
+        graph.remove(node, safe=True)
+        return
+    assert node.op_type == "Gemm", node
+    assert node.attributes.get_int("transB", 0) == 1, node
+    x, _, *bias = node.inputs
+    nodes = [ir.node("MatMul", [x, weight])]
+    if bias:
+        nodes.append(ir.node("Add", [nodes[0].outputs[0], bias[0]]))
+        nodes[0].outputs[0].name = f"{weight.name}.product"
+    ir.convenience.replace_nodes_and_values(graph, node, [node], nodes, node.outputs, nodes[-1].outputs)

@@ -1,0 +1,67 @@
+"""Engines that note how long each of their calls took, and a TTS on top of them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from fishrt_engines import Array, Engine, GraphSpec, State
+
+from ..bundle import Bundle
+from ..tts import TTS
+
+SPEAKING = ("slow_ar", "fast_ar", "codec_decode")
+"""Roles of the graphs that a request with a known voice needs."""
+_LENGTH_OF = ("prompt", "codes", "audio")
+
+
+class Call(NamedTuple):
+    """One run of a graph."""
+
+    length: int
+    """Columns, frames or samples that were fed."""
+    seconds: float
+
+
+class TimedEngine:
+    """An engine as it is, with a note of every call. See `fishrt_engines.Engine`."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self.calls: list[Call] = []
+
+    @property
+    def spec(self) -> GraphSpec:
+        """The graph's contract."""
+        return self._engine.spec
+
+    @property
+    def provider(self) -> str:
+        """The execution provider in use."""
+        return self._engine.provider
+
+    def new_state(self, **dims: int) -> State:
+        """State of zeros."""
+        return self._engine.new_state(**dims)
+
+    def run(self, feeds: Mapping[str, Array], state: State | None = None) -> dict[str, Array]:
+        """Runs the graph once and notes it."""
+        begun = time.perf_counter()
+        results = self._engine.run(feeds, state)
+        seconds = time.perf_counter() - begun
+        self.calls.append(Call(next((feeds[name].shape[-1] for name in _LENGTH_OF if name in feeds), 1), seconds))
+        return results
+
+    def take(self) -> list[Call]:
+        """The calls since the last time it was asked."""
+        taken, self.calls = self.calls, []
+        return taken
+
+
+def open_timed(bundle: Bundle | Path | None, *, provider: str, threads: int | None) -> tuple[TTS, dict[str, TimedEngine]]:
+    """A TTS as `TTS.load` makes it, with all of its graphs open, and the engines by role that note its calls."""
+    tts = TTS.load(bundle, provider=provider, threads=threads)
+    engines = {role: TimedEngine(tts.engines[role]) for role in tts.bundle.manifest.graphs}
+    return TTS(tts.bundle, engines), engines

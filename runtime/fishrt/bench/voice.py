@@ -1,0 +1,49 @@
+"""A voice to measure with, and a prompt in it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from ..bundle import Bundle, Manifest
+from ..prompt import PromptBuilder
+from ..sampling import Ints
+from ..tokenizer import Tokenizer
+from ..voices import Voice, VoiceStore
+
+SECONDS = 10.0
+"""Of speech in a made-up voice: the least that is recommended for the official models."""
+TRANSCRIPT = "This is a recording of somebody who speaks for about ten seconds, and these are the words that are said in it."
+_SHARE = 4
+"""A made-up voice takes at most one part in so many of the longest prompt."""
+
+
+def bench_prompt(bundle: Bundle, text: str) -> Ints:
+    """The first piece of a text, to be said by `bench_voice`: int64 [1 + C, length]. Raises PromptError as `TTS.speak` does."""
+    manifest, voice = bundle.manifest, bench_voice(bundle)
+    lm = manifest.language_model
+    prompts = PromptBuilder(Tokenizer.load(bundle.file(manifest.tokenizer)), lm)
+    heard = replace(voice, codes=voice.codes[: lm.num_codebooks])  # the codec may have more codebooks than the model
+    return prompts.start([heard], None).user(prompts.split(text)[0])
+
+
+def bench_voice(bundle: Bundle) -> Voice:
+    """The default voice that the bundle brings; one is made up if it brings none."""
+    manifest = bundle.manifest
+    if manifest.voices is None:
+        return made_up_voice(manifest, 0)
+    return VoiceStore(bundle.path / "voices").load(manifest.voices.default)
+
+
+def made_up_voice(manifest: Manifest, seed: int) -> Voice:
+    """Random codes. Voices of different seeds begin differently."""
+    codec, lm = manifest.codec, manifest.language_model
+    frames = max(1, min(round(SECONDS * codec.frame_rate), lm.max_prompt // _SHARE))
+    # What both the codec and the model's tables hold.
+    sizes = [min(size, lm.codebook_width - lm.code_offset) for size in codec.codebook_sizes]
+    if lm.code_zero == "main":
+        sizes[0] = min(sizes[0], lm.semantic_end_id - lm.semantic_begin_id + 1)
+    rng = np.random.default_rng(seed)
+    codes = np.stack([rng.integers(0, size, frames) for size in sizes])
+    return Voice(f"bench-{seed}", codes, TRANSCRIPT, codec.fingerprint)

@@ -1,0 +1,72 @@
+"""`fishrt bench`: how fast a bundle is here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .base import Reporter, debug_option, json_option, load_bundle, print_json, quiet_option
+
+
+@click.command()
+@click.argument("bundle", required=False, type=click.Path(path_type=Path))
+@click.option("--text", help="What is spoken.  [default: one sentence]")
+@click.option(
+    "--frames", type=click.IntRange(min=2), default=64, show_default=True, metavar="N", help="Frames of each measured generation."
+)
+@click.option("--threads", type=click.IntRange(min=1), metavar="N", help="CPU threads.  [default: the physical cores]")
+@click.option("--provider", default="auto", show_default=True, metavar="NAME", help="What runs the graphs: auto, cpu, …")
+@quiet_option
+@json_option
+@debug_option
+def bench(
+    bundle: Path | None, text: str | None, frames: int, threads: int | None, provider: str, quiet: bool, as_json: bool
+) -> None:
+    """Measure BUNDLE (default: the embedded voice) on this machine: steps, codec, whole requests, loading, memory.
+
+    Takes a minute or more, and wants the machine for itself. RTF is compute seconds ÷ audio seconds: below 1 is faster than
+    real time. TTFA is the time from a request to its first audio.
+    """
+    from ..bench import BenchRequest, bench
+
+    loaded = load_bundle(bundle)
+    reporter = Reporter(quiet=quiet or as_json)
+    options: dict[str, Any] = {} if text is None else {"text": text}
+    request = BenchRequest(provider=provider, threads=threads, frames=frames, **options)
+    found = bench(loaded, request, lambda what: reporter.show(f"measuring {what}"))
+    if as_json:
+        print_json({"command": "bench", **found})
+    else:
+        reporter.done("measured")
+        click.echo("\n".join(f"{name:26} {value}" for name, value in _rows(found)))
+
+
+def _rows(found: dict[str, Any]) -> list[tuple[str, str]]:
+    """The table: names and values with units."""
+    machine, weights, codec, speak = (found[name] for name in ("machine", "weights", "codec", "speak"))
+    ttfa, load, memory, loop = (found[name] for name in ("ttfa", "load", "memory", "loop"))
+    mb = {name: f"{(found_bytes or 0) / 1e6:,.0f} MB" if found_bytes else "unknown" for name, found_bytes in memory.items()}
+    return [
+        ("bundle", f"{found['bundle']['name']}, {found['bundle']['bytes'] / 1e6:,.1f} MB"),
+        ("machine", f"{machine['cpu']}, {machine['cores']} cores, reads {machine['read_gb_s']} GB/s"),
+        ("prefill", f"{found['prefill']['tokens_per_s']:,.0f} tokens/s"),
+        *((name.replace("_", " "), _times(found[name])) for name in ("slow_step", "fast_step", "frame")),
+        ("loop in a frame", f"{_times(loop)}, {loop['share']:.1%}"),
+        ("frames", f"{found['frames_per_s']:,.1f} frames/s; real time is {found['bundle']['frame_rate']:.1f}"),
+        ("weights read in a frame", f"{weights['frame_bytes'] / 1e6:,.1f} MB"),
+        ("  achieved, slow step", f"{weights['slow_gb_s']} GB/s, {weights['slow_share']:.0%} of the machine's"),
+        ("  achieved, frame", f"{weights['frame_gb_s']} GB/s, {weights['frame_share']:.0%} of the machine's"),
+        *((f"codec {way}", f"RTF {codec[way]['rtf']:.3f}") for way in ("encode", "decode")),
+        ("text to speech", f"RTF {speak['rtf']:.3f} ({speak['audio_s']:.2f} s of audio)"),
+        ("TTFA, known voice", _times(ttfa["known_voice"])),
+        ("TTFA, new voice", _times(ttfa["new_voice"])),
+        ("load", f"cold {load['cold_s']:.2f} s, cached {load['cached_s']:.2f} s"),
+        ("peak memory", f"speaking {mb['speaking_peak_bytes']}, first load {mb['cold_load_peak_bytes']}"),
+        *((f"slow step at {row['context']:,}", _times(row)) for row in found["contexts"]),
+    ]
+
+
+def _times(summary: dict[str, Any]) -> str:
+    return f"{summary['median_ms']:,.2f} ms (95th percentile {summary['p95_ms']:,.2f})"

@@ -1,0 +1,131 @@
+"""What the slow AR has read: columns, and their keys and values, which need not be computed again.
+
+    request with a voice   │ system text and voice │ text │ speech …
+                           └─ kept for the next ───┘
+    next piece of text     │ system text and voice │ text │ speech │ text │ speech …
+                           └─ read already ────────────────────────┘
+
+Keys and values of a column depend on it and those before it, and by rounding on how many were read at once. So that a request
+gives the same codes whether its voice was known or not, system text and voice are always read by themselves.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping
+
+import numpy as np
+import numpy.typing as npt
+
+from fishrt_engines import Array, Engine
+
+Ints = npt.NDArray[np.int64]
+
+FIRST_FRAMES = 256
+"""Frames for which the cache has room at first; it doubles when it is full. How much is said is not known before."""
+KEPT_BYTES = 256_000_000
+"""Keys and values that `ContextStore` keeps, at most; the newest stays in any case. A second of a voice takes S1-mini
+5 MB and 1.5 half a megabyte."""
+
+
+class SlowContext:
+    """The slow AR's KV cache and the columns that are in it. Used by one generation at a time."""
+
+    def __init__(self, engine: Engine, num_codebooks: int) -> None:
+        self._engine = engine
+        self._state = engine.new_state(batch=1, cache=1)
+        self._columns = np.zeros((1 + num_codebooks, 1), np.int64)
+        self._length = 0
+        self._most = 1
+
+    @property
+    def columns(self) -> Ints:
+        """What was read, int64 [1 + num_codebooks, length]."""
+        return self._columns[:, : self._length]
+
+    def reserve(self, length: int, most: int) -> None:
+        """Makes room for a prompt of `length` and some speech. The cache then grows as needed, to no more than `most` rows."""
+        self._most = most
+        self._grow(min(length + FIRST_FRAMES, most))
+
+    def rewind(self, prompt: Ints) -> Ints:
+        """Forgets what was read but for that with which `prompt` [1 + num_codebooks, T] begins.
+
+        Returns the rest of the prompt, at least its last column: reading it gives the logits of the first frame.
+        """
+        common = min(self._length, prompt.shape[1] - 1)
+        differ = (self.columns[:, :common] != prompt[:, :common]).any(axis=0)
+        self._length = int(differ.argmax()) if differ.any() else common
+        return prompt[:, self._length :]
+
+    def read(self, columns: Ints) -> Mapping[str, Array]:
+        """Feeds the next columns, int64 [1 + num_codebooks, at least 1]. Returns logits and hidden of the last."""
+        start, length = self._length, columns.shape[1]
+        if start + length > (rows := self._state.dims["cache"]):
+            self._grow(max(start + length, min(2 * rows, self._most)))
+        self._columns[:, start : start + length] = columns
+        self._length += length
+        feeds = {
+            "prompt": np.ascontiguousarray(columns[None]),
+            "position_ids": np.arange(start, start + length, dtype=np.int64)[None],
+            "write_index": np.array([start], np.int64),
+            "last_index": np.array([length - 1], np.int64),
+        }
+        return self._engine.run(feeds, self._state)
+
+    def save(self) -> dict[str, Array]:
+        """Keys and values of all columns, by the names of the graph's inputs: arrays [1, heads, length, head_dim]."""
+        return {t.name: self._state.read(t.name)[:, :, : self._length].copy() for t in self._engine.spec.state_tensors}
+
+    def restore(self, columns: Ints, saved: Mapping[str, Array]) -> None:
+        """The inverse of `save`, for the columns that were read then. Raises ValueError for what is not of this graph."""
+        if saved.keys() != {t.name for t in self._engine.spec.state_tensors}:
+            raise ValueError("the keys and values are not those of this graph")
+        self._grow(columns.shape[1])
+        for name, array in saved.items():
+            self._state.write(name, array)
+        self._columns[:, : columns.shape[1]] = columns
+        self._length = columns.shape[1]
+
+    def _grow(self, rows: int) -> None:
+        if rows > self._state.dims["cache"]:
+            self._state.grow(cache=rows)
+            self._columns = np.pad(self._columns, ((0, 0), (0, rows - self._columns.shape[1])))
+
+
+class ContextStore:
+    """Keys and values of what requests begin with, as long as they fit into KEPT_BYTES; the least recently used goes first."""
+
+    def __init__(self) -> None:
+        self._kept: OrderedDict[bytes, dict[str, Array]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def context(self, engine: Engine, head: Ints) -> SlowContext:
+        """A context that has read `head`, int64 [1 + num_codebooks, length], which may be empty."""
+        context = SlowContext(engine, head.shape[0] - 1)
+        if not head.shape[1]:
+            return context
+        context.reserve(head.shape[1], head.shape[1] + FIRST_FRAMES)
+        key = head.tobytes()
+        with self._lock:
+            saved = self._kept.get(key)
+            if saved is not None:
+                self._kept.move_to_end(key)
+        if saved is not None:
+            context.restore(head, saved)
+        else:
+            context.read(head)
+            self.add(head, context.save())
+        return context
+
+    def add(self, head: Ints, saved: dict[str, Array]) -> None:
+        """Keeps the keys and values of `head`."""
+        with self._lock:
+            self._kept[head.tobytes()] = saved
+            while len(self._kept) > 1 and sum(map(_bytes, self._kept.values())) > KEPT_BYTES:
+                self._kept.popitem(last=False)
+
+
+def _bytes(saved: Mapping[str, Array]) -> int:
+    return sum(array.nbytes for array in saved.values())

@@ -1,0 +1,55 @@
+"""Every measure of speed, defined once. Times are in seconds unless a name says _ms."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+
+def rtf(compute_s: float, audio_s: float) -> float:
+    """Real-time factor: compute seconds ÷ audio seconds. Below 1 is faster than real time."""
+    return compute_s / audio_s
+
+
+def per_second(count: float, seconds: float) -> float:
+    """Of frames, tokens or bytes."""
+    return count / seconds
+
+
+def speed_up(ours_s: float, peer_s: float) -> float:
+    """How many times faster than a peer: its time ÷ ours."""
+    return peer_s / ours_s
+
+
+def frame_bytes(slow: int, fast: int, fast_steps: float) -> float:
+    """Bytes of weights that one frame reads: the slow AR's once, the fast AR's in each of its steps."""
+    return slow + fast * fast_steps
+
+
+def bandwidth_share(bytes_read: float, seconds: float, limit: float) -> float:
+    """Achieved bandwidth ÷ the machine's, both in bytes a second: 1 is the limit, above it weights came from a cache."""
+    return bytes_read / seconds / limit
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """Repeated measurements of one time, in milliseconds."""
+
+    median_ms: float
+    p95_ms: float
+    count: int
+
+    @classmethod
+    def of(cls, seconds: Sequence[float]) -> Summary:
+        """At least one time. Raises ValueError for none."""
+        if not seconds:
+            raise ValueError("nothing was measured")
+        median, p95 = np.percentile(np.array(seconds) * 1e3, [50, 95])
+        return cls(round(float(median), 4), round(float(p95), 4), len(seconds))
+
+    @property
+    def median_s(self) -> float:
+        """In seconds."""
+        return self.median_ms / 1e3

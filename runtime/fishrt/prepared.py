@@ -1,0 +1,58 @@
+"""What the slow AR makes of a voice, on disk beside it: keys and values, so that not even the first request reads the voice.
+
+One file for each slow AR that a voice was prepared for: `prepared-<part of the graph's hash>.npz`. It is a copy of what can be
+computed again: a file that is damaged, or of other columns, is passed over with a warning.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import zipfile
+from pathlib import Path
+
+import numpy as np
+
+from fishrt_engines import Array, GraphSpec
+
+from .context import Ints
+from .files import write_whole
+
+log = logging.getLogger(__name__)
+
+_COLUMNS = "columns"
+
+
+def prepared_path(folder: Path, graph: str) -> Path:
+    """Where it lies. folder: the voice's. graph: a hash that stands for the slow AR and its weights."""
+    return folder / f"prepared-{graph[:16]}.npz"
+
+
+def write_prepared(folder: Path, graph: str, columns: Ints, saved: dict[str, Array]) -> Path:
+    """Writes what `SlowContext.save` gave for `columns`; returns where. Raises OutputError."""
+    path, buffer = prepared_path(folder, graph), io.BytesIO()
+    np.savez(buffer, **{_COLUMNS: columns}, **saved)  # type: ignore[arg-type]
+    write_whole(path, buffer.getvalue())
+    return path
+
+
+def read_prepared(folder: Path, graph: str, columns: Ints, spec: GraphSpec) -> dict[str, Array] | None:
+    """What was written for these columns; None if nothing was, or, with a warning, if it is of no use.
+
+    spec: the slow AR's.
+    """
+    path = prepared_path(folder, graph)
+    if not path.is_file():
+        return None
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            stored = {name: file[name] for name in file.files}
+        kept = stored.pop(_COLUMNS)
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        log.warning("%s cannot be read (%s); the voice is read again", path, error)
+        return None
+    wanted = {t.name: (t.dtype, t.resolve({"batch": 1, "cache": columns.shape[1]})) for t in spec.state_tensors}
+    if not np.array_equal(kept, columns) or {n: (a.dtype, a.shape) for n, a in stored.items()} != wanted:
+        log.warning("%s was made of another state of the voice; the voice is read again", path)
+        return None
+    return stored

@@ -1,0 +1,121 @@
+"""What the slow AR has read is not read again, and gives what reading it all gives."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fakes import FakeEngine, FakeState, specs
+from fishrt import context
+from fishrt.context import ContextStore, SlowContext
+from fishrt_engines import Array, Engine
+from helpers_text import language_model, manifest
+from tiny import GoldenModel
+from tolerances import TOLERANCES
+
+LM = language_model()
+ROWS = 1 + LM.num_codebooks
+
+
+@pytest.fixture
+def engine() -> FakeEngine:
+    """Writes main tokens into its cache. `hidden` is what the cache holds up to the last column: sum, weighted sum, rows."""
+    spec = specs(LM, manifest().codec)["slow_ar"]
+
+    def run(feeds: Mapping[str, Array], state: FakeState) -> dict[str, Array]:
+        start, length = int(feeds["write_index"][0]), feeds["prompt"].shape[2]
+        assert feeds["position_ids"].tolist() == [list(range(start, start + length))]
+        kept: Any = state.arrays["key_cache.0"]
+        kept[0, 0, start : start + length, 0] = feeds["prompt"][0, 0]
+        seen = kept[0, 0, : start + length, 0]
+        hidden = np.array([[seen.sum(), (seen * np.arange(len(seen))).sum(), len(seen)]], np.float32)
+        return {"logits": np.zeros((1, int(spec.outputs[0].shape[1])), np.float32), "hidden": hidden}
+
+    return FakeEngine(spec, run)
+
+
+def columns(*main: int) -> np.ndarray:
+    made = np.zeros((ROWS, len(main)), np.int64)
+    made[0] = main
+    return made
+
+
+def fresh(engine: Engine, prompt: np.ndarray) -> np.ndarray:
+    made = SlowContext(engine, LM.num_codebooks)
+    return np.array(made.read(made.rewind(prompt))["hidden"])
+
+
+def test_only_what_differs_is_read(engine: FakeEngine) -> None:
+    made = SlowContext(engine, LM.num_codebooks)
+    made.read(columns(3, 1, 4, 1, 5))
+    for prompt, start in (((3, 1, 4, 1, 5, 9), 5), ((3, 1, 4, 2), 3), ((3, 1), 1), ((7, 7, 7), 0), ((7,), 0)):
+        rest = made.rewind(columns(*prompt))
+        assert rest.shape[1] == len(prompt) - start
+        np.testing.assert_array_equal(made.read(rest)["hidden"], fresh(engine, columns(*prompt)))
+        np.testing.assert_array_equal(made.columns, columns(*prompt))
+
+
+def test_codes_count_as_much_as_main_tokens(engine: FakeEngine) -> None:
+    made = SlowContext(engine, LM.num_codebooks)
+    made.read(columns(3, 1, 4))
+    other = columns(3, 1, 4, 1)
+    other[-1, 1] = 2
+    assert made.rewind(other).shape[1] == 3
+
+
+def test_a_head_is_read_once_and_gives_the_same(engine: FakeEngine) -> None:
+    store, head = ContextStore(), columns(2, 7, 1, 8)
+    prompt = np.concatenate([head, columns(2, 8)], axis=1)
+    given = []
+    for _ in range(2):
+        made = store.context(engine, head)
+        given.append(made.read(made.rewind(prompt))["hidden"])
+    assert [call["prompt"].shape[2] for call in engine.calls] == [4, 2, 2]
+    np.testing.assert_array_equal(given[0], given[1])
+    np.testing.assert_array_equal(given[0], fresh(engine, prompt))
+
+
+def test_what_one_request_adds_is_not_in_the_next(engine: FakeEngine) -> None:
+    store, head = ContextStore(), columns(2, 7)
+    first = store.context(engine, head)
+    first.read(columns(5, 5, 5))
+    second = store.context(engine, head)
+    np.testing.assert_array_equal(second.columns, head)
+    np.testing.assert_array_equal(second.read(columns(1))["hidden"], fresh(engine, columns(2, 7, 1)))
+
+
+def test_an_empty_head_reads_nothing(engine: FakeEngine) -> None:
+    assert ContextStore().context(engine, columns()).columns.shape == (ROWS, 0)
+    assert not engine.calls
+
+
+def test_the_least_recently_used_goes_first(engine: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    heads = [columns(1, 2), columns(3, 4), columns(5, 6)]
+    size = 2 * 2 * 2 * 4  # keys and values of two columns, two floats each
+    monkeypatch.setattr(context, "KEPT_BYTES", 2 * size)
+    store = ContextStore()
+    for n in (0, 1, 0, 2, 0, 1):
+        store.context(engine, heads[n])
+    read = [call["prompt"][0, 0].tolist() for call in engine.calls]
+    assert read == [[1, 2], [3, 4], [5, 6], [3, 4]]
+
+
+def test_keys_and_values_of_another_graph_are_refused(engine: FakeEngine) -> None:
+    with pytest.raises(ValueError, match="not those of this graph"):
+        SlowContext(engine, LM.num_codebooks).restore(columns(1), {"something": np.zeros(1, np.float32)})
+
+
+def test_real_keys_and_values_are_restored(s2_model: GoldenModel) -> None:
+    """They give what reading the head gave, bit for bit, and what reading all at once gives, but for rounding."""
+    engine, codebooks = s2_model.engine("slow_ar", specialise=True), s2_model.lm.config.num_codebooks
+    rng = np.random.default_rng(5)
+    head, rest = (np.zeros((1 + codebooks, length), np.int64) for length in (9, 4))
+    head[0], rest[0] = rng.integers(0, 20, 9), rng.integers(0, 20, 4)
+    store = ContextStore()
+    cold, warm = (np.array(store.context(engine, head).read(rest)["logits"]) for _ in range(2))
+    np.testing.assert_array_equal(cold, warm)
+    whole = SlowContext(engine, codebooks).read(np.concatenate([head, rest], axis=1))["logits"]
+    assert np.abs(whole - cold).max() <= TOLERANCES["lm"]
