@@ -18,8 +18,6 @@ import numpy.typing as npt
 from .errors import GraphError, SamplingError
 from .features import LanguageModel, RepetitionPenalty, SamplingDefaults, sampling_faults
 
-FIRST_RANKED = 64
-"""Logits that are ranked at first; four times as many as long as they do not suffice."""
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
 
@@ -75,22 +73,31 @@ class Noise(Protocol):
 
 
 class SeededNoise:
-    """Noise from a numpy Generator: the same seed gives the same noise."""
+    """Noise from a numpy Generator: the same seed gives the same noise. It is drawn ahead, for some frames at once."""
+
+    _AHEAD = 1 << 14
 
     def __init__(self, seed: int) -> None:
         self._generator = np.random.default_rng(seed)
+        self._ready = np.empty(0, np.float32)
 
     def slow(self, width: int) -> Floats:
         """See `Noise`."""
-        return self._draw(width)
+        return self._take(width)
 
     def fast(self, width: int) -> Floats:
         """See `Noise`."""
-        return self._draw(width)
+        return self._take(width)
 
-    def _draw(self, width: int) -> Floats:
+    def _take(self, width: int) -> Floats:
+        if width > len(self._ready):
+            self._ready = np.concatenate([self._ready, self._draw(max(width, self._AHEAD))])
+        taken, self._ready = self._ready[:width], self._ready[width:]
+        return taken
+
+    def _draw(self, count: int) -> Floats:
         # A uniform 0 would give infinite noise and so forbid the token, even one that is alone.
-        uniform = np.maximum(self._generator.random(width), np.finfo(np.float64).tiny)
+        uniform = np.maximum(self._generator.random(count), np.finfo(np.float64).tiny)
         return (-np.log(uniform)).astype(np.float32)
 
 
@@ -100,30 +107,23 @@ def filter_probs(logits: Floats, temperature: float, top_p: float, top_k: int | 
     logits: float32 [n]; -inf forbids an entry. Of equal logits the lower index ranks first. The likeliest entry always stays.
     Raises GraphError for logits of which one is NaN or +inf, or all are -inf.
     """
-    top = logits.max()
-    with np.errstate(invalid="ignore"):  # the check below says it in words
-        total = np.exp(logits - top).sum(dtype=np.float64)
-    if not np.isfinite(total):
+    descending = np.sort(logits)[::-1]  # NaN comes first
+    if not np.isfinite(descending[0]):
         raise GraphError(
             "a graph gave logits that are not numbers", hint="the weights of the bundle are damaged: export it again"
         )
-    # The sum above is over all entries: what top-k removes still counts for top-p. In float64 the sums are so near to exact that
-    # top_p = 1 removes nothing of weight. Few entries make up top_p mostly, and the others are then not even sorted.
-    most = width = len(logits)
-    if top_k is not None:
-        most = min(top_k, width)
-    ranked = min(FIRST_RANKED, most)
-    while True:
-        kept = _ranked(logits, ranked)
-        within = np.cumsum(np.exp(logits[kept] - top), dtype=np.float64) <= top_p * total
-        if ranked == most or not within[-1]:
-            break
-        ranked = min(4 * ranked, most)
-    within[0] = True
-    kept = kept[within]
-    scaled = logits[kept] / np.float32(max(temperature, 1e-5))
-    weights = np.exp(scaled - scaled[0])
-    probs = np.zeros(width, np.float32)
+    # The sum is over all entries: what top-k removes still counts for top-p. In float64 the sums are so near to exact that
+    # top_p = 1 removes nothing of weight.
+    mass = np.cumsum(np.exp(descending - descending[0]), dtype=np.float64)
+    most = len(logits) if top_k is None else min(top_k, len(logits))
+    count = max(1, int(np.searchsorted(mass[:most], top_p * mass[-1], side="right")))
+    kept = np.flatnonzero(logits >= (least := descending[count - 1]))
+    if len(kept) > count:
+        equal = np.flatnonzero(logits[kept] == least)
+        kept = np.delete(kept, equal[count - len(kept) :])  # the last of those that rank alike
+    divisor = np.float32(max(temperature, 1e-5))
+    weights = np.exp(logits[kept] / divisor - descending[0] / divisor)
+    probs = np.zeros(len(logits), np.float32)
     probs[kept] = weights / weights.sum()
     return probs
 
@@ -133,16 +133,6 @@ def probabilities(logits: Floats, sampling: Sampling) -> Floats:
     assert sampling.temperature is not None
     assert sampling.top_p is not None
     return filter_probs(logits, sampling.temperature, sampling.top_p, sampling.top_k)
-
-
-def _ranked(logits: Floats, count: int) -> npt.NDArray[np.intp]:
-    """Indices of the `count` largest logits, largest first, equal ones by index. Sorts only what can be among them."""
-    width = len(logits)
-    if count == width:
-        return np.argsort(-logits, kind="stable")
-    smallest = np.partition(logits, width - count)[width - count]
-    candidates = np.flatnonzero(logits >= smallest)
-    return candidates[np.argsort(-logits[candidates], kind="stable")[:count]]
 
 
 def draw(probs: Floats, noise: Floats) -> int:
@@ -164,8 +154,8 @@ def main_ids(model: LanguageModel) -> Ints:
 def penalised(logits: Floats, indices: Ints, penalty: float) -> Floats:
     """A copy of the logits, float32 [n], with those at `indices` made less likely; one that is there twice, once."""
     result = logits.copy()
-    chosen = logits[indices]
-    result[indices] = np.where(chosen < 0, chosen * np.float32(penalty), chosen / np.float32(penalty))
+    chosen, factor = logits[indices], np.float32(penalty)
+    result[indices] = np.where(chosen < 0, chosen * factor, chosen / factor)
     return result
 
 
