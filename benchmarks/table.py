@@ -73,7 +73,7 @@ def precision_table(record: dict[str, Any]) -> str:
         "bundle",
         "word error rate",
         "against fp32",
-        "95 % of the time between",
+        "95 % interval",
         "voice recognised",
         "ended by itself",
     )
