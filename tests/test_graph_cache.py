@@ -12,8 +12,10 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from click.testing import CliRunner
 from onnx import TensorProto, helper, numpy_helper
 
+from fishrt.cli import main
 from fishrt_engines import Engine, FishrtError, GraphSpec, TensorSpec, graph_cache, open_engine, ort_session
 
 WIDTHS = (256, 96, 160, 32)
@@ -205,3 +207,15 @@ def test_a_damaged_portable_graph_is_an_error(graph: Path) -> None:
     with pytest.raises(FishrtError, match="cannot be loaded"):
         opened(graph)
     assert entries() == []
+
+
+def test_a_user_is_told_of_it_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FISHRT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(ort_session, "WORTH_KEEPING", 5_000_000)  # minnow's slow AR has more
+    speak = ["speak", "Good morning.", "--max-frames", "3", "--threads", "1", "-o", str(tmp_path / "a.wav")]
+    first, second = (CliRunner().invoke(main, speak) for _ in range(2))
+    assert first.stderr.count("optimising slow_ar.onnx for this machine, once") == 1
+    assert "optimising" not in second.stderr
+    monkeypatch.setenv("FISHRT_CACHE", str(tmp_path / "another"))
+    assert "optimising" not in CliRunner().invoke(main, [*speak, "--quiet"]).stderr
+    assert len(entries()) == 1

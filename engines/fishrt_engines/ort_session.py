@@ -48,7 +48,7 @@ def open_session(path: Path, *, threads: int, specialised: bool, identity: str |
     key = graph_cache.cache_key(identity, ort.__version__, cpu_identity())
     kept = graph_cache.find(key)
     if kept is None:
-        log.info("optimising %s for this machine; the next start will find it in %s", path.name, graph_cache.cache_folder())
+        log.info("optimising %s for this machine, once; it is kept in %s", path.name, graph_cache.cache_folder())
         kept = _keep(ort, path, key)
     if kept is not None:
         options = _options(ort, threads)

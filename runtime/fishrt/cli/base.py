@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import logging
 import sys
 import time
 import traceback
@@ -128,10 +129,20 @@ def engine_options(command: F) -> F:
 
 
 def load_tts(bundle: Path | None, provider: str, threads: int | None) -> TTS:
-    """The speaker of a bundle; None is the embedded one."""
+    """The speaker of a bundle; None is the embedded one. Unless the command is quiet, it tells when graphs are optimised."""
     from ..tts import TTS
 
+    told = logging.getLogger("fishrt_engines.ort_session")
+    told.handlers = [] if click.get_current_context().params.get("quiet") else [_Told()]
+    told.setLevel(logging.INFO)
     return TTS.load(bundle, provider=provider, threads=threads)
+
+
+class _Told(logging.Handler):
+    """Says what is logged."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        say(record.getMessage())
 
 
 def load_bundle(path: Path | None) -> Bundle:
