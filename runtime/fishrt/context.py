@@ -36,6 +36,8 @@ class SlowContext:
         self._engine = engine
         self._state = engine.new_state(batch=1, cache=1)
         self._columns = np.zeros((1 + num_codebooks, 1), np.int64)
+        self._positions = np.arange(1, dtype=np.int64)
+        self._write_index, self._last_index = np.zeros(1, np.int64), np.zeros(1, np.int64)
         self._length = 0
         self._most = 1
 
@@ -66,11 +68,12 @@ class SlowContext:
             self._grow(max(start + length, min(2 * rows, self._most)))
         self._columns[:, start : start + length] = columns
         self._length += length
+        self._write_index[0], self._last_index[0] = start, length - 1
         feeds = {
             "prompt": np.ascontiguousarray(columns[None]),
-            "position_ids": np.arange(start, start + length, dtype=np.int64)[None],
-            "write_index": np.array([start], np.int64),
-            "last_index": np.array([length - 1], np.int64),
+            "position_ids": self._positions[None, start : start + length],
+            "write_index": self._write_index,
+            "last_index": self._last_index,
         }
         return self._engine.run(feeds, self._state)
 
@@ -92,6 +95,7 @@ class SlowContext:
         if rows > self._state.dims["cache"]:
             self._state.grow(cache=rows)
             self._columns = np.pad(self._columns, ((0, 0), (0, rows - self._columns.shape[1])))
+            self._positions = np.arange(rows, dtype=np.int64)
 
 
 class ContextStore:

@@ -14,7 +14,7 @@ Columns hold codes + `code_offset`, frames the codes themselves.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -81,7 +81,9 @@ class Columns(Iterator[Ints]):
         self._context.reserve(length, length + self._limit)
         self._fast_state = model.fast.new_state(batch=1)
         self._next_input = self._context.rewind(prompt)
-        self._fast_positions = np.arange(lm.num_codebooks, dtype=np.int64)
+        # Codes that are known before the fast AR is asked, and what it is fed for each of the others, filled in anew each time.
+        self._known = 1 if lm.code_zero == "main" else 0
+        self._fast_feeds = {codebook: _fast_feeds(codebook, self._known) for codebook in range(self._known, lm.num_codebooks)}
         # What the last frames drew; the prefill's never enters.
         aware, penalty = lm.sampling.repetition_aware, lm.sampling.repetition_penalty
         self._recent: deque[int] = deque(maxlen=aware.window if aware else 0)
@@ -126,20 +128,20 @@ class Columns(Iterator[Ints]):
     def _draw_codes(self, column: Ints, hidden: Array) -> None:
         """Fills in the codes. Entries of the fast cache beyond a position are masked, so nothing is cleared between frames."""
         lm = self._model.language_model
-        codes, known = column[1:], 0
-        if lm.code_zero == "main":
+        codes = column[1:]
+        if self._known:
             semantic = min(max(int(column[0]), lm.semantic_begin_id), lm.semantic_end_id) - lm.semantic_begin_id
             codes[0] = min(semantic, lm.codebook_width - 1)
-            known = 1
-        for codebook in range(known, lm.num_codebooks):
-            fed = np.append(0, codes[:known]) if codebook == known else codes[codebook - 1 : codebook]
-            codes[codebook] = self._draw_code(codebook, fed, hidden)
+        for codebook, feeds in self._fast_feeds.items():
+            fed = feeds["codes"][0]
+            if codebook == self._known:
+                fed[1:] = codes[:codebook]
+            else:
+                fed[0] = codes[codebook - 1]
+            codes[codebook] = self._draw_code(codebook, {**feeds, "hidden": hidden})
 
-    def _draw_code(self, codebook: int, fed: Ints, hidden: Array) -> int:
-        """Feeds codes at the positions up to `codebook`; position 0 takes `hidden` in place of its code."""
+    def _draw_code(self, codebook: int, feeds: Mapping[str, Array]) -> int:
         lm = self._model.language_model
-        positions = self._fast_positions[codebook + 1 - len(fed) : codebook + 1]
-        feeds = {"hidden": hidden, "codes": fed[None], "position_ids": positions[None], "write_index": positions[:1]}
         logits = _floats(self._model.fast.run(feeds, self._fast_state)["logits"][0])[: lm.fast_candidates]
         if self._window and self._count:
             logits = self._window.code(logits, codebook)
@@ -206,6 +208,15 @@ def generate_frames(
     """
     columns = Columns(model, prompt, sampling, noise, max_columns=max_frames, upstream_compat=upstream_compat, context=context)
     return Generation(columns, model.language_model, upstream_compat=upstream_compat)
+
+
+def _fast_feeds(codebook: int, known: int) -> dict[str, Ints]:
+    """For the logits of one codebook: positions up to it that were not fed before, and room for their codes.
+
+    Position 0 takes the hidden vector in place of its code, which stays 0.
+    """
+    positions = np.arange(0 if codebook == known else codebook, codebook + 1, dtype=np.int64)
+    return {"codes": np.zeros((1, len(positions)), np.int64), "position_ids": positions[None], "write_index": positions[:1]}
 
 
 def _floats(array: Array) -> Floats:
