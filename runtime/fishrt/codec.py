@@ -22,8 +22,7 @@ Pcm = npt.NDArray[np.float32]
 _ABSENT = -1
 """Fed to the decode graph for a codebook that contributes nothing."""
 _LEAST_FRAMES, _MOST_FRAMES = 4, 16
-"""Of one call that decodes. Of 4 to 128 frames, at the official size of S1 and S2 on two cores, 16 took the least time for each:
-with fewer the weights are read too often, with more what layers hand on leaves the caches. So memory is bounded, too."""
+"""Of one call that decodes. With fewer, the weights are read too often; more take memory for what layers hand on."""
 
 
 class CodecEncoder:

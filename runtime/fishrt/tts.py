@@ -35,6 +35,7 @@ from .errors import FishrtError, SamplingError, VoiceError
 from .generate import DualAR, Generation, StopReason, generate_frames
 from .graphs import BundleGraphs
 from .memory import check_memory, estimate
+from .metrics import rtf
 from .prepared import prepared_path, read_prepared, write_prepared
 from .prompt import Conversation, PromptBuilder
 from .sampling import Ints, Sampling, SeededNoise
@@ -294,7 +295,7 @@ class TTS:
                 frames=sum(piece.frames for piece in pieces),
                 audio_s=audio_s,
                 timings=timings,
-                rtf=timings.compute_s / audio_s if audio_s else None,
+                rtf=rtf(timings.compute_s, audio_s) if audio_s else None,
                 provider=self._engines["slow_ar"].provider,
                 bundle=manifest.name,
                 bundle_sha256=hashlib.sha256(manifest.to_json().encode()).hexdigest(),
