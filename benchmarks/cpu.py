@@ -23,7 +23,7 @@ import numpy as np
 
 from fishrt.bench.machine import memory_bytes
 from fishrt.metrics import speed_up
-from fishrt_engines.providers import default_threads
+from fishrt_engines.machine import default_threads
 from full_size import FAMILIES, write_checkpoint
 from plot import write_plots
 from record import RESULTS, write_record

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from fishrt_engines.providers import find_obstacle
+
 if TYPE_CHECKING:
     from fishrt.bundle import Bundle
     from tiny import GoldenModel
@@ -92,3 +94,17 @@ def checkpoint(tiny_checkpoint: Path, tmp_path: Path) -> Path:
 def tiny_bundle(tiny_checkpoint: Path, s2_model: GoldenModel) -> Bundle:
     """The bundle exported from the tiny checkpoint. Not to be written to: copy it."""
     return s2_model.bundle
+
+
+@pytest.fixture(scope="session")
+def cuda_device() -> None:
+    """For tests marked `cuda`: skips where there is no device, and says what is missing."""
+    if obstacle := find_obstacle("cuda"):
+        pytest.skip(f"no CUDA here: {obstacle.what}")
+
+
+@pytest.fixture(scope="session")
+def tensorrt_device() -> None:
+    """For tests marked `trt`: skips where TensorRT or a device is missing, and says which."""
+    if obstacle := find_obstacle("tensorrt"):
+        pytest.skip(f"no TensorRT here: {obstacle.what}")

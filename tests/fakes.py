@@ -61,7 +61,7 @@ class FakeEngine:
         self.states.append(FakeState(self.spec, dims))
         return self.states[-1]
 
-    def run(self, feeds: Mapping[str, Array], state: Any = None) -> dict[str, Array]:
+    def run(self, feeds: Mapping[str, Array], state: Any = None, resident: Any = ()) -> dict[str, Array]:
         assert (state is not None) == bool(self.spec.states)
         dims = dict(state.dims) if state is not None else {}
         check_fit(self.spec.feeds, feeds, dims)

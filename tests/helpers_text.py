@@ -12,6 +12,7 @@ import numpy as np
 
 from fishrt.bundle import ROLES, SCHEMA, Bundle, Licence, Manifest, Voices, describe_files
 from fishrt.features import Codec, DecodeContext, LanguageModel, SamplingDefaults
+from fishrt.sampling import candidates
 from fishrt.tokenizer import Tokenizer
 from fishrt.voices import Voice
 from fishrt_engines.spec import GraphSpec, StatePair, TensorSpec
@@ -136,3 +137,11 @@ def voice(name: str = "anna", transcript: str = "The quick brown fox.", frames: 
         "fingerprint": FINGERPRINT,
     }
     return Voice(**{**values, **changes})
+
+
+def filtered(logits: np.ndarray, *settings: Any) -> np.ndarray:
+    """`candidates` as probabilities float32 [n] of all entries, 0 where they were removed."""
+    kept, probs = candidates(logits, *settings)
+    dense = np.zeros(len(logits), np.float32)
+    dense[kept] = probs
+    return dense

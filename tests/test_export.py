@@ -23,6 +23,7 @@ import fishrt_export.job
 from fishrt.bundle import Bundle
 from fishrt.errors import AudioError, BundleError, FishrtError, VoiceError
 from fishrt.features import SamplingDefaults
+from fishrt_engines.trt_rules import Finding
 from fishrt_export import export_bundle
 from fishrt_export.errors import ExportError
 from fishrt_export.families import DEFAULTS, S2
@@ -295,6 +296,18 @@ def test_progress_grows_to_the_end(checkpoint: Path, out: Path, monkeypatch: pyt
     assert bundle.path == out
 
 
+def test_what_tensorrt_would_refuse_is_a_warning(
+    checkpoint: Path, out: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The bundle is a good one for all other engines."""
+    error, note = (Finding(severity, "y", "Det", "operator", "is not supported", "table") for severity in ("error", "note"))
+    skip_tracing(monkeypatch, {"slow_ar": [error, note], "fast_ar": [note]})
+    assert Bundle.load(export_bundle(checkpoint, out).path)
+    assert [record.getMessage() for record in caplog.records if record.name == "fishrt_export.bundle"] == [
+        f"TensorRT would refuse slow_ar: {error}; fishrt inspect --trt shows all"
+    ]
+
+
 def test_ending_the_process_leaves_nothing(checkpoint: Path, out: Path) -> None:
     """By SIGTERM, as service managers do, when all but the manifest is written. The graphs are left out."""
     done = export_and_send(signal.SIGTERM, checkpoint, out)
@@ -350,7 +363,7 @@ def test_a_graph_that_differs_fails_and_leaves_nothing(checkpoint: Path, out: Pa
     assert_nothing_left(out)
 
 
-def skip_tracing(monkeypatch: pytest.MonkeyPatch) -> None:
+def skip_tracing(monkeypatch: pytest.MonkeyPatch, findings: dict[str, list[Finding]] | None = None) -> None:
     from fishrt.bundle import Parity
 
     def run(job: fishrt_export.job.GraphJob, folder: Path, tell: Tell) -> Made:
@@ -360,3 +373,4 @@ def skip_tracing(monkeypatch: pytest.MonkeyPatch) -> None:
         return Made(Parity(0.0, 0.0, "cpu"), 1000, {})
 
     monkeypatch.setattr(fishrt_export.job.GraphJob, "run", run)
+    monkeypatch.setattr(fishrt_export.bundle, "tensorrt_findings", lambda _bundle: findings or {})

@@ -128,7 +128,7 @@ def test_an_entry_that_does_not_load_is_made_again(graph: Path, caplog: pytest.L
     expected = spoken(opened(graph))
     (entry,) = entries()
     (entry / "graph.onnx").write_bytes(b"no graph")
-    hashes = {"graph": graph_cache._digest(entry / "graph.onnx"), "data": graph_cache._digest(entry / "graph.onnx.data")}
+    hashes = {"graph": graph_cache.digest(entry / "graph.onnx"), "data": graph_cache.digest(entry / "graph.onnx.data")}
     (entry / "entry.json").write_text(json.dumps({**hashes, "columns": None}))
     with caplog.at_level(logging.WARNING):
         np.testing.assert_array_equal(spoken(opened(graph)), expected)

@@ -256,9 +256,10 @@ def columns_of(model: DualAR, prompt: np.ndarray, case: dict[str, Any], noise: A
 
 
 @pytest.mark.parametrize("head", HEADS)
-def test_generation(golden_model: GoldenModel, vectors: Vectors, head: str) -> None:
-    """Every case, greedy, with repetition penalty, or with recorded noise."""
-    model, described, compared = golden_model.dual_ar(head), vectors.meta["generation"], 0
+@pytest.mark.parametrize("fused", [False, True], ids=["steps", "frames"])
+def test_generation(golden_model: GoldenModel, vectors: Vectors, head: str, fused: bool) -> None:
+    """Every case, greedy, with repetition penalty, or with recorded noise; drawn here and by the frame graph."""
+    model, described, compared = golden_model.dual_ar(head, fused=fused), vectors.meta["generation"], 0
     assert described.keys() == {name.split("/")[1] for name in vectors.arrays if name.startswith("gen/")}
     for name, case in described.items():
         raw = vectors.arrays[f"gen/{name}/raw"]

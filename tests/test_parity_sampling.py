@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from fishrt.features import LanguageModel, RepetitionAware
-from fishrt.sampling import Sampling, audio_ids, draw, filter_probs, penalised, sample_main
-from helpers_text import language_model
+from fishrt.sampling import Sampling, audio_ids, draw, penalised, sample_main
+from helpers_text import filtered, language_model
 from tolerances import TOLERANCES
 
 pytestmark = pytest.mark.parity
@@ -39,13 +39,13 @@ def test_penalty_filters_and_draw_equal_the_recorded_ones(golden: Path) -> None:
             logits = penalised(logits, seen, case["repetition_penalty"])
             np.testing.assert_array_equal(logits, arrays[f"{name}/penalised_logits"], err_msg=name)
             penalties.append(len(seen))
-        probs = filter_probs(logits, case["temperature"], case["top_p"], case.get("top_k"))
+        probs = filtered(logits, case["temperature"], case["top_p"], case.get("top_k"))
         assert probs.dtype == np.float32
         differ = (probs > 0) != (expected > 0)
         assert np.all(np.abs(inclusive_cumulative(logits) - case["top_p"])[differ] <= TOLERANCES["cumulative"]), name
         probs = np.where(differ & (expected == 0), np.float32(0), probs)
         np.testing.assert_allclose(probs / probs.sum(), expected, rtol=0, atol=TOLERANCES["probs"], err_msg=name)
-        assert draw(probs, noise) == case["index"], name
+        assert draw(np.arange(len(probs)), probs, noise) == case["index"], name
     assert bool(penalties) == any(key.endswith("/penalised_logits") for key in arrays)
 
 

@@ -45,7 +45,7 @@ def test_a_prepared_voice_is_not_read_again(tts: TTS, tmp_path: Path, monkeypatc
     other.prepare("slt", tmp_path)
     slow, lengths = other.engines["slow_ar"], []
     run = slow.run
-    monkeypatch.setattr(slow, "run", lambda feeds, state: lengths.append(feeds["prompt"].shape[2]) or run(feeds, state))
+    monkeypatch.setattr(slow, "run", lambda feeds, *rest: lengths.append(feeds["prompt"].shape[2]) or run(feeds, *rest))
     codes(other, "slt")
     whole = other._prompts.start([other.voice("slt")], None, upstream_compat=False)
     assert lengths[0] == whole.user("Good morning.").shape[1] - whole.head.shape[1]

@@ -18,27 +18,26 @@ from fishrt.sampling import (
     SeededNoise,
     audio_ids,
     draw,
-    filter_probs,
     main_ids,
     penalised,
     sample_main,
 )
-from helpers_text import language_model
+from helpers_text import filtered, language_model
 
 P = np.array([0.1, 0.5, 0.15, 0.25], np.float32)
 LOGITS = np.log(P)
 
 
 def kept(*arguments: Any) -> list[int]:
-    return np.flatnonzero(filter_probs(LOGITS, *arguments)).tolist()
+    return np.flatnonzero(filtered(LOGITS, *arguments)).tolist()
 
 
 def test_without_filters_it_is_softmax() -> None:
-    np.testing.assert_allclose(filter_probs(LOGITS, 1.0, 1.0, None), P, atol=1e-7)
+    np.testing.assert_allclose(filtered(LOGITS, 1.0, 1.0, None), P, atol=1e-7)
 
 
 def test_temperature_divides_the_logits() -> None:
-    np.testing.assert_allclose(filter_probs(LOGITS, 0.5, 1.0, None), P**2 / (P**2).sum(), atol=1e-7)
+    np.testing.assert_allclose(filtered(LOGITS, 0.5, 1.0, None), P**2 / (P**2).sum(), atol=1e-7)
 
 
 def test_top_p_removes_the_entry_that_crosses_it() -> None:
@@ -63,15 +62,15 @@ def test_the_likeliest_always_stays() -> None:
 
 
 def test_of_equal_logits_the_first_rank_first() -> None:
-    assert np.flatnonzero(filter_probs(np.zeros(100, np.float32), 1.0, 1.0, 7)).tolist() == list(range(7))
+    assert np.flatnonzero(filtered(np.zeros(100, np.float32), 1.0, 1.0, 7)).tolist() == list(range(7))
 
 
 @pytest.mark.parametrize("width", [1, 2, 3, 7, 49, 1000])
 def test_top_p_of_one_keeps_everything(width: int) -> None:
-    assert np.all(filter_probs(np.zeros(width, np.float32), 1.0, 1.0, None) > 0)
+    assert np.all(filtered(np.zeros(width, np.float32), 1.0, 1.0, None) > 0)
     for seed in range(20):  # sums of so many are rounded now up, now down
         logits = np.random.default_rng(seed).normal(size=width).astype(np.float32)
-        assert np.all(filter_probs(logits, 1.0, 1.0, None) > 0)
+        assert np.all(filtered(logits, 1.0, 1.0, None) > 0)
 
 
 @given(st.lists(st.floats(-25, 25, width=32), min_size=1, max_size=60), st.floats(0.01, 1), st.integers(1, 70))
@@ -80,7 +79,7 @@ def test_filters_agree_with_their_definition(values: list[float], top_p: float, 
     order = np.argsort(-logits, kind="stable")
     exact = np.exp(logits.astype(np.float64) - logits.max())
     cumulative = np.cumsum(exact[order]) / exact.sum()
-    probs = filter_probs(logits, 0.7, top_p, top_k)
+    probs = filtered(logits, 0.7, top_p, top_k)
     assert probs.sum() == pytest.approx(1, abs=1e-6)
     for rank, index in enumerate(order):
         if rank and abs(cumulative[rank] - top_p) < 1e-6:
@@ -89,14 +88,14 @@ def test_filters_agree_with_their_definition(values: list[float], top_p: float, 
 
 
 def test_forbidden_entries_are_never_drawn() -> None:
-    probs = filter_probs(np.array([-np.inf, 1, -np.inf], np.float32), 1.0, 1.0, None)
+    probs = filtered(np.array([-np.inf, 1, -np.inf], np.float32), 1.0, 1.0, None)
     assert probs.tolist() == [0, 1, 0]
 
 
 @pytest.mark.parametrize("bad", [[np.nan, 1], [np.inf, 1], [-np.inf, -np.inf]])
 def test_logits_that_are_not_numbers_are_an_error(bad: list[float]) -> None:
     with pytest.raises(GraphError, match="not numbers"):
-        filter_probs(np.array(bad, np.float32), 1.0, 0.9, 30)
+        filtered(np.array(bad, np.float32), 1.0, 0.9, 30)
 
 
 @pytest.mark.parametrize("top_k", [1, 30, None])
@@ -105,7 +104,7 @@ def test_one_that_is_not_a_number_among_many_is_an_error(count: int, top_k: int 
     logits = np.zeros(50, np.float32)
     logits[:count] = np.nan
     with pytest.raises(GraphError, match="not numbers"):
-        filter_probs(logits, 1.0, 0.9, top_k)
+        filtered(logits, 1.0, 0.9, top_k)
 
 
 @pytest.mark.parametrize("top_k", [None, 1, 40])
@@ -118,19 +117,19 @@ def test_what_is_kept_is_what_a_stable_ranking_keeps(scale: float, top_p: float,
     mass = np.exp((logits[order] - logits.max()).astype(np.float64))
     count = max(1, int((np.cumsum(mass) <= top_p * mass.sum()).sum()))
     kept = np.sort(order[: count if top_k is None else min(count, top_k)])
-    found = np.flatnonzero(filter_probs(logits, 0.7, top_p, top_k))
+    found = np.flatnonzero(filtered(logits, 0.7, top_p, top_k))
     assert abs(len(found) - len(kept)) <= (1 if top_k is None else 0)  # float32 may decide otherwise about the last
     np.testing.assert_array_equal(found[np.isin(found, kept)], kept[np.isin(kept, found)])
 
 
 def test_draw_divides_by_the_noise() -> None:
-    assert draw(np.array([0.5, 0.3, 0.2], np.float32), np.array([1.0, 0.2, 1.0], np.float32)) == 1
+    assert draw(np.arange(3), np.array([0.5, 0.3, 0.2], np.float32), np.array([1.0, 0.2, 1.0], np.float32)) == 1
 
 
 def test_draws_follow_the_probabilities() -> None:
     """20,000 draws: a count is more than five standard deviations off with a probability of 1e-6."""
     noise, n = SeededNoise(1), 20_000
-    counts = np.bincount([draw(P, noise.fast(4)) for _ in range(n)], minlength=4)
+    counts = np.bincount([draw(np.arange(4), P, noise.fast(4)) for _ in range(n)], minlength=4)
     assert np.all(np.abs(counts - n * P) < 5 * np.sqrt(n * P * (1 - P)))
 
 
@@ -146,7 +145,7 @@ def test_noise_is_the_seeds() -> None:
 def test_a_uniform_zero_forbids_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     noise = SeededNoise(0)
     monkeypatch.setattr(noise, "_generator", type("Zeros", (), {"random": lambda self, n: np.zeros(n)})())
-    assert draw(np.array([0, 0, 1], np.float32), noise.slow(3)) == 2
+    assert draw(np.arange(3), np.array([0, 0, 1], np.float32), noise.slow(3)) == 2
 
 
 LM = replace(

@@ -6,7 +6,7 @@ Tests reach these through the fixtures of conftest.py, so that each graph is exp
 from __future__ import annotations
 
 import shutil
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ import numpy as np
 import torch
 
 from fishrt.bundle import Bundle
+from fishrt.features import LanguageModel
+from fishrt.frame import frame_model, frame_spec
 from fishrt.generate import DualAR
 from fishrt_engines import Engine, open_engine
 from fishrt_export import export_bundle
@@ -102,8 +104,16 @@ class GoldenModel:
             job.run(folder)
         return folder / job.spec.file
 
-    def dual_ar(self, head: str) -> DualAR:
-        return DualAR(self.engine("slow_ar", head), self.engine("fast_ar"), self.lm.describe(head))
+    def dual_ar(self, head: str, *, fused: bool = False) -> DualAR:
+        fast = self.frame(head) if fused else self.engine("fast_ar")
+        return DualAR(self.engine("slow_ar", head), fast, self.lm.describe(head))
+
+    def frame(self, head: str, lm: LanguageModel | None = None) -> Engine:
+        """The frame graph, with the rules of `lm` in place of the family's."""
+        slow, fast, lm = self._job("slow_ar", head).spec, self._job("fast_ar", head).spec, lm or self.lm.describe(head)
+        spec = frame_spec(slow, fast, lm)
+        build = partial(frame_model, fast=fast, spec=spec, lm=lm)
+        return open_engine(self.file("fast_ar", head), spec, provider="cpu", build=build)
 
     def _job(self, role: str, head: str) -> GraphJob:
         jobs = self.codec.jobs() if role.startswith("codec") else self.lm.jobs(head)

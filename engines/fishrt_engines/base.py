@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Protocol
+from collections.abc import Collection, Mapping
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -11,6 +11,24 @@ import numpy.typing as npt
 from .spec import GraphSpec
 
 Array = npt.NDArray[np.generic]
+
+
+class Resident(Protocol):
+    """A result that stayed on the device; it can be fed to engines of the same provider. On the CPU it is the array itself."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """As that of an array."""
+        ...
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """As that of an array."""
+        ...
+
+    def numpy(self) -> Array:
+        """A copy on the host."""
+        ...
 
 
 class State(Protocol):
@@ -51,10 +69,13 @@ class Engine(Protocol):
         """State of zeros, allocated once at the given sizes. Raises FishrtError if it does not fit into memory."""
         ...
 
-    def run(self, feeds: Mapping[str, Array], state: State | None = None) -> dict[str, Array]:
+    def run(
+        self, feeds: Mapping[str, Array | Resident], state: State | None = None, resident: Collection[str] = ()
+    ) -> dict[str, Any]:
         """Runs the graph once and updates `state` in place.
 
-        `feeds` holds exactly the arrays of `spec.feeds`; the result holds those of `spec.results`. A result may be overwritten by
-        the next call with the same state, so copy what must outlive it. Raises ValueError for wrong names, dtypes or shapes.
+        `feeds` holds exactly the arrays of `spec.feeds`; the result holds those of `spec.results`, of which those named in
+        `resident` stay on the device. The next call with the same state may overwrite a result: copy what must outlive it.
+        Raises ValueError for wrong names, dtypes or shapes.
         """
         ...

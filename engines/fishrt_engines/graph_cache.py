@@ -74,7 +74,7 @@ def find(key: str) -> CachedGraph | None:
         return None
     try:
         entry = json.loads((folder / ENTRY).read_text(encoding="utf-8"))
-        if entry["graph"] == _digest(folder / GRAPH) and entry["data"] == _digest(folder / DATA):
+        if entry["graph"] == digest(folder / GRAPH) and entry["data"] == digest(folder / DATA):
             columns = entry["columns"]
             return CachedGraph(folder / GRAPH, None if columns is None else ColumnInputs(**columns))
         found = "was altered"
@@ -105,7 +105,7 @@ def keep(key: str, columns: ColumnInputs | None, save: Callable[[Path, str], Non
         _align(folder / "saved.onnx", folder / "saved.data", folder)
         for name in ("saved.onnx", "saved.data"):
             (folder / name).unlink()
-        entry = {"graph": _digest(folder / GRAPH), "data": _digest(folder / DATA), "columns": columns and asdict(columns)}
+        entry = {"graph": digest(folder / GRAPH), "data": digest(folder / DATA), "columns": columns and asdict(columns)}
         (folder / ENTRY).write_text(json.dumps(entry), encoding="utf-8")
         with suppress(OSError):  # another process was faster: its entry is as good
             folder.rename(root / key)
@@ -161,7 +161,7 @@ def _copy(source: BinaryIO, offset: int, length: int, target: BinaryIO) -> int:
     return start
 
 
-def _digest(path: Path) -> list[int | str]:
+def digest(path: Path) -> list[int | str]:
     """Size of a file and a hash of samples of it."""
     size = path.stat().st_size
     digest = hashlib.blake2b(digest_size=16)

@@ -1,4 +1,4 @@
-"""The part of the ONNX file format that `specialise` reads and writes.
+"""The part of the ONNX file format that rewriting a graph, and checking one, reads and writes.
 
 A graph's file without its weights is small protobuf. ONNX Runtime brings the protobuf library but not the `onnx` package, which
 would add a fifth to an installation; so the messages that are needed are declared here, with the field numbers of `onnx.proto`.
@@ -7,11 +7,16 @@ Whatever else a file holds is kept as it is: protobuf passes unknown fields thro
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
+import numpy as np
+
+from .errors import GraphError, ProviderError
+
 _MESSAGES: dict[str, dict[str, tuple[int, str]]] = {
-    "Model": {"graph": (7, "Graph"), "opset_import": (8, "*OperatorSet")},
+    "Model": {"ir_version": (1, "int64"), "graph": (7, "Graph"), "opset_import": (8, "*OperatorSet")},
     "OperatorSet": {"domain": (1, "string"), "version": (2, "int64")},
     "Graph": {
         "node": (1, "*Node"),
@@ -31,12 +36,17 @@ _MESSAGES: dict[str, dict[str, tuple[int, str]]] = {
         "name": (1, "string"),
         "f": (2, "float"),
         "i": (3, "int64"),
+        "s": (4, "bytes"),
+        "t": (5, "Tensor"),
+        "g": (6, "Graph"),
         "ints": (8, "*int64"),
         "type": (20, "int32"),
     },
     "Tensor": {
         "dims": (1, "*int64"),
         "data_type": (2, "int32"),
+        "float_data": (4, "*float"),
+        "int32_data": (5, "*int32"),
         "int64_data": (7, "*int64"),
         "name": (8, "string"),
         "raw_data": (9, "bytes"),
@@ -51,18 +61,56 @@ _MESSAGES: dict[str, dict[str, tuple[int, str]]] = {
 }
 """Message → field → its number and type; a star marks a repeated field."""
 
-ATTRIBUTE_FLOAT, ATTRIBUTE_INT = 1, 2
+ATTRIBUTE_FLOAT, ATTRIBUTE_INT, ATTRIBUTE_STRING, ATTRIBUTE_INTS = 1, 2, 3, 7
 TENSOR_INT32, TENSOR_INT64 = 6, 7
+DTYPES = {
+    1: "float32",
+    2: "uint8",
+    3: "int8",
+    4: "uint16",
+    5: "int16",
+    6: "int32",
+    7: "int64",
+    8: "string",
+    9: "bool",
+    10: "float16",
+    11: "float64",
+    12: "uint32",
+    13: "uint64",
+    16: "bfloat16",
+    17: "float8e4m3fn",
+    21: "uint4",
+    22: "int4",
+    23: "float4e2m1",
+    24: "float8e8m0",
+}
+"""numpy's, or ml_dtypes', name of an element type, by the number that a file has for it."""
+CODES = {name: code for code, name in DTYPES.items()}
+"""The way back."""
 
 
 def message(name: str) -> Any:
-    """The class of one of the messages above."""
+    """The class of one of the messages above. Raises ProviderError where protobuf is not installed."""
     return _classes()[f"fishrt_onnx.{name}"]
+
+
+def parse_model(data: bytes, name: str) -> Any:
+    """The Model message of a graph file, whose `name` is for errors. Raises GraphError where the bytes are none."""
+    model_type = message("Model")
+    from google.protobuf.message import DecodeError
+
+    try:
+        return model_type.FromString(data)
+    except DecodeError as error:
+        raise GraphError(f"{name} is not a graph: {error}", hint="the file is damaged; fetch or export it again") from None
 
 
 @cache
 def _classes() -> dict[str, Any]:
-    from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+    try:
+        from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+    except ImportError:
+        raise ProviderError("reading a graph needs protobuf, which is not installed", hint='pip install "fishrt[cpu]"') from None
 
     field_types = descriptor_pb2.FieldDescriptorProto
     file = descriptor_pb2.FileDescriptorProto(name="fishrt_onnx.proto", package="fishrt_onnx", syntax="proto2")
@@ -80,12 +128,14 @@ def _classes() -> dict[str, Any]:
     return classes
 
 
-def node(op_type: str, inputs: list[str], outputs: list[str], *, domain: str = "", **attributes: float | int) -> Any:
-    """A Node with integer and float attributes. An empty input name means that an optional input is left out."""
+def node(op_type: str, inputs: list[str], outputs: list[str], *, domain: str = "", **attributes: float | int | list[int]) -> Any:
+    """A Node with attributes that are integers, lists of them, or floats. An empty name leaves an optional input out."""
     made = message("Node")(op_type=op_type, name=f"{op_type}.{outputs[0]}", domain=domain, input=inputs, output=outputs)
     for key, value in attributes.items():
         if isinstance(value, float):
             made.attribute.add(name=key, type=ATTRIBUTE_FLOAT, f=value)
+        elif isinstance(value, list):
+            made.attribute.add(name=key, type=ATTRIBUTE_INTS, ints=value)
         else:
             made.attribute.add(name=key, type=ATTRIBUTE_INT, i=value)
     return made
@@ -94,6 +144,22 @@ def node(op_type: str, inputs: list[str], outputs: list[str], *, domain: str = "
 def int64_tensor(name: str, values: list[int], *, scalar: bool = False) -> Any:
     """A Tensor of int64, of rank 1, or 0 for a `scalar`."""
     return message("Tensor")(name=name, data_type=TENSOR_INT64, dims=[] if scalar else [len(values)], int64_data=values)
+
+
+def array_tensor(name: str, array: np.ndarray[Any, Any]) -> Any:
+    """A Tensor that holds an array of one of DTYPES, of any rank, in the file itself."""
+    return message("Tensor")(name=name, data_type=CODES[array.dtype.name], dims=array.shape, raw_data=array.tobytes())
+
+
+def value_info(name: str, dtype: str, shape: Sequence[int | str]) -> Any:
+    """An input or output of a graph. A string stands for a size that is known when the graph runs."""
+    made = message("ValueInfo")(name=name)
+    tensor = made.type.tensor_type
+    tensor.elem_type = CODES[dtype]
+    tensor.shape.SetInParent()
+    for size in shape:
+        tensor.shape.dim.add(**({"dim_param": size} if isinstance(size, str) else {"dim_value": size}))
+    return made
 
 
 def int64_values(tensor: Any) -> list[int]:

@@ -7,13 +7,17 @@ portable file ─► specialise ─► ONNX Runtime's optimiser and packing ─�
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from . import graph_cache
-from .providers import cpu_identity, import_onnxruntime
+from .errors import FishrtError
+from .machine import cpu_identity
+from .providers import import_onnxruntime
 from .specialise import ColumnInputs, specialise
+from .tensors import HostMemory, Memory
 
 log = logging.getLogger(__name__)
 
@@ -26,32 +30,46 @@ class Opened:
     """A session, and what was made of its graph."""
 
     session: Any
-    columns: ColumnInputs | None
+    columns: ColumnInputs | None = None
     """As `specialise` gave them."""
+    memory: Memory = field(default_factory=HostMemory)
+    """Where its tensors lie."""
+    state_type: str | None = None
+    """The element type of its state tensors, where it is not the described one."""
+    run_options: Callable[[int], Any] | None = None
+    """Options of a run whose launches are captured under an id, or not captured for -1. None for a session that captures nothing.
+
+    A captured run may be done several times over at first. That must give the same as once, as it does for a graph without state
+    and for one that writes columns at the positions it is fed."""
 
 
-def open_session(path: Path, *, threads: int, specialised: bool, identity: str | None) -> Opened:
-    """A session of the graph file `path`. Raises what ONNX Runtime raises, which has no common base.
+def open_session(
+    path: Path, *, threads: int, specialised: bool, identity: str | None, build: Callable[[bytes], bytes] | None
+) -> Opened:
+    """A session of the graph file `path` on the CPU. Raises what ONNX Runtime raises, which has no common base.
 
     specialised: rewrite it for this machine. identity: says what graph and weights are, as a hash; the optimised graph is kept
-    under it.
+    under it. build: makes the graph from the file's bytes; such a graph is not kept.
     """
     ort = import_onnxruntime()
     if not specialised:
-        options = _options(ort, threads)
+        options = session_options(ort, threads)
         # In float32, as the file has it. ONNX Runtime's own choice for quantised weights is to round activations to 8 bits.
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
-        return Opened(_session(ort, str(path), options), None)
+        if build is None:
+            return Opened(_session(ort, str(path), options))
+        use_weights_beside(path, options)
+        return Opened(_session(ort, build(path.read_bytes()), options))
     weights = path.with_name(f"{path.name}.data")
-    if identity is None or not weights.is_file() or weights.stat().st_size < WORTH_KEEPING:
-        return _optimised(ort, path, threads)
+    if build or identity is None or not weights.is_file() or weights.stat().st_size < WORTH_KEEPING:
+        return _optimised(ort, path, threads, build)
     key = graph_cache.cache_key(identity, ort.__version__, cpu_identity())
     kept = graph_cache.find(key)
     if kept is None:
         log.info("optimising %s for this machine, once; it is kept in %s", path.name, graph_cache.cache_folder())
         kept = _keep(ort, path, key)
     if kept is not None:
-        options = _options(ort, threads)
+        options = session_options(ort, threads)
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         try:
             return Opened(_session(ort, str(kept.path), options), kept.columns)
@@ -60,11 +78,41 @@ def open_session(path: Path, *, threads: int, specialised: bool, identity: str |
     return _optimised(ort, path, threads)
 
 
+def session_options(ort: Any, threads: int) -> Any:
+    """Options that every session has."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    # Idle threads that spin take the cores from the other session of the same loop: on two cores a loop of one large and nine
+    # small calls was slower with spinning than without.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return options
+
+
+def use_weights_beside(path: Path, options: Any) -> None:
+    """Makes a graph that is given as bytes find its weights in the folder of the file that it was made from."""
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
+
+
+def is_memory_error(error: Exception) -> bool:
+    """ONNX Runtime reports memory that it cannot get by exceptions with one of these texts."""
+    text = str(error).lower()
+    told = ("bad_alloc", "failed to allocate", "bad allocation", "out of memory", "smaller than requested", "alloc_failed")
+    return isinstance(error, MemoryError) or any(words in text for words in told)
+
+
+def out_of_memory(what: str, provider: str) -> FishrtError:
+    """The error for users."""
+    where, larger = ("", "a machine") if provider == "cpu" else (" of the device", "a device")
+    return FishrtError(f"not enough memory{where} for {what}", hint=f"use smaller inputs, or {larger} with more memory")
+
+
 def _keep(ort: Any, path: Path, key: str) -> graph_cache.CachedGraph | None:
     rewritten, columns = specialise(path.read_bytes())
 
     def save(target: Path, weights: str) -> None:
-        options = _options(ort, 1)
+        options = session_options(ort, 1)
         options.optimized_model_filepath = str(target)
         options.add_session_config_entry("session.optimized_model_external_initializers_file_name", weights)
         options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
@@ -77,29 +125,19 @@ def _keep(ort: Any, path: Path, key: str) -> graph_cache.CachedGraph | None:
     return graph_cache.keep(key, columns, save)
 
 
-def _optimised(ort: Any, path: Path, threads: int) -> Opened:
-    rewritten, columns = specialise(path.read_bytes())
-    return Opened(_from_bytes(ort, rewritten, path, _options(ort, threads)), columns)
+def _optimised(ort: Any, path: Path, threads: int, build: Callable[[bytes], bytes] | None = None) -> Opened:
+    portable = path.read_bytes()
+    rewritten, columns = specialise(build(portable) if build else portable)
+    return Opened(_from_bytes(ort, rewritten, path, session_options(ort, threads)), columns)
 
 
 def _from_bytes(ort: Any, model: bytes, path: Path, options: Any) -> Any:
     """A session of a specialised graph in memory whose weights lie beside `path`."""
     # Products with quantised weights in integers: activations are rounded to 8 bits, block by block.
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "4")
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
+    use_weights_beside(path, options)
     return _session(ort, model, options)
 
 
 def _session(ort: Any, model: str | bytes, options: Any) -> Any:
     return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-
-
-def _options(ort: Any, threads: int) -> Any:
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 3
-    # Idle threads that spin take the cores from the other session of the same loop: on two cores a loop of one large and nine
-    # small calls was slower with spinning than without.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    return options

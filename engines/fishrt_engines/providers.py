@@ -1,23 +1,32 @@
-"""What this machine can run graphs on, which of it "auto" takes, and the text of `fishrt doctor`.
+"""The execution providers: which there are, whether this machine can use them, and which one "auto" takes.
 
-An asked-for provider is used or refused, never replaced: only "auto" may choose, and it logs what it chose.
+An asked-for provider is used or refused with the reason, never replaced: only "auto" may choose, and it says why.
 """
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import logging
-import os
-import platform
 import sys
 from dataclasses import dataclass
 from importlib import metadata
-from pathlib import Path
 from types import ModuleType
 
+from . import machine
 from .errors import ProviderError
 
 log = logging.getLogger(__name__)
+
+LEAST_TENSORRT = 11
+"""The first major version in which every network takes its types from the graph, as our plans do."""
+NEVER_BY_ITSELF = {
+    "tensorrt": "its plans must be built first, by `fishrt build-trt`",
+    "coreml": "it runs the codec of a bundle with static graphs only, and the language model on the CPU",
+}
+"""Providers that "auto" does not choose, and why."""
+_WHEELS = ("onnxruntime", "onnxruntime-gpu")
+"""Distributions that install the same package."""
+_SYSTEMS = {"linux": "Linux", "win32": "Windows", "darwin": "macOS"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,163 +38,157 @@ class Provider:
     """The pip extra of fishrt that installs its libraries."""
     ort_name: str | None
     """What ONNX Runtime calls it; None for an engine of its own."""
-    supported: bool
-    """Whether this version of fishrt runs graphs with it."""
-    platform: str | None = None
-    """The only `sys.platform` that it exists on; None for all."""
-
-    @property
-    def exists_here(self) -> bool:
-        """Whether it could be installed on this machine."""
-        return self.platform in (None, sys.platform)
+    systems: tuple[str, ...] = ()
+    """The values of `sys.platform` that it exists on; empty for all."""
 
 
 _PROVIDERS = (
-    Provider("cpu", "cpu", "CPUExecutionProvider", supported=True),
-    Provider("cuda", "cuda", "CUDAExecutionProvider", supported=False),
-    Provider("trt", "trt", None, supported=False),
-    Provider("coreml", "cpu", "CoreMLExecutionProvider", supported=False, platform="darwin"),
+    Provider("cpu", "cpu", "CPUExecutionProvider"),
+    Provider("cuda", "cuda", "CUDAExecutionProvider", ("linux", "win32")),
+    Provider("tensorrt", "trt", None, ("linux", "win32")),
+    Provider("coreml", "cpu", "CoreMLExecutionProvider", ("darwin",)),
 )
 PROVIDERS = {provider.name: provider for provider in _PROVIDERS}
 """By the name that a user gives, in the order of `fishrt doctor`."""
 
 
+@dataclass(frozen=True, slots=True)
+class Obstacle:
+    """Why a provider cannot be used here, and what to do about it."""
+
+    what: str
+    hint: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What "auto" takes."""
+
+    name: str
+    reason: str
+
+
 def resolve_provider(name: str) -> str:
-    """The provider that will run: `name` itself, or the choice that "auto" makes. Raises ProviderError."""
+    """The provider that will run: `name` itself, or the choice that "auto" makes, which is logged. Raises ProviderError."""
     if name == "auto":
-        log.info('provider "auto" chose "cpu"; this machine has: %s', ", ".join(installed_providers()) or "none")
-        name = "cpu"
-    provider = PROVIDERS.get(name)
-    if provider is None:
+        choice = choose_provider()
+        log.info('provider "auto" chose "%s": %s', choice.name, choice.reason)
+        return choice.name
+    if name not in PROVIDERS:
         raise ProviderError(f"unknown provider {name!r}", hint=f"known providers: auto, {', '.join(PROVIDERS)}")
-    if name == "cpu":
-        import_onnxruntime()
-    elif not provider.exists_here:
-        raise ProviderError(f"provider {name!r} exists on macOS only", hint='use provider "cpu"')
-    elif name not in installed_providers():
-        raise ProviderError(
-            f"provider {name!r} is not available: its libraries are not installed here, and this version runs on cpu only",
-            hint=f'pip install "fishrt[{provider.extra}]" brings them; until a version uses them, take provider "cpu"',
-        )
-    elif not provider.supported:
-        raise ProviderError(
-            f"provider {name!r} is installed, but this version of fishrt runs on cpu only",
-            hint='use provider "cpu", or a later version of fishrt',
-        )
+    if name not in _usable:
+        if obstacle := find_obstacle(name):
+            raise ProviderError(f"provider {name!r} cannot be used: {obstacle.what}", hint=obstacle.hint)
+        _usable.add(name)
     return name
 
 
-def installed_providers() -> list[str]:
-    """The known providers whose libraries are installed, by name."""
+_usable: set[str] = set()
+"""Providers without an obstacle: looking takes up to a second, and every graph of a bundle asks."""
+
+
+def choose_provider() -> Choice:
+    """cuda where ONNX Runtime has it and a device is there, else cpu; see NEVER_BY_ITSELF for the others.
+
+    Raises ProviderError where not even the CPU can be used.
+    """
+    if obstacle := find_obstacle("cpu"):
+        raise ProviderError(f"no provider can be used: {obstacle.what}", hint=obstacle.hint)
+    if obstacle := find_obstacle("cuda"):
+        return Choice("cpu", f"cuda cannot be used: {obstacle.what}")
+    return Choice("cuda", "ONNX Runtime has its CUDA provider, and a device with a driver is there")
+
+
+def find_obstacle(name: str) -> Obstacle | None:
+    """What keeps one of PROVIDERS from being used on this machine; None if nothing does, as far as can be told in advance."""
+    provider = PROVIDERS[name]
+    if provider.systems and sys.platform not in provider.systems:
+        return Obstacle(f"it exists on {' and '.join(_SYSTEMS[s] for s in provider.systems)} only", "use another provider")
+    if provider.ort_name is None:
+        return _tensorrt_obstacle(provider) or _device_obstacle()
     try:
-        present = set(import_onnxruntime().get_available_providers())
-    except ProviderError:
-        present = set()
-    if importlib.util.find_spec("tensorrt"):
-        present.add(None)
-    return [p.name for p in _PROVIDERS if p.ort_name in present]
+        ort = import_onnxruntime(provider.extra)
+    except ProviderError as error:
+        return Obstacle(str(error), error.hint)
+    if provider.ort_name not in ort.get_available_providers():
+        return Obstacle(f"the ONNX Runtime that is installed here has no {provider.ort_name}", _replacement(provider))
+    return (_device_obstacle() or _library_obstacle(ort)) if name == "cuda" else None
 
 
-def import_onnxruntime() -> ModuleType:
-    """The onnxruntime module. Raises ProviderError naming the extra where it is missing or broken."""
+def import_onnxruntime(extra: str = "cpu") -> ModuleType:
+    """The onnxruntime module. Raises ProviderError where it is missing or broken, naming the pip extra that brings it."""
+    check_wheels()
     try:
         import onnxruntime
     except ImportError as error:
-        raise ProviderError(f"ONNX Runtime cannot be loaded: {error}", hint='pip install "fishrt[cpu]"') from None
+        raise ProviderError(f"ONNX Runtime cannot be loaded: {error}", hint=f'pip install "fishrt[{extra}]"') from None
     return onnxruntime  # type: ignore[no-any-return]
 
 
-def default_threads() -> int:
-    """Threads for one graph: the physical cores that this process may use, and no more than its container's share of time.
+def check_wheels() -> None:
+    """Raises ProviderError where two distributions of ONNX Runtime were installed over each other.
 
-    A second thread on the same core gains nothing in matrix products, and threads beyond the share make every call wait.
+    In folders of their own they do not disturb each other: the first one on the path counts.
     """
-    allowed = _allowed_cpus()
-    cores = {_siblings(cpu) for cpu in allowed}
-    return max(1, min(len(cores), _container_share() or len(cores)))
+    folders = []
+    for name in _WHEELS:
+        try:
+            folders.append(metadata.distribution(name).locate_file("onnxruntime"))
+        except metadata.PackageNotFoundError:
+            return
+    if folders[0] == folders[1]:
+        raise ProviderError(
+            f"{' and '.join(_WHEELS)} are installed over each other, and each has lost files to the other",
+            hint=f"pip uninstall -y {' '.join(_WHEELS)}, and then "
+            'pip install "fishrt[cuda]" for NVIDIA devices, or pip install "fishrt[cpu]" for none',
+        )
 
 
-def doctor() -> str:
-    """What `fishrt doctor` prints about this machine: lines of `name: value`."""
-    lines = [
-        f"system: {platform.platform()}",
-        f"python: {platform.python_version()}",
-        f"cpu: {_cpu_name()}",
-        f"cores: {default_threads()} used by default, {len(_allowed_cpus())} logical allowed",
-        f"cpu features: {' '.join(_cpu_features()) or 'unknown'}",
-        f"memory: {_memory()}",
-    ]
-    for name in ("numpy", "onnxruntime", "onnxruntime-gpu", "tensorrt-cu13", "soundfile", "tokenizers"):
-        lines.append(f"{name}: {_version(name) or 'not installed'}")
-    installed = installed_providers()
-    for provider in _PROVIDERS:
-        if not provider.exists_here:
-            state = "exists on macOS only"
-        elif provider.name in installed:
-            state = "ready" if provider.supported else "installed; not used by this version of fishrt"
-        else:
-            state = f'not installed (pip install "fishrt[{provider.extra}]")'
-        lines.append(f"provider {provider.name}: {state}")
-    return "\n".join(lines)
-
-
-def _version(distribution: str) -> str | None:
+def version(distribution: str) -> str | None:
+    """Of an installed distribution; None if it is not installed."""
     try:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
         return None
 
 
-def _allowed_cpus() -> list[int]:
-    if hasattr(os, "sched_getaffinity"):
-        return sorted(os.sched_getaffinity(0))
-    return list(range(os.cpu_count() or 1))
+def _replacement(provider: Provider) -> str:
+    """How to get the ONNX Runtime that has a provider: another build must go first."""
+    installed = version("onnxruntime") if provider.name == "cuda" else None
+    first = "pip uninstall -y onnxruntime, then " if installed else ""
+    return f'{first}pip install "fishrt[{provider.extra}]"'
 
 
-def _siblings(cpu: int) -> str:
-    """A key that is the same for the hardware threads of one core; each is its own core where the system does not say."""
-    return _read(Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")) or str(cpu)
+def _device_obstacle() -> Obstacle | None:
+    if error := machine.driver_error():
+        return Obstacle(
+            f"NVIDIA's driver is not here ({error})",
+            "install the driver; start a container with its devices, such as `docker run --gpus all`",
+        )
+    if machine.gpus() == ():
+        return Obstacle("NVIDIA's driver shows no device", "is CUDA_VISIBLE_DEVICES right? does nvidia-smi list one?")
+    return None
 
 
-def _container_share() -> int | None:
-    """CPUs' worth of time that the control group grants, rounded up; None without a limit."""
-    quota, _, period = (_read(Path("/sys/fs/cgroup/cpu.max")) or "").partition(" ")
-    return -(-int(quota) // int(period)) if quota.isdigit() and period.isdigit() else None
-
-
-def _cpu_field(field: str) -> str:
-    for line in (_read(Path("/proc/cpuinfo")) or "").splitlines():
-        key, _, value = line.partition(":")
-        if key.strip() == field:
-            return value.strip()
-    return ""
-
-
-def _cpu_name() -> str:
-    return _cpu_field("model name") or platform.processor() or platform.machine()
-
-
-def _cpu_features() -> list[str]:
-    """The instruction sets that ONNX Runtime's kernels make use of."""
-    wanted = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "amx_bf16", "asimd", "asimddp", "i8mm", "sve")
-    present = set((_cpu_field("flags") or _cpu_field("Features")).split())
-    return [name for name in wanted if name in present]
-
-
-def _memory() -> str:
-    for line in (_read(Path("/proc/meminfo")) or "").splitlines():
-        if line.startswith("MemTotal:"):
-            return f"{int(line.split()[1]) / 2**20:.1f} GiB"
-    return "unknown"
-
-
-def cpu_identity() -> str:
-    """What kernels and packed weights depend on: architecture, model and instruction sets of the CPU."""
-    return f"{platform.machine()} {_cpu_name()} {_cpu_field('flags') or _cpu_field('Features')}"
-
-
-def _read(path: Path) -> str | None:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace").strip()
-    except OSError:
+def _library_obstacle(ort: ModuleType) -> Obstacle | None:
+    missing = [library for library in machine.cuda_libraries(ort) if library.error]
+    if not missing:
         return None
+    return Obstacle(
+        f"the CUDA provider needs {', '.join(library.name for library in missing)}, which cannot be loaded ({missing[0].error})",
+        'pip install "onnxruntime-gpu[cuda,cudnn]"',
+    )
+
+
+def _tensorrt_obstacle(provider: Provider) -> Obstacle | None:
+    hint = f'pip install "fishrt[{provider.extra}]"'
+    for module in ("tensorrt", "cuda.bindings.runtime"):
+        try:
+            loaded = importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            return Obstacle(f"{error.name or module} is not installed", hint)
+        except (ImportError, OSError) as error:
+            return Obstacle(f"{module} cannot be loaded: {error}", f"{hint} again: the libraries come with it")
+        if module == "tensorrt" and int(str(loaded.__version__).partition(".")[0]) < LEAST_TENSORRT:
+            return Obstacle(f"TensorRT {loaded.__version__} is too old; {LEAST_TENSORRT} is needed", f"{hint} --upgrade")
+    return None

@@ -6,6 +6,7 @@ whatever stops an export, nothing that loads is left.
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import signal
@@ -17,10 +18,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from fishrt.bundle import MANIFEST, ROLES, SCHEMA, Bundle, Licence, Manifest, describe_files
+from fishrt.conformance import tensorrt_findings
 from fishrt.errors import BundleError, FishrtError
 from fishrt.memory import check_memory
 from fishrt.quantisation import QUANTISATION, LayerReport, Quantisation
 from fishrt.version import __version__
+from fishrt_engines.trt_rules import errors
 
 from .checkpoint import TOKENIZER
 from .codec.source import CodecSource, open_codec
@@ -30,8 +33,11 @@ from .job import GraphJob, Made
 from .licence import copy_licence
 from .lora import Lora
 from .recipe import Recipe, Storage, main_precision
+from .static import check_target, write_static
 from .voices import check_references, encode_references
 from .weights import refuse
+
+log = logging.getLogger(__name__)
 
 BASE_MEMORY = 300_000_000
 """Bytes that tracing and ONNX Runtime take, whatever the model."""
@@ -49,6 +55,7 @@ def export_bundle(
     lora: Lora | None = None,
     precision: str = "fp32",
     keep: Mapping[str, str] | None = None,
+    static: str | None = None,
     progress: Progress = lambda _stage, _done: None,
 ) -> Bundle:
     """Exports the checkpoint in the folder `checkpoint` as a bundle in the new or empty folder `out`.
@@ -58,6 +65,7 @@ def export_bundle(
     head: "audio" keeps the logits of the tokens that can be spoken, "full" those of the whole vocabulary.
     family: a key of families.FAMILIES; None finds it out. lora: merged into the language model.
     precision, keep: see recipe.Recipe.
+    static: also add graphs of fixed sizes for this target, "coreml"; see static.py.
     Raises ExportError for a checkpoint that is incomplete, damaged, mixed or of an unknown family, with every tensor that does
     not fit listed at once; for a LoRA of another model; for an `out` that is not empty or cannot be written; and for a graph that
     is not equal to its torch module. Raises FishrtError before anything is written where the memory does not suffice.
@@ -99,6 +107,10 @@ def export_bundle(
         draft.check()
     except BundleError as error:
         raise ExportError(f"{checkpoint} cannot become a bundle: {error}", hint="are all files of one checkpoint?") from None
+    decode = next(job for job in jobs if job.role == "codec_decode")
+    check_target(static, decode.spec)
+    static_case, static_tolerance = decode.cases[-1], decode.tolerance
+    del decode
     check_memory(BASE_MEMORY + max(job.need() for job in jobs), f"exporting {checkpoint}")
     plans = {job.role: job.plan for job in jobs}
     del codec, language_model  # the jobs hold their weights, until each is done
@@ -107,6 +119,9 @@ def export_bundle(
         (folder / TOKENIZER).write_bytes(tokenizer.encode())
         licence = copy_licence(checkpoint, folder)
         made = _run(jobs, folder, progress)
+        if static is not None:
+            progress("static graphs", 1.0)
+            write_static(folder, draft.graphs, static_case, static_tolerance, draft.codec.fingerprint)
         if report := _report(plans, made):
             (folder / QUANTISATION).write_text(report.to_json(), encoding="utf-8")
         voices = encode_references(references, Bundle(folder, draft))
@@ -122,7 +137,16 @@ def export_bundle(
         )
         (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
         bundle = Bundle.load(folder)
-    return replace(bundle, path=out)
+    bundle = replace(bundle, path=out)
+    _warn_of_tensorrt(bundle)
+    return bundle
+
+
+def _warn_of_tensorrt(bundle: Bundle) -> None:
+    """A bundle that TensorRT does not take is a good one for all other engines."""
+    for role, found in tensorrt_findings(bundle).items():
+        if broken := errors(found):
+            log.warning("TensorRT would refuse %s: %s; fishrt inspect --trt shows all", role, broken[0])
 
 
 def halves_fit(language_model: LanguageModelSource, codec: CodecSource) -> bool:

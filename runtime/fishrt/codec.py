@@ -12,7 +12,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from fishrt_engines import Array, Engine, State
+from fishrt_engines import Array, Engine, GraphSpec, State
 
 from .errors import AudioError, GraphError, VoiceError
 from .features import Codec
@@ -95,7 +95,7 @@ class CodecDecoder:
     @property
     def chunk_frames(self) -> tuple[int, int]:
         """Least and most frames for one push to a stream: with fewer a frame costs far more time, with more no less."""
-        return _chunk_frames(self._engine, self._codec)
+        return chunk_frames(self._engine.spec, self._codec)
 
     def stream(self) -> CodecStream:
         """A new stream."""
@@ -118,7 +118,7 @@ class StatefulStream:
     def __init__(self, engine: Engine, codec: Codec) -> None:
         self._engine, self._codec = engine, codec
         self._counts_positions = any(tensor.name == "position_ids" for tensor in engine.spec.feeds)
-        _, self._most = _chunk_frames(engine, codec)
+        _, self._most = chunk_frames(engine.spec, codec)
         self._begin()
 
     def _begin(self) -> None:
@@ -161,7 +161,7 @@ class OverlapStream:
     def __init__(self, engine: Engine, codec: Codec) -> None:
         assert codec.context is not None
         self._engine, self._codec, self._context = engine, codec, codec.context
-        _, self._most = _chunk_frames(engine, codec)
+        _, self._most = chunk_frames(engine.spec, codec)
         self._begin()
 
     def _begin(self) -> None:
@@ -199,9 +199,12 @@ class OverlapStream:
         return pcm
 
 
-def _chunk_frames(engine: Engine, codec: Codec) -> tuple[int, int]:
-    """See `CodecDecoder.chunk_frames`. Overlapping chunks are at least as long as what is decoded again with each."""
-    if engine.spec.states:
+def chunk_frames(spec: GraphSpec, codec: Codec) -> tuple[int, int]:
+    """See `CodecDecoder.chunk_frames`. Overlapping chunks are at least as long as what is decoded again with each.
+
+    spec: of the graph that decodes.
+    """
+    if spec.states:
         return _LEAST_FRAMES, min(_MOST_FRAMES, codec.max_frames)
     assert codec.context is not None
     again = codec.context.left + codec.context.ahead

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -61,8 +62,11 @@ class SlowContext:
         self._length = int(differ.argmax()) if differ.any() else common
         return prompt[:, self._length :]
 
-    def read(self, columns: Ints) -> Mapping[str, Array]:
-        """Feeds the next columns, int64 [1 + num_codebooks, at least 1]. Returns logits and hidden of the last."""
+    def read(self, columns: Ints, resident: Collection[str] = ()) -> Mapping[str, Any]:
+        """Feeds the next columns, int64 [1 + num_codebooks, at least 1]. Returns logits and hidden of the last.
+
+        resident: those of the two that stay on the device, as `Engine.run` has it.
+        """
         start, length = self._length, columns.shape[1]
         if start + length > (rows := self._state.dims["cache"]):
             self._grow(max(start + length, min(2 * rows, self._most)))
@@ -75,7 +79,7 @@ class SlowContext:
             "write_index": self._write_index,
             "last_index": self._last_index,
         }
-        return self._engine.run(feeds, self._state)
+        return self._engine.run(feeds, self._state, resident)
 
     def save(self) -> dict[str, Array]:
         """Keys and values of all columns, by the names of the graph's inputs: arrays [1, heads, length, head_dim]."""

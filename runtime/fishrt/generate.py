@@ -8,24 +8,25 @@
 A column is a frame with its main token on top: int64 [1 + C]. Each is fed back to the slow AR exactly as drawn. The fast AR takes
 the slow AR's hidden vector at its position 0 and code j − 1 at position j, so that it gives the logits of code j there. Where
 code 0 follows from the main token, positions 0 and 1 are known together and go in one call; elsewhere it is drawn like the rest.
+See `drawing` for that; on devices all of it is one graph.
 Columns hold codes + `code_offset`, frames the codes themselves.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
-from fishrt_engines import Array, Engine
+from fishrt_engines import Engine
 
 from .context import SlowContext
+from .drawing import Drawer, FrameDrawer, History, Rules, StepDrawer
 from .errors import FishrtError, PromptError, SamplingError
 from .features import LanguageModel
-from .sampling import Floats, Ints, Noise, PenaltyWindow, Sampling, draw, is_semantic, main_ids, probabilities, sample_main
+from .sampling import Ints, Noise, Sampling, is_semantic
 
 StopReason = Literal["end", "max_frames", "max_seq_len"]
 """The end token; as many frames as asked for; no position left in the model's context."""
@@ -37,7 +38,13 @@ class DualAR:
 
     slow: Engine
     fast: Engine
+    """The fast AR, which is run for each code, or the frame graph, which draws a whole column; see `frame`."""
     language_model: LanguageModel
+
+    def drawer(self, rules: Rules, noise: Noise) -> Drawer:
+        """What draws columns with the engine that there is."""
+        kind = StepDrawer if self.fast.spec.states else FrameDrawer
+        return kind(self.fast, self.language_model, rules, noise)
 
 
 class Columns(Iterator[Ints]):
@@ -63,8 +70,7 @@ class Columns(Iterator[Ints]):
         Raises PromptError for a prompt that does not fit the model, SamplingError for max_columns below 1.
         """
         self.stop_reason: StopReason | None = None
-        self._model, self._sampling, self._noise = model, sampling, noise
-        lm = model.language_model
+        self._lm = lm = model.language_model
         _check_prompt(prompt, lm)
         length = prompt.shape[1]
         if max_columns is not None and max_columns < 1:
@@ -73,41 +79,26 @@ class Columns(Iterator[Ints]):
         self._limit = room if max_columns is None else min(max_columns, room)
         self._limit_reason: StopReason = "max_seq_len" if self._limit == room and max_columns != room else "max_frames"
         self._upstream_compat = upstream_compat
-        self._padding = 0 if upstream_compat else lm.code_offset
         self._count = 0
-        self._ids = main_ids(lm)
-        self._head = self._ids if lm.head == "full" and lm.main_tokens == "audio" else slice(None)
+        self._history = History(lm, sampling)
+        rules = Rules(sampling, 0 if upstream_compat else lm.code_offset, None if upstream_compat else lm.end_id)
+        self._drawer = model.drawer(rules, noise)
         self._context = SlowContext(model.slow, lm.num_codebooks) if context is None else context
         self._context.reserve(length, length + self._limit)
-        self._fast_state = model.fast.new_state(batch=1)
         self._next_input = self._context.rewind(prompt)
-        # Codes that are known before the fast AR is asked, and what it is fed for each of the others, filled in anew each time.
-        self._known = 1 if lm.code_zero == "main" else 0
-        self._fast_feeds = {codebook: _fast_feeds(codebook, self._known) for codebook in range(self._known, lm.num_codebooks)}
-        # What the last frames drew; the prefill's never enters.
-        aware, penalty = lm.sampling.repetition_aware, lm.sampling.repetition_penalty
-        self._recent: deque[int] = deque(maxlen=aware.window if aware else 0)
-        factor = sampling.repetition_penalty
-        self._window = PenaltyWindow(penalty, factor, lm.num_codebooks) if penalty and factor not in (None, 1) else None
 
     def __next__(self) -> Ints:
         if self.stop_reason is not None:
             raise StopIteration
-        lm = self._model.language_model
-        results = self._context.read(self._next_input)
-        column = np.empty(1 + lm.num_codebooks, np.int64)
-        column[0] = main = self._draw_main(results["logits"])
-        ends = main == lm.end_id and (self._count > 0 or not self._upstream_compat)
+        lm = self._lm
+        results = self._context.read(self._next_input, self._drawer.resident)
+        column = self._drawer.draw(results, self._history).copy()
+        ends = column[0] == lm.end_id and (self._count > 0 or not self._upstream_compat)
         if ends and not self._upstream_compat:
             column[1:] = lm.code_offset  # nobody hears them
-        else:
-            self._draw_codes(column, results["hidden"])
-        if lm.zero_codes_off_audio and not is_semantic(main, lm):
+        if lm.zero_codes_off_audio and not is_semantic(int(column[0]), lm):
             column[1:] = 0
-        if self._count > 0:
-            self._recent.append(main)
-            if self._window:
-                self._window.add(column)
+        self._history.add(column)
         self._count += 1
         self._next_input = column[:, None]
         if ends:
@@ -115,40 +106,6 @@ class Columns(Iterator[Ints]):
         elif self._count == self._limit:
             self.stop_reason = self._limit_reason
         return column
-
-    def _draw_main(self, logits: Array) -> int:
-        lm = self._model.language_model
-        draws = 1 if lm.sampling.repetition_aware is None else 2
-        noise = [self._noise.slow(len(self._ids)) for _ in range(draws)]
-        candidates = _floats(logits[0])[self._head]
-        if self._window and self._count:
-            candidates = self._window.main(candidates, self._ids)
-        return sample_main(candidates, self._ids, self._sampling, lm, self._recent, noise)
-
-    def _draw_codes(self, column: Ints, hidden: Array) -> None:
-        """Fills in the codes. Entries of the fast cache beyond a position are masked, so nothing is cleared between frames."""
-        lm = self._model.language_model
-        codes = column[1:]
-        if self._known:
-            semantic = min(max(int(column[0]), lm.semantic_begin_id), lm.semantic_end_id) - lm.semantic_begin_id
-            codes[0] = min(semantic, lm.codebook_width - 1)
-        for codebook, feeds in self._fast_feeds.items():
-            fed = feeds["codes"][0]
-            if codebook == self._known:
-                fed[1:] = codes[:codebook]
-            else:
-                fed[0] = codes[codebook - 1]
-            codes[codebook] = self._draw_code(codebook, {**feeds, "hidden": hidden})
-
-    def _draw_code(self, codebook: int, feeds: Mapping[str, Array]) -> int:
-        lm = self._model.language_model
-        logits = _floats(self._model.fast.run(feeds, self._fast_state)["logits"][0])[: lm.fast_candidates]
-        if self._window and self._count:
-            logits = self._window.code(logits, codebook)
-        if self._padding:
-            logits = logits.copy()
-            logits[: self._padding] = -np.inf
-        return draw(probabilities(logits, self._sampling), self._noise.fast(len(logits)))
 
 
 class Generation(Iterator[Ints]):
@@ -208,21 +165,6 @@ def generate_frames(
     """
     columns = Columns(model, prompt, sampling, noise, max_columns=max_frames, upstream_compat=upstream_compat, context=context)
     return Generation(columns, model.language_model, upstream_compat=upstream_compat)
-
-
-def _fast_feeds(codebook: int, known: int) -> dict[str, Ints]:
-    """For the logits of one codebook: positions up to it that were not fed before, and room for their codes.
-
-    Position 0 takes the hidden vector in place of its code, which stays 0.
-    """
-    positions = np.arange(0 if codebook == known else codebook, codebook + 1, dtype=np.int64)
-    return {"codes": np.zeros((1, len(positions)), np.int64), "position_ids": positions[None], "write_index": positions[:1]}
-
-
-def _floats(array: Array) -> Floats:
-    """What the graphs' contract says of logits, said to the type checker."""
-    assert array.dtype == np.float32
-    return array  # type: ignore[return-value]
 
 
 def _check_prompt(prompt: Ints, lm: LanguageModel) -> None:

@@ -8,30 +8,46 @@ from collections.abc import Iterator, Mapping
 from fishrt_engines import Engine, open_engine
 
 from .bundle import Bundle
+from .frame import frame_graph
+from .static import open_codec_decode, static_graphs
+
+FUSED = ("cuda", "tensorrt")
+"""Providers for which the fast AR is opened as the frame graph: a launch costs more there than a draw."""
 
 
 class BundleGraphs(Mapping[str, Engine]):
     """The graphs of a bundle by role, each opened when it is first asked for: decoding needs no language model."""
 
     def __init__(self, bundle: Bundle, provider: str, threads: int | None) -> None:
+        """Raises ProviderError for provider coreml and a bundle without static graphs."""
         self._bundle, self._provider, self._threads = bundle, provider, threads
+        self._static = static_graphs(bundle) if provider == "coreml" else None
         self._open: dict[str, Engine] = {}
         self._lock = threading.Lock()
 
     def __getitem__(self, role: str) -> Engine:
         with self._lock:
             if role not in self._open:
-                spec = self._bundle.manifest.graphs[role]
-                path = self._bundle.file(spec.file)
-                self._open[role] = open_engine(
-                    path,
-                    spec,
-                    provider=self._provider,
-                    threads=self._threads,
-                    specialise=True,
-                    identity=self._bundle.manifest.identity(role),
-                )
+                self._open[role] = self._opened(role)
             return self._open[role]
+
+    def _opened(self, role: str) -> Engine:
+        if self._static is not None and role == "codec_decode":
+            return open_codec_decode(self._bundle, self._static, self._threads)
+        spec = self._bundle.manifest.graphs[role]
+        path, build = self._bundle.file(spec.file), None
+        if self._provider in FUSED and role == "fast_ar":
+            manifest = self._bundle.manifest
+            spec, build = frame_graph(manifest.graphs, manifest.language_model)
+        return open_engine(
+            path,
+            spec,
+            provider=self._provider if self._static is None else "cpu",
+            threads=self._threads,
+            specialise=True,
+            identity=self._bundle.manifest.identity(role),
+            build=build,
+        )
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._bundle.manifest.graphs)

@@ -8,6 +8,7 @@ that a run can be repeated from a seed or from recorded noise.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -101,43 +102,48 @@ class SeededNoise:
         return (-np.log(uniform)).astype(np.float32)
 
 
-def filter_probs(logits: Floats, temperature: float, top_p: float, top_k: int | None) -> Floats:
-    """Probabilities after top-p (on the logits as they are), top-k and temperature: float32 [n], 0 where removed.
+def candidates(logits: Floats, temperature: float, top_p: float, top_k: int | None) -> tuple[Ints, Floats]:
+    """What is left after top-p (on the logits as they are) and top-k: indices int64 [k], ascending, and their probabilities,
+    float32 [k], at this temperature.
 
     logits: float32 [n]; -inf forbids an entry. Of equal logits the lower index ranks first. The likeliest entry always stays.
     Raises GraphError for logits of which one is NaN or +inf, or all are -inf.
     """
     descending = np.sort(logits)[::-1]  # NaN comes first
-    if not np.isfinite(descending[0]):
-        raise GraphError(
-            "a graph gave logits that are not numbers", hint="the weights of the bundle are damaged: export it again"
-        )
+    best = descending[0]
+    if not math.isfinite(best):
+        raise not_numbers()
     # The sum is over all entries: what top-k removes still counts for top-p. In float64 the sums are so near to exact that
     # top_p = 1 removes nothing of weight.
-    mass = np.cumsum(np.exp(descending - descending[0]), dtype=np.float64)
+    mass = np.exp(descending - best).cumsum(dtype=np.float64)
     most = len(logits) if top_k is None else min(top_k, len(logits))
-    count = max(1, int(np.searchsorted(mass[:most], top_p * mass[-1], side="right")))
-    kept = np.flatnonzero(logits >= (least := descending[count - 1]))
+    count = max(1, int(mass[:most].searchsorted(top_p * mass[-1], side="right")))
+    kept = (logits >= (least := descending[count - 1])).nonzero()[0]
     if len(kept) > count:
-        equal = np.flatnonzero(logits[kept] == least)
+        equal = (logits[kept] == least).nonzero()[0]
         kept = np.delete(kept, equal[count - len(kept) :])  # the last of those that rank alike
     divisor = np.float32(max(temperature, 1e-5))
-    weights = np.exp(logits[kept] / divisor - descending[0] / divisor)
-    probs = np.zeros(len(logits), np.float32)
-    probs[kept] = weights / weights.sum()
-    return probs
+    weights = np.exp(logits[kept] / divisor - best / divisor)
+    return kept, weights / weights.sum()
 
 
-def probabilities(logits: Floats, sampling: Sampling) -> Floats:
-    """`filter_probs` with the settings of a resolved `sampling`."""
+def not_numbers() -> GraphError:
+    """The error for logits of which one is NaN or +inf, or all are -inf."""
+    return GraphError("a graph gave logits that are not numbers", hint="the weights of the bundle are damaged: export it again")
+
+
+def draw(kept: Ints, probs: Floats, noise: Floats) -> int:
+    """One of the indices `kept`, int64 [k], drawn from `probs`, float32 [k], with exponential noise, float32 [n], that belongs to
+    all indices. Of equal ones the first.
+    """
+    return int(kept[(probs / noise[kept]).argmax()])
+
+
+def sample(logits: Floats, sampling: Sampling, noise: Floats) -> int:
+    """An index into logits, float32 [n], drawn with the settings of a resolved `sampling` and noise, float32 [n]."""
     assert sampling.temperature is not None
     assert sampling.top_p is not None
-    return filter_probs(logits, sampling.temperature, sampling.top_p, sampling.top_k)
-
-
-def draw(probs: Floats, noise: Floats) -> int:
-    """The index drawn from `probs` float32 [n] with exponential noise float32 [n]; of equal ones the lowest."""
-    return int(np.argmax(probs / noise))
+    return draw(*candidates(logits, sampling.temperature, sampling.top_p, sampling.top_k), noise)
 
 
 def audio_ids(model: LanguageModel) -> Ints:
@@ -163,7 +169,7 @@ class PenaltyWindow:
     """The last columns that were drawn, and what they do to the next; see `RepetitionPenalty`."""
 
     def __init__(self, rules: RepetitionPenalty, penalty: float, num_codebooks: int) -> None:
-        self._rules, self._penalty = rules, penalty
+        self._rules, self.penalty = rules, penalty
         self._columns = np.zeros((1 + num_codebooks, rules.window), np.int64)
         self._count = 0
 
@@ -172,19 +178,28 @@ class PenaltyWindow:
         self._columns[:, self._count % self._rules.window] = column
         self._count += 1
 
-    def main(self, logits: Floats, ids: Ints) -> Floats:
-        """Penalised logits float32 [n] of the tokens `ids`, int64 [n], ascending. Tokens that are not among them do nothing."""
+    def main_places(self, ids: Ints) -> Ints:
+        """Which of the tokens `ids`, int64 [n], ascending, are made less likely: places in it, n for what is not in it."""
         if self._rules.main == "none":
-            return logits
+            return np.zeros(0, np.int64)
         # While the window fills, the column that came first counts as the oldest, not the zeros that stand for missing ones.
         oldest = self._count % self._rules.window if self._count >= self._rules.window else 0
         tokens = self._columns[0] if self._rules.main == "row" else self._columns[:, oldest]
-        indices = np.minimum(np.searchsorted(ids, tokens), len(ids) - 1)
-        return penalised(logits, indices[ids[indices] == tokens], self._penalty)
+        places = np.minimum(np.searchsorted(ids, tokens), len(ids) - 1)
+        return np.where(ids[places] == tokens, places, len(ids))
+
+    def main(self, logits: Floats, ids: Ints) -> Floats:
+        """Penalised logits float32 [n] of the tokens `ids`, int64 [n], ascending."""
+        places = self.main_places(ids)
+        return penalised(logits, places[places < len(ids)], self.penalty)
+
+    def code_places(self) -> Ints:
+        """The codes that are made less likely: int64 [num_codebooks, window]."""
+        return self._columns[1:]
 
     def code(self, logits: Floats, codebook: int) -> Floats:
         """Penalised logits float32 [n] of the codes of one codebook."""
-        return penalised(logits, self._columns[1 + codebook], self._penalty)
+        return penalised(logits, self._columns[1 + codebook], self.penalty)
 
 
 def sample_main(
@@ -201,10 +216,10 @@ def sample_main(
     back on. noise: one array float32 [n], or two for a repetition-aware model: for the draw itself, and for the second draw that
     replaces it when it gives a semantic token in `recent`. The second may give the same again.
     """
-    token = int(ids[draw(probabilities(logits, sampling), noise[0])])
+    token = int(ids[sample(logits, sampling, noise[0])])
     rules = model.sampling.repetition_aware
     if rules is not None and token in recent and is_semantic(token, model):
-        token = int(ids[draw(filter_probs(logits, rules.temperature, rules.top_p, sampling.top_k), noise[1])])
+        token = int(ids[sample(logits, Sampling(rules.temperature, rules.top_p, sampling.top_k), noise[1])])
     return token
 
 

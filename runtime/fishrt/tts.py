@@ -98,8 +98,14 @@ class TTS:
             bundle = Bundle.load(embedded_bundle() if bundle is None else bundle)
         if bundle.manifest.total_bytes <= VERIFIED_BYTES:
             bundle.verify()
-        check_memory(estimate(bundle.manifest).speaking, f"speaking with {bundle.manifest.name}")
-        return cls(bundle, BundleGraphs(bundle, resolve_provider(provider), threads))
+        name = resolve_provider(provider)
+        if name == "tensorrt":
+            from .plans import within_plans
+
+            bundle = within_plans(bundle)
+        else:
+            check_memory(estimate(bundle.manifest).speaking, f"speaking with {bundle.manifest.name}")
+        return cls(bundle, BundleGraphs(bundle, name, threads))
 
     @property
     def engines(self) -> Mapping[str, Engine]:

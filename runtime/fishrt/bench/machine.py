@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from fishrt_engines import providers
+from fishrt_engines.machine import default_threads
 
 from ..metrics import per_second
 
@@ -34,7 +34,7 @@ def describe_machine() -> dict[str, Any]:
     return {
         "cpu": _cpu(),
         "cores": os.cpu_count(),
-        "threads_by_default": providers.default_threads(),
+        "threads_by_default": default_threads(),
         "memory_bytes": memory_bytes(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),

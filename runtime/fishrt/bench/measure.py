@@ -79,7 +79,7 @@ def bench(bundle: Bundle, request: BenchRequest, progress: Progress = lambda _: 
     progress("codec")
     found["codec"] = measure_codec(bundle.manifest.codec, tts.decode, tts.encode)
     progress("requests")
-    found |= _measure_requests(tts, request)
+    found |= measure_requests(tts, request)
     # Once more: on a shared machine, the first may have met a busy moment.
     limit = max(limit, read_bandwidth(threads))
     found["machine"] = {**machine, "read_gb_s": round(limit / 1e9, 2)}
@@ -161,7 +161,7 @@ def measure_codec(
     }
 
 
-def _measure_requests(tts: TTS, request: BenchRequest) -> dict[str, Any]:
+def measure_requests(tts: TTS, request: BenchRequest) -> dict[str, Any]:
     """Text to waveform, as a caller sees it. A known voice is one that has spoken before; a new one has not."""
     voice, manifest = bench_voice(tts.bundle), tts.bundle.manifest
     speech = tts.speak(request.text, voice=voice, seed=0, max_frames=request.frames)

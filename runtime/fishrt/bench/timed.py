@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from fishrt_engines import Array, Engine, GraphSpec, State
+from fishrt_engines.base import Resident
 
 from ..bundle import Bundle
 from ..tts import TTS
@@ -46,10 +47,12 @@ class TimedEngine:
         """State of zeros."""
         return self._engine.new_state(**dims)
 
-    def run(self, feeds: Mapping[str, Array], state: State | None = None) -> dict[str, Array]:
+    def run(
+        self, feeds: Mapping[str, Array | Resident], state: State | None = None, resident: Collection[str] = ()
+    ) -> dict[str, Any]:
         """Runs the graph once and notes it."""
         begun = time.perf_counter()
-        results = self._engine.run(feeds, state)
+        results = self._engine.run(feeds, state, resident)
         seconds = time.perf_counter() - begun
         self.calls.append(Call(next((feeds[name].shape[-1] for name in _LENGTH_OF if name in feeds), 1), seconds))
         return results

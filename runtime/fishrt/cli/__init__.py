@@ -1,4 +1,4 @@
-"""The command line: `fishrt speak | voice | codec | export | inspect | bench | doctor`.
+"""The command line: `fishrt speak | voice | codec | export | build-trt | inspect | bench | doctor`.
 
 Results go to standard output, everything else to standard error. Exit status: 0 done, 2 a mistake that the user can mend (printed
 as `error: …` and `hint: …`), 130 interrupted, 1 anything else: nobody reads the output any more, or a
@@ -12,6 +12,7 @@ import click
 from ..version import __version__
 from .base import Commands, debug_option
 from .bench import bench
+from .build_trt import build_trt
 from .bundles import doctor, export, inspect
 from .codec import codec
 from .speak import speak
@@ -31,5 +32,5 @@ def main() -> None:
     """
 
 
-for command in (speak, voice, codec, export, inspect, bench, doctor):
+for command in (speak, voice, codec, export, build_trt, inspect, bench, doctor):
     main.add_command(command)

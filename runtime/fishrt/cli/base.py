@@ -123,7 +123,13 @@ def engine_options(command: F) -> F:
         "--threads", type=click.IntRange(min=1), metavar="N", help="CPU threads.  [default: the physical cores]"
     )
     provider = click.option(
-        "--provider", default="auto", show_default=True, metavar="NAME", help="What runs the graphs: auto, cpu, …"
+        "--provider",
+        default="auto",
+        show_default=True,
+        metavar="NAME",
+        help="What runs the graphs: cpu, cuda (NVIDIA, ONNX Runtime), tensorrt (NVIDIA, plans of `fishrt build-trt`), coreml "
+        "(macOS: the codec of a bundle with static graphs, the rest on cpu), or auto: cuda where it can be used, else cpu. "
+        "`fishrt doctor` tells what this machine has.",
     )
     return bundle_option(provider(threads(command)))
 

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import importlib.util
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import click
 
+from fishrt_engines.trt_rules import Finding, errors
+
 from ..bundle import PRECISIONS, Bundle
+from ..conformance import tensorrt_findings
 from ..errors import BundleError, FishrtError
 from ..memory import CACHE_POSITIONS, estimate
 from ..quantisation import read_quantisation
+from ..static import read_static
 from .base import Reporter, bar, debug_option, json_option, load_bundle, print_json, quiet_option
 
 _EXPORT_NEEDS = ("torch", "onnx", "onnxscript", "onnx_ir", "safetensors", "onnxruntime")
@@ -66,6 +72,11 @@ def _parse_keep(_ctx: click.Context, _param: click.Parameter, values: tuple[str,
     callback=_parse_keep,
     help="Another precision for some layers, such as 'slow_ar.layers.0.*=int8' or fast_ar.output=fp32. Can be repeated.",
 )
+@click.option(
+    "--static",
+    type=click.Choice(["coreml"]),
+    help="Also add codec graphs of fixed sizes, for provider coreml on macOS. The language model runs on the CPU there.",
+)
 @quiet_option
 @json_option
 @debug_option
@@ -79,6 +90,7 @@ def export(
     lora_rank: int | None,
     precision: str,
     keep: dict[str, str],
+    static: str | None,
     quiet: bool,
     as_json: bool,
 ) -> None:
@@ -100,6 +112,7 @@ def export(
             lora=None if lora is None or lora_alpha is None else Lora(lora, lora_alpha, lora_rank),
             precision=precision,
             keep=keep,
+            static=static,
             progress=lambda stage, part: reporter.show(f"{bar(part)} {stage}"),
         )
     except ImportError as error:
@@ -121,25 +134,26 @@ def export(
 @click.command()
 @click.argument("bundle", required=False, type=click.Path(path_type=Path))
 @click.option("--verify", is_flag=True, help="Hash every file and compare with the manifest.")
+@click.option("--trt", is_flag=True, help="Check every graph against the documented rules of TensorRT's ONNX importer.")
 @quiet_option
 @json_option
 @debug_option
-def inspect(bundle: Path | None, verify: bool, quiet: bool, as_json: bool) -> None:
+def inspect(bundle: Path | None, verify: bool, trt: bool, quiet: bool, as_json: bool) -> None:
     """Show what is in BUNDLE (default: the embedded voice): graphs, tensors, sizes, precision, parity, licence, voices, and the
     memory that it needs.
     """
     loaded = load_bundle(bundle)
     if verify:
         _verify(loaded, quiet=quiet or as_json or sys.stderr is None)
+    findings = tensorrt_findings(loaded) if trt else {}
     if as_json:
-        import dataclasses
-
         print_json(
             {
                 "command": "inspect",
                 "path": str(loaded.path),
                 "verified": verify,
                 "memory_need": dataclasses.asdict(estimate(loaded.manifest)),
+                "tensorrt": {role: list(map(dataclasses.asdict, found)) for role, found in findings.items()} if trt else None,
                 "manifest": dataclasses.asdict(loaded.manifest),
             }
         )
@@ -147,18 +161,26 @@ def inspect(bundle: Path | None, verify: bool, quiet: bool, as_json: bool) -> No
     click.echo("\n".join(_describe(loaded)))
     if verify:
         click.echo("verified      every file has the SHA-256 of the manifest")
+    if trt:
+        click.echo("\n".join(_tensorrt(findings)))
 
 
 @click.command()
+@json_option
 @debug_option
-def doctor() -> None:
-    """Show what this machine can do: versions, providers, CPU, memory, audio formats, the embedded voice."""
-    from fishrt_engines import providers
+def doctor(as_json: bool) -> None:
+    """Show what this machine can do: CPU, memory, NVIDIA devices, versions, audio formats, the embedded voice; which execution
+    providers can run here, what is missing for the others, and which one `auto` takes.
+    """
+    from fishrt_engines.doctor import examine
 
-    click.echo(providers.doctor())
-    click.echo(f"audio formats: {_audio_formats()}")
-    click.echo(f"torch for export: {_torch()}")
-    click.echo(f"embedded voice: {_embedded()}")
+    found = examine()
+    rest = {"audio formats": _audio_formats(), "torch for export": _torch(), "embedded voice": _embedded()}
+    if as_json:
+        names = {name.replace(" ", "_"): text for name, text in rest.items()}
+        print_json({"command": "doctor", **dataclasses.asdict(found), **names})
+        return
+    click.echo("\n".join([*found.lines(), *(f"{name}: {text}" for name, text in rest.items())]))
 
 
 def _verify(bundle: Bundle, *, quiet: bool) -> None:
@@ -194,6 +216,8 @@ def _describe(bundle: Bundle) -> list[str]:
     ]
     if report := read_quantisation(bundle):
         lines += [f"{'' if n else 'quantised':<14}{line}" for n, line in enumerate(report.summary())]
+    if static := read_static(bundle):
+        lines += [f"{'' if n else static.target:<14}{line}" for n, line in enumerate(static.summary())]
     for role, graph in m.graphs.items():
         size = sum(entry.bytes for name, entry in m.files.items() if name.startswith(graph.file))
         lines += ["", f"graph {role}: {graph.file}, {_size(size)}"]
@@ -207,6 +231,17 @@ def _describe(bundle: Bundle) -> list[str]:
         if states := graph.state_tensors:
             shape = ", ".join(map(str, states[0].shape))
             lines.append(f"  state of {len(states)} tensors, {states[0].name} {states[0].dtype} [{shape}], …")
+    return lines
+
+
+def _tensorrt(findings: Mapping[str, list[Finding]]) -> list[str]:
+    lines = ["", "TensorRT, by the documented rules of its importer; it was not asked itself"]
+    for role, found in findings.items():
+        lines.append(f"  {role}: errors: {len(errors(found)) or 'none'}")
+        alike: dict[Finding, list[Finding]] = {}
+        for finding in found:
+            alike.setdefault(dataclasses.replace(finding, node=""), []).append(finding)
+        lines += [f"    {first}" + (f", and {len(others)} alike" if others else "") for first, *others in alike.values()]
     return lines
 
 

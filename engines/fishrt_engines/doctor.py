@@ -1,0 +1,199 @@
+"""What `fishrt doctor` tells: this machine, what is installed, which providers can be used, and what to do about the others."""
+
+from __future__ import annotations
+
+import importlib
+import platform
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from . import machine
+from .errors import ProviderError
+from .graph_cache import cache_folder
+from .machine import Gpu, Library
+from .providers import NEVER_BY_ITSELF, PROVIDERS, Choice, choose_provider, find_obstacle, import_onnxruntime, version
+
+PACKAGES = (
+    "numpy",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "tensorrt-cu13",
+    "cuda-bindings",
+    "soundfile",
+    "tokenizers",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Cpu:
+    """The processor."""
+
+    name: str
+    threads: int
+    """Used for a graph by default."""
+    logical: int
+    """Logical CPUs that this process may use."""
+    features: tuple[str, ...]
+    """Instruction sets that ONNX Runtime makes use of."""
+
+
+@dataclass(frozen=True, slots=True)
+class ProviderState:
+    """Whether one provider can be used here."""
+
+    name: str
+    obstacle: str | None
+    """Why not; None if it can be used."""
+    hint: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRt:
+    """The binding, which is Python's part of it, and the library that does the work."""
+
+    binding: str | None
+    """Version of the distribution; None if it is not installed."""
+    library: str | None
+    """Version that the loaded library tells; None if it cannot be loaded."""
+    error: str | None
+    """Why it cannot be loaded."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cache:
+    """Where optimised graphs and plans are kept."""
+
+    folder: str
+    error: str | None
+    """Why nothing can be written there."""
+
+
+@dataclass(frozen=True, slots=True)
+class Diagnosis:
+    """All of it."""
+
+    system: str
+    python: str
+    cpu: Cpu
+    memory_bytes: int | None
+    packages: dict[str, str | None]
+    """Version by distribution; None for one that is not installed."""
+    driver_error: str | None
+    """Why NVIDIA's driver cannot be loaded; None if it is there."""
+    gpus: tuple[Gpu, ...] | None
+    """None: nothing tells."""
+    cuda_libraries: tuple[Library, ...]
+    """Of an onnxruntime-gpu; empty for other builds."""
+    tensorrt: TensorRt
+    providers: tuple[ProviderState, ...]
+    auto: Choice | None
+    """None where no provider can be used."""
+    cache: Cache
+
+    def lines(self) -> list[str]:
+        """As text, each line a name and what there is to say."""
+        return [f"{name}: {text}" for name, text in self._lines()]
+
+    def _lines(self) -> Iterator[tuple[str, str]]:
+        yield "system", self.system
+        yield "python", self.python
+        yield "cpu", self.cpu.name
+        yield "cores", f"{self.cpu.threads} used by default, {self.cpu.logical} logical allowed"
+        yield "cpu features", " ".join(self.cpu.features) or "unknown"
+        yield "memory", "unknown" if self.memory_bytes is None else _gib(self.memory_bytes)
+        for name, found in self.packages.items():
+            yield name, found or "not installed"
+        yield "nvidia driver", "there" if self.driver_error is None else f"none ({self.driver_error})"
+        if self.driver_error is None and not self.gpus:
+            yield "nvidia device", "nothing tells" if self.gpus is None else "none"
+        for gpu in self.gpus or ():
+            yield "nvidia device", _describe(gpu)
+        for library in self.cuda_libraries:
+            yield library.name, "loads" if library.error is None else f"cannot be loaded ({library.error})"
+        yield "tensorrt", self._tensorrt()
+        for state in self.providers:
+            yield f"provider {state.name}", "ready" if state.obstacle is None else _with_hint(state)
+        yield "provider auto", f"{self.auto.name}, since {self.auto.reason}" if self.auto else "none"
+        for name, why in NEVER_BY_ITSELF.items():
+            yield "provider auto", f"never {name}, since {why}"
+        writable = "can be written to" if self.cache.error is None else f"cannot be written to ({self.cache.error})"
+        yield "cache", f"{self.cache.folder} {writable}"
+
+    def _tensorrt(self) -> str:
+        binding = f"binding {self.tensorrt.binding}" if self.tensorrt.binding else "no binding"
+        return f"{binding}, " + (
+            f"library {self.tensorrt.library}" if self.tensorrt.library else f"no library ({self.tensorrt.error})"
+        )
+
+
+def examine() -> Diagnosis:
+    """Looks at this machine. Takes seconds where there are devices; opens no session, and downloads nothing."""
+    driver_error = machine.driver_error()
+    return Diagnosis(
+        system=platform.platform(),
+        python=platform.python_version(),
+        cpu=Cpu(machine.cpu_name(), machine.default_threads(), len(machine.allowed_cpus()), tuple(machine.cpu_features())),
+        memory_bytes=machine.total_memory(),
+        packages={name: version(name) for name in PACKAGES},
+        driver_error=driver_error,
+        gpus=machine.gpus() if driver_error is None else None,
+        cuda_libraries=_cuda_libraries(),
+        tensorrt=_tensorrt(),
+        providers=tuple(_state(name) for name in PROVIDERS),
+        auto=_choice(),
+        cache=_cache(),
+    )
+
+
+def _cuda_libraries() -> tuple[Library, ...]:
+    try:
+        return machine.cuda_libraries(import_onnxruntime())
+    except ProviderError:
+        return ()
+
+
+def _tensorrt() -> TensorRt:
+    binding = version("tensorrt-cu13")
+    try:
+        return TensorRt(binding, str(importlib.import_module("tensorrt").__version__), None)
+    except (ImportError, OSError) as error:
+        return TensorRt(binding, None, str(error))
+
+
+def _state(name: str) -> ProviderState:
+    obstacle = find_obstacle(name)
+    return ProviderState(name, obstacle.what, obstacle.hint) if obstacle else ProviderState(name, None, None)
+
+
+def _choice() -> Choice | None:
+    try:
+        return choose_provider()
+    except ProviderError:
+        return None
+
+
+def _cache() -> Cache:
+    folder = cache_folder()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return Cache(str(folder), None)
+    except OSError as error:
+        return Cache(str(folder), error.strerror or str(error))
+
+
+def _with_hint(state: ProviderState) -> str:
+    return f"{state.obstacle}; {state.hint}" if state.hint else str(state.obstacle)
+
+
+def _describe(gpu: Gpu) -> str:
+    major, minor = gpu.compute_capability
+    return (
+        f"{gpu.name}, compute capability {major}.{minor}, driver {gpu.driver}, "
+        f"{_gib(gpu.free_bytes)} of {_gib(gpu.total_bytes)} free"
+    )
+
+
+def _gib(count: int) -> str:
+    return f"{count / 2**30:.1f} GiB"

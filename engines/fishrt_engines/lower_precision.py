@@ -1,0 +1,144 @@
+"""A graph that computes in float32 → the same graph in float16 or bfloat16, for devices that are made for them.
+
+    feeds, results    as before: only the state, which nobody but the engine looks at, is stored in the new type
+    matrix products, attention, rotary positions, caches, and what is done between them: in the new type
+    all else (embedding sums, sampling): in float32
+
+In bfloat16 the residual stream is, too, as the models were trained. In float16 it stays in float32 with its norms: it can exceed
+65,504, the largest float16. Weights stay in their file: a Cast widens or rounds them once, when the graph is loaded. The scales
+of quantised ones are rounded here, since the type of a scale is that of what is computed with it.
+"""
+
+from __future__ import annotations
+
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .errors import GraphError
+from .graph_edit import GraphEditor
+from .graph_types import UNKNOWN, Value, infer
+from .onnx_proto import CODES, message, node, parse_model
+from .tensors import to_bytes
+
+_ALWAYS = ("Attention", "Gemm", "MatMul", "RotaryEmbedding", "TensorScatter")
+_MOVE = ("Concat", "Expand", "Gather", "Identity", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze")
+"""What changes no number."""
+_FOLLOW = (*_MOVE, "Mul", "RMSNormalization", "Sigmoid")
+"""Computed in the type of what they take. A norm sums in float32 whatever that is: its stash_type."""
+
+
+def compute_in(model: bytes, dtype: str, folder: Path) -> bytes:
+    """The bytes of a graph file whose weights are in `folder`, so that it computes in `dtype`: float16 or bfloat16.
+
+    Raises GraphError for another dtype.
+    """
+    if dtype not in ("float16", "bfloat16"):
+        raise GraphError(f"graphs are not computed in {dtype!r}", hint="choose float16 or bfloat16")
+    editor = GraphEditor(parse_model(model, "the graph"))
+    return _Lowering(editor, dtype, folder).run()
+
+
+class _Lowering:
+    """One graph on its way. `self._low` holds the values that are in the new type, by their old names."""
+
+    def __init__(self, editor: GraphEditor, dtype: str, folder: Path) -> None:
+        self._edit, self._dtype, self._folder = editor, dtype, folder
+        self._values = infer(editor.graph)
+        self._nodes: list[Any] = []
+        self._low: set[str] = set()
+        self._casts: dict[tuple[str, str], str] = {}
+
+    def run(self) -> bytes:
+        caches = {n.input[0]: n.output[0] for n in self._edit.nodes if n.op_type == "TensorScatter"}
+        states = {before: after for before, after in caches.items() if before in self._edit.inputs}
+        for name in states:
+            self._declare(self._edit.inputs[name])
+            self._low.add(name)
+        self._round_scales()
+        for n in self._edit.nodes:
+            self._convert(n)
+        self._restore_results(set(states.values()))
+        self._edit.nodes = self._nodes
+        return self._edit.finish()
+
+    def _convert(self, n: Any) -> None:
+        floats = [name for name in n.input if self._values.get(name, UNKNOWN).dtype == "float32"]
+        wanted = self._dtype if floats and self._is_low(n, floats) else "float32"
+        for at, name in enumerate(n.input):
+            if name in floats:
+                n.input[at] = self._in(name, wanted)
+        if wanted == self._dtype:
+            self._low.update(name for name in n.output if self._values.get(name, UNKNOWN).dtype == "float32")
+        self._nodes.append(n)
+
+    def _is_low(self, n: Any, floats: list[str]) -> bool:
+        if n.op_type in _ALWAYS:
+            return True
+        if n.op_type == "Transpose" and self._edit.is_constant(n.input[0]):
+            return all(reader.op_type in _ALWAYS for reader in self._edit.readers(n.output[0]))
+        if n.op_type == "Add":
+            # Residual sums and biases. A bias belongs to its product in either type.
+            activations = [name for name in floats if not self._edit.is_constant(name)]
+            if self._dtype == "float16" and len(activations) > 1:
+                return False
+            return any(name in self._low for name in activations)
+        return n.op_type in _FOLLOW and any(name in self._low for name in floats)
+
+    def _in(self, name: str, dtype: str) -> str:
+        """The name of a value of float32 in the file, in this type."""
+        is_low = name in self._low
+        if is_low == (dtype == self._dtype):
+            return name
+        maker = self._edit.made_by(name, "Cast")
+        if not is_low and maker is not None and maker.input[0] in self._edit.constants:
+            source = str(maker.input[0])  # from how it is stored, at once
+            if self._values[source].dtype == dtype:
+                return source
+        else:
+            source = name
+        cast = self._casts.get((source, dtype))
+        if cast is None:
+            cast = self._casts[source, dtype] = f"{source}.in_{dtype}"
+            self._nodes.append(node("Cast", [source], [cast], to=CODES[dtype]))
+        return cast
+
+    def _restore_results(self, states: set[str]) -> None:
+        """States are given back as they are; every other output in float32."""
+        for name in self._edit.outputs.keys() & self._low:
+            if name in states:
+                self._declare(self._edit.outputs[name])
+                continue
+            inner = f"{name}.in_{self._dtype}"
+            for n in self._nodes:
+                n.input[:] = [inner if taken == name else taken for taken in n.input]
+                n.output[:] = [inner if made == name else made for made in n.output]
+            self._nodes.append(node("Cast", [inner], [name], to=CODES["float32"]))
+
+    def _declare(self, value_info: Any) -> None:
+        value_info.type.tensor_type.elem_type = CODES[self._dtype]
+
+    def _round_scales(self) -> None:
+        for n in self._edit.nodes:
+            if n.op_type != "DequantizeLinear":
+                continue
+            scale = self._edit.constants[n.input[1]]
+            if scale.data_type == CODES["float32"]:
+                raw = to_bytes(_read(scale, self._folder), self._dtype).tobytes()
+                rounded = message("Tensor")(name=scale.name, data_type=CODES[self._dtype], dims=scale.dims, raw_data=raw)
+                self._edit.constants[scale.name] = rounded
+                self._values[scale.name] = Value(self._dtype, tuple(scale.dims))
+            self._low.add(n.output[0])
+
+
+def _read(tensor: Any, folder: Path) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """The values of an initializer of float32, in the file or beside it."""
+    if not tensor.external_data:
+        values = np.frombuffer(tensor.raw_data, np.float32) if tensor.raw_data else np.array(tensor.float_data, np.float32)
+        return values.reshape(tuple(tensor.dims))
+    place = {entry.key: entry.value for entry in tensor.external_data}
+    with (folder / place["location"]).open("rb") as file:
+        file.seek(int(place.get("offset", 0)))
+        return np.frombuffer(file.read(4 * prod(tensor.dims)), np.float32).reshape(tuple(tensor.dims))

@@ -1,0 +1,285 @@
+"""Plans: engines that TensorRT has built, kept on disk.
+
+A plan runs with one version of TensorRT on one model of GPU only, and holds one graph with its weights. All of that is in a file
+beside it, and compared before the plan is loaded:
+
+    $FISHRT_CACHE, or fishrt/graphs in the user's cache folder / plans / key / engine.plan, entry.json
+
+A plan is written aside and renamed when complete. One that does not fit is never used, and never built anew without being asked.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import shlex
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from .cuda_device import Device
+from .errors import FishrtError, GraphError, ProviderError
+from .graph_cache import cache_folder, digest
+from .onnx_proto import parse_model
+from .spec import GraphSpec, StatePair, TensorSpec
+from .trt_lowering import LOWERING, LoweringOptions
+
+PLAN, ENTRY = "engine.plan", "entry.json"
+_LAYOUT = 1
+"""Number of this form of the files; part of the key."""
+_MEMORY_CLASS = 4 << 30
+"""Bytes of a device's memory in which its classes differ: a model of GPU comes with more and with less of it."""
+_BLOCK = 1 << 24
+
+LARGER = "give less at once, or run fishrt build-trt with a larger --max-len or --max-batch"
+
+Range = tuple[int, int, int]
+"""Least, usual and greatest size of a symbolic dimension."""
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """Sizes that a plan was made for. A graph may have several, each fast in its own range."""
+
+    name: str
+    dims: Mapping[str, Range]
+    """By the name of the dimension."""
+
+    def holds(self, dims: Mapping[str, int]) -> bool:
+        """Whether these sizes are among them."""
+        return all(least <= dims[name] <= most for name, (least, _, most) in self.dims.items() if name in dims)
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What a plan is tied to."""
+
+    tensorrt: str
+    gpu: str
+    compute_capability: str
+    memory_class: int
+    """Bytes of the device's memory, rounded."""
+    system: str
+    lowering: int
+    """Version of the rules by which fishrt prepares graphs for TensorRT."""
+
+
+@dataclass(frozen=True, slots=True)
+class ColumnWrites:
+    """How a graph tells where in its caches a call writes. TensorRT does not check that itself."""
+
+    write_index: str
+    """The input with the first row of each sequence: int64 [batch]."""
+    length: str
+    """The dimension that counts the rows of a call."""
+    cache: str
+    """An input that is such a cache: [batch, heads, rows, head_dim]."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlanKey:
+    """All that a plan depends on."""
+
+    graph: str
+    """SHA-256 of the portable graph, without its weights: hex."""
+    weights: str
+    """A hash that stands for the weights."""
+    machine: Machine
+    lowering: LoweringOptions
+    workspace: int | None
+    """Bytes that kernels may use, at most; None is all that the device has."""
+    profiles: tuple[Profile, ...]
+
+    @property
+    def name(self) -> str:
+        """Of the folder."""
+        return hashlib.sha256(json.dumps([_LAYOUT, asdict(self)], sort_keys=True).encode()).hexdigest()[:32]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A plan on disk that is whole, and its description."""
+
+    path: Path
+    key: PlanKey
+    spec: GraphSpec
+    """Of the lowered graph: other dtypes of state, and no symbolic cache length."""
+    writes: ColumnWrites | None
+
+    def profile_for(self, dims: Mapping[str, int]) -> int:
+        """Which profile takes a call of these sizes. Raises FishrtError if none does."""
+        profiles = self.key.profiles
+        found = next((n for n, profile in enumerate(profiles) if profile.holds(dims)), None)
+        if found is None:
+            takes = [", ".join(f"{name} of {low} to {high}" for name, (low, _, high) in p.dims.items()) for p in profiles]
+            given = ", ".join(f"{name} of {dims[name]}" for name in profiles[0].dims if name in dims)
+            raise FishrtError(
+                f"the TensorRT plan of {self.spec.file} takes {'; or '.join(takes)}; this call has {given}", hint=LARGER
+            )
+        return found
+
+
+def plan_folder() -> Path:
+    """Where plans are kept."""
+    return cache_folder() / "plans"
+
+
+def machine_of(version: str, device: Device) -> Machine:
+    """This machine, with this version of TensorRT."""
+    _, total = device.memory()
+    major, minor = device.compute_capability
+    rounded = round(total / _MEMORY_CLASS) * _MEMORY_CLASS
+    return Machine(version, device.name, f"{major}.{minor}", rounded, f"{platform.system()} {platform.machine()}", LOWERING)
+
+
+def read_portable(path: Path, build: Callable[[bytes], bytes] | None) -> bytes:
+    """The portable graph of a file, or what `build` makes of it. Raises GraphError for a file that is missing."""
+    try:
+        model = path.read_bytes()
+    except OSError as error:
+        raise GraphError(f"the graph file {path} cannot be read: {error.strerror}") from None
+    return model if build is None else build(model)
+
+
+def external_files(model: bytes) -> list[str]:
+    """The files beside a graph that hold its weights, by name. Raises GraphError for one that would lie elsewhere."""
+    tensors = parse_model(model, "the graph").graph.initializer
+    names = sorted({entry.value for tensor in tensors for entry in tensor.external_data if entry.key == "location"})
+    for name in names:
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            raise GraphError(f"a graph names weights outside of its folder: {name!r}", hint="export the bundle again")
+    return names
+
+
+def weights_identity(model: bytes, folder: Path) -> str:
+    """A hash over the files of weights of a graph. Takes seconds for gigabytes: a manifest knows it already."""
+    whole = hashlib.sha256()
+    for name in external_files(model):
+        with (folder / name).open("rb") as file:
+            while block := file.read(_BLOCK):
+                whole.update(block)
+    return whole.hexdigest()
+
+
+def graph_hash(model: bytes) -> str:
+    """Of a portable graph."""
+    return hashlib.sha256(model).hexdigest()
+
+
+def find_plan(graph: str, weights: str, machine: Machine, path: Path) -> Plan:
+    """The plan for a graph on this machine: of several, the one that was built or asked for last.
+
+    path: of the graph file, for messages; it need not exist, but its folder is the bundle's. Raises ProviderError if there is no
+    plan, or none that fits, and says why not.
+    """
+    why = []
+    for folder in _entries():
+        try:
+            plan = _read(folder)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            why.append(f"{folder} is damaged ({error})")
+            continue
+        if (plan.key.graph, plan.key.weights) != (graph, weights):
+            continue
+        if differences := list(_differences(plan.key.machine, machine)):
+            why.append(f"the one in {folder} {'; '.join(differences)}")
+        elif fault := _fault(folder):
+            why.append(f"the one in {folder} {fault}")
+        else:
+            return plan
+    raise ProviderError(
+        f"there is no TensorRT plan of {path.name} for this machine" + (f": {'; '.join(why)}" if why else ""),
+        hint=f"fishrt build-trt {shlex.quote(str(path.parent))}",
+    )
+
+
+def kept_plan(key: PlanKey) -> Plan | None:
+    """The plan of exactly this key, which from now on counts as the newest; None if there is none, or it is damaged."""
+    folder = plan_folder() / key.name
+    try:
+        plan = _read(folder)
+        if plan.key != key or _fault(folder):
+            return None
+        os.utime(folder / ENTRY)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return plan
+
+
+def keep_plan(key: PlanKey, spec: GraphSpec, writes: ColumnWrites | None, serialized: Any) -> Plan:
+    """Writes a plan. serialized: a buffer. Raises FishrtError where that is not possible; nothing is left behind then."""
+    root, aside = plan_folder(), None
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(prefix=f".{key.name}.", dir=root))
+        with (aside / PLAN).open("wb") as file:
+            file.write(memoryview(serialized))
+        entry = {"key": asdict(key), "spec": asdict(spec), "writes": writes and asdict(writes), "digest": digest(aside / PLAN)}
+        (aside / ENTRY).write_text(json.dumps({"layout": _LAYOUT, **entry}, indent=1), encoding="utf-8")
+        folder = root / key.name
+        shutil.rmtree(folder, ignore_errors=True)  # a damaged one
+        aside.rename(folder)
+    except OSError as error:
+        raise FishrtError(
+            f"the plan cannot be kept in {root}: {error.strerror or error}",
+            hint="make room there, or set FISHRT_CACHE to another folder",
+        ) from None
+    finally:
+        if aside is not None:
+            shutil.rmtree(aside, ignore_errors=True)
+    return Plan(folder / PLAN, key, spec, writes)
+
+
+def _entries() -> list[Path]:
+    """Folders of plans, the newest first."""
+    found = [entry for entry in plan_folder().glob("*/" + ENTRY) if not entry.parent.name.startswith(".")]
+    return [entry.parent for entry in sorted(found, key=lambda entry: entry.stat().st_mtime_ns, reverse=True)]
+
+
+def _read(folder: Path) -> Plan:
+    """Raises OSError, ValueError, KeyError or TypeError for what is not a description of a plan."""
+    entry = json.loads((folder / ENTRY).read_text(encoding="utf-8"))
+    if entry["layout"] != _LAYOUT:
+        raise ValueError(f"its layout is {entry['layout']}, not {_LAYOUT}")
+    key, writes = entry["key"], entry["writes"]
+    profiles = tuple(
+        Profile(p["name"], {d: (int(a), int(b), int(c)) for d, (a, b, c) in p["dims"].items()}) for p in key["profiles"]
+    )
+    machine, lowering = Machine(**key["machine"]), LoweringOptions(**key["lowering"])
+    parsed = PlanKey(key["graph"], key["weights"], machine, lowering, key["workspace"], profiles)
+    if parsed.name != folder.name:
+        raise ValueError("its description was altered")
+    return Plan(folder / PLAN, parsed, _spec(entry["spec"]), None if writes is None else ColumnWrites(**writes))
+
+
+def _spec(data: Mapping[str, Any]) -> GraphSpec:
+    tensors = [tuple(TensorSpec(t["name"], t["dtype"], tuple(t["shape"])) for t in data[kind]) for kind in ("inputs", "outputs")]
+    return GraphSpec(data["file"], tensors[0], tensors[1], tuple(StatePair(**pair) for pair in data["states"]))
+
+
+def _fault(folder: Path) -> str | None:
+    """What is wrong with the plan itself."""
+    recorded = json.loads((folder / ENTRY).read_text(encoding="utf-8"))["digest"]
+    if not (folder / PLAN).is_file():
+        return "lacks its plan"
+    return None if digest(folder / PLAN) == recorded else "was altered or is not whole"
+
+
+def _differences(built: Machine, here: Machine) -> Iterator[str]:
+    """Why a plan cannot be used here."""
+    if built.tensorrt != here.tensorrt:
+        yield f"was built by TensorRT {built.tensorrt}, and this is {here.tensorrt}"
+    if (built.gpu, built.compute_capability) != (here.gpu, here.compute_capability):
+        ours = f"{here.gpu} (compute capability {here.compute_capability})"
+        yield f"was built on {built.gpu} (compute capability {built.compute_capability}), and this is {ours}"
+    elif built.memory_class != here.memory_class:
+        yield f"was built on a device with {built.memory_class >> 30} GiB, and this has {here.memory_class >> 30}"
+    if built.system != here.system:
+        yield f"was built on {built.system}, and this is {here.system}"
+    if built.lowering != here.lowering:
+        yield "was built by another version of fishrt, which prepared graphs otherwise"

@@ -1,0 +1,169 @@
+"""What stays on the device between runs of a plan: state tensors, and results that are fed to the next graph."""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from .base import Array
+from .cuda_device import Device, DeviceBuffer, Graph
+from .errors import FishrtError
+from .feeds import check_growth, check_state_dims, check_written
+from .spec import GraphSpec, TensorSpec
+from .tensors import from_bytes, item_size, to_bytes
+from .trt_plans import LARGER, Plan
+
+
+class DeviceArray:
+    """A result that stayed on the device. See `base.Resident`."""
+
+    def __init__(self, device: Device, buffer: DeviceBuffer, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+        self.device, self.buffer, self.shape, self.dtype = device, buffer, shape, dtype
+
+    def numpy(self) -> Array:
+        """A copy on the host."""
+        array = np.empty(self.shape, self.dtype)
+        with self.device.lock:
+            self.device.download(self.buffer.address, array)
+            self.device.synchronize()
+        return array
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """A feed or result: its place on the device, and in memory of the host that the device copies from and to."""
+
+    device: DeviceBuffer
+    host: Array
+
+
+@dataclass(slots=True)
+class Call:
+    """Buffers for one combination of shapes."""
+
+    profile: int
+    shapes: Mapping[str, tuple[int, ...]]
+    """Of all inputs, the state's too."""
+    feeds: dict[str, Tensor]
+    results: dict[str, Tensor]
+    graphs: dict[bool, tuple[int, Graph]] = field(default_factory=dict)
+    """By `TrtState.turned`: how often the context's shapes had changed when it was captured, and the graph."""
+    waits: int = -1
+    """`Device.waits` when it last ran: copies from its arrays may not be over while that is the same."""
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """What all states of an engine have in common."""
+
+    device: Device
+    spec: GraphSpec
+    """Of the portable graph: what callers see."""
+    plan: Plan
+    in_place: Collection[str]
+    """State tensors, by input name, that the plan itself updates where they are."""
+
+    @property
+    def limits(self) -> dict[str, int]:
+        """The greatest size of each symbolic dimension that the plan was built for."""
+        most: dict[str, int] = {}
+        for profile in self.plan.key.profiles:
+            most |= {name: max(high, most.get(name, 0)) for name, (_, _, high) in profile.dims.items()}
+        for described, built in zip(self.spec.state_tensors, self.plan.spec.state_tensors, strict=True):
+            pairs = zip(described.shape, built.shape, strict=True)
+            most |= {name: size for name, size in pairs if isinstance(name, str) and isinstance(size, int)}
+        return most
+
+    def check_sizes(self, dims: Mapping[str, int]) -> None:
+        """Raises FishrtError for state that is larger than the plan."""
+        limits = self.limits
+        if beyond := [f"{name} of {size}, built for {limits[name]}" for name, size in dims.items() if size > limits[name]]:
+            raise FishrtError(f"the TensorRT plan of {self.spec.file} is too small: {', '.join(beyond)}", hint=LARGER)
+
+
+class TrtState:
+    """State tensors on the device. See `base.State`.
+
+    A cache has all the rows that the plan was built for from the start; `dims` says how many were asked for. Where a plan does
+    not update a tensor in place, there are two, which take turns.
+    """
+
+    def __init__(self, kept: Kept, dims: Mapping[str, int]) -> None:
+        """Raises ValueError for other dimensions than the graph's, FishrtError beyond the plan or the device's memory."""
+        check_state_dims(kept.spec, dims)
+        kept.check_sizes(dims)
+        self.kept, self.dims = kept, dict(dims)
+        self.turned = False
+        self.calls: OrderedDict[tuple[tuple[int, ...], ...], Call] = OrderedDict()
+        self._buffers = self._allocate()
+
+    def read(self, name: str) -> Array:
+        """A copy of one state tensor, by its input name."""
+        device, tensor, stored = self.kept.device, *self._specs(name)
+        shape = tensor.resolve(self.dims)
+        raw = np.empty(math.prod(shape) * item_size(stored.dtype), np.uint8)
+        with device.lock:
+            for offset, part in self._parts(stored, shape, raw):
+                device.download(self.address(name) + offset, part)
+            device.synchronize()
+        return from_bytes(raw, stored.dtype, np.dtype(tensor.dtype), shape)
+
+    def write(self, name: str, array: Array) -> None:
+        """See `base.State.write`. Raises ValueError for an array that does not fit."""
+        device, tensor, stored = self.kept.device, *self._specs(name)
+        check_written(name, tensor.dtype, tensor.resolve(self.dims), array)
+        raw = to_bytes(array, stored.dtype)
+        with device.lock:
+            for offset, part in self._parts(stored, array.shape, raw):
+                device.upload(part, self.address(name) + offset)
+            device.synchronize()
+
+    def grow(self, **dims: int) -> None:
+        """See `base.State.grow`. Raises ValueError for a dimension that is unknown or shrinks, FishrtError beyond the plan."""
+        check_growth(self.dims, dims)
+        larger = {**self.dims, **dims}
+        self.kept.check_sizes(larger)
+        if any(stored.resolve(self.dims) != stored.resolve(larger) for stored in self.kept.plan.spec.state_tensors):
+            made = TrtState(self.kept, larger)
+            for tensor in self.kept.spec.state_tensors:
+                made.write(tensor.name, self.read(tensor.name))
+            self._buffers, self.turned = made._buffers, False
+            self.calls.clear()
+        self.dims = larger
+
+    def address(self, name: str, *, after: bool = False) -> int:
+        """Where a state tensor is, by its input name; with `after`, where the next run leaves it."""
+        buffers = self._buffers[name]
+        return buffers[(self.turned ^ after) % len(buffers)].address
+
+    def turn(self) -> None:
+        """To be called after a run."""
+        self.turned ^= any(len(buffers) > 1 for buffers in self._buffers.values())
+
+    def _allocate(self) -> dict[str, tuple[DeviceBuffer, ...]]:
+        device, what = self.kept.device, f"the state of {self.kept.spec.file}"
+        tensors = self.kept.plan.spec.state_tensors
+        sizes = {t.name: math.prod(t.resolve(self.dims)) * item_size(t.dtype) for t in tensors}
+        counts = {name: 1 if name in self.kept.in_place else 2 for name in sizes}
+        with device.lock:
+            device.check_room(sum(counts[name] * size for name, size in sizes.items()), what)
+            return {name: tuple(device.allocate(size, what) for _ in range(counts[name])) for name, size in sizes.items()}
+
+    def _specs(self, name: str) -> tuple[TensorSpec, TensorSpec]:
+        """A tensor as callers see it, and as the plan has it. Raises KeyError for an unknown name."""
+        found = [{t.name: t for t in spec.state_tensors}[name] for spec in (self.kept.spec, self.kept.plan.spec)]
+        return found[0], found[1]
+
+    def _parts(self, stored: TensorSpec, shape: tuple[int, ...], raw: Array) -> Iterator[tuple[int, Array]]:
+        """The contiguous parts of the leading `shape` of a state tensor: where each begins, in bytes, and its part of `raw`."""
+        whole = stored.resolve(self.dims)
+        split = max((axis for axis, size in enumerate(whole) if shape[axis] != size), default=0)
+        strides = [math.prod(whole[axis + 1 :]) * item_size(stored.dtype) for axis in range(split)]
+        length = math.prod(shape[split:]) * item_size(stored.dtype)
+        for n, index in enumerate(np.ndindex(shape[:split])):
+            yield sum(i * stride for i, stride in zip(index, strides, strict=True)), raw[n * length : (n + 1) * length]

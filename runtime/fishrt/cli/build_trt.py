@@ -1,0 +1,95 @@
+"""`fishrt build-trt`: a bundle's graphs as TensorRT plans for this machine."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import click
+
+from ..context import FIRST_FRAMES
+from ..plans import PRECISIONS, PlanOptions, plan_requests
+from .base import Reporter, bar, debug_option, json_option, load_bundle, print_json, quiet_option
+
+
+@click.command("build-trt")
+@click.argument("bundle", required=False, type=click.Path(path_type=Path))
+@click.option(
+    "--precision",
+    type=click.Choice(PRECISIONS),
+    help="What the language model computes in. int8, int4: its weights are stored so already, see `fishrt export --precision`; "
+    "computed in fp16.  [default: bf16 where the device has it, else fp16; fp16 for a bundle in integers]",
+)
+@click.option(
+    "--max-len",
+    type=click.IntRange(min=2 * FIRST_FRAMES),
+    metavar="N",
+    help="Positions for prompt and speech together.  [default: the model's, up to 4096]",
+)
+@click.option(
+    "--max-batch", type=click.IntRange(min=1), default=1, show_default=True, metavar="N", help="Sequences spoken at once."
+)
+@click.option(
+    "--workspace",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="GIB",
+    help="Device memory that kernels may use, in GiB. Under 4, the best ones may not fit.  [default: all there is]",
+)
+@click.option(
+    "--fp32-attention/--no-fp32-attention",
+    default=None,
+    help="Compute attention in float32. In fp16 it is inaccurate behind long prompts otherwise.  [default: with fp16]",
+)
+@click.option(
+    "--primitive-attention", is_flag=True, help="Put attention together from simple operators, where TensorRT has no fused one."
+)
+@quiet_option
+@json_option
+@debug_option
+def build_trt(
+    bundle: Path | None,
+    precision: str | None,
+    max_len: int | None,
+    max_batch: int,
+    workspace: float | None,
+    fp32_attention: bool | None,
+    primitive_attention: bool,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    """Build the TensorRT plans of BUNDLE (default: the embedded voice), for this machine's GPU and this TensorRT.
+
+    Takes minutes for each graph, and wants the GPU for itself. Then: fishrt speak --provider tensorrt. What was built already,
+    with the same options, is not built again.
+    """
+    from fishrt_engines.cuda_device import open_device
+    from fishrt_engines.trt_api import load_tensorrt
+    from fishrt_engines.trt_build import build_plan
+
+    loaded, reporter = load_bundle(bundle), Reporter(quiet=quiet or as_json)
+    load_tensorrt()
+    most = None if workspace is None else int(workspace * (1 << 30))
+    options = PlanOptions(precision, max_len, max_batch, most, fp32_attention, primitive_attention)
+    plans = []
+    for role, request in plan_requests(loaded, options, open_device().compute_capability).items():
+        begun = time.perf_counter()
+
+        def told(stage: str, part: float, graph: str = request.spec.file) -> None:
+            reporter.show(f"{bar(part)} {graph}: {stage}")
+
+        plan, built = build_plan(request, told)
+        seconds, size = time.perf_counter() - begun, plan.path.stat().st_size
+        how = f"built in {seconds:,.0f} s" if built else "built before"
+        reporter.done(f"{size / 1e6:>10,.1f} MB  {request.spec.file} in {request.lowering.precision}, {how}")
+        plans.append(
+            {
+                "role": role,
+                "graph": request.spec.file,
+                "precision": request.lowering.precision,
+                "path": str(plan.path),
+                "bytes": size,
+                "built": built,
+                "seconds": round(seconds, 3),
+            }
+        )
+    print_json({"command": "build-trt", "bundle": str(loaded.path), "plans": plans})

@@ -1,0 +1,53 @@
+"""What TensorRT would say to a bundle: each graph, lowered as for an engine, is checked against its importer's documented rules.
+
+Needs neither TensorRT nor a GPU. See fishrt_engines.trt_rules for what that proves, and what it does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from fishrt_engines import GraphError
+from fishrt_engines.onnx_proto import parse_model
+from fishrt_engines.spec import GraphSpec
+from fishrt_engines.trt_lowering import PRECISIONS, LoweringOptions, lower_for_tensorrt
+from fishrt_engines.trt_rules import Finding, check_for_tensorrt
+
+from .bundle import Bundle
+from .frame import frame_model, frame_spec
+
+FRAME = "frame"
+"""Beside the roles of the files: the graph that is made of the fast AR."""
+
+
+def tensorrt_findings(bundle: Bundle) -> dict[str, list[Finding]]:
+    """By role, which rules each graph breaks when it is lowered, or what is worth knowing of it; see trt_rules.Finding.
+
+    The language model's graphs are checked in every precision, the codec's in float32, in which they stay. Raises GraphError for
+    a file that is damaged.
+    """
+    graphs, lm = bundle.manifest.graphs, bundle.manifest.language_model
+    models = {role: bundle.file(spec.file).read_bytes() for role, spec in graphs.items()}
+    frame = frame_spec(graphs["slow_ar"], graphs["fast_ar"], lm)
+    checked = {
+        **{role: (models[role], spec) for role, spec in graphs.items()},
+        FRAME: (frame_model(models["fast_ar"], graphs["fast_ar"], frame, lm), frame),
+    }
+    return {
+        role: _findings(model, spec, bundle.path, ["fp32"] if role.startswith("codec") else PRECISIONS, lm.max_seq_len)
+        for role, (model, spec) in checked.items()
+    }
+
+
+def _findings(model: bytes, spec: GraphSpec, folder: Path, precisions: Iterable[str], max_len: int) -> list[Finding]:
+    """Without repetition; errors first. That a graph cannot be lowered is one of them."""
+    parse_model(model, spec.file)
+    found: dict[Finding, None] = {}
+    for precision in precisions:
+        options = LoweringOptions(max_len, precision, fp32_attention=precision == "fp16", primitive_attention=False)
+        try:
+            found |= dict.fromkeys(check_for_tensorrt(*lower_for_tensorrt(model, spec, options, folder)))
+        except GraphError as error:
+            found[Finding("error", "", "", "lowering", str(error), "fishrt")] = None
+    return sorted(found, key=lambda finding: finding.severity)

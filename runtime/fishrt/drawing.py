@@ -1,0 +1,184 @@
+"""A column from the slow AR's output: drawn here, call by call, or by the frame graph in one. Both give the same codes."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from fishrt_engines import Array, Engine
+
+from .errors import SamplingError
+from .features import LanguageModel
+from .frame import MOST_RANKED, NOT_NUMBERS, TOO_MANY, drawn_codes
+from .sampling import Floats, Ints, Noise, PenaltyWindow, Sampling, main_ids, not_numbers, sample, sample_main
+
+
+class History:
+    """What the last frames drew, as far as it counts for the next. The prefill's frame never does."""
+
+    def __init__(self, lm: LanguageModel, sampling: Sampling) -> None:
+        aware, penalty, factor = lm.sampling.repetition_aware, lm.sampling.repetition_penalty, sampling.repetition_penalty
+        self.recent: deque[int] = deque(maxlen=aware.window if aware else 0)
+        self._window = PenaltyWindow(penalty, factor, lm.num_codebooks) if penalty and factor not in (None, 1) else None
+        self._begun = False
+
+    @property
+    def window(self) -> PenaltyWindow | None:
+        """None: nothing is penalised."""
+        return self._window if self._begun else None
+
+    def add(self, column: Ints) -> None:
+        """The next column, int64 [1 + C]; that of the prefill comes first."""
+        if self._begun:
+            self.recent.append(int(column[0]))
+            if self._window:
+                self._window.add(column)
+        self._begun = True
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """How the columns of one generation are drawn."""
+
+    sampling: Sampling
+    """Resolved."""
+    least_code: int
+    """Codes below are not drawn."""
+    silent: int | None
+    """A main token whose codes nobody hears: their noise is drawn all the same, but they may be anything."""
+
+
+class Drawer(Protocol):
+    """Draws columns."""
+
+    resident: tuple[str, ...]
+    """The slow AR's results that may stay where they are."""
+
+    def draw(self, results: Mapping[str, Any], history: History) -> Ints:
+        """int64 [1 + C], from `logits` and `hidden` of the slow AR. May be overwritten by the next draw."""
+        ...
+
+
+class StepDrawer:
+    """Runs the fast AR once for each code, and samples here."""
+
+    resident: tuple[str, ...] = ()
+
+    def __init__(self, fast: Engine, lm: LanguageModel, rules: Rules, noise: Noise) -> None:
+        self._fast, self._lm, self._rules, self._noise = fast, lm, rules, noise
+        self._ids = main_ids(lm)
+        self._head = self._ids if lm.head == "full" and lm.main_tokens == "audio" else slice(None)
+        self._state = fast.new_state(batch=1)
+        # Codes that are known before the fast AR is asked, and what it is fed for each of the others, filled in anew each time.
+        self._known = lm.num_codebooks - drawn_codes(lm)
+        self._feeds = {codebook: _fast_feeds(codebook, self._known) for codebook in range(self._known, lm.num_codebooks)}
+
+    def draw(self, results: Mapping[str, Array], history: History) -> Ints:
+        """See `Drawer`. Entries of the fast cache beyond a position are masked, so nothing is cleared between frames."""
+        lm = self._lm
+        column = np.empty(1 + lm.num_codebooks, np.int64)
+        column[0] = self._draw_main(_floats(results["logits"][0])[self._head], history)
+        codes = column[1:]
+        if column[0] == self._rules.silent:
+            codes[:] = lm.code_offset
+            for _ in self._feeds:
+                self._noise.fast(lm.fast_candidates)
+            return column
+        if self._known:
+            semantic = min(max(int(column[0]), lm.semantic_begin_id), lm.semantic_end_id) - lm.semantic_begin_id
+            codes[0] = min(semantic, lm.codebook_width - 1)
+        for codebook, feeds in self._feeds.items():
+            fed = feeds["codes"][0]
+            if codebook == self._known:
+                fed[1:] = codes[:codebook]
+            else:
+                fed[0] = codes[codebook - 1]
+            codes[codebook] = self._draw_code(codebook, {**feeds, "hidden": results["hidden"]}, history)
+        return column
+
+    def _draw_main(self, logits: Floats, history: History) -> int:
+        draws = 1 if self._lm.sampling.repetition_aware is None else 2
+        noise = [self._noise.slow(len(self._ids)) for _ in range(draws)]
+        if history.window:
+            logits = history.window.main(logits, self._ids)
+        return sample_main(logits, self._ids, self._rules.sampling, self._lm, history.recent, noise)
+
+    def _draw_code(self, codebook: int, feeds: Mapping[str, Array], history: History) -> int:
+        logits = _floats(self._fast.run(feeds, self._state)["logits"][0])[: self._lm.fast_candidates]
+        if history.window:
+            logits = history.window.code(logits, codebook)
+        if self._rules.least_code:
+            logits = logits.copy()
+            logits[: self._rules.least_code] = -np.inf
+        return sample(logits, self._rules.sampling, self._noise.fast(len(logits)))
+
+
+class FrameDrawer:
+    """Runs the frame graph; see `frame`."""
+
+    resident: tuple[str, ...] = ("logits", "hidden")
+
+    def __init__(self, frame: Engine, lm: LanguageModel, rules: Rules, noise: Noise) -> None:
+        self._frame, self._noise = frame, noise
+        self._ids = main_ids(lm)
+        self._feeds = {t.name: np.zeros(t.resolve({"batch": 1}), t.dtype) for t in frame.spec.inputs}
+        sampling = rules.sampling
+        assert sampling.temperature is not None
+        assert sampling.top_p is not None
+        settings = {
+            "temperature": max(sampling.temperature, 1e-5),
+            "top_p": sampling.top_p,
+            "top_k": max(len(self._ids), lm.fast_candidates) if sampling.top_k is None else sampling.top_k,
+            "least_code": rules.least_code,
+        }
+        for name, value in settings.items():
+            if name in self._feeds:
+                self._feeds[name][...] = value
+
+    def draw(self, results: Mapping[str, Any], history: History) -> Ints:
+        """See `Drawer`. Raises GraphError where `candidates` does, and SamplingError for more candidates than are ranked."""
+        self._fill(history)
+        feeds = {**self._feeds, "logits": results["logits"], "hidden": results["hidden"]}
+        column: Ints = self._frame.run(feeds)["column"][0]
+        if (column == NOT_NUMBERS).any():
+            raise not_numbers()
+        if (column == TOO_MANY).any():
+            raise SamplingError(
+                f"more than {MOST_RANKED:,} tokens are within top_p, which {self._frame.provider} does not rank",
+                hint=f"give a lower top_p, or a top_k of at most {MOST_RANKED}",
+            )
+        return column
+
+    def _fill(self, history: History) -> None:
+        feeds = self._feeds
+        for draws, drawn in (("main_noise", self._noise.slow), ("code_noise", self._noise.fast)):
+            for row in feeds[draws][0] if draws in feeds else ():
+                row[:] = drawn(len(row))
+        if "recent" in feeds:
+            feeds["recent"][...] = -1
+            feeds["recent"][0, : len(history.recent)] = history.recent
+        if "penalty" in feeds:
+            feeds["penalty"][...] = history.window.penalty if history.window else 1
+        if history.window:
+            feeds["penalised_codes"][0] = history.window.code_places()
+            if "penalised_main" in feeds:
+                feeds["penalised_main"][0] = history.window.main_places(self._ids)
+
+
+def _fast_feeds(codebook: int, known: int) -> dict[str, Ints]:
+    """For the logits of one codebook: positions up to it that were not fed before, and room for their codes.
+
+    Position 0 takes the hidden vector in place of its code, which stays 0.
+    """
+    positions = np.arange(0 if codebook == known else codebook, codebook + 1, dtype=np.int64)
+    return {"codes": np.zeros((1, len(positions)), np.int64), "position_ids": positions[None], "write_index": positions[:1]}
+
+
+def _floats(array: Array) -> Floats:
+    """What the graphs' contract says of logits, said to the type checker."""
+    assert array.dtype == np.float32
+    return array  # type: ignore[return-value]

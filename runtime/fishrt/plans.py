@@ -1,0 +1,153 @@
+"""Which TensorRT plans a bundle needs: its graphs, what each computes in, and the sizes that it is built for.
+
+slow AR        two profiles, for prompts and for single steps; caches of `max_len` rows
+frame graph    in place of the fast AR, which it repeats; see `frame`
+codec          in float32; the pieces that streams are decoded in, and recordings as long as a prompt may be
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from fishrt_engines.spec import GraphSpec
+from fishrt_engines.trt import find_built
+from fishrt_engines.trt_build import PlanRequest
+from fishrt_engines.trt_lowering import LoweringOptions
+from fishrt_engines.trt_plans import Profile
+
+from .bundle import Bundle, Manifest
+from .codec import chunk_frames
+from .errors import FishrtError, ProviderError
+from .features import LanguageModel
+from .frame import frame_graph
+
+PRECISIONS = ("bf16", "fp16", "fp8", "int8", "int4")
+"""What may be asked for."""
+USUAL_LEN = 4096
+"""Positions of prompt and speech together, unless more are asked for: three minutes. A step reads all of them, used or not."""
+_SPEECH_ROOM = 2048
+"""Positions that a prompt leaves for speech, or half of all."""
+_USUAL_PROMPT = 256
+_USUAL_RECORDING_S = 10
+_BF16_CAPABILITY = (8, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class PlanOptions:
+    """What a user may choose."""
+
+    precision: str | None = None
+    """One of PRECISIONS. None: integers as the bundle has them, and else the better of 16 bits that the device has."""
+    max_len: int | None = None
+    """Positions of prompt and speech together. None: those of the model, but no more than USUAL_LEN."""
+    max_batch: int = 1
+    """Sequences at once."""
+    workspace: int | None = None
+    """Bytes that kernels may use, at most; None is no limit."""
+    fp32_attention: bool | None = None
+    """Whether attention is computed in float32 all the same. None: where the rest is in float16."""
+    primitive_attention: bool = False
+    """Whether attention is put together from simple operators. For devices that have no fused one for a model."""
+
+
+def plan_requests(bundle: Bundle, options: PlanOptions, capability: tuple[int, int]) -> dict[str, PlanRequest]:
+    """All that has to be built, by role. capability: the device's compute capability.
+
+    Raises ProviderError for a precision that the bundle, or fishrt, does not have; FishrtError for more than the model takes.
+    """
+    manifest = bundle.manifest
+    graphs, lm, precision = manifest.graphs, manifest.language_model, _computed_in(manifest, options.precision, capability)
+    limited = with_positions(lm, _positions(lm, options.max_len))
+    wide = options.fp32_attention if options.fp32_attention is not None else precision == "fp16"
+    language = LoweringOptions(limited.max_seq_len, precision, wide, options.primitive_attention)
+    sound = LoweringOptions(None, "fp32", False, options.primitive_attention)
+    batch = (1, 1, options.max_batch)
+    longest = max(limited.max_prompt, 2)
+    columns = {"prefill": (2, min(_USUAL_PROMPT, longest), longest), "step": (1, 1, 1)}
+    frame, build = frame_graph(graphs, lm)
+
+    def request(
+        role: str, lowering: LoweringOptions, profiles: tuple[Profile, ...], spec: GraphSpec | None = None
+    ) -> PlanRequest:
+        path = bundle.file(graphs[role].file)
+        made = None if spec is None else build
+        return PlanRequest(path, spec or graphs[role], lowering, profiles, options.workspace, manifest.identity(role), made)
+
+    return {
+        "slow_ar": request(
+            "slow_ar", language, tuple(Profile(name, {"batch": batch, "length": length}) for name, length in columns.items())
+        ),
+        "fast_ar": request("fast_ar", language, (Profile("frame", {"batch": batch}),), frame),
+        "codec_decode": request("codec_decode", sound, (_decoding(manifest),)),
+        "codec_encode": request("codec_encode", sound, (_encoding(manifest, longest),)),
+    }
+
+
+def within_plans(bundle: Bundle) -> Bundle:
+    """The bundle, with a model that takes no more positions than its plan was built for.
+
+    Raises ProviderError if there is no plan for this machine.
+    """
+    manifest = bundle.manifest
+    spec = manifest.graphs["slow_ar"]
+    plan = find_built(bundle.file(spec.file), spec, identity=manifest.identity("slow_ar"))
+    built = plan.key.lowering.max_len
+    assert built is not None  # the slow AR's caches have a length
+    model = with_positions(manifest.language_model, built)
+    return replace(bundle, manifest=replace(manifest, language_model=model))
+
+
+def with_positions(lm: LanguageModel, positions: int) -> LanguageModel:
+    """The model with fewer positions."""
+    prompt = positions - min(_SPEECH_ROOM, positions // 2)
+    return replace(lm, max_seq_len=min(lm.max_seq_len, positions), max_prompt=min(lm.max_prompt, prompt))
+
+
+def _positions(lm: LanguageModel, asked: int | None) -> int:
+    if asked is None:
+        return min(lm.max_seq_len, USUAL_LEN)
+    if not 4 <= asked <= lm.max_seq_len:
+        raise FishrtError(
+            f"the length is {asked}; the model takes up to {lm.max_seq_len} positions", hint=f"--max-len 4 to {lm.max_seq_len}"
+        )
+    return asked
+
+
+def _computed_in(manifest: Manifest, asked: str | None, capability: tuple[int, int]) -> str:
+    """fp16 or bf16."""
+    stored = manifest.precision["slow_ar"]
+    if asked == "fp8":
+        raise ProviderError(
+            "fp8 needs scales for the activations of every layer, found by running the model on much speech; bundles have none",
+            hint="use --precision bf16, or export the bundle with --precision int8 or int4 for smaller weights",
+        )
+    if asked in ("int8", "int4") and stored != asked:
+        raise ProviderError(
+            f"{asked} needs weights in {asked}, and those of this bundle's slow AR are in {stored}",
+            hint=f"export the checkpoint with --precision {asked}, then build that bundle",
+        )
+    if asked in ("fp16", "bf16"):
+        return asked
+    # Scales of integers lose less in float16.
+    return "fp16" if stored in ("int8", "int4") or capability < _BF16_CAPABILITY else "bf16"
+
+
+def _decoding(manifest: Manifest) -> Profile:
+    codec, spec = manifest.codec, manifest.graphs["codec_decode"]
+    _, most = chunk_frames(spec, codec)
+    again = 0 if spec.states or codec.context is None else codec.context.left + codec.context.ahead
+    return Profile("decode", {"batch": (1, 1, 1), "frames": (1, most, most + again)})
+
+
+def _encoding(manifest: Manifest, longest: int) -> Profile:
+    """longest: columns of a prompt. A voice that does not fit into one is of no use."""
+    codec = manifest.codec
+    least, usual, most = (
+        -(-samples // codec.sample_multiple) * codec.sample_multiple
+        for samples in (
+            codec.min_samples,
+            _USUAL_RECORDING_S * codec.sample_rate,
+            min(codec.max_frames, longest) * codec.hop,
+        )
+    )
+    return Profile("encode", {"batch": (1, 1, 1), "samples": (least, min(usual, most), most)})

@@ -1,0 +1,139 @@
+"""onnxruntime-gpu and one device, played by ONNX Runtime's CPU provider.
+
+A simulation: sessions and tensors that are asked for on "cuda" are made on the CPU, and what was asked for is recorded. A run
+that is to be captured is done twice at first, as ONNX Runtime does it, so that a graph for which that is not the same as once
+gives other results. It shows that our code asks for the right things, and not that ONNX Runtime on a device does them.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import onnxruntime
+import pytest
+
+from fishrt_engines import machine, ort, ort_cuda
+from fishrt_engines.machine import Gpu
+
+GB = 10**9
+OLD = Gpu("an old device", (7, 5), "580.65", 8 * GB, 8 * GB)
+"""Of a compute capability without bfloat16, which the CPU provider cannot compute in either."""
+
+
+class FakeCuda:
+    """What is asked for, and how it is answered."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.devices: tuple[Gpu, ...] | None = (OLD,)
+        self.starts = True
+        """Whether the CUDA provider can be loaded."""
+        self.refuses_capture: str | None = None
+        self.fails_capture: str | None = None
+        self.sessions: list[FakeSession] = []
+        self.preloaded = 0
+        self.OrtValue = SimpleNamespace(ortvalue_from_shape_and_type=self._allocate)
+        self.allocation_error: Exception | None = None
+        ort_cuda.device_memory.cache_clear()
+        ort_cuda._preload.cache_clear()
+        patch.setattr(machine, "gpus", lambda: self.devices)
+        patch.setattr(ort, "resolve_provider", lambda name: name)
+        patch.setattr(ort_cuda, "import_onnxruntime", lambda extra: self)
+        patch.setattr(ort_cuda, "find_obstacle", lambda name: None)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(onnxruntime, name)
+
+    def InferenceSession(self, model: bytes, options: Any, *, providers: list[Any], **more: Any) -> FakeSession:  # noqa: N802
+        session = FakeSession(
+            self, model, options, dict(entry if isinstance(entry, tuple) else (entry, {}) for entry in providers)
+        )
+        session.asked_for = more
+        self.sessions.append(session)
+        return session
+
+    def preload_dlls(self) -> None:
+        self.preloaded += 1
+        print("Failed to load a library that is not needed")
+
+    def _allocate(self, shape: list[int], dtype: Any, device: str, number: int) -> Any:
+        if self.allocation_error is not None:
+            raise self.allocation_error
+        assert (device, number) == ("cuda", 0)
+        return onnxruntime.OrtValue.ortvalue_from_shape_and_type(shape, dtype, "cpu", 0)
+
+    @property
+    def graphs(self) -> list[FakeSession]:
+        """The sessions of graphs, without those that move and clear memory."""
+        return [session for session in self.sessions if session.asked_for]
+
+
+class FakeSession:
+    """A session on the CPU that says it were on the device."""
+
+    def __init__(self, cuda: FakeCuda, model: bytes, options: Any, providers: dict[str, dict[str, str]]) -> None:
+        self.cuda, self.model, self.options, self.providers = cuda, model, options, providers
+        self.asked_for: dict[str, Any] = {}
+        self.captures = providers.get("CUDAExecutionProvider", {}).get("enable_cuda_graph") == "1"
+        self.runs: list[int | None] = []
+        """The graph id of each run."""
+        self.captured: dict[int, FakeBinding] = {}
+        self.released: list[int] = []
+        self.falls_back = True
+        self.cpu_nodes: list[str] = []
+        if self.captures and cuda.refuses_capture:
+            raise RuntimeError(cuda.refuses_capture)
+        self._session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._session, name)
+
+    def get_providers(self) -> list[str]:
+        return [*(["CUDAExecutionProvider"] if self.cuda.starts else []), "CPUExecutionProvider"]
+
+    def disable_fallback(self) -> None:
+        self.falls_back = False
+
+    def get_provider_graph_assignment_info(self) -> list[Any]:
+        nodes = [SimpleNamespace(op_type=name) for name in self.cpu_nodes]
+        return [SimpleNamespace(ep_name="CPUExecutionProvider", get_nodes=lambda: nodes)]
+
+    def io_binding(self) -> FakeBinding:
+        return FakeBinding(self._session.io_binding())
+
+    def run_with_iobinding(self, binding: FakeBinding, options: Any = None) -> None:
+        graph = None if options is None else int(options.get_run_config_entry("gpu_graph_id"))
+        assert (graph is None) != self.captures, "a session that captures takes 0 for the id of a run that has none"
+        self.runs.append(graph)
+        if graph is not None and graph >= 0:
+            if self.cuda.fails_capture:
+                raise RuntimeError(self.cuda.fails_capture)
+            assert self.captured.setdefault(graph, binding) is binding, (
+                "a captured graph works on the addresses it was captured with"
+            )
+            if self.runs.count(graph) == 1:
+                self._session.run_with_iobinding(binding.binding)
+        self._session.run_with_iobinding(binding.binding)
+
+    def release_captured_graph(self, graph: int) -> None:
+        self.released.append(graph)
+        del self.captured[graph]
+
+
+class FakeBinding:
+    """A binding to memory of the CPU for one to memory of the device; what is read on the CPU anyway is bound as it is."""
+
+    def __init__(self, binding: Any) -> None:
+        self.binding = binding
+        self.on_cpu: set[str] = set()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.binding, name)
+
+    def bind_input(self, name: str, device: str, *place: Any) -> None:
+        if device == "cpu":
+            self.on_cpu.add(name)
+        self.binding.bind_input(name, "cpu", *place)
+
+    def bind_output(self, name: str, device: str = "cpu", *place: Any) -> None:
+        self.binding.bind_output(name, "cpu", *place)

@@ -1,0 +1,253 @@
+"""A model's graphs on a CUDA device: driven with a simulation of one; and what only a device can show."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from onnx import TensorProto
+
+from fake_cuda import FakeCuda
+from fishrt.frame import frame_model, frame_spec
+from fishrt.generate import DualAR, generate_frames
+from fishrt.sampling import Sampling, SeededNoise
+from fishrt_engines import Engine, GraphSpec, open_engine, ort_cuda
+from fishrt_engines.lower_precision import compute_in
+from fishrt_engines.ort import OrtEngine
+from fishrt_engines.specialise import ColumnInputs, specialise
+from tiny import GoldenModel, chunk_feeds, prefill_feeds
+from tolerances import TOLERANCES
+
+pytest.importorskip("torch", reason="needs the export extra")
+
+from fishrt_export.cases import random_prompt
+from fishrt_export.verify import Case
+from test_specialise import EVERYTHING_WIDE, Exported, assert_near, called
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
+    return FakeCuda(monkeypatch)
+
+
+@pytest.fixture
+def exactly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Computes in float32, so that nothing but the way in which graphs are run can make a difference."""
+    monkeypatch.setattr(ort_cuda, "computed_in", lambda model, gpu: "float32")
+    monkeypatch.setattr(ort_cuda, "compute_in", lambda model, dtype, folder: model)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    return Exported(tmp_path_factory.mktemp("wide"), EVERYTHING_WIDE)
+
+
+def on_cpu(exported: Exported, role: str = "slow_ar") -> Engine:
+    return open_engine(exported.file(role), exported.jobs[role].spec, provider="cpu")
+
+
+def on_device(exported: Exported, role: str = "slow_ar") -> OrtEngine:
+    engine = open_engine(exported.file(role), exported.jobs[role].spec, provider="cuda", specialise=True)
+    assert isinstance(engine, OrtEngine)
+    return engine
+
+
+def calls(exported: Exported, role: str) -> list[Case]:
+    """Those with which the export verifies a graph, but for one that puts columns elsewhere than at their positions."""
+    return exported.jobs[role].cases[:2]
+
+
+def prompts(exported: Exported, *lengths: int) -> list[Any]:
+    rng = np.random.default_rng(5)
+    return [random_prompt(exported.source.config, exported.source.ids, (1, length), rng)[0] for length in lengths]
+
+
+@pytest.mark.usefixtures("exactly")
+def test_a_language_model_gives_the_same(cuda: FakeCuda, exported: Exported) -> None:
+    """Prompts of several lengths at once, columns one by one, rows that go on with several, a cache that grows."""
+    engines = on_cpu(exported), on_device(exported)
+    first, more = prompts(exported, 7, 3), np.stack(prompts(exported, 4, 4))
+    states = [engine.new_state(batch=2, cache=12) for engine in engines]
+    at = np.array([7, 3])
+    for given in (prefill_feeds(first), chunk_feeds(more[:, :, :1], at), chunk_feeds(more, at + 1)):
+        assert_near(*(called(e, given, s) for e, s in zip(reversed(engines), reversed(states), strict=True)))
+    for state in states:
+        state.grow(cache=20)
+    for n in range(3):
+        given = chunk_feeds(more[:, :, n : n + 1], at + 5 + n)
+        assert_near(*(called(e, given, s) for e, s in zip(reversed(engines), reversed(states), strict=True)))
+    name = engines[0].spec.state_tensors[0].name
+    for row, end in enumerate(at + 8):
+        kept = [state.read(name)[row, :, :end] for state in states]
+        np.testing.assert_allclose(kept[1], kept[0], rtol=0, atol=TOLERANCES["lm"])
+
+
+@pytest.mark.usefixtures("exactly")
+def test_calls_of_one_column_are_captured(cuda: FakeCuda, exported: Exported) -> None:
+    """Each under an id of its own, until the cache moves; prompts are not."""
+    engine = on_device(exported)
+    (session,) = cuda.graphs
+    more = prompts(exported, 9)[0][None]
+
+    def step(n: int) -> None:
+        engine.run(chunk_feeds(more[:, :, n : n + 1], np.array([3 + n])), state)
+
+    state = engine.new_state(batch=1, cache=8)
+    engine.run(prefill_feeds(prompts(exported, 3)), state)
+    step(0)
+    step(1)
+    state.grow(cache=16)
+    step(2)
+    step(3)
+    assert session.runs == [-1, 1, 1, 2, 2]
+    assert session.released == [1]
+    del state
+    state = engine.new_state(batch=1, cache=16)
+    step(0)
+    assert session.runs[-1] == 3
+    assert session.released == [1, 2], "ONNX Runtime keeps a captured graph until it is told to drop it"
+
+
+@pytest.mark.usefixtures("exactly")
+def test_a_captured_call_is_told_of_all_rows_and_a_prompt_of_its_own(cuda: FakeCuda, exported: Exported) -> None:
+    """What is read on the CPU cannot change in a captured graph; but a batch of prompts is only taken with its true length."""
+    engine = on_device(exported)
+    assert engine._columns == ColumnInputs("write_index", "position_ids", "specialised.rows", "key_cache.0")
+    state = engine.new_state(batch=2, cache=10)
+    engine.run(prefill_feeds(prompts(exported, 6, 4)), state)
+    engine.run(chunk_feeds(np.stack(prompts(exported, 1, 1)), np.array([6, 4])), state)
+    prompt, step = state.carried.plans.values()
+    assert (prompt.rows, step.rows) == (6, 10)
+    assert all(plan.binding.on_cpu == {"specialised.rows"} for plan in (prompt, step))
+
+
+def test_a_device_without_bfloat16_computes_in_float16(cuda: FakeCuda, exported: Exported) -> None:
+    """Feeds and results stay as they are described, and so does the state, seen from outside."""
+    for role in ("slow_ar", "fast_ar"):
+        engine = on_device(exported, role)
+        model = onnx.ModelProto.FromString(cuda.graphs[-1].model)
+        caches = {t.name for t in engine.spec.state_tensors}
+        assert {i.type.tensor_type.elem_type for i in model.graph.input if i.name in caches} == {TensorProto.FLOAT16}
+        assert "GroupQueryAttention" in {node.op_type for node in model.graph.node}
+        assert_nearly_the_same(engine, on_cpu(exported, role), calls(exported, role), TOLERANCES["float16"])
+        state = engine.new_state(**exported.jobs[role].cases[0].dims)
+        assert {state.read(name).dtype for name in caches} == {np.dtype("float32")}
+
+
+def assert_nearly_the_same(engine: Engine, portable: Engine, cases: Iterable[Case], share: float) -> None:
+    """Of every result, up to this share of its largest value."""
+    for case in cases:
+        states = [e.new_state(**case.dims) if e.spec.states else None for e in (portable, engine)]
+        for given in case.calls:
+            expected, found = (e.run(given, s) for e, s in zip((portable, engine), states, strict=True))
+            for name, value in expected.items():
+                assert found[name].dtype == value.dtype
+                assert np.abs(found[name] - value).max() <= share * np.abs(value).max(), name
+
+
+@pytest.mark.parametrize("role", ["slow_ar", "fast_ar", "frame"])
+def test_a_graph_in_bfloat16_is_one_that_onnxruntime_accepts(exported: Exported, role: str) -> None:
+    """Types agree in it throughout: only kernels are lacking, which no CPU has."""
+    _, build = frame_of(exported)
+    portable = build(exported.file("fast_ar").read_bytes()) if role == "frame" else exported.file(role).read_bytes()
+    model, columns = specialise(compute_in(portable, "bfloat16", exported.folder), feed_rows=True)
+    assert (columns is None) == (role == "frame")
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(exported.folder))
+    with pytest.raises(Exception, match="NOT_IMPLEMENTED"):
+        onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+@pytest.mark.parametrize("role", ["codec_decode", "codec_encode"])
+def test_a_codec_stays_in_float32_and_is_not_captured(cuda: FakeCuda, s2_model: GoldenModel, role: str) -> None:
+    job = s2_model._job(role, "audio")
+    engine = open_engine(s2_model.file(role), job.spec, provider="cuda", specialise=True)
+    assert_nearly_the_same(engine, s2_model.engine(role), job.cases[:1], TOLERANCES["lm"])
+    assert set(cuda.graphs[0].runs) <= {None}
+
+
+def frame_of(exported: Exported) -> tuple[GraphSpec, Callable[[bytes], bytes]]:
+    """What the frame graph takes and gives, and what makes it from the file of the fast AR."""
+    lm, fast = exported.source.describe("audio"), exported.jobs["fast_ar"].spec
+    spec = frame_spec(exported.jobs["slow_ar"].spec, fast, lm)
+    return spec, partial(frame_model, fast=fast, spec=spec, lm=lm)
+
+
+def test_a_frame_in_float16_is_drawn(cuda: FakeCuda, exported: Exported) -> None:
+    """Whatever it draws, since its numbers differ from those in float32."""
+    lm = exported.source.describe("audio")
+    spec, build = frame_of(exported)
+    frame = open_engine(exported.file("fast_ar"), spec, provider="cuda", specialise=True, build=build)
+    (prompt,) = prompts(exported, 9)
+    frames = list(
+        generate_frames(DualAR(on_device(exported), frame, lm), prompt, Sampling(1.0, 0.9), SeededNoise(28), max_frames=5)
+    )
+    assert frames
+    casts = [node for node in onnx.ModelProto.FromString(cuda.graphs[0].model).graph.node if node.op_type == "Cast"]
+    assert TensorProto.FLOAT16 in {node.attribute[0].i for node in casts}
+
+
+@pytest.mark.usefixtures("exactly")
+def test_a_frame_is_two_captured_calls(cuda: FakeCuda, exported: Exported) -> None:
+    """The slow AR's results go to the frame graph where they are, and the codes are those of the loop on the CPU."""
+    lm = exported.source.describe("audio")
+    spec, build = frame_of(exported)
+    slow = on_device(exported)
+    frame = open_engine(exported.file("fast_ar"), spec, provider="cuda", specialise=True, build=build)
+    (prompt,) = prompts(exported, 9)
+    made = []
+    for model in (DualAR(on_cpu(exported), on_cpu(exported, "fast_ar"), lm), DualAR(slow, frame, lm)):
+        frames = generate_frames(model, prompt, Sampling(1.0, 0.9), SeededNoise(28), max_frames=20)
+        made.append((np.stack(list(frames), axis=1), frames.drawn.shape[1]))
+    assert np.array_equal(made[0][0], made[1][0])
+    (_, drawn) = made[1]
+    assert drawn > 5, "nothing is shown by less"
+    of_slow, of_frame = cuda.graphs
+    assert of_slow.runs == [-1] + [1] * (drawn - 1)
+    assert of_frame.runs == [1] * drawn
+
+
+@pytest.mark.cuda
+@pytest.mark.usefixtures("cuda_device")
+@pytest.mark.parametrize("role", ["slow_ar", "fast_ar"])
+def test_a_device_gives_nearly_the_same(exported: Exported, role: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Captured, with several rows of other lengths, and columns one by one."""
+    engine = on_device(exported, role)
+    assert_nearly_the_same(engine, on_cpu(exported, role), calls(exported, role), TOLERANCES["on a device"])
+    assert "node by node" not in caplog.text
+    assert "on the CPU" not in caplog.text
+
+
+@pytest.mark.cuda
+@pytest.mark.usefixtures("cuda_device")
+def test_a_captured_call_reads_what_it_is_fed(exported: Exported) -> None:
+    """A replay with other columns, at other rows, gives what a session that captures nothing gives."""
+    engine = on_device(exported)
+    plain = on_device(exported)
+    plain._captures = False
+    states = [e.new_state(batch=1, cache=16) for e in (engine, plain)]
+    columns = prompts(exported, 12)[0][None]
+    for n in range(12):
+        given = chunk_feeds(columns[:, :, n : n + 1], np.array([n]))
+        assert_near(*(called(e, given, s) for e, s in zip((engine, plain), states, strict=True)))
+
+
+@pytest.mark.cuda
+@pytest.mark.usefixtures("cuda_device")
+@pytest.mark.parametrize("role", ["codec_decode", "codec_encode"])
+def test_a_device_runs_a_codec(golden_model: GoldenModel, role: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Codes may differ where two are nearly as good; audio may not."""
+    job = golden_model._job(role, "audio")
+    engine = open_engine(golden_model.file(role), job.spec, provider="cuda", specialise=True)
+    if role == "codec_decode":
+        assert_nearly_the_same(engine, golden_model.engine(role), job.cases, TOLERANCES["on a device"])
+    for given in (call for case in job.cases for call in case.calls if role == "codec_encode"):
+        found, expected = (e.run(given)["codes"] for e in (engine, golden_model.engine(role)))
+        assert (found == expected).mean() > 0.9
+    assert "on the CPU" not in caplog.text

@@ -1,0 +1,212 @@
+"""Sessions on a CUDA device: what they are told, what is captured, and what is refused. The device is a simulation."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+from fake_cuda import GB, OLD, FakeCuda, FakeSession
+from fishrt_engines import FishrtError, GraphError, ProviderError, open_engine, ort_cuda
+from fishrt_engines.ort_device import DeviceTensor
+from fishrt_engines.providers import Obstacle
+from test_engine import SUMS, WIDTH, feeds, sums
+from test_ort_device import DOUBLE, double
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
+    return FakeCuda(monkeypatch)
+
+
+def test_the_provider_is_told_all_that_matters(cuda: FakeCuda, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    engine = open_engine(sums(tmp_path), SUMS, provider="cuda")
+    (session,) = cuda.graphs
+    assert session.providers == {
+        "CUDAExecutionProvider": {
+            "device_id": "0",
+            "arena_extend_strategy": "kSameAsRequested",
+            "cudnn_conv_algo_search": "HEURISTIC",
+            "do_copy_in_default_stream": "1",
+            "use_tf32": "1",
+            "enable_cuda_graph": "0",
+        },
+        "CPUExecutionProvider": {},
+    }
+    assert (session.asked_for, session.falls_back) == ({"enable_fallback": 0}, False)
+    assert engine.provider == "cuda"
+    assert cuda.preloaded == 1
+    assert capsys.readouterr().out == "", "audio may be written to standard output"
+
+
+def test_a_graph_that_is_not_specialised_is_run_as_it_is(cuda: FakeCuda, tmp_path: Path) -> None:
+    engine = open_engine(sums(tmp_path), SUMS, provider="cuda")
+    state = engine.new_state(batch=1, cache=4)
+    engine.run(feeds([1, 2], 0), state)
+    state.grow(cache=9)
+    assert engine.run(feeds([4], 2), state)["total"].tolist() == [[7.0] * WIDTH]
+    assert cuda.graphs[0].runs == [None, None]
+    assert cuda.graphs[0].model == (tmp_path / SUMS.file).read_bytes()
+
+
+def graph(*nodes: onnx.NodeProto) -> bytes:
+    tensors = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [4]) for name in "xy"]
+    return helper.make_model(helper.make_graph(list(nodes), "g", tensors[:1], tensors[1:])).SerializeToString()
+
+
+def test_the_type_is_what_device_and_weights_are_made_for(caplog: pytest.LogCaptureFixture) -> None:
+    plain = graph(helper.make_node("Abs", ["x"], ["y"]))
+    quantised = graph(helper.make_node("DequantizeLinear", ["x", "s"], ["y"]))
+    new = replace(OLD, compute_capability=(8, 0))
+    assert [ort_cuda.computed_in(plain, gpu) for gpu in (new, OLD, None)] == ["bfloat16", "float16", "float16"]
+    assert "nothing tells what device" in caplog.text
+    assert ort_cuda.computed_in(quantised, new) == "float16"
+
+
+def test_a_built_graph_is_captured_in_every_call(cuda: FakeCuda, tmp_path: Path) -> None:
+    """It has no state, and one plan for all callers of the same shapes, who may leave their results on the device."""
+    built: list[bytes] = []
+
+    def build(portable: bytes) -> bytes:
+        built.append(portable)
+        return portable
+
+    path = double(tmp_path)
+    engine = open_engine(path, DOUBLE, provider="cuda", specialise=True, build=build)
+    assert built == [path.read_bytes()]
+    for value in (1, 2, 3):
+        total = np.full((1, WIDTH), value, np.float32)
+        twice = engine.run({"total": total}, resident=["twice"])["twice"]
+        assert isinstance(twice, DeviceTensor)
+        assert engine.run({"total": twice})["twice"].tolist() == [[4.0 * value] * WIDTH]
+    engine.run({"total": np.ones((2, WIDTH), np.float32)})
+    assert cuda.graphs[0].runs == [1] * 6 + [2]
+
+
+def test_a_built_graph_runs_on_a_cpu_too(tmp_path: Path) -> None:
+    for choice in (False, True):
+        engine = open_engine(double(tmp_path), DOUBLE, provider="cpu", specialise=choice, build=renamed, identity="any")
+        assert engine.run({"total": np.ones((1, WIDTH), np.float32)})["twice"].tolist() == [[3.0] * WIDTH]
+
+
+def renamed(portable: bytes) -> bytes:
+    """x + x → (x + x) + x."""
+    model = onnx.ModelProto.FromString(portable)
+    (add,) = model.graph.node
+    add.output[0] = "sum"
+    model.graph.node.append(helper.make_node("Add", ["sum", "total"], ["twice"]))
+    return model.SerializeToString()
+
+
+REFUSED = "This session cannot use the graph capture feature as requested by the user as the model has control flow nodes"
+
+
+def test_a_graph_that_cannot_be_captured_is_run_and_said_to_be_slower(
+    cuda: FakeCuda, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cuda.refuses_capture = REFUSED
+    engine = open_engine(double(tmp_path), DOUBLE, provider="cuda", specialise=True, build=bytes)
+    assert engine.run({"total": np.ones((1, WIDTH), np.float32)})["twice"].tolist() == [[2.0] * WIDTH]
+    assert cuda.graphs[-1].providers["CUDAExecutionProvider"]["enable_cuda_graph"] == "0"
+    assert "double.onnx runs node by node, which is slower" in caplog.text
+    assert "control flow" in caplog.text
+
+
+def test_a_capture_that_fails_is_not_tried_again(cuda: FakeCuda, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    cuda.fails_capture = "Graph capture did not complete after 3 runs"
+    engine = open_engine(double(tmp_path), DOUBLE, provider="cuda", specialise=True, build=bytes)
+    for rows in (1, 1, 2):
+        assert engine.run({"total": np.ones((rows, WIDTH), np.float32)})["twice"].tolist() == [[2.0] * WIDTH] * rows
+    assert cuda.graphs[0].runs == [1, -1, -1, -1]
+    assert caplog.text.count("it cannot be captured (Graph capture did not complete after 3 runs)") == 1
+
+
+def test_another_failure_of_a_session_is_not_taken_for_a_refused_capture(cuda: FakeCuda, tmp_path: Path) -> None:
+    cuda.refuses_capture = "NOT_IMPLEMENTED : Could not find an implementation for Twice(1) node with name 'n'"
+    with pytest.raises(GraphError, match=r"double\.onnx cannot be loaded: NOT_IMPLEMENTED .* node with name 'n'"):
+        open_engine(double(tmp_path), DOUBLE, provider="cuda", specialise=True, build=bytes)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_session_that_starts_without_the_device_is_an_error(
+    cuda: FakeCuda, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, known: bool
+) -> None:
+    """ONNX Runtime logs a line and takes the CPU."""
+    cuda.starts = False
+    if known:
+        monkeypatch.setattr(ort_cuda, "find_obstacle", lambda name: Obstacle("libcublas.so.13 is missing", "install it"))
+    with pytest.raises(ProviderError, match=r"could not start its CUDA provider for sums\.onnx: ") as caught:
+        open_engine(sums(tmp_path), SUMS, provider="cuda")
+    text = f"{caught.value} {caught.value.hint}"
+    assert ("libcublas.so.13 is missing" in text and "install it" in text) if known else "fishrt doctor" in text
+
+
+def test_weights_that_do_not_fit_are_refused_before_loading(cuda: FakeCuda, tmp_path: Path) -> None:
+    cuda.devices = (replace(OLD, free_bytes=3 * GB // 4),)
+    with pytest.raises(FishrtError) as caught:
+        open_engine(sums(tmp_path), SUMS, provider="cuda")
+    assert str(caught.value) == (
+        "sums.onnx needs about 1.0 GB of the device's memory, 0.0 GB of it for weights; an old device has 0.8 GB of 8.0 GB free"
+    )
+    assert "nvidia-smi" in (caught.value.hint or "")
+    assert not cuda.sessions
+
+
+@pytest.mark.parametrize(
+    ("element", "weights"),
+    [("FLOAT", "4.0"), ("FLOAT16", "2.0"), ("BFLOAT16", "2.0"), ("INT8", "1.0"), ("INT4", "0.5"), ("INT64", "8.0")],
+)
+def test_weights_are_counted_as_they_are_stored(element: str, weights: str) -> None:
+    model = onnx.ModelProto.FromString(graph(helper.make_node("Abs", ["x"], ["y"])))
+    model.graph.initializer.add(name="w", dims=[1000, GB // 1000], data_type=getattr(TensorProto, element))
+    with pytest.raises(FishrtError, match=f"{weights} GB of it for weights"):
+        ort_cuda._check_room(Path("g.onnx"), model.SerializeToString(), replace(OLD, free_bytes=0))
+    ort_cuda._check_room(Path("g.onnx"), model.SerializeToString(), replace(OLD, free_bytes=10 * GB))
+
+
+def test_where_nothing_tells_of_memory_it_is_said(cuda: FakeCuda, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    cuda.devices = None
+    with caplog.at_level(logging.INFO, "fishrt_engines"):
+        open_engine(sums(tmp_path), SUMS, provider="cuda")
+    assert "nothing tells how much memory the device has free" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "says",
+    ["Available memory of 5 is smaller than requested bytes of 9", "CUDA failure 2: out of memory", "Failed to allocate memory"],
+)
+def test_a_state_beyond_the_devices_memory_is_an_error_for_users(cuda: FakeCuda, tmp_path: Path, says: str) -> None:
+    engine = open_engine(sums(tmp_path), SUMS, provider="cuda")
+    cuda.allocation_error = RuntimeError(says)
+    text = r"not enough memory of the device for the state of sums\.onnx at batch = 1, cache = 1000000 \(12 MB\)"
+    with pytest.raises(FishrtError, match=text) as caught:
+        engine.new_state(batch=1, cache=1_000_000)
+    assert "a device with more memory" in (caught.value.hint or "")
+
+
+def test_nodes_on_the_cpu_are_told(
+    cuda: FakeCuda, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    listed = ["Shape", "Gather"]
+    monkeypatch.setattr(FakeSession, "get_provider_graph_assignment_info", assignments(lambda: listed))
+    open_engine(sums(tmp_path), SUMS, provider="cuda")
+    assert not caplog.text
+    listed += ["Sin", "CumSum", "Sin"]
+    open_engine(sums(tmp_path), SUMS, provider="cuda")
+    assert "sums.onnx: ONNX Runtime has no CUDA kernel for some nodes and runs them on the CPU: 1 CumSum, 2 Sin" in caplog.text
+
+
+def assignments(operators: Callable[[], list[str]]) -> Callable[[FakeSession], list[Any]]:
+    def told(session: FakeSession) -> list[Any]:
+        session.cpu_nodes = operators()
+        return plain(session)
+
+    plain = FakeSession.get_provider_graph_assignment_info
+    return told

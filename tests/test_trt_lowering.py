@@ -1,0 +1,383 @@
+"""Graphs lowered for TensorRT: they keep to its importer's rules and, in ONNX Runtime, compute what the portable ones do.
+
+TensorRT itself is not here. Nor does ONNX Runtime compute in bfloat16 on a CPU: of that form, types are checked only.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+
+from fishrt.frame import frame_model, frame_spec
+from fishrt_engines import Array, Engine, GraphError, State, open_engine
+from fishrt_engines.graph_types import infer
+from fishrt_engines.onnx_proto import parse_model
+from fishrt_engines.spec import GraphSpec
+from fishrt_engines.trt_lowering import LoweringOptions, lower_for_tensorrt
+from fishrt_engines.trt_rules import check_for_tensorrt, errors
+
+pytest.importorskip("torch", reason="needs the export extra")
+
+from fishrt_export.cases import codec_decode_cases, codec_encode_cases, random_prompt
+from fishrt_export.graphs import LanguageModelSource, open_language_model
+from fishrt_export.job import GraphJob
+from fishrt_export.recipe import Recipe
+from synthetic import EVERYTHING, PLAIN, random_weights, write_flat
+from tiny import GoldenModel, chunk_feeds, prefill_feeds
+from tolerances import TOLERANCES
+
+ROWS = 12
+"""Of the caches: the most that an engine would be built for."""
+LM = ("slow_ar", "fast_ar")
+CODECS = ("codec_encode", "codec_decode")
+PLAIN_FORM = LoweringOptions(ROWS, "fp32", fp32_attention=False, primitive_attention=False)
+FORMS = [
+    pytest.param(LoweringOptions(ROWS, precision, fp32_attention=fp32, primitive_attention=primitive), id=name)
+    for precision in ("fp32", "fp16", "bf16")
+    for fp32 in (False, True)
+    for primitive in (False, True)
+    if (name := f"{precision}{'-fp32 attention' * fp32}{'-primitive' * primitive}")
+]
+WIDE = {"dim": 64, "intermediate_size": 96, "fast_dim": 64, "fast_intermediate_size": 32, "head_dim": 16, "fast_head_dim": 16}
+"""Blocks of 64, 32 and 16 occur when it is quantised."""
+
+
+class Exported:
+    """Both graphs of a random model, with its weights as a recipe stores them."""
+
+    def __init__(self, folder: Path, config: dict[str, Any], precision: str = "fp32") -> None:
+        write_flat(folder, config, random_weights(config))
+        self.source, self.folder = open_language_model(folder, family="s2"), folder
+        self.jobs: dict[str, GraphJob] = {job.role: job for job in self.source.jobs("audio")}
+        plans = Recipe(precision).plan(
+            {role: job.build() for role, job in self.jobs.items()}, {role: job.weights for role, job in self.jobs.items()}
+        )
+        for role, job in self.jobs.items():
+            GraphJob(role, job.spec, job.build, job.weights, job.cases, job.tolerance, job.dims, job.margins, plans[role]).run(
+                folder
+            )
+
+    def file(self, role: str) -> Path:
+        return self.folder / self.jobs[role].spec.file
+
+
+@pytest.fixture(scope="module")
+def exports(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Exported]:
+    """Each is made once, in whatever order tests run."""
+
+    def export(name: str) -> Exported:
+        integers = name in ("int8", "int4")
+        config = PLAIN if name == "plain" else {**EVERYTHING, **WIDE} if integers else EVERYTHING
+        return Exported(tmp_path_factory.mktemp(name), config, name if integers else "fp32")
+
+    return cache(export)
+
+
+@pytest.fixture(params=["plain", "everything", "int8", "int4"])
+def exported(request: pytest.FixtureRequest, exports: Callable[[str], Exported]) -> Exported:
+    """Heads that share keys and that do not, biases, norms and a projection; and integer weights."""
+    return exports(request.param)
+
+
+def lowered(path: Path, spec: GraphSpec, options: LoweringOptions) -> tuple[onnx.ModelProto, GraphSpec]:
+    data, described = lower_for_tensorrt(path.read_bytes(), spec, options, path.parent)
+    return onnx.ModelProto.FromString(data), described
+
+
+def opened(path: Path, spec: GraphSpec, options: LoweringOptions, folder: Path) -> Engine:
+    """The lowered graph in ONNX Runtime; it is written into an empty folder, with the weights."""
+    model, described = lowered(path, spec, options)
+    data = path.with_name(f"{path.name}.data")
+    shutil.copy(data, folder / data.name)
+    (folder / path.name).write_bytes(model.SerializeToString())
+    return open_engine(folder / path.name, described, provider="cpu")
+
+
+def slow_calls(source: LanguageModelSource, lengths: tuple[int, ...]) -> Iterator[dict[str, Array]]:
+    """A prefill of so many columns, then single ones up to the end of the cache, but three at most."""
+    config, ids, rng = source.config, source.ids, np.random.default_rng(5)
+    yield prefill_feeds([random_prompt(config, ids, (1, length), rng)[0] for length in lengths])
+    for step in range(min(ROWS - max(lengths), 3)):
+        yield chunk_feeds(random_prompt(config, ids, (len(lengths), 1), rng), np.array(lengths) + step)
+
+
+def fast_calls(source: LanguageModelSource, batch: int) -> Iterator[dict[str, Array]]:
+    """Positions 0 and 1, then the others one by one."""
+    config, rng = source.config, np.random.default_rng(6)
+    hidden = rng.standard_normal((batch, config.fast.dim)).astype(np.float32)
+    for start, stop in ((0, 2), *((n, n + 1) for n in range(2, config.num_codebooks))):
+        yield {
+            "hidden": hidden,
+            "codes": rng.integers(0, config.codebook_width, (batch, stop - start)),
+            "position_ids": np.tile(np.arange(start, stop), (batch, 1)),
+            "write_index": np.full(batch, start),
+        }
+
+
+def new_state(engine: Engine, dims: Mapping[str, int]) -> State | None:
+    """Of those of these sizes that the engine leaves open."""
+    names = {d for tensor in engine.spec.state_tensors for d in tensor.shape}
+    return engine.new_state(**{name: size for name, size in dims.items() if name in names}) if engine.spec.states else None
+
+
+def largest_error(ours: Engine, portable: Engine, calls: list[dict[str, Array]], **dims: int) -> float:
+    """Of all results and, at the end, the states; in proportion to the largest number, where that is above 1."""
+    states, worst = [new_state(engine, dims) for engine in (ours, portable)], 0.0
+
+    def compare(found: Array, expected: Array) -> None:
+        nonlocal worst
+        assert found.shape == expected.shape
+        worst = max(worst, float(np.abs(found - expected).max()) / max(1.0, float(np.abs(expected).max())))
+
+    for feeds in calls:
+        found, expected = (
+            {name: value.copy() for name, value in engine.run(feeds, state).items()}
+            for engine, state in zip((ours, portable), states, strict=True)
+        )
+        assert found.keys() == expected.keys()
+        for name in expected:
+            assert found[name].dtype == expected[name].dtype
+            compare(found[name], expected[name])
+    for tensor in portable.spec.state_tensors:
+        found, expected = (state.read(tensor.name) for state in states if state is not None)
+        compare(found.astype(np.float32), expected)
+    return worst
+
+
+# --- what it computes ----------------------------------------------------------------------------------------------------------
+
+# The least, usual and most columns of a prefill, in one row and in two, which may be of different lengths.
+LENGTHS = [(1,), (5,), (ROWS,), (1, 1), (7, 3), (ROWS - 1, ROWS - 1), (ROWS, 1)]
+
+
+@pytest.mark.parametrize("primitive", [False, True], ids=["attention", "primitive"])
+def test_slow_ar_gives_the_same(exported: Exported, tmp_path: Path, primitive: bool) -> None:
+    """At the smallest, usual and largest shapes of prefill and step."""
+    portable = open_engine(exported.file("slow_ar"), exported.jobs["slow_ar"].spec, provider="cpu")
+    options = LoweringOptions(ROWS, "fp32", fp32_attention=True, primitive_attention=primitive)
+    engine = opened(exported.file("slow_ar"), portable.spec, options, tmp_path)
+    for lengths in LENGTHS:
+        calls = list(slow_calls(exported.source, lengths))
+        error = largest_error(engine, portable, calls, batch=len(lengths), cache=ROWS)
+        assert error <= TOLERANCES["lowered"], lengths
+
+
+@pytest.mark.parametrize("primitive", [False, True], ids=["attention", "primitive"])
+def test_fast_ar_gives_the_same(exported: Exported, tmp_path: Path, primitive: bool) -> None:
+    portable = open_engine(exported.file("fast_ar"), exported.jobs["fast_ar"].spec, provider="cpu")
+    options = LoweringOptions(ROWS, "fp32", fp32_attention=False, primitive_attention=primitive)
+    engine = opened(exported.file("fast_ar"), portable.spec, options, tmp_path)
+    for batch in (1, 2):
+        error = largest_error(engine, portable, list(fast_calls(exported.source, batch)), batch=batch)
+        assert error <= TOLERANCES["lowered"]
+
+
+@pytest.mark.parametrize("options", [form for form in FORMS if "fp16" in str(form.id)])
+def test_float16_is_near(exported: Exported, tmp_path: Path, options: LoweringOptions) -> None:
+    """ONNX Runtime emulates float16 on a CPU: most operators compute in float32 on numbers that were rounded to it."""
+    for role in LM:
+        portable = open_engine(exported.file(role), exported.jobs[role].spec, provider="cpu")
+        (folder := tmp_path / role).mkdir()
+        engine = opened(exported.file(role), portable.spec, options, folder)
+        calls = list(slow_calls(exported.source, (7, 3)) if role == "slow_ar" else fast_calls(exported.source, 2))
+        error = largest_error(engine, portable, calls, batch=2, cache=ROWS)
+        assert 0 < error <= TOLERANCES["lowered to float16"]
+
+
+@pytest.mark.parametrize("primitive", [False, True], ids=["attention", "primitive"])
+def test_the_language_models_give_the_same(golden_model: GoldenModel, tmp_path: Path, primitive: bool) -> None:
+    """Of each family, on the prompt of its vectors, which fills the cache to the last row."""
+    vectors = np.load(golden_model.golden / "lm/vectors.npz")
+    meta = json.loads((golden_model.golden / "lm/meta.json").read_text(encoding="utf-8"))
+    prompt, prefill = vectors["slow/input"].astype(np.int64), meta["slow_prefill_len"]
+    rows = prompt.shape[1]
+    calls = [prefill_feeds([prompt[:, :prefill]])]
+    calls += [chunk_feeds(prompt[None, :, t : t + 1], np.array([t])) for t in range(prefill, rows)]
+    options = LoweringOptions(rows, "fp32", fp32_attention=True, primitive_attention=primitive)
+    for role, runs in (("slow_ar", calls), ("fast_ar", list(fast_calls(golden_model.lm, 1)))):
+        (folder := tmp_path / role).mkdir()
+        portable = golden_model.engine(role)
+        engine = opened(golden_model.file(role), portable.spec, options, folder)
+        assert largest_error(engine, portable, runs, batch=1, cache=rows) <= TOLERANCES["lowered"]
+
+
+@pytest.mark.parametrize("primitive", [False, True], ids=["attention", "primitive"])
+def test_the_codecs_give_the_same(golden_model: GoldenModel, tmp_path: Path, primitive: bool) -> None:
+    """Of each family: as little and as much as a graph is verified with, one row and two, with the state carried along."""
+    config = golden_model.codec.config
+    options = LoweringOptions(None, "fp32", fp32_attention=True, primitive_attention=primitive)
+    for role in CODECS:
+        (folder := tmp_path / role).mkdir()
+        portable = golden_model.engine(role)
+        engine = opened(golden_model.file(role), portable.spec, options, folder)
+        encode = role == "codec_encode"
+        for case in codec_encode_cases(config) if encode else codec_decode_cases(config, portable.spec):
+            assert largest_error(engine, portable, list(case.calls), **case.dims) <= TOLERANCES["lowered"]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("primitive", [False, True], ids=["attention", "primitive"])
+def test_a_frame_is_the_same(golden_model: GoldenModel, tmp_path: Path, precision: str, primitive: bool) -> None:
+    """Whole columns, drawn with the same noise. In float16, other codes may be drawn, but not other main tokens."""
+    if not golden_model.fits:
+        pytest.skip("the golden language model and codec have numbers of codebooks that do not fit")
+    path, spec, model = frame(golden_model)
+    options = LoweringOptions(None, precision, fp32_attention=precision == "fp16", primitive_attention=primitive)
+    data = path.with_name(f"{path.name}.data")
+    shutil.copy(data, tmp_path / data.name)
+    engines = []
+    for name, content, described in (
+        ("portable.onnx", model, spec),
+        ("lowered.onnx", *lower_for_tensorrt(model, spec, options, path.parent)),
+    ):
+        (tmp_path / name).write_bytes(content)
+        engines.append(open_engine(tmp_path / name, described, provider="cpu"))
+    rng = np.random.default_rng(8)
+    for batch in (1, 2):
+        for _ in range(4):
+            feeds = frame_feeds(spec, batch, rng)
+            expected, found = (engine.run(feeds)["column"] for engine in engines)
+            assert (expected >= 0).all()
+            assert (found >= 0).all()
+            same = slice(None) if precision == "fp32" else slice(1)
+            np.testing.assert_array_equal(found[:, same], expected[:, same])
+
+
+def frame(golden_model: GoldenModel) -> tuple[Path, GraphSpec, bytes]:
+    """The file whose weights the frame graph shares, its description, and its bytes."""
+    manifest, path = golden_model.bundle.manifest, golden_model.file("fast_ar")
+    slow, fast = manifest.graphs["slow_ar"], manifest.graphs["fast_ar"]
+    spec = frame_spec(slow, fast, manifest.language_model)
+    return path, spec, frame_model(path.read_bytes(), fast, spec, manifest.language_model)
+
+
+def frame_feeds(spec: GraphSpec, batch: int, rng: np.random.Generator) -> dict[str, Array]:
+    """Noise, and settings at random."""
+    spec_of = {tensor.name: tensor for tensor in spec.feeds}
+    settings = {
+        "temperature": rng.uniform(0.5, 1.5),
+        "top_p": rng.uniform(0.5, 1.0),
+        "top_k": 30,
+        "penalty": 1.3,
+        "least_code": 1,
+    }
+
+    def feed(name: str, shape: tuple[int, ...]) -> Array:
+        if name in settings:
+            return np.full(shape, settings[name])
+        if name.endswith("noise"):
+            return rng.standard_exponential(shape)
+        if spec_of[name].dtype == "int64":  # places in the logits, or one past the last
+            noise = spec_of["code_noise" if name == "penalised_codes" else "main_noise"].resolve({"batch": batch})
+            return rng.integers(0, noise[-1] + 1, shape)
+        return rng.standard_normal(shape)
+
+    return {name: feed(name, t.resolve({"batch": batch})).astype(t.dtype) for name, t in spec_of.items()}
+
+
+# --- what it is made of --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", FORMS)
+def test_no_family_breaks_a_rule(golden_model: GoldenModel, options: LoweringOptions) -> None:
+    """And of all values, element types are known, without which the rules would find nothing."""
+    specs = {job.role: job.spec for job in (*golden_model.lm.jobs("audio"), *golden_model.codec.jobs())}
+    graphs = [(golden_model.file(role), specs[role], golden_model.file(role).read_bytes()) for role in LM]
+    if golden_model.fits:
+        graphs.append(frame(golden_model))
+    if options.precision == "fp32":
+        graphs += [(golden_model.file(role), specs[role], golden_model.file(role).read_bytes()) for role in CODECS]
+    for path, spec, portable in graphs:
+        model, described = lower_for_tensorrt(portable, spec, options, path.parent)
+        assert_fits(model, described)
+
+
+@pytest.mark.parametrize("options", FORMS)
+def test_integer_weights_break_no_rule(exported: Exported, options: LoweringOptions) -> None:
+    for role in LM:
+        path = exported.file(role)
+        assert_fits(*lower_for_tensorrt(path.read_bytes(), exported.jobs[role].spec, options, path.parent))
+
+
+def assert_fits(model: bytes, spec: GraphSpec) -> None:
+    found = check_for_tensorrt(model, spec)
+    assert errors(found) == []
+    unexpected = [f for f in found if f.rule not in ("cache", "quantised") and f.operator != "Attention"]
+    assert unexpected == []
+    graph = parse_model(model, spec.file).graph
+    values = infer(graph)
+    made = [name for node in graph.node for name in node.output if name]
+    assert [name for name in made if values[name].dtype is None or values[name].shape is None] == []
+
+
+@pytest.mark.parametrize("precision", ["float16", "bfloat16"])
+@pytest.mark.parametrize("fp32", [False, True], ids=["", "fp32 attention"])
+@pytest.mark.parametrize("primitive", [False, True], ids=["attention", "primitive"])
+def test_what_computes_in_which_type(exported: Exported, precision: str, fp32: bool, primitive: bool) -> None:
+    """Matrix products and caches in the new type, attention as it is wanted, results as before."""
+    options = LoweringOptions(ROWS, {"float16": "fp16", "bfloat16": "bf16"}[precision], fp32, primitive)
+    for role in LM:
+        spec = exported.jobs[role].spec
+        model, described = lower_for_tensorrt(exported.file(role).read_bytes(), spec, options, exported.folder)
+        graph = parse_model(model, role).graph
+        values = infer(graph)
+        types = {
+            op: {values[n.input[0]].dtype for n in graph.node if n.op_type == op} for op in ("MatMul", "TensorScatter", "Softmax")
+        }
+        attention = {values[n.input[k]].dtype for n in graph.node if n.op_type == "Attention" for k in range(3)}
+        wanted = {"float32" if fp32 else precision}
+        assert types["TensorScatter"] == {precision}
+        assert types["MatMul"] == ({precision} | wanted if primitive else {precision})
+        assert (types["Softmax"], attention) == ((wanted, set()) if primitive else (set(), wanted))
+        assert {t.dtype for t in described.state_tensors} == {precision}
+        assert described.feeds == spec.feeds
+        assert described.results == spec.results
+        assert {values[t.name].dtype for t in spec.results} == {"float32"}
+
+
+def test_caches_have_a_fixed_length(exported: Exported) -> None:
+    """In the graph as in its description; nothing is left of the sizes that were asked for."""
+    model, spec = lowered(exported.file("slow_ar"), exported.jobs["slow_ar"].spec, PLAIN_FORM)
+    config = exported.source.config.slow
+    outer = {v.name: v.type.tensor_type.shape.dim for v in (*model.graph.input, *model.graph.output)}
+    for pair in spec.states:
+        for name in (pair.input, pair.output):
+            assert [d.dim_value or d.dim_param for d in outer[name]] == ["batch", config.kv_heads, ROWS, config.head_dim]
+    assert all(t.shape == ("batch", config.kv_heads, ROWS, config.head_dim) for t in spec.state_tensors)
+    assert Counter(node.op_type for node in model.graph.node)["Range"] == 0
+    positions = [t for t in model.graph.initializer if list(t.dims) == [ROWS]]
+    assert [numpy_helper.to_array(t).tolist() for t in positions] == [list(range(ROWS))]
+
+
+def test_weights_stay_where_they_are(s2_model: GoldenModel) -> None:
+    """And so does what lowering does not know: the version, and who made the file."""
+    path = s2_model.file("slow_ar")
+    portable = onnx.load(path, load_external_data=False)
+    spec = next(job.spec for job in s2_model.lm.jobs("audio") if job.role == "slow_ar")
+    model, _ = lowered(path, spec, LoweringOptions(ROWS, "fp16", fp32_attention=True, primitive_attention=True))
+    assert (model.ir_version, model.producer_name) == (portable.ir_version, portable.producer_name)
+    places = {t.name: [(e.key, e.value) for e in t.external_data] for t in portable.graph.initializer if t.external_data}
+    assert {t.name: [(e.key, e.value) for e in t.external_data] for t in model.graph.initializer if t.external_data} == places
+
+
+def test_a_cache_of_unknown_length_is_refused(exported: Exported) -> None:
+    for length in (None, 0):
+        options = LoweringOptions(length, "fp32", fp32_attention=False, primitive_attention=False)
+        with pytest.raises(GraphError, match=r"slow_ar\.onnx leaves open how many positions") as caught:
+            lowered(exported.file("slow_ar"), exported.jobs["slow_ar"].spec, options)
+        assert "max_len" in str(caught.value.hint)
+
+
+def test_an_unknown_precision_is_refused(exported: Exported) -> None:
+    with pytest.raises(GraphError, match="'int2'"):
+        lowered(exported.file("fast_ar"), exported.jobs["fast_ar"].spec, LoweringOptions(None, "int2", False, False))

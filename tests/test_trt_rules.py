@@ -1,0 +1,294 @@
+"""The documented rules of TensorRT's importer: each is found broken where it is, and nothing else is."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx
+import pytest
+from onnx import helper, numpy_helper, parser
+
+import fishrt.conformance
+from fishrt.bundle import Bundle
+from fishrt_engines import GraphError
+from fishrt_engines.graph_types import dtype_name, infer
+from fishrt_engines.onnx_proto import message
+from fishrt_engines.spec import GraphSpec, StatePair
+from fishrt_engines.trt_rules import Finding, check_for_tensorrt, errors
+from helpers_cli import run
+
+if TYPE_CHECKING:
+    from tiny import GoldenModel
+
+STATES = (StatePair("cache", "cache_out"),)
+
+
+def graph(text: str, opset: int = 24, **constants: np.ndarray) -> bytes:
+    """A model from the text form of a graph, and some initializers."""
+    model = parser.parse_model(f'<ir_version: 10, opset_import: ["" : {opset}, "com.microsoft" : 1]> g {text}')
+    model.graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in constants.items())
+    return model.SerializeToString()
+
+
+def checked(model: bytes) -> list[Finding]:
+    return check_for_tensorrt(model, GraphSpec("g.onnx", (), (), STATES))
+
+
+def attention(call: str, q: str = "float[B,4,S,8] q", mask: str = "bool[B,1,S,32] m", results: str = "y") -> bytes:
+    inputs = f"{q}, float[B,2,32,8] k, float[B,2,32,8] v, {mask}, float[B,2,3,8] past, int64[B] lengths"
+    return graph(f"({inputs}) => (float[B,4,S,8] y) {{ {results} = Attention {call} }}")
+
+
+def scatter(
+    call: str = "<axis = -2> (cache, new, at)", cache: str = "float[2,2,32,8]", rest: str = "", outputs: str = "cache_out"
+) -> bytes:
+    inputs = f"{cache} cache, float[2,2,S,8] new, int64[2] at"
+    return graph(f"({inputs}) => (float[2,2,32,8] {outputs}) {{ cache_out = TensorScatter {call} {rest} }}")
+
+
+def dequantize(
+    attributes: str = "axis = 0, block_size = 64",
+    scale: tuple[int, ...] = (2, 8),
+    dtype: type = np.float32,
+    *,
+    zero: int | None = None,
+    kind: str = "int4",
+) -> bytes:
+    """Of weights [128, 8]."""
+    result = "float16" if dtype is np.float16 else "float"
+    third = ", z" if zero is not None else ""
+    model = onnx.ModelProto.FromString(
+        graph(
+            f"({result}[N,128] x) => ({result}[N,8] y) {{ d = DequantizeLinear <{attributes}> (w, s{third}) y = MatMul (x, d) }}",
+            s=np.ones(scale, dtype),
+        )
+    )
+    code = getattr(onnx.TensorProto, kind.upper())
+    model.graph.initializer.append(helper.make_tensor("w", code, [128, 8], np.zeros(1024, np.int8)))
+    if zero is not None:
+        model.graph.initializer.append(helper.make_tensor("z", code, scale, np.full(scale, zero, np.int8)))
+    return bytes(model.SerializeToString())
+
+
+def unary(op_type: str, kind: str = "float", to: str | None = None) -> bytes:
+    return graph(f"({kind}[N] x) => ({to or kind}[N] y) {{ y = {op_type} (x) }}")
+
+
+def branch(op_type: str) -> bytes:
+    one, other = f"a () => (float[N] p) {{ p = {op_type} (x) }}", "b () => (float[N] q) { q = Neg (x) }"
+    return graph(f"(bool c, float[N] x) => (float[N] y) {{ y = If (c) <then_branch = {one}, else_branch = {other}> }}")
+
+
+FITTING = {
+    "attention": attention("<is_causal = 0, softcap = 0.0, qk_matmul_output_mode = 0> (q, k, v, m)"),
+    "scatter": scatter(),
+    "blocks": dequantize(),
+    "scales of float16": dequantize(dtype=np.float16),
+    "channels": dequantize("axis = 1", (8,)),
+    "one scale": dequantize("axis = 0", (), kind="int8"),
+    "zero points of zero": dequantize(zero=0),
+    "top k": graph("(float[N] x) => (float[M] y) { y, i = TopK <sorted = 1> (x, k) }", k=np.array([3839])),
+    "cumsum": graph("(float[N] x) => (float[N] y) { y = CumSum (x, a) }", a=np.array(0)),
+    "axes": graph("(float[N,M] x) => (float[N] y) { y = ReduceSum <keepdims = 0> (x, a) }", a=np.array([1])),
+    "constants by node": graph("(float[N] x) => (float[N] y) { a = Constant <value_int = 0> () y = CumSum (x, a) }"),
+    "uint8 at the edge": graph("(uint8[N] x) => (float[N] y) { y = Cast <to = 1> (x) }"),
+}
+
+
+@pytest.mark.parametrize("name", FITTING)
+def test_nothing_is_found_in_what_fits(name: str) -> None:
+    assert checked(FITTING[name]) == []
+
+
+BROKEN = {
+    "past": (attention("(q, k, v, m, past, past)"), "past_key is not taken", "past_value is not taken"),
+    "lengths": (attention("(q, k, v, m, , , lengths)"), "nonpad_kv_seqlen is not taken"),
+    "softcap": (attention("<softcap = 30.0> (q, k, v, m)"), "softcap"),
+    "softmax_precision": (attention("<softmax_precision = 1> (q, k, v, m)"), "softmax_precision"),
+    "scores": (attention("(q, k, v, m)", results="y, , , scores"), "qk_matmul_output"),
+    "mask of 2 axes": (attention("(q, k, v, m)", mask="bool[S,32] m"), "m has 2 axes instead of 4"),
+    "mask of another type": (attention("(q, k, v, m)", mask="float16[B,1,S,32] m"), "a mask is of bool or of the queries' type"),
+    "queries of 3 axes": (attention("<q_num_heads = 4> (q, k, v, m)", q="float[B,S,32] q"), "q has 3 axes instead of 4"),
+    "queries of another type": (attention("(q, k, v, m)", q="float16[B,4,S,8] q"), "different types: float16, float32"),
+    "axis counted from the front": (scatter("<axis = 2> (cache, new, at)"), "must be written as -2"),
+    "circular": (scatter('<axis = -2, mode = "circular"> (cache, new, at)'), "mode must be linear"),
+    "no index": (scatter("<axis = -2> (cache, new)"), "write_indices must be given"),
+    "open cache": (scatter(cache="float[2,2,M,8]"), "the cache cache must have a fixed number of rows"),
+    "made cache": (scatter("<axis = -2> (c, new, at) c = Neg (cache)"), "the cache c must be an input of the network"),
+    "hidden update": (scatter(rest="y = Neg (cache_out)", outputs="y"), "cache_out must be an output of the network"),
+    "update of another state": (
+        graph(
+            "(float[2,2,32,8] other, float[2,2,S,8] new, int64[2] at) => (float[2,2,32,8] o) "
+            "{ o = TensorScatter <axis = -2> (other, new, at) }"
+        ),
+        "not described as one state",
+    ),
+    "zero points": (dequantize(zero=1), "zero points must be zero"),
+    "unsigned": (dequantize(kind="uint4"), "weights of uint4", "takes no uint4"),
+    "uneven blocks": (dequantize("axis = 0, block_size = 48", (3, 8)), "blocks of 48 do not divide 128"),
+    "blocks of another size": (dequantize("axis = 0, block_size = 32"), "blocks of 32 do not divide 128"),
+    "blocks along two axes": (dequantize("axis = 0, block_size = 64", (2, 4)), "scales may differ from the weights in one size"),
+    "half scales to float32": (
+        dequantize("axis = 0, block_size = 64, output_dtype = 1", dtype=np.float16),
+        "give float16",
+        "different types",
+    ),
+    "scale for each channel": (dequantize("axis = 0", (8,)), "one scale for each channel"),
+    "K too large": (
+        graph("(float[N] x) => (float[M] y) { y, i = TopK (x, k) }", k=np.array([3840])),
+        "K is 3840; it must be less than 3840",
+    ),
+    "K that varies": (graph("(float[N] x, int64[1] k) => (float[M] y) { y, i = TopK (x, k) }"), "K must be an initializer"),
+    "unsorted": (graph("(float[N] x) => (float[M] y) { y, i = TopK <sorted = 0> (x, k) }", k=np.array([3])), "sorted must be 1"),
+    "cumsum": (graph("(float[N] x, int64 a) => (float[N] y) { y = CumSum (x, a) }"), "the axis must be an initializer"),
+    "axes": (graph("(float[N] x, int64[1] a) => (float[M] y) { y = ReduceMax (x, a) }"), "axes must be an initializer"),
+    "scatter": (
+        graph('(float[N] x, int64[M,1] i, float[M] u) => (float[N] y) { y = ScatterND <reduction = "add"> (x, i, u) }'),
+        "reduction must be none",
+    ),
+    "norm": (
+        graph("(float[N,4] x, float[4] w) => (float[N,4] y, float[N,1] m) { y, m = LayerNormalization (x, w) }"),
+        "only the first output",
+    ),
+    "positions": (
+        graph(
+            "(float[B,2,S,8] x, float[9,4] c, float[9,4] s, int32[B,S] p) => (float[B,2,S,8] y) "
+            "{ y = RotaryEmbedding (x, c, s, p) }"
+        ),
+        "position_ids are int64, not int32",
+    ),
+    "tables": (
+        graph("(float[B,2,S,8] x, float[9,4] c, float[9,4] s) => (float[B,2,S,8] y) { y = RotaryEmbedding (x, c, s) }"),
+        "c has 2 axes instead of 3",
+        "s has 2 axes instead of 3",
+    ),
+    "random": (graph("() => (float[4] y) { y = RandomNormal <shape = [4]> () }"), "feed random numbers as an input"),
+    "unsupported": (unary("Det"), "is not supported"),
+    "unknown": (unary("Acosh"), "not in the importer's table"),
+    "contrib": (graph("(float[N] x) => (float[N] y) { y = com.microsoft.QuickGelu (x) }"), "an operator of com.microsoft"),
+    "sine of integers": (unary("Sin", "int64"), "takes no int64"),
+    "bool arithmetic": (graph("(bool[N] x) => (bool[N] y) { y = Add (x, x) }"), "takes no bool"),
+    "mixed types": (graph("(float[N] x, float16[N] z) => (float[N] y) { y = Mul (x, z) }"), "different types: float16, float32"),
+    "uint8 inside": (
+        graph("(float[N] x) => (float[N] y) { a = Cast <to = 2> (x) y = Cast <to = 1> (a) }"),
+        "gives uint8, which a network does not hold inside",
+    ),
+    "int16 inside": (
+        graph("(float[N] x) => (float[N] y) { a = Cast <to = 5> (x) y = Cast <to = 1> (a) }"),
+        "gives int16, which a network does not hold inside",
+        "takes no int16",
+    ),
+    "raw integers": (
+        graph("(float[N,4] x) => (int8[N,4] y) { y = Transpose (w) }", w=np.ones((4, 4), np.int8)),
+        "a network has no input or output of int8",
+        "takes no int8",
+        "reads int8 without a DequantizeLinear",
+    ),
+    "string": (
+        graph("(string[N] x) => (string[N] y) { y = Identity (x) }"),
+        "no input or output of string",
+        "takes no string",
+        "gives string",
+    ),
+    "opset": (graph("(float[N] x) => (float[N] y) { y = Neg (x) }", opset=26), "opset 26; 9 to 24 are read"),
+    "body": (branch("Det"), "Det p: is not supported"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_what_is_refused(name: str) -> None:
+    """Every error is one of those that are expected, and every expected one is found."""
+    model, *expected = BROKEN[name]
+    found = [str(finding) for finding in errors(checked(model))]
+    for text in expected:
+        assert any(text in line for line in found), (text, found)
+    assert all(any(text in line for text in expected) for line in found), found
+
+
+NOTED = {
+    "causal": (attention("<is_causal = 1> (q, k, v)"), "is_causal counts from the first key"),
+    "float16 attention": (
+        graph("(float16[B,2,S,8] q, float16[B,2,9,8] k) => (float16[B,2,S,8] y) { y = Attention (q, k, k) }"),
+        "in float16, a long masked prefix",
+    ),
+    "batch": (scatter(cache="float[B,2,32,8]"), "a number of sequences that varies"),
+    "small blocks": (dequantize("axis = 0, block_size = 32", (4, 8)), "int4 in blocks of 32: documented are 64 and 128"),
+    "int8": (dequantize(kind="int8"), "no faster kernel is documented"),
+    "double": (
+        graph("(float[N] x) => (float[N] y) { a = Cast <to = 11> (x) y = Cast <to = 1> (a) }"),
+        "float64 becomes float32",
+    ),
+    "branch": (branch("Abs"), "both branches must give values of the same rank"),
+    "opset": (graph("(float[N] x) => (float[N] y) { y = Neg (x) }", opset=25), "opset 25; 9 to 24 are read"),
+    "data-dependent": (graph("(float[N] x) => (int64[1,M] y) { y = NonZero (x) }"), "as many elements as the data say"),
+}
+
+
+@pytest.mark.parametrize("name", NOTED)
+def test_what_is_remarked_on(name: str) -> None:
+    model, expected = NOTED[name]
+    found = checked(model)
+    assert errors(found) == []
+    assert found
+    assert all(expected in str(finding) for finding in found)
+
+
+def test_a_finding_says_where_and_by_which_rule() -> None:
+    (finding,) = checked(unary("Det"))
+    assert (finding.node, finding.operator, finding.severity) == ("y", "Det", "error")
+    assert str(finding) == "error: Det y: is not supported (operator; operator table of the ONNX importer, 11.0)"
+
+
+def test_errors_stand_first() -> None:
+    model = graph("(float[N] x) => (float[N] y) { a = Cast <to = 11> (x) b = Cast <to = 1> (a) y = Det (b) }")
+    assert [finding.severity for finding in checked(model)] == ["error", "note", "note"]
+
+
+def test_what_is_no_graph() -> None:
+    with pytest.raises(GraphError, match=r"g\.onnx is not a graph"):
+        checked(b"Not a graph")
+
+
+# --- element types and shapes --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("role", ["slow_ar", "fast_ar", "codec_encode", "codec_decode"])
+def test_types_and_shapes_are_those_that_onnx_infers(golden_model: GoldenModel, role: str) -> None:
+    """Of every value that a graph makes: the type, the number of axes, and each size that both know."""
+    data = golden_model.file(role).read_bytes()
+    found = infer(message("Model").FromString(data).graph)
+    inferred = onnx.shape_inference.infer_shapes(onnx.ModelProto.FromString(data), data_prop=True).graph
+    assert len(inferred.value_info) > 30
+    for value in (*inferred.value_info, *inferred.output):
+        tensor, ours = value.type.tensor_type, found[value.name]
+        assert ours.dtype == dtype_name(tensor.elem_type), value.name
+        if tensor.HasField("shape"):
+            assert ours.shape is not None, value.name
+            sizes = zip(ours.shape, (dim.dim_value or None for dim in tensor.shape.dim), strict=True)
+            assert all(a == b for a, b in sizes if a and b), value.name
+
+
+# --- bundles -------------------------------------------------------------------------------------------------------------------
+
+
+def test_inspect_shows_the_findings(tiny_bundle: Bundle) -> None:
+    shown = run("inspect", tiny_bundle.path, "--trt")
+    assert shown.exit_code == 0, shown.output
+    assert shown.stdout.count("errors: none") == 5
+    assert "TensorRT" not in run("inspect", tiny_bundle.path).stdout
+    found = json.loads(run("inspect", tiny_bundle.path, "--trt", "--json").stdout)["tensorrt"]
+    assert found.keys() == {*tiny_bundle.manifest.graphs, "frame"}
+    assert [finding["severity"] for finding in found["slow_ar"]] == ["note"]
+    assert json.loads(run("inspect", tiny_bundle.path, "--json").stdout)["tensorrt"] is None
+
+
+def test_what_cannot_be_lowered_is_found(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise GraphError("no")
+
+    monkeypatch.setattr(fishrt.conformance, "lower_for_tensorrt", refuse)
+    shown = run("inspect", tiny_bundle.path, "--trt").stdout
+    assert shown.count("errors: 1") == 5
+    assert shown.count("error: no (lowering; fishrt)") == 5
