@@ -1,21 +1,31 @@
-"""The exporter's own torch modules, eager, behind the interface of an engine: the peer that fishrt is measured against.
+"""The exporter's own torch modules behind the interface of an engine: the peer that fishrt is measured against.
 
 They run in the same loop, with the same prompts, sampling and number of calls. The key/value cache is a fair one: columns are
 written in place, and attention reads the rows that are written, without a mask or copies of the keys for each query head.
+
+On a device the peer draws a whole column there, as fishrt does, by `torch_frame`, eager or compiled. Compiled means Inductor's
+kernels in a CUDA graph (mode "reduce-overhead"), one for a step of the slow AR and one for all positions of the fast AR: what
+fishrt's own launches are. The searching modes compile for many minutes, and without a graph the launches alone would decide. A
+compiled step has fixed shapes, so that its attention reads the whole cache under a mask; prompts are read eagerly.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fishrt.bench.timed import TimedEngine
+from fishrt.features import LanguageModel
+from fishrt.frame import frame_spec
 from fishrt_engines import Array, GraphSpec, State
 from fishrt_export import transformer
 from fishrt_export.codec.source import open_codec
@@ -23,89 +33,229 @@ from fishrt_export.fast_ar import FastAR, fast_ar_spec
 from fishrt_export.graphs import open_language_model
 from fishrt_export.slow_ar import SlowAR, slow_ar_spec
 from fishrt_export.transformer import Stack
+from torch_frame import TorchFrame
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+COMPILED = {"mode": "reduce-overhead"}
+"""How a device's peer is compiled: arguments of torch.compile."""
 
 
-def open_torch(checkpoint: Path, dtype: torch.dtype) -> dict[str, TimedEngine]:
-    """slow_ar with the audio head, and fast_ar, in `dtype`. Weights that have it already are not copied."""
+@dataclass(frozen=True, slots=True)
+class TorchModel:
+    """A language model with the audio head, on one device, in one dtype."""
+
+    slow: SlowAR
+    fast: FastAR
+    slow_spec: GraphSpec
+    fast_spec: GraphSpec
+
+
+def load_torch(checkpoint: Path, dtype: torch.dtype, device: str = "cpu") -> TorchModel:
+    """Weights that have the dtype already, and are on the device, are not copied."""
     source = open_language_model(checkpoint, codec=open_codec(checkpoint).kind)
+    head = len(source.audio_head)
     with torch.device("meta"):
-        slow, fast = SlowAR(source.config, source.ids.semantic, len(source.audio_head)), FastAR(source.config)
-    _fill(slow, source.slow_weights("audio"), dtype)
-    _fill(fast, source.fast_weights(), dtype)
-    specs = slow_ar_spec(source.config, len(source.audio_head)), fast_ar_spec(source.config)
+        slow, fast = SlowAR(source.config, source.ids.semantic, head), FastAR(source.config)
+    _fill(slow, source.slow_weights("audio"), dtype, device)
+    _fill(fast, source.fast_weights(), dtype, device)
+    return TorchModel(slow, fast, slow_ar_spec(source.config, head), fast_ar_spec(source.config))
+
+
+def open_torch(checkpoint: Path, dtype: torch.dtype, device: str = "cpu") -> dict[str, TimedEngine]:
+    """slow_ar and fast_ar, eager, each called once for a column or a code."""
+    model = load_torch(checkpoint, dtype, device)
     return {
-        "slow_ar": TimedEngine(_TorchEngine(slow, specs[0], dtype)),
-        "fast_ar": TimedEngine(_TorchEngine(fast, specs[1], dtype)),
+        "slow_ar": TimedEngine(_TorchEngine(model.slow, model.slow_spec)),
+        "fast_ar": TimedEngine(_TorchEngine(model.fast, model.fast_spec)),
     }
 
 
-def open_torch_decoder(checkpoint: Path, dtype: torch.dtype) -> Callable[[Array], Array]:
+def open_torch_frames(model: TorchModel, lm: LanguageModel, compiled: Mapping[str, Any] | None = None) -> dict[str, TimedEngine]:
+    """slow_ar, and as fast_ar what draws a whole column, see `TorchFrame`; both compiled with these arguments, if any."""
+    spec = frame_spec(model.slow_spec, model.fast_spec, lm)
+    frame = _FrameEngine(TorchFrame(model.fast, lm), spec, compiled)
+    slow = _TorchEngine(model.slow, model.slow_spec) if compiled is None else _CompiledEngine(model, compiled)
+    return {"slow_ar": TimedEngine(slow), "fast_ar": TimedEngine(frame)}
+
+
+def open_torch_decoder(checkpoint: Path, dtype: torch.dtype, device: str = "cpu") -> Callable[[Array], Array]:
     """codes int64 [codebooks, frames] → pcm [samples], in one call."""
-    codec = open_codec(checkpoint).module().to(dtype)
+    codec = open_codec(checkpoint).module().to(device, dtype)
     for part in codec.modules():
         if isinstance(part, nn.Linear):
             part.register_forward_pre_hook(lambda linear, inputs: (inputs[0].to(linear.weight.dtype),))  # FSQ's are float32
 
     def decode(codes: Array) -> Array:
         with torch.inference_mode():
-            return codec.decode(torch.from_numpy(codes)[None])[0, 0].float().numpy()
+            return codec.decode(torch.from_numpy(codes)[None].to(device))[0, 0].float().cpu().numpy()
 
     return decode
 
 
-def _fill(module: Stack, weights: Mapping[str, Tensor], dtype: torch.dtype) -> None:
-    module.load_state_dict({name: weights[name].to(dtype) for name in module.state_dict()}, assign=True)
+def _fill(module: Stack, weights: Mapping[str, Tensor], dtype: torch.dtype, device: str) -> None:
+    module.load_state_dict({name: weights[name].to(device, dtype) for name in module.state_dict()}, assign=True)
     module.requires_grad_(False).eval()
+    module.cos, module.sin = module.cos.to(device), module.sin.to(device)
     # A plain list: the modules take slices of their layers, which costs time with one that keeps account of parameters.
     layers = list(module.layers)
     del module.layers
     module.layers = layers
 
 
+@dataclass(frozen=True, slots=True)
+class TorchResident:
+    """A result that stayed on the device. See `fishrt_engines.base.Resident`."""
+
+    tensor: Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.tensor.shape)
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return np.dtype(str(self.tensor.dtype).removeprefix("torch."))
+
+    def numpy(self) -> Array:
+        return self.tensor.cpu().numpy()
+
+
 class _TorchState:
     """Caches. See `fishrt_engines.State`."""
 
-    def __init__(self, spec: GraphSpec, dims: Mapping[str, int], dtype: torch.dtype) -> None:
-        self.spec, self.dims = spec, dict(dims)
-        self.caches = [torch.zeros(t.resolve(dims), dtype=dtype) for t in spec.state_tensors]
+    def __init__(self, owner: _TorchEngine, dims: Mapping[str, int]) -> None:
+        self.owner, self.dims = owner, dict(dims)
+        self.caches = owner.zeros(self.dims)
 
     def read(self, name: str) -> Array:
-        return self._named(name).float().numpy()
+        return self._named(name).float().cpu().numpy()
 
     def write(self, name: str, array: Array) -> None:
-        self._named(name)[tuple(map(slice, array.shape))] = torch.from_numpy(array)
+        cache = self._named(name)
+        cache[tuple(map(slice, array.shape))] = torch.from_numpy(array).to(cache)
 
     def grow(self, **dims: int) -> None:
         self.dims |= dims
-        larger = _TorchState(self.spec, self.dims, self.caches[0].dtype).caches
+        larger = self.owner.zeros(self.dims)
         for new, old in zip(larger, self.caches, strict=True):
             new[tuple(map(slice, old.shape))] = old
         self.caches = larger
 
     def _named(self, name: str) -> Tensor:
-        return self.caches[[t.name for t in self.spec.state_tensors].index(name)]
+        return self.caches[[t.name for t in self.owner.spec.state_tensors].index(name)]
 
 
 class _TorchEngine:
-    """One module, for a batch of one. See `fishrt_engines.Engine`."""
+    """One module, eager, for a batch of one. See `fishrt_engines.Engine`.
 
-    provider = "cpu"
+    Results that stay on the device are not waited for, as torch has it.
+    """
 
-    def __init__(self, module: nn.Module, spec: GraphSpec, dtype: torch.dtype) -> None:
-        self.module, self.spec, self._dtype = module, spec, dtype
+    def __init__(self, module: Stack, spec: GraphSpec) -> None:
+        self.module, self.spec = module, spec
+        weight = next(iter(module.state_dict().values()))
+        self.dtype, self.device = weight.dtype, weight.device
+        self.provider = f"torch on {self.device.type}"
 
     def new_state(self, **dims: int) -> _TorchState:
-        return _TorchState(self.spec, dims, self._dtype)
+        return _TorchState(self, dims)
 
-    def run(self, feeds: Mapping[str, Array], state: State | None = None) -> dict[str, Array]:
+    def zeros(self, dims: Mapping[str, int]) -> list[Tensor]:
+        """Caches of these sizes."""
+        return [torch.zeros(t.resolve(dims), dtype=self.dtype, device=self.device) for t in self.spec.state_tensors]
+
+    def run(self, feeds: Mapping[str, Any], state: State | None = None, resident: Collection[str] = ()) -> dict[str, Any]:
         assert isinstance(state, _TorchState)
-        tensors = [torch.from_numpy(feeds[t.name]) for t in self.spec.feeds]
-        floats = [t.to(self._dtype) if t.is_floating_point() else t for t in tensors]
+        with torch.inference_mode():
+            outputs = self.outputs(feeds, state.caches)
+            return _results(self.spec, [value.float() for value in outputs[: len(self.spec.results)]], resident)
+
+    def outputs(self, feeds: Mapping[str, Any], caches: list[Tensor]) -> tuple[Tensor, ...]:
+        """Of the module, which writes into the caches."""
+        fed = [int(feeds[t.name][0]) if t.name == "write_index" else self.put(feeds[t.name]) for t in self.spec.feeds]
+        with _in_place():
+            return self.module(*fed, caches)
+
+    def put(self, value: Any) -> Tensor:
+        """A feed on the device, floats in the module's dtype."""
+        tensor = _tensor(value, self.device)
+        return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
+
+
+class _CompiledEngine(_TorchEngine):
+    """The slow AR, its single columns compiled. There can be one state of each size at a time: its addresses are captured."""
+
+    def __init__(self, model: TorchModel, options: Mapping[str, Any]) -> None:
+        super().__init__(model.slow, model.slow_spec)
+        self._kept: dict[tuple[tuple[str, int], ...], list[Tensor]] = {}
+        _stay(_tensors(model.slow))
+        module, results = self.module, len(self.spec.results)
+
+        def step(*arguments: Any) -> list[Tensor]:
+            return [value.float() for value in module(*arguments)[:results]]
+
+        self._step = torch.compile(step, fullgraph=True, dynamic=False, **options)
+
+    def zeros(self, dims: Mapping[str, int]) -> list[Tensor]:
+        """As before, or those that were made for these sizes, cleared."""
+        key = tuple(sorted(dims.items()))
+        if key not in self._kept:
+            self._kept[key] = super().zeros(dims)
+            _stay(self._kept[key])
+        for cache in self._kept[key]:
+            cache.zero_()
+        return self._kept[key]
+
+    def outputs(self, feeds: Mapping[str, Any], caches: list[Tensor]) -> tuple[Tensor, ...]:
+        if feeds["prompt"].shape[2] > 1:
+            return super().outputs(feeds, caches)
+        torch.compiler.cudagraph_mark_step_begin()
+        with _whole_cache():
+            return self._step(*(self.put(feeds[t.name]) for t in self.spec.feeds), caches)
+
+
+class _FrameEngine:
+    """`TorchFrame` as an engine of `frame_spec`."""
+
+    def __init__(self, frame: TorchFrame, spec: GraphSpec, compiled: Mapping[str, Any] | None) -> None:
+        self.spec = spec
+        self._device = frame.ids.device
+        self.provider = f"torch on {self._device.type}"
+        self._draw: Callable[[dict[str, Tensor]], Tensor] = frame
+        if compiled is not None:
+            _stay([*_tensors(frame.fast), frame.ids])
+            self._draw = torch.compile(frame, fullgraph=True, dynamic=False, **compiled)
+
+    def new_state(self, **_dims: int) -> State:
+        raise ValueError("a frame carries no state")
+
+    def run(self, feeds: Mapping[str, Any], _state: State | None = None, resident: Collection[str] = ()) -> dict[str, Any]:
         with torch.inference_mode(), _in_place():
-            outputs = self.module(*floats, state.caches)
-        return {t.name: value.float().numpy() for t, value in zip(self.spec.results, outputs, strict=False)}
+            column = self._draw({name: _tensor(feed, self._device) for name, feed in feeds.items()})
+            return _results(self.spec, [column], resident)
+
+
+def _results(spec: GraphSpec, values: list[Tensor], resident: Collection[str]) -> dict[str, Any]:
+    names = [t.name for t in spec.results]
+    return {
+        name: TorchResident(value) if name in resident else value.cpu().numpy() for name, value in zip(names, values, strict=True)
+    }
+
+
+def _tensor(value: Any, device: torch.device) -> Tensor:
+    return value.tensor if isinstance(value, TorchResident) else torch.from_numpy(value).to(device)
+
+
+def _tensors(module: Stack) -> list[Tensor]:
+    """All that a module reads."""
+    parts = [module, *module.layers]
+    return [module.cos, module.sin, *(tensor for part in parts for tensor in part.state_dict().values())]
+
+
+def _stay(tensors: list[Tensor]) -> None:
+    """Tells the compiler that these keep their addresses: they are then neither copied for a captured run nor refused in one."""
+    for tensor in tensors:
+        torch._dynamo.mark_static_address(tensor)
 
 
 @contextmanager
@@ -115,18 +265,42 @@ def _in_place() -> Iterator[None]:
         yield
 
 
-def _scatter(cache: Tensor, new: Tensor, write_index: Tensor) -> Tensor:
-    """The rows of a cache [1, heads, rows, head_dim] up to the last of `new`, which were written into it."""
-    start, length = int(write_index[0]), new.shape[2]
-    cache[:, :, start : start + length] = new
-    return cache[:, :, : start + length]
+@contextmanager
+def _whole_cache() -> Iterator[None]:
+    """Single columns, at a position that only the device knows."""
+    with mock.patch.object(transformer, "scatter", _scatter_one), mock.patch.object(transformer, "attend", _attend_masked):
+        yield
+
+
+def _scatter(cache: Tensor, new: Tensor, start: int) -> Tensor:
+    """The rows of a cache [1, heads, rows, head_dim] up to the last of `new`, which were written into it from row `start` on."""
+    end = start + new.shape[2]
+    cache[:, :, start:end] = new
+    return cache[:, :, :end]
+
+
+def _scatter_one(cache: Tensor, new: Tensor, write_index: Tensor) -> Tensor:
+    """The cache with `new` [1, heads, 1, head_dim] written into it."""
+    cache[:, :, write_index] = new
+    return cache
 
 
 def _attend(q: Tensor, keys: Tensor, values: Tensor, _mask: Tensor) -> Tensor:
     """A single column sees all rows, so that the query heads of a group can stand as its positions; several see those before."""
-    length, heads = q.shape[2], q.shape[1]
+    length = q.shape[2]
     if length == 1:
-        grouped = q.reshape(1, keys.shape[1], -1, q.shape[3])
-        return F.scaled_dot_product_attention(grouped, keys, values).reshape(1, heads, 1, -1)
+        return _ungrouped(F.scaled_dot_product_attention(_grouped(q, keys), keys, values))
     assert length == keys.shape[2], "several columns at once are a prefill"
     return F.scaled_dot_product_attention(q, keys, values, is_causal=True, enable_gqa=True)
+
+
+def _attend_masked(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+    return _ungrouped(F.scaled_dot_product_attention(_grouped(q, keys), keys, values, attn_mask=mask))
+
+
+def _grouped(q: Tensor, keys: Tensor) -> Tensor:
+    return q.reshape(1, keys.shape[1], -1, q.shape[3])
+
+
+def _ungrouped(y: Tensor) -> Tensor:
+    return y.reshape(1, -1, 1, y.shape[3])

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,6 +28,7 @@ from tolerances import TOLERANCES
 pytest.importorskip("torch", reason="needs the export extra")
 
 from fishrt_export.cases import random_prompt
+from fishrt_export.recipe import Recipe
 from fishrt_export.verify import Case
 from test_specialise import EVERYTHING_WIDE, Exported, assert_near, called
 
@@ -191,6 +194,27 @@ def test_a_frame_in_float16_is_drawn(cuda: FakeCuda, exported: Exported) -> None
     assert frames
     casts = [node for node in onnx.ModelProto.FromString(cuda.graphs[0].model).graph.node if node.op_type == "Cast"]
     assert TensorProto.FLOAT16 in {node.attribute[0].i for node in casts}
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_a_frame_of_quantised_weights_expands_none_of_them(
+    cuda: FakeCuda, exported: Exported, tmp_path: Path, precision: str
+) -> None:
+    """All positions of the fast AR read the same weights, and ONNX Runtime's device cannot expand blocks of int8."""
+    job = exported.jobs["fast_ar"]
+    plan = Recipe(precision).plan({"fast_ar": job.build()}, {"fast_ar": job.weights})["fast_ar"]
+    replace(job, plan=plan).run(tmp_path)
+    spec, build = frame_of(exported)
+    engines = [
+        open_engine(tmp_path / job.spec.file, spec, provider=provider, specialise=provider == "cuda", build=build)
+        for provider in ("cuda", "cpu")
+    ]
+    operators = {node.op_type for node in onnx.ModelProto.FromString(cuda.graphs[0].model).graph.node}
+    assert "MatMulNBits" in operators
+    assert "DequantizeLinear" not in operators
+    feeds = {t.name: np.ones(t.resolve({"batch": 1}), t.dtype) for t in spec.inputs}
+    made = [engine.run(feeds)["column"] for engine in engines]
+    assert np.array_equal(*made)
 
 
 @pytest.mark.usefixtures("exactly")

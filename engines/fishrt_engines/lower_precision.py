@@ -11,7 +11,6 @@ of quantised ones are rounded here, since the type of a scale is that of what is
 
 from __future__ import annotations
 
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ import numpy as np
 from .errors import GraphError
 from .graph_edit import GraphEditor
 from .graph_types import UNKNOWN, Value, infer
-from .onnx_proto import CODES, message, node, parse_model
+from .onnx_proto import CODES, message, node, parse_model, stored_bytes
 from .tensors import to_bytes
 
 _ALWAYS = ("Attention", "Gemm", "MatMul", "RotaryEmbedding", "TensorScatter")
@@ -126,19 +125,9 @@ class _Lowering:
                 continue
             scale = self._edit.constants[n.input[1]]
             if scale.data_type == CODES["float32"]:
-                raw = to_bytes(_read(scale, self._folder), self._dtype).tobytes()
+                stored = np.frombuffer(stored_bytes(scale, self._folder), np.float32)
+                raw = to_bytes(stored, self._dtype).tobytes()
                 rounded = message("Tensor")(name=scale.name, data_type=CODES[self._dtype], dims=scale.dims, raw_data=raw)
                 self._edit.constants[scale.name] = rounded
                 self._values[scale.name] = Value(self._dtype, tuple(scale.dims))
             self._low.add(n.output[0])
-
-
-def _read(tensor: Any, folder: Path) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """The values of an initializer of float32, in the file or beside it."""
-    if not tensor.external_data:
-        values = np.frombuffer(tensor.raw_data, np.float32) if tensor.raw_data else np.array(tensor.float_data, np.float32)
-        return values.reshape(tuple(tensor.dims))
-    place = {entry.key: entry.value for entry in tensor.external_data}
-    with (folder / place["location"]).open("rb") as file:
-        file.seek(int(place.get("offset", 0)))
-        return np.frombuffer(file.read(4 * prod(tensor.dims)), np.float32).reshape(tuple(tensor.dims))

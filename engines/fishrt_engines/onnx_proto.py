@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
+from math import prod
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -87,6 +89,8 @@ DTYPES = {
 """numpy's, or ml_dtypes', name of an element type, by the number that a file has for it."""
 CODES = {name: code for code, name in DTYPES.items()}
 """The way back."""
+_WIDTHS = {"int4": 4, "uint4": 4, "int8": 8, "uint8": 8, "bool": 8, "float16": 16, "bfloat16": 16, "int64": 64, "float64": 64}
+"""Bits of one value, by element type; 32 for the others that weights have."""
 
 
 def message(name: str) -> Any:
@@ -168,3 +172,27 @@ def int64_values(tensor: Any) -> list[int]:
         raw = tensor.raw_data
         return [int.from_bytes(raw[n : n + 8], "little", signed=True) for n in range(0, len(raw), 8)]
     return list(tensor.int64_data)
+
+
+def stored_size(tensor: Any) -> int:
+    """Bytes of the values of a Tensor."""
+    return (prod(tensor.dims) * _WIDTHS.get(DTYPES.get(tensor.data_type, ""), 32) + 7) // 8
+
+
+def stored_bytes(tensor: Any, folder: Path) -> bytes:
+    """The values of a Tensor as they are stored, little-endian: in the file itself, or in one beside it, in `folder`.
+
+    Raises GraphError where the file beside it is missing or too short.
+    """
+    if not tensor.external_data:
+        return np.array(tensor.float_data, np.float32).tobytes() if tensor.float_data else bytes(tensor.raw_data)
+    place = {entry.key: entry.value for entry in tensor.external_data}
+    try:
+        with (folder / place["location"]).open("rb") as file:
+            file.seek(int(place.get("offset", 0)))
+            data = file.read(stored_size(tensor))
+    except OSError as error:
+        raise GraphError(f"the weights {place['location']} cannot be read: {error.strerror}", hint="copy or export it again") from None
+    if len(data) < stored_size(tensor):
+        raise GraphError(f"the weights {place['location']} end before {tensor.name}", hint="copy or export it again")
+    return data

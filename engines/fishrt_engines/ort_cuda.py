@@ -21,17 +21,17 @@ import logging
 from collections import Counter
 from collections.abc import Callable
 from functools import cache
-from math import prod
 from pathlib import Path
 from typing import Any
 
 from . import machine
 from .errors import FishrtError, ProviderError
 from .lower_precision import compute_in
-from .onnx_proto import DTYPES, message
+from .onnx_proto import message, stored_size
 from .ort_device import DeviceMemory
 from .ort_session import Opened, session_options, use_weights_beside
 from .providers import find_obstacle, import_onnxruntime
+from .shared_weights import share_weights
 from .specialise import specialise
 
 log = logging.getLogger(__name__)
@@ -41,8 +41,6 @@ WORKSPACE = 1_000_000_000
 """Bytes that a session needs beside its weights, as an estimate: the CUDA context, libraries' workspaces, activations."""
 _BFLOAT16_SINCE = (8, 0)
 """The compute capability from which on devices multiply bfloat16."""
-_BITS = {"int4": 4, "uint4": 4, "int8": 8, "uint8": 8, "bool": 8, "float16": 16, "bfloat16": 16, "int64": 64, "float64": 64}
-"""Of one weight, by element type; 32 for the others."""
 _SIZE_OPERATORS = set("Shape Size Gather Slice Concat Squeeze Unsqueeze Reshape Cast Range Add Sub Mul Div Max Min Mod".split())
 _SIZE_OPERATORS |= set("Where Equal Greater Less Expand ConstantOfShape ReduceProd ReduceMax Identity Neg Floor".split())
 """What ONNX Runtime runs on the CPU since it computes sizes, which are wanted there."""
@@ -68,6 +66,7 @@ def open_cuda(path: Path, *, threads: int, specialised: bool, build: Callable[[b
             precision = computed_in(model, gpu)
             log.info("%s runs in %s", path.name, precision)
             model, columns = specialise(compute_in(model, precision, path.parent), feed_rows=True)
+            model = share_weights(model, path.parent)
             state_type = None if columns is None else precision
         else:
             model = rewritten
@@ -145,10 +144,7 @@ def _tell_cpu_nodes(session: Any, name: str) -> None:
 
 def _check_room(path: Path, model: bytes, gpu: machine.Gpu | None) -> None:
     """Raises FishrtError where the weights of a graph and what a session needs beside them are more than the device has free."""
-    weights = sum(
-        prod(tensor.dims) * _BITS.get(DTYPES.get(tensor.data_type, ""), 32) // 8
-        for tensor in message("Model").FromString(model).graph.initializer
-    )
+    weights = sum(stored_size(tensor) for tensor in message("Model").FromString(model).graph.initializer)
     if gpu is None:
         log.info("%s has %s of weights; nothing tells how much memory the device has free", path.name, _gigabytes(weights))
     elif weights + WORKSPACE > gpu.free_bytes:

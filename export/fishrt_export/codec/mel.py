@@ -46,7 +46,8 @@ class LogMel(nn.Module):
     def _spectrum(self, audio: Tensor) -> Tensor:
         """audio [batch, 1, samples] → real and imaginary parts [batch, 2, window / 2 + 1, windows]."""
         batch, inner, outer = audio.shape[0], self.inner, self.window // self.inner
-        rows = audio[:, 0, : audio.shape[-1] // inner * inner].reshape(batch, -1, inner).transpose(1, 2)
+        count = audio.shape[-1] // inner
+        rows = audio[:, 0].narrow(1, 0, count * inner).reshape(batch, count, inner).transpose(1, 2)
         partial = F.conv1d(rows, self.first, stride=self.hop // inner, groups=inner).reshape(batch, inner, 2, outer, -1)
         by_phase = partial.permute(0, 3, 2, 1, 4).flatten(1, 3)
         full = F.conv1d(by_phase, self.second, groups=outer).reshape(batch, outer, 2, inner // 2 + 1, -1)

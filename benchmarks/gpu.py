@@ -1,0 +1,363 @@
+"""Correctness, speed and memory on this machine's GPU, beside torch's: `python benchmarks/gpu.py` writes results/gpu.json.
+
+For each family a checkpoint of official size with random weights is made and exported. Each bundle's graphs are compared with
+torch on the device, run in batches of 1 to 64, and speak. Then fishrt and the peers (the exporter's torch modules in bfloat16,
+eager and compiled, in the same loop; see `torch_peer`) take turns, each turn a fresh process, for as many rounds as asked for:
+ratios are of medians over the rounds.
+
+Time on a rented machine is short: what fails or no longer fits leaves an error in its place in the record, the rest goes on, and
+the record is written after each part. `--resume` goes on with one. Needs the `dev` extra with the GPU's ONNX Runtime, a torch
+that knows the device, and for S2 25 GB of disk.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+
+from fishrt.metrics import bandwidth_share, per_second, speed_up
+from fishrt_engines.errors import ProviderError
+from fishrt_engines.machine import cpu_name, gpus
+from fishrt_engines.providers import resolve_provider
+from full_size import FAMILIES
+from gpu_process import CONTEXT, SIDES, TORCH_DTYPE, read_findings
+from record import RESULTS, environment, write_record
+from torch_peer import COMPILED
+
+RECIPES = {"fp32": (), "int8": ("--precision", "int8"), "int4": ("--precision", "int4")}
+"""fp32 keeps the checkpoint's bfloat16; the engine's own precision is what it computes in."""
+REAL_TIME = 0.5
+"""The real-time factor at which a batch is still served well."""
+MEASURED, SMOKED = ("s2", "s1", "1.5"), "1.2"
+"""Families, if none are asked for; for `--smoke` that which is exported the fastest."""
+HERE = Path(__file__).parent
+_TOLD_LINES = 40
+"""Of what a process said, at most."""
+
+
+class _ProcessError(Exception):
+    """A process that ended badly."""
+
+    found: Mapping[str, Any] = {}
+    """What it had found by then."""
+
+
+@click.command(context_settings={"show_default": True})
+@click.option("--family", "families", multiple=True, type=click.Choice(list(FAMILIES)), help="[default: s2, s1, 1.5]")
+@click.option(
+    "--recipe",
+    "recipes",
+    multiple=True,
+    type=click.Choice(list(RECIPES)),
+    default=("fp32",),
+    help="The first takes turns with torch.",
+)
+@click.option("--checkpoints", type=click.Path(path_type=Path), help="Folder with a checkpoint for each family, made if lacking.")
+@click.option("--bundles", type=click.Path(path_type=Path), help="Folder of bundles, FAMILY-RECIPE, made if lacking.")
+@click.option("--provider", type=click.Choice(["cuda", "tensorrt", "cpu"]), default="cuda")
+@click.option("--rounds", type=click.IntRange(min=1), default=3, help="Turns of fishrt and of each peer.")
+@click.option("--frames", type=click.IntRange(min=2), default=64, help="Frames of each measurement.")
+@click.option("--most-batch", type=click.IntRange(min=1), default=64, help="The largest batch.")
+@click.option("--budget-s", type=float, help="Seconds that the run may take; what is left then is skipped.")
+@click.option(
+    "--resume", is_flag=True, help="Go on with the record in OUT: what it holds without an error is not measured again."
+)
+@click.option("--smoke", is_flag=True, help="One tiny checkpoint, everything once, to see that it works. Times mean nothing.")
+@click.option("--out", type=click.Path(path_type=Path), help="Record to write.  [default: results/gpu.json]")
+def main(
+    families: Sequence[str],
+    recipes: Sequence[str],
+    checkpoints: Path | None,
+    bundles: Path | None,
+    provider: str,
+    rounds: int,
+    frames: int,
+    most_batch: int,
+    budget_s: float | None,
+    resume: bool,
+    smoke: bool,
+    out: Path | None,
+) -> None:
+    """Makes what is lacking, measures, compares, and writes the record."""
+    deadline = None if budget_s is None else time.monotonic() + budget_s
+    try:
+        resolve_provider(provider)
+    except ProviderError as error:
+        raise click.UsageError(f"{error}. {error.hint or ''}") from None
+    if smoke:
+        families, recipes, rounds, frames, most_batch = families[:1] or (SMOKED,), recipes[:1], 1, 4, 2
+    method = {
+        "provider": provider,
+        "recipes": {name: list(RECIPES[name]) for name in recipes},
+        "rounds": rounds,
+        "frames": frames,
+        "most_batch": most_batch,
+        "batch_context": CONTEXT,
+        "weights": "random and tiny" if smoke else "random, of official size and layout",
+        "torch": {"dtype": TORCH_DTYPE, "compiled": COMPILED},
+    }
+    with ExitStack() as stack:
+        work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fishrt-bench-")))
+        out = out or (work / "smoke.json" if smoke else RESULTS / "gpu.json")
+        run = _Run(work, out, {"method": method, "device": describe_device(provider)}, deadline, resume=resume)
+        run.part(run.record, "copies", lambda: run.findings("copies", "--provider", provider))
+        for family in families or MEASURED:
+            made = _Made(family, (checkpoints or work / "checkpoints") / family, bundles or work / "bundles", tiny=smoke)
+            _measure_family(run, made, recipes, provider, rounds, frames, most_batch)
+        tell(f"written: {out}")
+
+
+class _Run:
+    """The record, which is written after every part, and the time that is left."""
+
+    def __init__(self, work: Path, out: Path, head: Mapping[str, Any], deadline: float | None, *, resume: bool) -> None:
+        """head: what the record begins with, and must begin with to be resumed."""
+        self._work, self._out, self._deadline = work, out, deadline
+        self._hidden: dict[str, str] = {str(work): "WORK"}
+        self.record: dict[str, Any] = {**head, "families": {}}
+        if resume and out.is_file():
+            before = json.loads(out.read_text())
+            now = json.loads(json.dumps({"environment": _lasting(environment()), **head}))
+            if other := [name for name in now if _lasting(before.get(name, {})) != now[name]]:
+                raise click.UsageError(f"{out} cannot be resumed: its {' and '.join(other)} is not this run's")
+            self.record = {name: value for name, value in before.items() if name not in ("benchmark", "environment")}
+
+    def hide(self, folder: Path, name: str) -> None:
+        """Lets the record say `name` for a folder of this machine."""
+        self._hidden[str(folder)] = name
+
+    def part(self, place: dict[str, Any], name: str, work: Callable[[], Any], of: str = "") -> bool:
+        """Puts what `work` returns, or why there is nothing, under a name, and returns whether it is there. of: of what it is."""
+        if name in place and not _lacks(place[name]):
+            return True
+        if self._deadline is not None and time.monotonic() >= self._deadline:
+            place.setdefault(name, {"skipped": "the time that the run was given is over"})
+        else:
+            tell(f"{of} {name}".strip())
+            try:
+                place[name] = work()
+            except Exception as error:
+                found = error.found if isinstance(error, _ProcessError) else {}
+                place[name] = {**found, "error": str(error)}
+                tell(f"{of} {name}: {error}")
+        self.flush()
+        return not _lacks(place[name])
+
+    def flush(self) -> None:
+        write_record("gpu", json.loads(self._without_folders(json.dumps(self.record))), self._out)
+
+    def process(self, *arguments: object) -> None:
+        """Runs a Python process. Raises _ProcessError if it fails, or is not done when the time is over, and is ended then."""
+        left = None if self._deadline is None else max(1.0, self._deadline - time.monotonic())
+        path = self._work / "said"
+        with path.open("w") as said:
+            process = subprocess.Popen([sys.executable, *map(str, arguments)], stdout=said, stderr=said, process_group=0)
+            try:
+                status = process.wait(left)
+            except subprocess.TimeoutExpired:
+                status = None
+            finally:
+                with suppress(ProcessLookupError):  # and the compiler's own processes, if there are any left
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        lines = path.read_text(errors="replace").strip().splitlines()
+        if lines:
+            tell("\n".join(lines[-_TOLD_LINES:]))
+        if status is None:
+            raise _ProcessError("it was not done when the time of the run was over")
+        if status:
+            why = next((line for line in lines if line.startswith("error:")), lines[-1] if lines else "it said nothing")
+            raise _ProcessError(f"it ended with status {status}: {why}")
+
+    def findings(self, part: str, *arguments: object) -> dict[str, Any]:
+        """Of a `gpu_process`. Raises _ProcessError with what it had found."""
+        path = self._work / "findings"
+        path.unlink(missing_ok=True)
+        begun = time.perf_counter()
+        try:
+            self.process(HERE / "gpu_process.py", part, path, *arguments)
+        except _ProcessError as failure:
+            failure.found = read_findings(path)
+            raise
+        return {**read_findings(path), "seconds": round(time.perf_counter() - begun, 1)}
+
+    def _without_folders(self, text: str) -> str:
+        for folder, name in self._hidden.items():
+            text = text.replace(folder, name)
+        return text
+
+
+class _Made:
+    """A family's checkpoint, and its bundles."""
+
+    def __init__(self, family: str, checkpoint: Path, bundles: Path, *, tiny: bool) -> None:
+        self.family, self.checkpoint = family, checkpoint
+        self._bundles, self._tiny = bundles, tiny
+
+    def bundle(self, recipe: str) -> Path:
+        return self._bundles / f"{self.family}-{recipe}"
+
+    def write_checkpoint(self, run: _Run) -> dict[str, Any]:
+        if self.checkpoint.is_dir():
+            return {"made": "before"}
+        begun, aside = time.perf_counter(), self.checkpoint.with_name(f"{self.checkpoint.name}.partial")
+        run.process(HERE / "synthetic.py", self.family, aside, *(["--tiny"] if self._tiny else []))
+        aside.rename(self.checkpoint)
+        return {"seconds": round(time.perf_counter() - begun, 1)}
+
+    def export(self, run: _Run, recipe: str) -> dict[str, Any]:
+        bundle = self.bundle(recipe)
+        if bundle.is_dir():
+            return {"made": "before"}
+        begun = time.perf_counter()
+        run.process("-m", "fishrt", "export", "-q", *RECIPES[recipe], self.checkpoint, bundle)
+        return {"seconds": round(time.perf_counter() - begun, 1)}
+
+    def build_plans(self, run: _Run, recipe: str, most_batch: int) -> dict[str, Any]:
+        begun = time.perf_counter()
+        run.process("-m", "fishrt", "build-trt", "-q", "--max-batch", most_batch, self.bundle(recipe))
+        return {"seconds": round(time.perf_counter() - begun, 1)}
+
+
+def describe_device(provider: str) -> dict[str, Any]:
+    """What it is."""
+    if provider == "cpu":
+        return {"name": cpu_name()}
+    gpu = next(iter(gpus() or ()), None)
+    if gpu is None:
+        return {"name": None}
+    capability = ".".join(map(str, gpu.compute_capability))
+    return {"name": gpu.name, "compute_capability": capability, "driver": gpu.driver, "memory_bytes": gpu.total_bytes}
+
+
+def _measure_family(
+    run: _Run, made: _Made, recipes: Sequence[str], provider: str, rounds: int, frames: int, most_batch: int
+) -> None:
+    run.hide(made.checkpoint.absolute(), "CHECKPOINT")
+    place = run.record["families"].setdefault(made.family, {})
+    if not run.part(place, "checkpoint", lambda: made.write_checkpoint(run), made.family):
+        return
+    for recipe in recipes:
+        own = place.setdefault("recipes", {}).setdefault(recipe, {})
+        _measure_bundle(run, made, recipe, own, provider, rounds if recipe == recipes[0] else 0, frames, most_batch)
+
+
+def _measure_bundle(
+    run: _Run, made: _Made, recipe: str, place: dict[str, Any], provider: str, rounds: int, frames: int, most_batch: int
+) -> None:
+    bundle, of = made.bundle(recipe), f"{made.family} {recipe}"
+    run.hide(bundle.absolute(), "BUNDLE")
+    if not run.part(place, "export", lambda: made.export(run, recipe), of):
+        return
+    if provider == "tensorrt" and not run.part(place, "plans", lambda: made.build_plans(run, recipe, most_batch), of):
+        return
+    shared = ("--bundle", bundle, "--checkpoint", made.checkpoint, "--provider", provider, "--frames", frames)
+    run.part(place, "graphs", lambda: run.findings("graphs", *shared), of)
+    run.part(place, "batches", lambda: run.findings("batches", *shared, "--most-batch", most_batch), of)
+    run.part(place, "speech", lambda: run.findings("speech", *shared), of)
+    for n in range(1, rounds + 1):
+        for side in SIDES:
+            turns = place.setdefault("turns", {}).setdefault(side, {})
+            run.part(turns, str(n), partial(run.findings, side, *shared), f"{of} {side}, round")
+    place["reached"] = reached(place, run.record["copies"].get("copy_gb_s"))
+    run.flush()
+
+
+def reached(found: Mapping[str, Any], copy_gb_s: Any) -> dict[str, Any]:
+    """What a reader asks first, of all that was measured of one bundle; None where it was not."""
+    batches = [row for name, row in found.get("batches", {}).items() if name.startswith("batch ") and "error" not in row]
+    served = [row for row in batches if row["rtf"] < REAL_TIME]
+    best = max(served, key=lambda row: row["acoustic_tokens_per_s"], default=None)
+    first = batches[0] if batches else None
+    requests = _inner(found, "speech", "requests")
+    loop = [_inner(turn, "frames", "rtf") for turn in (_inner(found, "turns", "ours") or {}).values()]
+    loop = [value for value in loop if value is not None]
+    weights = _inner(found, "batches", "weights")
+    return {
+        "rtf": round(float(np.median(loop)), 4) if loop else None,
+        "rtf_of_graphs": first and first["rtf"],
+        "rtf_of_requests": _inner(requests, "speak", "rtf"),
+        "first_audio_ms": _inner(requests, "ttfa", "known_voice", "median_ms"),
+        "codec_decode_rtf": _inner(found, "speech", "codec", "decode", "rtf"),
+        "largest_batch": max((row["batch"] for row in served), default=None),
+        "acoustic_tokens_per_s": best and best["acoustic_tokens_per_s"],
+        "bandwidth": first and weights and _bandwidth(first, weights, copy_gb_s),
+        "compared": compare(found.get("turns", {})),
+    }
+
+
+def _bandwidth(row: Mapping[str, Any], weights: Mapping[str, Any], copy_gb_s: Any) -> dict[str, Any]:
+    """Weights that are read ÷ time, and its share of the copy bandwidth, at a batch of 1."""
+    parts = {
+        "slow_step": weights["slow_bytes"],
+        "frame_call": weights["fast_bytes"] * weights["fast_steps"],
+        "frame": weights["frame_bytes"],
+    }
+    found: dict[str, Any] = {}
+    for name, size in parts.items():
+        seconds = row[name]["median_ms"] / 1e3
+        found[f"{name}_gb_s"] = round(per_second(size, seconds) / 1e9, 1)
+        if isinstance(copy_gb_s, float):
+            found[f"{name}_share"] = round(bandwidth_share(size, seconds, copy_gb_s * 1e9), 4)
+    return found
+
+
+def compare(turns: Mapping[str, Any]) -> dict[str, Any]:
+    """Medians over the rounds in milliseconds, and how many times faster ours is than the better of the peers."""
+    figures = {
+        "frame_ms": ("frames", "frame", "median_ms"),
+        "prefill_ms": ("prefill", "median_ms"),
+        "codec_decode_ms": ("codec", "decode", "median_ms"),
+    }
+    found: dict[str, Any] = {}
+    for name, path in figures.items():
+        measured = {side: [_inner(turn, *path) for turn in own.values()] for side, own in turns.items()}
+        times = {side: [time for time in own if time is not None] for side, own in measured.items()}
+        medians = {side: round(float(np.median(own)), 3) for side, own in times.items() if own}
+        peers = {side: median for side, median in medians.items() if side != "ours"}
+        best = min(peers, key=peers.__getitem__, default=None)
+        found[name] = dict(medians)
+        if best is not None and "ours" in medians:
+            found[name] |= {"best_peer": best, "speed_up": round(speed_up(medians["ours"], peers[best]), 2)}
+    return found
+
+
+def _inner(found: Any, *path: str) -> Any:
+    """What is under these names; None if something is missing."""
+    for name in path:
+        found = found.get(name) if isinstance(found, Mapping) else None
+    return found
+
+
+def _lacks(found: Any) -> bool:
+    """Whether a part, or one of its measurements, was not done."""
+    if not isinstance(found, Mapping):
+        return False
+    whole = [found, *(value for name, value in found.items() if not name.startswith("batch "))]
+    return any("error" in value or "skipped" in value for value in whole if isinstance(value, Mapping))
+
+
+def _lasting(section: Mapping[str, Any]) -> dict[str, Any]:
+    """What of an environment does not change by itself: some virtual machines are given memory as they use it."""
+    return {name: value for name, value in section.items() if name not in ("date", "memory_bytes")}
+
+
+def tell(line: str) -> None:
+    click.echo(line, err=True)
+
+
+if __name__ == "__main__":
+    main()

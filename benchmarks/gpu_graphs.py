@@ -1,0 +1,195 @@
+"""How far a bundle's graphs on a device are from torch there, and whether the frame graph draws what the loop draws.
+
+Torch in float32, without TF32, is the reference. Torch in bfloat16 beside it tells what 16 bits cost by themselves. A quantised
+bundle is compared with the checkpoint's own weights, so that its errors hold what rounding the weights costs.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator, Mapping
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fishrt import TTS
+from fishrt.bench.measure import TEXT
+from fishrt.bench.voice import bench_prompt
+from fishrt.context import SlowContext
+from fishrt.drawing import FrameDrawer, History, Rules, StepDrawer
+from fishrt.features import LanguageModel
+from fishrt.frame import drawn_codes
+from fishrt.sampling import Ints, Sampling, SeededNoise
+from fishrt_engines import Array, Engine, open_engine
+from fishrt_export.codec.source import open_codec
+from torch_peer import DTYPES, open_torch, open_torch_decoder
+
+STEPS = 8
+"""Single columns after the prompt."""
+FRAMES = 32
+"""That are drawn by both ways of drawing."""
+_CODEC_FRAMES = 64
+_NEUTRAL = 0.01
+"""A top_p with which the likeliest token alone is drawn, nearly always."""
+
+Outputs = dict[str, Array]
+
+
+def compare_slow_ar(tts: TTS, checkpoint: Path, device: str) -> dict[str, Any]:
+    """A prompt in one call, then single columns: logits, hidden, and the caches at the end."""
+    lm, prompt = tts.bundle.manifest.language_model, bench_prompt(tts.bundle, TEXT)
+    columns = _random_columns(lm, STEPS)
+    return _compare(
+        _slow_outputs(tts.engines["slow_ar"], lm, prompt, columns),
+        {name: _slow_outputs(engines["slow_ar"], lm, prompt, columns) for name, engines in _each_torch(checkpoint, device)},
+    )
+
+
+def compare_fast_ar(tts: TTS, checkpoint: Path, device: str) -> dict[str, Any]:
+    """The logits of every code of a frame whose codes are given."""
+    lm = tts.bundle.manifest.language_model
+    width = next(t.shape[1] for t in tts.bundle.manifest.graphs["fast_ar"].feeds if t.name == "hidden")
+    hidden = np.random.default_rng(1).standard_normal((1, int(width))).astype(np.float32)
+    codes = _random_columns(lm, 1)[1:, 0]
+    return _compare(
+        _fast_outputs(open_steps(tts), lm, hidden, codes),
+        {name: _fast_outputs(engines["fast_ar"], lm, hidden, codes) for name, engines in _each_torch(checkpoint, device)},
+    )
+
+
+def compare_drawing(tts: TTS, frame: Engine) -> dict[str, Any]:
+    """Frames drawn by the frame graph and by the Python loop, from the same noise and the same output of the slow AR.
+
+    The loop's columns go on. With the usual settings; and with such that nearly always the likeliest is drawn, where only codes
+    that are as good as equal can differ.
+    """
+    steps = open_steps(tts)
+    return {
+        "loop_on": steps.provider,
+        "usual": _draw_both(tts, frame, steps, Sampling()),
+        "likeliest": _draw_both(tts, frame, steps, Sampling(top_p=_NEUTRAL)),
+    }
+
+
+def compare_codec(tts: TTS, checkpoint: Path, device: str) -> dict[str, Any]:
+    """Random codes to sound, and that sound to codes again."""
+    codec = tts.bundle.manifest.codec
+    rng = np.random.default_rng(2)
+    codes = np.stack([rng.integers(0, size, _CODEC_FRAMES) for size in codec.codebook_sizes])
+    with _strict():
+        expected = open_torch_decoder(checkpoint, torch.float32, device)(codes)
+        module = open_codec(checkpoint).module().to(device)
+        with torch.inference_mode():
+            of_torch = module.encode(torch.from_numpy(expected)[None, None].to(device))[0].cpu().numpy()
+    ours = tts.encode(expected, codec.sample_rate)
+    return {
+        "decode": difference(expected, tts.decode(codes)),
+        "encode": {"codes": of_torch.size, "differ": int((of_torch != ours).sum())},
+    }
+
+
+def open_steps(tts: TTS) -> Engine:
+    """The fast AR of a step for each code; of TensorRT there is none, so that the CPU's is taken."""
+    fast, provider = tts.engines["fast_ar"], tts.engines["slow_ar"].provider
+    if fast.spec.states:
+        return fast
+    spec = tts.bundle.manifest.graphs["fast_ar"]
+    return open_engine(tts.bundle.file(spec.file), spec, provider="cpu" if provider == "tensorrt" else provider, specialise=True)
+
+
+def difference(expected: Array, actual: Array) -> dict[str, float]:
+    """Largest absolute error, beside the largest value; root mean square of the error ÷ that of the values."""
+    e, a = expected.astype(np.float64), actual.astype(np.float64)
+    return {
+        "max_abs_error": float(np.abs(e - a).max()),
+        "max_abs": float(np.abs(e).max()),
+        "relative_rms": float(np.sqrt(np.square(e - a).mean() / np.square(e).mean())),
+    }
+
+
+def _compare(ours: Outputs, torch_outputs: Mapping[str, Outputs]) -> dict[str, Any]:
+    """Of each output, each pair of sides: the later one against the earlier."""
+    sides = {**{f"torch {name}": outputs for name, outputs in torch_outputs.items()}, "ours": ours}
+    return {
+        f"{second} against {first}": {name: difference(sides[first][name], sides[second][name]) for name in ours}
+        for first, second in combinations(sides, 2)
+    }
+
+
+def _each_torch(checkpoint: Path, device: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Float32, then bfloat16: the first is gone before the second is loaded."""
+    for name, dtype in DTYPES.items():
+        with _strict():
+            engines = open_torch(checkpoint, dtype, device)
+            yield name, engines
+        del engines
+        gc.collect()
+        if device == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _strict() -> Any:
+    """Convolutions in float32, which torch rounds to TF32 by itself. Matrix products it does not."""
+    return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+
+
+def _slow_outputs(engine: Engine, lm: LanguageModel, prompt: Ints, columns: Ints) -> Outputs:
+    length, steps = prompt.shape[1], columns.shape[1]
+    context = SlowContext(engine, lm.num_codebooks)
+    context.reserve(length, length + steps)
+    results = [{name: np.array(value) for name, value in context.read(prompt).items()}]
+    for n in range(steps):
+        results.append({name: np.array(value) for name, value in context.read(columns[:, n : n + 1]).items()})
+    found = {f"prompt: {name}": results[0][name] for name in results[0]}
+    found |= {f"steps: {name}": np.stack([result[name] for result in results[1:]]) for name in results[0]}
+    return found | {"caches": np.concatenate([cache.reshape(-1) for cache in context.save().values()])}
+
+
+def _fast_outputs(engine: Engine, lm: LanguageModel, hidden: Array, codes: Ints) -> Outputs:
+    state, known, logits = engine.new_state(batch=1), lm.num_codebooks - drawn_codes(lm), []
+    for codebook in range(known, lm.num_codebooks):
+        start = 0 if codebook == known else codebook
+        fed = codes[max(start - 1, 0) : codebook]
+        fed = np.concatenate([np.zeros(codebook + 1 - start - len(fed), np.int64), fed])
+        feeds = {
+            "hidden": hidden,
+            "codes": fed[None],
+            "position_ids": np.arange(start, codebook + 1, dtype=np.int64)[None],
+            "write_index": np.array([start], np.int64),
+        }
+        logits.append(np.array(engine.run(feeds, state)["logits"][0]))
+    return {"logits": np.stack(logits)}
+
+
+def _draw_both(tts: TTS, frame: Engine, steps: Engine, sampling: Sampling) -> dict[str, Any]:
+    lm, prompt = tts.bundle.manifest.language_model, bench_prompt(tts.bundle, TEXT)
+    resolved = sampling.resolve(lm.sampling)
+    rules, history = Rules(resolved, lm.code_offset, None), History(lm, resolved)
+    drawers = [kind(engine, lm, rules, SeededNoise(0)) for kind, engine in ((StepDrawer, steps), (FrameDrawer, frame))]
+    context = SlowContext(tts.engines["slow_ar"], lm.num_codebooks)
+    context.reserve(prompt.shape[1], prompt.shape[1] + FRAMES)
+    mains = codes = later = 0
+    column: Ints = context.rewind(prompt)
+    for _ in range(FRAMES):
+        results = {name: np.array(value) for name, value in context.read(column).items()}
+        of_loop, of_frame = (drawer.draw(results, history).copy() for drawer in drawers)
+        differ = of_loop != of_frame
+        mains += int(differ[0])
+        # What follows another token or code is drawn from other logits.
+        if differ.any():
+            codes += int(not differ[0])
+            later += len(differ) - 1 - int(differ.argmax())
+        history.add(of_loop)
+        column = of_loop[:, None]
+    return {"frames": FRAMES, "main_tokens_differ": mains, "codes_differ": codes, "not_compared": later}
+
+
+def _random_columns(lm: LanguageModel, count: int) -> Ints:
+    """Spoken columns int64 [1 + C, count]."""
+    rng = np.random.default_rng(3)
+    main = rng.integers(lm.semantic_begin_id, lm.semantic_end_id + 1, (1, count))
+    codes = rng.integers(lm.code_offset, min(lm.fast_candidates, lm.codebook_width), (lm.num_codebooks, count))
+    return np.concatenate([main, codes])

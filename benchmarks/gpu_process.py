@@ -1,0 +1,357 @@
+"""One part of `gpu.py`'s work in a process of its own: `python benchmarks/gpu_process.py PART FINDINGS …`.
+
+What it finds is appended to the file FINDINGS, a JSON object in each line, as soon as it is known: if the process dies, what went
+before is there. A measurement that fails leaves its error in its place, and the others go on.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import torch
+
+import gpu_graphs
+from fishrt import TTS
+from fishrt.bench.language_model import measure_contexts, measure_frames, measure_prefill
+from fishrt.bench.machine import peak_memory
+from fishrt.bench.measure import TEXT, BenchRequest, measure_codec, measure_requests
+from fishrt.bench.timed import SPEAKING, TimedEngine
+from fishrt.bench.weights import bytes_read
+from fishrt.bundle import Bundle
+from fishrt.context import FIRST_FRAMES
+from fishrt.features import LanguageModel
+from fishrt.frame import drawn_codes, frame_graph
+from fishrt.metrics import Summary, frame_bytes, per_second, rtf
+from fishrt.sampling import Sampling, SeededNoise, main_ids
+from fishrt_engines import Array, Engine, GraphSpec, open_engine
+from fishrt_engines.machine import device_memory, gpus
+from fishrt_engines.ort_cuda import computed_in
+from fishrt_engines.providers import import_onnxruntime
+from torch_peer import COMPILED, DTYPES, load_torch, open_torch_decoder, open_torch_frames
+
+SIDES = ("ours", "eager", "compiled")
+CONTEXT = 512
+"""Positions before the first measured step of a batch: a voice of ten seconds, a sentence, and some speech."""
+NOISES = 4
+"""Sets of noise that a batch takes turns with: drawing it is not measured, copying it to the device is."""
+WARM_UP = 4
+COPIED = 1 << 31
+"""Bytes of the copy that tells the device's bandwidth."""
+_COPIES = 20
+TORCH_DTYPE = "bf16"
+
+
+class Findings:
+    """The file."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def put(self, name: str, value: Any) -> None:
+        with self._path.open("a") as file:
+            file.write(json.dumps({name: value}) + "\n")
+
+    def attempt(self, name: str, work: Callable[[], Any]) -> None:
+        """Puts what `work` returns, or its error."""
+        try:
+            self.put(name, work())
+        except Exception as error:
+            traceback.print_exc()
+            self.put(name, {"error": f"{type(error).__name__}: {error}"})
+
+
+def read_findings(path: Path) -> dict[str, Any]:
+    """All of a file; its last line may be cut short. One that is not there holds nothing."""
+    found: dict[str, Any] = {}
+    for line in path.read_text().splitlines() if path.is_file() else ():
+        try:
+            found |= json.loads(line)
+        except ValueError:
+            break
+    return found
+
+
+@click.command()
+@click.argument("part", type=click.Choice(["copies", "graphs", "batches", "speech", *SIDES]))
+@click.argument("findings", type=click.Path(path_type=Path))
+@click.option("--bundle", type=click.Path(path_type=Path))
+@click.option("--checkpoint", type=click.Path(path_type=Path))
+@click.option("--provider", default="cuda")
+@click.option("--frames", default=64)
+@click.option("--most-batch", default=64)
+def main(
+    part: str, findings: Path, bundle: Path | None, checkpoint: Path | None, provider: str, frames: int, most_batch: int
+) -> None:
+    """copies: how fast the device copies. graphs: correctness. batches: of 1, 2, 4, … speech: loading, whole requests, the codec.
+
+    ours, eager, compiled: frames of one sequence, by fishrt or by torch.
+    """
+    memory, found, device = _Memory(), Findings(findings), "cpu" if provider == "cpu" else "cuda"
+    if part == "copies":
+        found.attempt("libraries", lambda: _libraries(provider))
+        found.attempt("copy_gb_s", lambda: round(copy_bandwidth(device) / 1e9, 1))
+        return
+    assert bundle is not None
+    assert checkpoint is not None
+    loaded = Bundle.load(bundle)
+    if part == "graphs":
+        _graphs(found, loaded, checkpoint, provider, device)
+    elif part == "batches":
+        _batches(found, loaded, provider, frames, most_batch, memory)
+    elif part == "speech":
+        _speech(found, loaded, provider, frames)
+    else:
+        _turn(found, part, loaded, checkpoint, provider, device, frames)
+    found.put("memory", memory.taken())
+
+
+def copy_bandwidth(device: str) -> float:
+    """Bytes a second, read and written, of copies within the device's memory; the best of several, since a limit is asked for."""
+    size = COPIED if device == "cuda" else COPIED >> 5
+    source, target = (torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(2))
+    best = float("inf")
+    for _ in range(_COPIES):
+        begun = time.perf_counter()
+        target.copy_(source)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - begun)
+    return per_second(2 * size, best)
+
+
+def open_frame(tts: TTS) -> Engine:
+    """The frame graph, also where a provider's loop does without."""
+    engine, manifest = tts.engines["fast_ar"], tts.bundle.manifest
+    if not engine.spec.states:
+        return engine
+    spec, build = frame_graph(manifest.graphs, manifest.language_model)
+    path = tts.bundle.file(manifest.graphs["fast_ar"].file)
+    return open_engine(path, spec, provider=engine.provider, specialise=True, build=build)
+
+
+def _libraries(provider: str) -> dict[str, Any]:
+    """Versions of what is loaded: beside each other, distributions may be installed that are not."""
+    loaded = {"torch": torch.__version__, "cuda of torch": torch.version.cuda, "cudnn of torch": torch.backends.cudnn.version()}
+    if provider == "tensorrt":
+        return {**loaded, "tensorrt": import_module("tensorrt").__version__}
+    ort = import_onnxruntime(provider)
+    return {**loaded, "onnxruntime": ort.__version__, "cuda of onnxruntime": getattr(ort, "cuda_version", None)}
+
+
+class _Memory:
+    """Memory that this process takes, on the device too where one can be asked."""
+
+    def __init__(self) -> None:
+        self._before = device_memory()
+
+    def taken(self) -> dict[str, int | None]:
+        now = device_memory()
+        used = self._before[0] - now[0] if self._before and now else None
+        return {"device_bytes": used, "peak_rss_bytes": peak_memory()}
+
+
+def _graphs(found: Findings, bundle: Bundle, checkpoint: Path, provider: str, device: str) -> None:
+    tts = TTS.load(bundle, provider=provider)
+    found.attempt("computed_in", lambda: _precision(bundle, provider))
+    found.attempt("frame", lambda: gpu_graphs.compare_drawing(tts, open_frame(tts)))
+    found.attempt("fast_ar", lambda: gpu_graphs.compare_fast_ar(tts, checkpoint, device))
+    found.attempt("slow_ar", lambda: gpu_graphs.compare_slow_ar(tts, checkpoint, device))
+    found.attempt("codec", lambda: gpu_graphs.compare_codec(tts, checkpoint, device))
+
+
+def _precision(bundle: Bundle, provider: str) -> str:
+    """What the language model's products are computed in."""
+    path = bundle.file(bundle.manifest.graphs["slow_ar"].file)
+    if provider == "cuda":
+        return computed_in(path.read_bytes(), next(iter(gpus() or ()), None))
+    if provider == "tensorrt":
+        from fishrt_engines.trt import find_built
+
+        spec = bundle.manifest.graphs["slow_ar"]
+        return find_built(path, spec, identity=bundle.manifest.identity("slow_ar")).key.lowering.precision
+    return "float32"
+
+
+def _batches(found: Findings, bundle: Bundle, provider: str, frames: int, most: int, memory: _Memory) -> None:
+    tts = TTS.load(bundle, provider=provider)
+    bundle = tts.bundle
+    found.attempt("weights", lambda: _weights(bundle, provider))
+    begun = time.perf_counter()
+    slow, frame = tts.engines["slow_ar"], open_frame(tts)
+    found.put("load_s", round(time.perf_counter() - begun, 3))
+    batch = 1
+    while batch <= most:
+        # Larger ones would fail, too, and take their time over it.
+        try:
+            row = measure_batch(slow, frame, bundle, batch, frames)
+        except Exception as error:
+            traceback.print_exc()
+            found.put(f"batch {batch}", {"error": f"{type(error).__name__}: {error}"})
+            return
+        found.put(f"batch {batch}", {**row, "memory": memory.taken()})
+        batch *= 2
+
+
+def measure_batch(slow: Engine, frame: Engine, bundle: Bundle, batch: int, frames: int) -> dict[str, Any]:
+    """Frames of so many sequences at once, from position CONTEXT on, with a cache of the size that the loop would have.
+
+    frame: a step of the slow AR and a call of the frame graph, from the last frame's columns to the next on the host. slow_step,
+    frame_call: either by itself, with its results on the host.
+    """
+    manifest = bundle.manifest
+    lm, rate = manifest.language_model, manifest.codec.frame_rate
+    steps = 2 * (WARM_UP + frames)
+    start = max(0, min(CONTEXT, lm.max_seq_len - steps))
+    rows = min(lm.max_seq_len, start + max(FIRST_FRAMES, steps))
+    state = slow.new_state(batch=batch, cache=rows)
+    noises, drawing = _noises(frame.spec, lm, batch)
+    columns = np.zeros((batch, 1 + lm.num_codebooks, 1), np.int64)
+    columns[:, 0], columns[:, 1:] = lm.semantic_begin_id, lm.code_offset
+    position = start
+
+    def step(resident: tuple[str, ...]) -> dict[str, Any]:
+        nonlocal position
+        index = np.full(batch, position, np.int64)
+        position += 1
+        feeds = {"prompt": columns, "position_ids": index[:, None], "write_index": index, "last_index": np.zeros(batch, np.int64)}
+        return slow.run(feeds, state, resident)
+
+    def draw(results: Mapping[str, Any], n: int) -> Array:
+        column = frame.run({**noises[n % NOISES], "logits": results["logits"], "hidden": results["hidden"]})["column"]
+        if column.min() < 0:
+            raise ValueError("logits are not numbers")
+        return column
+
+    whole, alone, calls = [], [], []
+    for n in range(WARM_UP + frames):
+        begun = time.perf_counter()
+        results = step(("logits", "hidden"))
+        columns = np.ascontiguousarray(draw(results, n)[:, :, None])
+        whole.append(time.perf_counter() - begun)
+        begun = time.perf_counter()
+        draw(results, n)
+        calls.append(time.perf_counter() - begun)
+        begun = time.perf_counter()
+        step(())
+        alone.append(time.perf_counter() - begun)
+    frame_times = Summary.of(whole[WARM_UP:])
+    return {
+        "batch": batch,
+        "context": start,
+        "cache": rows,
+        "frame": asdict(frame_times),
+        "slow_step": asdict(Summary.of(alone[WARM_UP:])),
+        "frame_call": asdict(Summary.of(calls[WARM_UP:])),
+        "noise_ms": round(1e3 * drawing, 3),
+        "frames_per_s": round(per_second(batch, frame_times.median_s), 2),
+        "acoustic_tokens_per_s": round(per_second(batch * lm.num_codebooks, frame_times.median_s), 1),
+        "rtf": round(rtf(frame_times.median_s, 1 / rate), 4),
+    }
+
+
+def _noises(spec: GraphSpec, lm: LanguageModel, batch: int) -> tuple[list[dict[str, Array]], float]:
+    """Feeds of the frame graph but logits and hidden, with the usual settings; and the seconds that drawing one noise takes."""
+    sampling = Sampling().resolve(lm.sampling)
+    assert sampling.temperature is not None
+    settings: dict[str, Any] = {
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k or max(len(main_ids(lm)), lm.fast_candidates),
+        "recent": -1,
+        "penalty": sampling.repetition_penalty,
+        "least_code": lm.code_offset,
+    }
+    made, seconds, noise, rng = [], 0.0, SeededNoise(batch), np.random.default_rng(batch)
+    for _ in range(NOISES):
+        feeds: dict[str, Array] = {}
+        for t in spec.inputs:
+            shape = t.resolve({"batch": batch})
+            if t.name.endswith("noise"):
+                begun = time.perf_counter()
+                feeds[t.name] = np.stack([noise.fast(shape[-1]) for _ in range(shape[0] * shape[1])]).reshape(shape)
+                seconds += time.perf_counter() - begun
+            elif t.name.startswith("penalised"):
+                most = lm.fast_candidates if t.name == "penalised_codes" else len(main_ids(lm))
+                feeds[t.name] = rng.integers(0, most, shape)
+            elif t.name in settings:
+                feeds[t.name] = np.full(shape, settings[t.name], t.dtype)
+        made.append(feeds)
+    return made, seconds / NOISES
+
+
+def _weights(bundle: Bundle, provider: str) -> dict[str, int]:
+    """Bytes that a step of the slow AR, one of the fast AR, and a frame read."""
+    manifest = bundle.manifest
+    width = 4.0 if provider == "cpu" else 2.0
+    slow, fast = (bytes_read(bundle.file(manifest.graphs[role].file), width) for role in ("slow_ar", "fast_ar"))
+    steps = drawn_codes(manifest.language_model)
+    return {"slow_bytes": slow, "fast_bytes": fast, "fast_steps": steps, "frame_bytes": round(frame_bytes(slow, fast, steps))}
+
+
+def _speech(found: Findings, bundle: Bundle, provider: str, frames: int) -> None:
+    begun = time.perf_counter()
+    tts = TTS.load(bundle, provider=provider)
+    for role in SPEAKING:
+        tts.engines[role]
+    found.put("load_s", round(time.perf_counter() - begun, 3))
+    found.attempt("requests", lambda: measure_requests(tts, BenchRequest(provider, frames=frames)))
+    found.attempt("codec", lambda: measure_codec(bundle.manifest.codec, tts.decode, tts.encode))
+
+
+def _turn(found: Findings, side: str, bundle: Bundle, checkpoint: Path, provider: str, device: str, frames: int) -> None:
+    lm = bundle.manifest.language_model
+    if side == "ours":
+        tts = TTS.load(bundle, provider=provider)
+        bundle, decode = tts.bundle, tts.decode
+        engines = {"slow_ar": TimedEngine(tts.engines["slow_ar"]), "fast_ar": TimedEngine(open_frame(tts))}
+    else:
+        dtype = DTYPES[TORCH_DTYPE]
+        # Without a device there is only the check that this works: no kernels are made.
+        options = COMPILED if device == "cuda" else {"backend": "eager"}
+        engines = open_torch_frames(load_torch(checkpoint, dtype, device), lm, options if side == "compiled" else None)
+        decode = open_torch_decoder(checkpoint, dtype, device)
+    found.attempt("frames", partial(_frames, bundle, engines, frames))
+    found.attempt("prefill", lambda: measure_prefill(lm, engines["slow_ar"]))
+    if side == "compiled":
+        # Each size of a cache would be compiled for minutes; its codec is the eager one.
+        found.put("compiler", _compiler())
+        return
+    found.attempt("contexts", lambda: measure_contexts(lm, engines["slow_ar"]))
+    found.attempt("codec", lambda: measure_codec(bundle.manifest.codec, decode))
+
+
+def _frames(bundle: Bundle, engines: Mapping[str, TimedEngine], frames: int) -> dict[str, Any]:
+    """Of the loop: what results that stay on the device take is told as a whole only, since torch does not wait for them."""
+    begun = time.perf_counter()
+    found = measure_frames(bundle, engines, TEXT, frames)
+    kept = ("frame", "frames_per_s", "prompt_columns")
+    return {
+        **{name: found[name] for name in kept},
+        "rtf": round(rtf(1 / found["frames_per_s"], 1 / bundle.manifest.codec.frame_rate), 4),
+        "with_warm_up_s": round(time.perf_counter() - begun, 1),
+    }
+
+
+def _compiler() -> dict[str, Any]:
+    """Graphs that were compiled, and how many of them the compiler would not capture: none, if all is well on a device."""
+    from torch._dynamo.utils import counters
+
+    return {
+        "graphs": counters["stats"]["unique_graphs"],
+        "graph_breaks": sum(counters["graph_break"].values()),
+        "cudagraph_skips": counters["inductor"]["cudagraph_skips"],
+    }
+
+
+if __name__ == "__main__":
+    main()
