@@ -78,6 +78,13 @@ def test_a_head_is_read_once_and_gives_the_same(engine: FakeEngine) -> None:
     np.testing.assert_array_equal(given[0], fresh(engine, prompt))
 
 
+def test_devices_read_a_known_head_again(engine: FakeEngine) -> None:
+    engine.provider = "cuda"
+    store, head = ContextStore(), columns(2, 7, 1, 8)
+    assert [store.context(engine, head).columns.shape[1] for _ in range(2)] == [4, 4]
+    assert [call["prompt"].shape[2] for call in engine.calls] == [4, 4]
+
+
 def test_what_one_request_adds_is_not_in_the_next(engine: FakeEngine) -> None:
     store, head = ContextStore(), columns(2, 7)
     first = store.context(engine, head)

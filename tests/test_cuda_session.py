@@ -31,7 +31,6 @@ def test_the_provider_is_told_all_that_matters(cuda: FakeCuda, tmp_path: Path, c
     (session,) = cuda.graphs
     assert session.providers == {
         "CUDAExecutionProvider": {
-            "device_id": "0",
             "arena_extend_strategy": "kSameAsRequested",
             "cudnn_conv_algo_search": "HEURISTIC",
             "do_copy_in_default_stream": "1",
@@ -126,6 +125,16 @@ def test_a_capture_that_fails_is_not_tried_again(cuda: FakeCuda, tmp_path: Path,
         assert engine.run({"total": np.ones((rows, WIDTH), np.float32)})["twice"].tolist() == [[2.0] * WIDTH] * rows
     assert cuda.graphs[0].runs == [1, -1, -1, -1]
     assert caplog.text.count("it cannot be captured (Graph capture did not complete after 3 runs)") == 1
+
+
+def test_memory_that_lacks_in_a_capture_is_not_taken_for_a_refused_one(cuda: FakeCuda, tmp_path: Path) -> None:
+    engine = open_engine(double(tmp_path), DOUBLE, provider="cuda", specialise=True, build=bytes)
+    cuda.fails_capture = "CUDA failure 2: out of memory"
+    with pytest.raises(FishrtError, match=r"not enough memory .*double\.onnx"):
+        engine.run({"total": np.ones((1, WIDTH), np.float32)})
+    cuda.fails_capture = None
+    engine.run({"total": np.ones((1, WIDTH), np.float32)})
+    assert -1 not in cuda.graphs[0].runs
 
 
 def test_another_failure_of_a_session_is_not_taken_for_a_refused_capture(cuda: FakeCuda, tmp_path: Path) -> None:

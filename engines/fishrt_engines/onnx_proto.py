@@ -176,7 +176,8 @@ def int64_values(tensor: Any) -> list[int]:
 
 def stored_size(tensor: Any) -> int:
     """Bytes of the values of a Tensor."""
-    return (prod(tensor.dims) * _WIDTHS.get(DTYPES.get(tensor.data_type, ""), 32) + 7) // 8
+    bits: int = prod(tensor.dims) * _WIDTHS.get(DTYPES.get(tensor.data_type, ""), 32)
+    return (bits + 7) // 8
 
 
 def stored_bytes(tensor: Any, folder: Path) -> bytes:
@@ -186,13 +187,14 @@ def stored_bytes(tensor: Any, folder: Path) -> bytes:
     """
     if not tensor.external_data:
         return np.array(tensor.float_data, np.float32).tobytes() if tensor.float_data else bytes(tensor.raw_data)
-    place = {entry.key: entry.value for entry in tensor.external_data}
+    place, again = {entry.key: entry.value for entry in tensor.external_data}, "copy or export the bundle again"
+    path: Path = folder / place["location"]
     try:
-        with (folder / place["location"]).open("rb") as file:
+        with path.open("rb") as file:
             file.seek(int(place.get("offset", 0)))
-            data = file.read(stored_size(tensor))
+            data: bytes = file.read(stored_size(tensor))
     except OSError as error:
-        raise GraphError(f"the weights {place['location']} cannot be read: {error.strerror}", hint="copy or export it again") from None
+        raise GraphError(f"the weights {path} cannot be read: {error.strerror}", hint=again) from None
     if len(data) < stored_size(tensor):
-        raise GraphError(f"the weights {place['location']} end before {tensor.name}", hint="copy or export it again")
+        raise GraphError(f"the weights {path} end before {tensor.name}", hint=again)
     return data

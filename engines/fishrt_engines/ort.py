@@ -35,7 +35,7 @@ import numpy as np
 from .base import Array, Engine, Resident, State
 from .coreml import open_coreml
 from .errors import FishrtError, GraphError, ProviderError
-from .feeds import check_feeds, names
+from .feeds import check_feeds, check_growth, check_state_dims, check_written, names
 from .machine import default_threads
 from .ort_check import differences, inconsistencies
 from .ort_cuda import open_cuda
@@ -161,16 +161,13 @@ class OrtState:
     def write(self, name: str, array: Array) -> None:
         """See `base.State.write`. Raises ValueError for an array that does not fit."""
         into = self.tensors[name]
-        shape, dtype = into.shape, into.dtype
-        if array.dtype != dtype or array.ndim != len(shape) or any(a > b for a, b in zip(array.shape, shape, strict=True)):
-            raise ValueError(f"{name} is {dtype} {list(shape)}; {array.dtype} {list(array.shape)} does not fit into it")
+        check_written(name, into.dtype.name, into.shape, array)
         with self.owner.allocating(f"{array.nbytes / 1e6:,.0f} MB of {name}"):
             into.lead(array)
 
     def grow(self, **dims: int) -> None:
         """See `base.State.grow`. Raises ValueError for a dimension that is unknown or would shrink."""
-        if bad := [f"{name} = {size}" for name, size in dims.items() if size < self.dims.get(name, size + 1)]:
-            raise ValueError(f"state dimensions cannot become {', '.join(bad)}; they are {self.dims}")
+        check_growth(self.dims, dims)
         larger = self.owner.new_state(**{**self.dims, **dims})
         for name, tensor in self.tensors.items():
             larger.tensors[name].lead(tensor)
@@ -194,15 +191,12 @@ class OrtEngine:
         self._dropped: list[int] = []
         """Ids of captured graphs whose plans are gone."""
         self._lock = contextlib.nullcontext() if isinstance(self._memory, HostMemory) else threading.Lock()
-        """A device's session is used by one thread at a time: its captures, and plans without state, are for all."""
+        """A device's session is used by one thread at a time: plans without state are for all. ONNX Runtime captures anew
+        for each thread, so a server does best with one that speaks."""
 
     def new_state(self, **dims: int) -> OrtState:
         """State of zeros. `dims` gives every symbolic dimension of the state tensors; ValueError for any other set of names."""
-        wanted = {d for t in self.spec.state_tensors for d in t.shape if isinstance(d, str)}
-        if dims.keys() != wanted:
-            raise ValueError(f"state dimensions are {names(dims)}; {self.spec.file} needs {names(wanted)}")
-        if small := [f"{name} = {size}" for name, size in dims.items() if size < 1]:
-            raise ValueError(f"state dimensions must be at least 1: {', '.join(small)}")
+        check_state_dims(self.spec, dims)
         types = self._state_types
         nbytes = sum(prod(t.resolve(dims)) * item_size(types[t.name]) for t in self.spec.state_tensors)
         sizes = ", ".join(f"{name} = {size}" for name, size in dims.items())
@@ -271,6 +265,8 @@ class OrtEngine:
                 run(plan.binding, self._options(plan.graph))
                 return
             except Exception as error:  # ONNX Runtime's exceptions have no common base
+                if is_memory_error(error):
+                    raise out_of_memory(f"a run of {self.spec.file}", self.provider) from None
                 log.warning("%s runs node by node, which is slower: it cannot be captured (%s)", self.spec.file, error)
                 self._captures, plan.graph = False, _NOT_CAPTURED
         self._call(run, plan.binding, self._options(_NOT_CAPTURED))
@@ -309,7 +305,7 @@ class OrtEngine:
         return plan
 
     def _bind(self, dims: Mapping[str, int], carried: _Carried) -> _Plan:
-        while self._dropped:
+        while self._dropped:  # ONNX Runtime 1.31 keeps a CUDA graph until its session ends all the same
             self._session.release_captured_graph(self._dropped.pop())
         binding = self._session.io_binding()
         feeds = [(t.name, self._memory.zeros(t.resolve(dims), t.dtype, t.dtype)) for t in self.spec.feeds]

@@ -94,9 +94,11 @@ def computed_in(model: bytes, gpu: machine.Gpu | None) -> str:
 
 
 def provider_options(*, captures: bool) -> dict[str, str]:
-    """What ONNX Runtime's CUDA provider is told; all that matters, since its defaults are made for fixed sizes."""
+    """What ONNX Runtime's CUDA provider is told; all that matters, since its defaults are made for fixed sizes.
+
+    Not the device, which is the first by itself: with its number, ONNX Runtime 1.31 prints a warning for every session.
+    """
     return {
-        "device_id": "0",
         # The other strategy takes up to twice what is needed, and weights come in few large pieces.
         "arena_extend_strategy": "kSameAsRequested",
         # A codec's input has another length in every call; a search would be done for each.

@@ -1,8 +1,8 @@
 """Products with quantised weights that several of them read, as in the frame graph, in ONNX Runtime's one operator for that.
 
 ONNX Runtime makes MatMulNBits of DequantizeLinear and MatMul by itself, but only where nothing else reads the weights. What is
-left it expands in every run, on a CUDA device weights in 4 bits only: of those in 8 bits it says that it cannot. Here, all products
-with the same weights share one packed copy of them:
+left it expands in every run, and on a CUDA device it has no kernel that expands blocks of 8 bits. Here, all products with the
+same weights share one packed copy of them:
 
     [K, N], blocks along K ─► uint8 [N, blocks, bytes of a block], as far above 0 as the least integer is below it
 """
@@ -78,7 +78,7 @@ def _replace(editor: GraphEditor, dequantize: Any, products: list[Any], folder: 
 
 
 def _packed(raw: bytes, inputs: int, outputs: int, bits: int) -> Array:
-    """Integers [inputs, outputs], as a file has them → uint8 [outputs, inputs · bits / 8]; of 4 bits, the first is in the lower half."""
+    """Integers [inputs, outputs] as stored → uint8 [outputs, inputs · bits / 8]. Of two in a byte, the lower is first."""
     stored = np.frombuffer(raw, np.uint8)
     if bits == 8:
         return stored.reshape(inputs, outputs).T ^ np.uint8(0x80)
