@@ -85,6 +85,16 @@ def test_devices_read_a_known_head_again(engine: FakeEngine) -> None:
     assert [call["prompt"].shape[2] for call in engine.calls] == [4, 4]
 
 
+def test_caches_of_a_device_have_few_sizes(engine: FakeEngine) -> None:
+    engine.provider = "cuda"
+    made, state = SlowContext(engine, LM.num_codebooks), engine.states[-1]
+    sizes = []
+    for length in (20, 300, 900):
+        made.reserve(length, 1500)
+        sizes.append(state.dims["cache"])
+    assert sizes == [512, 1024, 1500]
+
+
 def test_what_one_request_adds_is_not_in_the_next(engine: FakeEngine) -> None:
     store, head = ContextStore(), columns(2, 7)
     first = store.context(engine, head)

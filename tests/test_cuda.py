@@ -18,7 +18,7 @@ from fake_cuda import FakeCuda
 from fishrt.frame import frame_model, frame_spec
 from fishrt.generate import DualAR, generate_frames
 from fishrt.sampling import Sampling, SeededNoise
-from fishrt_engines import Engine, GraphSpec, open_engine, ort_cuda
+from fishrt_engines import Engine, GraphSpec, open_engine, ort, ort_cuda
 from fishrt_engines.lower_precision import compute_in
 from fishrt_engines.ort import OrtEngine
 from fishrt_engines.specialise import ColumnInputs, specialise
@@ -97,23 +97,43 @@ def test_calls_of_one_column_are_captured(cuda: FakeCuda, exported: Exported) ->
     (session,) = cuda.graphs
     more = prompts(exported, 9)[0][None]
 
-    def step(n: int) -> None:
-        engine.run(chunk_feeds(more[:, :, n : n + 1], np.array([3 + n])), state)
+    def step(n: int) -> np.ndarray:
+        return engine.run(chunk_feeds(more[:, :, n : n + 1], np.array([n])), state)["logits"]
 
     state = engine.new_state(batch=1, cache=8)
     engine.run(prefill_feeds(prompts(exported, 3)), state)
-    step(0)
-    step(1)
-    state.grow(cache=16)
-    step(2)
     step(3)
+    step(4)
+    state.grow(cache=16)
+    step(5)
+    step(6)
     assert session.runs == [-1, 1, 1, 2, 2]
-    assert session.released == [1]
+    # Another state of a size that was there uses what was captured for it, and knows nothing of what was.
     del state
+    assert session.released == []
     state = engine.new_state(batch=1, cache=16)
+    assert not any(state.read(t.name).any() for t in engine.spec.state_tensors)
+    first = step(0)
+    small, state = state, engine.new_state(batch=1, cache=8)
+    np.testing.assert_array_equal(step(0), first)
+    assert session.runs[5:] == [2, 1]
+    # Two of one size at a time are two.
+    other, state = state, engine.new_state(batch=1, cache=8)
     step(0)
-    assert session.runs[-1] == 3
-    assert session.released == [1, 2], "ONNX Runtime keeps a captured graph until it is told to drop it"
+    assert session.runs[7:] == [3]
+    del small, other
+
+
+def test_few_states_wait_for_others(cuda: FakeCuda, exported: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ort, "_IDLE_KEPT", 1)
+    engine = on_device(exported)
+    feeds = chunk_feeds(prompts(exported, 1)[0][None], np.array([0]))
+    for rows in (4, 5, 5, 4):
+        engine.run(feeds, engine.new_state(batch=1, cache=rows))
+    assert cuda.graphs[0].runs == [1, 2, 2, 3]
+    engine.new_state(batch=1, cache=6)  # in which nothing ran
+    engine.run(feeds, engine.new_state(batch=1, cache=4))
+    assert cuda.graphs[0].runs[4:] == [3]
 
 
 @pytest.mark.usefixtures("exactly")

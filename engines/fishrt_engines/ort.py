@@ -23,7 +23,7 @@ import itertools
 import logging
 import threading
 import weakref
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -49,6 +49,8 @@ log = logging.getLogger(__name__)
 
 _PLANS_KEPT = 4
 """Sets of shapes a state remembers. A loop has two or three; a prefill's is never met again and is the first to go."""
+_IDLE_KEPT = 4
+"""States of a device whose memory and captured calls wait for the next of their size. One that grows leaves two or three."""
 _NOT_CAPTURED = -1
 """ONNX Runtime's graph id for a run of a capturing session that is to be neither captured nor replayed."""
 
@@ -145,9 +147,11 @@ class _Carried:
 class OrtState:
     """State tensors that ONNX Runtime reads and writes in place. See `base.State`."""
 
-    def __init__(self, owner: OrtEngine, dims: Mapping[str, int], tensors: dict[str, Tensor]) -> None:
-        self.owner, self.tensors = owner, tensors
-        self.carried = _Carried(dims, {name: tensor.place for name, tensor in tensors.items()})
+    def __init__(self, owner: OrtEngine, tensors: dict[str, Tensor], carried: _Carried) -> None:
+        self.owner, self.tensors, self.carried = owner, tensors, carried
+
+    def __del__(self) -> None:
+        self.owner.take_back(self.tensors, self.carried)
 
     @property
     def dims(self) -> Mapping[str, int]:
@@ -171,7 +175,9 @@ class OrtState:
         larger = self.owner.new_state(**{**self.dims, **dims})
         for name, tensor in self.tensors.items():
             larger.tensors[name].lead(tensor)
-        self.tensors, self.carried = larger.tensors, larger.carried
+        # What was outgrown goes with `larger`.
+        self.tensors, larger.tensors = larger.tensors, self.tensors
+        self.carried, larger.carried = larger.carried, self.carried
 
 
 class OrtEngine:
@@ -188,6 +194,7 @@ class OrtEngine:
         self._state_types = {t.name: opened.state_type or t.dtype for t in spec.state_tensors}
         self._stateless = _Carried({}, {})
         self._graph_ids = itertools.count(1)
+        self._idle: deque[tuple[dict[str, Tensor], _Carried]] = deque(maxlen=_IDLE_KEPT)
         self._dropped: list[int] = []
         """Ids of captured graphs whose plans are gone."""
         self._lock = contextlib.nullcontext() if isinstance(self._memory, HostMemory) else threading.Lock()
@@ -197,12 +204,26 @@ class OrtEngine:
     def new_state(self, **dims: int) -> OrtState:
         """State of zeros. `dims` gives every symbolic dimension of the state tensors; ValueError for any other set of names."""
         check_state_dims(self.spec, dims)
+        for idle in list(self._idle):
+            if idle[1].dims == dims:
+                with contextlib.suppress(ValueError):  # another thread was faster
+                    self._idle.remove(idle)
+                    for tensor in idle[0].values():
+                        tensor.clear()
+                    return OrtState(self, *idle)
         types = self._state_types
         nbytes = sum(prod(t.resolve(dims)) * item_size(types[t.name]) for t in self.spec.state_tensors)
         sizes = ", ".join(f"{name} = {size}" for name, size in dims.items())
         with self.allocating(f"the state of {self.spec.file} at {sizes} ({nbytes / 1e6:,.0f} MB)"):
             made = {t.name: self._memory.zeros(t.resolve(dims), t.dtype, types[t.name]) for t in self.spec.state_tensors}
-        return OrtState(self, dims, made)
+        return OrtState(self, made, _Carried(dims, {name: tensor.place for name, tensor in made.items()}))
+
+    def take_back(self, tensors: dict[str, Tensor], carried: _Carried) -> None:
+        """Keeps what a state with captured calls leaves, for the next of its size: capturing takes longer than many calls, and
+        ONNX Runtime frees no capture before the session.
+        """
+        if any(plan.graph != _NOT_CAPTURED for plan in carried.plans.values()):
+            self._idle.append((tensors, carried))
 
     def run(
         self, feeds: Mapping[str, Array | Resident], state: State | None = None, resident: Collection[str] = ()

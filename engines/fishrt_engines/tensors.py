@@ -74,6 +74,10 @@ class Tensor(Protocol):
         """Copies a smaller array, or tensor of the same memory, into its leading part."""
         ...
 
+    def clear(self) -> None:
+        """Makes all of it zeros."""
+        ...
+
     def numpy(self) -> Array:
         """A copy of what it holds."""
         ...
@@ -131,6 +135,10 @@ class HostTensor:
         """See `Tensor.lead`."""
         array = value.array if isinstance(value, HostTensor) else value
         self.array[tuple(map(slice, array.shape))] = array
+
+    def clear(self) -> None:
+        """See `Tensor.clear`."""
+        self.array[...] = 0
 
     def numpy(self) -> Array:
         """See `Tensor.numpy`."""

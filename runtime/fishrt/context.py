@@ -28,8 +28,8 @@ FIRST_FRAMES = 256
 KEPT_BYTES = 256_000_000
 """Keys and values that `ContextStore` keeps, at most; the newest stays in any case. A second of a voice takes S1-mini
 5 MB and 1.5 half a megabyte."""
-
-
+LEAST_ROWS = 512
+"""Of a cache on a device, whose sizes are powers of two: what is captured for one request is good for others of its size."""
 READ_AGAIN = ("cuda", "tensorrt")
 """Providers that read a known voice again: faster, by calculation, than hundreds of MB of keys and values through the host."""
 
@@ -101,6 +101,8 @@ class SlowContext:
 
     def _grow(self, rows: int) -> None:
         if rows > self._state.dims["cache"]:
+            if self._engine.provider == "cuda":
+                rows = max(rows, min(max(LEAST_ROWS, 1 << (rows - 1).bit_length()), self._most))
             self._state.grow(cache=rows)
             self._columns = np.pad(self._columns, ((0, 0), (0, rows - self._columns.shape[1])))
             self._positions = np.arange(rows, dtype=np.int64)
