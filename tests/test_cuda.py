@@ -195,6 +195,16 @@ def test_a_codec_stays_in_float32_and_is_not_captured(cuda: FakeCuda, s2_model: 
     assert set(cuda.graphs[0].runs) <= {None}
 
 
+def test_attention_without_a_fast_operator_is_told(
+    cuda: FakeCuda, s2_model: GoldenModel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(ort_cuda, "specialise", lambda model, *, feed_rows: (model, None))
+    for role, told in (("codec_decode", 0), ("slow_ar", 1)):
+        open_engine(s2_model.file(role), s2_model._job(role, "audio").spec, provider="cuda", specialise=True)
+        assert caplog.text.count("its attention has no fast operator") == told
+    assert cuda.graphs[1].providers["CUDAExecutionProvider"]["enable_cuda_graph"] == "0"
+
+
 def frame_of(exported: Exported) -> tuple[GraphSpec, Callable[[bytes], bytes]]:
     """What the frame graph takes and gives, and what makes it from the file of the fast AR."""
     lm, fast = exported.source.describe("audio"), exported.jobs["fast_ar"].spec

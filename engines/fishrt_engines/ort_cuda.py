@@ -70,6 +70,8 @@ def open_cuda(path: Path, *, threads: int, specialised: bool, build: Callable[[b
             state_type = None if columns is None else precision
         else:
             model = rewritten
+            if any(node.op_type == "TensorScatter" for node in message("Model").FromString(model).graph.node):
+                log.warning("%s runs in float32 and node by node: its attention has no fast operator here", path.name)
     _check_room(path, model, gpu)
     options = session_options(ort, threads)
     # Without it, weights in 4 and 8 bits would be expanded in every run.
