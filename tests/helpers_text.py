@@ -12,7 +12,7 @@ import numpy as np
 
 from fishrt.bundle import ROLES, SCHEMA, Bundle, Licence, Manifest, Voices, describe_files
 from fishrt.features import Codec, DecodeContext, LanguageModel, SamplingDefaults
-from fishrt.sampling import candidates
+from fishrt.sampling import Sampling, sample
 from fishrt.tokenizer import Tokenizer
 from fishrt.voices import Voice
 from fishrt_engines.spec import GraphSpec, StatePair, TensorSpec
@@ -139,9 +139,12 @@ def voice(name: str = "anna", transcript: str = "The quick brown fox.", frames: 
     return Voice(**{**values, **changes})
 
 
-def filtered(logits: np.ndarray, *settings: Any) -> np.ndarray:
-    """`candidates` as probabilities float32 [n] of all entries, 0 where they were removed."""
-    kept, probs = candidates(logits, *settings)
-    dense = np.zeros(len(logits), np.float32)
-    dense[kept] = probs
-    return dense
+def filtered(logits: np.ndarray, temperature: float, top_p: float, top_k: int | None) -> np.ndarray:
+    """Probabilities float32 [n], 0 for entries that `sample` does not draw even with noise that favours nothing else."""
+    sampling, drawn = Sampling(temperature, top_p, top_k), np.zeros(len(logits), bool)
+    for n in range(len(logits)):
+        noise = np.full(len(logits), 1e30, np.float32)
+        noise[n] = 1e-8
+        drawn[n] = sample(logits, sampling, noise) == n
+    weights = np.where(drawn, np.exp((logits - logits.max()) / np.float32(temperature)), np.float32(0))
+    return weights / weights.sum()

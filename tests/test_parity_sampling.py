@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from fishrt.features import LanguageModel, RepetitionAware
-from fishrt.sampling import Sampling, audio_ids, draw, penalised, sample_main
+from fishrt.sampling import Sampling, audio_ids, penalised, sample, sample_main
 from helpers_text import filtered, language_model
 from tolerances import TOLERANCES
 
@@ -43,9 +43,11 @@ def test_penalty_filters_and_draw_equal_the_recorded_ones(golden: Path) -> None:
         assert probs.dtype == np.float32
         differ = (probs > 0) != (expected > 0)
         assert np.all(np.abs(inclusive_cumulative(logits) - case["top_p"])[differ] <= TOLERANCES["cumulative"]), name
-        probs = np.where(differ & (expected == 0), np.float32(0), probs)
+        at_border = differ & (expected == 0)
+        probs = np.where(at_border, np.float32(0), probs)
         np.testing.assert_allclose(probs / probs.sum(), expected, rtol=0, atol=TOLERANCES["probs"], err_msg=name)
-        assert draw(np.arange(len(probs)), probs, noise) == case["index"], name
+        sampling = Sampling(case["temperature"], case["top_p"], case.get("top_k"))
+        assert sample(logits, sampling, np.where(at_border, np.float32(1e30), noise)) == case["index"], name
     assert bool(penalties) == any(key.endswith("/penalised_logits") for key in arrays)
 
 

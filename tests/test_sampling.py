@@ -17,15 +17,16 @@ from fishrt.sampling import (
     Sampling,
     SeededNoise,
     audio_ids,
-    draw,
     main_ids,
     penalised,
+    sample,
     sample_main,
 )
 from helpers_text import filtered, language_model
 
 P = np.array([0.1, 0.5, 0.15, 0.25], np.float32)
 LOGITS = np.log(P)
+PLAIN = Sampling(1.0, 1.0)
 
 
 def kept(*arguments: Any) -> list[int]:
@@ -122,15 +123,29 @@ def test_what_is_kept_is_what_a_stable_ranking_keeps(scale: float, top_p: float,
     np.testing.assert_array_equal(found[np.isin(found, kept)], kept[np.isin(kept, found)])
 
 
-def test_draw_divides_by_the_noise() -> None:
-    assert draw(np.arange(3), np.array([0.5, 0.3, 0.2], np.float32), np.array([1.0, 0.2, 1.0], np.float32)) == 1
+def test_a_draw_divides_by_the_noise() -> None:
+    assert sample(np.log([0.5, 0.3, 0.2]).astype(np.float32), PLAIN, np.array([1.0, 0.2, 1.0], np.float32)) == 1
 
 
 def test_draws_follow_the_probabilities() -> None:
     """20,000 draws: a count is more than five standard deviations off with a probability of 1e-6."""
     noise, n = SeededNoise(1), 20_000
-    counts = np.bincount([draw(np.arange(4), P, noise.fast(4)) for _ in range(n)], minlength=4)
-    assert np.all(np.abs(counts - n * P) < 5 * np.sqrt(n * P * (1 - P)))
+    for sampling, expected in ((PLAIN, P), (Sampling(0.5, 0.8), np.array([0, 0.8, 0, 0.2]))):
+        counts = np.bincount([sample(LOGITS, sampling, noise.fast(4)) for _ in range(n)], minlength=4)
+        assert np.all(np.abs(counts - n * expected) <= 5 * np.sqrt(n * expected * (1 - expected)))
+
+
+@given(st.integers(0, 2**32), st.floats(0.05, 1.9), st.floats(0.01, 1), st.integers(1, 70), st.sampled_from([0.1, 1, 4]))
+def test_the_winner_is_that_among_what_the_filters_leave(
+    seed: int, temperature: float, top_p: float, top_k: int, scale: float
+) -> None:
+    rng = np.random.default_rng(seed)
+    logits = (rng.standard_normal(60) * scale).round(1).astype(np.float32)
+    noise = rng.standard_exponential(60).astype(np.float32)
+    left = filtered(logits, temperature, top_p, top_k) > 0
+    divisor = np.float32(temperature)
+    race = np.where(left, np.exp(logits / divisor - logits.max() / divisor) / noise, -1)
+    assert sample(logits, Sampling(temperature, top_p, top_k), noise) == race.argmax()
 
 
 def test_noise_is_the_seeds() -> None:
@@ -145,7 +160,7 @@ def test_noise_is_the_seeds() -> None:
 def test_a_uniform_zero_forbids_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     noise = SeededNoise(0)
     monkeypatch.setattr(noise, "_generator", type("Zeros", (), {"random": lambda self, n: np.zeros(n)})())
-    assert draw(np.arange(3), np.array([0, 0, 1], np.float32), noise.slow(3)) == 2
+    assert sample(np.array([-np.inf, -np.inf, 0], np.float32), PLAIN, noise.slow(3)) == 2
 
 
 LM = replace(
@@ -163,7 +178,7 @@ def favour(index: int) -> np.ndarray:
     return noise
 
 
-def sample(lm: Any, recent: Any, first: int, second: int, logits: Any = None, **sampling: Any) -> int:
+def main_token(lm: Any, recent: Any, first: int, second: int, logits: Any = None, **sampling: Any) -> int:
     options = {"temperature": 1.0, "top_p": 1.0, "top_k": None, **sampling}
     logits = np.zeros(5, np.float32) if logits is None else np.array(logits, np.float32)
     return sample_main(logits, IDS, Sampling(**options), lm, recent, [favour(first), favour(second)])
@@ -231,29 +246,29 @@ def test_tokens_of_the_window_that_the_head_lacks_do_nothing() -> None:
 
 
 def test_a_repeated_token_is_drawn_again() -> None:
-    assert sample(RAS, [11], 2, 4) == 13
-    assert sample(RAS, [12], 2, 4) == 11
+    assert main_token(RAS, [11], 2, 4) == 13
+    assert main_token(RAS, [12], 2, 4) == 11
 
 
 def test_the_second_draw_may_repeat_the_token() -> None:
-    assert sample(RAS, [11], 2, 2) == 11
+    assert main_token(RAS, [11], 2, 2) == 11
 
 
 def test_the_end_token_is_never_drawn_again() -> None:
-    assert sample(RAS, [5], 0, 4) == 5
+    assert main_token(RAS, [5], 0, 4) == 5
 
 
 def test_no_second_draw_without_a_window_or_a_rule() -> None:
-    assert sample(RAS, [], 2, 4) == 11
-    assert sample(LM, [11], 2, 4) == 11
+    assert main_token(RAS, [], 2, 4) == 11
+    assert main_token(LM, [11], 2, 4) == 11
 
 
 def test_the_second_draw_has_the_rules_temperature_and_top_p_but_the_requests_top_k() -> None:
     logits = [0, 3, 2, 1, 0]
-    assert sample(RAS, [10], 1, 3, logits, top_p=0.1) == 12  # 12 is open to the rule's top_p = 1 only
-    assert sample(RAS, [10], 1, 4, logits, top_k=3) != 13
+    assert main_token(RAS, [10], 1, 3, logits, top_p=0.1) == 12  # 12 is open to the rule's top_p = 1 only
+    assert main_token(RAS, [10], 1, 4, logits, top_k=3) != 13
     cold = replace(RAS, sampling=replace(RAS.sampling, repetition_aware=RepetitionAware(3, 0.01, 1.0)))
-    assert sample(cold, [10], 1, 3, logits) == 10
+    assert main_token(cold, [10], 1, 3, logits) == 10
 
 
 @pytest.mark.parametrize(

@@ -124,6 +124,8 @@ class _Plan:
     binding: Any
     feeds: list[tuple[str, Tensor]]
     results: list[tuple[str, Tensor]]
+    shown: dict[str, Array]
+    """The results, if they are arrays on the host, which are the same in every call."""
     allocated: list[tuple[int, str]]
     """Outputs (position in the binding, name) of a size that no input tells: ONNX Runtime allocates them anew in each run."""
     rows: Array | None
@@ -197,7 +199,7 @@ class OrtEngine:
         self._idle: deque[tuple[dict[str, Tensor], _Carried]] = deque(maxlen=_IDLE_KEPT)
         self._dropped: list[int] = []
         """Ids of captured graphs whose plans are gone."""
-        self._lock = contextlib.nullcontext() if isinstance(self._memory, HostMemory) else threading.Lock()
+        self._lock = None if isinstance(self._memory, HostMemory) else threading.Lock()
         """A device's session is used by one thread at a time: plans without state are for all. ONNX Runtime captures anew
         for each thread, so a server does best with one that speaks."""
 
@@ -232,22 +234,17 @@ class OrtEngine:
 
         A resident result of a size that no input tells is given as an array all the same.
         """
-        if unknown := set(resident) - set(self._result_names):
+        if resident and (unknown := set(resident) - set(self._result_names)):
             raise ValueError(f"{names(unknown)} cannot stay on the device; the results are {names(self._result_names)}")
-        if self.spec.states:
-            if not isinstance(state, OrtState) or state.owner is not self:
-                raise ValueError(f"{self.spec.file} needs a state that its own new_state made")
-            with self._lock:
-                if self._columns is not None and self._must_part(feeds, self._columns):
-                    return self._row_by_row(feeds, state.carried, resident)
-                return self._run_bound(feeds, state.carried, resident)
-        if state is not None:
+        if self.spec.states and (not isinstance(state, OrtState) or state.owner is not self):
+            raise ValueError(f"{self.spec.file} needs a state that its own new_state made")
+        if not self.spec.states and state is not None:
             raise ValueError(f"{self.spec.file} carries no state, but one was given")
+        carried = state.carried if isinstance(state, OrtState) else None
+        if self._lock is None:
+            return self._run(feeds, carried, resident)
         with self._lock:
-            if self._options is not None or resident or any(self._memory.holds(feed) for feed in feeds.values()):
-                return self._run_bound(feeds, self._stateless, resident)
-            self._check(feeds, {})
-            return dict(zip(self._result_names, self._call(self._session.run, self._result_names, dict(feeds)), strict=True))
+            return self._run(feeds, carried, resident)
 
     @contextlib.contextmanager
     def allocating(self, what: str) -> Iterator[None]:
@@ -259,6 +256,16 @@ class OrtEngine:
                 raise
             raise out_of_memory(what, self.provider) from None
 
+    def _run(self, feeds: Mapping[str, Any], carried: _Carried | None, resident: Collection[str]) -> dict[str, Any]:
+        if carried is not None:
+            if self._columns is not None and self._must_part(feeds, self._columns):
+                return self._row_by_row(feeds, carried, resident)
+            return self._run_bound(feeds, carried, resident)
+        if self._options is not None or resident or any(self._memory.holds(feed) for feed in feeds.values()):
+            return self._run_bound(feeds, self._stateless, resident)
+        self._check(feeds, {})
+        return dict(zip(self._result_names, self._call(self._session.run, self._result_names, dict(feeds)), strict=True))
+
     def _run_bound(self, feeds: Mapping[str, Any], carried: _Carried, resident: Collection[str]) -> dict[str, Any]:
         plan = self._plan(feeds, carried)
         for name, tensor in plan.feeds:
@@ -269,28 +276,28 @@ class OrtEngine:
             length = feeds[self._columns.position_ids].shape[1]
             if length > 1:
                 plan.rows[...] = np.max(_array(feeds[self._columns.write_index])) + length
-        self._launch(plan)
-        results = {name: tensor.shown(resident=name in resident) for name, tensor in plan.results}
+        if self._options is None:
+            self._call(self._session.run_with_iobinding, plan.binding)
+        else:
+            self._launch(plan, self._options)
+        results = dict(plan.shown) if plan.shown else {n: t.shown(resident=n in resident) for n, t in plan.results}
         if plan.allocated:
             outputs = plan.binding.get_outputs()
             results |= {name: outputs[n].numpy() for n, name in plan.allocated}
         return results
 
-    def _launch(self, plan: _Plan) -> None:
+    def _launch(self, plan: _Plan, options: Callable[[int], Any]) -> None:
         run = self._session.run_with_iobinding
-        if self._options is None:
-            self._call(run, plan.binding)
-            return
         if plan.graph != _NOT_CAPTURED:
             try:
-                run(plan.binding, self._options(plan.graph))
+                run(plan.binding, options(plan.graph))
                 return
             except Exception as error:  # ONNX Runtime's exceptions have no common base
                 if is_memory_error(error):
                     raise out_of_memory(f"a run of {self.spec.file}", self.provider) from None
                 log.warning("%s runs node by node, which is slower: it cannot be captured (%s)", self.spec.file, error)
                 self._captures, plan.graph = False, _NOT_CAPTURED
-        self._call(run, plan.binding, self._options(_NOT_CAPTURED))
+        self._call(run, plan.binding, options(_NOT_CAPTURED))
 
     def _must_part(self, feeds: Mapping[str, Any], columns: ColumnInputs) -> bool:
         """Whether this call is one that GroupQueryAttention refuses: several rows of several columns each, after others."""
@@ -311,8 +318,9 @@ class OrtEngine:
     def _plan(self, feeds: Mapping[str, Any], carried: _Carried) -> _Plan:
         """The plan for the shapes of `feeds`. Shapes that were met before were checked then; types are checked always."""
         try:
-            shapes = tuple([feeds[name].shape for name in self._dtypes])
-            as_before = len(feeds) == len(shapes) and all(self._takes(feeds[name], dtype) for name, dtype in self._dtypes.items())
+            given = [feeds[name] for name in self._dtypes]
+            shapes = tuple([feed.shape for feed in given])
+            as_before = len(feeds) == len(shapes) and all(map(self._takes, given, self._dtypes.values()))
             plan = carried.plans.get(shapes) if as_before else None
         except (KeyError, AttributeError):
             plan = None
@@ -349,7 +357,8 @@ class OrtEngine:
             if self._columns.rows is not None and self._columns.cache is not None:
                 rows = np.array(carried.places[self._columns.cache].shape[2], np.int32)
                 HostTensor(rows).place.bind_input(binding, self._columns.rows)
-        plan = _Plan(binding, feeds, results, allocated, rows, _NOT_CAPTURED)
+        shown = {} if self._lock else {name: tensor.shown(resident=False) for name, tensor in results}
+        plan = _Plan(binding, feeds, results, shown, allocated, rows, _NOT_CAPTURED)
         if self._captures and step:
             plan.graph = next(self._graph_ids)
             weakref.finalize(plan, self._dropped.append, plan.graph).atexit = False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -77,11 +77,11 @@ class StepDrawer:
         self._known = lm.num_codebooks - drawn_codes(lm)
         self._feeds = {codebook: _fast_feeds(codebook, self._known) for codebook in range(self._known, lm.num_codebooks)}
 
-    def draw(self, results: Mapping[str, Array], history: History) -> Ints:
+    def draw(self, results: Mapping[str, Any], history: History) -> Ints:
         """See `Drawer`. Entries of the fast cache beyond a position are masked, so nothing is cleared between frames."""
-        lm = self._lm
+        lm, window = self._lm, history.window
         column = np.empty(1 + lm.num_codebooks, np.int64)
-        column[0] = self._draw_main(_floats(results["logits"][0])[self._head], history)
+        column[0] = self._draw_main(results["logits"][0, self._head], history.recent, window)
         codes = column[1:]
         if column[0] == self._rules.silent:
             codes[:] = lm.code_offset
@@ -92,25 +92,26 @@ class StepDrawer:
             semantic = min(max(int(column[0]), lm.semantic_begin_id), lm.semantic_end_id) - lm.semantic_begin_id
             codes[0] = min(semantic, lm.codebook_width - 1)
         for codebook, feeds in self._feeds.items():
+            feeds["hidden"] = results["hidden"]
             fed = feeds["codes"][0]
             if codebook == self._known:
                 fed[1:] = codes[:codebook]
             else:
                 fed[0] = codes[codebook - 1]
-            codes[codebook] = self._draw_code(codebook, {**feeds, "hidden": results["hidden"]}, history)
+            logits = self._fast.run(feeds, self._state)["logits"][0, : lm.fast_candidates]
+            codes[codebook] = self._draw_code(logits, codebook, window)
         return column
 
-    def _draw_main(self, logits: Floats, history: History) -> int:
+    def _draw_main(self, logits: Floats, recent: Container[int], window: PenaltyWindow | None) -> int:
         draws = 1 if self._lm.sampling.repetition_aware is None else 2
         noise = [self._noise.slow(len(self._ids)) for _ in range(draws)]
-        if history.window:
-            logits = history.window.main(logits, self._ids)
-        return sample_main(logits, self._ids, self._rules.sampling, self._lm, history.recent, noise)
+        if window:
+            logits = window.main(logits, self._ids)
+        return sample_main(logits, self._ids, self._rules.sampling, self._lm, recent, noise)
 
-    def _draw_code(self, codebook: int, feeds: Mapping[str, Array], history: History) -> int:
-        logits = _floats(self._fast.run(feeds, self._state)["logits"][0])[: self._lm.fast_candidates]
-        if history.window:
-            logits = history.window.code(logits, codebook)
+    def _draw_code(self, logits: Floats, codebook: int, window: PenaltyWindow | None) -> int:
+        if window:
+            logits = window.code(logits, codebook)
         if self._rules.least_code:
             logits = logits.copy()
             logits[: self._rules.least_code] = -np.inf
@@ -140,7 +141,7 @@ class FrameDrawer:
                 self._feeds[name][...] = value
 
     def draw(self, results: Mapping[str, Any], history: History) -> Ints:
-        """See `Drawer`. Raises GraphError where `candidates` does, and SamplingError for more candidates than are ranked."""
+        """See `Drawer`. Raises GraphError where `sample` does, and SamplingError for more candidates than are ranked."""
         self._fill(history)
         feeds = {**self._feeds, "logits": results["logits"], "hidden": results["hidden"]}
         column: Ints = self._frame.run(feeds)["column"][0]
@@ -166,19 +167,15 @@ class FrameDrawer:
         if history.window:
             feeds["penalised_codes"][0] = history.window.code_places()
             if "penalised_main" in feeds:
-                feeds["penalised_main"][0] = history.window.main_places(self._ids)
+                places = history.window.main_places(self._ids)
+                feeds["penalised_main"][...] = len(self._ids)
+                feeds["penalised_main"][0, : len(places)] = places
 
 
-def _fast_feeds(codebook: int, known: int) -> dict[str, Ints]:
+def _fast_feeds(codebook: int, known: int) -> dict[str, Array]:
     """For the logits of one codebook: positions up to it that were not fed before, and room for their codes.
 
     Position 0 takes the hidden vector in place of its code, which stays 0.
     """
     positions = np.arange(0 if codebook == known else codebook, codebook + 1, dtype=np.int64)
     return {"codes": np.zeros((1, len(positions)), np.int64), "position_ids": positions[None], "write_index": positions[:1]}
-
-
-def _floats(array: Array) -> Floats:
-    """What the graphs' contract says of logits, said to the type checker."""
-    assert array.dtype == np.float32
-    return array  # type: ignore[return-value]

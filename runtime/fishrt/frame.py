@@ -228,7 +228,7 @@ class _Frame:
         return self._add("Cast", [self._add("Exp", [self._add("Sub", [logits, first])])], to=CODES["float64"])
 
     def _draw(self, ranked: _Ranked, noise: str, temperature: str, top_p: str) -> str:
-        """The place drawn, int64, or NOT_NUMBERS, TOO_MANY. See `sampling.candidates` and `sampling.draw`."""
+        """The place drawn, int64, or NOT_NUMBERS, TOO_MANY. See `sampling.sample`."""
         limit = self._add("Mul", [ranked.total, self._add("Cast", [top_p], to=CODES["float64"])])
         within = self._add("LessOrEqual", [ranked.mass, limit])
         allowed = self._add("Less", [self._constant(np.arange(ranked.count)[None]), "top_k"])

@@ -31,6 +31,7 @@ class TimedEngine:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
+        self._measured = next((t.name for t in engine.spec.feeds if t.name in _LENGTH_OF), None)
         self.calls: list[Call] = []
 
     @property
@@ -54,7 +55,7 @@ class TimedEngine:
         begun = time.perf_counter()
         results = self._engine.run(feeds, state, resident)
         seconds = time.perf_counter() - begun
-        self.calls.append(Call(next((feeds[name].shape[-1] for name in _LENGTH_OF if name in feeds), 1), seconds))
+        self.calls.append(Call(feeds[self._measured].shape[-1] if self._measured else 1, seconds))
         return results
 
     def take(self) -> list[Call]:
