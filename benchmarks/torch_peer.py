@@ -243,7 +243,7 @@ def _results(spec: GraphSpec, values: list[Tensor], resident: Collection[str]) -
 
 
 def _tensor(value: Any, device: torch.device) -> Tensor:
-    return value.tensor if isinstance(value, TorchResident) else torch.from_numpy(value).to(device)
+    return value.tensor if isinstance(value, TorchResident) else torch.tensor(value, device=device)
 
 
 def _tensors(module: Stack) -> list[Tensor]:

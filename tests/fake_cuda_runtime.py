@@ -47,7 +47,10 @@ class IllegalAddressError(Exception):
 
 
 class FakeCudaRuntime:
-    """The module cuda.bindings.runtime. `launches` counts launched graphs, `captures` those that were captured."""
+    """The module cuda.bindings.runtime.
+
+    `launches` counts launched graphs, `captures` those that were captured, `uploads` copies from the host.
+    """
 
     cudaError_t, cudaMemcpyKind, cudaStreamCaptureMode = cudaError_t, cudaMemcpyKind, cudaStreamCaptureMode
     cudaStreamNonBlocking = 1
@@ -59,7 +62,7 @@ class FakeCudaRuntime:
         self.total, self.name, self.capability, self.devices = memory, name, capability, devices
         self.reserved = 0
         """Bytes that others than cudaMalloc have taken."""
-        self.captures = self.launches = 0
+        self.captures = self.launches = self.uploads = 0
         self.refuse_capture = False
         self._handles = itertools.count(1)
         self._device: dict[int, Any] = {}
@@ -118,6 +121,7 @@ class FakeCudaRuntime:
 
     def cudaMemcpyAsync(self, dst: int, src: int, count: int, kind: cudaMemcpyKind, stream: int) -> tuple[Any, ...]:
         on_device = {1: (True, False), 2: (False, True), 3: (True, True)}[int(kind)]
+        self.uploads += int(kind) == cudaMemcpyKind.cudaMemcpyHostToDevice
 
         def copy() -> None:
             for address, expected in zip((dst, src), on_device, strict=True):

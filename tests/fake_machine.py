@@ -3,21 +3,49 @@
 A simulation: it shows what fishrt makes of such a machine, not that one behaves so.
 """
 
+# ruff: noqa: N802 - the names are CUDA's
 from __future__ import annotations
 
 import importlib
 import subprocess
 import sys
+import uuid
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from fishrt_engines import providers
 
-SMI = "GPU-aaaa-1, NVIDIA H200, 9.0, 580.65.06, 143771, 143000\nGPU-bbbb-2, NVIDIA RTX A2000, 8.6, 580.65.06, 6138, 512\n"
+UUIDS = (uuid.UUID(int=0xA << 124 | 1), uuid.UUID(int=0xB << 124 | 2))
+SMI = f"""GPU-{UUIDS[0]}, NVIDIA H200, 9.0, 580.65.06, 143771, 143000
+GPU-{UUIDS[1]}, NVIDIA RTX A2000, 8.6, 580.65.06, 6138, 512
+"""
 CUDA_LIBRARIES = ("libcudart.so.13", "libcublasLt.so.13", "libcublas.so.13", "libcurand.so.10", "libcudnn.so.9")
+
+
+class FakeDriver:
+    """What of libcuda.so.1 tells which devices it shows."""
+
+    def __init__(self, *shown: uuid.UUID, code: int = 0) -> None:
+        self._shown, self._code = shown, code
+
+    def cuInit(self, flags: int) -> int:
+        return self._code or (0 if self._shown else 100)
+
+    def cuDeviceGetCount(self, count: Any) -> int:
+        count._obj.value = len(self._shown)
+        return 0
+
+    def cuDeviceGet(self, device: Any, n: int) -> int:
+        device._obj.value = n + 10
+        return 0
+
+    def cuDeviceGetUuid_v2(self, raw: Any, device: Any) -> int:
+        raw[:] = self._shown[device.value - 10].bytes
+        return 0
 
 
 class FakeMachine:
@@ -28,6 +56,7 @@ class FakeMachine:
         self.wheels = {"onnxruntime": site}
         self.libraries: set[str] = set()
         self.smi: str | None = None
+        self.driver: object = FakeDriver(*UUIDS)
         self.modules: dict[str, object] = {}
         self._import, self._distribution = importlib.import_module, metadata.distribution
         patch.setattr(providers, "_usable", set())
@@ -36,8 +65,8 @@ class FakeMachine:
         patch.setattr(metadata, "distribution", self._wheel)
         patch.setattr(metadata, "version", lambda name: self._wheel(name).version)
         patch.setattr("fishrt_engines.machine.load_library", self._load)
+        patch.setattr("fishrt_engines.machine._driver", self._load_driver)
         patch.setattr(subprocess, "run", self._run)
-        patch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
         self.onnxruntime("CPUExecutionProvider")
 
     def onnxruntime(self, *names: str, cuda: str = "") -> None:
@@ -66,6 +95,11 @@ class FakeMachine:
 
     def _load(self, name: str) -> str | None:
         return None if name in self.libraries else f"{name}: no such file"
+
+    def _load_driver(self) -> object:
+        if "libcuda.so.1" not in self.libraries:
+            raise OSError("libcuda.so.1: no such file")
+        return self.driver
 
     def _run(self, command: list[str], **_: object) -> SimpleNamespace:
         assert command[0] == "nvidia-smi"

@@ -21,6 +21,7 @@ from fishrt.sampling import Sampling, SeededNoise
 from fishrt_engines import Engine, GraphSpec, open_engine, ort, ort_cuda
 from fishrt_engines.lower_precision import compute_in
 from fishrt_engines.ort import OrtEngine
+from fishrt_engines.ort_device import DeviceTensor
 from fishrt_engines.specialise import ColumnInputs, specialise
 from tiny import GoldenModel, chunk_feeds, prefill_feeds
 from tolerances import TOLERANCES
@@ -245,6 +246,26 @@ def test_a_frame_of_quantised_weights_expands_none_of_them(
     feeds = {t.name: np.ones(t.resolve({"batch": 1}), t.dtype) for t in spec.inputs}
     made = [engine.run(feeds)["column"] for engine in engines]
     assert np.array_equal(*made)
+
+
+def test_a_frame_brings_to_the_device_what_is_new(cuda: FakeCuda, exported: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A column, its place, noise and windows; the settings of a request come once, the slow AR's results are there."""
+    lm = exported.source.describe("audio")
+    spec, build = frame_of(exported)
+    frame = open_engine(exported.file("fast_ar"), spec, provider="cuda", specialise=True, build=build)
+    (prompt,) = prompts(exported, 9)
+    frames = generate_frames(DualAR(on_device(exported), frame, lm), prompt, Sampling(1.0, 0.9), SeededNoise(28), max_frames=8)
+    copied: list[object] = []
+    put = DeviceTensor.put
+    monkeypatch.setattr(DeviceTensor, "put", lambda tensor, value: (copied.append(value), put(tensor, value)))
+    counts = []
+    for _ in frames:
+        counts.append(sum(isinstance(value, np.ndarray) for value in copied))
+        copied.clear()
+    new = {"prompt", "position_ids", "write_index"}
+    new |= {t.name for t in spec.inputs} - {"logits", "hidden", "temperature", "top_p", "top_k", "penalty", "least_code"}
+    assert len(counts) > 4
+    assert set(counts[3:]) == {len(new)}
 
 
 @pytest.mark.usefixtures("exactly")

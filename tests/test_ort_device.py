@@ -214,6 +214,24 @@ def test_a_result_stays_on_the_device_for_another_engine(
     assert len(second._stateless.plans) == 1, "one plan for all that has these shapes, wherever it comes from"
 
 
+def test_a_constant_is_copied_to_the_device_once(engine: OrtEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others every time, also those that only this caller cannot write."""
+    copied: list[object] = []
+    put = DeviceTensor.put
+    monkeypatch.setattr(DeviceTensor, "put", lambda tensor, value: (copied.append(value), put(tensor, value)))
+    state, given = engine.new_state(batch=1, cache=8), feeds([1], 0)
+    changing, constant, other = (np.full_like(given["x"], value) for value in (1, 2, 4))
+    view = changing[:]
+    for array in (constant, other, view):
+        array.flags.writeable = False
+    totals = []
+    for n, x in enumerate((changing, view, constant, constant, other, constant, constant, view)):
+        changing[...] = n
+        totals.append(engine.run({**given, "x": x, "write_index": np.array([n])}, state)["total"][0, 0])
+    assert np.diff([0, *totals]).tolist() == [0, 1, 2, 2, 4, 2, 2, 7]
+    assert [sum(value is x for value in copied) for x in (changing, view, constant, other)] == [1, 2, 2, 1]
+
+
 def test_a_resident_result_can_feed_a_call_with_state(engine: OrtEngine, memory: DeviceMemory) -> None:
     x = feeds([3], 0)
     held = {name: memory.upload(array) for name, array in x.items()}

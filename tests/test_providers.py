@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 from types import SimpleNamespace
+from uuid import UUID
 
 import pytest
 
-from fake_machine import SMI, FakeMachine
+from fake_machine import UUIDS, FakeDriver, FakeMachine
 from fishrt_engines import ProviderError, machine
 from fishrt_engines.machine import Gpu
 from fishrt_engines.providers import PROVIDERS, choose_provider, import_onnxruntime, resolve_provider
@@ -65,11 +66,9 @@ def test_cuda_without_a_driver(fake: FakeMachine) -> None:
     assert "driver is not here" in choose_provider().reason
 
 
-def test_cuda_without_a_device(fake: FakeMachine, monkeypatch: pytest.MonkeyPatch) -> None:
-    fake.gpu(devices="")
-    assert "shows no device" in refusal("cuda")[0]
-    fake.smi = SMI
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+def test_cuda_without_a_device(fake: FakeMachine) -> None:
+    fake.gpu()
+    fake.driver = FakeDriver()
     assert "shows no device" in refusal("cuda")[0]
 
 
@@ -161,29 +160,27 @@ A2000 = Gpu("NVIDIA RTX A2000", (8, 6), "580.65.06", 6138 << 20, 512 << 20)
 
 
 @pytest.mark.parametrize(
-    ("visible", "expected"),
+    ("driver", "expected"),
     [
-        (None, (H200, A2000)),
-        ("1", (A2000,)),
-        ("1, 0", (A2000, H200)),
-        ("GPU-bbbb", (A2000,)),
-        ("0,7,1", (H200,)),
-        ("", ()),
-        ("-1", ()),
-        ("GPU-", ()),
-        ("MIG-cccc", None),
+        (FakeDriver(*UUIDS), (H200, A2000)),
+        (FakeDriver(*reversed(UUIDS)), (A2000, H200)),
+        (FakeDriver(UUIDS[1]), (A2000,)),
+        (FakeDriver(), ()),
+        (FakeDriver(*UUIDS, code=3), None),
+        (FakeDriver(UUIDS[0], UUID(int=5)), None),
+        (object(), None),
     ],
+    ids=["all", "in another order", "one", "none", "an error", "a part of one, which is not listed", "old"],
 )
-def test_devices_that_nvidia_smi_lists(
-    fake: FakeMachine, monkeypatch: pytest.MonkeyPatch, visible: str | None, expected: tuple[Gpu, ...] | None
-) -> None:
+def test_devices_are_those_that_the_driver_shows(fake: FakeMachine, driver: object, expected: tuple[Gpu, ...] | None) -> None:
     fake.gpu()
-    if visible is not None:
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    fake.driver = driver
     assert machine.gpus() == expected
 
 
-@pytest.mark.parametrize("text", ["GPU-a, GH200, 9.0, 580.1, [N/A], [N/A]", "NVIDIA-SMI has failed", "GPU-a, x, 9, 1, 2, 3"])
+@pytest.mark.parametrize(
+    "text", [f"GPU-{UUIDS[0]}, GH200, 9.0, 580.1, [N/A], [N/A]", "NVIDIA-SMI has failed", f"GPU-{UUIDS[0]}, x, 9, 1, 2, 3"]
+)
 def test_what_nvidia_smi_does_not_tell_is_not_known(fake: FakeMachine, text: str) -> None:
     fake.gpu(devices=text)
     assert machine.gpus() is None

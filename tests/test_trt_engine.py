@@ -82,6 +82,20 @@ def test_prompts_between_steps_do_not_void_the_captured_step(gpu, small):
     assert gpu.cuda.captures == captures > 0
 
 
+def test_a_constant_is_copied_to_the_device_once(gpu, small):
+    ours, cpu = engines(small)
+    states = [engine.new_state(batch=1, cache=9) for engine in (ours, cpu)]
+    two, five = (np.array([[token]]) for token in (2, 5))
+    two.flags.writeable = False
+    uploads = []
+    for at, tokens in enumerate((two, two, five, two, two)):
+        before = gpu.cuda.uploads
+        given = {"tokens": tokens, "write_index": np.array([at])}
+        np.testing.assert_allclose(*(e.run(given, s)["total"] for e, s in zip((ours, cpu), states, strict=True)), rtol=1e-6)
+        uploads.append(gpu.cuda.uploads - before)
+    assert uploads == [2, 1, 2, 2, 1]
+
+
 def test_states_do_not_disturb_each_other(gpu, small):
     """They share contexts, captured graphs are their own; another batch changes the shapes that a graph was captured with."""
     ours, cpu = engines(small, profiles=profiles(batch=2))

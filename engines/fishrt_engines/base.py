@@ -75,7 +75,8 @@ class Engine(Protocol):
         """Runs the graph once and updates `state` in place.
 
         `feeds` holds exactly the arrays of `spec.feeds`; the result holds those of `spec.results`, of which those named in
-        `resident` stay on the device. The next call with the same state may overwrite a result: copy what must outlive it.
+        `resident` stay on the device. An array that owns its memory and cannot be written is taken to be constant: calls of the
+        same shapes copy it to a device once. The next call with the same state may overwrite a result: copy what must outlive it.
         Raises ValueError for wrong names, dtypes or shapes.
         """
         ...

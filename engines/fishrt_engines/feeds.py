@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import numpy as np
+
 from .spec import GraphSpec
 
 
@@ -30,6 +32,11 @@ def check_feeds(spec: GraphSpec, feeds: Mapping[str, Any], known: Mapping[str, i
             shape = ", ".join(str(d) for d in t.shape)
             raise ValueError(f"{t.name} has shape {list(array.shape)}; {spec.file} needs [{shape}] with {where or 'sizes > 0'}")
     return dims
+
+
+def is_constant(feed: object) -> bool:
+    """Whether a feed never changes, so that a device needs it once: an array that owns its memory and cannot be written."""
+    return isinstance(feed, np.ndarray) and feed.base is None and not feed.flags.writeable
 
 
 def check_state_dims(spec: GraphSpec, dims: Mapping[str, int]) -> None:

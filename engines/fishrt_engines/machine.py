@@ -14,7 +14,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ _MIB = 1 << 20
 _SMI_SECONDS = 20.0
 """How long `nvidia-smi` may take: without a resident driver it wakes every device up first."""
 _NO_DEVICE = 100
-"""The code of CUDA's runtime for a driver that shows no device."""
+"""The code of CUDA's driver and runtime where no device is shown."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,8 +91,7 @@ def total_memory() -> int | None:
 
 def driver_error() -> str | None:
     """Why NVIDIA's driver cannot be loaded; None if it is there."""
-    name = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
-    return load_library(name)
+    return load_library(_driver_name())
 
 
 def load_library(name: str) -> str | None:
@@ -107,10 +106,15 @@ def load_library(name: str) -> str | None:
 def gpus() -> tuple[Gpu, ...] | None:
     """The devices, asked of `nvidia-smi`, or of cuda-bindings where that does not tell. None if neither does.
 
-    CUDA_VISIBLE_DEVICES chooses among those of `nvidia-smi` by numbers in the order of the bus, or by beginnings of UUIDs.
+    Which they are and in what order only the driver knows, who reads CUDA_VISIBLE_DEVICES and CUDA_DEVICE_ORDER: `nvidia-smi`
+    lists all, in the order of the bus.
     """
-    found = _from_smi()
-    return _from_bindings() if found is None else found
+    shown, listed = _shown(), _from_smi()
+    if shown == ():
+        return ()
+    if shown is None or listed is None or not listed.keys() >= set(shown):
+        return _from_bindings()
+    return tuple(listed[name] for name in shown)
 
 
 def device_memory(index: int = 0) -> tuple[int, int] | None:
@@ -119,34 +123,47 @@ def device_memory(index: int = 0) -> tuple[int, int] | None:
     return (found[index].free_bytes, found[index].total_bytes) if found and index < len(found) else None
 
 
-def _from_smi() -> tuple[Gpu, ...] | None:
+def _driver_name() -> str:
+    return "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
+
+
+def _driver() -> Any:
+    """NVIDIA's driver, as ctypes has it. Raises OSError where there is none."""
+    return ctypes.CDLL(_driver_name())
+
+
+def _shown() -> tuple[str, ...] | None:
+    """The devices that the driver shows to this process: their UUIDs, in its order. None if it cannot be asked."""
+    try:
+        driver = _driver()
+        if (code := driver.cuInit(0)) == _NO_DEVICE:
+            return ()
+        count, device, raw = ctypes.c_int(), ctypes.c_int(), (ctypes.c_ubyte * 16)()
+        codes = [code, driver.cuDeviceGetCount(ctypes.byref(count))]
+        uuids = []
+        for n in range(count.value):
+            codes += [driver.cuDeviceGet(ctypes.byref(device), n), driver.cuDeviceGetUuid_v2(raw, device)]
+            uuids.append(f"GPU-{uuid.UUID(bytes=bytes(raw))}")
+    except (OSError, AttributeError):  # no driver, or one from before CUDA 11.4
+        return None
+    return None if any(codes) else tuple(uuids)
+
+
+def _from_smi() -> dict[str, Gpu] | None:
+    """All devices by UUID."""
     fields = "uuid,name,compute_cap,driver_version,memory.total,memory.free"
     command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_SMI_SECONDS, check=True)
         rows = [[cell.strip() for cell in row] for row in csv.reader(io.StringIO(done.stdout)) if row]
-        found = [(row[0], _smi_gpu(*row[1:])) for row in rows]
+        return {row[0]: _smi_gpu(*row[1:]) for row in rows}
     except (OSError, subprocess.SubprocessError, ValueError, TypeError):
         return None
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is None:
-        return tuple(gpu for _, gpu in found)
-    return None if "MIG-" in visible else tuple(_chosen(found, visible))  # a part of a device is not listed
 
 
 def _smi_gpu(name: str, capability: str, driver: str, total: str, free: str) -> Gpu:
     major, minor = capability.split(".")
     return Gpu(name, (int(major), int(minor)), driver, int(total) * _MIB, int(free) * _MIB)
-
-
-def _chosen(found: list[tuple[str, Gpu]], visible: str) -> Iterator[Gpu]:
-    """As CUDA reads CUDA_VISIBLE_DEVICES: up to the first entry that names no device."""
-    for entry in visible.split(","):
-        word = entry.strip()
-        named = [gpu for n, (uuid, gpu) in enumerate(found) if word == str(n) or (word[:4] == "GPU-" and uuid.startswith(word))]
-        if len(named) != 1:
-            return
-        yield named[0]
 
 
 def _from_bindings() -> tuple[Gpu, ...] | None:

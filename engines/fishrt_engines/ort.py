@@ -35,7 +35,7 @@ import numpy as np
 from .base import Array, Engine, Resident, State
 from .coreml import open_coreml
 from .errors import FishrtError, GraphError, ProviderError
-from .feeds import check_feeds, check_growth, check_state_dims, check_written, names
+from .feeds import check_feeds, check_growth, check_state_dims, check_written, is_constant, names
 from .machine import default_threads
 from .ort_check import differences, inconsistencies
 from .ort_cuda import open_cuda
@@ -132,6 +132,8 @@ class _Plan:
     """`ColumnInputs.rows`, int32 [], where it is an input. All rows of the cache, unless a call says otherwise."""
     graph: int
     """Id under which it is captured, or _NOT_CAPTURED."""
+    constants: dict[str, Any]
+    """Feeds that a device holds already, and that will not change."""
 
 
 class _Carried:
@@ -269,7 +271,13 @@ class OrtEngine:
     def _run_bound(self, feeds: Mapping[str, Any], carried: _Carried, resident: Collection[str]) -> dict[str, Any]:
         plan = self._plan(feeds, carried)
         for name, tensor in plan.feeds:
-            tensor.put(feeds[name])
+            feed = feeds[name]
+            if feed is not plan.constants.get(name):
+                tensor.put(feed)
+                if self._lock and is_constant(feed):
+                    plan.constants[name] = feed
+                else:
+                    plan.constants.pop(name, None)
         for _, name in plan.allocated:
             plan.binding.bind_output(name, self._memory.device)
         if plan.rows is not None and self._columns is not None:
@@ -358,7 +366,7 @@ class OrtEngine:
                 rows = np.array(carried.places[self._columns.cache].shape[2], np.int32)
                 HostTensor(rows).place.bind_input(binding, self._columns.rows)
         shown = {} if self._lock else {name: tensor.shown(resident=False) for name, tensor in results}
-        plan = _Plan(binding, feeds, results, shown, allocated, rows, _NOT_CAPTURED)
+        plan = _Plan(binding, feeds, results, shown, allocated, rows, _NOT_CAPTURED, {})
         if self._captures and step:
             plan.graph = next(self._graph_ids)
             weakref.finalize(plan, self._dropped.append, plan.graph).atexit = False

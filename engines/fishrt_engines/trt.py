@@ -27,7 +27,7 @@ import numpy as np
 from .base import Array, Resident, State
 from .cuda_device import Device, DeviceBuffer, Graph, open_device
 from .errors import FishrtError, GraphError
-from .feeds import check_feeds, names
+from .feeds import check_feeds, is_constant, names
 from .spec import GraphSpec, TensorSpec
 from .trt_api import CudaEngine, TensorRT, checked, load_tensorrt, log_of
 from .trt_plans import Plan, find_plan, graph_hash, machine_of, read_portable, weights_identity
@@ -223,6 +223,11 @@ class TrtEngine:
             self._device.synchronize()
         for name, tensor in call.feeds.items():
             given = feeds[name]
+            if given is call.constants.get(name):
+                continue
+            call.constants.pop(name, None)
+            if is_constant(given):
+                call.constants[name] = given
             if isinstance(given, np.ndarray):
                 tensor.host[...] = given
                 self._device.upload(tensor.host, tensor.device.address)

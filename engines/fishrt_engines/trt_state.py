@@ -53,6 +53,8 @@ class Call:
     results: dict[str, Tensor]
     graphs: dict[bool, tuple[int, Graph]] = field(default_factory=dict)
     """By `TrtState.turned`: how often the context's shapes had changed when it was captured, and the graph."""
+    constants: dict[str, Any] = field(default_factory=dict)
+    """Feeds that the device holds already, and that will not change."""
     waits: int = -1
     """`Device.waits` when it last ran: copies from its arrays may not be over while that is the same."""
 

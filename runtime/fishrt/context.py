@@ -30,6 +30,9 @@ KEPT_BYTES = 256_000_000
 5 MB and 1.5 half a megabyte."""
 LEAST_ROWS = 512
 """Of a cache on a device, whose sizes are powers of two: what is captured for one request is good for others of its size."""
+_LAST_OF_ONE = np.zeros(1, np.int64)
+_LAST_OF_ONE.flags.writeable = False
+"""`last_index` of a step."""
 READ_AGAIN = ("cuda", "tensorrt")
 """Providers that read a known voice again: faster, by calculation, than hundreds of MB of keys and values through the host."""
 
@@ -42,7 +45,7 @@ class SlowContext:
         self._state = engine.new_state(batch=1, cache=1)
         self._columns = np.zeros((1 + num_codebooks, 1), np.int64)
         self._positions = np.arange(1, dtype=np.int64)
-        self._write_index, self._last_index = np.zeros(1, np.int64), np.zeros(1, np.int64)
+        self._write_index = np.zeros(1, np.int64)
         self._length = 0
         self._most = 1
 
@@ -76,12 +79,12 @@ class SlowContext:
             self._grow(max(start + length, min(2 * rows, self._most)))
         self._columns[:, start : start + length] = columns
         self._length += length
-        self._write_index[0], self._last_index[0] = start, length - 1
+        self._write_index[0] = start
         feeds = {
             "prompt": np.ascontiguousarray(columns[None]),
             "position_ids": self._positions[None, start : start + length],
             "write_index": self._write_index,
-            "last_index": self._last_index,
+            "last_index": _LAST_OF_ONE if length == 1 else np.array([length - 1]),
         }
         return self._engine.run(feeds, self._state, resident)
 

@@ -135,10 +135,11 @@ class FrameDrawer:
             "top_p": sampling.top_p,
             "top_k": max(len(self._ids), lm.fast_candidates) if sampling.top_k is None else sampling.top_k,
             "least_code": rules.least_code,
+            "penalty": 1,
         }
-        for name, value in settings.items():
-            if name in self._feeds:
-                self._feeds[name][...] = value
+        self._feeds |= {t.name: _setting(settings[t.name], t.dtype) for t in frame.spec.inputs if t.name in settings}
+        self._penalty = _setting(sampling.repetition_penalty or 1, "float32")
+        """That of all frames but the first."""
 
     def draw(self, results: Mapping[str, Any], history: History) -> Ints:
         """See `Drawer`. Raises GraphError where `sample` does, and SamplingError for more candidates than are ranked."""
@@ -162,14 +163,20 @@ class FrameDrawer:
         if "recent" in feeds:
             feeds["recent"][...] = -1
             feeds["recent"][0, : len(history.recent)] = history.recent
-        if "penalty" in feeds:
-            feeds["penalty"][...] = history.window.penalty if history.window else 1
         if history.window:
+            feeds["penalty"] = self._penalty
             feeds["penalised_codes"][0] = history.window.code_places()
             if "penalised_main" in feeds:
                 places = history.window.main_places(self._ids)
                 feeds["penalised_main"][...] = len(self._ids)
                 feeds["penalised_main"][0, : len(places)] = places
+
+
+def _setting(value: float, dtype: str) -> Array:
+    """A feed [1, 1] that a device needs once, since it cannot be written."""
+    array: Array = np.full((1, 1), value, dtype)
+    array.flags.writeable = False
+    return array
 
 
 def _fast_feeds(codebook: int, known: int) -> dict[str, Array]:
