@@ -108,8 +108,8 @@ def sample(logits: Floats, sampling: Sampling, noise: Floats) -> int:
     -inf forbids an entry. Top-p and top-k leave the first of a ranking, in which the lower index of equal logits comes first; the
     likeliest entry always stays. Raises GraphError for logits of which one is NaN or +inf, or all are -inf.
 
-    The winner among what they leave is the first that they leave of all, winner by winner: that takes sums, where a ranking would
-    take a sort, which costs more than all else here. Usually the first winner stays.
+    All entries race. A winner that the filters remove is struck out with all that rank behind it, and the race is decided anew.
+    It ends as if none but those that the filters leave had raced, and needs no sorted ranking, which costs more than the rest.
     """
     assert sampling.temperature is not None
     assert sampling.top_p is not None
