@@ -18,8 +18,9 @@ export FISHRT_OUT  = $(value OUT)
 speak: $(VENV)/runtime
 	@$(BIN)/fishrt speak --output "$$FISHRT_OUT" -- "$$FISHRT_TEXT"
 
+# Most of the time goes into torch's tracing, which uses one core.
 test: venv
-	$(BIN)/python -m pytest tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --numprocesses 2 --dist loadgroup
 
 lint: venv
 	$(BIN)/ruff check .

@@ -43,6 +43,16 @@ def find_golden(chosen: str | None, family: str) -> Path:
     return folder
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Where several processes share the tests, those of one family go to one of them, which exports its graphs for all."""
+    if not config.pluginmanager.hasplugin("xdist"):
+        return
+    for item in items:
+        params = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+        of_s2 = "s2_golden" in getattr(item, "fixturenames", ())
+        item.add_marker(pytest.mark.xdist_group(params.get("golden", "s2-pro" if of_s2 else item.path.name)))
+
+
 @pytest.fixture(scope="session", params=present_families(CHOSEN) or FAMILIES)
 def golden(request: pytest.FixtureRequest) -> Path:
     """The golden vectors of each family: `lm/` and `codec/`, each with a checkpoint in the official layout."""

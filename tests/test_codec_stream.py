@@ -29,11 +29,6 @@ def engine(golden_model: GoldenModel) -> Engine:
     return golden_model.engine("codec_decode")
 
 
-def tolerance(engine: Engine) -> float:
-    """Only a DAC takes positions."""
-    return TOLERANCES["stream of a dac" if "position_ids" in {t.name for t in engine.spec.feeds} else "stream"]
-
-
 def random_codes(codec: Codec, frames: int, seed: int) -> np.ndarray:
     sizes = np.array(codec.codebook_sizes)[:, None]
     return np.random.default_rng(seed).integers(0, sizes, (len(sizes), frames))
@@ -55,7 +50,7 @@ def test_any_chunks_give_the_whole(engine: Engine, codec: Codec, chunks: list[in
     pcm = np.concatenate([*(stream.push(part) for part in parts), stream.flush()])
     whole = decoded_at_once(engine, codes)
     assert pcm.shape == whole.shape
-    assert np.abs(pcm - whole).max() <= tolerance(engine)
+    assert np.abs(pcm - whole).max() <= TOLERANCES["stream"]
 
 
 def test_frames_one_by_one_give_the_whole(engine: Engine, codec: Codec) -> None:
@@ -63,7 +58,7 @@ def test_frames_one_by_one_give_the_whole(engine: Engine, codec: Codec) -> None:
     codes = random_codes(codec, 60, 7)
     stream = CodecDecoder(engine, codec).stream()
     pcm = np.concatenate([*(stream.push(codes[:, t : t + 1]) for t in range(60)), stream.flush()])
-    assert np.abs(pcm - decoded_at_once(engine, codes)).max() <= tolerance(engine)
+    assert np.abs(pcm - decoded_at_once(engine, codes)).max() <= TOLERANCES["stream"]
 
 
 def test_decoding_is_a_stream(engine: Engine, codec: Codec) -> None:
@@ -71,7 +66,7 @@ def test_decoding_is_a_stream(engine: Engine, codec: Codec) -> None:
     codes = random_codes(codec, 200, 8)
     decoder = CodecDecoder(engine, codec)
     assert codes.shape[1] > decoder.chunk_frames[1]
-    assert np.abs(decoder.decode(codes) - decoded_at_once(engine, codes)).max() <= tolerance(engine)
+    assert np.abs(decoder.decode(codes) - decoded_at_once(engine, codes)).max() <= TOLERANCES["stream"]
 
 
 def test_a_state_that_is_lost_is_heard(engine: Engine, codec: Codec) -> None:
@@ -86,7 +81,7 @@ def test_a_state_that_is_lost_is_heard(engine: Engine, codec: Codec) -> None:
         assert stream._state is not None
         stream._state.write(tensor.name, np.zeros_like(stream._state.read(tensor.name)))
         pcm = stream.push(codes[:, 20:])
-        assert np.abs(pcm - whole[20 * codec.hop :]).max() > 10 * tolerance(engine), tensor.name
+        assert np.abs(pcm - whole[20 * codec.hop :]).max() > 10 * TOLERANCES["stream"], tensor.name
 
 
 def test_less_context_is_heard(engine: Engine, codec: Codec) -> None:
@@ -99,7 +94,7 @@ def test_less_context_is_heard(engine: Engine, codec: Codec) -> None:
     for context in (DecodeContext(4, codec.context.ahead), DecodeContext(codec.context.left, 4)):
         stream = OverlapStream(engine, replace(codec, context=context))
         pcm = np.concatenate([stream.push(codes[:, :20]), stream.push(codes[:, 20:]), stream.flush()])
-        assert np.abs(pcm - whole).max() > 100 * tolerance(engine)
+        assert np.abs(pcm - whole).max() > 100 * TOLERANCES["stream"]
 
 
 def test_rows_of_a_batch_may_stand_at_different_positions(engine: Engine, codec: Codec) -> None:
@@ -113,8 +108,8 @@ def test_rows_of_a_batch_may_stand_at_different_positions(engine: Engine, codec:
         both.write(pair.input, np.stack([both.read(pair.input)[0], single.read(pair.input)[0]]))
     feeds = {"codes": np.stack([early, late[:, 20:]]), "position_ids": np.stack([np.arange(30), np.arange(20, 50)])}
     audio = engine.run(feeds, both)["audio"][:, 0]
-    assert np.abs(audio[0] - decoded_at_once(engine, early)).max() <= tolerance(engine)
-    assert np.abs(audio[1] - decoded_at_once(engine, late)[20 * codec.hop :]).max() <= tolerance(engine)
+    assert np.abs(audio[0] - decoded_at_once(engine, early)).max() <= TOLERANCES["stream"]
+    assert np.abs(audio[1] - decoded_at_once(engine, late)[20 * codec.hop :]).max() <= TOLERANCES["stream"]
 
 
 def test_the_context_is_what_the_network_sees(golden_model: GoldenModel, codec: Codec) -> None:

@@ -71,7 +71,7 @@ class Decoder(nn.Module):
     def __init__(self, config: DacConfig) -> None:
         super().__init__()
         channels = config.decoder_dim
-        blocks: list[nn.Module] = [CausalConv1d(config.latent_dim, channels, 7)]
+        blocks: list[nn.Module] = [CausalConv1d(config.latent_dim, channels, 7, by_rows=True)]
         for stride in config.decoder_rates:
             blocks.append(DecoderBlock(channels, stride))
             channels //= 2
@@ -102,7 +102,7 @@ class VectorQuantizer(nn.Module):
     def lookup(self, indices: Tensor) -> Tensor:
         """indices int64 [batch, n] → features [batch, dim, n]. Indices past the end mean the last row, −1 means nothing."""
         rows = self.codebook(indices.clamp(0, self.codebook.num_embeddings - 1))
-        features: Tensor = self.out_proj(rows.transpose(1, 2))
+        features: Tensor = F.linear(rows, self.out_proj.weight[..., 0], self.out_proj.bias).transpose(1, 2)
         return features * (indices >= 0).unsqueeze(1).to(features.dtype)
 
 

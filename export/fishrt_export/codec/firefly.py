@@ -316,7 +316,7 @@ class Head(nn.Module):
     def __init__(self, config: FireflyConfig) -> None:
         super().__init__()
         channels, causal = config.head_channels, config.causal
-        self.conv_pre = conv1d(config.dims[-1], channels, config.pre_kernel, causal=causal)
+        self.conv_pre = conv1d(config.dims[-1], channels, config.pre_kernel, causal=causal, by_rows=True)
         self.ups, self.resblocks = nn.ModuleList(), nn.ModuleList()
         for rate, kernel in zip(config.rates, config.rate_kernels, strict=True):
             self.ups.append(conv_transpose1d(channels, channels // 2, kernel, rate, causal=causal))

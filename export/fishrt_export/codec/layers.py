@@ -18,10 +18,23 @@ class CausalConv1d(Carrying):
 
     Input [batch, in, n], output [batch, out, ⌈n / stride⌉]: zeros behind the last sample complete its stride. Carries the last
     (k−1)·dilation inputs, if its stride is 1.
+
+    by_rows: where there is a carry, it is computed as `_convolve_rows` does, for layers that get few positions in a call.
     """
 
-    def __init__(self, inputs: int, outputs: int, kernel: int, *, stride: int = 1, dilation: int = 1, groups: int = 1) -> None:
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        kernel: int,
+        *,
+        stride: int = 1,
+        dilation: int = 1,
+        groups: int = 1,
+        by_rows: bool = False,
+    ) -> None:
         super().__init__()
+        self.by_rows = by_rows
         self.conv = nn.Conv1d(inputs, outputs, kernel, stride, dilation=dilation, groups=groups)
         self.padding = ((kernel - 1) * dilation + 1 - stride, stride - 1)
 
@@ -29,7 +42,8 @@ class CausalConv1d(Carrying):
         if carry is None:
             return cast(Tensor, self.conv(F.pad(x, self.padding)))
         assert self.conv.stride == (1,)
-        return cast(Tensor, self.conv(carry.join(x, self.padding[0])))
+        x = carry.join(x, self.padding[0])
+        return _convolve_rows(x, self.conv) if self.by_rows else cast(Tensor, self.conv(x))
 
 
 class CausalConvTranspose1d(Carrying):
@@ -46,18 +60,48 @@ class CausalConvTranspose1d(Carrying):
 
     def forward(self, x: Tensor, carry: Carry | None = None) -> Tensor:
         first = 0
+        if carry is not None and not self.reach and not self.trim:
+            return _spread_rows(x, self.conv)
         if carry is not None:
             x, first = carry.join(x, self.reach), self.reach * self.conv.stride[0]
         y: Tensor = self.conv(x)
         return y[..., first : -self.trim or None]
 
 
+def _convolve_rows(x: Tensor, conv: nn.Conv1d) -> Tensor:
+    """A convolution without padding, as a product of one row for each position: [batch, in, n + reach] → [batch, out, n].
+
+    ONNX Runtime adds up such a product in the same order, however many rows there are, and a convolution of up to 64 positions
+    in longer runs than one of more: a stream would differ from the whole, and be less exact.
+    """
+    (kernel,), (dilation,) = conv.kernel_size, conv.dilation
+    reach, rows = (kernel - 1) * dilation, x.transpose(1, 2)
+    seen = torch.cat([rows[:, at : at - reach or None] for at in range(0, reach + 1, dilation)], dim=-1)
+    y = seen @ conv.weight.permute(2, 1, 0).flatten(0, 1) + cast(Tensor, conv.bias)
+    return y.transpose(1, 2)
+
+
+def _spread_rows(x: Tensor, conv: nn.ConvTranspose1d) -> Tensor:
+    """A transposed convolution whose kernel is its stride, by rows as well: [batch, in, n] → [batch, out, stride·n]."""
+    spread = x.transpose(1, 2) @ conv.weight.permute(0, 2, 1).flatten(1)
+    y = spread.reshape(x.shape[0], -1, conv.out_channels) + cast(Tensor, conv.bias)
+    return y.transpose(1, 2)
+
+
 def conv1d(
-    inputs: int, outputs: int, kernel: int, *, causal: bool, stride: int = 1, dilation: int = 1, groups: int = 1
+    inputs: int,
+    outputs: int,
+    kernel: int,
+    *,
+    causal: bool,
+    stride: int = 1,
+    dilation: int = 1,
+    groups: int = 1,
+    by_rows: bool = False,
 ) -> CausalConv1d | nn.Conv1d:
     """Causal, or centred: zeros on both sides alike, none where kernel and stride are equal, so that a last part is left out."""
     if causal:
-        return CausalConv1d(inputs, outputs, kernel, stride=stride, dilation=dilation, groups=groups)
+        return CausalConv1d(inputs, outputs, kernel, stride=stride, dilation=dilation, groups=groups, by_rows=by_rows)
     padding = ((kernel - 1) * dilation + 1 - stride) // 2
     return nn.Conv1d(inputs, outputs, kernel, stride, padding, dilation, groups)
 
@@ -126,6 +170,10 @@ class LayerScale(nn.Module):
         return x * self.gamma
 
 
+_HIDDEN = -30000.0
+"""Added to the score of a key that is not seen: far below any score, and still a number in float16."""
+
+
 @dataclass(frozen=True, slots=True)
 class View:
     """What all layers of a windowed transformer look at in one call."""
@@ -159,8 +207,23 @@ class SelfAttention(nn.Module):
         if view.carry is not None:
             k = view.carry.join(k, view.past, kind="key_cache", dim=-2)
             v = view.carry.join(v, view.past, kind="value_cache", dim=-2)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=view.mask)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=view.mask) if view.carry is None else _attend(q, k, v, view.mask)
         return cast(Tensor, self.wo(y.transpose(1, 2).flatten(2)))
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """Attention that rounds alike in a stream and in the whole: its sums run over the keys one by one, and of a key that is not
+    seen, which adds zeros, nothing is left.
+
+    A softmax adds up its rows in as many parts as a processor's registers have places, and to which of them a key belongs depends
+    on the keys before it. The first query comes twice, since products of a single row are added up in another way.
+    """
+    bias = torch.where(mask, torch.zeros((), dtype=q.dtype), torch.full((), _HIDDEN, dtype=q.dtype))
+    q, bias = (torch.cat([rows, rows[..., :1, :]], dim=-2) for rows in (q, bias))
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2) + bias
+    weights = torch.exp(scores - scores.amax(dim=-1, keepdim=True))
+    ones = v * 0 + 1  # of floats alone: CoreML computes no sizes
+    return ((weights @ v) / (weights @ ones))[..., :-1, :]
 
 
 class FeedForward(nn.Module):
