@@ -32,9 +32,10 @@ RECIPES = {
     "int4": ("--precision", "int4"),
     "int8": ("--precision", "int8"),
     "all-int4": ("--precision", "int4", "--keep", "fast_ar.*=int4", "--keep", "slow_ar.output=int4"),
+    "int4-codec-int8": ("--precision", "int4", "--codec-int8"),
     "fp32": (),
 }
-USUAL_RECIPES = {"s2": ("int4", "all-int4")}
+USUAL_RECIPES = {"s1": ("int4", "int8", "int4-codec-int8"), "s2": ("int4", "all-int4")}
 """Those of a family if none are asked for, where they are not int4 and int8."""
 PEERS = ("fp32", "bf16")
 PEER_FRAMES = {"s2": 8}
@@ -51,7 +52,8 @@ HERE = Path(__file__).parent
     "recipes",
     multiple=True,
     type=click.Choice(list(RECIPES)),
-    help="The first is the one that takes turns with the peers.  [default: int4 and int8; int4 and all-int4 for s2]",
+    help="The first is the one that takes turns with the peers.  [default: int4 and int8; for s1 also int4-codec-int8; int4 "
+    "and all-int4 for s2]",
 )
 @click.option("--checkpoints", type=click.Path(path_type=Path), help="Folder with a checkpoint for each family, made if lacking.")
 @click.option("--bundles", type=click.Path(path_type=Path), help="Folder of bundles, FAMILY-RECIPE, made if lacking.")

@@ -1,8 +1,9 @@
 """What each precision costs on the embedded voice: `python benchmarks/minnow_precision.py`.
 
-minnow is exported by each recipe, and speaks the same held-out sentences in all of its voices with the same seeds. Word
-error rates are pocketsphinx's: compare the recipes, do not take them for what a person hears. Needs the `dev` extra and Debian's
-package flite, by which voices are recognised; writes results/minnow-precision.json.
+minnow is exported by each recipe, and speaks the same held-out sentences in all of its voices with the same seeds. Of the codec
+in 8 bits, which gets the codes of fp32, the sound is compared as well. Word error rates are pocketsphinx's: compare the recipes,
+do not take them for what a person hears. Needs the `dev` extra and Debian's package flite, by which voices are recognised; writes
+results/minnow-precision.json.
 """
 
 from __future__ import annotations
@@ -19,19 +20,20 @@ import numpy as np
 
 from fishrt import TTS
 from fishrt_export import export_bundle
-from metrics import VoiceClassifier, mfcc_summary, word_errors, words
+from metrics import VoiceClassifier, mfcc_summary, signal_over_error, word_errors, words
 from minnow_quality import CLASSIFIER_SENTENCES, SENTENCES, VOICES, flite
 from recogniser import Recogniser
 from record import write_record
 
 CHECKPOINT = Path(__file__).parents[1] / "export/minnow"
-RECIPES: dict[str, tuple[str, dict[str, str]]] = {
-    "fp32": ("fp32", {}),
-    "int8": ("int8", {}),
-    "int4": ("int4", {}),
-    "all-int4": ("int4", {"fast_ar.*": "int4", "slow_ar.output": "int4"}),
+RECIPES: dict[str, dict[str, Any]] = {
+    "fp32": {},
+    "int8": {"precision": "int8"},
+    "int4": {"precision": "int4"},
+    "all-int4": {"precision": "int4", "keep": {"fast_ar.*": "int4", "slow_ar.output": "int4"}},
+    "codec-int8": {"codec_int8": True},
 }
-"""Name → what `fishrt export` gets for --precision and --keep."""
+"""Name → options of export_bundle. The first is what the others are compared with."""
 _DRAWS = 2000
 _loaded: dict[Path, tuple[TTS, Recogniser]] = {}
 
@@ -50,8 +52,8 @@ def main(count: int, seeds: int, workers: int, out: Path | None) -> None:
     with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(workers) as pool:
         rows: dict[str, list[dict[str, Any]]] = {}
         sizes = {}
-        for name, (precision, keep) in RECIPES.items():
-            bundle = export_bundle(CHECKPOINT, Path(folder, name), precision=precision, keep=keep)
+        for name, options in RECIPES.items():
+            bundle = export_bundle(CHECKPOINT, Path(folder, name), **options)
             sizes[name] = bundle.manifest.total_bytes
         jobs = [(Path(folder), s, v, seed) for s in spoken for v in VOICES for seed in range(seeds)]
         with click.progressbar(length=len(jobs), label="Speaking", file=sys.stderr) as bar:
@@ -70,7 +72,8 @@ def main(count: int, seeds: int, workers: int, out: Path | None) -> None:
 def measure(job: tuple[Path, str, str, int]) -> dict[str, dict[str, Any]]:
     """One sentence by each recipe."""
     folder, text, voice, seed = job
-    rows = {}
+    rows: dict[str, dict[str, Any]] = {}
+    sound = np.empty(0, np.float32)
     for name in RECIPES:
         if folder / name not in _loaded:
             _loaded[folder / name] = TTS.load(folder / name, threads=1), Recogniser()
@@ -84,6 +87,10 @@ def measure(job: tuple[Path, str, str, int]) -> dict[str, dict[str, Any]]:
             "ended": speech.info.stop_reasons == ("end",),
             "summary": mfcc_summary(speech.pcm, speech.sample_rate).tolist(),
         }
+        if name == "fp32":
+            sound = speech.pcm
+        elif name == "codec-int8":  # the same codes
+            rows[name]["snr_db"] = signal_over_error(sound, speech.pcm)
     return rows
 
 
@@ -94,7 +101,9 @@ def summarise(rows: list[dict[str, Any]], baseline: list[dict[str, Any]]) -> dic
     )
     drawn = np.random.default_rng(0).integers(0, len(rows), (_DRAWS, len(rows)))
     differences = (errors - others)[drawn].sum(axis=1) / count[drawn].sum(axis=1)
+    ratios = [r["snr_db"] for r in rows if "snr_db" in r]
     return {
+        **({"snr_db": round(float(np.mean(ratios)), 1), "least_snr_db": round(min(ratios), 1)} if ratios else {}),
         "utterances": len(rows),
         "word_error_rate": round(float(errors.sum() / count.sum()), 4),
         "difference": round(float((errors - others).sum() / count.sum()), 4),

@@ -76,6 +76,7 @@ def precision_table(record: dict[str, Any]) -> str:
         "95 % interval",
         "voice recognised",
         "ended by itself",
+        "signal over error",
     )
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for name, found in record["summary"].items():
@@ -88,6 +89,7 @@ def precision_table(record: dict[str, Any]) -> str:
             "" if name == "fp32" else f"{100 * low:+.1f} and {100 * high:+.1f}",
             f"{found['voice_recognised']:.1%}",
             f"{found['ended_by_itself']:.1%}",
+            f"{found['snr_db']:.1f} dB, {found['least_snr_db']:.1f} at least" if "snr_db" in found else "",
         )
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

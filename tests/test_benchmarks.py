@@ -242,6 +242,8 @@ def test_the_precision_table_has_a_row_for_each_recipe():
         "voice_recognised": 1.0,
         "ended_by_itself": 0.99,
     }
-    lines = tables.precision_table({"summary": {"fp32": figures, "int4": figures}}).splitlines()
-    assert lines[2] == "| fp32 | 9.9 MB | 25.1% |  |  | 100.0% | 99.0% |"
-    assert lines[3] == "| int4 | 9.9 MB | 25.1% | -0.4 points | -1.2 and +0.5 | 100.0% | 99.0% |"
+    codec = {**figures, "snr_db": 34.04, "least_snr_db": 31.0}
+    lines = tables.precision_table({"summary": {"fp32": figures, "int4": figures, "codec": codec}}).splitlines()
+    assert lines[2] == "| fp32 | 9.9 MB | 25.1% |  |  | 100.0% | 99.0% |  |"
+    assert lines[3] == "| int4 | 9.9 MB | 25.1% | -0.4 points | -1.2 and +0.5 | 100.0% | 99.0% |  |"
+    assert lines[4].endswith("| 99.0% | 34.0 dB, 31.0 at least |")

@@ -258,13 +258,15 @@ def test_export_passes_its_options_on(fake, monkeypatch, tmp_path):
     run("export", "ckpt", "out", "--lora", str(lora), "--lora-alpha", "0.5", "--lora-rank", "8")
     run("export", "ckpt", "out", "--precision", "int4", "--keep", "slow_ar.layers.0.*=int8", "--keep", "fast_ar.output=fp32")
     run("export", "ckpt", "out", "--static", "coreml")
+    run("export", "ckpt", "out", "--codec-int8")
     plain = {"head": "audio", "family": None, "lora": None, "precision": "fp32", "keep": {}, "static": None}
+    plain["codec_int8"] = False
     assert {(checkpoint, out) for checkpoint, out, _ in asked} == {(Path("ckpt"), Path("out"))}
     changes = [{**options, "head": "full"} for options in (plain, plain)]
     changes += [{**plain, "family": "1.5", "lora": fishrt_export.Lora(lora, 16.0, None)}]
     changes += [{**plain, "lora": fishrt_export.Lora(lora, 0.5, 8)}]
     changes += [{**plain, "precision": "int4", "keep": {"slow_ar.layers.0.*": "int8", "fast_ar.output": "fp32"}}]
-    changes += [{**plain, "static": "coreml"}]
+    changes += [{**plain, "static": "coreml"}, {**plain, "codec_int8": True}]
     assert [options for _, _, options in asked] == changes
 
 

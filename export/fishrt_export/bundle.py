@@ -26,6 +26,7 @@ from fishrt.version import __version__
 from fishrt_engines.trt_rules import errors
 
 from .checkpoint import TOKENIZER
+from .codec.int8 import check_codec, write_int8
 from .codec.source import CodecSource, open_codec
 from .errors import ExportError
 from .graphs import LanguageModelSource, open_language_model
@@ -56,6 +57,7 @@ def export_bundle(
     precision: str = "fp32",
     keep: Mapping[str, str] | None = None,
     static: str | None = None,
+    codec_int8: bool = False,
     progress: Progress = lambda _stage, _done: None,
 ) -> Bundle:
     """Exports the checkpoint in the folder `checkpoint` as a bundle in the new or empty folder `out`.
@@ -66,6 +68,7 @@ def export_bundle(
     family: a key of families.FAMILIES; None finds it out. lora: merged into the language model.
     precision, keep: see recipe.Recipe.
     static: also add graphs of fixed sizes for this target, "coreml"; see static.py.
+    codec_int8: also add the codec's decoder with convolutions in 8 bits; see codec/int8.py.
     Raises ExportError for a checkpoint that is incomplete, damaged, mixed or of an unknown family, with every tensor that does
     not fit listed at once; for a LoRA of another model; for an `out` that is not empty or cannot be written; and for a graph that
     is not equal to its torch module. Raises FishrtError before anything is written where the memory does not suffice.
@@ -109,6 +112,8 @@ def export_bundle(
         raise ExportError(f"{checkpoint} cannot become a bundle: {error}", hint="are all files of one checkpoint?") from None
     decode = next(job for job in jobs if job.role == "codec_decode")
     check_target(static, decode.spec)
+    if codec_int8:
+        check_codec(codec.kind)
     static_case, static_tolerance = decode.cases[-1], decode.tolerance
     del decode
     check_memory(BASE_MEMORY + max(job.need() for job in jobs), f"exporting {checkpoint}")
@@ -122,6 +127,13 @@ def export_bundle(
         if static is not None:
             progress("static graphs", 1.0)
             write_static(folder, draft.graphs, static_case, static_tolerance, draft.codec.fingerprint)
+        if codec_int8:
+            write_int8(
+                folder,
+                draft.graphs["codec_decode"],
+                draft.codec.codebook_sizes,
+                lambda part: progress(f"codec in 8 bits, {part:.0%}", 1.0),
+            )
         if report := _report(plans, made):
             (folder / QUANTISATION).write_text(report.to_json(), encoding="utf-8")
         voices = encode_references(references, Bundle(folder, draft))

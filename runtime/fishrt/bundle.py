@@ -99,10 +99,10 @@ class Manifest:
         """Of all files."""
         return sum(entry.bytes for entry in self.files.values())
 
-    def identity(self, role: str) -> str:
-        """A hash that stands for one graph and its weights: hex."""
+    def identity(self, role: str, *more: str) -> str:
+        """A hash that stands for one graph and its weights, and for the files that another form of it adds: hex."""
         file = self.graphs[role].file
-        hashes = [self.files[name].sha256 for name in (file, f"{file}.data") if name in self.files]
+        hashes = [self.files[name].sha256 for name in (file, f"{file}.data", *more) if name in self.files]
         return hashlib.sha256(" ".join(hashes).encode()).hexdigest()
 
     def check(self) -> None:

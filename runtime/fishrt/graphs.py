@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 from fishrt_engines import Engine, open_engine
 
 from .bundle import Bundle
 from .frame import frame_graph
+from .int8_codec import int8_decode
 from .static import open_codec_decode, static_graphs
 
 FUSED = ("cuda", "tensorrt")
@@ -34,18 +36,21 @@ class BundleGraphs(Mapping[str, Engine]):
     def _opened(self, role: str) -> Engine:
         if self._static is not None and role == "codec_decode":
             return open_codec_decode(self._bundle, self._static, self._threads)
-        spec = self._bundle.manifest.graphs[role]
-        path, build = self._bundle.file(spec.file), None
+        manifest = self._bundle.manifest
+        spec, build, identity = manifest.graphs[role], None, manifest.identity(role)
+        path = self._bundle.file(spec.file)
         if self._provider in FUSED and role == "fast_ar":
-            manifest = self._bundle.manifest
             spec, build = frame_graph(manifest.graphs, manifest.language_model)
+        elif self._provider == "cpu" and role == "codec_decode" and (file := int8_decode(self._bundle)):
+            spec, path = replace(spec, file=file), self._bundle.file(file)
+            identity = manifest.identity(role, file, f"{file}.data")
         return open_engine(
             path,
             spec,
             provider=self._provider if self._static is None else "cpu",
             threads=self._threads,
             specialise=True,
-            identity=self._bundle.manifest.identity(role),
+            identity=identity,
             build=build,
         )
 

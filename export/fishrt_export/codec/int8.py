@@ -1,0 +1,276 @@
+"""`fishrt export --codec-int8`: the codec's decoder with most convolutions in integers of 8 bits, beside the portable graph.
+
+    float ─► QuantizeLinear ─► QLinearConv ─► DequantizeLinear ─► float
+
+Those of all blocks of a DAC's decoder but the last: what rounding adds there is noise at the sample rate, heard in pauses.
+Weights are symmetric with a scale for each output; activations have one scale for a tensor. Its range is that which the float
+graph computes for random codes: no user's recordings are needed. A transposed convolution, for which ONNX has no integers,
+becomes one of two inputs with `stride` outputs for each of its own, which then stand side by side.
+
+The weights that stay float are read from the file beside the portable graph.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from fishrt.int8_codec import INT8_CODEC, Int8Codec
+from fishrt_engines import Engine, open_engine
+from fishrt_engines.spec import GraphSpec, TensorSpec
+
+from ..errors import ExportError
+
+CALL_FRAMES = 16
+CALIBRATION_FRAMES = 128 * CALL_FRAMES
+"""Random frames that ranges are taken from. With a sixth of them, the worst utterance of minnow lost 3 dB."""
+TEST_FRAMES = 16 * CALL_FRAMES
+LEAST_SNR = 10.0
+"""Decibels below which something is wrong, rather than rounded. A decoder of random weights has 19, that of minnow 32."""
+_WEIGHT = re.compile(r"(?:.*\.)?decoder\.model\.(\d+)\.block\..*conv\.weight")
+"""Of a convolution of one of the decoder's blocks, which it counts from 1."""
+
+Floats = npt.NDArray[np.float32]
+Tell = Callable[[float], None]
+
+
+@dataclass(frozen=True, slots=True)
+class _Range:
+    """Of an activation; 0 is in it."""
+
+    low: float
+    high: float
+
+    @property
+    def scale(self) -> float:
+        return max((self.high - self.low) / 255, 1e-8)
+
+    @property
+    def zero_point(self) -> int:
+        return min(max(round(-self.low / self.scale), 0), 255)
+
+
+@dataclass(frozen=True, slots=True)
+class _Convolution:
+    """A node that is to be replaced, and for a transposed convolution the Slice behind it."""
+
+    node: ir.Node
+    trimmed: ir.Node | None
+
+    @property
+    def read(self) -> ir.Value:
+        value = self.node.inputs[0]
+        assert value is not None
+        return value
+
+    @property
+    def made(self) -> ir.Value:
+        return (self.trimmed or self.node).outputs[0]
+
+
+def check_codec(kind: str) -> None:
+    """Raises ExportError for a kind of codec whose decoder is not known to bear it."""
+    if kind != "dac":
+        raise ExportError(
+            f"--codec-int8 is not for a codec of the kind {kind!r}: what 8 bits cost was measured for DACs only",
+            hint="leave it out",
+        )
+
+
+def write_int8(folder: Path, portable: GraphSpec, sizes: tuple[int, ...], tell: Tell = lambda _: None) -> None:
+    """Adds the graph and its `int8_codec.json` to the bundle in `folder`.
+
+    portable: codec_decode of the manifest. sizes: of the codebooks. `tell` is told the part that is done. Raises ExportError for
+    a decoder that has no such convolutions, and for one that gives something else in integers.
+    """
+    rng = np.random.default_rng(0)
+    model = ir.load(folder / portable.file)
+    found = list(_convolutions(model.graph))
+    if not found:
+        raise ExportError("the codec's decoder has no blocks that could run in 8 bits", hint="leave --codec-int8 out")
+    ranges = _calibrated(folder, portable, found, _codes(rng, sizes, CALIBRATION_FRAMES), tell)
+    store = _Store(folder / f"{Path(portable.file).stem}_int8.onnx")
+    for n, convolution in enumerate(found):
+        _replace(model.graph, convolution, ranges, store, n)
+    store.finish(model)
+    spec = replace(portable, file=store.path.name)
+    engines = [open_engine(folder / s.file, s, provider="cpu") for s in (portable, spec)]
+    ratios = [_snr(*(_decoded(engine, codes) for engine in engines)) for codes in _codes(rng, sizes, TEST_FRAMES)]
+    if min(ratios) < LEAST_SNR:
+        raise ExportError(f"the codec in 8 bits has {min(ratios):.1f} dB between sound and error, at least", hint="leave it out")
+    report = Int8Codec(spec.file, len(found), CALIBRATION_FRAMES, float(np.mean(ratios)), min(ratios))
+    (folder / INT8_CODEC).write_text(report.to_json(), encoding="utf-8")
+    tell(1.0)
+
+
+def _convolutions(graph: ir.Graph) -> Iterator[_Convolution]:
+    of_block: dict[int, list[_Convolution]] = {}
+    for node in graph:
+        if node.op_type not in ("Conv", "ConvTranspose") or not (match := _WEIGHT.fullmatch(_source(node.inputs[1]).name or "")):
+            continue
+        trimmed = None
+        if node.op_type == "ConvTranspose":
+            (trimmed,) = {reader for reader, _ in node.outputs[0].uses()}
+            assert trimmed.op_type == "Slice"
+        of_block.setdefault(int(match[1]), []).append(_Convolution(node, trimmed))
+    for block in sorted(of_block)[:-1]:
+        yield from of_block[block]
+
+
+def _source(value: ir.Value | None) -> ir.Value:
+    """The weight that is cast to float, or is float already."""
+    assert value is not None
+    producer = value.producer()
+    return value if producer is None else _source(producer.inputs[0])
+
+
+def _weight(value: ir.Value | None) -> Floats:
+    tensor = _source(value).const_value
+    assert tensor is not None
+    return tensor.numpy().astype(np.float32)
+
+
+def _codes(rng: np.random.Generator, sizes: tuple[int, ...], frames: int) -> list[npt.NDArray[np.int64]]:
+    """Random ones, in streams of eight calls each."""
+    shape = (1, len(sizes), 8 * CALL_FRAMES)
+    return [rng.integers(0, np.array(sizes)[:, None], shape) for _ in range(frames // shape[-1])]
+
+
+def _calls(codes: npt.NDArray[np.int64]) -> Iterator[dict[str, npt.NDArray[np.int64]]]:
+    for start in range(0, codes.shape[-1], CALL_FRAMES):
+        positions = np.arange(start, start + CALL_FRAMES)[None]
+        yield {"codes": np.ascontiguousarray(codes[..., start : start + CALL_FRAMES]), "position_ids": positions}
+
+
+def _decoded(engine: Engine, codes: npt.NDArray[np.int64]) -> Floats:
+    state = engine.new_state(batch=1)
+    return np.concatenate([engine.run(feeds, state)["audio"].copy() for feeds in _calls(codes)], axis=-1)
+
+
+def _snr(audio: Floats, changed: Floats) -> float:
+    error = np.square(audio - changed).sum()
+    return float(10 * np.log10(np.square(audio).sum() / max(error, np.finfo(np.float32).tiny)))
+
+
+def _calibrated(
+    folder: Path, portable: GraphSpec, found: list[_Convolution], streams: list[npt.NDArray[np.int64]], tell: Tell
+) -> Mapping[str, _Range]:
+    """The ranges of what the convolutions read and make, by name."""
+    wanted = sorted({str(value.name) for c in found for value in (c.read, c.made)})
+    model = ir.load(folder / portable.file)
+    by_name = {value.name: value for node in model.graph for value in node.outputs}
+    outputs = []
+    for operator in ("ReduceMin", "ReduceMax"):
+        for name in wanted:
+            value = ir.Value(name=f"{name}.{operator}", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(()))
+            model.graph.append(ir.node(operator, [by_name[name]], attributes={"keepdims": 0}, outputs=[value]))
+            model.graph.outputs.append(value)
+            outputs.append(TensorSpec(str(value.name), "float32", ()))
+    spec = replace(portable, file=f"{Path(portable.file).stem}_ranges.onnx", outputs=(*portable.outputs, *outputs))
+    ir.save(model, folder / spec.file)
+    engine = open_engine(folder / spec.file, spec, provider="cpu")
+    lows, highs = dict.fromkeys(wanted, 0.0), dict.fromkeys(wanted, 0.0)
+    for n, codes in enumerate(streams):
+        tell(0.8 * n / len(streams))
+        state = engine.new_state(batch=1)
+        for feeds in _calls(codes):
+            results = engine.run(feeds, state)
+            for name in wanted:
+                lows[name] = min(lows[name], float(results[f"{name}.ReduceMin"]))
+                highs[name] = max(highs[name], float(results[f"{name}.ReduceMax"]))
+    (folder / spec.file).unlink()
+    return {name: _Range(lows[name], highs[name]) for name in wanted}
+
+
+class _Store:
+    """The graph's file, and that of its integers beside it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._data = path.with_name(f"{path.name}.data")
+        self._data.write_bytes(b"")
+
+    def weight(self, graph: ir.Graph, name: str, array: npt.NDArray[np.int8]) -> ir.Value:
+        """An initializer whose numbers lie in the file."""
+        with self._data.open("ab") as file:
+            offset = file.tell()
+            file.write(array.tobytes() + bytes(-array.nbytes % 64))
+        tensor = ir.ExternalTensor(
+            self._data.name,
+            offset,
+            array.nbytes,
+            ir.DataType.INT8,
+            shape=ir.Shape(array.shape),
+            name=name,
+            base_dir=self.path.parent,
+        )
+        return _register(graph, name, tensor)
+
+    def finish(self, model: ir.Model) -> None:
+        """Writes the graph."""
+        ir.passes.common.RemoveUnusedNodesPass()(model)
+        ir.save(model, self.path)
+
+
+def _register(graph: ir.Graph, name: str, tensor: ir.TensorProtocol) -> ir.Value:
+    value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape.numpy()), const_value=tensor)
+    graph.register_initializer(value)
+    return value
+
+
+def _replace(graph: ir.Graph, convolution: _Convolution, ranges: Mapping[str, _Range], store: _Store, number: int) -> None:
+    node = convolution.node
+    weight, bias, stride = _weight(node.inputs[1]), _weight(node.inputs[2]), 1
+    dilation = node.attributes.get_ints("dilations", [1])[0]
+    if convolution.trimmed is not None:
+        weight, stride = _of_two(weight, node.attributes.get_ints("strides", [1])[0])
+        bias = np.repeat(bias, stride)
+    read, made = ranges[str(convolution.read.name)], ranges[str(convolution.made.name)]
+    scales = np.maximum(np.abs(weight).max((1, 2)) / 127, 1e-12).astype(np.float32)
+    integers = np.clip(np.round(weight / scales[:, None, None]), -127, 127).astype(np.int8)
+    prefix = f"int8.{number}"
+
+    def constant(name: str, array: npt.ArrayLike, dtype: type[np.generic]) -> ir.Value:
+        return _register(graph, f"{prefix}.{name}", ir.tensor(np.asarray(array, dtype), name=f"{prefix}.{name}"))
+
+    def of(name: str, found: _Range) -> list[ir.Value]:
+        return [constant(f"{name}.scale", found.scale, np.float32), constant(f"{name}.zero", found.zero_point, np.uint8)]
+
+    tape = ir.tape.Tape()
+    reads, makes = of("read", read), of("made", made)
+    x = tape.op("QuantizeLinear", [convolution.read, *reads])
+    whole = np.clip(np.round(bias / (scales * read.scale)), -(2**31), 2**31 - 1)
+    y = tape.op(
+        "QLinearConv",
+        [
+            x,
+            *reads,
+            store.weight(graph, f"{prefix}.weight", integers),
+            constant("scales", scales, np.float32),
+            constant("zeros", np.zeros(len(scales)), np.int8),
+            *makes,
+            constant("bias", whole, np.int32),
+        ],
+        attributes={"dilations": [dilation], "kernel_shape": [weight.shape[2]]},
+    )
+    if stride > 1:
+        outputs = len(scales) // stride
+        y = tape.op("Reshape", [y, constant("parts", [0, outputs, stride, -1], np.int64)])
+        y = tape.op("Transpose", [y], attributes={"perm": [0, 1, 3, 2]})
+        y = tape.op("Reshape", [y, constant("joined", [0, outputs, -1], np.int64)])
+    y = tape.op("DequantizeLinear", [y, *makes])
+    ir.convenience.replace_nodes_and_values(graph, node, [], tape.nodes, [convolution.made], [y])
+
+
+def _of_two(weight: Floats, stride: int) -> tuple[Floats, int]:
+    """A transposed convolution [in, out, 2·stride] as one of the input before and the input itself: [out·stride, in, 2]."""
+    inputs, outputs, kernel = weight.shape
+    assert kernel == 2 * stride
+    pairs = np.stack([weight[:, :, stride:], weight[:, :, :stride]], axis=-1)
+    return np.ascontiguousarray(pairs.transpose(1, 2, 0, 3)).reshape(outputs * stride, inputs, 2), stride

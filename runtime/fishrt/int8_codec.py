@@ -1,0 +1,74 @@
+"""`int8_codec.json` of a bundle: its decoder of codes with convolutions in integers of 8 bits, for CPUs.
+
+`fishrt export --codec-int8` writes it, with the graph. It is used where the CPU multiplies such integers four at a time (VNNI):
+elsewhere ONNX Runtime's kernels are slower, or lose bits.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import asdict, dataclass
+
+from fishrt_engines.machine import cpu_features
+
+from .bundle import Bundle, parse_dataclass
+from .errors import BundleError
+
+log = logging.getLogger(__name__)
+
+INT8_CODEC = "int8_codec.json"
+NEEDED = ("avx512_vnni", "avx_vnni")
+"""One of these instruction sets."""
+
+
+@dataclass(frozen=True, slots=True)
+class Int8Codec:
+    """The graph, and what rounding did to random codes."""
+
+    file: str
+    """Takes and gives what codec_decode does."""
+    convolutions: int
+    """How many are in integers."""
+    calibration_frames: int
+    """Random frames that the ranges of activations come from."""
+    snr_db: float
+    """The float graph's sound over the difference from it, in dB: of streams of other random codes, on average."""
+    least_snr_db: float
+
+    def summary(self) -> str:
+        """A line of text."""
+        ratio = f"{self.snr_db:.1f} dB, {self.least_snr_db:.1f} dB at least"
+        return f"{self.convolutions} convolutions of the decoder in 8 bits, signal over error {ratio} (random codes)"
+
+    def to_json(self) -> str:
+        """The text of `int8_codec.json`."""
+        return json.dumps(asdict(self), indent=1) + "\n"
+
+
+def read_int8_codec(bundle: Bundle) -> Int8Codec | None:
+    """None for a bundle that lists no `int8_codec.json`. Raises BundleError for one that is not valid."""
+    if INT8_CODEC not in bundle.manifest.files:
+        return None
+    path = bundle.file(INT8_CODEC)
+    again = "copy the bundle again, or export the checkpoint again"
+    try:
+        found = parse_dataclass(Int8Codec, json.loads(path.read_text(encoding="utf-8")), INT8_CODEC)
+    except (OSError, ValueError, RecursionError) as error:
+        raise BundleError(f"{path} cannot be read: {error}", hint=again) from None
+    if found.file not in bundle.manifest.files:
+        raise BundleError(f"{path} names {found.file}, which the bundle does not list", hint=again)
+    return found
+
+
+def int8_decode(bundle: Bundle) -> str | None:
+    """The file that decodes codes in place of that of codec_decode on this CPU. None where the bundle has none, or the CPU is not
+    made for it. Raises as `read_int8_codec`.
+    """
+    found = read_int8_codec(bundle)
+    if found is None:
+        return None
+    if not set(NEEDED) & set(cpu_features()):
+        log.info("the codec runs in float: this CPU has neither %s", " nor ".join(NEEDED))
+        return None
+    return found.file

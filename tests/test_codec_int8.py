@@ -1,0 +1,184 @@
+"""The codec's decoder with convolutions in 8 bits: what is made, how near it is, and when it is used."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from fishrt import int8_codec
+from fishrt.bundle import MANIFEST, Bundle, describe_files
+from fishrt.codec import CodecDecoder
+from fishrt.errors import BundleError
+from fishrt.graphs import BundleGraphs
+from fishrt.int8_codec import INT8_CODEC, Int8Codec, read_int8_codec
+from fishrt_engines import Engine
+from tiny import GoldenModel
+
+pytest.importorskip("torch", reason="needs the export extra")
+
+import torch
+
+from fishrt_export import export_bundle
+from fishrt_export.codec import int8
+from fishrt_export.errors import ExportError
+
+FILE = "codec_decode_int8.onnx"
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """S2's, with the graph."""
+    folder = Path(shutil.copytree(tiny_bundle.path, tmp_path_factory.mktemp("int8") / "bundle"))
+    manifest = tiny_bundle.manifest
+    int8.write_int8(folder, manifest.graphs["codec_decode"], manifest.codec.codebook_sizes)
+    return listed(folder, tiny_bundle)
+
+
+def listed(folder: Path, bundle: Bundle) -> Bundle:
+    """With the files that are there now."""
+    manifest = replace(bundle.manifest, files=dict(describe_files(folder)))
+    (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+    return Bundle.load(folder)
+
+
+@pytest.fixture
+def vnni(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(int8_codec, "cpu_features", lambda: ["avx2", "avx512_vnni"])
+
+
+def report_of(bundle: Bundle) -> Int8Codec:
+    found = read_int8_codec(bundle)
+    assert found is not None
+    return found
+
+
+def decoder(bundle: Bundle) -> Engine:
+    return BundleGraphs(bundle, "cpu", 1)["codec_decode"]
+
+
+def decoded(engine: Engine, bundle: Bundle, codes: np.ndarray, *chunks: int) -> np.ndarray:
+    stream = CodecDecoder(engine, bundle.manifest.codec).stream()
+    parts = np.split(codes, np.cumsum(chunks)[:-1], axis=1) if chunks else [codes]
+    return np.concatenate([*(stream.push(part) for part in parts), stream.flush()])
+
+
+def random_codes(bundle: Bundle, frames: int, seed: int) -> np.ndarray:
+    sizes = np.array(bundle.manifest.codec.codebook_sizes)[:, None]
+    return np.random.default_rng(seed).integers(0, sizes, (len(sizes), frames))
+
+
+def snr(sound: np.ndarray, other: np.ndarray) -> float:
+    return float(10 * np.log10(np.square(sound).sum() / max(np.square(sound - other).sum(), 1e-20)))
+
+
+def test_all_blocks_but_the_last_are_in_integers(bundle: Bundle, s2_model: GoldenModel) -> None:
+    graph = onnx.load(bundle.file(FILE), load_external_data=False).graph
+    blocks = len(s2_model.codec.config.decoder_rates)
+    integers = [node for node in graph.node if node.op_type == "QLinearConv"]
+    assert len(integers) == report_of(bundle).convolutions == 7 * (blocks - 1)
+    floats = {
+        name.split(".")[2] for node in graph.node if "Conv" in node.op_type for name in node.input if "decoder.model." in name
+    }
+    assert floats == {str(blocks), str(blocks + 2)}
+
+
+def test_floats_are_those_of_the_portable_graph(bundle: Bundle) -> None:
+    """In its file, not once more."""
+    graph = onnx.load(bundle.file(FILE), load_external_data=False).graph
+    places = {t.name: {e.key: e.value for e in t.external_data}["location"] for t in graph.initializer if t.external_data}
+    assert set(places.values()) == {"codec_decode.onnx.data", f"{FILE}.data"}
+    assert all((place == f"{FILE}.data") == name.startswith("int8.") for name, place in places.items())
+    stored = sum(int(np.prod(t.dims)) for t in graph.initializer if t.data_type == onnx.TensorProto.INT8 and t.external_data)
+    assert bundle.file(f"{FILE}.data").stat().st_size < stored + 64 * len(places)
+
+
+@pytest.mark.usefixtures("vnni")
+def test_the_sound_is_as_near_as_the_report_says(bundle: Bundle, tiny_bundle: Bundle) -> None:
+    report = report_of(bundle)
+    assert 20 < report.least_snr_db <= report.snr_db < 60
+    ratios = []
+    for seed in range(4):
+        codes = random_codes(bundle, 80, seed)
+        ratios.append(snr(*(decoded(decoder(b), b, codes) for b in (tiny_bundle, bundle))))
+    assert np.mean(ratios) == pytest.approx(report.snr_db, abs=1.5)
+
+
+@pytest.mark.usefixtures("vnni")
+def test_any_chunks_are_as_near(bundle: Bundle) -> None:
+    """Where the float parts round otherwise, an integer may be the next one, so that they are not equal."""
+    codes, engine = random_codes(bundle, 40, 9), decoder(bundle)
+    whole = decoded(engine, bundle, codes)
+    for chunks in ((4, 16, 16, 4), (1, 2, 30, 7), (1,) * 40):
+        assert snr(whole, decoded(engine, bundle, codes, *chunks)) > report_of(bundle).least_snr_db
+
+
+@pytest.mark.parametrize("stride", [2, 3, 8])
+def test_a_transposed_convolution_is_one_of_two_inputs(stride: int) -> None:
+    rng = np.random.default_rng(0)
+    weight, x = rng.standard_normal((3, 4, 2 * stride)).astype("f4"), rng.standard_normal((1, 3, 9)).astype("f4")
+    expected = torch.conv_transpose1d(torch.from_numpy(x), torch.from_numpy(weight), stride=stride)[..., stride:-stride]
+    pair, same = int8._of_two(weight, stride)
+    y = torch.conv1d(torch.from_numpy(x), torch.from_numpy(pair)).reshape(1, 4, same, 8).transpose(2, 3).reshape(1, 4, -1)
+    np.testing.assert_allclose(y, expected, atol=1e-5)
+
+
+@pytest.mark.usefixtures("vnni")
+def test_it_is_used_on_a_cpu_that_is_made_for_it(bundle: Bundle, tiny_bundle: Bundle) -> None:
+    assert decoder(bundle).spec.file == FILE
+    assert decoder(tiny_bundle).spec.file == "codec_decode.onnx"
+    assert BundleGraphs(bundle, "cpu", 1)["codec_encode"].spec.file == "codec_encode.onnx"
+
+
+def test_elsewhere_the_codec_runs_in_float_and_says_so(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(int8_codec, "cpu_features", lambda: ["avx2", "avx512f"])
+    with caplog.at_level(logging.INFO, "fishrt"):
+        assert decoder(bundle).spec.file == "codec_decode.onnx"
+    assert "the codec runs in float: this CPU has neither avx512_vnni nor avx_vnni" in caplog.text
+
+
+def test_a_report_that_is_not_valid_is_an_error(bundle: Bundle, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(bundle.path, tmp_path / "bundle"))
+    for text, says in (("{", "cannot be read"), (json.dumps({"file": "x"}), "lacks the keys: calibration_frames")):
+        (folder / INT8_CODEC).write_text(text)
+        with pytest.raises(BundleError, match=says):
+            read_int8_codec(listed(folder, bundle))
+    (folder / INT8_CODEC).write_text(Int8Codec("other.onnx", 1, 1, 30.0, 30.0).to_json())
+    with pytest.raises(BundleError, match=r"names other\.onnx, which the bundle does not list"):
+        decoder(listed(folder, bundle))
+
+
+def test_the_exporter_adds_it(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr("fishrt_export.bundle.write_int8", lambda *arguments: asked.append(arguments[:3]))
+    made = export_bundle(checkpoint, tmp_path / "out", codec_int8=True)
+    ((folder, spec, sizes),) = asked
+    assert folder.parent == tmp_path
+    assert (spec, sizes) == (made.manifest.graphs["codec_decode"], made.manifest.codec.codebook_sizes)
+
+
+def test_another_kind_of_codec_is_refused() -> None:
+    with pytest.raises(ExportError, match="--codec-int8 is not for a codec of the kind 'firefly'"):
+        int8.check_codec("firefly")
+
+
+def test_what_gives_something_else_is_refused(tiny_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = Path(shutil.copytree(tiny_bundle.path, tmp_path / "bundle"))
+    monkeypatch.setattr(
+        int8, "_calibrated", lambda folder, portable, found, *_: dict.fromkeys(_names(found), int8._Range(-1e-3, 1e-3))
+    )
+    with pytest.raises(ExportError, match=r"the codec in 8 bits has -?\d+\.\d dB between sound and error"):
+        int8.write_int8(folder, tiny_bundle.manifest.graphs["codec_decode"], tiny_bundle.manifest.codec.codebook_sizes)
+    assert not (folder / INT8_CODEC).exists()
+
+
+def _names(found: list[int8._Convolution]) -> list[str]:
+    return [str(value.name) for c in found for value in (c.read, c.made)]
