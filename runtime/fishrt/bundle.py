@@ -27,6 +27,8 @@ ROLES = ("slow_ar", "fast_ar", "codec_encode", "codec_decode")
 PRECISIONS = ("fp32", "fp16", "int8", "int4")
 """How weights are stored. fp32: as the checkpoint had them, which may be in 16 bits. All are computed with in float32."""
 T = TypeVar("T")
+AGAIN = "copy the bundle again, or export the checkpoint again"
+"""What helps where a file of a bundle is damaged."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,7 +209,7 @@ class Bundle:
             size = file.stat().st_size if file.is_file() else None
             if size != entry.bytes:
                 found = "is missing" if size is None else f"has {size:,} bytes instead of {entry.bytes:,}"
-                raise BundleError(f"{file} {found}", hint="copy the bundle again, or export the checkpoint again")
+                raise BundleError(f"{file} {found}", hint=AGAIN)
         wanted = [bundle.manifest.tokenizer, *(g.file for g in bundle.manifest.graphs.values())]
         if missing := [name for name in wanted if name not in bundle.manifest.files]:
             raise BundleError(f"{MANIFEST} names files that it does not list: {', '.join(missing)}")
@@ -274,6 +276,17 @@ def _parse(kind: Any, value: Any, where: str) -> Any:
     elif _fits(kind, value):
         return float(value) if kind is float else value
     raise BundleError(f"{where} is {value!r}; expected {_kind_name(kind)}", hint="export the checkpoint again")
+
+
+def read_listed(bundle: Bundle, name: str, kind: type[T]) -> T | None:
+    """The dataclass in a JSON file of the bundle; None where it lists no such file. Raises BundleError for an invalid one."""
+    if name not in bundle.manifest.files:
+        return None
+    path = bundle.file(name)
+    try:
+        return parse_dataclass(kind, json.loads(path.read_text(encoding="utf-8")), name)
+    except (OSError, ValueError, RecursionError) as error:
+        raise BundleError(f"{path} cannot be read: {error}", hint=AGAIN) from None
 
 
 def parse_dataclass(kind: type[T], value: Any, where: str) -> T:

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 
 from fishrt_engines.machine import cpu_features
 
-from .bundle import Bundle, parse_dataclass
+from .bundle import AGAIN, Bundle, read_listed
 from .errors import BundleError
 
 log = logging.getLogger(__name__)
@@ -48,16 +48,9 @@ class Int8Codec:
 
 def read_int8_codec(bundle: Bundle) -> Int8Codec | None:
     """None for a bundle that lists no `int8_codec.json`. Raises BundleError for one that is not valid."""
-    if INT8_CODEC not in bundle.manifest.files:
-        return None
-    path = bundle.file(INT8_CODEC)
-    again = "copy the bundle again, or export the checkpoint again"
-    try:
-        found = parse_dataclass(Int8Codec, json.loads(path.read_text(encoding="utf-8")), INT8_CODEC)
-    except (OSError, ValueError, RecursionError) as error:
-        raise BundleError(f"{path} cannot be read: {error}", hint=again) from None
-    if found.file not in bundle.manifest.files:
-        raise BundleError(f"{path} names {found.file}, which the bundle does not list", hint=again)
+    found = read_listed(bundle, INT8_CODEC, Int8Codec)
+    if found is not None and found.file not in bundle.manifest.files:
+        raise BundleError(f"{bundle.file(INT8_CODEC)} names {found.file}, which the bundle does not list", hint=AGAIN)
     return found
 
 

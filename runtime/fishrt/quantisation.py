@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 
-from .bundle import Bundle, parse_dataclass
-from .errors import BundleError
+from .bundle import Bundle, read_listed
 
 QUANTISATION = "quantisation.json"
 
@@ -49,12 +48,4 @@ class Quantisation:
 
 def read_quantisation(bundle: Bundle) -> Quantisation | None:
     """None for a bundle that lists no `quantisation.json`. Raises BundleError for one that is not valid."""
-    if QUANTISATION not in bundle.manifest.files:
-        return None
-    path = bundle.file(QUANTISATION)
-    try:
-        return parse_dataclass(Quantisation, json.loads(path.read_text(encoding="utf-8")), QUANTISATION)
-    except (OSError, ValueError, RecursionError) as error:
-        raise BundleError(
-            f"{path} cannot be read: {error}", hint="copy the bundle again, or export the checkpoint again"
-        ) from None
+    return read_listed(bundle, QUANTISATION, Quantisation)

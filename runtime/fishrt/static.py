@@ -14,7 +14,7 @@ from fishrt_engines import Engine, ProviderError, open_engine
 from fishrt_engines.coreml import Part, StaticEngine
 from fishrt_engines.spec import GraphSpec
 
-from .bundle import Bundle, Parity, parse_dataclass
+from .bundle import AGAIN, Bundle, Parity, read_listed
 from .errors import BundleError
 
 log = logging.getLogger(__name__)
@@ -91,17 +91,12 @@ def read_static(bundle: Bundle) -> StaticGraphs | None:
     """None for a bundle that lists no `static.json`. Raises BundleError for one that is not valid, or names other files than the
     bundle has.
     """
-    if STATIC not in bundle.manifest.files:
+    found = read_listed(bundle, STATIC, StaticGraphs)
+    if found is None:
         return None
-    path = bundle.file(STATIC)
-    again = "copy the bundle again, or export the checkpoint again"
-    try:
-        found = parse_dataclass(StaticGraphs, json.loads(path.read_text(encoding="utf-8")), STATIC)
-    except (OSError, ValueError, RecursionError) as error:
-        raise BundleError(f"{path} cannot be read: {error}", hint=again) from None
     files = [spec.file for graph in found.codec_decode for spec in (graph.front, graph.back)]
     if lost := [name for name in files if name not in bundle.manifest.files]:
-        raise BundleError(f"{path} names files that the bundle does not list: {', '.join(lost)}", hint=again)
+        raise BundleError(f"{bundle.file(STATIC)} names files that the bundle does not list: {', '.join(lost)}", hint=AGAIN)
     return found
 
 
