@@ -23,11 +23,6 @@ def word_errors(reference: str, heard: str) -> int:
     return row[-1]
 
 
-def signal_over_error(sound: np.ndarray, other: np.ndarray) -> float:
-    """How far `other` is from `sound`, of the same length, in dB: 0 if the difference is as loud as the sound."""
-    return float(10 * np.log10(np.square(sound).sum() / max(np.square(sound - other).sum(), np.finfo(np.float32).tiny)))
-
-
 def mfcc_summary(pcm: np.ndarray, sample_rate: int) -> np.ndarray:
     """Mean and deviation over time of 19 mel-frequency cepstra of the louder frames: float64 [38]. pcm: float [samples]."""
     size, hop, bands = 512, 160, 32

@@ -19,8 +19,9 @@ import click
 import numpy as np
 
 from fishrt import TTS
+from fishrt.metrics import signal_over_error
 from fishrt_export import export_bundle
-from metrics import VoiceClassifier, mfcc_summary, signal_over_error, word_errors, words
+from metrics import VoiceClassifier, mfcc_summary, word_errors, words
 from minnow_quality import CLASSIFIER_SENTENCES, SENTENCES, VOICES, flite
 from recogniser import Recogniser
 from record import write_record

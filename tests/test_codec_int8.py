@@ -18,6 +18,7 @@ from fishrt.codec import CodecDecoder
 from fishrt.errors import BundleError
 from fishrt.graphs import BundleGraphs
 from fishrt.int8_codec import INT8_CODEC, Int8Codec, read_int8_codec
+from fishrt.metrics import signal_over_error
 from fishrt_engines import Engine
 from tiny import GoldenModel
 
@@ -74,10 +75,6 @@ def random_codes(bundle: Bundle, frames: int, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, sizes, (len(sizes), frames))
 
 
-def snr(sound: np.ndarray, other: np.ndarray) -> float:
-    return float(10 * np.log10(np.square(sound).sum() / max(np.square(sound - other).sum(), 1e-20)))
-
-
 def test_all_blocks_but_the_last_are_in_integers(bundle: Bundle, s2_model: GoldenModel) -> None:
     graph = onnx.load(bundle.file(FILE), load_external_data=False).graph
     blocks = len(s2_model.codec.config.decoder_rates)
@@ -106,7 +103,7 @@ def test_the_sound_is_as_near_as_the_report_says(bundle: Bundle, tiny_bundle: Bu
     ratios = []
     for seed in range(4):
         codes = random_codes(bundle, 80, seed)
-        ratios.append(snr(*(decoded(decoder(b), b, codes) for b in (tiny_bundle, bundle))))
+        ratios.append(signal_over_error(*(decoded(decoder(b), b, codes) for b in (tiny_bundle, bundle))))
     assert np.mean(ratios) == pytest.approx(report.snr_db, abs=1.5)
 
 
@@ -116,7 +113,7 @@ def test_any_chunks_are_as_near(bundle: Bundle) -> None:
     codes, engine = random_codes(bundle, 40, 9), decoder(bundle)
     whole = decoded(engine, bundle, codes)
     for chunks in ((4, 16, 16, 4), (1, 2, 30, 7), (1,) * 40):
-        assert snr(whole, decoded(engine, bundle, codes, *chunks)) > report_of(bundle).least_snr_db
+        assert signal_over_error(whole, decoded(engine, bundle, codes, *chunks)) > report_of(bundle).least_snr_db
 
 
 @pytest.mark.parametrize("stride", [2, 3, 8])

@@ -1,4 +1,4 @@
-"""Every measure of speed, defined once. Times are in seconds unless a name says _ms."""
+"""Every measure of speed, and one of sound, defined once. Times are in seconds unless a name says _ms."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 
 def rtf(compute_s: float, audio_s: float) -> float:
@@ -53,3 +54,9 @@ class Summary:
     def median_s(self) -> float:
         """In seconds."""
         return self.median_ms / 1e3
+
+
+def signal_over_error(sound: npt.NDArray[np.float32], other: npt.NDArray[np.float32]) -> float:
+    """How far `other` is from `sound`, of the same shape, in dB: 0 where the difference is as loud as the sound."""
+    power, error = (np.square(a).sum(dtype=np.float64) for a in (sound, sound - other))
+    return float(10 * np.log10(power / max(error, np.finfo(np.float32).tiny)))

@@ -82,7 +82,7 @@ def _parse_keep(_ctx: click.Context, _param: click.Parameter, values: tuple[str,
     "--codec-int8",
     is_flag=True,
     help="Also add the codec's decoder with most convolutions in 8 bits, which CPUs with VNNI then use: faster, with a little "
-    "more noise. For the codecs of S1-mini and S2-Pro.",
+    "more noise. Only for codecs of the kind DAC.",
 )
 @quiet_option
 @json_option
