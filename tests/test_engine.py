@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -307,3 +308,25 @@ def test_auto_logs_its_choice(engine, tmp_path: Path, caplog: pytest.LogCaptureF
 def test_threads_are_at_least_one(tmp_path: Path, threads: int) -> None:
     with pytest.raises(ProviderError, match="threads"):
         open_engine(sums(tmp_path), SUMS, threads=threads)
+
+
+def test_threads_without_work_sleep(tmp_path: Path) -> None:
+    """They spin for a moment only: else they would take the cores from the other graphs of a loop, and from everything else."""
+    size = 512
+    spec = GraphSpec(
+        "product.onnx",
+        inputs=(TensorSpec("x", "float32", (size, size)),),
+        outputs=(TensorSpec("y", "float32", (size, size)),),
+        states=(),
+    )
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["y"])]
+    path = save(tmp_path / spec.file, nodes, spec, {"w": np.ones((size, size), np.float32)})
+    engine = open_engine(path, spec, provider="cpu", threads=2)
+    x = {"x": np.ones((size, size), np.float32)}
+    slept, worked = 0.1, []
+    for _ in range(5):
+        engine.run(x)
+        begun = time.process_time()
+        time.sleep(slept)
+        worked.append(time.process_time() - begun)
+    assert np.median(worked) < slept / 10
