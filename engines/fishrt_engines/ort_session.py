@@ -24,9 +24,9 @@ log = logging.getLogger(__name__)
 WORTH_KEEPING = 32_000_000
 """Bytes of weights from which an optimised graph is kept on disk. Smaller ones are ready in a moment anyway."""
 SPIN_US = "20"
-"""Microseconds that an idle thread spins before it sleeps: enough to meet the next product of the same step, which comes sooner
-than a sleeping thread wakes. For as long as ONNX Runtime would spin, idle threads take the cores from the loop's other session;
-and already some tens of microseconds cost more on a busy machine than they gain on an idle one."""
+"""Microseconds that an idle thread spins before it sleeps: the next product of the same step may come sooner than a sleeping
+thread wakes. A compromise: spinning makes an idle machine faster and a busy one slower, and for as long as ONNX Runtime would
+spin by itself, idle threads slow down the loop's other session."""
 
 
 @dataclass(frozen=True, slots=True)
