@@ -131,11 +131,18 @@ def test_standard_output_gets_wav(monkeypatch: pytest.MonkeyPatch) -> None:
     assert buffer.getvalue()[:4] == b"RIFF"
 
 
-def test_an_unknown_suffix_names_the_known_ones(tmp_path: Path) -> None:
-    for name in ("a.xyz", "a"):
-        with pytest.raises(AudioError, match="unknown format") as caught:
-            write_audio(tmp_path / name, TONE, RATE)
-        assert ".flac" in (caught.value.hint or "")
+@pytest.mark.parametrize(("name", "says"), [("a.xyz", r"unknown format '\.xyz'"), ("a", "no ending"), (".wav", "no ending")])
+def test_an_unknown_ending_names_the_known_ones(tmp_path: Path, name: str, says: str) -> None:
+    with pytest.raises(AudioError, match=says) as caught:
+        write_audio(tmp_path / name, TONE, RATE)
+    assert ".flac" in (caught.value.hint or "")
+
+
+def test_a_format_that_is_named_counts_and_not_the_ending(tmp_path: Path) -> None:
+    write_audio(tmp_path / "a.xyz", TONE, RATE, "flac")
+    assert soundfile.info(tmp_path / "a.xyz").format == "FLAC"
+    with pytest.raises(AudioError, match="unknown format 'FLAC!'"):
+        write_audio(tmp_path / "a.flac", TONE, RATE, "FLAC!")
 
 
 def test_an_unwritable_place_is_told_before_the_work(tmp_path: Path) -> None:

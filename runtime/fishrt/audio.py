@@ -19,12 +19,12 @@ from .files import check_place, write_whole
 Pcm = npt.NDArray[np.float32]
 
 FORMATS = {
-    ".wav": ("WAV", "PCM_16"),
-    ".flac": ("FLAC", "PCM_16"),
-    ".ogg": ("OGG", "VORBIS"),
-    ".mp3": ("MP3", "MPEG_LAYER_III"),
+    "wav": ("WAV", "PCM_16"),
+    "flac": ("FLAC", "PCM_16"),
+    "ogg": ("OGG", "VORBIS"),
+    "mp3": ("MP3", "MPEG_LAYER_III"),
 }
-"""Suffix → libsndfile's names of format and encoding."""
+"""Format, which is also the ending of its files → libsndfile's names of format and encoding."""
 
 MAX_SECONDS = 3600.0
 """Longest file that is read where the caller knows no limit of its own. An hour is 0.7 GB at 48 kHz; no codec takes as much."""
@@ -114,31 +114,49 @@ def pcm16(pcm: Pcm) -> npt.NDArray[np.int16]:
     return scaled.clip(-32768, 32767).astype(np.int16)
 
 
-def write_audio(path: str | Path, pcm: Pcm, rate: int) -> None:
-    """Writes pcm float32 [samples], `rate` in Hz, in the format that the suffix names; "-" is wav on standard output.
+def write_audio(path: str | Path, pcm: Pcm, rate: int, format: str | None = None) -> None:
+    """Write pcm float32 [samples], `rate` in Hz, to a file, or to standard output for "-".
 
-    A file appears complete or not at all. Raises AudioError for an unknown suffix, OutputError as `write_whole` does.
+    format: one of FORMATS; None means the one that the ending of the path names, and wav for "-".
+    A file appears complete or not at all. Raises AudioError as `audio_format` does, and for a rate that the format does not
+    have; OutputError as `write_whole` does.
     """
+    chosen = audio_format(path, format)
     if str(path) != "-":
-        check_writable(Path(path))
-    write_whole(path, _encoded(pcm, rate, ".wav" if str(path) == "-" else Path(path).suffix.lower()))
+        check_place(Path(path))
+    write_whole(path, encode_audio(pcm, rate, chosen))
 
 
-def check_writable(path: Path) -> None:
-    """To be called before long work. Raises AudioError for an unknown suffix, OutputError as `check_place` does."""
-    if path.suffix.lower() not in FORMATS:
-        raise AudioError(f"cannot write {path}: unknown format {path.suffix!r}", hint=f"known are {', '.join(FORMATS)}")
+def audio_format(path: str | Path, format: str | None = None) -> str:
+    """Return the format in which `path` is written: one of FORMATS. Raises AudioError for a format or an ending of no format."""
+    if format is not None:
+        if format not in FORMATS:
+            raise AudioError(f"unknown format {format!r}", hint=f"known are {', '.join(FORMATS)}")
+        return format
+    if str(path) == "-":
+        return "wav"
+    ending = Path(path).suffix
+    if ending.lower().removeprefix(".") not in FORMATS:
+        why = f"unknown format {ending!r}" if ending else "its name has no ending, which would name the format"
+        raise AudioError(f"cannot write {path}: {why}", hint=f"known are {', '.join(f'.{name}' for name in FORMATS)}")
+    return ending.lower().removeprefix(".")
+
+
+def check_writable(path: Path, format: str | None = None) -> None:
+    """Check a place for audio before long work. Raises AudioError as `audio_format` does, OutputError as `check_place` does."""
+    audio_format(path, format)
     check_place(path)
 
 
-def _encoded(pcm: Pcm, rate: int, suffix: str) -> bytes:
-    format_, encoding = FORMATS[suffix]
+def encode_audio(pcm: Pcm, rate: int, format: str) -> bytes:
+    """Return the bytes of an audio file. Raises AudioError for a rate that the format does not have."""
+    container, encoding = FORMATS[format]
     samples = pcm16(pcm) if encoding == "PCM_16" else np.clip(pcm, -1, 1)
     buffer = io.BytesIO()
     try:
-        with soundfile.SoundFile(buffer, "w", rate, 1, encoding, format=format_) as file:
+        with soundfile.SoundFile(buffer, "w", rate, 1, encoding, format=container) as file:
             for start in range(0, len(samples), _BLOCK):
                 file.write(samples[start : start + _BLOCK])
     except (soundfile.SoundFileError, ValueError) as error:
-        raise AudioError(f"cannot write {suffix[1:]} at {rate} Hz: {error}", hint="choose another format") from None
+        raise AudioError(f"cannot write {format} at {rate} Hz: {error}", hint="choose another format") from None
     return buffer.getvalue()
