@@ -78,5 +78,26 @@ def test_a_place_that_cannot_be_written_is_told_before_the_work(tmp_path: Path, 
 
 def test_a_standard_output_that_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdout", None)
-    with pytest.raises(OutputError, match="standard output: it is closed"):
-        write_whole("-", b"data")
+    for refused in (lambda: write_whole("-", b"data"), lambda: check_place("-")):
+        with pytest.raises(OutputError, match="standard output: it is closed"):
+            refused()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no device that is always full")
+def test_a_standard_output_that_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Path("/dev/full").open("w") as full:  # fails when it is closed, if the data was left in Python's buffer
+        monkeypatch.setattr(sys, "stdout", full)
+        with pytest.raises(OutputError, match="cannot write to standard output: No space left"):
+            write_whole("-", b"data")
+
+
+def test_nothing_binary_goes_to_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    controller, terminal = os.openpty()
+    try:
+        with os.fdopen(terminal, "w") as stream:
+            monkeypatch.setattr(sys, "stdout", stream)
+            with pytest.raises(OutputError, match="is a terminal") as caught:
+                check_place("-")
+    finally:
+        os.close(controller)
+    assert "> FILE" in (caught.value.hint or "")

@@ -84,8 +84,8 @@ def test_speech_is_written_as_it_comes(fake):  # noqa: F811
     assert soundfile.read(io.BytesIO(piped.stdout_bytes))[0].shape == (RATE,)
 
 
-def test_only_wav_can_grow(fake):  # noqa: F811
-    refused(run("speak", "Hi.", "--stream", "-o", "a.flac"), "a.flac", "only wav can grow")
+def test_only_wav_and_bare_samples_can_grow(fake):  # noqa: F811
+    refused(run("speak", "Hi.", "--stream", "-o", "a.flac"), "a.flac", "flac cannot grow")
     assert fake.asked is None
     refused(run("speak", "Hi.", "--stream", "-o", "no/such/a.wav"), "no/such")
 

@@ -1,8 +1,7 @@
-"""Audio files in and out, and resampling. Samples are float32, mono, −1..1."""
+"""Audio files in, and resampling; `encode.py` writes them. Samples are float32, mono, −1..1."""
 
 from __future__ import annotations
 
-import io
 import math
 from numbers import Integral
 from pathlib import Path
@@ -14,23 +13,14 @@ import soundfile
 from numpy.lib.stride_tricks import sliding_window_view
 
 from .errors import AudioError
-from .files import check_place, write_whole
 
 Pcm = npt.NDArray[np.float32]
-
-FORMATS = {
-    "wav": ("WAV", "PCM_16"),
-    "flac": ("FLAC", "PCM_16"),
-    "ogg": ("OGG", "VORBIS"),
-    "mp3": ("MP3", "MPEG_LAYER_III"),
-}
-"""Format, which is also the ending of its files → libsndfile's names of format and encoding."""
 
 MAX_SECONDS = 3600.0
 """Longest file that is read where the caller knows no limit of its own. An hour is 0.7 GB at 48 kHz; no codec takes as much."""
 
 _BLOCK = 1 << 16
-"""Samples resampled or encoded at once. libsndfile keeps a whole write of Vorbis on the stack, and a long one overflows it."""
+"""Samples resampled at once."""
 
 
 def read_audio(source: str | Path | BinaryIO, *, max_seconds: float = MAX_SECONDS) -> tuple[Pcm, int]:
@@ -106,57 +96,3 @@ def resample(pcm: Pcm, rate: int, target: int) -> Pcm:
         j = np.arange(start, min(start + _BLOCK, count))
         resampled[j] = np.einsum("jk,jk->j", around[j * old // new], kernels[j % new])
     return resampled
-
-
-def pcm16(pcm: Pcm) -> npt.NDArray[np.int16]:
-    """Samples float32 −1..1 as int16, rounded; what lies outside is clipped to the nearest that fits."""
-    scaled: Pcm = np.rint(pcm * np.float32(32768))
-    return scaled.clip(-32768, 32767).astype(np.int16)
-
-
-def write_audio(path: str | Path, pcm: Pcm, rate: int, format: str | None = None) -> None:
-    """Write pcm float32 [samples], `rate` in Hz, to a file, or to standard output for "-".
-
-    format: one of FORMATS; None means the one that the ending of the path names, and wav for "-".
-    A file appears complete or not at all. Raises AudioError as `audio_format` does, and for a rate that the format does not
-    have; OutputError as `write_whole` does.
-    """
-    chosen = audio_format(path, format)
-    if str(path) != "-":
-        check_place(Path(path))
-    write_whole(path, encode_audio(pcm, rate, chosen))
-
-
-def audio_format(path: str | Path, format: str | None = None) -> str:
-    """Return the format in which `path` is written: one of FORMATS. Raises AudioError for a format or an ending of no format."""
-    if format is not None:
-        if format not in FORMATS:
-            raise AudioError(f"unknown format {format!r}", hint=f"known are {', '.join(FORMATS)}")
-        return format
-    if str(path) == "-":
-        return "wav"
-    ending = Path(path).suffix
-    if ending.lower().removeprefix(".") not in FORMATS:
-        why = f"unknown format {ending!r}" if ending else "its name has no ending, which would name the format"
-        raise AudioError(f"cannot write {path}: {why}", hint=f"known are {', '.join(f'.{name}' for name in FORMATS)}")
-    return ending.lower().removeprefix(".")
-
-
-def check_writable(path: Path, format: str | None = None) -> None:
-    """Check a place for audio before long work. Raises AudioError as `audio_format` does, OutputError as `check_place` does."""
-    audio_format(path, format)
-    check_place(path)
-
-
-def encode_audio(pcm: Pcm, rate: int, format: str) -> bytes:
-    """Return the bytes of an audio file. Raises AudioError for a rate that the format does not have."""
-    container, encoding = FORMATS[format]
-    samples = pcm16(pcm) if encoding == "PCM_16" else np.clip(pcm, -1, 1)
-    buffer = io.BytesIO()
-    try:
-        with soundfile.SoundFile(buffer, "w", rate, 1, encoding, format=container) as file:
-            for start in range(0, len(samples), _BLOCK):
-                file.write(samples[start : start + _BLOCK])
-    except (soundfile.SoundFileError, ValueError) as error:
-        raise AudioError(f"cannot write {format} at {rate} Hz: {error}", hint="choose another format") from None
-    return buffer.getvalue()

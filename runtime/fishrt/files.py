@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import secrets
 import sys
@@ -13,8 +14,21 @@ from typing import BinaryIO
 from .errors import OutputError
 
 
-def check_place(path: Path) -> None:
-    """To be called before long work. Raises OutputError for a folder, or a place in a folder that is missing or not writable."""
+def check_place(path: str | Path) -> None:
+    """Check before long work that a binary result can be written to a file, or to standard output for "-".
+
+    Raises OutputError for a folder, a place in a folder that is missing or not writable, and for a standard output that is closed
+    or a terminal.
+    """
+    if str(path) == "-":
+        if sys.stdout is None:
+            raise OutputError("cannot write to standard output: it is closed")
+        if sys.stdout.isatty():
+            raise OutputError(
+                "standard output is a terminal, and the result is binary", hint="redirect it into a file or a program: … > FILE"
+            )
+        return
+    path = Path(path)
     if path.is_dir():
         raise OutputError(f"cannot write {path}: it is a folder")
     folder = path.resolve().parent
@@ -29,19 +43,18 @@ def check_place(path: Path) -> None:
 
 @contextmanager
 def growing(path: str | Path) -> Iterator[tuple[BinaryIO, bool]]:
-    """Opens a result that is written bit by bit, standard output for "-"; and whether what was written can still be changed.
+    """Open a result that is written bit by bit, standard output for "-"; and whether what was written can still be changed.
 
     A file appears under its name when the block ends without an error. Raises OutputError; BrokenPipeError if nobody reads.
     """
     if str(path) == "-":
-        if sys.stdout is None:
-            raise OutputError("cannot write to standard output: it is closed")
-        yield sys.stdout.buffer, False
+        with _output_errors("to standard output"), _standard_output() as file:
+            yield file, False
         return
     target = Path(path).resolve()  # a link stays a link
     special = _is_special(target)
     aside = target if special else target.with_name(f".{secrets.token_hex(8)}.part")
-    try:
+    with _output_errors(str(path)):
         try:
             with aside.open("wb") as file:
                 yield file, not special
@@ -50,10 +63,31 @@ def growing(path: str | Path) -> Iterator[tuple[BinaryIO, bool]]:
         finally:
             if not special:
                 aside.unlink(missing_ok=True)
+
+
+@contextmanager
+def _output_errors(place: str) -> Iterator[None]:
+    try:
+        yield
     except BrokenPipeError:
         raise
     except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror or error}") from None
+        raise OutputError(f"cannot write {place}: {error.strerror or error}") from None
+
+
+@contextmanager
+def _standard_output() -> Iterator[BinaryIO]:
+    """Open standard output for bytes, in a buffer of its own: one that cannot be written is not tried again when Python ends."""
+    if sys.stdout is None:
+        raise OutputError("cannot write to standard output: it is closed")
+    try:
+        sys.stdout.flush()
+        number = sys.stdout.fileno()
+    except (AttributeError, io.UnsupportedOperation):  # an object that stands for it, in notebooks and tests
+        yield sys.stdout.buffer
+        return
+    with os.fdopen(number, "wb", closefd=False) as file:
+        yield file
 
 
 def write_whole(path: str | Path, data: bytes) -> None:

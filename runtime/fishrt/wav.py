@@ -1,4 +1,4 @@
-"""Wav files that grow: what is written can be played at once, before anybody knows how long it will be."""
+"""Audio files that grow, wav or bare samples: they can be played at once, before anybody knows how long they will be."""
 
 from __future__ import annotations
 
@@ -8,36 +8,39 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from .audio import Pcm, pcm16
+from .audio import Pcm
+from .encode import audio_format, pcm16
 from .errors import AudioError
 from .files import check_place, growing
 
 UNKNOWN = 0xFFFFFFFF
-"""In place of a size in bytes: players read on until the end. It is also the most that a wav file can tell."""
+"""Stands for an unknown size in bytes: players read on until the end. It is also the largest size that a wav file can state."""
 _HEADER_BYTES = 44
 
 
 class WavWriter:
-    """16-bit mono wav, to a file that is open for writing."""
+    """16-bit mono wav, to a file that is open for writing; without its header, the samples alone."""
 
-    def __init__(self, file: BinaryIO, rate: int) -> None:
-        """rate: Hz. Writes the header, with an unknown length."""
-        self._file, self._rate, self._bytes = file, rate, 0
+    def __init__(self, file: BinaryIO, rate: int, *, header: bool = True) -> None:
+        """rate: Hz. Write the header, with an unknown length."""
+        self._file, self._rate, self._header, self._bytes = file, rate, header, 0
         self._write_header(UNKNOWN)
 
     def write(self, pcm: Pcm) -> None:
-        """pcm float32 [samples], −1..1; what lies outside is clipped. It reaches the reader at once."""
+        """Write pcm float32 [samples], −1..1; a sample outside is clipped. It reaches the reader at once."""
         data = pcm16(pcm).astype("<i2", copy=False).tobytes()
         self._bytes += len(data)
         self._file.write(data)
         self._file.flush()
 
     def finish(self) -> None:
-        """Writes the length into the header of a file that can be changed."""
+        """Write the length into the header of a file that can be changed."""
         self._file.seek(0)
         self._write_header(self._bytes)
 
     def _write_header(self, size: int) -> None:
+        if not self._header:
+            return
         whole = min(size + _HEADER_BYTES - 8, UNKNOWN)
         riff = struct.pack("<4sI4s", b"RIFF", whole, b"WAVE")
         form = struct.pack("<4sIHHIIHH", b"fmt ", 16, 1, 1, self._rate, 2 * self._rate, 2, 16)
@@ -46,18 +49,21 @@ class WavWriter:
 
 
 @contextmanager
-def growing_wav(path: str | Path, rate: int) -> Iterator[WavWriter]:
-    """A wav file that appears when the block ends without an error; or standard output for "-", a pipe or a device, where the
-    header tells no length. Raises OutputError and BrokenPipeError as `growing` does."""
+def growing_wav(path: str | Path, rate: int, format: str | None = None) -> Iterator[WavWriter]:
+    """Open a file of format wav or pcm that appears when the block ends without an error.
+
+    Standard output, "-", a pipe and a device get the samples at once; the length in their wav header is unknown. Raises
+    OutputError and BrokenPipeError as `growing` does.
+    """
     with growing(path) as (file, changeable):
-        writer = WavWriter(file, rate)
+        writer = WavWriter(file, rate, header=audio_format(path, format) == "wav")
         yield writer
         if changeable:
             writer.finish()
 
 
-def check_growing_wav(path: Path) -> None:
-    """To be called before long work. Raises AudioError for a suffix of another format, OutputError as `check_place` does."""
-    if path.suffix.lower() != ".wav":
-        raise AudioError(f"cannot write {path} bit by bit: only wav can grow", hint="name a file that ends in .wav, or -")
+def check_growing_wav(path: str | Path, format: str | None = None) -> None:
+    """Check a place before long work. Raises AudioError for a format that cannot grow, OutputError as `check_place` does."""
+    if (name := audio_format(path, format)) not in ("wav", "pcm"):
+        raise AudioError(f"cannot write {path} bit by bit: {name} cannot grow", hint="use wav or pcm")
     check_place(path)

@@ -33,6 +33,7 @@ def encode(audio: Path, output: str, bundle: Path | None, provider: str, threads
 
     if output == "-":
         json_to_stderr()
+        check_place(output)
     elif Path(output).suffix.lower() != ".npy":
         raise FishrtError(f"cannot write {output}: codes are written as .npy", hint="name a file that ends in .npy")
     else:
@@ -62,12 +63,11 @@ def encode(audio: Path, output: str, bundle: Path | None, provider: str, threads
 @debug_option
 def decode(codes: Path, output: str, bundle: Path | None, provider: str, threads: int | None, as_json: bool) -> None:
     """Decode CODES, an .npy file of integers (codebooks, frames), to audio."""
-    from ..audio import check_writable, write_audio
+    from ..encode import check_writable, write_audio
 
     if output == "-":
         json_to_stderr()
-    else:
-        check_writable(Path(output))
+    check_writable(output)
     stored = read_codes(codes)
     tts = load_tts(bundle, provider, threads)
     pcm = tts.decode(stored)

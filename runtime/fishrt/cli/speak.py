@@ -123,7 +123,7 @@ def speak(
 
     Progress on standard error shows frames, seconds of speech, and the RTF: compute seconds per second of speech.
     """
-    from ..audio import check_writable, write_audio
+    from ..encode import check_writable, write_audio
     from ..sampling import Sampling
     from ..wav import check_growing_wav
 
