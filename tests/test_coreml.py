@@ -84,7 +84,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fake: FakeCoreMl) -
     monkeypatch.setattr("fishrt_engines.providers._usable", set())
     monkeypatch.setattr("fishrt_engines.providers.sys.platform", "darwin")
     monkeypatch.setitem(sys.modules, "onnxruntime", fake)
-    monkeypatch.setenv("FISHRT_CACHE", str(tmp_path / "cache/graphs"))
+    monkeypatch.setenv("FISHRT_CACHE", str(tmp_path / "cache"))
     return fake
 
 
@@ -248,7 +248,7 @@ def test_a_folder_that_cannot_be_written_to_is_told(
     static_bundle: Bundle, mac: FakeCoreMl, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "file").touch()
-    monkeypatch.setenv("FISHRT_CACHE", str(tmp_path / "file/graphs"))
+    monkeypatch.setenv("FISHRT_CACHE", str(tmp_path / "file/cache"))
     TTS.load(static_bundle, provider="coreml").decode(np.zeros((1, 1), np.int64))
     assert "compiled CoreML models cannot be kept" in caplog.text
     assert "ModelCacheDirectory" not in mac.asked["codec_decode_1.onnx"][0][1]

@@ -111,3 +111,18 @@ def test_json_holds_the_same(fake: FakeMachine) -> None:
     expected = json.loads(json.dumps(asdict(examine())))
     for figure in ("providers", "auto", "gpus", "cuda_libraries", "cache", "driver_error"):
         assert data[figure] == expected[figure]
+
+
+def test_what_it_tells_of_privacy(fake: FakeMachine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "graph").write_bytes(bytes(3_000_000))
+    monkeypatch.setenv("FISHRT_VOICE_DIR", str(tmp_path / "voices"))
+    told = CliRunner().invoke(main, ["doctor"]).stdout
+    assert f"cache: {tmp_path}/cache can be written to; it holds 3 MB\n" in told
+    assert f"voices: {tmp_path}/voices\n" in told
+    assert "telemetry: off\n" in told
+    monkeypatch.setenv("ORT_DISABLE_TELEMETRY", "0")
+    assert "telemetry: on, since ORT_DISABLE_TELEMETRY says so" in text()
+    data = json.loads(CliRunner().invoke(main, ["doctor", "--json"]).stdout)
+    assert data["telemetry"] is True
+    assert data["cache"] == {"folder": str(tmp_path / "cache"), "bytes": 3_000_000, "error": None}

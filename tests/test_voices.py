@@ -10,7 +10,7 @@ import pytest
 import soundfile
 
 from fishrt.errors import AudioError, PromptError, VoiceError
-from fishrt.voices import Voice, VoiceStore, read_codes, user_folder
+from fishrt.voices import Voice, VoiceStore, read_codes
 from helpers_text import language_model, manifest, voice
 
 RATE = 16000
@@ -318,14 +318,3 @@ def test_a_file_that_is_no_audio_is_named(tmp_path, content):
         path.write_bytes(content)
     with pytest.raises(AudioError, match=r"a\.wav"):
         Voice.from_audio(FakeTts(), path, "x")
-
-
-def test_where_voices_lie(monkeypatch, tmp_path):
-    monkeypatch.setenv("FISHRT_VOICE_DIR", str(tmp_path / "a"))
-    assert user_folder() == tmp_path / "a"
-    monkeypatch.delenv("FISHRT_VOICE_DIR")
-    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
-    assert user_folder() == tmp_path / "fishrt" / "voices"
-    for ignored in ("", "relative"):
-        monkeypatch.setenv("XDG_DATA_HOME", ignored)
-        assert user_folder() == Path.home() / ".local/share/fishrt/voices"

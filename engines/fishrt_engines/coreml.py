@@ -22,7 +22,7 @@ import numpy as np
 from .base import Array, Engine, Resident, State
 from .errors import GraphError, ProviderError
 from .feeds import check_feeds, check_state_dims
-from .graph_cache import cache_folder
+from .folders import cache_folder
 from .ort_session import Opened, session_options
 from .providers import import_onnxruntime
 from .spec import GraphSpec, TensorSpec
@@ -47,7 +47,10 @@ def coreml_options() -> dict[str, str]:
         "EnableOnSubgraphs": "0",
         "AllowLowPrecisionAccumulationOnGPU": "0",
     }
-    folder = cache_folder().parent / "coreml"
+    cache = cache_folder()
+    if cache is None:
+        return options
+    folder = cache / "coreml"
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

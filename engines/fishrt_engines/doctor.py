@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 from . import machine
 from .errors import ProviderError
-from .graph_cache import cache_folder
+from .folders import cache_folder
 from .machine import Gpu, Library
-from .providers import NEVER_BY_ITSELF, PROVIDERS, Choice, choose_provider, find_obstacle, import_onnxruntime, version
+from .providers import NEVER_BY_ITSELF, PROVIDERS, Choice, choose_provider, find_obstacle, import_onnxruntime, telemetry, version
 
 PACKAGES = (
     "numpy",
@@ -62,9 +62,12 @@ class TensorRt:
 
 @dataclass(frozen=True, slots=True)
 class Cache:
-    """Where optimised graphs and plans are kept."""
+    """The folder of optimised graphs and plans."""
 
-    folder: str
+    folder: str | None
+    """None for a user without a home, unless FISHRT_CACHE names a folder."""
+    bytes: int
+    """The sum over its files."""
     error: str | None
     """Why nothing can be written there."""
 
@@ -90,6 +93,8 @@ class Diagnosis:
     auto: Choice | None
     """None where no provider can be used."""
     cache: Cache
+    telemetry: bool
+    """Whether ONNX Runtime's telemetry is on."""
 
     def lines(self) -> list[str]:
         """As text, each line a name and what there is to say."""
@@ -117,8 +122,12 @@ class Diagnosis:
         yield "provider auto", f"{self.auto.name}, since {self.auto.reason}" if self.auto else "none"
         for name, why in NEVER_BY_ITSELF.items():
             yield "provider auto", f"never {name}, since {why}"
-        writable = "can be written to" if self.cache.error is None else f"cannot be written to ({self.cache.error})"
-        yield "cache", f"{self.cache.folder} {writable}"
+        if self.cache.folder is None:
+            yield "cache", "no folder: this user has no home, and FISHRT_CACHE is not set"
+        else:
+            writable = "can be written to" if self.cache.error is None else f"cannot be written to ({self.cache.error})"
+            yield "cache", f"{self.cache.folder} {writable}; it holds {self.cache.bytes / 1e6:,.0f} MB"
+        yield "telemetry", "on, since ORT_DISABLE_TELEMETRY says so" if self.telemetry else "off"
 
     def _tensorrt(self) -> str:
         binding = f"binding {self.tensorrt.binding}" if self.tensorrt.binding else "no binding"
@@ -143,6 +152,7 @@ def examine() -> Diagnosis:
         providers=tuple(_state(name) for name in PROVIDERS),
         auto=_choice(),
         cache=_cache(),
+        telemetry=telemetry(),
     )
 
 
@@ -174,13 +184,16 @@ def _choice() -> Choice | None:
 
 
 def _cache() -> Cache:
-    folder = cache_folder()
+    folder, fault = cache_folder(), None
+    if folder is None:
+        return Cache(None, 0, None)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
-            return Cache(str(folder), None)
+            pass
     except OSError as error:
-        return Cache(str(folder), error.strerror or str(error))
+        fault = error.strerror or str(error)
+    return Cache(str(folder), sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()), fault)
 
 
 def _with_hint(state: ProviderState) -> str:

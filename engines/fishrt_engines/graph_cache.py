@@ -3,7 +3,7 @@
 Packing the weights of a large graph takes seconds and holds them in memory twice. A kept graph is mapped into memory as it is, in
 a fraction of a second, and shared between processes. It fits one machine and one version only, so all of that is in its key:
 
-    $FISHRT_CACHE, or fishrt/graphs in the user's cache folder / key / graph.onnx, graph.onnx.data, entry.json
+    folders.cache_folder() / key / graph.onnx, graph.onnx.data, entry.json
 
 An entry is written aside and renamed when complete. One that is damaged is made again. Nothing here is needed: without a folder
 to write to, graphs are optimised at every start.
@@ -14,9 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable
 from contextlib import suppress
@@ -48,28 +46,13 @@ class CachedGraph:
     """As `specialise` gave them."""
 
 
-def cache_folder() -> Path:
-    """Where graphs are kept: $FISHRT_CACHE, or fishrt/graphs in the system's folder for the user's caches."""
-    if own := os.environ.get("FISHRT_CACHE", ""):
-        return Path(own)
-    if sys.platform == "darwin":
-        base = Path.home() / "Library" / "Caches"
-    elif sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
-    else:
-        data = os.environ.get("XDG_CACHE_HOME", "")
-        base = Path(data) if Path(data).is_absolute() else Path.home() / ".cache"
-    return base / "fishrt" / "graphs"
-
-
 def cache_key(identity: str, *parts: str) -> str:
     """Name of an entry: hex of a hash over what the graph is and all that its optimised form depends on."""
     return hashlib.sha256(json.dumps([_LAYOUT, identity, *parts]).encode()).hexdigest()[:32]
 
 
-def find(key: str) -> CachedGraph | None:
-    """The entry of this name; None if there is none. A damaged one is removed, which a warning tells."""
-    folder = cache_folder() / key
+def find(folder: Path) -> CachedGraph | None:
+    """Return the entry that is this folder; None if there is none. A damaged one is removed, with a warning."""
     if not folder.is_dir():
         return None
     try:
@@ -80,41 +63,39 @@ def find(key: str) -> CachedGraph | None:
         found = "was altered"
     except (OSError, ValueError, KeyError, TypeError) as error:
         found = f"cannot be read ({error})"
-    discard(key, found)
+    discard(folder, found)
     return None
 
 
-def discard(key: str, why: str) -> None:
-    """Removes an entry that cannot be used."""
-    log.warning("the kept graph %s %s; it is made again", cache_folder() / key, why)
-    shutil.rmtree(cache_folder() / key, ignore_errors=True)
+def discard(folder: Path, why: str) -> None:
+    """Remove an entry that cannot be used."""
+    log.warning("the kept graph %s %s; it is made again", folder, why)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
-def keep(key: str, columns: ColumnInputs | None, save: Callable[[Path, str], None]) -> CachedGraph | None:
-    """Makes an entry; None, with a warning, where that is not possible: no right to write, no room on the disk.
+def keep(folder: Path, columns: ColumnInputs | None, save: Callable[[Path, str], None]) -> CachedGraph | None:
+    """Make the entry that is this folder; None, with a warning, without the right to write or room on the disk.
 
     save: writes an optimised graph to a path, with its weights in a file of the given name beside it.
     """
-    root = cache_folder()
-    aside: str | None = None
+    aside: Path | None = None
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        aside = tempfile.mkdtemp(prefix=f".{key}.", dir=root)
-        folder = Path(aside)
-        save(folder / "saved.onnx", "saved.data")
-        _align(folder / "saved.onnx", folder / "saved.data", folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        save(aside / "saved.onnx", "saved.data")
+        _align(aside / "saved.onnx", aside / "saved.data", aside)
         for name in ("saved.onnx", "saved.data"):
-            (folder / name).unlink()
-        entry = {"graph": digest(folder / GRAPH), "data": digest(folder / DATA), "columns": columns and asdict(columns)}
-        (folder / ENTRY).write_text(json.dumps(entry), encoding="utf-8")
+            (aside / name).unlink()
+        entry = {"graph": digest(aside / GRAPH), "data": digest(aside / DATA), "columns": columns and asdict(columns)}
+        (aside / ENTRY).write_text(json.dumps(entry), encoding="utf-8")
         with suppress(OSError):  # another process was faster: its entry is as good
-            folder.rename(root / key)
+            aside.rename(folder)
     except OSError as error:
-        log.warning("the optimised graph cannot be kept in %s: %s", root, error)
+        log.warning("the optimised graph cannot be kept in %s: %s", folder.parent, error)
     finally:
         if aside is not None:
             shutil.rmtree(aside, ignore_errors=True)
-    return find(key)
+    return find(folder)
 
 
 def _align(graph: Path, data: Path, folder: Path) -> None:

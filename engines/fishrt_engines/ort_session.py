@@ -14,6 +14,7 @@ from typing import Any
 
 from . import graph_cache
 from .errors import FishrtError
+from .folders import cache_folder
 from .machine import cpu_identity
 from .providers import import_onnxruntime
 from .specialise import ColumnInputs, specialise
@@ -64,21 +65,21 @@ def open_session(
             return Opened(_session(ort, str(path), options))
         use_weights_beside(path, options)
         return Opened(_session(ort, build(path.read_bytes()), options))
-    weights = path.with_name(f"{path.name}.data")
-    if build or identity is None or not weights.is_file() or weights.stat().st_size < WORTH_KEEPING:
+    weights, cache = path.with_name(f"{path.name}.data"), cache_folder()
+    if build or identity is None or cache is None or not weights.is_file() or weights.stat().st_size < WORTH_KEEPING:
         return _optimised(ort, path, threads, build)
-    key = graph_cache.cache_key(identity, ort.__version__, cpu_identity())
-    kept = graph_cache.find(key)
+    entry = cache / graph_cache.cache_key(identity, ort.__version__, cpu_identity())
+    kept = graph_cache.find(entry)
     if kept is None:
-        log.info("optimising %s for this machine, once; it is kept in %s", path.name, graph_cache.cache_folder())
-        kept = _keep(ort, path, key)
+        log.info("optimising %s for this machine, once; it is kept in %s", path.name, cache)
+        kept = _keep(ort, path, entry)
     if kept is not None:
         options = session_options(ort, threads)
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         try:
             return Opened(_session(ort, str(kept.path), options), kept.columns)
         except Exception as error:  # ONNX Runtime's exceptions have no common base
-            graph_cache.discard(key, f"cannot be loaded ({error})")
+            graph_cache.discard(entry, f"cannot be loaded ({error})")
     return _optimised(ort, path, threads)
 
 
@@ -111,7 +112,7 @@ def out_of_memory(what: str, provider: str) -> FishrtError:
     return FishrtError(f"not enough memory{where} for {what}", hint=f"use smaller inputs, or {larger} with more memory")
 
 
-def _keep(ort: Any, path: Path, key: str) -> graph_cache.CachedGraph | None:
+def _keep(ort: Any, path: Path, entry: Path) -> graph_cache.CachedGraph | None:
     rewritten, columns = specialise(path.read_bytes())
 
     def save(target: Path, weights: str) -> None:
@@ -125,7 +126,7 @@ def _keep(ort: Any, path: Path, key: str) -> graph_cache.CachedGraph | None:
         except Exception as error:  # ONNX Runtime's exceptions have no common base; a full disk is one of them
             raise OSError(str(error)) from None
 
-    return graph_cache.keep(key, columns, save)
+    return graph_cache.keep(entry, columns, save)
 
 
 def _optimised(ort: Any, path: Path, threads: int, build: Callable[[bytes], bytes] | None = None) -> Opened:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 import sys
 from dataclasses import dataclass
 from importlib import metadata
@@ -26,6 +27,10 @@ NEVER_BY_ITSELF = {
 """Providers that "auto" does not choose, and why."""
 _WHEELS = ("onnxruntime", "onnxruntime-gpu")
 """Distributions that install the same package."""
+_NO_TELEMETRY = "ORT_DISABLE_TELEMETRY"
+"""ONNX Runtime from 1.29 on keeps a device id and a queue in the home folder, and uploads it after some seconds. It reads this
+variable once, when it is imported: `disable_telemetry_events` comes too late."""
+os.environ.setdefault(_NO_TELEMETRY, "1")  # here, so that it is set before any import of onnxruntime in this project
 _SYSTEMS = {"linux": "Linux", "win32": "Windows", "darwin": "macOS"}
 
 
@@ -123,6 +128,11 @@ def import_onnxruntime(extra: str = "cpu") -> ModuleType:
     except ImportError as error:
         raise ProviderError(f"ONNX Runtime cannot be loaded: {error}", hint=f'pip install "fishrt[{extra}]"') from None
     return onnxruntime  # type: ignore[no-any-return]
+
+
+def telemetry() -> bool:
+    """Return whether ONNX Runtime's telemetry is on: it is off unless the user's environment says otherwise."""
+    return os.environ.get(_NO_TELEMETRY, "").lower() not in ("1", "true", "yes", "on")
 
 
 def check_wheels() -> None:

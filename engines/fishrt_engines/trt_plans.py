@@ -3,7 +3,7 @@
 A plan runs with one version of TensorRT on one model of GPU only, and holds one graph with its weights. All of that is in a file
 beside it, and compared before the plan is loaded:
 
-    $FISHRT_CACHE, or fishrt/graphs in the user's cache folder / plans / key / engine.plan, entry.json
+    folders.cache_folder() / plans / key / engine.plan, entry.json
 
 A plan is written aside and renamed when complete. One that does not fit is never used, and never built anew without being asked.
 """
@@ -24,7 +24,8 @@ from typing import Any
 
 from .cuda_device import Device
 from .errors import FishrtError, GraphError, ProviderError
-from .graph_cache import cache_folder, digest
+from .folders import cache_folder
+from .graph_cache import digest
 from .onnx_proto import parse_model
 from .spec import GraphSpec, StatePair, TensorSpec
 from .trt_lowering import LOWERING, LoweringOptions
@@ -125,8 +126,11 @@ class Plan:
 
 
 def plan_folder() -> Path:
-    """Where plans are kept."""
-    return cache_folder() / "plans"
+    """Return the folder of plans. Raises FishrtError where there is no folder for caches."""
+    folder = cache_folder()
+    if folder is None:
+        raise FishrtError("there is no folder for TensorRT plans: this user has no home", hint="set FISHRT_CACHE to a folder")
+    return folder / "plans"
 
 
 def machine_of(version: str, device: Device) -> Machine:

@@ -18,6 +18,8 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from fishrt_engines.folders import data_folder
+
 from .bundle import Bundle, Manifest
 from .codec import check_entries, check_integers
 from .errors import AudioError, VoiceError
@@ -100,13 +102,27 @@ class Voice:
 
 
 class VoiceStore:
-    """The voices in one folder, which need not exist before the first is added."""
+    """The voices in one folder, which need not exist before the first is added. Without a folder it is empty and stays so."""
 
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
+    def __init__(self, folder: str | Path | None) -> None:
+        self._folder = None if folder is None else Path(folder)
+
+    def __str__(self) -> str:
+        """Return the folder's name, for messages."""
+        return "no folder" if self._folder is None else str(self._folder)
+
+    @property
+    def folder(self) -> Path:
+        """Raises VoiceError where there is none."""
+        if self._folder is None:
+            hint = "set FISHRT_VOICE_DIR, or give --voice-dir"
+            raise VoiceError("there is no folder for voices: this user has no home", hint=hint)
+        return self._folder
 
     def list(self) -> list[str]:
         """Names of all voices, sorted. Raises VoiceError if the folder or its index cannot be read."""
+        if self._folder is None:
+            return []
         try:
             folders = [p.name for p in self.folder.iterdir() if _NAME.fullmatch(p.name) and p.is_dir() and _layout(p)]
         except FileNotFoundError:
@@ -204,13 +220,12 @@ class VoiceStore:
         return speakers
 
 
-def user_folder() -> Path:
-    """Where a user's voices lie: $FISHRT_VOICE_DIR, else fishrt/voices in the XDG data folder."""
+def user_folder() -> Path | None:
+    """Return the folder of the user's voices: $FISHRT_VOICE_DIR, else `voices` in fishrt's data folder; None without a home."""
     if folder := os.environ.get("FISHRT_VOICE_DIR"):
         return Path(folder)
-    data = os.environ.get("XDG_DATA_HOME", "")
-    # The XDG specification has relative paths ignored.
-    return (Path(data) if Path(data).is_absolute() else Path.home() / ".local" / "share") / "fishrt" / "voices"
+    data = data_folder()
+    return data and data / "voices"
 
 
 def read_codes(path: Path) -> Ints:

@@ -176,7 +176,7 @@ def find_voice(name: str, own: VoiceStore, bundle: Bundle | None) -> VoiceStore:
     if bundle and name in built_in:
         return VoiceStore(bundle.path / "voices")
     raise VoiceError(
-        f"there is no voice {name!r}; yours in {own.folder}: {', '.join(names) or 'none'}; "
+        f"there is no voice {name!r}; yours in {own}: {', '.join(names) or 'none'}; "
         f"the bundle's: {', '.join(built_in) or 'none'}",
         hint="fishrt voice add NAME --audio FILE --text TEXT",
     )

@@ -21,6 +21,7 @@ from ..int8_codec import read_int8_codec
 from ..memory import CACHE_POSITIONS, estimate
 from ..quantisation import read_quantisation
 from ..static import read_static
+from ..voices import user_folder
 from .base import Reporter, bar, debug_option, json_option, load_bundle, print_json, quiet_option
 
 _EXPORT_NEEDS = ("torch", "onnx", "onnxscript", "onnx_ir", "safetensors", "onnxruntime")
@@ -186,7 +187,12 @@ def doctor(as_json: bool) -> None:
     from fishrt_engines.doctor import examine
 
     found = examine()
-    rest = {"audio formats": _audio_formats(), "torch for export": _torch(), "embedded voice": _embedded()}
+    rest = {
+        "voices": str(user_folder() or "no folder: this user has no home, and FISHRT_VOICE_DIR is not set"),
+        "audio formats": _audio_formats(),
+        "torch for export": _torch(),
+        "embedded voice": _embedded(),
+    }
     if as_json:
         names = {name.replace(" ", "_"): text for name, text in rest.items()}
         print_json({"command": "doctor", **dataclasses.asdict(found), **names})

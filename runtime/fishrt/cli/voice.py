@@ -108,7 +108,7 @@ def list_voices(voice_dir: Path | None, bundle: Path | None, as_json: bool) -> N
         print_json(
             {
                 "command": "voice list",
-                "folder": str(store.folder),
+                "folder": str(store),
                 "voices": rows,
                 "default": built_in.default if built_in else None,
             }
@@ -118,7 +118,7 @@ def list_voices(voice_dir: Path | None, bundle: Path | None, as_json: bool) -> N
         default = "  (default)" if built_in and row == {"name": built_in.default, "from": "bundle"} else ""
         click.echo(f"{row['name']}\t{row['from']}{default}")
     if not rows:
-        say(f"no voices in {store.folder}")
+        say(f"no voices in {store}")
 
 
 @voice.command()
