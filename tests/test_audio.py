@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import io
+import os
+import sys
+import threading
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import soundfile
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from fishrt.audio import read_audio, resample
+from fishrt.audio import check_pcm, read_audio, resample
 from fishrt.encode import write_audio
 from fishrt.errors import AudioError
 
@@ -38,7 +45,7 @@ def bad_files(folder: Path) -> dict[str, tuple[Path, str]]:
         "missing": (folder / "missing.wav", "No such file"),
         "folder": (folder, "Is a directory"),
         "text": (folder / "text.wav", "not audio"),
-        "no bytes": (folder / "nothing.wav", "not audio"),
+        "no bytes": (folder / "nothing.wav", "is empty"),
         "no samples": (folder / "empty.wav", "no samples"),
         "not numbers": (folder / "nan.wav", "not numbers"),
     }
@@ -52,12 +59,18 @@ def test_files_that_cannot_be_used_are_named(tmp_path: Path, case: str) -> None:
     assert str(path) in str(caught.value)
 
 
-def test_the_length_is_checked_before_anything_is_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_audio(tmp_path / "a.wav", TONE, RATE)
-    assert len(read_audio(tmp_path / "a.wav", max_seconds=0.5)[0]) == len(TONE)
-    monkeypatch.setattr(soundfile.SoundFile, "read", None)
-    with pytest.raises(AudioError, match=r"a\.wav is too long: 0\.5 s; at most 0\.4 s"):
-        read_audio(tmp_path / "a.wav", max_seconds=0.4)
+def test_the_length_is_checked_while_the_file_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a.wav", "a.mp3"):
+        write_audio(tmp_path / name, TONE, RATE)
+        assert len(read_audio(tmp_path / name, max_seconds=0.5)[0]) == len(TONE)
+        with pytest.raises(AudioError, match=rf"{name} is too long: at most 0\.4 s"):
+            read_audio(tmp_path / name, max_seconds=0.4)
+    read, asked = soundfile.SoundFile.read, []
+    monkeypatch.setattr(soundfile.SoundFile, "read", lambda self, n, **rest: asked.append(n) or read(self, n, **rest))
+    write_audio(tmp_path / "long.wav", np.zeros(RATE * 60, np.float32), RATE)
+    with pytest.raises(AudioError, match="too long"):
+        read_audio(tmp_path / "long.wav", max_seconds=0.4)
+    assert len(asked) == 1
 
 
 def test_memory_that_does_not_suffice_is_an_error_for_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,6 +81,161 @@ def test_memory_that_does_not_suffice_is_an_error_for_users(tmp_path: Path, monk
     monkeypatch.setattr(soundfile.SoundFile, "read", no_memory)
     with pytest.raises(AudioError, match=r"a\.wav is too long for the memory"):
         read_audio(tmp_path / "a.wav")
+
+
+# --- lengths that headers state wrongly, and joined files --------------------------------------------------------------------
+
+
+def encoded(container: str, encoding: str, pcm: np.ndarray = TONE, rate: int = RATE, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    with soundfile.SoundFile(buffer, "w", rate, 1, encoding, format=container, **options) as file:
+        file.write(pcm)
+    return buffer.getvalue()
+
+
+def read_bytes(data: bytes) -> np.ndarray:
+    return read_audio(io.BytesIO(data))[0]
+
+
+def level(pcm: np.ndarray) -> float:
+    return float(np.abs(pcm).max())
+
+
+UNSEEKABLE = [
+    *((container, "GSM610") for container in ("WAV", "W64", "AIFF")),
+    *(("WAV", encoding) for encoding in ("G721_32", "NMS_ADPCM_16", "NMS_ADPCM_24", "NMS_ADPCM_32")),
+    *(("AU", encoding) for encoding in ("G721_32", "G723_24", "G723_40")),
+    *(("XI", encoding) for encoding in ("DPCM_8", "DPCM_16")),
+]
+
+
+@pytest.mark.parametrize(("container", "encoding"), UNSEEKABLE)
+def test_encodings_that_cannot_be_seeked_are_read(container: str, encoding: str) -> None:
+    pcm = read_bytes(encoded(container, encoding))
+    assert len(TONE) <= len(pcm) < len(TONE) + 400  # whole blocks
+    assert np.sqrt(np.square(pcm).mean()) == pytest.approx(0.35, abs=0.07)
+
+
+VOICED = np.random.default_rng(1).standard_normal(RATE * 2).astype(np.float32) * np.repeat([0.001, 0.2], RATE)
+"""Quiet, then loud: the first frame of variable bit rate says little of the rest."""
+
+
+def test_mp3_of_variable_bit_rate_without_a_count_is_read_to_its_end() -> None:
+    data = encoded("MP3", "MPEG_LAYER_III", VOICED, bitrate_mode="VARIABLE", compression_level=0.5)
+    assert len(read_bytes(data)) == len(VOICED)
+    assert len(soundfile.read(io.BytesIO(data.replace(b"Xing", bytes(4))))[0]) != len(VOICED)  # the fault this is about
+    for tag in (b"", b"TAG" + bytes(125)):
+        pcm = read_bytes(data.replace(b"Xing", bytes(4)) + tag)
+        assert len(VOICED) <= len(pcm) <= len(VOICED) + 3 * 1152
+        assert level(pcm[RATE // 2 : RATE]) < 0.01 < 0.1 < level(pcm[-RATE // 2 :])
+
+
+@pytest.mark.parametrize("mode", ["VARIABLE", "CONSTANT"])
+def test_joined_mp3_is_read_to_its_end(mode: str) -> None:
+    data = encoded("MP3", "MPEG_LAYER_III", VOICED, bitrate_mode=mode, compression_level=0.5)
+    for between in (b"", b"ID3\4\0\0\0\0\1\0" + bytes(128)):
+        assert 2 * len(VOICED) <= len(read_bytes(data + between + data)) <= 2 * len(VOICED) + 6 * 1152
+
+
+def test_mp3_that_breaks_off_keeps_its_whole_frames_and_rubbish_inside_is_refused() -> None:
+    data = encoded("MP3", "MPEG_LAYER_III", VOICED, bitrate_mode="CONSTANT", compression_level=0.5)
+    assert len(VOICED) - 2 * 1152 < len(read_bytes(data[:-100])) <= len(VOICED)
+    middle = len(data) // 2
+    with pytest.raises(AudioError, match=r"damaged 0\.9 s from its start|damaged 1\.\d s from its start"):
+        read_bytes(data[:middle] + bytes(range(16)) * 400 + data[middle:])
+
+
+def test_the_shift_of_mp3_is_left_out_only_where_it_is_quiet() -> None:
+    data = encoded("MP3", "MPEG_LAYER_III", TONE, bitrate_mode="CONSTANT", compression_level=0.5)
+    pcm = read_bytes(data.replace(b"Info", bytes(4)))
+    assert level(pcm[576:1600]) > 0.3  # the frame that held the count is silent now
+    cut = data[len(data) // 2 :]
+    loud = read_bytes(cut[cut.index(data[:2]) :])
+    assert level(loud[1200:1600]) > 0.3
+
+
+def test_flac_of_unknown_or_wrong_length_is_read_to_its_end() -> None:
+    data = bytearray(encoded("FLAC", "PCM_16"))
+    assert int.from_bytes(data[22:26], "big") == len(TONE)
+    for told in (0, 100):
+        data[22:26] = told.to_bytes(4, "big")
+        for tag in (b"", b"TAG" + bytes(125)):
+            np.testing.assert_allclose(read_bytes(bytes(data) + tag), TONE, atol=2e-5)
+    with pytest.raises(AudioError, match="damaged"):
+        read_bytes(bytes(data[:-1000]))
+
+
+@pytest.mark.parametrize("told", [0, 100, 0x7FFFFFFF, 0xFFFFFFFF])
+def test_wav_of_unknown_or_wrong_length_is_read_to_its_end(told: int) -> None:
+    data = bytearray(encoded("WAV", "PCM_16"))
+    data[40:44] = told.to_bytes(4, "little")
+    np.testing.assert_allclose(read_bytes(bytes(data)), TONE, atol=4e-5)
+    au = bytearray(encoded("AU", "PCM_16"))
+    au[8:12] = told.to_bytes(4, "big")
+    np.testing.assert_allclose(read_bytes(bytes(au)), TONE, atol=4e-5)
+
+
+def test_chunks_behind_the_sound_of_a_wav_are_no_sound() -> None:
+    data = encoded("WAV", "PCM_16")
+    assert len(read_bytes(data + b"LIST" + (400).to_bytes(4, "little") + bytes(400))) == len(TONE)
+    assert len(read_bytes(data + bytes(300))) == len(TONE)
+
+
+@pytest.mark.parametrize(
+    ("container", "encoding"),
+    [("OGG", "VORBIS"), ("OGG", "OPUS"), ("FLAC", "PCM_16"), ("WAV", "PCM_16"), ("WAV", "GSM610"), ("AIFF", "PCM_16")],
+)
+def test_joined_files_are_read_to_their_end(container: str, encoding: str) -> None:
+    data, other = encoded(container, encoding), encoded(container, encoding, TONE[::2].copy())
+    parts = [len(read_bytes(part)) for part in (data, other, data)]
+    assert len(read_bytes(data + other + data)) == sum(parts)
+    if encoding != "GSM610":
+        with pytest.raises(AudioError, match=r"16,000 Hz and 24,000 Hz|16,000 Hz and 48,000 Hz"):
+            read_bytes(data + encoded(container, encoding, TONE, 24000))
+
+
+def test_samples_of_another_scale_are_refused(tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "a.wav", TONE * 32768, RATE, "FLOAT")
+    with pytest.raises(AudioError, match=r"samples of .*a\.wav reach ±16,384; −1 to 1 is expected"):
+        read_audio(tmp_path / "a.wav")
+    soundfile.write(tmp_path / "loud.wav", TONE * 6, RATE, "FLOAT")
+    assert level(read_audio(tmp_path / "loud.wav")[0]) == pytest.approx(3)
+    with pytest.raises(AudioError, match="reach ±16,384"):
+        check_pcm(TONE * 32768, RATE)
+
+
+@pytest.mark.parametrize("encoding", ["PCM_16", "GSM610"])
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no pipes in folders")
+def test_a_pipe_is_read_to_its_end(tmp_path: Path, encoding: str) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    data = encoded("WAV", encoding)
+    writer = threading.Thread(target=lambda: (tmp_path / "pipe").write_bytes(data))
+    writer.start()
+    pcm, _ = read_audio(tmp_path / "pipe")
+    writer.join()
+    np.testing.assert_array_equal(pcm, read_bytes(data))
+
+
+def test_standard_input_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(encoded("WAV", "PCM_16"))))
+    assert len(read_audio("-")[0]) == len(TONE)
+    with pytest.raises(AudioError, match="standard input is empty"):
+        read_audio("-")
+
+
+def test_a_pipe_that_never_ends_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fishrt.audio.MAX_PIPED_BYTES", 1000)
+    with pytest.raises(AudioError, match="does not end"):
+        read_bytes(encoded("WAV", "PCM_16"))
+
+
+@given(
+    data=st.binary(max_size=300), head=st.sampled_from([b"RIFF", b"RIFF\0\0\0\0WAVEdata", b"OggS\0\2", b"fLaC", b"ID3", b".snd"])
+)
+@settings(max_examples=60, deadline=None)
+def test_rubbish_is_refused(data: bytes, head: bytes) -> None:
+    with pytest.raises(AudioError):
+        read_bytes(head + data)
 
 
 def test_resampling_keeps_the_tone() -> None:

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +55,21 @@ def test_references(fake, recording):
     refused(run("speak", "Hi.", "--reference", "none.wav", "--reference-text", "x"), "none.wav")
     soundfile.write("short.wav", tone(0.1), RATE)
     refused(run("speak", "Hi.", "--reference", "short.wav", "--reference-text", "x"), "short.wav is too short")
+
+
+def test_a_recording_comes_through_a_pipe(fake, recording):
+    data = Path(recording).read_bytes()
+    os.mkfifo("pipe")
+    for arguments in (["speak", "Hi.", "--reference", "pipe", "--reference-text", "x"], ["codec", "encode", "pipe"]):
+        writer = threading.Thread(target=lambda: Path("pipe").write_bytes(data))
+        writer.start()
+        done = run(*arguments)
+        writer.join()
+        assert done.exit_code == 0, done.stderr
+    assert np.load("codes.npy").shape == (4, 25)
+    assert fake.asked["voice"][0].codes.shape == (4, 25)
+    assert run("voice", "add", "piped", "--audio", "-", "--text", "x", stdin=data).exit_code == 0
+    refused(run("voice", "add", "none", "--audio", "-", "--text", "x", stdin=b""), "standard input is empty")
 
 
 def test_voice_commands(fake, recording):
@@ -192,6 +208,9 @@ def test_codec_bad_input(fake, recording):
     refused(run("codec", "decode", "bad.npy"), "bad.npy")
     refused(run("codec", "decode", "none.npy"), "none.npy")
     refused(run("codec", "encode", "bad.npy"), "bad.npy")
+    np.save("real.npy", np.ones((4, 3), int))
+    refused(run("codec", "encode", "real.npy"), "real.npy is an .npy array, not audio", "codec decode")
+    Path("real.npy").unlink()
     refused(run("codec", "encode", recording, "-o", "no/codes.npy"), "no folder")
     refused(run("codec", "encode", recording, "-o", "folder.npy"), "folder")
     for name in ("codes.txt", "codes", "codes.wav"):

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import math
+import mmap
+import stat
+import sys
+from collections.abc import Callable, Iterator
 from numbers import Integral
+from os import fstat
 from pathlib import Path
 from typing import BinaryIO
 
@@ -12,63 +18,205 @@ import numpy.typing as npt
 import soundfile
 from numpy.lib.stride_tricks import sliding_window_view
 
+from .containers import forget_length, split_joined, take_mp3_count
 from .errors import AudioError
 
 Pcm = npt.NDArray[np.float32]
 
 MAX_SECONDS = 3600.0
 """Longest file that is read where the caller knows no limit of its own. An hour is 0.7 GB at 48 kHz; no codec takes as much."""
+MAX_PIPED_BYTES = 1 << 30
+"""Most that is read from a pipe, which may never end."""
+MOST_SAMPLE = 8.0
+"""Samples beyond this are of another scale: float files with loud peaks stay below, integers written as floats do not."""
 
 _BLOCK = 1 << 16
-"""Samples resampled at once."""
+"""Samples decoded or resampled at once."""
+_MP3_BLOCK = 576
+"""The fewest samples of an MP3 frame: what stands before a damaged frame is not lost with it."""
+_MP3_DELAY = 1105
+"""Samples by which most encoders (576) and all decoders (529) shift the sound."""
+_MP3_QUIET = 0.03
+"""Of the loudest sample: what the shift holds where it is the encoder's; speech that was cut out of a stream is louder."""
+_MP3_STRETCH = 64
+"""Times the size in bytes that libsndfile is told. It guesses the length from the first frame's bit rate, and a frame of the
+highest bit rate, 320 kbit/s, is 40 times as large as one of the lowest."""
 
 
 def read_audio(source: str | Path | BinaryIO, *, max_seconds: float = MAX_SECONDS) -> tuple[Pcm, int]:
-    """An audio file, or an open one, as (pcm float32 [samples], rate in Hz); the channels are averaged.
+    """Return an audio file, or an open one, as (pcm float32 [samples], rate in Hz); the channels are averaged.
 
-    Reads what libsndfile reads: wav, flac, ogg, mp3, aiff, …
-    Raises AudioError if it cannot be read, has no samples, is longer than `max_seconds` or than memory allows, or has samples
-    that are not numbers. The length is checked before anything is decoded.
+    Reads what libsndfile reads: wav, flac, ogg, mp3, aiff, …; "-" is standard input. Files are read to their end, whatever length
+    their headers state, and joined files are read one after the other.
+    Raises AudioError if it cannot be read, has no samples, is longer than `max_seconds` or than memory allows, has samples that
+    are not numbers or are far outside −1..1, or joins files of different rates.
     """
-    name = "the audio" if not isinstance(source, (str, Path)) else str(source)
+    name = str(source) if isinstance(source, (str, Path)) else "the audio"
+    if name == "-":
+        name = "standard input"
     try:
-        if isinstance(source, (str, Path)):
-            with Path(source).open("rb") as file:
-                samples, rate = _decoded(file, max_seconds, name)
-        else:
-            samples, rate = _decoded(source, max_seconds, name)
-        pcm: Pcm = samples.mean(axis=1, dtype=np.float32)
+        data = _bytes(source, name)
+        if bytes(data[:6]) == b"\x93NUMPY":
+            raise AudioError(f"{name} is an .npy array, not audio", hint="`fishrt codec decode` makes audio of codes")
+        blocks, rates, samples = [], set(), 0
+        for part in split_joined(data):
+            for block, rate in _decoded(part, max_seconds, name):
+                blocks.append(block)
+                rates.add(rate)
+                if (samples := samples + len(block)) > max_seconds * rate:
+                    raise AudioError(
+                        f"{name} is too long: at most {max_seconds:,.1f} s can be used", hint="cut it into shorter parts"
+                    )
+        pcm: Pcm = np.concatenate(blocks) if blocks else np.empty(0, np.float32)
     except MemoryError:
         raise AudioError(f"{name} is too long for the memory of this machine", hint="cut it into shorter parts") from None
-    except OSError as error:
-        raise AudioError(f"{name} cannot be read: {error.strerror or error}") from None
-    except (soundfile.SoundFileError, ValueError, TypeError) as error:
-        raise AudioError(f"{name} is not audio that can be read: {error}", hint="convert it to wav, flac, ogg or mp3") from None
-    if samples.size == 0:
+    except (OSError, ValueError) as error:
+        raise AudioError(f"{name} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    except soundfile.SoundFileError as error:
+        raise AudioError(
+            f"{name} is not audio that can be read: {_reason(error)}", hint="convert it to wav, flac, ogg or mp3"
+        ) from None
+    if not samples:
         raise AudioError(f"{name} has no samples")
-    if not np.isfinite(pcm).all():
-        raise AudioError(f"{name} has samples that are not numbers", hint="record or convert it again")
-    return pcm, rate
+    if len(rates) > 1:
+        raise AudioError(
+            f"{name} joins recordings of {' and '.join(f'{rate:,} Hz' for rate in sorted(rates))}",
+            hint="convert them to one rate",
+        )
+    check_samples(pcm, name)
+    return pcm, rates.pop()
 
 
-def _decoded(file: BinaryIO, max_seconds: float, name: str) -> tuple[Pcm, int]:
-    """All samples, float32 [samples, channels], and the rate."""
-    with soundfile.SoundFile(file) as sound:
-        if (seconds := sound.frames / sound.samplerate) > max_seconds:
+def _bytes(source: str | Path | BinaryIO, name: str) -> memoryview:
+    """A private copy of all bytes: mapped, where the source is a file."""
+    if isinstance(source, (str, Path)):
+        if str(source) != "-":
+            with Path(source).open("rb") as file:
+                status = fstat(file.fileno())
+                if stat.S_ISREG(status.st_mode) and status.st_size:
+                    return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
+                return _bytes(file, name)
+        if sys.stdin is None:
+            raise AudioError("standard input is closed", hint="give a file")
+        source = sys.stdin.buffer
+    data = bytearray(source.read(MAX_PIPED_BYTES + 1))
+    if len(data) > MAX_PIPED_BYTES:
+        raise AudioError(f"{name} does not end: more than {MAX_PIPED_BYTES:,} bytes came", hint="give a shorter recording")
+    if not data:
+        raise AudioError(f"{name} is empty", hint="check that the right file was given")
+    return memoryview(data)
+
+
+class _File(io.RawIOBase):
+    """Bytes as libsndfile wants them: a file that may claim to be longer than it is."""
+
+    def __init__(self, data: memoryview, size: int) -> None:
+        self._data, self._size, self.position = data, size, 0
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """See io.IOBase."""
+        self.position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.position, io.SEEK_END: self._size}[whence]
+        return self.position
+
+    def tell(self) -> int:
+        """See io.IOBase."""
+        return self.position
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        """See io.RawIOBase. Gives zeros where a tag would be at the claimed end."""
+        part = bytes(self._data[self.position : self.position + len(buffer)])
+        if self.position > len(self._data):
+            part = bytes(len(buffer))
+        buffer[: len(part)] = part
+        self.position += len(part)
+        return len(part)
+
+    def ended(self) -> bool:
+        """Whether everything but zeros was read."""
+        return not bytes(self._data[self.position :]).strip(b"\0")
+
+
+class _Forward(soundfile.SoundFile):  # type: ignore[misc]
+    """soundfile seeks after every read, which some encodings cannot do, and others do wrongly."""
+
+    def seekable(self) -> bool:
+        """No."""
+        return False
+
+
+def _decoded(data: memoryview, max_seconds: float, name: str) -> Iterator[tuple[Pcm, int]]:
+    """Blocks of one file, float32 [samples], channels averaged, each with the rate in Hz. May stop behind `max_seconds`."""
+    data = forget_length(data)
+    with _Forward(_File(data, len(data))) as sound:
+        if sound.format != "MP3":
+            for block in _blocks(sound, _BLOCK, name):
+                yield block, sound.samplerate
+            return
+    yield _mp3(data, max_seconds, name)
+
+
+def _blocks(sound: _Forward, size: int, name: str, ended: Callable[[], bool] = lambda: False) -> Iterator[Pcm]:
+    """Decode to the end. `ended` is asked whether an error is only that of a file that breaks off."""
+    seconds = 0.0
+    try:
+        while len(block := sound.read(size, dtype="float32", always_2d=True)):
+            seconds += len(block) / sound.samplerate
+            yield block.mean(axis=1, dtype=np.float32)
+    except soundfile.LibsndfileError as error:
+        if not ended():
             raise AudioError(
-                f"{name} is too long: {seconds:,.1f} s; at most {max_seconds:,.1f} s can be used",
-                hint="cut it into shorter parts",
-            )
-        return sound.read(dtype="float32", always_2d=True), int(sound.samplerate)
+                f"{name} is damaged {seconds:.1f} s from its start: {_reason(error)}", hint="record or convert it again"
+            ) from None
 
 
-def check_pcm(pcm: Pcm, rate: int) -> None:
-    """Raises AudioError unless this is audio: an array of floats [samples], and a whole number of Hz."""
+def _mp3(data: memoryview, max_seconds: float, name: str) -> tuple[Pcm, int]:
+    """Decode an MP3 file: without the encoder's silence at both ends if it tells a right length, else to its end."""
+    told = take_mp3_count(data)
+    whole, rate = _mp3_frames(data, _MP3_STRETCH * len(data), max_seconds, name)
+    if told is not None:
+        count, place, kept = told
+        if count * (1152 if rate >= 32000 else 576) >= len(whole):  # samples in a frame of layer III, by MPEG version
+            data[place] = kept
+            return _mp3_frames(data, len(data), max_seconds, name)
+    begins = whole[_MP3_DELAY:]
+    quiet = begins.size and np.abs(whole[:_MP3_DELAY]).max() < _MP3_QUIET * np.abs(begins).max()
+    return (begins if quiet else whole), rate
+
+
+def _mp3_frames(data: memoryview, size: int, max_seconds: float, name: str) -> tuple[Pcm, int]:
+    """Decode a file that claims to have `size` bytes; a last frame that is cut off is left out."""
+    file, blocks, samples = _File(data, size), [np.empty(0, np.float32)], 0
+    with _Forward(file) as sound:
+        for block in _blocks(sound, _MP3_BLOCK, name, file.ended):
+            blocks.append(block)
+            if (samples := samples + len(block)) > (max_seconds + 1) * sound.samplerate:
+                break
+        return np.concatenate(blocks), sound.samplerate
+
+
+def _reason(error: soundfile.SoundFileError) -> str:
+    """libsndfile's words, without the address of the object that was opened."""
+    return str(getattr(error, "error_string", error)).removeprefix("Error : ").rstrip(".") or "it cannot be decoded"
+
+
+def check_pcm(pcm: Pcm, rate: int, what: str = "the audio") -> None:
+    """Check that this is audio: an array of floats [samples], −1..1, and a whole number of Hz. Raises AudioError."""
     if not isinstance(pcm, np.ndarray) or pcm.ndim != 1 or not np.issubdtype(pcm.dtype, np.floating):
         found = f"{pcm.dtype} {list(pcm.shape)}" if isinstance(pcm, np.ndarray) else f"a {type(pcm).__name__}"
         raise AudioError(f"audio is {found}; an array of floats [samples], mono, is expected")
     if not isinstance(rate, Integral) or rate < 1:
         raise AudioError(f"the rate is {rate!r}; a whole number of Hz above 0 is expected")
+    check_samples(pcm, what)
+
+
+def check_samples(pcm: Pcm, what: str) -> None:
+    """Check the values of pcm float [samples]. Raises AudioError for what is no number, or far outside −1..1."""
+    if not np.isfinite(pcm).all():
+        raise AudioError(f"{what} has samples that are not numbers", hint="record or convert it again")
+    if pcm.size and (most := float(np.abs(pcm).max())) > MOST_SAMPLE:
+        raise AudioError(
+            f"the samples of {what} reach ±{most:,.0f}; −1 to 1 is expected", hint="divide integer samples by 32,768 (16 bits)"
+        )
 
 
 def resample(pcm: Pcm, rate: int, target: int) -> Pcm:

@@ -277,7 +277,7 @@ def _most_seconds(manifest: Manifest) -> float:
 def _check_recording(pcm: Pcm, rate: int, manifest: Manifest, what: str) -> None:
     from .audio import check_pcm
 
-    check_pcm(pcm, rate)
+    check_pcm(pcm, rate, what)
     seconds, most = len(pcm) / rate, _most_seconds(manifest)
     if not MIN_SECONDS <= seconds <= most:
         wrong = "short" if seconds < MIN_SECONDS else "long"
@@ -285,8 +285,6 @@ def _check_recording(pcm: Pcm, rate: int, manifest: Manifest, what: str) -> None
             f"{what} is too {wrong}: {seconds:.2f} s; a voice takes {MIN_SECONDS} s to {most:.1f} s",
             hint="use one speaker and clean speech; a few seconds are enough, 10 to 30 s are best",
         )
-    if not np.isfinite(pcm).all():
-        raise VoiceError(f"{what} has samples that are not numbers", hint="record or convert it again")
     if np.abs(pcm).max() < SILENCE:
         raise VoiceError(f"{what} is silent", hint="check that the right file or channel was recorded")
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..errors import AudioError, FishrtError, PromptError
+from ..errors import FishrtError, PromptError
 from ..text import check_text
 from ..voices import Voice, read_codes
 from .base import (
@@ -60,7 +60,8 @@ if TYPE_CHECKING:
     multiple=True,
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="Recording to imitate (wav, flac, ogg, mp3) or its codes (.npy); each needs a --reference-text. Counted after --voice.",
+    help="Recording to imitate (wav, flac, ogg, mp3; - is standard input) or its codes (.npy); each needs a --reference-text. "
+    "Counted after --voice.",
 )
 @click.option(
     "--reference-text", "reference_texts", multiple=True, metavar="TEXT", help="What is said in the --reference, word for word."
@@ -221,6 +222,4 @@ def _read_text(text: str | None, file: Path | None) -> str:
 def _reference(path: Path, transcript: str, tts: TTS) -> Voice:
     if path.suffix.lower() == ".npy":
         return Voice(str(path), read_codes(path), transcript, None)
-    if not path.is_file():
-        raise AudioError(f"the reference {path} is not there")
     return Voice.from_audio(tts, path, transcript, name=path.name)

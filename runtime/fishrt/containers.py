@@ -1,0 +1,107 @@
+"""Audio files as bytes: where one ends and the next of a joined file begins, and lengths that a header states wrongly.
+
+Streams are written before anybody knows their length, recorders stop half-way, and `cat a.mp3 b.mp3` is a common way to join
+recordings. libsndfile believes the header in all of these cases and gives no more samples than it names. So every length that
+could be too small is replaced by "unknown" before libsndfile sees it, and joined files are read part by part.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Iterator
+
+_UNKNOWN = b"\xff\xff\xff\xff"
+_ID3 = re.compile(rb"ID3..[\x00-\xff]([\x00-\x7f]{4})", re.DOTALL)
+_BEGINNINGS = re.compile(rb"RIFF.{4}WAVE|FORM.{4}AIF[FC]|fLaC[\x00\x80]\x00\x00\x22", re.DOTALL)
+_OGG_PAGE = re.compile(rb"OggS\x00(.).{20}(.)", re.DOTALL)
+_OGG_BEGINS = 2
+"""The flag of a page that begins a stream."""
+_MP3_COUNT = re.compile(rb"Xing|Info|VBRI")
+_MP3_COUNT_WITHIN = 4096
+"""Bytes from the first frame within which a count of all frames stands, if there is one."""
+_MP3_COUNT_BYTES = 156
+
+
+def split_joined(data: memoryview) -> list[memoryview]:
+    """The files that `data` joins, one after the other; most often one. The borders of chained Ogg streams are among them."""
+    if bytes(data[:4]) == b"OggS":
+        starts = list(_ogg_chains(data))
+    else:
+        starts = [match.start() for match in _BEGINNINGS.finditer(data)] if _BEGINNINGS.match(data, after_id3(data)) else []
+    return [data[start:end] for start, end in zip([0, *starts[1:]], [*starts[1:], len(data)], strict=True)]
+
+
+def forget_length(data: memoryview) -> memoryview:
+    """Change the header of one wav, FLAC or AU file in place, so that it is read to its end. Returns the part to read."""
+    start = after_id3(data)
+    if bytes(data[:4]) == b"RIFF" and bytes(data[8:12]) == b"WAVE":
+        _forget_wav_length(data)
+    elif bytes(data[start : start + 4]) == b"fLaC":
+        # STREAMINFO ends its first 18 bytes with 36 bits for the number of samples; 0 is "unknown" (RFC 9639).
+        if len(data) < start + 26:
+            return data
+        data[start + 21] &= 0xF0
+        data[start + 22 : start + 26] = bytes(4)
+        if bytes(data[-128:-125]) == b"TAG":  # ID3v1, which the decoder takes for a damaged frame
+            return data[:-128]
+    elif bytes(data[:4]) in (b".snd", b"dns.") and len(data) >= 12:
+        data[8:12] = _UNKNOWN
+    return data
+
+
+def after_id3(data: memoryview) -> int:
+    """Where the ID3v2 tags in front of a file end."""
+    end = 0
+    while match := _ID3.match(data, end):
+        size = 0
+        for byte in match.group(1):
+            size = size << 7 | byte
+        end = match.end() + size
+    return end
+
+
+def take_mp3_count(data: memoryview) -> tuple[int, slice, bytes] | None:
+    """Make an MP3 file forget how many frames it has. None where it does not tell.
+
+    Returns the count (0 for a header without one), and place and bytes of what was cleared: with these back in place, decoders
+    also cut off the silence that the encoder added at both ends.
+    """
+    start = after_id3(data)
+    match = _MP3_COUNT.search(data, start, start + _MP3_COUNT_WITHIN)
+    if match is None:
+        return None
+    place = slice(match.end(), min(match.end() + _MP3_COUNT_BYTES, len(data)))
+    kept = bytes(data[place])
+    # Xing: flags, of which 1 stands for a count of frames, then the count. VBRI: version, delay and quality in 2 bytes each, a size
+    # in 4, then the count.
+    counted = match.group() == b"VBRI" or bool(kept[3:4] and kept[3] & 1)
+    at = 10 if match.group() == b"VBRI" else 4
+    data[place] = bytes(len(kept))
+    return (int.from_bytes(kept[at : at + 4], "big") if counted else 0), place, kept
+
+
+def _ogg_chains(data: memoryview) -> Iterator[int]:
+    """Where a page begins a stream and the page before it did not: streams that play at the same time begin together."""
+    began, at = False, 0
+    while match := _OGG_PAGE.search(data, at):
+        begins = bool(match.group(1)[0] & _OGG_BEGINS)
+        if begins and not began:
+            yield match.start()
+        began = begins
+        segments = data[match.end() : match.end() + match.group(2)[0]]
+        at = match.end() + len(segments) + sum(segments)
+
+
+def _forget_wav_length(data: memoryview) -> None:
+    """Chunks behind the sound stay chunks."""
+    at = 12
+    while at + 8 <= len(data):
+        name, size = struct.unpack_from("<4sI", data, at)
+        end = at + 8 + size + size % 2
+        if name == b"data":
+            rest = bytes(data[end:])
+            if rest.strip(b"\0") and not re.match(rb"[ -~]{4}", rest):
+                data[at + 4 : at + 8] = _UNKNOWN
+            return
+        at = end
