@@ -2,6 +2,7 @@
 # make test                           installs everything, runs every test
 # make lint                           checks style and types
 # make smoke                          runs the benchmark once on a tiny checkpoint, to see that it works
+# make docs                           builds the documentation into site/
 VENV   := .venv
 PYTHON ?= python3
 BIN    := $(VENV)/bin
@@ -13,7 +14,7 @@ OUT    ?= speech.wav
 export FISHRT_TEXT = $(value TEXT)
 export FISHRT_OUT  = $(value OUT)
 
-.PHONY: speak test venv lint smoke clean
+.PHONY: speak test venv lint smoke docs clean
 
 speak: $(VENV)/runtime
 	@$(BIN)/fishrt speak --output "$$FISHRT_OUT" -- "$$FISHRT_TEXT"
@@ -30,6 +31,9 @@ lint: venv
 # One thread: torch's wait for each other, and on a busy machine longer than they work.
 smoke: venv
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/cpu.py --smoke
+
+docs: venv
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 venv: $(VENV)/dev
 
@@ -50,4 +54,4 @@ $(VENV)/dev: pyproject.toml constraints.txt | $(VENV)/made
 	touch $@ $(VENV)/runtime
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) site

@@ -1,8 +1,9 @@
-"""Fills the marked tables in README.md from the records: `python benchmarks/table.py`."""
+"""Fill the marked tables of README.md and docs/ from the records: `python benchmarks/table.py`."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,64 +11,141 @@ import click
 
 from record import RESULTS
 
-README = Path(__file__).parent.parent / "README.md"
-HEAD = (
-    "weights",
-    "size",
-    "frame",
-    "of real time",
-    "times torch¹",
-    "slow step, share of bandwidth",
-    "codec decode, RTF",
-    "text to speech, RTF",
-    "first audio, known voice",
-    "load, first / later",
-    "memory",
-)
+ROOT = Path(__file__).parent.parent
+NAMES = {
+    "1.2": "Fish Speech 1.2-SFT",
+    "1.4": "Fish Speech 1.4",
+    "1.5": "Fish Speech 1.5",
+    "s1": "OpenAudio S1-mini",
+    "s2": "Fish Audio S2-Pro",
+}
+GIB = 2**30
 
 
-def table(record: dict[str, Any]) -> str:
-    """The lines between the markers: a table with a row for each family and recipe, and what it was measured on."""
-    lines = [f"| {' | '.join(HEAD)} |", "|---" * len(HEAD) + "|"]
+def rows(head: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table."""
+    return "\n".join([f"| {' | '.join(head)} |", "|---" * len(head) + "|", *(f"| {' | '.join(row)} |" for row in cells)])
+
+
+def measured(record: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any], str]]:
+    """Yield each bundle of `cpu.json`: its name, the result of `fishrt bench`, and torch's time of a frame ÷ ours."""
     for family, found in record["families"].items():
         for recipe, bench in found["recipes"].items():
-            compared = found["compared"] if found["compared"]["recipe"] == recipe else None
-            lines.append(f"| {' | '.join([f'{family} {recipe}', *_cells(bench, compared)])} |")
-    machine = record["environment"]
-    versions = machine["versions"]
-    lines += [
-        "",
-        f"¹ The better of the same modules in torch {versions['torch']}, eager, float32 and bfloat16, in the same loop and run. "
-        f"Random weights of official size; {machine['cpu']}, {machine['cores']} cores, which read "
-        f"{_widest(record):.0f} GB/s; ONNX Runtime {versions['onnxruntime']}.",
-    ]
-    return "\n".join(lines)
+            ratio = found["compared"]["frame_ms"].get("speed_up") if found["compared"]["recipe"] == recipe else None
+            yield f"{NAMES.get(family, family)}, {recipe}", bench, f"{ratio:.1f} ×" if ratio else ""
 
 
-def _widest(record: dict[str, Any]) -> float:
-    """The best read bandwidth that any of the runs met, in GB/s."""
-    return max(bench["machine"]["read_gb_s"] for found in record["families"].values() for bench in found["recipes"].values())
+def speed_table(record: dict[str, Any]) -> str:
+    """The table of the page on speed: a row for each family and recipe."""
+    head = (
+        "weights",
+        "frame",
+        "share of real time",
+        "times torch",
+        "memory read",
+        "slow step, share of it",
+        "codec decode, RTF",
+        "text to speech, RTF",
+        "first audio",
+        "load, first / later",
+    )
+    return rows(head, [(name, *_speed_cells(bench, ratio)) for name, bench, ratio in measured(record)])
 
 
-def _cells(bench: dict[str, Any], compared: dict[str, Any] | None) -> list[str]:
-    frame, load, memory = bench["frame"]["median_ms"], bench["load"], bench["memory"]["speaking_peak_bytes"]
-    ratio = compared["frame_ms"].get("speed_up") if compared else None
-    return [
-        f"{bench['bundle']['bytes'] / 1e9:.2f} GB",
+def _speed_cells(bench: dict[str, Any], ratio: str) -> tuple[str, ...]:
+    frame, load = bench["frame"]["median_ms"], bench["load"]
+    return (
         f"{frame:.1f} ms",
         f"{frame * bench['bundle']['frame_rate'] / 1e3:.0%}",
-        f"{ratio:.1f} ×" if ratio else "",
+        ratio,
+        f"{bench['machine']['read_gb_s']:.0f} GB/s",
         f"{bench['weights']['slow_share']:.0%}",
         f"{bench['codec']['decode']['rtf']:.2f}",
         f"{bench['speak']['rtf']:.2f}",
         f"{bench['ttfa']['known_voice']['median_ms']:.0f} ms",
         f"{load['cold_s']:.1f} / {load['cached_s']:.1f} s",
-        f"{memory / 2**30:.1f} GiB" if memory else "",
+    )
+
+
+def short_table(record: dict[str, Any]) -> str:
+    """The table of the README."""
+    head = ("weights", "bundle", "memory", "text to speech, RTF", "first audio", "language model, times torch")
+    cells = [
+        (
+            name,
+            _size(bench),
+            _memory(bench),
+            f"{bench['speak']['rtf']:.2f}",
+            f"{bench['ttfa']['known_voice']['median_ms']:.0f} ms",
+            ratio,
+        )
+        for name, bench, ratio in measured(record)
     ]
+    return rows(head, cells)
+
+
+def memory_table(record: dict[str, Any]) -> str:
+    """The table of the page on memory: what speaking takes, and what the export took."""
+    head = ("weights", "bundle on disk", "memory to speak", "first start", "export, time", "export, memory")
+    cells = []
+    for family, found in record["families"].items():
+        for recipe, bench in found["recipes"].items():
+            export = found["export"][recipe]
+            cells.append(
+                (
+                    f"{NAMES.get(family, family)}, {recipe}",
+                    _size(bench),
+                    _memory(bench),
+                    f"{bench['memory']['cold_load_peak_bytes'] / GIB:.1f} GiB",
+                    f"{export['seconds'] / 60:.0f} min",
+                    f"{export['peak_memory_bytes'] / GIB:.1f} GiB",
+                )
+            )
+    return rows(head, cells)
+
+
+def device_table(_: dict[str, Any]) -> str:
+    """The weights on a GPU, calculated from the official configs: language model in 16 bits, codec in float32."""
+    from full_size import FAMILIES, count_parameters
+
+    head = ("family", "language model, parameters", "codec, parameters", "weights on a GPU")
+    cells = []
+    for family in FAMILIES:
+        model, codec = count_parameters(family)
+        cells.append(
+            (
+                NAMES[family],
+                f"{model / 1e9:.2f} billion",
+                f"{codec / 1e9:.2f} billion",
+                f"{(2 * model + 4 * codec) / GIB:.1f} GiB",
+            )
+        )
+    return rows(head, cells)
+
+
+def _size(bench: dict[str, Any]) -> str:
+    return f"{bench['bundle']['bytes'] / 1e9:.1f} GB"
+
+
+def _memory(bench: dict[str, Any]) -> str:
+    peak = bench["memory"]["speaking_peak_bytes"]
+    return f"{peak / GIB:.1f} GiB" if peak else ""
+
+
+def quality_table(record: dict[str, Any]) -> str:
+    """How well minnow speaks, beside the voices that it learned from."""
+    found = record["summary"]
+    cells = [
+        ("word error rate", f"{found['word_error_rate']:.1%}", f"{found['flite_word_error_rate']:.1%}"),
+        ("voice recognised", f"{found['voice_recognised']:.1%}", f"{found['flite_voice_recognised']:.1%}"),
+        ("duration within 30 % of flite's", f"{found['duration_within_30_percent']:.1%}", ""),
+        ("ended by itself", f"{found['stopped_by_end_token']:.1%}", ""),
+    ]
+    return rows((f"{found['sentences']} sentences", "minnow", "flite"), cells)
 
 
 def precision_table(record: dict[str, Any]) -> str:
-    """What each recipe costs on minnow: a row for each."""
+    """What each recipe costs on minnow: a row for each recipe."""
     head = (
         "recipe",
         "bundle",
@@ -78,29 +156,38 @@ def precision_table(record: dict[str, Any]) -> str:
         "ended by itself",
         "signal over error",
     )
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    cells = []
     for name, found in record["summary"].items():
         low, high = found["difference_95_percent"]
-        cells = (
-            name,
-            f"{found['bytes'] / 1e6:.1f} MB",
-            f"{found['word_error_rate']:.1%}",
-            "" if name == "fp32" else f"{100 * found['difference']:+.1f} points",
-            "" if name == "fp32" else f"{100 * low:+.1f} and {100 * high:+.1f}",
-            f"{found['voice_recognised']:.1%}",
-            f"{found['ended_by_itself']:.1%}",
-            f"{found['snr_db']:.1f} dB, {found['least_snr_db']:.1f} at least" if "snr_db" in found else "",
+        cells.append(
+            (
+                name,
+                f"{found['bytes'] / 1e6:.1f} MB",
+                f"{found['word_error_rate']:.1%}",
+                "" if name == "fp32" else f"{100 * found['difference']:+.1f} points",
+                "" if name == "fp32" else f"{100 * low:+.1f} and {100 * high:+.1f}",
+                f"{found['voice_recognised']:.1%}",
+                f"{found['ended_by_itself']:.1%}",
+                f"{found['snr_db']:.1f} dB, {found['least_snr_db']:.1f} at least" if "snr_db" in found else "",
+            )
         )
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    return rows(head, cells)
 
 
-TABLES = {"cpu": table, "minnow-precision": precision_table}
-"""By the name of a record and of the markers in the README."""
+Table = Callable[[dict[str, Any]], str]
+TABLES: dict[str, tuple[str, str, Table]] = {
+    "cpu-short": ("README.md", "cpu", short_table),
+    "cpu": ("docs/speed.md", "cpu", speed_table),
+    "cpu-memory": ("docs/platforms.md", "cpu", memory_table),
+    "device-memory": ("docs/platforms.md", "cpu", device_table),
+    "minnow-precision": ("docs/export.md", "minnow-precision", precision_table),
+    "minnow-quality": ("docs/verification.md", "minnow-quality", quality_table),
+}
+"""By the name of the markers: the page, the record, and the function that makes the table."""
 
 
 def filled(text: str, name: str, lines: str) -> str:
-    """The text with `lines` between the markers of this name. Raises ValueError unless both stand in it once, in order."""
+    """Return the text with `lines` between the markers of this name. Raises ValueError unless both are there once, in order."""
     begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
     if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
         raise ValueError(f"expected {begin} and then {end}, once each")
@@ -110,14 +197,14 @@ def filled(text: str, name: str, lines: str) -> str:
 
 @click.command()
 @click.option("--records", type=click.Path(path_type=Path), default=RESULTS, help="Folder of the records.")
-@click.option("--readme", type=click.Path(path_type=Path), default=README)
-def main(records: Path, readme: Path) -> None:
-    """Writes the table of each record into the README."""
-    text = readme.read_text()
-    for name, make in TABLES.items():
-        text = filled(text, name, make(json.loads((records / f"{name}.json").read_text())))
-    readme.write_text(text)
-    click.echo(f"written: {readme}")
+@click.option("--root", type=click.Path(path_type=Path), default=ROOT, help="Folder of README.md and docs/.")
+def main(records: Path, root: Path) -> None:
+    """Write the table of each record into its page."""
+    for name, (page, record, table) in TABLES.items():
+        path = root / page
+        lines = table(json.loads((records / f"{record}.json").read_text()))
+        path.write_text(filled(path.read_text(encoding="utf-8"), name, lines), encoding="utf-8")
+        click.echo(f"written: {path}")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from fishrt_export.graphs import open_language_model
 from full_size import FAMILIES, write_checkpoint
 from full_size.tokenizer import write_s2, write_special_tokens
 from full_size.weights import LanguageModelWeights, language_model_shapes
-from record import environment, write_record
+from record import RESULTS, environment, write_record
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -150,13 +150,14 @@ BENCH = {
     "speak": {**TIMES, "rtf": 0.9},
     "ttfa": {"known_voice": {**TIMES, "median_ms": 321.4}},
     "load": {"cold_s": 9.0, "cached_s": 1.0},
-    "memory": {"speaking_peak_bytes": 2**31},
+    "memory": {"speaking_peak_bytes": 2**31, "cold_load_peak_bytes": 3 * 2**30},
     "weights": {"slow_share": 0.61},
 }
 RECORD = {
     "environment": {"cpu": "a CPU", "cores": 2, "versions": {"torch": "9.0", "onnxruntime": "8.0"}},
     "families": {
         "1.5": {
+            "export": {name: {"seconds": 95.0, "peak_memory_bytes": 2**32} for name in ("int4", "int8")},
             "recipes": {"int4": BENCH, "int8": BENCH},
             "turns": {"ours": [BENCH], "bf16": [BENCH]},
             "compared": {"recipe": "int4", "frame_ms": {"ours": 20.0, "bf16": 140.0, "best_peer": "bf16", "speed_up": 7.0}},
@@ -208,19 +209,30 @@ def test_plots_come_from_the_record_alone(tmp_path):
 BEGIN, END = "<!-- cpu -->", "<!-- /cpu -->"
 
 
-def test_the_table_is_filled_from_the_record():
-    text = tables.filled(f"before\n{BEGIN}\nold\n{END}\nafter\n", "cpu", tables.table(RECORD))
+def test_a_table_is_filled_from_the_record():
+    text = tables.filled(f"before\n{BEGIN}\nold\n{END}\nafter\n", "cpu", tables.speed_table(RECORD))
     assert text.startswith(f"before\n{BEGIN}\n| weights |")
     assert text.endswith(f"{END}\nafter\n")
     assert "old" not in text
-    assert "| 1.5 int4 | 0.40 GB | 20.0 ms | 40% | 7.0 × | 61% | 0.50 | 0.90 | 321 ms | 9.0 / 1.0 s | 2.0 GiB |" in text
-    assert "| 1.5 int8 | 0.40 GB | 20.0 ms | 40% |  | 61% |" in text
-    assert "torch 9.0" in text
-    assert tables.filled(text, "cpu", tables.table(RECORD)) == text
+    assert "| Fish Speech 1.5, int4 | 20.0 ms | 40% | 7.0 × | 28 GB/s | 61% | 0.50 | 0.90 | 321 ms | 9.0 / 1.0 s |" in text
+    assert "| Fish Speech 1.5, int8 | 20.0 ms | 40% |  | 28 GB/s |" in text
+    assert tables.filled(text, "cpu", tables.speed_table(RECORD)) == text
+
+
+def test_the_short_tables_take_the_same_figures():
+    assert "| Fish Speech 1.5, int4 | 0.4 GB | 2.0 GiB | 0.90 | 321 ms | 7.0 × |" in tables.short_table(RECORD)
+    assert "| Fish Speech 1.5, int8 | 0.4 GB | 2.0 GiB | 3.0 GiB | 2 min | 4.0 GiB |" in tables.memory_table(RECORD)
+
+
+@pytest.mark.parametrize("name", tables.TABLES)
+def test_the_pages_show_the_records(name):
+    page, record, table = tables.TABLES[name]
+    text = (tables.ROOT / page).read_text(encoding="utf-8")
+    assert tables.filled(text, name, table(json.loads((RESULTS / f"{record}.json").read_text()))) == text
 
 
 @pytest.mark.parametrize("text", ["none", f"{END}{BEGIN}", f"{BEGIN}{END}" * 2])
-def test_a_readme_without_the_markers_is_left_alone(text):
+def test_a_page_without_the_markers_is_left_alone(text):
     with pytest.raises(ValueError, match="once each"):
         tables.filled(text, "cpu", "")
 

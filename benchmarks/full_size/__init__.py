@@ -1,6 +1,6 @@
 """Checkpoints of official size and layout with random weights: what is measured when no real checkpoint is at hand."""
 
-from .checkpoint import write_checkpoint
+from .checkpoint import count_parameters, write_checkpoint
 from .sizes import FAMILIES
 
-__all__ = ["FAMILIES", "write_checkpoint"]
+__all__ = ["FAMILIES", "count_parameters", "write_checkpoint"]

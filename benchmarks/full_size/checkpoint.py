@@ -20,7 +20,7 @@ from fishrt_export.families import Family
 
 from . import tokenizer
 from .sizes import FAMILIES, Release, overlaid
-from .weights import LanguageModelWeights, codec_tensors, language_model_shapes
+from .weights import LanguageModelWeights, codec_tensors, empty_codec, language_model_shapes
 
 SHARD_BYTES = 5_000_000_000
 _TINY_TEXT_TOKENS = 1000
@@ -61,6 +61,14 @@ def write_checkpoint(
     progress(release.codec)
     _write_codec(out, release, known, seed, tiny=tiny)
     return out
+
+
+def count_parameters(family: str) -> tuple[int, int]:
+    """Return the numbers of weights of the language model and of the codec, in the official sizes."""
+    known = KNOWN[family]
+    shapes = language_model_shapes(read_config(overlaid(FAMILIES[family].config, {}), known))
+    codec = empty_codec(_codec_config(_codec_values(known), known))
+    return sum(map(math.prod, shapes.values())), sum(p.numel() for p in codec.parameters())
 
 
 def _write_tokenizer(out: Path, release: Release, family: Family, text_tokens: int) -> tuple[range, int, int]:
@@ -131,10 +139,16 @@ def _nested(name: str) -> str:
 
 
 def _write_codec(out: Path, release: Release, family: Family, seed: int, *, tiny: bool) -> None:
-    dac, causal = family.codec == "dac", family.codec == "firefly"
-    raw = OFFICIAL if dac else official_firefly(causal=causal)
+    raw = _codec_values(family)
     if tiny:
         raw = overlaid(raw, release.tiny_codec)
         (out / CODEC_CONFIG).write_text(json.dumps(raw, indent=1))
-    config: CodecConfig = DacConfig.from_json(raw) if dac else FireflyConfig.from_json(raw, causal=causal)
-    torch.save(codec_tensors(config, seed), out / release.codec)
+    torch.save(codec_tensors(_codec_config(raw, family), seed), out / release.codec)
+
+
+def _codec_values(family: Family) -> dict[str, Any]:
+    return OFFICIAL if family.codec == "dac" else official_firefly(causal=family.codec == "firefly")
+
+
+def _codec_config(raw: dict[str, Any], family: Family) -> CodecConfig:
+    return DacConfig.from_json(raw) if family.codec == "dac" else FireflyConfig.from_json(raw, causal=family.codec == "firefly")

@@ -78,10 +78,15 @@ class LanguageModelWeights:
         return x
 
 
+def empty_codec(config: CodecConfig) -> nn.Module:
+    """The modules of a codec, without memory for their weights."""
+    with torch.device("meta"):
+        return Dac(config) if isinstance(config, DacConfig) else Firefly(config)
+
+
 def codec_tensors(config: CodecConfig, seed: int) -> dict[str, Tensor]:
     """float32, by the official names, with weight norm spelled as the official files have it."""
-    with torch.device("meta"):
-        codec: nn.Module = Dac(config) if isinstance(config, DacConfig) else Firefly(config)
+    codec = empty_codec(config)
     found: dict[str, Tensor] = {}
     modules = dict(codec.named_modules())
     for name, meta in codec.state_dict().items():
