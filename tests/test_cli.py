@@ -2,17 +2,21 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import click
+import numpy as np
 import pytest
 import soundfile
 from click.testing import CliRunner
 
+import fishrt
 import helpers_cli
 from fishrt.cli import main
 from fishrt.errors import FishrtError, ProviderError
@@ -296,8 +300,195 @@ def test_a_standard_error_that_nobody_reads(tmp_path):
     assert soundfile.info(tmp_path / "a.wav").frames == RATE
 
 
-def test_unknown_failures_are_not_hidden(fake):
+FULL = "/dev/full"
+"""A device to which nothing can be written."""
+
+
+@pytest.mark.skipif(not Path(FULL).exists(), reason="this system has no device that is always full")
+@pytest.mark.parametrize(
+    "command",
+    [
+        "speak Hi. -o -",
+        "speak Hi. --stream -o -",
+        "speak Hi. --json",
+        "codec encode RECORDING -o -",
+        "codec decode codes.npy -o -",
+        "inspect",
+        "inspect --json",
+        "voice list",
+        "doctor",
+        "--help",
+        "voice --help",
+        "help speak",
+        "--version",
+    ],
+)
+def test_a_standard_output_that_is_full(fake, recording, monkeypatch, capsys, command):
+    """Whatever is written there: audio, codes, JSON, text, help."""
+    np.save("codes.npy", np.ones((4, 3), np.int64))
+    with Path(FULL).open("w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        with pytest.raises(SystemExit) as ended:
+            main(command.replace("RECORDING", recording).split(), "fishrt")
+    assert ended.value.code == 2
+    assert "error: cannot write to standard output: No space left on device" in capsys.readouterr().err.splitlines()
+
+
+@pytest.mark.skipif(not Path(FULL).exists(), reason="this system has no device that is always full")
+@pytest.mark.parametrize("setting", ["", "PYTHONUNBUFFERED=1"])
+def test_python_adds_no_error_to_that_of_a_full_output(tmp_path, setting):
+    for command in ("speak Hi. -q -o -", "--help"):
+        done = run_in_shell(f"{setting} $fishrt {command} >{FULL}; echo $? >status", tmp_path)
+        assert done.stderr == "error: cannot write to standard output: No space left on device\n"
+        assert (tmp_path / "status").read_text() == "2\n"
+        shutil.rmtree(tmp_path / "bundle")
+
+
+@pytest.mark.skipif(not Path(FULL).exists(), reason="this system has no device that is always full")
+def test_a_standard_error_that_is_full(tmp_path):
+    run_in_shell(f"$fishrt speak Hi. -o a.wav 2>{FULL}; echo $? >status", tmp_path)
+    assert (tmp_path / "status").read_text() == "0\n"
+
+
+def test_a_terminal_gets_nothing_binary(fake, recording, monkeypatch):
+    monkeypatch.setattr("fishrt.files._is_terminal", lambda: True)
+    for command in (["speak", "Hi."], ["speak", "Hi.", "--stream"], ["codec", "encode", recording], ["codec", "decode", "a.npy"]):
+        refused(run(*command, "-o", "-"), "standard output is a terminal", "> FILE")
+    assert fake.loads == []
+
+
+# --- faults, JSON, encodings ---------------------------------------------------------------------------------------------------
+
+
+def test_a_fault_of_ours_is_told_as_one(fake):
     fake.failure = ValueError("a bug")
-    assert isinstance(run("speak", "Hi.").exception, ValueError)
+    result = run("speak", "Hi.", "--json")
+    assert "--debug" in refused(result, "fishrt has a fault: ValueError: a bug", kind=1)
+    assert json.loads(result.stdout)["error"]["kind"] == "ValueError"
+    with_traceback = run("speak", "Hi.", "--debug")
+    assert with_traceback.exit_code == 1
+    assert "Traceback" in with_traceback.stderr
     fake.failure = FishrtError("known")
     refused(run("speak", "Hi."), "known")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "command"),
+    [
+        (["speak", "Hi."], "speak"),
+        (["speak", "..."], "speak"),
+        (["speak", "--seed", "x"], "speak"),
+        (["voice", "list"], "voice list"),
+        (["voice", "show", "nobody"], "voice show"),
+        (["codec", "decode", "none.npy"], "codec decode"),
+        (["inspect"], "inspect"),
+        (["inspect", "nowhere"], "inspect"),
+        (["doctor"], "doctor"),
+        (["nothing"], ""),
+    ],
+)
+def test_every_json_object_has_the_same_frame(fake, arguments, command):
+    result = run(*arguments, "--json")
+    data = json.loads(result.stdout)
+    assert list(data)[:3] == ["command", "ok", "warnings"]
+    assert (data["command"], data["ok"], data["warnings"]) == (command, result.exit_code == 0, [])
+    if not data["ok"]:
+        assert list(data) == ["command", "ok", "warnings", "error"]
+        assert list(data["error"]) == ["kind", "message", "hint"]
+
+
+def test_an_interruption_has_a_json_object_too(fake):
+    fake.failure = KeyboardInterrupt()
+    result = run("speak", "Hi.", "--json")
+    assert (result.exit_code, result.stderr) == (130, "interrupted\n")
+    assert json.loads(result.stdout)["error"]["kind"] == "Interrupted"
+
+
+ODD = os.fsdecode("dé😀".encode() + b"\xff")
+"""A path that is not UTF-8, and that few encodings have."""
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "latin-1", "ascii"])
+@pytest.mark.parametrize(
+    ("command", "status"),
+    [
+        (["speak", "Hi.", "-o", f"{ODD}.wav"], 0),
+        (["speak", "Hi.", "--stream", "-o", f"{ODD}.wav"], 0),
+        (["speak", "-f", ODD], 2),
+        (["speak", "Hi.", "--reference", ODD, "--reference-text", "x"], 2),
+        (["speak", "Hi.", "--voice", ODD], 2),
+        (["codec", "encode", "RECORDING", "-o", f"{ODD}.npy"], 0),
+        (["codec", "encode", ODD], 2),
+        (["codec", "decode", ODD], 2),
+        (["voice", "list", "--voice-dir", ODD], 0),
+        (["inspect", ODD], 2),
+        (["inspect", "--verify", "BUNDLE"], 0),
+        ([ODD], 2),
+    ],
+)
+def test_paths_that_no_encoding_has(fake, recording, encoding, command, status):
+    """JSON objects and messages, of success and failure, repeat them; none of them ends in an error of its own."""
+    odd_bundle = fake.bundle.path.with_name(ODD)
+    fake.bundle.path.rename(odd_bundle)
+    fake.bundle = replace(fake.bundle, path=odd_bundle)
+    words = [{"RECORDING": recording, "BUNDLE": str(odd_bundle)}.get(word, word) for word in command]
+    for options in ([], ["--json"]):
+        result = CliRunner(charset=encoding).invoke(main, [*words, *options], prog_name="fishrt")
+        assert result.exit_code == status, result.stderr
+    assert json.loads(result.stdout_bytes)["ok"] is (status == 0)
+
+
+def test_json_of_a_process_has_a_path_that_is_not_utf8(tmp_path):
+    """The runner above is not what users start."""
+    line = "PYTHONIOENCODING=utf-8:strict $fishrt speak Hi. --json -o \"$(printf 'a\\377.wav')\""
+    done = run_in_shell(line, tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert os.fsencode(json.loads(done.stdout)["output"]) == b"a\xff.wav"
+
+
+def test_help_in_an_encoding_that_lacks_its_characters(tmp_path):
+    done = run_in_shell("PYTHONIOENCODING=ascii $fishrt bench --help", tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "Usage: fishrt bench" in done.stdout
+
+
+# --- the command about itself --------------------------------------------------------------------------------------------------
+
+
+def test_help_of_commands(fake):
+    assert run("help").stdout == run("--help").stdout
+    assert run("help", "voice", "add").stdout == run("voice", "add", "--help").stdout
+    refused(run("help", "voice", "sing"), "there is no command 'voice sing'")
+    refused(run("help", "speak", "loud"), "there is no command 'speak loud'")
+
+
+def test_the_commands_are_listed_by_use_and_whole(fake):
+    lines = run("--help").stdout.split("Commands:")[1].split("Exit status:")[0].strip().splitlines()
+    assert [line.split()[0] for line in lines][:3] == ["speak", "voice", "export"]
+    assert not [line for line in lines if line.endswith("...")]
+
+
+def test_version(fake):
+    assert run("-V").stdout == run("--version").stdout == f"fishrt {fishrt.__version__}\n"
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion(shell):
+    if shell == "bash" and shutil.which("bash") is None:
+        pytest.skip("click asks bash for its version")
+    assert "_FISHRT_COMPLETE" in run("completion", shell).stdout
+
+
+def test_verbose_shows_the_log(fake, monkeypatch):
+    def speak(text, **request):
+        logging.getLogger("fishrt_engines.providers").info("chose %s", "cpu")
+        logging.getLogger("fishrt").warning("odd")
+        logging.getLogger("fishrt").warning("odd")
+        raise FishrtError("enough")
+
+    monkeypatch.setattr(fake, "speak", speak)
+    assert run("speak", "Hi.").stderr == "warning: odd\nerror: enough\n"
+    failed = run("speak", "Hi.", "-v", "--json")
+    assert failed.stderr == "fishrt_engines.providers: chose cpu\nwarning: odd\nerror: enough\n"
+    assert json.loads(failed.stdout)["warnings"] == ["odd"]
+    assert not logging.getLogger("fishrt").handlers

@@ -23,7 +23,7 @@ def check_place(path: str | Path) -> None:
     if str(path) == "-":
         if sys.stdout is None:
             raise OutputError("cannot write to standard output: it is closed")
-        if sys.stdout.isatty():
+        if _is_terminal():
             raise OutputError(
                 "standard output is a terminal, and the result is binary", hint="redirect it into a file or a program: … > FILE"
             )
@@ -95,6 +95,10 @@ def write_whole(path: str | Path, data: bytes) -> None:
     with growing(path) as (file, _):
         file.write(data)
         file.flush()
+
+
+def _is_terminal() -> bool:
+    return sys.stdout.isatty()
 
 
 def _is_special(path: Path) -> bool:

@@ -1,108 +1,65 @@
-"""What all commands share: how errors end them, how they find a bundle and load it, how they report."""
+"""What commands share: types of options, options, and how they find and load a bundle and voices."""
 
 from __future__ import annotations
 
-import contextlib
-import itertools
-import json
-import logging
-import sys
-import time
-import traceback
+import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from ..bundle import Bundle, embedded_bundle
-from ..errors import FishrtError, VoiceError
+from ..errors import VoiceError
 from ..voices import VoiceStore, user_folder
+from .commands import session, warn
 
 if TYPE_CHECKING:
     from ..tts import TTS
 
 F = TypeVar("F", bound=Callable[..., Any])
-_DEBUG, _JSON = "fishrt.debug", "fishrt.json"
 
 
-class Commands(click.Group):
-    """The group that turns errors into lines and exit statuses."""
+class Whole(click.IntRange):
+    """A whole number in a range."""
 
-    def make_context(
-        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
-    ) -> click.Context:
-        """Parses what stands before the name of the command."""
-        # Looked for before the parsing, which may be what fails; behind "--" it is text.
-        stream = sys.stdout if "--json" in itertools.takewhile(lambda word: word != "--", args) else None
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the number; fail for text that is none."""
         try:
-            ctx = super().make_context(info_name, args, parent, **extra)
-        except click.UsageError as error:
-            if isinstance(error, _HELP):
-                raise
-            _report(error, stream)
-            raise click.exceptions.Exit(2) from None
-        ctx.meta[_JSON] = stream
-        return ctx
+            int(value)
+        except ValueError:
+            self.fail(f"{value!r} is not a whole number.", param, ctx)
+        return super().convert(value, param, ctx)
 
-    def invoke(self, ctx: click.Context) -> Any:
-        """Runs the command."""
+
+class Number(click.FloatRange):
+    """A finite number in a range."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the number; fail for text that is none."""
         try:
-            return super().invoke(ctx)
-        except (FishrtError, click.UsageError) as error:
-            if isinstance(error, _HELP):
-                raise
-            if ctx.meta.get(_DEBUG):
-                traceback.print_exc()
-            _report(error, ctx.meta[_JSON])
-            ctx.exit(2)
-        except KeyboardInterrupt:
-            if ctx.meta.get(_DEBUG):
-                traceback.print_exc()
-            say("interrupted")
-            ctx.exit(130)
+            finite = math.isfinite(float(value))
+        except ValueError:
+            finite = False
+        if not finite:
+            self.fail(f"{value!r} is not a number.", param, ctx)
+        return super().convert(value, param, ctx)
 
 
-_HELP: Any = getattr(click.exceptions, "NoArgsIsHelpError", ())
-"""What click raises, since 8.2, to show the help of a group that was given no command."""
+def _remember_quiet(_ctx: click.Context, _param: click.Parameter, value: bool) -> bool:
+    session().quiet = value
+    return value
 
 
-def _report(error: FishrtError | click.UsageError, stream: TextIO | None) -> None:
-    """The lines of an error, and its JSON object on `stream`."""
-    if isinstance(error, click.UsageError):
-        message, command = error.format_message(), error.ctx.command_path if error.ctx else "fishrt"
-        hint: str | None = f"{command} --help"
-    else:
-        message, hint = str(error), error.hint
-    say(f"error: {message}")
-    if hint:
-        say(f"hint: {hint}")
-    if stream:
-        details = {"kind": type(error).__name__, "message": message, "hint": hint}
-        click.echo(json.dumps({"ok": False, "error": details}, ensure_ascii=False), file=stream)
-
-
-def say(text: str, *, nl: bool = True) -> None:
-    """A line on standard error. Nobody may be listening, which is no reason to stop the work."""
-    with contextlib.suppress(OSError):
-        click.echo(text, err=True, nl=nl)
-
-
-def _remember_debug(ctx: click.Context, _: click.Parameter, value: bool) -> None:
-    if value:
-        ctx.meta[_DEBUG] = True
-
-
-debug_option = click.option(
-    "--debug", is_flag=True, expose_value=False, is_eager=True, callback=_remember_debug, help="Print the traceback of an error."
-)
 json_option = click.option(
     "--json",
     "as_json",
     is_flag=True,
     help="Print one JSON object on standard output at the end.",
 )
-quiet_option = click.option("-q", "--quiet", is_flag=True, help="No progress on standard error.")
+quiet_option = click.option(
+    "-q", "--quiet", is_flag=True, callback=_remember_quiet, help="No progress on standard error, only warnings and errors."
+)
 bundle_option = click.option(
     "--bundle",
     type=click.Path(path_type=Path),
@@ -119,9 +76,7 @@ voice_dir_option = click.option(
 
 def engine_options(command: F) -> F:
     """--bundle, --provider and --threads, for commands that run graphs."""
-    threads = click.option(
-        "--threads", type=click.IntRange(min=1), metavar="N", help="CPU threads.  [default: the physical cores]"
-    )
+    threads = click.option("--threads", type=Whole(min=1), metavar="N", help="CPU threads.  [default: the physical cores]")
     provider = click.option(
         "--provider",
         default="auto",
@@ -135,20 +90,10 @@ def engine_options(command: F) -> F:
 
 
 def load_tts(bundle: Path | None, provider: str, threads: int | None) -> TTS:
-    """The speaker of a bundle; None is the embedded one. Unless the command is quiet, it tells when graphs are optimised."""
+    """Return the speaker of a bundle; None is the embedded one."""
     from ..tts import TTS
 
-    told = logging.getLogger("fishrt_engines.ort_session")
-    told.handlers = [] if click.get_current_context().params.get("quiet") else [_Told()]
-    told.setLevel(logging.INFO)
     return TTS.load(bundle, provider=provider, threads=threads)
-
-
-class _Told(logging.Handler):
-    """Says what is logged."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        say(record.getMessage())
 
 
 def load_bundle(path: Path | None) -> Bundle:
@@ -169,7 +114,7 @@ def find_voice(name: str, own: VoiceStore, bundle: Bundle | None) -> VoiceStore:
     except VoiceError as error:
         if name not in built_in:
             raise
-        say(f"warning: {error}")
+        warn(str(error))
         names = []
     if name in names:
         return own
@@ -180,48 +125,3 @@ def find_voice(name: str, own: VoiceStore, bundle: Bundle | None) -> VoiceStore:
         f"the bundle's: {', '.join(built_in) or 'none'}",
         hint="fishrt voice add NAME --audio FILE --text TEXT",
     )
-
-
-def json_to_stderr() -> None:
-    """The result itself goes to standard output, so the JSON object cannot."""
-    meta = click.get_current_context().meta
-    if meta[_JSON]:
-        meta[_JSON] = sys.stderr
-
-
-def print_json(data: dict[str, Any]) -> None:
-    """The one JSON object of a command that succeeded."""
-    if stream := click.get_current_context().meta[_JSON]:
-        click.echo(json.dumps({"ok": True, **data}, ensure_ascii=False), file=stream)
-
-
-def bar(part: float) -> str:
-    """A bar of progress for a part between 0 and 1."""
-    return f"[{'#' * round(part * 20):<20}] {part:4.0%}"
-
-
-class Reporter:
-    """One line of progress on standard error: rewritten in place on a terminal, else a new one every few seconds."""
-
-    INTERVAL_S = 5.0
-
-    def __init__(self, *, quiet: bool) -> None:
-        self._quiet = quiet
-        self._terminal = sys.stderr is not None and sys.stderr.isatty()
-        self._shown_at = time.monotonic()
-        self._open = False
-
-    def show(self, text: str) -> None:
-        """Shows the present state."""
-        now = time.monotonic()
-        if self._quiet or (now - self._shown_at < (0.1 if self._terminal else self.INTERVAL_S)):
-            return
-        self._shown_at = now
-        self._open = self._terminal
-        say(f"\r\x1b[K{text}" if self._terminal else text, nl=not self._terminal)
-
-    def done(self, text: str) -> None:
-        """Shows what came out of it."""
-        if not self._quiet:
-            say(f"\r\x1b[K{text}" if self._open else text)
-        self._open = False

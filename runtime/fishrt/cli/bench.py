@@ -7,20 +7,22 @@ from typing import Any
 
 import click
 
-from .base import Reporter, debug_option, json_option, load_bundle, print_json, quiet_option
+from .base import Whole, json_option, load_bundle, quiet_option
+from .commands import print_json
+from .progress import Reporter
+from .streams import emit
 
 
-@click.command()
+@click.command(short_help="Measure the speed and memory of a bundle here.")
 @click.argument("bundle", required=False, type=click.Path(path_type=Path))
 @click.option("--text", help="What is spoken.  [default: one sentence]")
 @click.option(
-    "--frames", type=click.IntRange(min=2), default=64, show_default=True, metavar="N", help="Frames of each measured generation."
+    "--frames", type=Whole(min=2), default=64, show_default=True, metavar="N", help="Frames of each measured generation."
 )
-@click.option("--threads", type=click.IntRange(min=1), metavar="N", help="CPU threads.  [default: the physical cores]")
+@click.option("--threads", type=Whole(min=1), metavar="N", help="CPU threads.  [default: the physical cores]")
 @click.option("--provider", default="auto", show_default=True, metavar="NAME", help="What runs the graphs: auto, cpu, …")
 @quiet_option
 @json_option
-@debug_option
 def bench(
     bundle: Path | None, text: str | None, frames: int, threads: int | None, provider: str, quiet: bool, as_json: bool
 ) -> None:
@@ -40,7 +42,7 @@ def bench(
         print_json({"command": "bench", **found})
     else:
         reporter.done("measured")
-        click.echo("\n".join(f"{name:26} {value}" for name, value in _rows(found)))
+        emit("\n".join(f"{name:26} {value}" for name, value in _rows(found)))
 
 
 def _rows(found: dict[str, Any]) -> list[tuple[str, str]]:

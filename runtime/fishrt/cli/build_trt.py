@@ -9,10 +9,12 @@ import click
 
 from ..context import FIRST_FRAMES
 from ..plans import PRECISIONS, PlanOptions, plan_requests
-from .base import Reporter, bar, debug_option, json_option, load_bundle, print_json, quiet_option
+from .base import Number, Whole, json_option, load_bundle, quiet_option
+from .commands import print_json
+from .progress import Reporter
 
 
-@click.command("build-trt")
+@click.command("build-trt", short_help="Build the TensorRT plans of a bundle.")
 @click.argument("bundle", required=False, type=click.Path(path_type=Path))
 @click.option(
     "--precision",
@@ -22,16 +24,14 @@ from .base import Reporter, bar, debug_option, json_option, load_bundle, print_j
 )
 @click.option(
     "--max-len",
-    type=click.IntRange(min=2 * FIRST_FRAMES),
+    type=Whole(min=2 * FIRST_FRAMES),
     metavar="N",
     help="Positions for prompt and speech together.  [default: the model's, up to 4096]",
 )
-@click.option(
-    "--max-batch", type=click.IntRange(min=1), default=1, show_default=True, metavar="N", help="Sequences spoken at once."
-)
+@click.option("--max-batch", type=Whole(min=1), default=1, show_default=True, metavar="N", help="Sequences spoken at once.")
 @click.option(
     "--workspace",
-    type=click.FloatRange(min=0, min_open=True),
+    type=Number(min=0, min_open=True),
     metavar="GIB",
     help="Device memory that kernels may use, in GiB. Under 4, the best ones may not fit.  [default: all there is]",
 )
@@ -45,7 +45,6 @@ from .base import Reporter, bar, debug_option, json_option, load_bundle, print_j
 )
 @quiet_option
 @json_option
-@debug_option
 def build_trt(
     bundle: Path | None,
     precision: str | None,
@@ -75,7 +74,7 @@ def build_trt(
         begun = time.perf_counter()
 
         def told(stage: str, part: float, graph: str = request.spec.file) -> None:
-            reporter.show(f"{bar(part)} {graph}: {stage}")
+            reporter.show(f"{graph}: {stage}", part)
 
         plan, built = build_plan(request, told)
         seconds, size = time.perf_counter() - begun, plan.path.stat().st_size

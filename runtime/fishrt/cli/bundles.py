@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import importlib.util
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,10 @@ from ..memory import CACHE_POSITIONS, estimate
 from ..quantisation import read_quantisation
 from ..static import read_static
 from ..voices import user_folder
-from .base import Reporter, bar, debug_option, json_option, load_bundle, print_json, quiet_option
+from .base import Number, Whole, json_option, load_bundle, quiet_option
+from .commands import print_json
+from .progress import Reporter
+from .streams import emit
 
 _EXPORT_NEEDS = ("torch", "onnx", "onnxscript", "onnx_ir", "safetensors", "onnxruntime")
 
@@ -45,7 +47,7 @@ def _parse_keep(_ctx: click.Context, _param: click.Parameter, values: tuple[str,
     return {name: precision for name, _, precision in pairs}
 
 
-@click.command(cls=_ExportCommand)
+@click.command(cls=_ExportCommand, short_help="Turn the weights of an official model into a bundle.")
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option(
@@ -57,8 +59,8 @@ def _parse_keep(_ctx: click.Context, _param: click.Parameter, values: tuple[str,
 )
 @click.option("--family", metavar="NAME", help="Take the checkpoint for one of this family, in place of finding it out.")
 @click.option("--lora", type=click.Path(path_type=Path), metavar="FILE", help="Merge the LoRA of a fine-tuning into the model.")
-@click.option("--lora-alpha", type=float, metavar="A", help="Its alpha, which no file tells: r_8_alpha_16 means 16.")
-@click.option("--lora-rank", type=int, metavar="R", help="What its rank must be.  [default: as it is found]")
+@click.option("--lora-alpha", type=Number(), metavar="A", help="Its alpha, which no file tells: r_8_alpha_16 means 16.")
+@click.option("--lora-rank", type=Whole(), metavar="R", help="What its rank must be.  [default: as it is found]")
 @click.option(
     "--precision",
     type=click.Choice(PRECISIONS),
@@ -87,7 +89,6 @@ def _parse_keep(_ctx: click.Context, _param: click.Parameter, values: tuple[str,
 )
 @quiet_option
 @json_option
-@debug_option
 def export(
     checkpoint: Path,
     out: Path,
@@ -123,7 +124,7 @@ def export(
             keep=keep,
             static=static,
             codec_int8=codec_int8,
-            progress=lambda stage, part: reporter.show(f"{bar(part)} {stage}"),
+            progress=reporter.show,
         )
     except ImportError as error:
         if (error.name or "").split(".")[0] not in _EXPORT_NEEDS:
@@ -143,20 +144,19 @@ def export(
     reporter.done(f"peak memory {_size(peak)}" if peak else "peak memory unknown")
 
 
-@click.command()
+@click.command(short_help="Show what is in a bundle, and check it.")
 @click.argument("bundle", required=False, type=click.Path(path_type=Path))
 @click.option("--verify", is_flag=True, help="Hash every file and compare with the manifest.")
 @click.option("--trt", is_flag=True, help="Check every graph against the documented rules of TensorRT's ONNX importer.")
 @quiet_option
 @json_option
-@debug_option
 def inspect(bundle: Path | None, verify: bool, trt: bool, quiet: bool, as_json: bool) -> None:
     """Show what is in BUNDLE (default: the embedded voice): graphs, tensors, sizes, precision, parity, licence, voices, and the
     memory that it needs.
     """
     loaded = load_bundle(bundle)
     if verify:
-        _verify(loaded, quiet=quiet or as_json or sys.stderr is None)
+        _verify(loaded, quiet=quiet or as_json)
     findings = tensorrt_findings(loaded) if trt else {}
     if as_json:
         print_json(
@@ -170,16 +170,15 @@ def inspect(bundle: Path | None, verify: bool, trt: bool, quiet: bool, as_json: 
             }
         )
         return
-    click.echo("\n".join(_describe(loaded)))
+    emit("\n".join(_describe(loaded)))
     if verify:
-        click.echo("verified      every file has the SHA-256 of the manifest")
+        emit("verified      every file has the SHA-256 of the manifest")
     if trt:
-        click.echo("\n".join(_tensorrt(findings)))
+        emit("\n".join(_tensorrt(findings)))
 
 
-@click.command()
+@click.command(short_help="Show what this machine can do.")
 @json_option
-@debug_option
 def doctor(as_json: bool) -> None:
     """Show what this machine can do: CPU, memory, NVIDIA devices, versions, audio formats, the embedded voice; which execution
     providers can run here, what is missing for the others, and which one `auto` takes.
@@ -197,13 +196,19 @@ def doctor(as_json: bool) -> None:
         names = {name.replace(" ", "_"): text for name, text in rest.items()}
         print_json({"command": "doctor", **dataclasses.asdict(found), **names})
         return
-    click.echo("\n".join([*found.lines(), *(f"{name}: {text}" for name, text in rest.items())]))
+    emit("\n".join([*found.lines(), *(f"{name}: {text}" for name, text in rest.items())]))
 
 
 def _verify(bundle: Bundle, *, quiet: bool) -> None:
-    # Tests and pipes see no bar: click draws one on terminals only.
-    with click.progressbar(length=bundle.manifest.total_bytes, label="hashing", file=sys.stderr, hidden=quiet) as bar:
-        bundle.verify(bar.update)
+    reporter, total, read = Reporter(quiet=quiet), bundle.manifest.total_bytes, 0
+
+    def show(count: int) -> None:
+        nonlocal read
+        read += count
+        reporter.show("hashing", read / total)
+
+    bundle.verify(show)
+    reporter.clear()
 
 
 def _describe(bundle: Bundle) -> list[str]:

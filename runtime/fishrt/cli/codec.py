@@ -11,10 +11,12 @@ import numpy as np
 from ..errors import FishrtError
 from ..files import check_place, write_whole
 from ..voices import read_codes
-from .base import debug_option, engine_options, json_option, json_to_stderr, load_tts, print_json, say
+from .base import engine_options, json_option, load_tts
+from .commands import json_to_stderr, print_json
+from .streams import say
 
 
-@click.group()
+@click.group(short_help="Turn audio into codes, and codes into audio.")
 def codec() -> None:
     """Turn audio into codes and codes into audio."""
 
@@ -26,7 +28,6 @@ def codec() -> None:
 )
 @engine_options
 @json_option
-@debug_option
 def encode(audio: Path, output: str, bundle: Path | None, provider: str, threads: int | None, as_json: bool) -> None:
     """Encode AUDIO (wav, flac, ogg, mp3; any rate, channels averaged) to codes: int64 (codebooks, frames)."""
     from ..audio import read_audio
@@ -60,7 +61,6 @@ def encode(audio: Path, output: str, bundle: Path | None, provider: str, threads
 )
 @engine_options
 @json_option
-@debug_option
 def decode(codes: Path, output: str, bundle: Path | None, provider: str, threads: int | None, as_json: bool) -> None:
     """Decode CODES, an .npy file of integers (codebooks, frames), to audio."""
     from ..encode import check_writable, write_audio

@@ -15,26 +15,25 @@ from ..errors import FishrtError, PromptError
 from ..text import check_text
 from ..voices import Voice, read_codes
 from .base import (
-    Reporter,
-    debug_option,
+    Number,
+    Whole,
     engine_options,
     find_voice,
     json_option,
-    json_to_stderr,
     load_tts,
-    print_json,
     quiet_option,
-    say,
     user_store,
     voice_dir_option,
 )
+from .commands import json_to_stderr, print_json, warn
+from .progress import Reporter
 
 if TYPE_CHECKING:
     from ..speech import Progress, SpeechInfo, SpeechStream
     from ..tts import TTS
 
 
-@click.command()
+@click.command(short_help="Speak a text.")
 @click.argument("text", required=False)
 @click.option("-f", "--file", type=click.Path(path_type=Path), help="Read the text from a UTF-8 file; - is standard input.")
 @click.option(
@@ -66,24 +65,38 @@ if TYPE_CHECKING:
 @click.option(
     "--reference-text", "reference_texts", multiple=True, metavar="TEXT", help="What is said in the --reference, word for word."
 )
-@click.option("--temperature", type=float, metavar="T", help="Above 0, below 2; lower is steadier.  [default: the bundle's]")
 @click.option(
-    "--top-p", type=float, metavar="P", help="Above 0, at most 1: draw from the likeliest of this sum.  [default: the bundle's]"
+    "--temperature",
+    type=Number(),
+    metavar="T",
+    help="Sampling temperature, above 0 and below 2: a lower one is steadier, a higher one livelier.  [default: the bundle's]",
 )
-@click.option("--top-k", type=int, metavar="K", help="At least 1: draw from so many of the likeliest.  [default: the bundle's]")
 @click.option(
-    "--repetition-penalty",
-    type=float,
-    metavar="R",
-    help="Above 0, below 2: how much less likely what was just drawn becomes; 1 is not at all, and some models have none.  "
+    "--top-p",
+    type=Number(),
+    metavar="P",
+    help="Nucleus sampling, above 0 and at most 1: keep the smallest set of tokens whose probabilities add up to P.  "
     "[default: the bundle's]",
 )
 @click.option(
-    "--seed", type=click.IntRange(min=0), metavar="N", help="The same seed gives the same speech.  [default: a new one, reported]"
+    "--top-k",
+    type=Whole(),
+    metavar="K",
+    help="Top-k sampling, at least 1: keep the K most probable tokens.  [default: the bundle's]",
+)
+@click.option(
+    "--repetition-penalty",
+    type=Number(),
+    metavar="R",
+    help="Make tokens that were just drawn less probable, by a factor above 0 and below 2; 1: no change. Some models lack it.  "
+    "[default: the bundle's]",
+)
+@click.option(
+    "--seed", type=Whole(min=0), metavar="N", help="The same seed gives the same speech.  [default: a new one, reported]"
 )
 @click.option(
     "--max-frames",
-    type=click.IntRange(min=1),
+    type=Whole(min=1),
     metavar="N",
     help="Stop each piece of text after so many frames.  [default: what fits]",
 )
@@ -92,7 +105,6 @@ if TYPE_CHECKING:
 @engine_options
 @quiet_option
 @json_option
-@debug_option
 def speak(
     text: str | None,
     file: Path | None,
@@ -134,8 +146,7 @@ def speak(
         raise click.UsageError(
             f"{len(references)} --reference, but {len(reference_texts)} --reference-text: each needs the other"
         )
-    if output != "-":
-        (check_growing_wav if stream else check_writable)(Path(output))
+    (check_growing_wav if stream else check_writable)(output)
     content = _read_text(text, file)
     check_text(content)
     tts = load_tts(bundle, provider, threads)
@@ -173,9 +184,9 @@ def speak(
         if piece.stop_reason != "end" or not piece.frames
     ]
     for warning in warnings:
-        say(f"warning: {warning}")
+        warn(warning)
     if as_json:
-        result = {"command": "speak", "output": output, "sample_rate": rate, "warnings": warnings}
+        result = {"command": "speak", "output": output, "sample_rate": rate}
         print_json({**result, **dataclasses.asdict(info)})
 
 

@@ -12,23 +12,22 @@ from ..errors import BundleError
 from ..prepared import prepared_path
 from ..voices import Voice
 from .base import (
-    Reporter,
     bundle_option,
-    debug_option,
     engine_options,
     find_voice,
     json_option,
     load_bundle,
     load_tts,
-    print_json,
     quiet_option,
-    say,
     user_store,
     voice_dir_option,
 )
+from .commands import print_json
+from .progress import Reporter
+from .streams import emit, say
 
 
-@click.group()
+@click.group(short_help="Store, list, show and remove voices.")
 def voice() -> None:
     """Keep voices: what somebody says in a recording, and how."""
 
@@ -42,7 +41,6 @@ def voice() -> None:
 @engine_options
 @quiet_option
 @json_option
-@debug_option
 def add(
     name: str,
     audio: Path,
@@ -76,7 +74,6 @@ def add(
 @engine_options
 @quiet_option
 @json_option
-@debug_option
 def prepare(
     name: str, voice_dir: Path | None, bundle: Path | None, provider: str, threads: int | None, quiet: bool, as_json: bool
 ) -> None:
@@ -96,7 +93,6 @@ def prepare(
 @voice_dir_option
 @bundle_option
 @json_option
-@debug_option
 def list_voices(voice_dir: Path | None, bundle: Path | None, as_json: bool) -> None:
     """List your voices, and those that the bundle brings."""
     store = user_store(voice_dir)
@@ -116,7 +112,7 @@ def list_voices(voice_dir: Path | None, bundle: Path | None, as_json: bool) -> N
         return
     for row in rows:
         default = "  (default)" if built_in and row == {"name": built_in.default, "from": "bundle"} else ""
-        click.echo(f"{row['name']}\t{row['from']}{default}")
+        emit(f"{row['name']}\t{row['from']}{default}")
     if not rows:
         say(f"no voices in {store}")
 
@@ -126,7 +122,6 @@ def list_voices(voice_dir: Path | None, bundle: Path | None, as_json: bool) -> N
 @voice_dir_option
 @bundle_option
 @json_option
-@debug_option
 def show(name: str, voice_dir: Path | None, bundle: Path | None, as_json: bool) -> None:
     """Show what is known of voice NAME; yours goes before the bundle's of the same name."""
     loaded = _bundle_if_any(bundle)
@@ -138,14 +133,13 @@ def show(name: str, voice_dir: Path | None, bundle: Path | None, as_json: bool) 
         print_json({"command": "voice show", "folder": str(store.folder / name), **details})
     else:
         for key, value in {"folder": store.folder / name, **details}.items():
-            click.echo(f"{key + ':':13}{value}")
+            emit(f"{key + ':':13}{value}")
 
 
 @voice.command()
 @click.argument("name")
 @voice_dir_option
 @json_option
-@debug_option
 def remove(name: str, voice_dir: Path | None, as_json: bool) -> None:
     """Delete your voice NAME. Folders that fishrt did not make are refused."""
     store = user_store(voice_dir)

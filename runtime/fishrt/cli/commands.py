@@ -1,0 +1,208 @@
+"""The command `fishrt` as a whole: options that all commands have, errors as lines and exit statuses, JSON objects."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import logging
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import click
+
+from ..errors import FishrtError
+from ..version import __version__
+from .streams import emit, logging_to, say
+
+EXIT_STATUSES = (
+    "Exit status: 0 done; 2 a mistake that you can mend: the lines `error:` and `hint:` say how; 1 a fault of fishrt, or nobody "
+    "reads its output any more; 130 interrupted."
+)
+
+
+@dataclass
+class Session:
+    """One call of the program."""
+
+    command: str = ""
+    """Words of the command, such as "voice add"; empty where none is known."""
+    json: Callable[[str], None] | None = None
+    """Writes the JSON object; None if none is asked for."""
+    debug: bool = False
+    verbose: bool = False
+    quiet: bool = False
+    warnings: list[str] = field(default_factory=list)
+
+    def warn(self, text: str) -> None:
+        """Tell a warning, each text once."""
+        if text not in self.warnings:
+            self.warnings.append(text)
+            say(f"warning: {text}")
+
+    def finish(self, ok: bool, data: dict[str, Any]) -> None:
+        """Print the JSON object, if one is asked for. It is ASCII: no encoding of an output and no path can break it."""
+        if self.json:
+            self.json(json.dumps({"command": self.command, "ok": ok, "warnings": self.warnings, **data}))
+
+
+class Interrupted(Exception):  # noqa: N818  # no fault
+    """The user interrupted the work."""
+
+
+class Commands(click.Group):
+    """The group of all commands, in the order in which they were added."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.params += [_flag("-V", "--version", _version, "Show the version."), *_common()]
+
+    def add_command(self, cmd: click.Command, name: str | None = None) -> None:
+        """Add a command, and give it and the commands below it the options that all have."""
+        super().add_command(cmd, name)
+        for command in (cmd, *(cmd.commands.values() if isinstance(cmd, click.Group) else ())):
+            command.params += _common()
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the names in the order of the help."""
+        return list(self.commands)
+
+    def main(self, *args: Any, **options: Any) -> Any:
+        """Run the command line and end the process: see EXIT_STATUSES."""
+        words = options.get("args", args[0] if args else None)
+        session = self._session(list(sys.argv[1:] if words is None else words))
+        try:
+            with logging_to(_Told(session), logging.DEBUG):
+                status = super().main(*args, **{**options, "standalone_mode": False, "obj": session})
+        except Exception as error:
+            if session.debug:
+                traceback.print_exc()
+            status = _fail(session, error)
+        sys.exit(status or 0)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            raise Interrupted("interrupted") from error
+
+    def _session(self, words: list[str]) -> Session:
+        """Read what errors of the parsing need to be told."""
+        command: click.Command = self
+        names: list[str] = []
+        for word in words:
+            if isinstance(command, click.Group) and word in command.commands:
+                command = command.commands[word]
+                names.append(word)
+        # Behind "--" it is text.
+        as_json = "--json" in itertools.takewhile(lambda word: word != "--", words)
+        return Session(" ".join(names), emit if as_json else None)
+
+
+def _fail(session: Session, error: Exception) -> int:
+    """Tell an error, and return the exit status."""
+    status, hint, message = 2, None, str(error)
+    if isinstance(error, _HELP):
+        say(error.format_message())
+        return status
+    if isinstance(error, FishrtError):
+        hint = error.hint
+    elif isinstance(error, click.ClickException):
+        message = error.format_message()
+        hint = f"{error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else 'fishrt'} --help"
+    elif isinstance(error, Interrupted):
+        status = 130
+    else:
+        status, message = 1, f"fishrt has a fault: {type(error).__name__}: {error}"
+        hint = None if session.debug else "run it again with --debug, and report the traceback"
+    say(f"error: {message}" if status != 130 else message)
+    if hint:
+        say(f"hint: {hint}")
+    with contextlib.suppress(FishrtError, BrokenPipeError):  # standard output may be what failed
+        session.finish(False, {"error": {"kind": type(error).__name__, "message": message, "hint": hint}})
+    return status
+
+
+_HELP: Any = getattr(click.exceptions, "NoArgsIsHelpError", ())
+"""What click raises, since 8.2, to show the help of a group that was given no command."""
+
+
+_OPTIMISING = "fishrt_engines.ort_session"
+"""The logger that tells why the first start of a bundle takes longer."""
+
+
+class _Told(logging.Handler):
+    """Tells warnings; and other records, if they are asked for."""
+
+    def __init__(self, session: Session) -> None:
+        super().__init__()
+        self._session = session
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.levelno >= logging.WARNING:
+            self._session.warn(record.getMessage())
+        elif self._session.verbose:
+            say(f"{record.name}: {record.getMessage()}")
+        elif record.name == _OPTIMISING and not self._session.quiet:
+            say(record.getMessage())
+
+
+def session() -> Session:
+    """Return the session of the command that runs."""
+    return click.get_current_context().ensure_object(Session)
+
+
+def warn(text: str) -> None:
+    """Tell a warning, each text once. JSON objects have it too."""
+    session().warn(text)
+
+
+def print_json(data: dict[str, Any]) -> None:
+    """Print the JSON object of a command that succeeded, if one is asked for."""
+    session().finish(True, data)
+
+
+def json_to_stderr() -> None:
+    """Print the JSON object on standard error: the result itself goes to standard output."""
+    if session().json:
+        session().json = say
+
+
+def _common() -> list[click.Parameter]:
+    return [
+        _flag("-h", "--help", _help, "Show this help."),
+        _flag("-v", "--verbose", _verbose, "Show on standard error what is chosen, cached and measured."),
+        _flag("--debug", "--debug", _debug, "Print the traceback of an error."),
+    ]
+
+
+def _flag(short: str, name: str, callback: Callable[[click.Context, click.Parameter, bool], None], text: str) -> click.Option:
+    return click.Option(
+        list(dict.fromkeys((short, name))), is_flag=True, expose_value=False, is_eager=True, callback=callback, help=text
+    )
+
+
+def _help(ctx: click.Context, _: click.Parameter, value: bool) -> None:
+    if value and not ctx.resilient_parsing:
+        emit(ctx.get_help())
+        ctx.exit()
+
+
+def _version(ctx: click.Context, _: click.Parameter, value: bool) -> None:
+    if value and not ctx.resilient_parsing:
+        emit(f"fishrt {__version__}")
+        ctx.exit()
+
+
+def _verbose(ctx: click.Context, _: click.Parameter, value: bool) -> None:
+    if value:
+        ctx.ensure_object(Session).verbose = True
+
+
+def _debug(ctx: click.Context, _: click.Parameter, value: bool) -> None:
+    if value:
+        ctx.ensure_object(Session).debug = True
