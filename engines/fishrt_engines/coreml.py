@@ -23,7 +23,7 @@ from .base import Array, Engine, Resident, State
 from .errors import GraphError, ProviderError
 from .feeds import check_feeds, check_state_dims
 from .folders import cache_folder
-from .ort_session import Opened, session_options
+from .ort_session import Opened, graph_source, session_options
 from .providers import import_onnxruntime
 from .spec import GraphSpec, TensorSpec
 
@@ -66,8 +66,9 @@ def open_coreml(path: Path, spec: GraphSpec, *, threads: int) -> Opened:
     """
     check_static(spec)
     ort = import_onnxruntime()
+    options = session_options(ort, threads)
     session = ort.InferenceSession(
-        str(path), session_options(ort, threads), providers=[(PROVIDER, coreml_options()), "CPUExecutionProvider"]
+        graph_source(path, options), options, providers=[(PROVIDER, coreml_options()), "CPUExecutionProvider"]
     )
     if PROVIDER not in session.get_providers():
         raise ProviderError(

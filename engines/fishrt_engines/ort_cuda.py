@@ -29,7 +29,7 @@ from .errors import FishrtError, ProviderError
 from .lower_precision import compute_in
 from .onnx_proto import message, stored_size
 from .ort_device import DeviceMemory
-from .ort_session import Opened, session_options, use_weights_beside
+from .ort_session import Opened, find_weights, session_options
 from .providers import find_obstacle, import_onnxruntime
 from .shared_weights import share_weights
 from .specialise import specialise
@@ -77,7 +77,7 @@ def open_cuda(path: Path, *, threads: int, specialised: bool, build: Callable[[b
     # Without it, weights in 4 and 8 bits would be expanded in every run.
     options.add_session_config_entry("session.enable_dq_matmulnbits_fusion", "1")
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-    use_weights_beside(path, options)
+    model = find_weights(model, path, options)
     session, captures = _session(ort, model, options, path.name, captures)
     _tell_cpu_nodes(session, path.name)
     run_options = (lambda graph: _run_options(ort, graph)) if captures else None

@@ -7,6 +7,7 @@ portable file ─► specialise ─► ONNX Runtime's optimiser and packing ─�
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,7 @@ from . import graph_cache
 from .errors import FishrtError
 from .folders import cache_folder
 from .machine import cpu_identity
+from .onnx_proto import message
 from .providers import import_onnxruntime
 from .specialise import ColumnInputs, specialise
 from .tensors import HostMemory, Memory
@@ -62,9 +64,8 @@ def open_session(
         # In float32, as the file has it. ONNX Runtime's own choice for quantised weights is to round activations to 8 bits.
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
         if build is None:
-            return Opened(_session(ort, str(path), options))
-        use_weights_beside(path, options)
-        return Opened(_session(ort, build(path.read_bytes()), options))
+            return Opened(_session(ort, graph_source(path, options), options))
+        return Opened(_session(ort, find_weights(build(path.read_bytes()), path, options), options))
     weights, cache = path.with_name(f"{path.name}.data"), cache_folder()
     if build or identity is None or cache is None or not weights.is_file() or weights.stat().st_size < WORTH_KEEPING:
         return _optimised(ort, path, threads, build)
@@ -94,9 +95,28 @@ def session_options(ort: Any, threads: int) -> Any:
     return options
 
 
-def use_weights_beside(path: Path, options: Any) -> None:
-    """Makes a graph that is given as bytes find its weights in the folder of the file that it was made from."""
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
+def find_weights(model: bytes, path: Path, options: Any) -> bytes:
+    """Return a graph made from the file `path` that finds its weights, and name their folder in the options of its session.
+
+    ONNX Runtime refuses weights behind a link that leaves the folder, as in the cache of a model hub: links are resolved here.
+    """
+    parsed, folder = message("Model").FromString(model), path.parent.resolve()
+    named = [entry for tensor in parsed.graph.initializer for entry in tensor.external_data if entry.key == "location"]
+    files = {entry.value: (folder / entry.value).resolve() for entry in named}
+    linked = any(folder / name != file for name, file in files.items())
+    if linked:
+        folder = Path(os.path.commonpath([file.parent for file in files.values()]))
+        for entry in named:
+            entry.value = files[entry.value].relative_to(folder).as_posix()
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+    return parsed.SerializeToString() if linked else model
+
+
+def graph_source(path: Path, options: Any) -> str | bytes:
+    """Return a graph file as a session takes it: its name, or a graph in memory where its weights are behind links."""
+    portable = path.read_bytes()
+    found = find_weights(portable, path, options)
+    return str(path) if found is portable else found
 
 
 def is_memory_error(error: Exception) -> bool:
@@ -139,8 +159,7 @@ def _from_bytes(ort: Any, model: bytes, path: Path, options: Any) -> Any:
     """A session of a specialised graph in memory whose weights lie beside `path`."""
     # Products with quantised weights in integers: activations are rounded to 8 bits, block by block.
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "4")
-    use_weights_beside(path, options)
-    return _session(ort, model, options)
+    return _session(ort, find_weights(model, path, options), options)
 
 
 def _session(ort: Any, model: str | bytes, options: Any) -> Any:

@@ -212,7 +212,7 @@ class Bundle:
                 raise BundleError(f"{file} {found}", hint=AGAIN)
         wanted = [bundle.manifest.tokenizer, *(g.file for g in bundle.manifest.graphs.values())]
         if missing := [name for name in wanted if name not in bundle.manifest.files]:
-            raise BundleError(f"{MANIFEST} names files that it does not list: {', '.join(missing)}")
+            raise BundleError(f"{MANIFEST} names files that it does not list: {', '.join(missing)}", hint=AGAIN)
         weights = {f"{graph.file}.data" for graph in bundle.manifest.graphs.values()}
         strange = [
             name
@@ -230,14 +230,14 @@ class Bundle:
         """Where a file of the bundle lies. Raises BundleError for a name that leads out of the folder."""
         pure = PurePosixPath(name)
         if pure.is_absolute() or ".." in pure.parts or not pure.parts:
-            raise BundleError(f"{MANIFEST} names a file outside the bundle: {name!r}")
+            raise BundleError(f"{MANIFEST} names a file outside the bundle: {name!r}", hint=AGAIN)
         return self.path.joinpath(*pure.parts)
 
     def verify(self, progress: Callable[[int], None] = lambda _: None) -> None:
         """Hashes every file; `progress` is told the bytes read. Raises BundleError naming the first that was altered."""
         for name, entry in self.manifest.files.items():
             if sha256(self.file(name), progress) != entry.sha256:
-                raise BundleError(f"{self.file(name)} was altered: its SHA-256 is not the one in {MANIFEST}")
+                raise BundleError(f"{self.file(name)} was altered: its SHA-256 is not the one in {MANIFEST}", hint=AGAIN)
 
 
 def embedded_bundle() -> Path:
@@ -292,7 +292,7 @@ def read_listed(bundle: Bundle, name: str, kind: type[T]) -> T | None:
 def parse_dataclass(kind: type[T], value: Any, where: str) -> T:
     """A dataclass from decoded JSON, strictly; `where` begins the name of what is wrong. Raises BundleError."""
     if not isinstance(value, dict):
-        raise BundleError(f"{where} is {value!r}; expected an object")
+        raise BundleError(f"{where} is {value!r}; expected an object", hint=AGAIN)
     hints = typing.get_type_hints(kind)
     known = {f.name: f for f in fields(kind)}  # type: ignore[arg-type]
     if unknown := sorted(value.keys() - known.keys()):
