@@ -26,7 +26,8 @@ from fishrt.features import SamplingDefaults
 from fishrt_engines.trt_rules import Finding
 from fishrt_export import export_bundle
 from fishrt_export.errors import ExportError
-from fishrt_export.families import DEFAULTS, S2
+from fishrt_export.families import S2
+from fishrt_export.files import DEFAULTS
 from fishrt_export.graphs import open_language_model
 from fishrt_export.job import Made, Tell
 from synthetic import EVERYTHING, random_weights, write_nested, write_reference

@@ -25,10 +25,10 @@ from fishrt.quantisation import QUANTISATION, LayerReport, Quantisation
 from fishrt.version import __version__
 from fishrt_engines.trt_rules import errors
 
-from .checkpoint import TOKENIZER
 from .codec.int8 import check_codec, write_int8
 from .codec.source import CodecSource, open_codec
 from .errors import ExportError
+from .files import TOKENIZER, checkpoint_name
 from .graphs import LanguageModelSource, open_language_model
 from .job import GraphJob, Made
 from .licence import copy_licence
@@ -91,7 +91,7 @@ def export_bundle(
     tokenizer = language_model.tokenizer
     draft = Manifest(
         schema=SCHEMA,
-        name=checkpoint.resolve().name,
+        name=checkpoint_name(checkpoint),
         exported_by=f"fishrt {__version__}",
         # What no codebook holds is not drawn.
         language_model=replace(described, fast_candidates=min(described.fast_candidates, largest + described.code_offset)),

@@ -18,17 +18,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .errors import ExportError
+from .files import CODEC, CODEC_CONFIG, CONFIG, FIREFLY, INDEX, PICKLE, SINGLE, TIKTOKEN, TOKENIZER
 from .lazy import Lazy, Maker
-
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
-PICKLE = "model.pth"
-CONFIG = "config.json"
-TOKENIZER = "tokenizer.json"
-TIKTOKEN = "tokenizer.tiktoken"
-CODEC = "codec.pth"
-FIREFLY = "firefly-gan-vq-fsq-*-generator.pth"
-CODEC_CONFIG = "codec_config.json"
 
 DAMAGED = "the file may be incomplete; copy or download it again"
 

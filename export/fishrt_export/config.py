@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .checkpoint import CONFIG
 from .errors import ExportError
 from .families import Family
 from .fields import Fields
+from .files import CONFIG
 
 Raw = Mapping[str, Any]
 

@@ -21,9 +21,7 @@ from fishrt.features import (
 )
 
 from .errors import ExportError
-
-DEFAULTS = "fishrt.json"
-"""A file of ours that a checkpoint folder may hold: defaults of this checkpoint in place of its family's."""
+from .files import DEFAULTS
 
 
 @dataclass(frozen=True, slots=True)

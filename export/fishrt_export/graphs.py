@@ -13,11 +13,12 @@ from fishrt.features import LanguageModel
 from fishrt.sampling import audio_ids
 
 from .cases import fast_ar_cases, slow_ar_cases
-from .checkpoint import TIKTOKEN, find_language_model, read_weights
+from .checkpoint import find_language_model, read_weights
 from .config import ModelConfig, read_config
 from .errors import ExportError
 from .families import Family, with_defaults
 from .fast_ar import FastAR, fast_ar_spec
+from .files import TIKTOKEN
 from .identify import AudioIds, Evidence, find_ids, identify
 from .job import GraphJob
 from .lazy import Lazy, makers

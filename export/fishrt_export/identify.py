@@ -10,10 +10,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .checkpoint import TIKTOKEN, TOKENIZER
 from .config import flatten, is_nested
 from .errors import ExportError
 from .families import FAMILIES, Family
+from .files import TIKTOKEN, TOKENIZER
 
 END = "<|im_end|>"
 SEMANTIC = "<|semantic|>"

@@ -14,11 +14,10 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
-from .checkpoint import DAMAGED, TOKENIZER, read_json, reading
+from .checkpoint import DAMAGED, read_json, reading
 from .errors import ExportError
 from .families import Family
-
-SPECIAL_TOKENS = "special_tokens.json"
+from .files import SPECIAL_TOKENS, TOKENIZER
 
 # As upstream has it. The last but one alternative looks like a mistyped look-ahead, and really is white space before "?!" and
 # a character: its ids are what the models were trained on.

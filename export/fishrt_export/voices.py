@@ -16,8 +16,8 @@ from fishrt_engines import open_engine
 
 from .checkpoint import reading
 from .errors import ExportError
+from .files import REFERENCES
 
-REFERENCES = "references"
 DEFAULT = "default.txt"
 FOLDER = "voices"
 

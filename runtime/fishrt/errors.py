@@ -7,6 +7,7 @@ __all__ = [
     "BundleError",
     "FishrtError",
     "GraphError",
+    "HubError",
     "OutputError",
     "PromptError",
     "ProviderError",
@@ -17,6 +18,10 @@ __all__ = [
 
 class BundleError(FishrtError):
     """A bundle is missing, damaged, incomplete, or of a schema that this version does not read."""
+
+
+class HubError(FishrtError):
+    """A repository of the Hugging Face Hub cannot be found, read or stored."""
 
 
 class PromptError(FishrtError):

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..checkpoint import CODEC_CONFIG
 from ..errors import ExportError
 from ..fields import Fields
+from ..files import CODEC_CONFIG
 from .layers import WindowTransformer
 
 ENCODER_WINDOW = 512

@@ -20,8 +20,8 @@ from torch.nn import functional as F
 
 from fishrt.features import DecodeContext
 
-from ..checkpoint import CODEC_CONFIG
 from ..fields import Fields
+from ..files import CODEC_CONFIG
 from .carry import Carry, Carrying, Chain, through
 from .dac_config import MAX_FRAMES
 from .fsq import GroupedFSQ

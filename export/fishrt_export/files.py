@@ -1,0 +1,83 @@
+"""Names of the files of a checkpoint, and which of a published repository's files an export needs. Loads no torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from .errors import ExportError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+PICKLE = "model.pth"
+CONFIG = "config.json"
+TOKENIZER = "tokenizer.json"
+TIKTOKEN = "tokenizer.tiktoken"
+SPECIAL_TOKENS = "special_tokens.json"
+CODEC = "codec.pth"
+FIREFLY = "firefly-gan-vq-fsq-*-generator.pth"
+CODEC_CONFIG = "codec_config.json"
+REFERENCES = "references"
+DEFAULTS = "fishrt.json"
+"""A file of ours that a checkpoint folder may hold: defaults of this checkpoint instead of its family's."""
+
+_SMALL = (TOKENIZER, TIKTOKEN, SPECIAL_TOKENS, CODEC_CONFIG, DEFAULTS)
+_TERMS = ("license", "licence", "notice", "readme")
+
+
+def choose_checkpoint(names: Sequence[str], read: Callable[[str], Path]) -> list[str]:
+    """The files of a repository that an export needs, config.json last: a folder without it is no checkpoint yet.
+
+    Of several sets of weights the first is taken: shards, one safetensors file, model.pth. `read` fetches the index of the shards.
+    Raises ExportError for a repository that lacks a part.
+    """
+    weights = next((name for name in (INDEX, SINGLE, PICKLE) if name in names), None)
+    codecs = [name for name in names if name == CODEC or fnmatchcase(name, FIREFLY)]
+    parts = {
+        CONFIG: CONFIG in names,
+        f"weights ({INDEX}, {SINGLE} or {PICKLE})": weights is not None,
+        f"a tokenizer ({TOKENIZER} or {TIKTOKEN})": TOKENIZER in names or TIKTOKEN in names,
+        f"a codec ({CODEC} or {FIREFLY})": bool(codecs),
+    }
+    if weights is None or not all(parts.values()):
+        lacking = ", ".join(part for part, there in parts.items() if not there)
+        raise ExportError(
+            f"the repository is not a checkpoint that can be exported: it lacks {lacking}; it has {_shortened(names)}",
+            hint="fishrt export --help lists the official repositories; a fine-tuned model without codec is put into a folder with one",
+        )
+    shards = list(_shards(read(INDEX))) if weights == INDEX else []
+    rest = [name for name in names if name in _SMALL or name.startswith(f"{REFERENCES}/") or tells_terms(name)]
+    return [*rest, weights, *shards, *codecs, CONFIG]
+
+
+def left_out(names: Sequence[str]) -> list[str]:
+    """Other sets of weights that `choose_checkpoint` does not take."""
+    return [name for name in (INDEX, SINGLE, PICKLE) if name in names][1:]
+
+
+def tells_terms(name: str) -> bool:
+    """Whether a file at the top of a checkpoint may say under which terms its weights are."""
+    return name.lower().startswith(_TERMS) and "/" not in name
+
+
+def checkpoint_name(folder: Path) -> str:
+    """The name of a checkpoint folder; that of the repository where it lies in the cache of the Hugging Face Hub."""
+    folder = folder.absolute()
+    storage = folder.parent.parent.name if folder.parent.name == "snapshots" else ""
+    return storage.split("--")[-1] if storage.startswith("models--") else folder.resolve().name
+
+
+def _shards(index: Path) -> Iterator[str]:
+    try:
+        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        yield from sorted(set(places.values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise ExportError(f"{index} has no usable weight_map", hint="the repository is damaged") from None
+
+
+def _shortened(names: Sequence[str], most: int = 8) -> str:
+    if not names:
+        return "no files"
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
