@@ -1,4 +1,4 @@
-"""A hub on the loopback interface: the few routes of the Hugging Face Hub that a download asks for, over folders of this machine."""
+"""A hub on the loopback interface: the routes of the Hugging Face Hub that a download asks for, over folders of this machine."""
 
 from __future__ import annotations
 
@@ -133,9 +133,8 @@ class _Handler(BaseHTTPRequestHandler):
             start = int(sent.removeprefix("bytes=").removesuffix("-"))
             headers["Content-Range"] = f"bytes {start}-{size - 1}/{size}"
         breaks = hub.break_off.get(path.name) if body else None
-        return self._send(
-            content[start:], headers, status=206 if sent else 200, body=body, most=breaks.pop(0) if breaks else None
-        )
+        most = breaks.pop(0) if breaks else None
+        return self._send(content[start:], headers, status=206 if sent else 200, body=body, most=most)
 
     def _send(
         self, content: bytes, headers: dict[str, str], *, status: int = 200, body: bool = True, most: int | None = None

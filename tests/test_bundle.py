@@ -152,14 +152,32 @@ def test_a_manifest_that_is_none(folder: Path, text: str) -> None:
 
 def test_a_manifest_that_is_not_text(folder: Path) -> None:
     (folder / MANIFEST).write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(BundleError, match="cannot be read"):
+    with pytest.raises(BundleError, match=r"manifest\.json is not UTF-8"):
         Bundle.load(folder)
 
 
-def test_a_folder_that_is_no_bundle(tmp_path: Path) -> None:
-    for path in (tmp_path, tmp_path / "absent"):
-        with pytest.raises(BundleError, match="is not a bundle"):
+def test_a_path_that_is_no_bundle(tmp_path: Path) -> None:
+    """Without Python's words for it, and with the next step."""
+    checkpoint, file = tmp_path / "my checkpoint", tmp_path / "file"
+    checkpoint.mkdir()
+    (checkpoint / "config.json").touch()
+    file.touch()
+    for path, says, hint in (
+        (tmp_path, "is not a bundle: it has no manifest.json", "the folder that `fishrt export` wrote"),
+        (tmp_path / "absent", "absent does not exist", "hf:OWNER/NAME"),
+        (file, "is a file, not a bundle", "the folder"),
+        (checkpoint, "is a checkpoint, not a bundle", f"first: fishrt export '{checkpoint}' BUNDLE"),
+    ):
+        with pytest.raises(BundleError, match=says) as caught:
             Bundle.load(path)
+        assert hint in str(caught.value.hint)
+        assert "Errno" not in str(caught.value)
+
+
+def test_a_manifest_of_an_earlier_version_names_no_family(folder: Path) -> None:
+    change(folder, lambda m: (m.pop("family"), m.pop("recipe")))
+    manifest = Bundle.load(folder).manifest
+    assert (manifest.family, manifest.recipe) == ("", "")
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "slow_ar.onnx", "voices/anna/codes.npy"])

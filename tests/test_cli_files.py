@@ -167,7 +167,7 @@ def test_voices_without_an_embedded_bundle(fake, monkeypatch, recording):
     monkeypatch.setattr("fishrt.cli.base.embedded_bundle", lambda: Path("none"))
     assert run("voice", "list").stdout == "a\tuser\n"
     assert "codec:" in run("voice", "show", "a").stdout
-    refused(run("voice", "list", "--bundle", "none"), "none is not a bundle")
+    refused(run("voice", "list", "--bundle", "none"), "none does not exist")
 
 
 def test_codec_there_and_back(fake, recording):
@@ -257,7 +257,7 @@ def test_inspect_finds_what_is_wrong(fake):
     assert json.loads(failed.stdout)["ok"] is False
     graph.unlink()
     refused(run("inspect", fake.bundle.path), "slow_ar.onnx is missing")
-    refused(run("inspect", "nowhere"), "nowhere is not a bundle")
+    refused(run("inspect", "nowhere"), "nowhere does not exist")
 
 
 def test_export_passes_its_options_on(fake, monkeypatch, tmp_path):
@@ -352,7 +352,7 @@ def test_doctor(fake, monkeypatch):
     for words in ("python: ", "provider cpu", "audio formats: WAV", "torch for export: ", "embedded voice: ok, test"):
         assert words in result.stdout
     monkeypatch.setattr("fishrt.cli.base.embedded_bundle", lambda: Path("none"))
-    assert "embedded voice: not usable: none is not a bundle" in run("doctor").stdout
+    assert "embedded voice: not usable: none does not exist" in run("doctor").stdout
 
 
 def test_doctor_reports_a_broken_audio_library():

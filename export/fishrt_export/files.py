@@ -30,7 +30,7 @@ _TERMS = ("license", "licence", "notice", "readme")
 def choose_checkpoint(names: Sequence[str], read: Callable[[str], Path]) -> list[str]:
     """The files of a repository that an export needs, config.json last: a folder without it is no checkpoint yet.
 
-    Of several sets of weights the first is taken: shards, one safetensors file, model.pth. `read` fetches the index of the shards.
+    Of several sets of weights the first is taken: shards, one safetensors file, model.pth. `read` fetches the shards' index.
     Raises ExportError for a repository that lacks a part.
     """
     weights = next((name for name in (INDEX, SINGLE, PICKLE) if name in names), None)
@@ -45,7 +45,7 @@ def choose_checkpoint(names: Sequence[str], read: Callable[[str], Path]) -> list
         lacking = ", ".join(part for part, there in parts.items() if not there)
         raise ExportError(
             f"the repository is not a checkpoint that can be exported: it lacks {lacking}; it has {_shortened(names)}",
-            hint="fishrt export --help lists the official repositories; a fine-tuned model without codec is put into a folder with one",
+            hint="fishrt export --help lists the official repositories; put a fine-tuned model into one folder with the codec",
         )
     shards = list(_shards(read(INDEX))) if weights == INDEX else []
     rest = [name for name in names if name in _SMALL or name.startswith(f"{REFERENCES}/") or tells_terms(name)]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping
@@ -20,6 +21,7 @@ from fishrt_engines.spec import GraphSpec
 
 from .errors import BundleError
 from .features import Codec, LanguageModel
+from .hub import bundle_folder, is_reference
 
 SCHEMA = 3
 MANIFEST = "manifest.json"
@@ -95,6 +97,10 @@ class Manifest:
     licence: Licence
     voices: Voices | None
     files: dict[str, FileEntry]
+    family: str = ""
+    """The releases whose layout the checkpoint has, for people only. Empty, as `recipe`: an earlier version wrote the bundle."""
+    recipe: str = ""
+    """What `fishrt export` was asked for, for people only: a precision, then what differs from the defaults."""
 
     @property
     def total_bytes(self) -> int:
@@ -192,18 +198,13 @@ class Bundle:
 
     @classmethod
     def load(cls, path: str | Path) -> Bundle:
-        """Reads the manifest and checks that every file is there and of the right size, and that no graph or weights lie there
-        that it does not list: ONNX Runtime would read them. Raises BundleError.
+        """Read the manifest of a folder, or of `hf:OWNER/NAME[@REVISION]`, which is downloaded once into the hub's cache.
+
+        Every file must be there and have the right size. A graph or weights that the manifest does not list are an error: ONNX
+        Runtime would read them. Raises BundleError, and HubError for a repository that cannot be had.
         """
-        folder = Path(path)
-        try:
-            text = (folder / MANIFEST).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise BundleError(
-                f"{folder} is not a bundle: its {MANIFEST} cannot be read ({error})",
-                hint="give the folder that `fishrt export` wrote",
-            ) from None
-        bundle = cls(folder, Manifest.from_json(text))
+        folder = bundle_folder(path) if is_reference(path) else Path(path)
+        bundle = cls(folder, Manifest.from_json(_read_manifest(folder)))
         for name, entry in bundle.manifest.files.items():
             file = bundle.file(name)
             size = file.stat().st_size if file.is_file() else None
@@ -238,6 +239,26 @@ class Bundle:
         for name, entry in self.manifest.files.items():
             if sha256(self.file(name), progress) != entry.sha256:
                 raise BundleError(f"{self.file(name)} was altered: its SHA-256 is not the one in {MANIFEST}", hint=AGAIN)
+
+
+def _read_manifest(folder: Path) -> str:
+    """Return the text of the manifest. Raises BundleError that says what the path is instead of a bundle."""
+    path, wanted = folder / MANIFEST, "the folder that `fishrt export` wrote"
+    if not folder.exists():
+        raise BundleError(f"{folder} does not exist", hint=f"give {wanted}, or hf:OWNER/NAME")
+    if not folder.is_dir():
+        raise BundleError(f"{folder} is a file, not a bundle", hint=f"give {wanted}")
+    if not path.exists():
+        if (folder / "config.json").exists():
+            first = f"fishrt export {shlex.quote(str(folder))} BUNDLE"
+            raise BundleError(f"{folder} is a checkpoint, not a bundle", hint=f"first: {first}")
+        raise BundleError(f"{folder} is not a bundle: it has no {MANIFEST}", hint=f"give {wanted}")
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise BundleError(f"{path} cannot be read: {error.strerror}", hint="may you read it?") from None
+    except UnicodeDecodeError:
+        raise BundleError(f"{path} is not UTF-8", hint=AGAIN) from None
 
 
 def embedded_bundle() -> Path:

@@ -186,13 +186,13 @@ def _check_room(place: _Place, files: Sequence[_File]) -> None:
     free = shutil.disk_usage(there).free
     if coming > free:
         raise HubError(
-            f"{place.repository} needs {_gb(coming)} more in {place.root}, and {_gb(free)} are free",
+            f"{place.repository} needs {_amount(coming)} more in {place.root}, and {_amount(free)} are free",
             hint="make room, or use another disk: name a folder there, or set HF_HOME",
         )
 
 
-def _gb(count: int) -> str:
-    return f"{count / 1e9:,.2f} GB"
+def _amount(count: int) -> str:
+    return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
 
 
 class _Place:
@@ -212,14 +212,15 @@ class _Place:
     def finish(self) -> None:
         """All files are there."""
 
-    def _get(self, file: _File, partial: Path, target: Path, tell: Callable[[int], None]) -> None:
+    def _get(self, file: _File, partial: Path, target: Path, lock: Path, tell: Callable[[int], None]) -> None:
         """Downloads what `partial` lacks, and names it `target`. Raises HubError where it is not what the hub announced."""
         from huggingface_hub import hf_hub_url
         from huggingface_hub.file_download import http_get
         from huggingface_hub.utils import WeakFileLock, build_hf_headers
 
-        partial.parent.mkdir(parents=True, exist_ok=True)
-        with WeakFileLock(partial.with_name(f"{partial.name}.lock")):
+        for path in (partial, target, lock):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        with WeakFileLock(lock):
             if target.exists():  # somebody else has downloaded it meanwhile
                 return
             if file.size is not None and _size(partial) > file.size:
@@ -237,7 +238,6 @@ class _Place:
                 raise HubError(
                     f"{file.name} of {self.repository} came with other content than the hub announced", hint="try again"
                 )
-            target.parent.mkdir(parents=True, exist_ok=True)
             partial.replace(target)
 
 
@@ -248,7 +248,7 @@ class _Folder(_Place):
         """See `_Place`. Raises HubError where another file has the name."""
         target = self.root.joinpath(*_parts(file.name))
         if not target.exists():
-            self._get(file, self._partial(file), target, tell)
+            self._get(file, self._partial(file), target, self._lock, tell)
         elif not file.is_content_of(target):
             raise HubError(
                 f"{target} exists, and is not the one of {self.repository}", hint="name another folder, or move the file away"
@@ -260,9 +260,14 @@ class _Folder(_Place):
         return max(_size(self.root.joinpath(*_parts(file.name))), _size(self._partial(file)))
 
     def finish(self) -> None:
-        """Removes the folder of partial files, which is empty but for those of other revisions."""
+        """Removes the folder of partial files, unless some of another revision are left."""
+        self._lock.unlink(missing_ok=True)
         with suppress(OSError):
-            (self.root / PARTIAL).rmdir()
+            self._lock.parent.rmdir()
+
+    @property
+    def _lock(self) -> Path:
+        return self.root / PARTIAL / "lock"
 
     def _partial(self, file: _File) -> Path:
         # By content: what has come of another revision must not be gone on with.
@@ -283,7 +288,8 @@ class _Cache(_Place):
             return link
         blob = self._storage / "blobs" / str(file.key)
         if file.key is not None and not blob.exists():
-            self._get(file, blob.with_name(f"{blob.name}.incomplete"), blob, tell)
+            lock = self._storage.parent / ".locks" / self._storage.name / f"{file.key}.lock"  # that of huggingface_hub
+            self._get(file, blob.with_name(f"{blob.name}.incomplete"), blob, lock, tell)
         return Path(_api().hf_hub_download(self.repository.id, file.name, revision=self.commit))
 
     def present(self, file: _File) -> int:
