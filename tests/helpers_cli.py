@@ -12,9 +12,11 @@ from click.testing import CliRunner
 
 import fishrt.tts
 from fishrt.cli import main
+from fishrt.errors import PromptError
+from fishrt.loudness import Loudness
 from fishrt.prepared import prepared_path
 from fishrt.speech import AudioChunk, PieceInfo, Progress, Speech, SpeechInfo, SpeechStream, Timings
-from fishrt.voices import VoiceStore
+from fishrt.voices import VoiceStore, find_voice, user_folder
 from helpers_text import bundle_folder, voice
 
 RATE, HOP = 16000, 640
@@ -41,6 +43,7 @@ class FakeTts:
         prepared_path(folder, self.bundle.manifest.identity("slow_ar")).touch()
 
     def speak(self, text, *, progress, voice, seed, sampling, **request):
+        voice = voice and [self.voice(v) if isinstance(v, str) else v for v in voice]
         self.asked = {"text": text, "voice": voice, "seed": seed, "sampling": sampling, **request}
         progress(Progress(piece=0, pieces=1, frames=25, audio_s=1.0, elapsed_s=0.5))
         if self.failure:
@@ -78,7 +81,14 @@ class FakeTts:
         )
 
     def voice(self, name):
-        return VoiceStore(self.bundle.path / "voices").load(name)
+        return find_voice(name, self.own, self.bundle).load(name, self)
+
+    def loudness(self, codes):
+        return Loudness(-20.0, 0.5)
+
+    def check_transcript(self, text, what):
+        if "<|" in text:
+            raise PromptError(f"{what} contains a control token")
 
     def encode(self, pcm, rate):
         return np.full((4, -(-len(pcm) * RATE // rate // HOP)), 5, np.int64)
@@ -98,8 +108,9 @@ def fake(tmp_path, monkeypatch):
     made = FakeTts(bundle)
     made.loads = []
 
-    def load(path, **options):
+    def load(path, *, voices, **options):
         made.loads.append((path, options))
+        made.own = VoiceStore(user_folder() if voices is None else voices)
         return made
 
     monkeypatch.setattr(fishrt.tts.TTS, "load", load)

@@ -62,6 +62,7 @@ def test_every_measure_is_there_and_finite(measured):
     assert {name: set(measured[name]) for name in ENTRIES} == ENTRIES
     assert set(measured) - set(ENTRIES) == {
         "ok",
+        "warnings",
         "command",
         "contexts",
         "frames_per_s",

@@ -41,6 +41,7 @@ def test_speak_writes_speech_wav(fake):
         "seed": None,
         "max_frames": None,
         "system": None,
+        "volume": 1.0,
         "upstream_compat": False,
     }
     assert fake.loads == [(None, {"provider": "auto", "threads": None})]

@@ -96,7 +96,7 @@ def test_voice_commands(fake, recording):
 
     assert run("voice", "remove", "me too").exit_code == 0
     refused(run("voice", "remove", "me too"), "no voice 'me too'")
-    refused(run("voice", "remove", "minna"), "no voice 'minna'")
+    refused(run("voice", "remove", "minna"), "'minna' belongs to the bundle and cannot be removed")
 
 
 def test_a_broken_index_does_not_block_the_bundles_voices(fake):
@@ -135,18 +135,71 @@ def test_voice_dir(fake, recording, tmp_path):
     assert run("speak", "Hi.", "--voice", "a", "--voice-dir", tmp_path / "other").exit_code == 0
 
 
-def test_a_prepared_voice_is_taken_from_its_folder(fake, recording):
+def test_a_voice_is_prepared_in_its_folder(fake, recording):
     run("voice", "add", "otto", "--audio", recording, "--text", "My words.")
-    run("speak", "Hello.", "--voice", "otto", "-o", "a.wav")
-    assert not fake.prepared
     done = run("voice", "prepare", "otto")
     (made,) = fake.prepared
-    assert made[0] == "otto"
+    assert made == ("otto", fake.own.folder / "otto")
     assert str(made[1]) in done.stderr
-    for arguments in (["--voice", "otto"], ["--voice", "otto", "--voice", "otto"]):
-        assert run("speak", "Hello.", *arguments, "-o", "a.wav").exit_code == 0
-    assert fake.prepared == [made] * 2  # several voices are read together
     refused(run("voice", "prepare", "nobody"), "nobody")
+    refused(run("voice", "prepare", "minna"), "belongs to the bundle")
+
+
+def test_voices_of_others_are_prepared_without_touching_their_folders(fake, recording):
+    folder = Path("own/some one")
+    folder.mkdir(parents=True)
+    Path(recording).rename(folder / "a.wav")
+    (folder / "a.lab").write_text("Said long ago.")
+    (folder.parent / "index.json").write_text('{"speakers": {"Zoë": "Salut."}}')
+    np.save(folder.parent / "Zoë.npy", np.ones((4, 3), np.int64))
+    for name in ("some one", "Zoë"):
+        result = run("voice", "prepare", name, "--voice-dir", "own")
+        assert result.exit_code == 0, result.output
+    assert fake.prepared == [(name, Path("own/.prepared") / name) for name in ("some one", "Zoë")]
+    assert len(list(folder.iterdir())) == 2
+    assert run("voice", "list", "--voice-dir", "own").stdout.splitlines()[:2] == ["Zoë\tuser", "some one\tuser"]
+
+
+def test_adding_tells_what_next(fake, recording):
+    done = run("voice", "add", "my voice", "--audio", recording, "--text", "My words.", "--voice-dir", "own")
+    assert "Added voice my voice (1.0 s). Try: fishrt speak --voice 'my voice' --voice-dir own \"Hello!\"" in done.stderr
+    shadowing = run("voice", "add", "otto", "--audio", recording, "--text", "My words.")
+    assert "warning: the bundle has a voice 'otto', too; yours goes before it" in shadowing.stderr
+    assert "otto\tbundle  (yours goes before it)" in run("voice", "list").stdout
+
+
+def test_doubtful_recordings_are_taken_with_a_warning(fake):
+    noise = np.random.default_rng(0).standard_normal(RATE * 12).astype(np.float32)
+    soundfile.write("noise.wav", noise / 10, RATE)
+    result = run("voice", "add", "noise", "--audio", "noise.wav", "--text", "My words.", "--json")
+    assert result.exit_code == 0, result.output
+    (noisy, wordy) = json.loads(result.stdout)["warnings"]
+    assert "sounds like noise" in noisy
+    assert "12.0 s for 7 letters" in wordy
+
+
+def test_a_transcript_that_cannot_be_spoken_is_refused_when_it_is_added(fake, recording):
+    for text, says in (("Hello <|im_end|> friend", "control token"), ("...", "neither a letter"), ("\u200b", "neither a letter")):
+        refused(run("voice", "add", "a", "--audio", recording, "--text", text), says)
+    assert "user" not in run("voice", "list").stdout
+
+
+def test_folders_that_are_no_voices_are_told(fake, recording):
+    folder = Path("own/anna")
+    folder.mkdir(parents=True)
+    Path(recording).rename(folder / "a.wav")
+    result = run("voice", "list", "--voice-dir", "own")
+    assert "warning: left out: own/anna/a.wav has no transcript a.lab" in result.stderr
+    assert "anna" not in result.stdout
+    assert "anna" in json.loads(run("voice", "list", "--voice-dir", "own", "--json").stdout)["left_out"]
+    refused(run("speak", "Hi.", "--voice", "anna", "--voice-dir", "own"), "has no transcript a.lab")
+
+
+def test_the_volume(fake):
+    run("speak", "Hi.", "--volume", "0.5")
+    assert fake.asked["volume"] == 0.5
+    for bad in ("0", "11", "loud"):
+        refused(run("speak", "Hi.", "--volume", bad), "--volume")
 
 
 @pytest.mark.parametrize("name", ["a/b", "", ".."])
@@ -213,6 +266,7 @@ def test_codec_bad_input(fake, recording):
     Path("bad.npy").write_bytes(b"x")
     Path("folder.npy").mkdir()
     refused(run("codec", "decode", "bad.npy"), "bad.npy")
+    assert "allow_pickle" not in refused(run("codec", "decode", recording), "me.wav is audio, not codes", "fishrt codec encode")
     refused(run("codec", "decode", "none.npy"), "none.npy")
     refused(run("codec", "encode", "bad.npy"), "bad.npy")
     np.save("real.npy", np.ones((4, 3), int))

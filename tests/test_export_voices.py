@@ -8,18 +8,23 @@ from pathlib import Path
 import pytest
 
 from fishrt.bundle import Bundle
+from fishrt.tokenizer import Tokenizer
 from fishrt.voices import VoiceStore
 from fishrt_export import peak_memory
 from fishrt_export.licence import UNKNOWN, copy_licence
-from fishrt_export.voices import check_references, encode_references
+from fishrt_export.voices import References, check_references, encode_references
 from synthetic import write_reference
+
+
+def checked(checkpoint: Path, bundle: Bundle) -> References | None:
+    return check_references(checkpoint, bundle, Tokenizer.load(bundle.file(bundle.manifest.tokenizer)))
 
 
 def test_references_become_voices(checkpoint: Path, tiny_bundle: Bundle, tmp_path: Path) -> None:
     bundle = Bundle(Path(shutil.copytree(tiny_bundle.path, tmp_path / "bundle")), tiny_bundle.manifest)
     for name in ("ben", "anna"):
         write_reference(checkpoint, name)
-    voices = encode_references(check_references(checkpoint, bundle), bundle)
+    voices = encode_references(checked(checkpoint, bundle), bundle)
     assert voices is not None
     assert (voices.default, voices.names) == ("anna", ("anna", "ben"))
     store = VoiceStore(bundle.path / "voices")
@@ -30,9 +35,9 @@ def test_references_become_voices(checkpoint: Path, tiny_bundle: Bundle, tmp_pat
 
 
 def test_no_references_no_voices(checkpoint: Path, tiny_bundle: Bundle) -> None:
-    assert check_references(checkpoint, tiny_bundle) is None
+    assert checked(checkpoint, tiny_bundle) is None
     (checkpoint / "references").mkdir()
-    assert check_references(checkpoint, tiny_bundle) is None
+    assert checked(checkpoint, tiny_bundle) is None
     assert tiny_bundle.manifest.voices is None
 
 
@@ -40,7 +45,7 @@ def test_the_default_voice_can_be_named(checkpoint: Path, tiny_bundle: Bundle) -
     for name in ("ben", "anna"):
         write_reference(checkpoint, name)
     (checkpoint / "references/default.txt").write_text("ben\n")
-    references = check_references(checkpoint, tiny_bundle)
+    references = checked(checkpoint, tiny_bundle)
     assert references is not None
     assert (references.default, references.names) == ("ben", ("anna", "ben"))
 

@@ -167,7 +167,7 @@ def test_the_embedded_bundle_is_the_export_of_the_checkpoint_in_the_repository()
     manifest = Bundle.load(embedded_bundle()).manifest
     assert manifest.codec == open_codec(CHECKPOINT).describe()
     assert manifest.language_model == open_language_model(CHECKPOINT).describe("audio")
-    assert manifest.voices == Voices("rms", ("awb", "rms", "slt"))
+    assert manifest.voices == Voices("awb", ("awb", "rms", "slt"))
 
 
 def test_both_are_small() -> None:

@@ -2,14 +2,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import unicodedata
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import soundfile
 
-from fishrt.errors import AudioError, PromptError, VoiceError
+from fishrt.bundle import Bundle
+from fishrt.errors import AudioError, OutputError, PromptError, VoiceError
+from fishrt.loudness import Loudness
+from fishrt.recordings import doubts
 from fishrt.voices import Voice, VoiceStore, read_codes
 from helpers_text import language_model, manifest, voice
 
@@ -20,12 +23,25 @@ class FakeTts:
     """Encodes a recording to as many frames as it has."""
 
     def __init__(self, content=None):
-        self.bundle = SimpleNamespace(manifest=content or manifest())
+        self.bundle = Bundle(Path("some bundle"), content or manifest())
+        self.encoded = 0
 
     def encode(self, pcm, rate):
         codec = self.bundle.manifest.codec
+        self.encoded += 1
         frames = -(-len(pcm) * codec.sample_rate // rate // codec.hop)
         return np.full((len(codec.codebook_sizes), frames), 5, dtype=np.int64)
+
+    def loudness(self, codes):
+        return Loudness(-20.0 - codes.shape[1] / 100, 0.5)
+
+    def check_transcript(self, text, what):
+        if "<|" in text:
+            raise PromptError(f"{what} contains a control token")
+
+
+SAID = "Please call my brother, and ask him to bring the big blue bag from the kitchen."
+SPEECH = soundfile.read(Path(__file__).parents[1] / "export/minnow/references/awb/reference.flac", dtype="float32")[0]
 
 
 def tone(seconds: float, rate: int = RATE) -> np.ndarray:
@@ -50,10 +66,143 @@ def test_a_store_gives_back_what_it_was_given(store):
     assert store.list() == ["Anna-Marie 2", "bob_b"]
     assert same(store.load("Anna-Marie 2"), first)
     assert same(store.load("bob_b"), second)
-    assert {p.name for p in (store.folder / "bob_b").iterdir()} == {"voice.json", "codes.npy"}
+    assert {p.name for p in (store.folder / "bob_b").iterdir()} == {"voice.json", "codes.npy"}  # there was no recording
     store.remove("bob_b")
     assert store.list() == ["Anna-Marie 2"]
     assert [p.name for p in store.folder.iterdir()] == ["Anna-Marie 2"]
+
+
+def of_codec(fingerprint: str) -> FakeTts:
+    return FakeTts(dataclasses.replace(manifest(), codec=dataclasses.replace(manifest().codec, fingerprint=fingerprint)))
+
+
+def test_a_recording_serves_every_codec(store):
+    first, other = FakeTts(), of_codec("f" * 64)
+    made = Voice.from_audio(first, (tone(1.0), RATE), "What I say.", name="me")
+    store.add(made)
+    np.testing.assert_array_equal(soundfile.read(store.folder / "me/recording.wav", dtype="float32")[0], tone(1.0))
+    loaded = store.load("me", other)
+    assert (loaded.fingerprint, loaded.transcript, loaded.loudness) == ("f" * 64, "What I say.", Loudness(-20.25, 0.5))
+    loaded.check(other.bundle)
+    for tts in (first, other):
+        encoded = tts.encoded
+        assert store.load("me", tts).fingerprint == tts.bundle.manifest.codec.fingerprint
+        assert tts.encoded == encoded  # what was encoded is kept
+    assert store.load("me", fingerprint="f" * 64).fingerprint == "f" * 64
+    assert store.load("me").fingerprint == first.bundle.manifest.codec.fingerprint
+
+
+def test_codes_alone_serve_one_codec(store):
+    store.add(voice("me too"))
+    with pytest.raises(VoiceError, match="was made with the codec a1b2c3d4a1b2") as caught:
+        store.load("me too", of_codec("f" * 64)).check(Bundle(Path("b 1"), of_codec("f" * 64).bundle.manifest))
+    assert "only codes of it are kept" in caught.value.hint
+    assert "fishrt voice add 'me too' --bundle 'b 1' --force --audio FILE --text TEXT" in caught.value.hint
+
+
+def test_a_store_that_cannot_be_written_still_gives_its_voices(store, monkeypatch):
+    store.add(Voice.from_audio(FakeTts(), (tone(1.0), RATE), "What I say.", name="me"))
+
+    def failing(*_):
+        raise OutputError("read-only")
+
+    monkeypatch.setattr("fishrt.voices.write_whole", failing)
+    assert store.load("me", of_codec("f" * 64)).fingerprint == "f" * 64
+
+
+def test_voices_of_the_first_schema_are_read_and_their_loudness_is_kept(store):
+    folder = store.add(voice())
+    old = {"schema": 1, "transcript": "Hello.", "fingerprint": voice().fingerprint}
+    (folder / "voice.json").write_text(json.dumps(old))
+    assert same(store.load("anna"), dataclasses.replace(voice(), transcript="Hello."))
+    assert json.loads((folder / "voice.json").read_text()) == old
+    fixed = VoiceStore(store.folder, fixed=True)
+    assert fixed.load("anna", FakeTts()).loudness == Loudness(-20.06, 0.5)
+    assert json.loads((folder / "voice.json").read_text()) == old
+    store.load("anna", FakeTts())
+    assert json.loads((folder / "voice.json").read_text())["codes"][0]["loudness"] == {"lufs": -20.06, "peak": 0.5}
+
+
+@pytest.mark.parametrize("name", ["张三", "Zoë", "Иван Петров", "v1.2", "हिन्दी", "علی\u200cرضا", "CONrad", "٣"])
+def test_names_of_every_script(store, name):
+    folder = store.add(voice(name))
+    assert folder.parent == store.folder
+    assert store.list() == [name]
+    assert store.load(name).name == name
+    store.remove(name)
+    assert store.list() == []
+
+
+def test_accents_may_be_written_in_two_ways(store):
+    composed, apart = unicodedata.normalize("NFC", "Zoë"), unicodedata.normalize("NFD", "Zoë")
+    store.add(voice(composed))
+    assert store.load(apart).name == composed
+    (store.folder / composed).rename(store.folder / apart)  # as macOS and archives spell it
+    assert store.list() == [composed]
+    for name in (composed, apart):
+        assert store.load(name).name == composed
+        with pytest.raises(VoiceError, match="already"):
+            store.add(voice(name))
+    store.remove(composed)
+    assert store.list() == []
+
+
+def test_hidden_files_and_folders_are_no_recordings(store):
+    folder = store.folder / "anna"
+    (folder / "x.wav").mkdir(parents=True)
+    (store.folder / ".hidden").mkdir()
+    assert store.list() == []
+    soundfile.write(folder / "s.wav", tone(1.0), RATE)
+    (folder / "s.lab").write_text("Words.", encoding="utf-8-sig")
+    (folder / "._s.wav").write_bytes(b"Mac OS X")
+    (store.folder / "._anna").write_bytes(b"Mac OS X")
+    assert store.list() == ["anna"]
+    assert store.left_out() == {}
+    assert store.load("anna", FakeTts()).transcript == "Words."
+
+
+def test_what_is_left_out_has_a_reason(store):
+    (store.folder / "empty").mkdir(parents=True)
+    (store.folder / "a:b").mkdir()
+    (store.folder / "words").mkdir()
+    soundfile.write(store.folder / "words/a.wav", tone(1.0), RATE)
+    (store.add(voice("broken")) / "codes.npy").unlink()
+    (store.folder / "index.json").write_text('{"speakers": {"zed": "x"}}')
+    reasons = store.left_out()
+    says = {"empty": "holds no voice", "a:b": "cannot be the name", "words": "no transcript a.lab", "broken": "is missing"}
+    assert {name for name in reasons if says.get(name, "zed.npy is missing") in reasons[name]} == {*says, "zed"} == set(reasons)
+    assert store.list() == []
+    for name in ("empty", "words", "broken"):
+        with pytest.raises(VoiceError) as caught:
+            store.load(name, FakeTts())
+        assert str(caught.value) == reasons[name]
+
+
+@pytest.mark.parametrize(
+    ("pcm", "text", "says"),
+    [
+        (np.clip(tone(3.0) * 30, -1, 1), "The small dog runs across the field.", "clipped"),
+        (np.random.default_rng(0).standard_normal(RATE * 3).astype(np.float32) / 10, "The small dog runs home.", "noise"),
+        (SPEECH * 0.01, SAID, "very quiet"),
+        (SPEECH, "hi", "4.2 s for 2 letters"),
+        (SPEECH, SAID * 3, "4.2 s for 186 letters"),
+        (SPEECH, "張三李四王五趙六錢七孫八", None),
+        (SPEECH, SAID, None),
+    ],
+    ids=["clipped", "noise", "quiet", "few words", "many words", "Chinese", "good"],
+)
+def test_doubts(pcm, text, says):
+    lm = language_model(voice_seconds=(2.0, 5.0))
+    found = list(doubts(pcm, RATE, text, lm))
+    assert [says in doubt for doubt in found] == ([] if says is None else [True])
+
+
+def test_the_length_that_suits_the_model_is_told():
+    lm = language_model(voice_seconds=(2.0, 5.0))
+    assert next(doubts(np.tile(SPEECH, 3), RATE, SAID * 3, lm)).endswith("2 to 5 s is best for this model")
+    with pytest.raises(AudioError) as caught:
+        Voice.from_audio(FakeTts(dataclasses.replace(manifest(), language_model=lm)), (tone(0.1), RATE), "x")
+    assert "2 to 5 s is best" in caught.value.hint
 
 
 def test_a_taken_name_needs_force(store):
@@ -82,7 +231,29 @@ def test_a_failed_write_leaves_the_old_voice(store, monkeypatch):
     assert [p.name for p in store.folder.iterdir()] == ["anna"]
 
 
-@pytest.mark.parametrize("name", ["", " ", " a", "a ", "..", ".", "a/b", "a\\b", "ä", "a\n", ".a", "a" * 256, "a:b"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        " ",
+        " a",
+        "a ",
+        "..",
+        ".",
+        "a/b",
+        "a\\b",
+        "a\n",
+        ".a",
+        "a.",
+        "a" * 256,
+        "é" * 128,
+        "a:b",
+        "a\ud800",
+        "CON",
+        "nul.x",
+        "a\u202eb",
+    ],
+)
 def test_bad_names(store, name):
     for action in (lambda: store.add(voice(name)), lambda: store.load(name), lambda: store.remove(name)):
         with pytest.raises(VoiceError, match="cannot be the name"):
@@ -108,11 +279,17 @@ def test_an_unknown_voice_lists_the_known(store):
         ("voice.json", b"{", "not JSON"),
         ("voice.json", b"[]", "not a JSON object"),
         ("voice.json", b"\xff", "not UTF-8"),
-        ("voice.json", b'{"schema": 2}', "schema 2"),
-        ("voice.json", b'{"schema": 1, "transcript": "x"}', "keys"),
+        ("voice.json", b'{"schema": 3}', "schema 3"),
+        ("voice.json", b'{"schema": 1, "transcript": "x"}', "fingerprint"),
+        ("voice.json", b'{"schema": 2, "transcript": "x", "recording": null, "codes": []}', "must name codes"),
+        (
+            "voice.json",
+            b'{"schema":2,"transcript":"x","recording":"../a.wav","codes":[{"fingerprint":null,"file":"codes.npy","loudness":null}]}',
+            "files of its folder",
+        ),
         ("voice.json", b'{"schema": 1, "transcript": 3, "fingerprint": null}', "damaged"),
-        ("codes.npy", None, "cannot be read"),
-        ("codes.npy", b"", "not an array"),
+        ("codes.npy", None, "is missing"),
+        ("codes.npy", b"", "not codes"),
         ("codes.npy", b"\x93NUMPY\x01\x00", "not an array"),
     ],
 )
@@ -187,7 +364,7 @@ def test_upstream_references(store):
     assert len(list(folder.iterdir())) == 4
 
 
-@pytest.mark.parametrize(("content", "message"), [(b"caf\xe9", "not UTF-8"), (None, "cannot be read"), (b" \n", "no transcript")])
+@pytest.mark.parametrize(("content", "message"), [(b"caf\xe9", "not UTF-8"), (None, "no transcript"), (b" \n", "no transcript")])
 def test_upstream_references_with_a_bad_transcript(store, content, message):
     folder = store.folder / "x"
     folder.mkdir(parents=True)
@@ -208,7 +385,8 @@ def test_fish_speech_rs_index(store):
     np.save(store.folder / "default.npy", codes.astype(np.uint32))
     np.save(store.folder / "Zoë.npy", codes)
     np.save(store.folder.parent / "evil.npy", codes)
-    assert store.list() == ["../evil", "Zoë", "default"]  # what cannot be loaded is not hidden either
+    assert store.list() == ["Zoë", "default"]
+    assert "cannot be the name" in store.left_out()["../evil"]  # what cannot be loaded is not hidden either
     assert store.load("Zoë").transcript == "Salut."
     for action in (store.load, store.remove):
         with pytest.raises(VoiceError, match="cannot be the name"):
@@ -233,7 +411,7 @@ def test_check_accepts_its_own_bundle_only():
     voice(fingerprint=None).check(manifest())
     with pytest.raises(VoiceError, match=r"made with the codec ffffffffffff…; this bundle's is a1b2c3d4") as caught:
         voice(fingerprint="f" * 64).check(manifest())
-    assert "add it again" in caught.value.hint
+    assert "fishrt voice add anna --force" in caught.value.hint
 
 
 @pytest.mark.parametrize(
@@ -286,6 +464,9 @@ def test_from_audio(tmp_path):
         ((np.full(RATE, np.nan, np.float32), RATE), "x", AudioError, "not numbers"),
         ((tone(1) * 32768, RATE), "x", AudioError, "the samples of the recording of voice 'voice' reach ±16,384; −1 to 1 is"),
         ((tone(1), RATE), " ", VoiceError, "no transcript"),
+        ((tone(1), RATE), "...", VoiceError, "neither a letter nor a digit"),
+        ((tone(1), RATE), "\u200b", VoiceError, "neither a letter nor a digit"),
+        ((tone(1), RATE), "Hello <|im_end|> friend", PromptError, "transcript of voice 'voice' contains"),
         ((tone(1), RATE), "\udcff", PromptError, "UTF-8"),
     ],
 )

@@ -22,6 +22,7 @@ from fishrt.conformance import tensorrt_findings
 from fishrt.errors import BundleError, FishrtError
 from fishrt.memory import check_memory
 from fishrt.quantisation import QUANTISATION, LayerReport, Quantisation
+from fishrt.tokenizer import Tokenizer
 from fishrt.version import __version__
 from fishrt_engines.trt_rules import errors
 
@@ -119,7 +120,7 @@ def export_bundle(
     check_memory(BASE_MEMORY + max(job.need() for job in jobs), f"exporting {checkpoint}")
     plans = {job.role: job.plan for job in jobs}
     del codec, language_model  # the jobs hold their weights, until each is done
-    references = check_references(checkpoint, Bundle(out, draft))
+    references = check_references(checkpoint, Bundle(out, draft), Tokenizer.from_json(tokenizer.encode()))
     with _written_aside(out) as folder:
         (folder / TOKENIZER).write_bytes(tokenizer.encode())
         licence = copy_licence(checkpoint, folder)

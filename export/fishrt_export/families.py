@@ -12,6 +12,7 @@ from pathlib import Path
 from fishrt.bundle import parse_dataclass
 from fishrt.errors import BundleError
 from fishrt.features import (
+    VOICE_SECONDS,
     PunctuationSplit,
     RepetitionAware,
     RepetitionPenalty,
@@ -56,6 +57,7 @@ class Family:
     history_window: int | None
     upstream_trim: str
     sampling: SamplingDefaults
+    voice_seconds: tuple[float, ...] = VOICE_SECONDS
 
     @property
     def one_semantic(self) -> bool:
@@ -211,6 +213,7 @@ class Defaults:
 
     chunk_bytes: int
     sampling: SamplingDefaults
+    voice_seconds: tuple[float, ...] = VOICE_SECONDS
 
 
 def with_defaults(family: Family, checkpoint: Path) -> Family:
@@ -223,7 +226,7 @@ def with_defaults(family: Family, checkpoint: Path) -> Family:
         _check_defaults(own)
     except (OSError, ValueError, RecursionError, BundleError) as error:
         raise ExportError(f"{path} is not valid: {error}", hint="mend it, or take it away to use the family's defaults") from None
-    return replace(family, chunk_bytes=own.chunk_bytes, sampling=own.sampling)
+    return replace(family, chunk_bytes=own.chunk_bytes, sampling=own.sampling, voice_seconds=own.voice_seconds)
 
 
 def _check_defaults(own: Defaults) -> None:

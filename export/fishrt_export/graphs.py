@@ -77,6 +77,7 @@ class LanguageModelSource:
             chunk_bytes=family.chunk_bytes,
             upstream_trim=family.upstream_trim,
             sampling=family.sampling,
+            voice_seconds=family.voice_seconds,
         )
 
     @property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +10,10 @@ import numpy.typing as npt
 
 from fishrt.audio import resample
 from fishrt.bundle import Bundle, Voices
-from fishrt.codec import CodecEncoder
+from fishrt.codec import CodecDecoder, CodecEncoder
+from fishrt.loudness import Loudness, voice_loudness
+from fishrt.prompt import PromptBuilder
+from fishrt.tokenizer import Tokenizer
 from fishrt.voices import VoiceStore
 from fishrt_engines import open_engine
 
@@ -31,22 +34,21 @@ class References:
     default: str
 
 
-def check_references(checkpoint: Path, bundle: Bundle) -> References | None:
-    """Looks at everything before anything is exported; of `bundle`, only the manifest need be there.
+def check_references(checkpoint: Path, bundle: Bundle, tokenizer: Tokenizer) -> References | None:
+    """Check everything before anything is exported; of `bundle`, only the manifest need be there.
 
     Raises ExportError for a folder that is no voice and a default that is not there, AudioError or VoiceError for a recording
-    that cannot be read, is too short or too long, or has no transcript.
+    that cannot be read, is too short or too long, or has no transcript, PromptError for a transcript that cannot be spoken.
     """
     folder = checkpoint / REFERENCES
     if not folder.is_dir():
         return None
     store = VoiceStore(folder)
     names = tuple(store.list())
-    folders = {path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")}
-    if others := sorted(folders - set(names)):
+    if others := store.left_out():
         raise ExportError(
-            f"{folder} holds folders that are not voices: {', '.join(others)}",
-            hint="each needs a recording and its words in a .lab file of the same name, and a name of letters, digits, - and _",
+            f"{folder} holds folders that are not voices: {'; '.join(others.values())}",
+            hint="each needs a recording and its words in a .lab file of the same name",
         )
     if not names:
         return None
@@ -55,7 +57,7 @@ def check_references(checkpoint: Path, bundle: Bundle) -> References | None:
     if default not in names:
         raise ExportError(f"{named} names {default!r}; the voices are: {', '.join(names)}")
     for name in names:
-        store.load(name, _Listener(bundle))
+        store.load(name, _Listener(bundle, tokenizer))
     return References(store, names, default)
 
 
@@ -75,29 +77,46 @@ def encode_references(references: References | None, bundle: Bundle) -> Voices |
     encoder = _Encoder(bundle)
     target = VoiceStore(bundle.path / FOLDER)
     for name in references.names:
-        target.add(references.store.load(name, encoder))
+        target.add(replace(references.store.load(name, encoder), recording=None))
     return Voices(references.default, references.names)
 
 
 class _Listener:
-    """Stands for an encoder while recordings are checked: takes everything, says nothing."""
+    """Stands for a TTS while recordings are checked: looks at transcripts, and takes every recording."""
 
-    def __init__(self, bundle: Bundle) -> None:
+    def __init__(self, bundle: Bundle, tokenizer: Tokenizer) -> None:
         self.bundle = bundle
+        self._prompts = PromptBuilder(tokenizer, bundle.manifest.language_model)
 
     def encode(self, _pcm: npt.NDArray[np.float32], _rate: int) -> npt.NDArray[np.int64]:
         """One frame of zeros."""
         return np.zeros((len(self.bundle.manifest.codec.codebook_sizes), 1), np.int64)
 
+    def loudness(self, _codes: npt.NDArray[np.int64]) -> Loudness | None:
+        """Return None: nothing can be decoded yet."""
+        return None
 
-class _Encoder:
-    """What a voice store asks of a TTS, before there is one."""
+    def check_transcript(self, text: str, what: str) -> None:
+        """Check that the model can read a transcript. Raises PromptError."""
+        self._prompts.check_transcript(text, what)
+
+
+class _Encoder(_Listener):
+    """Stands for a TTS once the graphs of the codec are there."""
 
     def __init__(self, bundle: Bundle) -> None:
-        self.bundle = bundle
-        spec = bundle.manifest.graphs["codec_encode"]
-        self._codec = CodecEncoder(open_engine(bundle.file(spec.file), spec, provider="cpu"), bundle.manifest.codec)
+        manifest = bundle.manifest
+        super().__init__(bundle, Tokenizer.load(bundle.file(manifest.tokenizer)))
+        encode, decode = (
+            open_engine(bundle.file(spec.file), spec, provider="cpu")
+            for spec in (manifest.graphs["codec_encode"], manifest.graphs["codec_decode"])
+        )
+        self._encoder, self._decoder = CodecEncoder(encode, manifest.codec), CodecDecoder(decode, manifest.codec)
 
     def encode(self, pcm: npt.NDArray[np.float32], rate: int) -> npt.NDArray[np.int64]:
         """pcm float32 [samples] at `rate` Hz → codes int64 [codebooks, frames]."""
-        return self._codec.encode(resample(pcm, rate, self.bundle.manifest.codec.sample_rate))
+        return self._encoder.encode(resample(pcm, rate, self.bundle.manifest.codec.sample_rate))
+
+    def loudness(self, codes: npt.NDArray[np.int64]) -> Loudness | None:
+        """Return the loudness of what the codec makes of codes int64 [codebooks, frames]."""
+        return voice_loudness(self._decoder, codes, self.bundle.manifest.codec)

@@ -73,8 +73,8 @@ def take_mp3_count(data: memoryview) -> tuple[int, slice, bytes] | None:
         return None
     place = slice(match.end(), min(match.end() + _MP3_COUNT_BYTES, len(data)))
     kept = bytes(data[place])
-    # Xing: flags, of which 1 stands for a count of frames, then the count. VBRI: version, delay and quality in 2 bytes each, a size
-    # in 4, then the count.
+    # Xing: flags, of which 1 stands for a count of frames, then the count. VBRI: version, delay and quality in 2 bytes each, a
+    # size in 4, then the count.
     counted = match.group() == b"VBRI" or bool(kept[3:4] and kept[3] & 1)
     at = 10 if match.group() == b"VBRI" else 4
     data[place] = bytes(len(kept))

@@ -15,6 +15,8 @@ CODE_ZERO = ("main", "fast")
 DIALECTS = ("conversation", "instruction", "segments", "interleaved")
 PENALISED_MAIN = ("row", "oldest_column", "none")
 TRIMS = ("last", "first")
+VOICE_SECONDS = (10.0, 30.0)
+"""The official models' `LanguageModel.voice_seconds`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +122,8 @@ class LanguageModel:
     upstream_trim: str
     """Which column the original drops from what it generated: the "last", end token or not, or the "first"."""
     sampling: SamplingDefaults
+    voice_seconds: tuple[float, ...] = VOICE_SECONDS
+    """Least and most seconds of a recording that the model imitates best."""
 
     def faults(self) -> Iterator[str]:
         """What cannot be, or contradicts itself."""
@@ -171,6 +175,8 @@ class LanguageModel:
         ranges = self.cleaning and (*(self.cleaning.keep or ()), *self.cleaning.drop)
         if wrong := [list(r) for r in ranges or () if len(r) != 2 or not 0 <= r[0] <= r[1]]:
             yield f"cleaning holds {wrong[0]}, which is no first and last code point"
+        if len(self.voice_seconds) != 2 or not 0 < self.voice_seconds[0] <= self.voice_seconds[1]:
+            yield f"voice_seconds is {list(self.voice_seconds)}, which is no least and most length"
         if self.cleaning and ("" in self.cleaning.replace or self.cleaning.keep == ()):
             yield "cleaning replaces nothing by something, or keeps nothing"
 

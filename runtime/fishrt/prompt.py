@@ -164,6 +164,10 @@ class PromptBuilder:
         kind = WindowedConversation if upstream_compat and self.model.history_window is not None else Conversation
         return kind(self, self.encode(parts), upstream_compat=upstream_compat)
 
+    def check_transcript(self, text: str, what: str) -> None:
+        """Check that the words of a voice can stand in a prompt. Raises PromptError; `what` names the text."""
+        self._prepare(text, what, False)
+
     def encode(self, parts: Sequence[str | Ints]) -> Ints:
         """Columns of parts of a prompt, int64 [1 + num_codebooks, T]. Raises VoiceError for codes that are not the model's."""
         nothing = np.zeros((1 + self.model.num_codebooks, 0), np.int64)

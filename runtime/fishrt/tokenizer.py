@@ -31,6 +31,11 @@ class Tokenizer:
         except Exception as error:  # the library raises bare Exception for everything
             raise BundleError(f"{path} is not a tokenizer: {error}", hint="export the checkpoint again") from None
 
+    @classmethod
+    def from_json(cls, data: bytes) -> Tokenizer:
+        """Return the tokenizer that the bytes of a `tokenizer.json` describe."""
+        return cls(tokenizers.Tokenizer.from_str(data.decode()))
+
     def encode(self, text: str) -> list[int]:
         """Ids of a text; control tokens spelled out in it become their ids. No text, no ids."""
         return list(self._inner.encode(text, add_special_tokens=False).ids)

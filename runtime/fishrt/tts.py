@@ -11,14 +11,15 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import logging
 import secrets
 import textwrap
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
-from numbers import Integral
+from numbers import Integral, Real
 from pathlib import Path
 
 import numpy as np
@@ -31,9 +32,10 @@ from .audio import Pcm, check_pcm, resample
 from .bundle import Bundle, embedded_bundle
 from .codec import CodecDecoder, CodecEncoder, clamp_codes
 from .context import ContextStore
-from .errors import FishrtError, SamplingError, VoiceError
+from .errors import FishrtError, SamplingError
 from .generate import DualAR, Generation, StopReason, generate_frames
 from .graphs import BundleGraphs
+from .loudness import Loudness, voice_loudness
 from .memory import check_memory, estimate
 from .metrics import rtf
 from .prepared import prepared_path, read_prepared, write_prepared
@@ -42,14 +44,19 @@ from .sampling import Ints, Sampling, SeededNoise
 from .speech import AudioChunk, PieceInfo, Progress, Speech, SpeechInfo, SpeechStream, Timings, growing_chunks
 from .text import check_speakers, speaker_turns
 from .tokenizer import Tokenizer
-from .voices import Voice, VoiceStore
+from .voices import Voice, VoiceStore, bundle_store, bundle_voices, find_voice, user_folder
+
+log = logging.getLogger(__name__)
 
 VERIFIED_BYTES = 64_000_000
 """Bundles up to this size are hashed whenever they are loaded: a fraction of a second. That covers the embedded voice. A bundle
 of gigabytes would take longer to hash than to open: `fishrt inspect --verify` is there for it."""
 
+LEAST_VOLUME, MOST_VOLUME = 0.01, 10.0
+_KEPT_LEVELS = 64
+
 VoiceLike = Voice | str
-"""A voice, or the name of one that the bundle brings."""
+"""A voice, or the name of one: of the user's, else of the bundle's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +68,9 @@ class _Request:
     seed: int
     max_frames: int
     upstream_compat: bool
+    volume: float
+    levelled: Voice | None
+    """The voice whose loudness is brought to TARGET_LUFS."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,17 +89,29 @@ class _Drawn:
 class TTS:
     """A bundle, ready to speak. May be used by several threads; each request has its own state."""
 
-    def __init__(self, bundle: Bundle, engines: Mapping[str, Engine]) -> None:
-        """engines: by the roles of the manifest's graphs. `TTS.load` is the usual way."""
+    def __init__(self, bundle: Bundle, engines: Mapping[str, Engine], voices: Path | str | VoiceStore | None = None) -> None:
+        """engines: by the roles of the manifest's graphs. voices: see `load`, which is the usual way."""
         self.bundle = bundle
+        self._own = voices if isinstance(voices, VoiceStore) else VoiceStore(user_folder() if voices is None else voices)
+        self._loaded: dict[tuple[str, str], tuple[Hashable, Voice]] = {}
+        self._prepared: dict[str, Voice] = {}
+        self._levels: dict[bytes, Loudness | None] = {}
         self._engines = engines
         self._contexts = ContextStore()
 
     @classmethod
-    def load(cls, bundle: str | Path | Bundle | None = None, *, provider: str = "auto", threads: int | None = None) -> TTS:
+    def load(
+        cls,
+        bundle: str | Path | Bundle | None = None,
+        *,
+        provider: str = "auto",
+        threads: int | None = None,
+        voices: Path | str | VoiceStore | None = None,
+    ) -> TTS:
         """Opens a bundle; None means the embedded one. Its graphs are opened when they are first needed.
 
-        provider: "auto", or one of `fishrt doctor`'s. threads: for each graph; None means the physical cores.
+        provider: "auto", or one of `fishrt doctor`'s. threads: for each graph; None means the physical cores. voices: the folder
+        of the user's own voices, where `fishrt voice add` keeps them; None means the same as for the command.
         The files of a bundle up to VERIFIED_BYTES are compared with the hashes of its manifest.
         Raises BundleError and ProviderError here, and FishrtError where the memory does not suffice; GraphError from the call
         that first needs a damaged graph.
@@ -105,7 +127,7 @@ class TTS:
             bundle = within_plans(bundle)
         else:
             check_memory(estimate(bundle.manifest).speaking, f"speaking with {bundle.manifest.name}")
-        return cls(bundle, BundleGraphs(bundle, name, threads))
+        return cls(bundle, BundleGraphs(bundle, name, threads), voices)
 
     @property
     def engines(self) -> Mapping[str, Engine]:
@@ -126,6 +148,7 @@ class TTS:
         seed: int | None = None,
         max_frames: int | None = None,
         system: str | None = None,
+        volume: float = 1.0,
         upstream_compat: bool = False,
         progress: Callable[[Progress], None] | None = None,
     ) -> Speech:
@@ -137,7 +160,9 @@ class TTS:
         sampling: None means the bundle's defaults. seed: at least 0; None draws one, which `info` tells. The same seed and
         request give the same codes. max_frames: limit for each piece of text, at most the codec's; None means what context and
         codec allow. `info` tells which pieces were cut off by it.
-        system: takes the place of the model's usual instruction. upstream_compat: upstream's behaviour to the letter.
+        system: takes the place of the model's usual instruction. volume: a factor on all samples, 0.01 to 10. Where one voice
+        speaks, it is brought to the loudness that all voices have. upstream_compat: upstream's behaviour to the letter, without
+        that.
 
         Raises PromptError for text that cannot be spoken or is too long with its references, or a system text that the model does
         not take; VoiceError for a voice that is unknown or not this bundle's; SamplingError for a bad limit or seed (also for one
@@ -145,7 +170,7 @@ class TTS:
         a piece of the text, or draws what has no sound, or memory does not suffice.
         """
         accepted = time.perf_counter()
-        request = self._request(text, voice, sampling, seed, max_frames, system, upstream_compat)
+        request = self._request(text, voice, sampling, seed, max_frames, system, volume, upstream_compat)
         stream = self._stream(request, accepted, progress, lambda _, most: itertools.repeat(most))
         chunks = []
         for chunk in stream:
@@ -168,6 +193,7 @@ class TTS:
         seed: int | None = None,
         max_frames: int | None = None,
         system: str | None = None,
+        volume: float = 1.0,
         upstream_compat: bool = False,
         progress: Callable[[Progress], None] | None = None,
     ) -> SpeechStream:
@@ -177,7 +203,7 @@ class TTS:
         at the first chunk.
         """
         accepted = time.perf_counter()
-        request = self._request(text, voice, sampling, seed, max_frames, system, upstream_compat)
+        request = self._request(text, voice, sampling, seed, max_frames, system, volume, upstream_compat)
         return self._stream(request, accepted, progress, growing_chunks)
 
     def encode(self, pcm: Pcm, rate: int) -> Ints:
@@ -196,13 +222,45 @@ class TTS:
         with _memory_errors():
             return self._decoder().decode(codes, upstream_compat=upstream_compat)
 
+    @property
+    def voices(self) -> tuple[str, ...]:
+        """Names of the user's voices, then of the bundle's. Raises VoiceError if the user's cannot be read."""
+        return tuple(dict.fromkeys((*self._own.list(), *bundle_voices(self.bundle))))
+
+    @property
+    def default_voice(self) -> str | None:
+        """The bundle's voice that speaks when none is asked for; None: the model's own choice."""
+        return self.bundle.manifest.voices.default if self.bundle.manifest.voices else None
+
     def voice(self, name: str) -> Voice:
-        """A voice that the bundle brings. Raises VoiceError for an unknown name."""
-        voices = self.bundle.manifest.voices
-        names = voices.names if voices else ()
-        if name not in names:
-            raise VoiceError(f"the bundle has no voice {name!r}; it has: {', '.join(names) or 'none'}", hint="fishrt voice list")
-        return VoiceStore(self.bundle.path / "voices").load(name)
+        """Return a voice of the user's, else of the bundle's. Raises VoiceError for an unknown name or damaged files.
+
+        A recording is encoded when it is first used with this codec.
+        """
+        return self._load_voice(find_voice(name, self._own, self.bundle), name)
+
+    def _load_voice(self, store: VoiceStore, name: str) -> Voice:
+        """The voice as it was loaded before, unless its files have changed."""
+        key = (str(store), name)
+        kept = self._loaded.get(key)
+        if kept is None or kept[0] != store.stamp(name):
+            voice = store.load(name, self)
+            kept = self._loaded[key] = (store.stamp(name), voice)  # loading may keep what it computed
+        return kept[1]
+
+    def loudness(self, codes: Ints) -> Loudness | None:
+        """Return the loudness of a voice, codes int64 [k, frames], as the codec speaks it; None for silence."""
+        key = codes.tobytes()
+        if key not in self._levels:
+            with _memory_errors():
+                if len(self._levels) >= _KEPT_LEVELS:
+                    self._levels.clear()
+                self._levels[key] = voice_loudness(self._decoder(), codes, self.bundle.manifest.codec)
+        return self._levels[key]
+
+    def check_transcript(self, text: str, what: str) -> None:
+        """Check that the model can read a transcript; `what` names it. Raises PromptError."""
+        self._prompts.check_transcript(text, what)
 
     def is_prepared(self, folder: Path) -> bool:
         """Whether `prepare` wrote into the folder of a voice, for this bundle."""
@@ -243,6 +301,7 @@ class TTS:
         seed: int | None,
         max_frames: int | None,
         system: str | None,
+        volume: float,
         upstream_compat: bool,
     ) -> _Request:
         """Everything of a request that can be checked before the graphs run."""
@@ -254,6 +313,8 @@ class TTS:
             raise SamplingError(
                 f"max_frames is {max_frames!r}", hint=f"it must be a whole number from 1 to {most:,}, the codec's limit"
             )
+        if not isinstance(volume, Real) or not LEAST_VOLUME <= volume <= MOST_VOLUME:
+            raise SamplingError(f"the volume is {volume!r}", hint=f"it must be a factor from {LEAST_VOLUME} to {MOST_VOLUME:g}")
         pieces = self._prompts.split(text, upstream_compat=upstream_compat)
         voices = self._voices(voice, text)
         if voices and not upstream_compat:
@@ -269,18 +330,31 @@ class TTS:
             seed=secrets.randbits(32) if seed is None else int(seed),
             max_frames=most if max_frames is None else int(max_frames),
             upstream_compat=upstream_compat,
+            volume=float(volume),
+            levelled=voices[0] if len(voices) == 1 and not upstream_compat else None,
         )
 
     def _voices(self, voice: VoiceLike | Sequence[VoiceLike] | None, text: str) -> list[Voice]:
-        manifest = self.bundle.manifest
+        built_in = self.bundle.manifest.voices
         if voice is None:
-            voice = () if manifest.voices is None else manifest.voices.ordered if speaker_turns(text) else manifest.voices.default
-        given = [voice] if isinstance(voice, (Voice, str)) else voice
-        voices = [self.voice(v) if isinstance(v, str) else v for v in given]
+            names = () if built_in is None else built_in.ordered if speaker_turns(text) else (built_in.default,)
+            voices = [self._load_voice(bundle_store(self.bundle), name) for name in names]
+        else:
+            given = [voice] if isinstance(voice, (Voice, str)) else voice
+            voices = [self.voice(v) if isinstance(v, str) else v for v in given]
+            if len(voices) == 1 and isinstance(given[0], str):
+                self._take_prepared(given[0], voices[0])
         for v in voices:
-            v.check(manifest)
+            v.check(self.bundle)
         # The codec may have more codebooks than the model.
-        return [replace(v, codes=v.codes[: manifest.language_model.num_codebooks]) for v in voices]
+        return [replace(v, codes=v.codes[: self.bundle.manifest.language_model.num_codebooks]) for v in voices]
+
+    def _take_prepared(self, name: str, voice: Voice) -> None:
+        """Start at the text, if `prepare` wrote beside the voice what the slow AR makes of it."""
+        folder = find_voice(name, self._own, self.bundle).prepared_folder(name)
+        if self._prepared.get(name) is not voice and folder is not None and self.is_prepared(folder):
+            self._prepared[name] = voice
+            self.prepare(voice, folder)
 
     def _stream(
         self,
@@ -322,13 +396,18 @@ class TTS:
         with _memory_errors():
             model = DualAR(self._engines["slow_ar"], self._engines["fast_ar"], self.bundle.manifest.language_model)
             decoder = self._decoder()
-        load_s, heard = time.perf_counter() - begun, False
+            gain = self._gain(request)
+        load_s, heard, clipped = time.perf_counter() - begun, False, 0
         stream = decoder.stream()
         for drawn in self._draw(request, model, sizes(*decoder.chunk_frames), progress):
             begun, last = time.perf_counter(), drawn.stop_reason is not None
             with _memory_errors():
                 codes = clamp_codes(drawn.codes, codec)
                 pcm = stream.push(codes, last=last) if codes.shape[1] else stream.flush()
+                if gain != 1:
+                    pcm = pcm * np.float32(gain)
+                    clipped += int((np.abs(pcm) > 1).sum())
+                    pcm = np.clip(pcm, -1, 1)
             now = time.perf_counter()
             first = len(pcm) > 0 and not heard
             timings = Timings(load_s, drawn.seconds, now - begun, now - accepted if first else None)
@@ -336,6 +415,15 @@ class TTS:
             yield AudioChunk(
                 pcm, codec.sample_rate, codes, drawn.piece, request.pieces[drawn.piece], drawn.stop_reason, request.seed, timings
             )
+
+        if clipped:
+            log.warning("%s samples are clipped: use a smaller volume than %g", f"{clipped:,}", request.volume)
+
+    def _gain(self, request: _Request) -> float:
+        """The factor on all samples of a request."""
+        voice = request.levelled
+        loudness = voice and (voice.loudness or self.loudness(voice.codes))
+        return request.volume * (loudness.gain if loudness else 1.0)
 
     def _draw(
         self, request: _Request, model: DualAR, sizes: Iterator[int], progress: Callable[[Progress], None] | None

@@ -1,17 +1,18 @@
-"""Voices: the codes of somebody speaking and what they said. The model goes on in that voice.
+"""Voices: the codes of somebody speaking, and what is said. The model goes on in that voice.
 
-A store is a folder with one folder for each voice, `<store>/<name>/voice.json` and `codes.npy`. Two foreign layouts are read
-too: upstream's `references/<id>/` (audio files, each with a `.lab` text of the same stem) and fish-speech.rs' `index.json` with
-`<name>.npy`.
+A store is a folder of voices; `voice_files.py` knows its files. It keeps recordings, so that any codec can use a voice, and the
+codes that each codec made of them.
 """
 
 from __future__ import annotations
 
-import json
+import io
+import logging
 import os
-import re
+import shlex
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -20,26 +21,42 @@ import numpy.typing as npt
 
 from fishrt_engines.folders import data_folder
 
-from .bundle import Bundle, Manifest
+from .bundle import Bundle, Manifest, embedded_bundle
 from .codec import check_entries, check_integers
-from .errors import AudioError, VoiceError
-from .text import check_unicode
+from .errors import FishrtError, OutputError, VoiceError
+from .files import write_whole
+from .loudness import Loudness
+from .recordings import check_recording, doubts, most_seconds
+from .text import check_unicode, speakable
+from .voice_files import (
+    CODES,
+    RECORDING,
+    SCHEMA,
+    VOICE_JSON,
+    StoredCodes,
+    StoredVoice,
+    canonical,
+    check_folder,
+    check_name,
+    is_name,
+    layout,
+    read_index,
+    read_stored,
+    read_text,
+    recordings,
+)
 
-SCHEMA = 1
-MIN_SECONDS = 0.2
-SILENCE = 1e-3
-"""A recording whose largest sample is below this (−60 dB of full scale) holds no voice."""
+log = logging.getLogger(__name__)
 
-_NAME = re.compile(r"[A-Za-z0-9_-](?:[A-Za-z0-9_ -]{0,253}[A-Za-z0-9_-])?")
-_AUDIO_SUFFIXES = {".mp3", ".wav", ".flac", ".ogg", ".m4a", ".wma", ".aac", ".aiff", ".aif", ".aifc"}
-_JSON, _CODES = "voice.json", "codes.npy"
+_PREPARED = ".prepared"
+"""Folder of a store for what is prepared of voices that other projects laid there: their folders stay as they are."""
 
 Ints = npt.NDArray[np.int64]
 Pcm = npt.NDArray[np.float32]
 
 
 class Encoder(Protocol):
-    """What makes codes of a recording: a TTS."""
+    """A bundle that can make codes of a recording: a TTS."""
 
     @property
     def bundle(self) -> Bundle:
@@ -50,45 +67,66 @@ class Encoder(Protocol):
         """pcm float32 [samples] at `rate` Hz → codes int64 [num_codebooks, frames]."""
         ...
 
+    def loudness(self, codes: Ints) -> Loudness | None:
+        """Return the loudness of what the codec makes of codes int64 [num_codebooks, frames]; None for silence."""
+        ...
+
+    def check_transcript(self, text: str, what: str) -> None:
+        """Check that the model can read a transcript; `what` names it. Raises PromptError."""
+        ...
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Voice:
     """A reusable reference."""
 
     name: str
-    codes: Ints
+    codes: Ints = field(repr=False)
     """int64 [num_codebooks, frames]"""
     transcript: str
-    """What is said in it, word for word."""
+    """The words that are said in it."""
     fingerprint: str | None
     """Of the codec that made the codes; None where a foreign layout does not say."""
+    loudness: Loudness | None = None
+    """Of what the codec makes of the codes; None: not measured, or silent."""
+    recording: tuple[Pcm, int] | None = field(default=None, repr=False)
+    """What the codes were made of: pcm float32 [samples], and the rate in Hz."""
 
     @classmethod
     def from_audio(cls, tts: Encoder, audio: str | Path | tuple[Pcm, int], transcript: str, *, name: str = "voice") -> Voice:
-        """A voice from a recording: a file, or (pcm float32 [samples] mono −1..1, rate in Hz). 10 to 30 s are best.
+        """Make a voice of a recording: a file, or (pcm float32 [samples] mono −1..1, rate in Hz).
 
-        Raises AudioError if it cannot be read, is no such array or rate, is shorter than 0.2 s or longer than the model takes;
-        VoiceError for silence, samples that are not numbers, or an empty transcript; PromptError for a transcript that is not
-        Unicode.
+        A few seconds are enough; `LanguageModel.voice_seconds` of the bundle's manifest says what is best. What may make a poor
+        voice of it is logged as a warning.
+        Raises AudioError if it cannot be read, is no such array or rate, has samples that are no numbers or far outside −1..1, or
+        is shorter than 0.2 s or longer than the model takes; VoiceError for silence, or a transcript with nothing to speak;
+        PromptError for a transcript that the model cannot read.
         """
         from .audio import read_audio
 
         _check_transcript(transcript, name)
+        tts.check_transcript(transcript, f"the transcript of voice {name!r}")
         manifest = tts.bundle.manifest
-        pcm, rate = audio if isinstance(audio, tuple) else read_audio(Path(audio), max_seconds=_most_seconds(manifest))
-        _check_recording(pcm, rate, manifest, f"the recording of voice {name!r}" if isinstance(audio, tuple) else str(audio))
-        voice = cls(name, np.asarray(tts.encode(pcm, rate), dtype=np.int64), transcript.strip(), manifest.codec.fingerprint)
-        voice.check(manifest)
-        return voice
+        lm, codec = manifest.language_model, manifest.codec
+        what = f"the recording of voice {name!r}" if isinstance(audio, tuple) else str(audio)
+        pcm, rate = audio if isinstance(audio, tuple) else read_audio(audio, max_seconds=most_seconds(lm, codec))
+        check_recording(pcm, rate, lm, codec, what)
+        for doubt in doubts(pcm, rate, transcript, lm):
+            log.warning("%s %s", what, doubt)
+        codes = np.asarray(tts.encode(pcm, rate), dtype=np.int64)
+        voice = cls(name, codes, transcript.strip(), codec.fingerprint, recording=(pcm, int(rate)))
+        voice.check(tts.bundle)
+        return replace(voice, loudness=tts.loudness(codes))
 
-    def check(self, manifest: Manifest) -> None:
-        """Raises VoiceError unless a bundle can speak in this voice: transcript, same codec, number of codebooks, range."""
-        codec = manifest.codec
+    def check(self, bundle: Bundle | Manifest) -> None:
+        """Check that a bundle can speak in this voice: transcript, same codec, number of codebooks, range. Raises VoiceError."""
+        codec = (bundle.manifest if isinstance(bundle, Bundle) else bundle).codec
         _check_transcript(self.transcript, self.name)
+        again = f"add its recording with this bundle: {_add_command(self.name, bundle)}"
         if self.fingerprint not in (None, codec.fingerprint):
             raise VoiceError(
                 f"voice {self.name!r} was made with the codec {self.fingerprint:.12}…; this bundle's is {codec.fingerprint:.12}…",
-                hint=f"add it again with this bundle: fishrt voice add {self.name!r} --force --audio FILE --text TEXT",
+                hint=f"only codes of it are kept: {again}",
             )
         check_integers(self.codes, f"voice {self.name!r}")
         sizes = codec.codebook_sizes
@@ -96,7 +134,7 @@ class Voice:
             raise VoiceError(
                 f"voice {self.name!r} has codes of shape {list(self.codes.shape)}; this bundle needs "
                 f"[{len(sizes)} codebooks, at least 1 frame]",
-                hint="add it again with this bundle",
+                hint=again,
             )
         check_entries(self.codes, sizes, f"the codes of voice {self.name!r}")
 
@@ -104,8 +142,10 @@ class Voice:
 class VoiceStore:
     """The voices in one folder, which need not exist before the first is added. Without a folder it is empty and stays so."""
 
-    def __init__(self, folder: str | Path | None) -> None:
+    def __init__(self, folder: str | Path | None, *, fixed: bool = False) -> None:
+        """fixed: nothing is written when voices are loaded; a bundle's files are hashed."""
         self._folder = None if folder is None else Path(folder)
+        self._fixed = fixed
 
     def __str__(self) -> str:
         """Return the folder's name, for messages."""
@@ -120,56 +160,90 @@ class VoiceStore:
         return self._folder
 
     def list(self) -> list[str]:
-        """Names of all voices, sorted. Raises VoiceError if the folder or its index cannot be read."""
-        if self._folder is None:
-            return []
-        try:
-            folders = [p.name for p in self.folder.iterdir() if _NAME.fullmatch(p.name) and p.is_dir() and _layout(p)]
-        except FileNotFoundError:
-            return []
-        except OSError as error:
-            raise VoiceError(f"the voice folder {self.folder} cannot be read: {error.strerror}") from None
-        return sorted({*folders, *self._index()})
+        """Return the names of all voices, sorted. Raises VoiceError if the folder or its index cannot be read."""
+        return sorted(self._survey()[0])
 
-    def load(self, name: str, tts: Encoder | None = None) -> Voice:
-        """One voice. `tts` encodes one that lies there as audio (upstream's layout).
+    def left_out(self) -> dict[str, str]:
+        """Return what looks like a voice but cannot be one, with the reason. Raises VoiceError as `list` does."""
+        return self._survey()[1]
 
-        Raises VoiceError if there is none of that name or its files are damaged.
+    def load(self, name: str, tts: Encoder | None = None, *, fingerprint: str | None = None) -> Voice:
+        """Return one voice. With `tts`, its codes are those of that codec, encoded from the recording where needed.
+
+        fingerprint: of the codec whose codes are preferred where there is no `tts`.
+
+        Codes and loudness that had to be computed are kept. Raises VoiceError if there is none of that name, its files are
+        damaged, or it is a recording and there is no `tts`.
         """
-        folder = self.folder / name
-        layout = _layout(folder) if _NAME.fullmatch(name) else None
-        if layout == "native":
-            return _load_native(folder)
-        if layout == "upstream":
-            if tts is None:
-                raise VoiceError(
-                    f"voice {name!r} is stored as audio and must be encoded first", hint=f"fishrt voice add {name!r} …"
-                )
-            return _load_upstream(folder, tts)
-        index = self._index()
-        if name in index and Path(name).name == name:  # an index may hold any name, but none leads out of the folder
-            return Voice(name, read_codes(self.folder / f"{name}.npy"), index[name], None)
-        _check_name(name)
-        known = ", ".join(self.list()) or "none"
-        raise VoiceError(f"there is no voice {name!r} in {self.folder}; there are: {known}", hint="fishrt voice add NAME …")
+        folder = self._find(name)
+        if folder is None:
+            check_name(name)
+            folder, key = self.folder, self._indexed(name)
+            if key is None:
+                known = ", ".join(self.list()) or "none"
+                raise VoiceError(f"there is no voice {name!r} in {self}; there are: {known}", hint="fishrt voice add NAME …")
+            return Voice(key, read_codes(folder / f"{key}.npy"), read_index(folder)[key], None)
+        check_folder(folder)
+        if layout(folder) == "fishrt":
+            return self._load_stored(folder, tts, fingerprint)
+        if tts is None:
+            raise VoiceError(f"voice {name!r} is stored as audio and must be encoded first", hint="give a bundle, with --bundle")
+        return _load_recordings(folder, tts)
 
-    def is_recording(self, name: str) -> bool:
-        """Whether a voice lies there as audio (upstream's layout), so that `load` needs a TTS."""
-        return _NAME.fullmatch(name) is not None and _layout(self.folder / name) == "upstream"
+    def holds(self, name: str) -> bool:
+        """Return whether there is a voice of that name, maybe damaged. Raises VoiceError if the index cannot be read."""
+        folder = self._find(name)
+        return (folder is not None and layout(folder) is not None) or self._indexed(name) is not None
+
+    def check_found(self, name: str) -> None:
+        """Raises VoiceError for a folder of that name that holds no voice."""
+        if folder := self._find(name):
+            check_folder(folder)
+
+    def needs_encoder(self, name: str) -> bool:
+        """Return whether a voice lies there as audio of another project's layout, so that `load` needs a TTS."""
+        folder = self._find(name)
+        return folder is not None and layout(folder) == "recordings"
+
+    def is_recorded(self, name: str) -> bool:
+        """Return whether there is a recording of a voice, so that any codec can use it."""
+        folder = self._find(name)
+        return folder is not None and (layout(folder) == "recordings" or read_stored(folder).recording is not None)
+
+    def place(self, name: str) -> Path:
+        """Return the folder that holds a voice's files."""
+        return self._find(name) or self.folder
+
+    def stamp(self, name: str) -> Hashable:
+        """Return a value that changes with the files of a voice."""
+        folder = self._find(name)
+        paths = recordings(folder) + [p.with_suffix(".lab") for p in recordings(folder)] if folder else []
+        paths += [folder / VOICE_JSON] if folder else [self.folder / "index.json", self.folder / f"{self._indexed(name)}.npy"]
+        return tuple((p.name, p.stat().st_mtime_ns, p.stat().st_size) for p in paths if p.is_file())
+
+    def prepared_folder(self, name: str) -> Path | None:
+        """Return where `TTS.prepare` keeps its files for a voice; None in a bundle."""
+        if self._fixed:
+            return None
+        folder = self._find(name)
+        if folder is not None and layout(folder) == "fishrt":
+            return folder
+        return self.folder / _PREPARED / canonical(name)
 
     def add(self, voice: Voice, *, force: bool = False) -> Path:
-        """Stores a voice, completely or not at all. Returns its folder. Raises VoiceError for a taken name, unless `force`."""
-        _check_name(voice.name)
-        target = self.folder / voice.name
+        """Store a voice, completely or not at all, with its recording if it has one. Returns its folder.
+
+        Raises VoiceError for a taken name, unless `force`.
+        """
         self.check_free(voice.name, force=force)
+        name = canonical(voice.name)
+        target = self._find(name) or self.folder / name
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(prefix=".adding-", dir=self.folder) as temporary:
                 new, old = Path(temporary, "new"), Path(temporary, "old")
                 new.mkdir()
-                np.save(new / _CODES, voice.codes, allow_pickle=False)
-                data = {"schema": SCHEMA, "transcript": voice.transcript, "fingerprint": voice.fingerprint}
-                (new / _JSON).write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+                _write_voice(new, voice)
                 if target.exists():
                     target.rename(old)
                 try:
@@ -179,45 +253,135 @@ class VoiceStore:
                         old.rename(target)
                     raise
         except OSError as error:
-            raise VoiceError(f"voice {voice.name!r} cannot be written to {self.folder}: {error.strerror}") from None
+            raise VoiceError(f"voice {voice.name!r} cannot be written to {self}: {error.strerror or error}") from None
         return target
 
     def check_free(self, name: str, *, force: bool = False) -> None:
         """Raises VoiceError for a name that is not one, or is taken; with `force` only by something that `add` did not make."""
-        _check_name(name)
-        target = self.folder / name
-        if target.exists() and _layout(target) != "native":
+        check_name(name)
+        target = self._find(name) or self.folder / canonical(name)
+        if target.exists() and layout(target) != "fishrt":
             raise VoiceError(f"{target} was not made by fishrt and is left alone", hint="choose another name")
-        if not force and name in self.list():
-            raise VoiceError(
-                f"there is already a voice {name!r} in {self.folder}", hint="choose another name, or --force to replace it"
-            )
+        if not force and (target.exists() or self._indexed(name) is not None):
+            raise VoiceError(f"there is already a voice {name!r} in {self}", hint="choose another name, or --force to replace it")
 
     def remove(self, name: str) -> None:
-        """Deletes a voice. Raises VoiceError if there is none, or if it is not fishrt's: those hold a user's own recordings."""
-        _check_name(name)
-        if name not in self.list():
+        """Delete a voice. Raises VoiceError if there is none, or if it is not fishrt's: those hold a user's own recordings."""
+        check_name(name)
+        folder = self._find(name)
+        if folder is None and self._indexed(name) is None:
             self.load(name)  # says what is wrong
-        folder = self.folder / name
-        if _layout(folder) != "native":
+        if folder is None or layout(folder) != "fishrt":
             raise VoiceError(
-                f"voice {name!r} in {self.folder} was not made by fishrt and is left alone", hint="delete its files yourself"
+                f"voice {name!r} in {self} was not made by fishrt and is left alone", hint="delete its files yourself"
             )
         try:
             with tempfile.TemporaryDirectory(prefix=".removing-", dir=self.folder) as temporary:
                 folder.rename(Path(temporary, "old"))
         except OSError as error:
-            raise VoiceError(f"voice {name!r} cannot be removed from {self.folder}: {error.strerror}") from None
+            raise VoiceError(f"voice {name!r} cannot be removed from {self}: {error.strerror}") from None
 
-    def _index(self) -> dict[str, str]:
-        """fish-speech.rs' names and transcripts."""
-        path = self.folder / "index.json"
-        if not path.is_file():
-            return {}
-        speakers = _read_json(path).get("speakers")
-        if not isinstance(speakers, dict) or not all(isinstance(text, str) for text in speakers.values()):
-            raise VoiceError(f'{path} is not an index of voices: it should be {{"speakers": {{"name": "transcript"}}}}')
-        return speakers
+    def _survey(self) -> tuple[set[str], dict[str, str]]:
+        """Names of all voices, and what is left out with the reason."""
+        names, left_out = set(), {}
+        for path in self._folders():
+            try:
+                check_name(path.name)
+                check_folder(path)
+                names.add(canonical(path.name))
+            except VoiceError as error:
+                left_out[path.name] = str(error)
+        for key in read_index(self.folder) if self._folder else ():
+            if not is_name(key):
+                left_out[key] = f"{key!r} in index.json cannot be the name of a voice"
+            elif not (self.folder / f"{key}.npy").is_file():
+                left_out[key] = f"index.json names {key!r}, but {self.folder / f'{key}.npy'} is missing"
+            else:
+                names.add(canonical(key))
+        return names, left_out
+
+    def _folders(self) -> Sequence[Path]:
+        try:
+            found = () if self._folder is None else sorted(self._folder.iterdir())
+            return tuple(path for path in found if not path.name.startswith(".") and path.is_dir())
+        except FileNotFoundError:
+            return ()
+        except OSError as error:
+            raise VoiceError(f"the voice folder {self.folder} cannot be read: {error.strerror}") from None
+
+    def _find(self, name: str) -> Path | None:
+        """Return the folder of a name, however its accents are spelt; None if there is none."""
+        if self._folder is None or not is_name(name):
+            return None
+        wanted = canonical(name)
+        if (self._folder / wanted).is_dir():
+            return self._folder / wanted
+        return next((path for path in self._folders() if canonical(path.name) == wanted), None)
+
+    def _indexed(self, name: str) -> str | None:
+        """Return a name as the index spells it; None if it is not there."""
+        return next((key for key in read_index(self.folder) if canonical(key) == canonical(name)), None) if self._folder else None
+
+    def _load_stored(self, folder: Path, tts: Encoder | None, fingerprint: str | None) -> Voice:
+        stored, name = read_stored(folder), canonical(folder.name)
+        wanted = fingerprint if tts is None else tts.bundle.manifest.codec.fingerprint
+        codes = next((c for c in stored.codes if c.fingerprint == wanted), None)
+        if codes is None and tts is not None and stored.recording is not None:
+            voice = Voice.from_audio(tts, folder / stored.recording, stored.transcript, name=name)
+            added = StoredCodes(wanted, f"codes-{wanted:.16}.npy", voice.loudness)
+            self._keep(folder, replace(stored, codes=(*stored.codes, added)), {added.file: voice.codes})
+            return voice
+        codes = codes or stored.codes[0]
+        voice = Voice(name, read_codes(folder / codes.file), stored.transcript, codes.fingerprint, codes.loudness)
+        if tts is None or codes.fingerprint != wanted or codes.loudness is not None:
+            return voice
+        voice.check(tts.bundle)
+        measured = replace(codes, loudness=tts.loudness(voice.codes))
+        self._keep(folder, replace(stored, codes=tuple(measured if c is codes else c for c in stored.codes)), {})
+        return replace(voice, loudness=measured.loudness)
+
+    def _keep(self, folder: Path, stored: StoredVoice, arrays: dict[str, Ints]) -> None:
+        """Write what was computed of a voice: a copy, without which it is computed again."""
+        if self._fixed:
+            return
+        try:
+            for file, codes in arrays.items():
+                write_whole(folder / file, npy_bytes(codes))
+            write_whole(folder / VOICE_JSON, stored.to_json().encode())
+        except OutputError as error:
+            log.debug("%s", error)
+
+
+def find_voice(name: str, own: VoiceStore, bundle: Bundle | None) -> VoiceStore:
+    """Return the store that has a voice: the user's before the bundle's. Raises VoiceError."""
+    built_in = bundle_voices(bundle)
+    try:
+        found = own.holds(name)
+    except VoiceError as error:
+        if name not in built_in:
+            raise
+        log.warning("%s", error)
+        found = False
+    if found:
+        return own
+    if bundle and name in built_in:
+        return bundle_store(bundle)
+    own.check_found(name)
+    raise VoiceError(
+        f"there is no voice {name!r}; yours in {own}: {', '.join(own.list()) or 'none'}; "
+        f"the bundle's: {', '.join(built_in) or 'none'}",
+        hint="fishrt voice add NAME --audio FILE --text TEXT",
+    )
+
+
+def bundle_store(bundle: Bundle) -> VoiceStore:
+    """Return the store of the voices that a bundle brings."""
+    return VoiceStore(bundle.path / "voices", fixed=True)
+
+
+def bundle_voices(bundle: Bundle | None) -> tuple[str, ...]:
+    """Return the names of the voices that a bundle brings."""
+    return bundle.manifest.voices.names if bundle and bundle.manifest.voices else ()
 
 
 def user_folder() -> Path | None:
@@ -229,112 +393,81 @@ def user_folder() -> Path | None:
 
 
 def read_codes(path: Path) -> Ints:
-    """Codes int64 [num_codebooks, frames] from an .npy file of any integer type; a leading dimension of 1 is dropped.
+    """Read codes int64 [num_codebooks, frames] from an .npy file of any integer type; a leading dimension of 1 is dropped.
 
     Raises VoiceError for a file that is not such an array, or holds negative or no codes.
     """
+    hint = "give an .npy file as `fishrt codec encode` writes"
     try:
+        with path.open("rb") as file:
+            magic = file.read(12)
+        if magic[:6] != b"\x93NUMPY":
+            audio = magic[:4] in (b"RIFF", b"fLaC", b"OggS", b"FORM", b"RF64") or magic[:3] == b"ID3" or magic[:1] == b"\xff"
+            raise VoiceError(
+                f"{path} is {'audio' if audio else 'no .npy array'}, not codes",
+                hint="`fishrt codec encode` makes codes of audio" if audio else hint,
+            )
         stored = np.load(path, mmap_mode="r", allow_pickle=False)  # mapped: a false size in the header costs no memory
     except OSError as error:
         raise VoiceError(f"the codes {path} cannot be read: {error.strerror or error}") from None
-    except (ValueError, EOFError) as error:
+    except (ValueError, EOFError):
+        raise VoiceError(f"{path} is not an array of codes: it is damaged, or holds Python objects", hint=hint) from None
+    shape = list(stored.shape)
+    if not np.issubdtype(stored.dtype, np.integer) or len(shape[-2:]) < 2 or shape[:-2] not in ([], [1]):
         raise VoiceError(
-            f"{path} is not an array of codes: {error}", hint="give an .npy file as `fishrt codec encode` writes"
-        ) from None
-    shape = list(getattr(stored, "shape", ()))
-    if (
-        not isinstance(stored, np.ndarray)
-        or not np.issubdtype(stored.dtype, np.integer)
-        or len(shape[-2:]) < 2
-        or shape[:-2] not in ([], [1])
-    ):
-        raise VoiceError(f"{path} is not an array of codes: integers [codebooks, frames] are expected, found {shape}")
+            f"{path} is not an array of codes: integers [codebooks, frames] are expected, found {stored.dtype} {shape}", hint=hint
+        )
     codes = np.array(stored.reshape(shape[-2:]), dtype=np.int64)
     if not codes.size or codes.min() < 0:
         raise VoiceError(f"{path} holds " + ("codes below 0" if codes.size else "no codes"))
     return codes
 
 
-def _check_name(name: str) -> None:
-    if not _NAME.fullmatch(name):
-        raise VoiceError(
-            f"{name!r} cannot be the name of a voice",
-            hint="use letters, digits, '-', '_' and spaces inside, at most 255 characters",
-        )
+def npy_bytes(codes: Ints) -> bytes:
+    """Return an .npy file of codes."""
+    buffer = io.BytesIO()
+    np.save(buffer, codes, allow_pickle=False)
+    return buffer.getvalue()
+
+
+def _add_command(name: str, bundle: Bundle | Manifest) -> str:
+    embedded = not isinstance(bundle, Bundle) or bundle.path == _embedded_path()
+    where = "" if embedded else f" --bundle {shlex.quote(str(bundle.path))}"  # type: ignore[union-attr]
+    return f"fishrt voice add {shlex.quote(name)}{where} --force --audio FILE --text TEXT"
+
+
+def _embedded_path() -> Path | None:
+    try:
+        return embedded_bundle()
+    except FishrtError:
+        return None
 
 
 def _check_transcript(transcript: str, name: str) -> None:
     check_unicode(transcript, f"the transcript of voice {name!r}")
-    if not transcript.strip():
-        raise VoiceError(f"voice {name!r} has no transcript", hint="give the words that are spoken in the recording")
+    if not speakable(transcript):
+        why = "its transcript has neither a letter nor a digit" if transcript.strip() else "it has no transcript"
+        raise VoiceError(f"voice {name!r} cannot be used: {why}", hint="give the words that are spoken in the recording")
 
 
-def _most_seconds(manifest: Manifest) -> float:
-    """The longest recording that codec and context take."""
-    return min(manifest.codec.max_frames, manifest.language_model.max_prompt) / manifest.codec.frame_rate
+def _write_voice(folder: Path, voice: Voice) -> None:
+    if voice.recording is not None:
+        import soundfile
+
+        buffer, (pcm, rate) = io.BytesIO(), voice.recording
+        soundfile.write(buffer, pcm, rate, "FLOAT", format="WAV")
+        (folder / RECORDING).write_bytes(buffer.getvalue())
+    (folder / CODES).write_bytes(npy_bytes(voice.codes))
+    codes = StoredCodes(voice.fingerprint, CODES, voice.loudness)
+    stored = StoredVoice(SCHEMA, voice.transcript, None if voice.recording is None else RECORDING, (codes,))
+    (folder / VOICE_JSON).write_text(stored.to_json(), encoding="utf-8")
 
 
-def _check_recording(pcm: Pcm, rate: int, manifest: Manifest, what: str) -> None:
-    from .audio import check_pcm
-
-    check_pcm(pcm, rate, what)
-    seconds, most = len(pcm) / rate, _most_seconds(manifest)
-    if not MIN_SECONDS <= seconds <= most:
-        wrong = "short" if seconds < MIN_SECONDS else "long"
-        raise AudioError(
-            f"{what} is too {wrong}: {seconds:.2f} s; a voice takes {MIN_SECONDS} s to {most:.1f} s",
-            hint="use one speaker and clean speech; a few seconds are enough, 10 to 30 s are best",
-        )
-    if np.abs(pcm).max() < SILENCE:
-        raise VoiceError(f"{what} is silent", hint="check that the right file or channel was recorded")
-
-
-def _layout(folder: Path) -> str | None:
-    if (folder / _JSON).is_file():
-        return "native"
-    return "upstream" if folder.is_dir() and _recordings(folder) else None
-
-
-def _recordings(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.iterdir() if p.suffix.lower() in _AUDIO_SUFFIXES)
-
-
-def _load_native(folder: Path) -> Voice:
-    path = folder / _JSON
-    data = _read_json(path)
-    if data.get("schema") != SCHEMA:
-        raise VoiceError(
-            f"{path} has schema {data.get('schema')!r}; this version reads schema {SCHEMA}", hint="update fishrt, or add it again"
-        )
-    if data.keys() != {"schema", "transcript", "fingerprint"}:
-        raise VoiceError(f"{path} has the keys {sorted(data)}; expected schema, transcript, fingerprint")
-    transcript, fingerprint = data["transcript"], data["fingerprint"]
-    if not isinstance(transcript, str) or not isinstance(fingerprint, str | None):
-        raise VoiceError(f"{path} is damaged: transcript and fingerprint must be text", hint="add the voice again")
-    return Voice(folder.name, read_codes(folder / _CODES), transcript, fingerprint)
-
-
-def _load_upstream(folder: Path, tts: Encoder) -> Voice:
+def _load_recordings(folder: Path, tts: Encoder) -> Voice:
     """All recordings of a folder are one person's: their codes follow each other, and so do their transcripts."""
-    voices = [Voice.from_audio(tts, path, _read_text(path.with_suffix(".lab")), name=folder.name) for path in _recordings(folder)]
+    name = canonical(folder.name)
+    voices = [Voice.from_audio(tts, path, read_text(path.with_suffix(".lab")), name=name) for path in recordings(folder)]
+    if len(voices) == 1:
+        return voices[0]
     codes = np.concatenate([v.codes for v in voices], axis=1)
-    return Voice(folder.name, codes, "\n".join(v.transcript for v in voices), voices[0].fingerprint)
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig").strip()
-    except OSError as error:
-        raise VoiceError(f"{path} cannot be read: {error.strerror}", hint="each recording needs its transcript") from None
-    except UnicodeDecodeError as error:
-        raise VoiceError(f"{path} is not UTF-8: {error.reason} at byte {error.start}", hint="convert the file to UTF-8") from None
-
-
-def _read_json(path: Path) -> dict[str, object]:
-    try:
-        data = json.loads(_read_text(path))
-    except json.JSONDecodeError as error:
-        raise VoiceError(f"{path} is not JSON: {error}") from None
-    if not isinstance(data, dict):
-        raise VoiceError(f"{path} is not a JSON object")
-    return data
+    return Voice(name, codes, "\n".join(v.transcript for v in voices), voices[0].fingerprint, tts.loudness(codes))

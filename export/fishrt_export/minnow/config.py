@@ -90,6 +90,7 @@ LANGUAGE_MODEL: dict[str, Any] = {
 
 DEFAULTS: dict[str, Any] = {
     "chunk_bytes": 160,
+    "voice_seconds": [2.0, 5.0],
     "sampling": {
         "temperature": 0.6,
         "top_p": 0.8,

@@ -21,7 +21,8 @@ from .train_lm import vocab_size
 
 REFERENCE = "Please call my brother, and ask him to bring the big blue bag from the kitchen."
 """Spoken by each flite voice as the reference of the built-in voice of that name."""
-DEFAULT_VOICE = "rms"
+DEFAULT_VOICE = "awb"
+"""A recogniser understands it best."""
 NOTICE = """\
 minnow, the embedded voice of fishrt, is licensed like fishrt itself under the Apache License 2.0.
 

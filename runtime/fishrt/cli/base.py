@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from ..bundle import Bundle, embedded_bundle
-from ..errors import VoiceError
 from ..voices import VoiceStore, user_folder
-from .commands import session, warn
+from .commands import session
 
 if TYPE_CHECKING:
     from ..tts import TTS
@@ -89,11 +88,11 @@ def engine_options(command: F) -> F:
     return bundle_option(provider(threads(command)))
 
 
-def load_tts(bundle: Path | None, provider: str, threads: int | None) -> TTS:
-    """Return the speaker of a bundle; None is the embedded one."""
+def load_tts(bundle: Path | None, provider: str, threads: int | None, voice_dir: Path | None = None) -> TTS:
+    """Return the speaker of a bundle; None is the embedded one. voice_dir: see `user_store`."""
     from ..tts import TTS
 
-    return TTS.load(bundle, provider=provider, threads=threads)
+    return TTS.load(bundle, provider=provider, threads=threads, voices=voice_dir)
 
 
 def load_bundle(path: Path | None) -> Bundle:
@@ -102,26 +101,5 @@ def load_bundle(path: Path | None) -> Bundle:
 
 
 def user_store(voice_dir: Path | None) -> VoiceStore:
-    """The user's own voices."""
+    """Return the user's own voices; None is the usual folder."""
     return VoiceStore(user_folder() if voice_dir is None else voice_dir)
-
-
-def find_voice(name: str, own: VoiceStore, bundle: Bundle | None) -> VoiceStore:
-    """The store that has the voice: the user's before the bundle's. Raises VoiceError."""
-    built_in = bundle.manifest.voices.names if bundle and bundle.manifest.voices else ()
-    try:
-        names = own.list()
-    except VoiceError as error:
-        if name not in built_in:
-            raise
-        warn(str(error))
-        names = []
-    if name in names:
-        return own
-    if bundle and name in built_in:
-        return VoiceStore(bundle.path / "voices")
-    raise VoiceError(
-        f"there is no voice {name!r}; yours in {own}: {', '.join(names) or 'none'}; "
-        f"the bundle's: {', '.join(built_in) or 'none'}",
-        hint="fishrt voice add NAME --audio FILE --text TEXT",
-    )

@@ -18,11 +18,9 @@ from .base import (
     Number,
     Whole,
     engine_options,
-    find_voice,
     json_option,
     load_tts,
     quiet_option,
-    user_store,
     voice_dir_option,
 )
 from .commands import json_to_stderr, print_json, warn
@@ -30,7 +28,7 @@ from .progress import Reporter
 
 if TYPE_CHECKING:
     from ..speech import Progress, SpeechInfo, SpeechStream
-    from ..tts import TTS
+    from ..tts import TTS, VoiceLike
 
 
 @click.command(short_help="Speak a text.")
@@ -101,6 +99,14 @@ if TYPE_CHECKING:
     help="Stop each piece of text after so many frames.  [default: what fits]",
 )
 @click.option("--system", metavar="TEXT", help="System text in place of the usual instruction, if the model takes one.")
+@click.option(
+    "--volume",
+    type=Number(min=0.01, max=10),
+    default=1.0,
+    show_default=True,
+    metavar="FACTOR",
+    help="Multiply all samples, 0.01 to 10; 0.5 halves the amplitude (6 dB).",
+)
 @click.option("--upstream-compat", is_flag=True, help="The original implementation's behaviour to the letter, its bugs included.")
 @engine_options
 @quiet_option
@@ -121,6 +127,7 @@ def speak(
     seed: int | None,
     max_frames: int | None,
     system: str | None,
+    volume: float,
     upstream_compat: bool,
     bundle: Path | None,
     provider: str,
@@ -149,12 +156,8 @@ def speak(
     (check_growing_wav if stream else check_writable)(output)
     content = _read_text(text, file)
     check_text(content)
-    tts = load_tts(bundle, provider, threads)
-    own = user_store(voice_dir)
-    stores = [find_voice(name, own, tts.bundle) for name in names]
-    voices = [store.load(name, tts) for store, name in zip(stores, names, strict=True)]
-    if len(names) == 1 and not references and tts.is_prepared(folder := stores[0].folder / names[0]):
-        tts.prepare(voices[0], folder)
+    tts = load_tts(bundle, provider, threads, voice_dir)
+    voices: list[VoiceLike] = [*names]
     voices += [_reference(path, said, tts) for path, said in zip(references, reference_texts, strict=True)]
     reporter = Reporter(quiet=quiet or as_json)
     request: dict[str, Any] = {
@@ -163,6 +166,7 @@ def speak(
         "seed": seed,
         "max_frames": max_frames,
         "system": system,
+        "volume": volume,
         "upstream_compat": upstream_compat,
         "progress": lambda p: reporter.show(_progress_line(p)),
     }

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
 import click
 
 from ..bundle import Bundle
-from ..errors import BundleError
+from ..errors import BundleError, OutputError, VoiceError
 from ..prepared import prepared_path
-from ..voices import Voice
+from ..voices import Voice, bundle_voices, find_voice
 from .base import (
     bundle_option,
     engine_options,
-    find_voice,
     json_option,
     load_bundle,
     load_tts,
@@ -22,7 +22,7 @@ from .base import (
     user_store,
     voice_dir_option,
 )
-from .commands import print_json
+from .commands import print_json, warn
 from .progress import Reporter
 from .streams import emit, say
 
@@ -34,7 +34,12 @@ def voice() -> None:
 
 @voice.command()
 @click.argument("name")
-@click.option("--audio", required=True, type=click.Path(path_type=Path), help="Recording of one speaker; 10 to 30 s are best.")
+@click.option(
+    "--audio",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="Recording of one speaker, a few seconds; - is standard input.",
+)
 @click.option("--text", required=True, help="What is said in it, word for word.")
 @click.option("--force", is_flag=True, help="Replace a voice of this name.")
 @voice_dir_option
@@ -53,19 +58,30 @@ def add(
     quiet: bool,
     as_json: bool,
 ) -> None:
-    """Store a recording as voice NAME (letters, digits, - _ and spaces), encoded with the bundle's codec."""
+    """Store a recording as voice NAME: letters and digits of any script, - _, and spaces and dots inside.
+
+    The recording is kept, so that bundles with other codecs can use the voice, too.
+    """
     from ..audio import read_audio
 
     store = user_store(voice_dir)
     store.check_free(name, force=force)
     recording = read_audio(audio)
-    tts = load_tts(bundle, provider, threads)
+    tts = load_tts(bundle, provider, threads, voice_dir)
     made = Voice.from_audio(tts, recording, text, name=name)
     folder = store.add(made, force=force)
+    if name in bundle_voices(tts.bundle):
+        warn(f"the bundle has a voice {name!r}, too; yours goes before it")
     if as_json:
-        print_json({"command": "voice add", "folder": str(folder), **_describe(made, tts.bundle)})
-    else:
-        Reporter(quiet=quiet).done(f"{folder}: {made.codes.shape[1]:,} frames")
+        print_json({"command": "voice add", "folder": str(folder), **_describe(made, tts.bundle, recorded=True)})
+        return
+    where = "".join(
+        f" {option} {shlex.quote(str(path))}" for option, path in (("--voice-dir", voice_dir), ("--bundle", bundle)) if path
+    )
+    Reporter(quiet=quiet).done(
+        f"Added voice {name} ({len(recording[0]) / recording[1]:.1f} s). "
+        f'Try: fishrt speak --voice {shlex.quote(name)}{where} "Hello!"'
+    )
 
 
 @voice.command()
@@ -77,12 +93,22 @@ def add(
 def prepare(
     name: str, voice_dir: Path | None, bundle: Path | None, provider: str, threads: int | None, quiet: bool, as_json: bool
 ) -> None:
-    """Keep beside your voice NAME what the bundle's language model makes of it: speech with it then starts sooner."""
-    store = user_store(voice_dir)
-    made = store.load(name)
-    tts = load_tts(bundle, provider, threads)
-    tts.prepare(made, store.folder / name)
-    path = prepared_path(store.folder / name, tts.bundle.manifest.identity("slow_ar"))
+    """Keep what the bundle's language model makes of your voice NAME: speech with it then starts sooner.
+
+    The file lies in the voice's folder, or in .prepared/NAME for a voice that another program stored.
+    """
+    tts = load_tts(bundle, provider, threads, voice_dir)
+    store = find_voice(name, user_store(voice_dir), tts.bundle)
+    folder = store.prepared_folder(name)
+    if folder is None:
+        raise VoiceError(f"the voice {name!r} belongs to the bundle; only your own voices can be prepared")
+    made = store.load(name, tts)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot write {folder}: {error.strerror}") from None
+    tts.prepare(made, folder)
+    path = prepared_path(folder, tts.bundle.manifest.identity("slow_ar"))
     if as_json:
         print_json({"command": "voice prepare", "file": str(path), "bytes": path.stat().st_size})
     else:
@@ -99,7 +125,10 @@ def list_voices(voice_dir: Path | None, bundle: Path | None, as_json: bool) -> N
     loaded = _bundle_if_any(bundle)
     built_in = loaded.manifest.voices if loaded else None
     rows = [{"name": name, "from": "user"} for name in store.list()]
-    rows += [{"name": name, "from": "bundle"} for name in (built_in.names if built_in else ())]
+    rows += [{"name": name, "from": "bundle"} for name in bundle_voices(loaded)]
+    left_out = store.left_out()
+    for reason in left_out.values():
+        warn(f"left out: {reason}")
     if as_json:
         print_json(
             {
@@ -107,12 +136,14 @@ def list_voices(voice_dir: Path | None, bundle: Path | None, as_json: bool) -> N
                 "folder": str(store),
                 "voices": rows,
                 "default": built_in.default if built_in else None,
+                "left_out": left_out,
             }
         )
         return
     for row in rows:
-        default = "  (default)" if built_in and row == {"name": built_in.default, "from": "bundle"} else ""
-        emit(f"{row['name']}\t{row['from']}{default}")
+        notes = "  (default)" if built_in and row == {"name": built_in.default, "from": "bundle"} else ""
+        notes += "  (yours goes before it)" if row["from"] == "bundle" and {**row, "from": "user"} in rows else ""
+        emit(f"{row['name']}\t{row['from']}{notes}")
     if not rows:
         say(f"no voices in {store}")
 
@@ -126,13 +157,14 @@ def show(name: str, voice_dir: Path | None, bundle: Path | None, as_json: bool) 
     """Show what is known of voice NAME; yours goes before the bundle's of the same name."""
     loaded = _bundle_if_any(bundle)
     store = find_voice(name, user_store(voice_dir), loaded)
-    # A recording has no codes yet; without a bundle `load` says so.
-    tts = load_tts(bundle, "auto", None) if loaded and store.is_recording(name) else None
-    details = _describe(store.load(name, tts), loaded)
+    # A recording of another program has no codes yet; without a bundle `load` says so.
+    tts = load_tts(bundle, "auto", None) if loaded and store.needs_encoder(name) else None
+    made = store.load(name, tts, fingerprint=loaded.manifest.codec.fingerprint if loaded else None)
+    details = {"folder": str(store.place(name)), **_describe(made, loaded, recorded=store.is_recorded(name))}
     if as_json:
-        print_json({"command": "voice show", "folder": str(store.folder / name), **details})
+        print_json({"command": "voice show", **details})
     else:
-        for key, value in {"folder": store.folder / name, **details}.items():
+        for key, value in details.items():
             emit(f"{key + ':':13}{value}")
 
 
@@ -143,6 +175,8 @@ def show(name: str, voice_dir: Path | None, bundle: Path | None, as_json: bool) 
 def remove(name: str, voice_dir: Path | None, as_json: bool) -> None:
     """Delete your voice NAME. Folders that fishrt did not make are refused."""
     store = user_store(voice_dir)
+    if not store.holds(name) and name in bundle_voices(_bundle_if_any(None)):
+        raise VoiceError(f"the voice {name!r} belongs to the bundle and cannot be removed")
     store.remove(name)
     if as_json:
         print_json({"command": "voice remove", "name": name})
@@ -160,15 +194,17 @@ def _bundle_if_any(path: Path | None) -> Bundle | None:
         return None
 
 
-def _describe(made: Voice, bundle: Bundle | None) -> dict[str, Any]:
+def _describe(made: Voice, bundle: Bundle | None, *, recorded: bool) -> dict[str, Any]:
     codebooks, frames = made.codes.shape
     details: dict[str, Any] = {"name": made.name, "codebooks": codebooks, "frames": frames}
     same_codec = bundle is not None and made.fingerprint == bundle.manifest.codec.fingerprint
     if bundle is not None and same_codec:
         details["seconds"] = round(frames / bundle.manifest.codec.frame_rate, 2)
     details["codec"] = made.fingerprint or "unknown"
+    details["recording"] = "kept: any codec can use it" if recorded else "none: only codes are kept"
     if bundle is not None:
-        details["this_bundle"] = (
-            "made with its codec" if same_codec else "made with another codec" if made.fingerprint else "unknown"
-        )
+        other = "its codec encodes the recording when it is first used" if recorded else "made with another codec: cannot be used"
+        details["this_bundle"] = "made with its codec" if same_codec else other if made.fingerprint else "unknown"
+    if made.loudness:
+        details["loudness"] = f"{made.loudness.lufs:.1f} LUFS"
     return {**details, "transcript": made.transcript}

@@ -1,0 +1,93 @@
+"""Recordings of a voice: what makes one useless, and what makes one doubtful."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+
+from .errors import AudioError, VoiceError
+from .features import Codec, LanguageModel
+from .loudness import measure
+
+Pcm = npt.NDArray[np.float32]
+
+MIN_SECONDS = 0.2
+SILENCE = 1e-3
+"""A recording whose largest sample is below this (−60 dB of full scale) holds no voice."""
+
+_QUIET_LUFS = -42.0
+_CLIPPED_LEVEL, _CLIPPED_PART = 0.98, 0.01
+"""Samples this close to the largest, and the part of all samples above which the recording is clipped; speech has a tenth."""
+_SLOWEST, _FASTEST = 3.0, 35.0
+"""Letters a second. Speech has about 8 to 20."""
+_LETTERS = {"CJK": 3.0, "HIRAGANA": 2.0, "KATAKANA": 2.0, "HANGUL": 3.0}
+"""Scripts whose characters are syllables, by the beginning of their Unicode names: so many letters stand for one."""
+_DIGIT_LETTERS = 4.0
+_NOISE_FLATNESS = 0.6
+"""Geometric by arithmetic mean of the spectrum: white noise has more than 0.9, speech less than 0.2."""
+_NOISE_WINDOW = 512
+
+
+def most_seconds(lm: LanguageModel, codec: Codec) -> float:
+    """Return the length of the longest recording that codec and context take."""
+    return min(codec.max_frames, lm.max_prompt) / codec.frame_rate
+
+
+def check_recording(pcm: Pcm, rate: int, lm: LanguageModel, codec: Codec, what: str) -> None:
+    """Check that a recording can be a voice. Raises AudioError, and VoiceError for silence."""
+    from .audio import check_pcm
+
+    check_pcm(pcm, rate, what)
+    seconds, most = len(pcm) / rate, most_seconds(lm, codec)
+    if not MIN_SECONDS <= seconds <= most:
+        raise AudioError(
+            f"{what} is too {'short' if seconds < MIN_SECONDS else 'long'}: {seconds:.2f} s; "
+            f"a voice takes {MIN_SECONDS} s to {most:.1f} s",
+            hint=f"use clean speech of one speaker; {best_length(lm)} is best",
+        )
+    if np.abs(pcm).max() < SILENCE:
+        raise VoiceError(f"{what} is silent", hint="check that the right file or channel was recorded")
+
+
+def best_length(lm: LanguageModel) -> str:
+    """Return the length of recording that suits a model best, in words."""
+    least, most = lm.voice_seconds
+    return f"{least:g} to {most:g} s"
+
+
+def doubts(pcm: Pcm, rate: int, transcript: str, lm: LanguageModel) -> Iterator[str]:
+    """Yield what may make a poor voice of a recording, pcm float32 [samples] as `check_recording` takes it."""
+    seconds, sizes = len(pcm) / rate, np.abs(pcm)
+    least, most = lm.voice_seconds
+    if not 0.5 * least <= seconds <= 1.5 * most:
+        yield f"is {seconds:.1f} s long; {best_length(lm)} is best for this model"
+    if np.mean(sizes > _CLIPPED_LEVEL * sizes.max()) > _CLIPPED_PART:
+        yield "is clipped: its peaks are cut off; record it with less gain"
+    loudness = measure(pcm, rate)
+    if loudness and loudness.lufs < _QUIET_LUFS:
+        yield f"is very quiet ({loudness.lufs:.0f} LUFS); record it with more gain"
+    if _flatness(pcm) > _NOISE_FLATNESS:
+        yield "sounds like noise"
+    if not _SLOWEST <= sum(map(_letters, transcript)) / seconds <= _FASTEST:
+        letters = sum(char.isalnum() for char in transcript)
+        yield f"has {seconds:.1f} s for {letters:,} letters of transcript; is every word of it there, and no other?"
+
+
+def _letters(char: str) -> float:
+    kind = unicodedata.category(char)
+    if kind[0] != "L":
+        return _DIGIT_LETTERS if kind == "Nd" else 0.0
+    name = unicodedata.name(char, "")
+    return next((count for script, count in _LETTERS.items() if name.startswith(script)), 1.0)
+
+
+def _flatness(pcm: Pcm) -> float:
+    """Return the flatness of the mean power spectrum without its lowest part; 0 for less than a window."""
+    windows = pcm[: len(pcm) // _NOISE_WINDOW * _NOISE_WINDOW].reshape(-1, _NOISE_WINDOW)
+    if not len(windows):
+        return 0.0
+    power = np.square(np.abs(np.fft.rfft(windows * np.hanning(_NOISE_WINDOW), axis=1))).mean(axis=0)[4:-4]
+    return float(np.exp(np.log(power + 1e-20).mean()) / (power.mean() + 1e-20))
