@@ -28,6 +28,7 @@ from fishrt_engines.trt_rules import errors
 
 from .codec.int8 import check_codec, write_int8
 from .codec.source import CodecSource, open_codec
+from .codec.start import write_start
 from .errors import ExportError
 from .files import TOKENIZER, checkpoint_name
 from .graphs import LanguageModelSource, open_language_model
@@ -125,6 +126,7 @@ def export_bundle(
         (folder / TOKENIZER).write_bytes(tokenizer.encode())
         licence = copy_licence(checkpoint, folder)
         made = _run(jobs, folder, progress)
+        write_start(folder, draft.graphs, draft.codec)
         if static is not None:
             progress("static graphs", 1.0)
             write_static(folder, draft.graphs, static_case, static_tolerance, draft.codec.fingerprint)

@@ -82,8 +82,11 @@ class CodecStream(Protocol):
 class CodecDecoder:
     """Codes → waveform."""
 
-    def __init__(self, engine: Engine, codec: Codec) -> None:
-        """Raises GraphError for a graph that cannot decode piece by piece."""
+    def __init__(self, engine: Engine, codec: Codec, start: Mapping[str, Array] | None = None) -> None:
+        """Raises GraphError for a graph that cannot decode piece by piece.
+
+        start: state tensors in which streams begin, by input name, as `read_codec_start` gives them; all others begin as zeros.
+        """
         if not engine.spec.states and codec.context is None:
             raise GraphError(
                 f"{engine.spec.file} carries no state, and the manifest does not say which frames a frame depends on",
@@ -91,32 +94,36 @@ class CodecDecoder:
             )
         self._engine = engine
         self._codec = codec
+        self._start = start or {}
 
     @property
     def chunk_frames(self) -> tuple[int, int]:
         """Least and most frames for one push to a stream: with fewer a frame costs far more time, with more no less."""
         return chunk_frames(self._engine.spec, self._codec)
 
-    def stream(self) -> CodecStream:
-        """A new stream."""
-        kind = StatefulStream if self._engine.spec.states else OverlapStream
-        return kind(self._engine, self._codec)
+    def stream(self, *, upstream_compat: bool = False) -> CodecStream:
+        """Return a new stream. upstream_compat: all of its state begins as zeros."""
+        if not self._engine.spec.states:
+            return OverlapStream(self._engine, self._codec)
+        return StatefulStream(self._engine, self._codec, {} if upstream_compat else self._start)
 
     def decode(self, codes: npt.NDArray[np.integer], *, upstream_compat: bool = False) -> Pcm:
         """codes as `check_codes` takes them → pcm float32 [frames · hop].
 
         Fewer rows than the codec has codebooks are a coarser description of the sound: the missing ones add nothing.
+        upstream_compat: as `check_codes` and `stream` have it.
         Raises VoiceError as `check_codes` does, GraphError if the graph gives no numbers.
         """
-        checked, stream = check_codes(codes, self._codec, upstream_compat=upstream_compat), self.stream()
-        return stream.push(checked, last=True)
+        checked = check_codes(codes, self._codec, upstream_compat=upstream_compat)
+        return self.stream(upstream_compat=upstream_compat).push(checked, last=True)
 
 
 class StatefulStream:
     """For a graph that carries what earlier frames left. See `CodecStream`; nothing is held back."""
 
-    def __init__(self, engine: Engine, codec: Codec) -> None:
-        self._engine, self._codec = engine, codec
+    def __init__(self, engine: Engine, codec: Codec, start: Mapping[str, Array] | None = None) -> None:
+        """start: see `CodecDecoder`."""
+        self._engine, self._codec, self._start = engine, codec, start or {}
         self._counts_positions = any(tensor.name == "position_ids" for tensor in engine.spec.feeds)
         _, self._most = chunk_frames(engine.spec, codec)
         self._begin()
@@ -133,6 +140,8 @@ class StatefulStream:
             raise VoiceError(f"there are {frames} frames of codes more; the codec takes {self._codec.max_frames} in one stream")
         if self._state is None:
             self._state = self._engine.new_state(batch=1)
+            for name, array in self._start.items():
+                self._state.write(name, array)
         parts = []
         for start in range(0, frames, self._most):
             chunk = np.ascontiguousarray(checked[:, start : start + self._most])

@@ -25,12 +25,13 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from fishrt_engines import Engine
+from fishrt_engines import Array, Engine
 from fishrt_engines.providers import resolve_provider
 
 from .audio import Pcm, check_pcm, resample
 from .bundle import Bundle, embedded_bundle
 from .codec import CodecDecoder, CodecEncoder, clamp_codes
+from .codec_start import read_codec_start
 from .context import ContextStore
 from .errors import FishrtError, SamplingError
 from .generate import DualAR, Generation, StopReason, generate_frames
@@ -290,8 +291,12 @@ class TTS:
         manifest = self.bundle.manifest
         return PromptBuilder(Tokenizer.load(self.bundle.file(manifest.tokenizer)), manifest.language_model)
 
+    @cached_property
+    def _codec_start(self) -> Mapping[str, Array]:
+        return read_codec_start(self.bundle)
+
     def _decoder(self) -> CodecDecoder:
-        return CodecDecoder(self._engines["codec_decode"], self.bundle.manifest.codec)
+        return CodecDecoder(self._engines["codec_decode"], self.bundle.manifest.codec, self._codec_start)
 
     def _request(
         self,
@@ -398,7 +403,7 @@ class TTS:
             decoder = self._decoder()
             gain = self._gain(request)
         load_s, heard, clipped = time.perf_counter() - begun, False, 0
-        stream = decoder.stream()
+        stream = decoder.stream(upstream_compat=request.upstream_compat)
         for drawn in self._draw(request, model, sizes(*decoder.chunk_frames), progress):
             begun, last = time.perf_counter(), drawn.stop_reason is not None
             with _memory_errors():

@@ -15,6 +15,9 @@ from .carry import Carry
 from .dac import Dac
 from .firefly import Firefly
 
+COLUMNS = "columns."
+"""With it begin the names of the state tensors of layers that look back at columns; those of attention are its caches."""
+
 # A graph leaves out the weights of the direction that it does not run, as unused.
 
 

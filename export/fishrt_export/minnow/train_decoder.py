@@ -25,7 +25,7 @@ LOSS_SPECTRA = ((1024, 96), (512, 64), (256, 40), (128, 24))
 BATCH = 8
 CROP_FRAMES = 34
 WARM_UP_FRAMES = 6
-"""Frames at the start of a crop that stand for what came before: decoded, but not judged."""
+"""Frames at the start of a crop that stand for what came before: decoded, but not judged. See `codec.start` for what follows."""
 
 
 class DecodeModel(nn.Module):
