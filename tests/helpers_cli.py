@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from fishrt.cli import main
 from fishrt.errors import PromptError
 from fishrt.loudness import Loudness
 from fishrt.prepared import prepared_path
-from fishrt.speech import AudioChunk, PieceInfo, Progress, Speech, SpeechInfo, SpeechStream, Timings
+from fishrt.speech import AudioChunk, PieceInfo, Progress, Speech, SpeechInfo, SpeechStream, Timings, piece_warnings
 from fishrt.voices import VoiceStore, find_voice, user_folder
 from helpers_text import bundle_folder, voice
 
@@ -48,11 +49,12 @@ class FakeTts:
         progress(Progress(piece=0, pieces=1, frames=25, audio_s=1.0, elapsed_s=0.5))
         if self.failure:
             raise self.failure
+        pieces = (PieceInfo(text, 25, self.stop_reason),)
         info = SpeechInfo(
             seed=seed if seed is not None else 99,
             sampling=sampling.resolve(self.bundle.manifest.language_model.sampling),
             voices=tuple(v.name for v in voice) if voice else ("minna",),
-            pieces=(PieceInfo(text, 25, self.stop_reason),),
+            pieces=pieces,
             frames=25,
             audio_s=1.0,
             timings=Timings(0.1, 0.4, 0.1, None),
@@ -60,6 +62,7 @@ class FakeTts:
             provider="cpu",
             bundle="test",
             bundle_sha256="00",
+            warnings=tuple(piece_warnings(pieces, 1)),
         )
         return Speech(tone(1.0), RATE, np.zeros((4, 25), np.int64), info)
 
@@ -78,6 +81,7 @@ class FakeTts:
             lambda pieces, samples, timings: replace(
                 speech.info, pieces=pieces, frames=sum(p.frames for p in pieces), audio_s=samples / RATE, timings=timings
             ),
+            threading.Event(),
         )
 
     def voice(self, name):

@@ -138,7 +138,7 @@ def test_json(fake):
 @pytest.mark.parametrize(
     ("option", "value", "word"),
     [
-        ("--temperature", "0", "temperature is 0"),
+        ("--temperature", "-1", "temperature is -1"),
         ("--top-p", "1.5", "top_p is 1.5"),
         ("--top-k", "0", "top_k is 0"),
         ("--repetition-penalty", "2", "repetition_penalty is 2"),
@@ -235,7 +235,7 @@ def test_json_behind_two_dashes_is_text(fake):
 
 def test_a_piece_that_was_cut_off_is_a_warning(fake):
     fake.stop_reason = "max_frames"
-    says = 'piece 1 was cut off (max_frames): "Hi."'
+    says = 'the text was cut off by the limit of frames (max_frames): "Hi."'
     assert f"warning: {says}\n" in run("speak", "Hi.", "-q").stderr
     assert json.loads(run("speak", "Hi.", "--json").stdout)["warnings"] == [says]
 

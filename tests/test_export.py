@@ -135,7 +135,7 @@ def test_a_checkpoint_may_bring_its_own_defaults(checkpoint: Path) -> None:
         json.dumps({**OWN_DEFAULTS, "topk": 3}),
         json.dumps({"chunk_bytes": 99}),
         own_defaults(chunk_bytes=0),
-        own_defaults(temperature=0.0),
+        own_defaults(temperature=-0.1),
         own_defaults(temperature=2.0),
         own_defaults(top_p=1.5),
         own_defaults(top_k=0),

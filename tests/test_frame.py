@@ -25,6 +25,7 @@ SETTINGS = [
     Sampling(0.01, 1.0, 1, 1.1),
     Sampling(1.9, 1e-6, None, 1.9),
     Sampling(1.0, 0.5, 3, 1.1),
+    Sampling(0, 0.9, None, 1.1).resolve(SamplingDefaults(1.0, 0.9, None, None, RepetitionPenalty(1.2, 4, "row"))),  # greedy
 ]
 AWARE = RepetitionAware(window=3, temperature=1.8, top_p=0.99)
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fishrt.errors import GraphError, SamplingError
-from fishrt.features import RepetitionAware, RepetitionPenalty, SamplingDefaults
+from fishrt.features import LanguageModel, RepetitionAware, RepetitionPenalty, SamplingDefaults
 from fishrt.sampling import (
     PenaltyWindow,
     Sampling,
@@ -274,7 +274,7 @@ def test_the_second_draw_has_the_rules_temperature_and_top_p_but_the_requests_to
 @pytest.mark.parametrize(
     "bad",
     [
-        {"temperature": 0},
+        {"temperature": -1e-9},
         {"temperature": 2},
         {"temperature": float("nan")},
         {"temperature": -1},
@@ -302,6 +302,19 @@ def test_defaults_are_the_bundles_where_nothing_is_given() -> None:
     assert Sampling().resolve(defaults) == Sampling(0.8, 0.7, 30)
     assert Sampling(top_p=0.5, top_k=None).resolve(defaults) == Sampling(0.8, 0.5, 30)
     assert Sampling(0.6, 0.5, 10**9).resolve(defaults) == Sampling(0.6, 0.5, 10**9)
+
+
+@pytest.mark.parametrize("lm", [LM, RAS], ids=["plain", "repetition-aware"])
+def test_temperature_0_draws_the_likeliest_and_of_equals_the_first(lm: LanguageModel) -> None:
+    greedy = Sampling(temperature=0, top_p=1.0).resolve(lm.sampling)
+    assert (greedy.temperature, greedy.top_k) == (0, 1)
+    rng, ids = np.random.default_rng(0), main_ids(lm)
+    for n in range(200):
+        logits = rng.integers(-3, 4, len(ids)).astype(np.float32) * (1e-6 if n % 2 else 30)
+        noise = [rng.exponential(size=len(ids)).astype(np.float32) for _ in range(2)]
+        likeliest = int(logits.argmax())
+        assert sample(logits, greedy, noise[0]) == likeliest
+        assert sample_main(logits, ids, greedy, lm, [int(ids[likeliest])], noise) == ids[likeliest]
 
 
 def test_a_repetition_penalty_is_for_models_that_have_one() -> None:

@@ -1,11 +1,28 @@
 """Fish Speech text-to-speech from ONNX bundles, without torch.
 
-tts = TTS.load()                                          # the embedded voice; or TTS.load("path/to/bundle")
-speech = tts.speak("Hello!", seed=1)                      # speech.pcm: float32 [samples], speech.sample_rate: Hz
+Speak and save:
+
+    from fishrt import TTS
+
+    with TTS.load() as tts:                          # the embedded voice; or TTS.load("path/to/bundle")
+        speech = tts.speak("Hello!", seed=1)         # speech.pcm: float32 [samples], speech.sample_rate: Hz
+        speech.save("hello.wav")                     # or .flac, .ogg, .opus, .mp3
+
+Play while it is made, one chunk of audio after the other:
+
+    for chunk in tts.stream("A long text."):         # async for chunk in tts.astream(…) does not block an event loop
+        play(chunk.pcm)
+
+Speak as somebody else, from a recording and its exact words:
+
+    voice = Voice.from_audio(tts, "anna.wav", "What Anna says in the recording.")
+    tts.speak("Hello!", voice=voice, sampling=Sampling(temperature=0.5))
+
+Errors are FishrtErrors; `error.hint` tells what to do. Warnings are in `speech.info.warnings`, and in the log `fishrt`.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from importlib import import_module as _import_module
+from typing import TYPE_CHECKING
 
 from .version import __version__
 
@@ -31,8 +48,14 @@ _HOMES = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    """Imports a public name when it is first used: a command that looks at a bundle needs no audio library."""
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+def __dir__() -> list[str]:
+    return list(__all__)
+
+
+if not TYPE_CHECKING:  # a type checker that sees it believes in every name
+
+    def __getattr__(name):
+        """Import a public name when it is first used: a command that looks at a bundle needs no audio library."""
+        if name not in _HOMES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(_import_module(f".{_HOMES[name]}", __name__), name)

@@ -3,6 +3,7 @@
 from fishrt_engines.errors import FishrtError, GraphError, ProviderError
 
 __all__ = [
+    "ArgumentError",
     "AudioError",
     "BundleError",
     "FishrtError",
@@ -14,6 +15,10 @@ __all__ = [
     "SamplingError",
     "VoiceError",
 ]
+
+
+class ArgumentError(FishrtError, TypeError):
+    """An argument of a call is of the wrong type, or there is none of its name."""
 
 
 class BundleError(FishrtError):

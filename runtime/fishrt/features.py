@@ -233,8 +233,8 @@ class Codec:
 
 def sampling_faults(temperature: object, top_p: object, top_k: object, repetition_penalty: object) -> Iterator[tuple[str, str]]:
     """What is wrong with settings of sampling: pairs of what was found and what must be. None for the last two does nothing."""
-    if not isinstance(temperature, Real) or not 0 < float(temperature) < 2:
-        yield f"temperature is {temperature}", "it must be above 0 and below 2"
+    if not isinstance(temperature, Real) or not 0 <= float(temperature) < 2:
+        yield f"temperature is {temperature}", "it must be at least 0 and below 2"
     if not isinstance(top_p, Real) or not 0 < float(top_p) <= 1:
         yield f"top_p is {top_p}", "it must be above 0 and at most 1"
     if top_k is not None and (not isinstance(top_k, Integral) or top_k < 1):

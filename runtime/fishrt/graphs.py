@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
@@ -13,6 +15,8 @@ from .frame import frame_graph
 from .int8_codec import int8_decode
 from .static import open_codec_decode, static_graphs
 
+log = logging.getLogger(__name__)
+
 FUSED = ("cuda", "tensorrt")
 """Providers for which the fast AR is opened as the frame graph: a launch costs more there than a draw."""
 
@@ -22,7 +26,7 @@ class BundleGraphs(Mapping[str, Engine]):
 
     def __init__(self, bundle: Bundle, provider: str, threads: int | None) -> None:
         """Raises ProviderError for provider coreml and a bundle without static graphs."""
-        self._bundle, self._provider, self._threads = bundle, provider, threads
+        self._bundle, self.provider, self._threads = bundle, provider, threads
         self._static = static_graphs(bundle) if provider == "coreml" else None
         self._open: dict[str, Engine] = {}
         self._lock = threading.Lock()
@@ -30,7 +34,9 @@ class BundleGraphs(Mapping[str, Engine]):
     def __getitem__(self, role: str) -> Engine:
         with self._lock:
             if role not in self._open:
-                self._open[role] = self._opened(role)
+                begun = time.perf_counter()
+                self._open[role] = engine = self._opened(role)
+                log.info("opened %s on %s in %.0f ms", engine.spec.file, engine.provider, 1000 * (time.perf_counter() - begun))
             return self._open[role]
 
     def _opened(self, role: str) -> Engine:
@@ -39,15 +45,15 @@ class BundleGraphs(Mapping[str, Engine]):
         manifest = self._bundle.manifest
         spec, build, identity = manifest.graphs[role], None, manifest.identity(role)
         path = self._bundle.file(spec.file)
-        if self._provider in FUSED and role == "fast_ar":
+        if self.provider in FUSED and role == "fast_ar":
             spec, build = frame_graph(manifest.graphs, manifest.language_model)
-        elif self._provider == "cpu" and role == "codec_decode" and (file := int8_decode(self._bundle)):
+        elif self.provider == "cpu" and role == "codec_decode" and (file := int8_decode(self._bundle)):
             spec, path = replace(spec, file=file), self._bundle.file(file)
             identity = manifest.identity(role, file, f"{file}.data")
         return open_engine(
             path,
             spec,
-            provider=self._provider if self._static is None else "cpu",
+            provider=self.provider if self._static is None else "cpu",
             threads=self._threads,
             specialise=True,
             identity=identity,

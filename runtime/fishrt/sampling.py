@@ -25,16 +25,19 @@ Ints = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How tokens are drawn; None means the bundle's default. Raises SamplingError for a value outside its range."""
+    """How tokens are drawn; None means the bundle's default. Raises SamplingError for a value outside its range.
+
+    Attributes:
+        temperature: at least 0, below 2. Below 1 the likely tokens become likelier. 0 is greedy: the likeliest token is drawn.
+        top_p: above 0, at most 1. Nucleus sampling: only the likeliest tokens within this sum of probabilities are drawn.
+        top_k: at least 1. Only this many of the likeliest tokens are drawn. As many as there are tokens, or more, removes none.
+        repetition_penalty: above 0, below 2. Above 1, tokens of the last frames become less likely; 1 changes nothing.
+    """
 
     temperature: float | None = None
-    """0 < temperature < 2. Below 1 the likely tokens become likelier; towards 0 only the likeliest is drawn."""
     top_p: float | None = None
-    """0 < top_p <= 1. Only the likeliest tokens that together stay within this probability are drawn."""
     top_k: int | None = None
-    """At least 1. Only so many of the likeliest tokens are drawn. As many as there are tokens, or more, removes none."""
     repetition_penalty: float | None = None
-    """0 < repetition_penalty < 2. Above 1, what was drawn in the last frames becomes less likely; 1 changes nothing."""
 
     def __post_init__(self) -> None:
         temperature = 1.0 if self.temperature is None else self.temperature
@@ -45,15 +48,18 @@ class Sampling:
     def resolve(self, defaults: SamplingDefaults) -> Sampling:
         """With a bundle's defaults in place of None. A top_k that is None even then removes no token.
 
-        Raises SamplingError for a repetition penalty where the model has none.
+        Temperature 0 becomes a top_k of 1: every drawer then takes the likeliest token, and of equal ones the first, whatever the
+        noise. Raises SamplingError for a repetition penalty where the model has none.
         """
         penalty = defaults.repetition_penalty
+        temperature = defaults.temperature if self.temperature is None else self.temperature
+        top_k = defaults.top_k if self.top_k is None else self.top_k
         if penalty is None and self.repetition_penalty is not None:
             raise SamplingError("this model has no repetition penalty", hint="leave it out")
         return Sampling(
-            defaults.temperature if self.temperature is None else self.temperature,
+            temperature,
             defaults.top_p if self.top_p is None else self.top_p,
-            defaults.top_k if self.top_k is None else self.top_k,
+            1 if temperature == 0 else top_k,
             penalty.penalty if penalty and self.repetition_penalty is None else self.repetition_penalty,
         )
 

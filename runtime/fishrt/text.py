@@ -64,6 +64,15 @@ def with_end(text: str) -> str:
     return text + ("。" if wide else ".")
 
 
+def excerpt(text: str, length: int = 60) -> str:
+    """Return the text on one line for a message: its first `length` characters, cut behind a word where there is one."""
+    line = " ".join(text.split())
+    if len(line) <= length:
+        return line
+    cut = line[: length - 1]
+    return f"{cut[: cut.rfind(' ')] if ' ' in cut[length // 2 :] else cut} …"
+
+
 def speaker_turns(text: str) -> list[str]:
     """Each speaker tag with the text after it, stripped. Text before the first tag is not among them; no tags, no turns."""
     starts = [match.start() for match in SPEAKER.finditer(text)]

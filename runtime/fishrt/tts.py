@@ -9,18 +9,20 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import logging
 import secrets
-import textwrap
+import threading
 import time
 from collections.abc import Callable, Generator, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from numbers import Integral, Real
 from pathlib import Path
+from typing import ParamSpec, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -33,7 +35,7 @@ from .bundle import Bundle, embedded_bundle
 from .codec import CodecDecoder, CodecEncoder, clamp_codes
 from .codec_start import read_codec_start
 from .context import ContextStore
-from .errors import FishrtError, SamplingError
+from .errors import ArgumentError, FishrtError, SamplingError
 from .generate import DualAR, Generation, StopReason, generate_frames
 from .graphs import BundleGraphs
 from .loudness import Loudness, voice_loudness
@@ -42,12 +44,26 @@ from .metrics import rtf
 from .prepared import prepared_path, read_prepared, write_prepared
 from .prompt import Conversation, PromptBuilder
 from .sampling import Ints, Sampling, SeededNoise
-from .speech import AudioChunk, PieceInfo, Progress, Speech, SpeechInfo, SpeechStream, Timings, growing_chunks
+from .speech import (
+    AsyncSpeechStream,
+    AudioChunk,
+    PieceInfo,
+    Progress,
+    Speech,
+    SpeechInfo,
+    SpeechStream,
+    Stopped,
+    Timings,
+    growing_chunks,
+    piece_warnings,
+)
 from .text import check_speakers, speaker_turns
 from .tokenizer import Tokenizer
 from .voices import Voice, VoiceStore, bundle_store, bundle_voices, find_voice, user_folder
 
 log = logging.getLogger(__name__)
+P = ParamSpec("P")
+T = TypeVar("T")
 
 VERIFIED_BYTES = 64_000_000
 """Bundles up to this size are hashed whenever they are loaded: a fraction of a second. That covers the embedded voice. A bundle
@@ -72,6 +88,9 @@ class _Request:
     volume: float
     levelled: Voice | None
     """The voice whose loudness is brought to TARGET_LUFS."""
+    provider: str
+    warnings: list[str]
+    """What may be wrong with the speech, pieces that ended early aside."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,8 +106,28 @@ class _Drawn:
     """What drawing them took."""
 
 
+def _says_where_sampling_goes(method: Callable[P, T]) -> Callable[P, T]:
+    """Point at `sampling` where a caller gives one of its fields as an argument of the request."""
+    settings = [field.name for field in fields(Sampling)]
+
+    @functools.wraps(method)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> T:
+        if given := [f"{name}={kwargs[name]!r}" for name in settings if name in kwargs]:
+            raise ArgumentError(
+                f"{method.__name__}() takes no argument {given[0].split('=')[0]}",
+                hint=f"sampling=Sampling({', '.join(given)})",
+            )
+        return method(*args, **kwargs)
+
+    return checked
+
+
 class TTS:
-    """A bundle, ready to speak. May be used by several threads; each request has its own state."""
+    """A bundle, ready to speak.
+
+    Several threads may use it; each request has its own state. Requests at the same time give the same codes as one after the
+    other, and share the processor: they end together, not sooner. In a `with` block, its graphs are released at the end.
+    """
 
     def __init__(self, bundle: Bundle, engines: Mapping[str, Engine], voices: Path | str | VoiceStore | None = None) -> None:
         """engines: by the roles of the manifest's graphs. voices: see `load`, which is the usual way."""
@@ -97,7 +136,7 @@ class TTS:
         self._loaded: dict[tuple[str, str], tuple[Hashable, Voice]] = {}
         self._prepared: dict[str, Voice] = {}
         self._levels: dict[bytes, Loudness | None] = {}
-        self._engines = engines
+        self._engines: Mapping[str, Engine] | None = engines
         self._contexts = ContextStore()
 
     @classmethod
@@ -114,9 +153,13 @@ class TTS:
         provider: "auto", or one of `fishrt doctor`'s. threads: for each graph; None means the physical cores. voices: the folder
         of the user's own voices, where `fishrt voice add` keeps them; None means the same as for the command.
         The files of a bundle up to VERIFIED_BYTES are compared with the hashes of its manifest.
-        Raises BundleError and ProviderError here, and FishrtError where the memory does not suffice; GraphError from the call
-        that first needs a damaged graph.
+        Raises BundleError and ProviderError here, ArgumentError for an argument of another type, and FishrtError where the memory
+        does not suffice; GraphError from the call that first needs a damaged graph.
         """
+        _check_type("bundle", bundle, (str, Path, Bundle, type(None)), "the path of a bundle's folder")
+        _check_type("provider", provider, str, 'a name such as "cpu"')
+        if threads is not None and (not isinstance(threads, Integral) or threads < 1):
+            raise ArgumentError(f"threads is {threads!r}", hint="it must be a whole number of at least 1, or None")
         if not isinstance(bundle, Bundle):
             bundle = Bundle.load(embedded_bundle() if bundle is None else bundle)
         if bundle.manifest.total_bytes <= VERIFIED_BYTES:
@@ -128,18 +171,42 @@ class TTS:
             bundle = within_plans(bundle)
         else:
             check_memory(estimate(bundle.manifest).speaking, f"speaking with {bundle.manifest.name}")
+        log.info("%s from %s, provider %s", bundle.manifest.name, bundle.path, name)
         return cls(bundle, BundleGraphs(bundle, name, threads), voices)
+
+    def close(self) -> None:
+        """Release the graphs and what was kept of voices. Requests that run end normally; new ones raise FishrtError."""
+        self._engines = None
+        self._contexts = ContextStore()
+
+    def __enter__(self) -> TTS:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        provider = "closed" if self._engines is None else f"provider={self.provider!r}"
+        return f"TTS(bundle={self.bundle.manifest.name!r}, {provider}, {self.sample_rate / 1000:g} kHz)"
 
     @property
     def engines(self) -> Mapping[str, Engine]:
-        """The graphs by role. One that is asked for is opened, if it is not open yet."""
+        """The graphs by role. One that is asked for is opened, if it is not open yet. Raises FishrtError after `close`."""
+        if self._engines is None:
+            raise FishrtError("this TTS is closed", hint="load the bundle again with TTS.load")
         return self._engines
+
+    @property
+    def provider(self) -> str:
+        """The execution provider that runs the graphs. Raises FishrtError after `close`."""
+        return self.engines.provider if isinstance(self.engines, BundleGraphs) else self.engines["slow_ar"].provider
 
     @property
     def sample_rate(self) -> int:
         """Of all speech, in Hz."""
         return self.bundle.manifest.codec.sample_rate
 
+    @_says_where_sampling_goes
     def speak(
         self,
         text: str,
@@ -165,26 +232,24 @@ class TTS:
         speaks, it is brought to the loudness that all voices have. upstream_compat: upstream's behaviour to the letter, without
         that.
 
+        A piece that the model left silent, or that a limit cut off, is a warning in `info`, and in the log.
+
         Raises PromptError for text that cannot be spoken or is too long with its references, or a system text that the model does
         not take; VoiceError for a voice that is unknown or not this bundle's; SamplingError for a bad limit or seed (also for one
-        that is no whole number), or a repetition penalty that the model does not have; FishrtError if the model says nothing for
-        a piece of the text, or draws what has no sound, or memory does not suffice.
+        that is no whole number), or a repetition penalty that the model does not have; ArgumentError for an argument of another
+        type; FishrtError if the model says nothing at all, or draws codes that have no sound, or memory does not suffice.
         """
         accepted = time.perf_counter()
         request = self._request(text, voice, sampling, seed, max_frames, system, volume, upstream_compat)
         stream = self._stream(request, accepted, progress, lambda _, most: itertools.repeat(most))
-        chunks = []
-        for chunk in stream:
-            chunks.append(chunk)
-            if chunk.stop_reason is not None and not sum(c.codes.shape[1] for c in chunks if c.piece == chunk.piece):
-                said = textwrap.shorten(chunk.text, 60, placeholder=" …")
-                if chunk.stop_reason != "end":
-                    raise FishrtError(f'the limit leaves no frame for "{said}"', hint="allow more frames")
-                raise FishrtError(f'the model ended before it said "{said}"', hint="try another seed, voice or text")
+        chunks = list(stream)
+        info = stream.info
+        info.check_spoken()
         codes = np.concatenate([c.codes for c in chunks], axis=1)
         pcm = np.concatenate([c.pcm for c in chunks])
-        return Speech(pcm, self.sample_rate, codes, stream.info)
+        return Speech(pcm, self.sample_rate, codes, info)
 
+    @_says_where_sampling_goes
     def stream(
         self,
         text: str,
@@ -207,13 +272,45 @@ class TTS:
         request = self._request(text, voice, sampling, seed, max_frames, system, volume, upstream_compat)
         return self._stream(request, accepted, progress, growing_chunks)
 
+    @_says_where_sampling_goes
+    def astream(
+        self,
+        text: str,
+        *,
+        voice: VoiceLike | Sequence[VoiceLike] | None = None,
+        sampling: Sampling | None = None,
+        seed: int | None = None,
+        max_frames: int | None = None,
+        system: str | None = None,
+        volume: float = 1.0,
+        upstream_compat: bool = False,
+        progress: Callable[[Progress], None] | None = None,
+    ) -> AsyncSpeechStream:
+        """As `stream`, for `async for`: chunks are computed in a thread, and the event loop goes on.
+
+        What is wrong with the request is raised when the first chunk is awaited. `progress` is called in that thread.
+        """
+        return AsyncSpeechStream(
+            lambda: self.stream(
+                text,
+                voice=voice,
+                sampling=sampling,
+                seed=seed,
+                max_frames=max_frames,
+                system=system,
+                volume=volume,
+                upstream_compat=upstream_compat,
+                progress=progress,
+            )
+        )
+
     def encode(self, pcm: Pcm, rate: int) -> Ints:
         """pcm: float [samples], mono, −1..1, at `rate` Hz → codes int64 [K, frames]. Raises AudioError."""
         check_pcm(pcm, rate)
         codec = self.bundle.manifest.codec
         with _memory_errors():
             resampled = resample(pcm.astype(np.float32, copy=False), rate, codec.sample_rate)
-            return CodecEncoder(self._engines["codec_encode"], codec).encode(resampled)
+            return CodecEncoder(self.engines["codec_encode"], codec).encode(resampled)
 
     def decode(self, codes: npt.NDArray[np.integer], *, upstream_compat: bool = False) -> Pcm:
         """Codes of any integer type, [k, frames] or [1, k, frames] → pcm float32 [samples] at `sample_rate`.
@@ -277,7 +374,7 @@ class TTS:
         head = self._prompts.start(self._voices(voice, ""), None, upstream_compat=False).head
         graph = self.bundle.manifest.identity("slow_ar")
         with _memory_errors():
-            slow = self._engines["slow_ar"]
+            slow = self.engines["slow_ar"]
             saved = None if folder is None else read_prepared(folder, graph, head, slow.spec)
             if saved is not None:
                 self._contexts.add(head, saved)
@@ -296,7 +393,7 @@ class TTS:
         return read_codec_start(self.bundle)
 
     def _decoder(self) -> CodecDecoder:
-        return CodecDecoder(self._engines["codec_decode"], self.bundle.manifest.codec, self._codec_start)
+        return CodecDecoder(self.engines["codec_decode"], self.bundle.manifest.codec, self._codec_start)
 
     def _request(
         self,
@@ -311,6 +408,10 @@ class TTS:
     ) -> _Request:
         """Everything of a request that can be checked before the graphs run."""
         manifest = self.bundle.manifest
+        provider = self.provider
+        _check_type("text", text, str, "a str")
+        _check_type("sampling", sampling, (Sampling, type(None)), "a Sampling, such as Sampling(temperature=0.5)")
+        _check_type("system", system, (str, type(None)), "a str")
         if seed is not None and (not isinstance(seed, Integral) or seed < 0):
             raise SamplingError(f"the seed is {seed!r}", hint="it must be a whole number of at least 0")
         most = manifest.codec.max_frames
@@ -337,6 +438,8 @@ class TTS:
             upstream_compat=upstream_compat,
             volume=float(volume),
             levelled=voices[0] if len(voices) == 1 and not upstream_compat else None,
+            provider=provider,
+            warnings=[],
         )
 
     def _voices(self, voice: VoiceLike | Sequence[VoiceLike] | None, text: str) -> list[Voice]:
@@ -345,7 +448,9 @@ class TTS:
             names = () if built_in is None else built_in.ordered if speaker_turns(text) else (built_in.default,)
             voices = [self._load_voice(bundle_store(self.bundle), name) for name in names]
         else:
-            given = [voice] if isinstance(voice, (Voice, str)) else voice
+            given = voice if isinstance(voice, Sequence) and not isinstance(voice, str) else [voice]
+            for v in given:
+                _check_type("voice", v, (str, Voice), "the name of a voice, a Voice, or a list of them")
             voices = [self.voice(v) if isinstance(v, str) else v for v in given]
             if len(voices) == 1 and isinstance(given[0], str):
                 self._take_prepared(given[0], voices[0])
@@ -369,6 +474,9 @@ class TTS:
         sizes: Callable[[int, int], Iterator[int]],
     ) -> SpeechStream:
         """sizes: least and most frames of a useful chunk → frames of each chunk."""
+        if progress is not None and not callable(progress):
+            raise ArgumentError(f"progress is of type {type(progress).__name__}; a function is expected")
+        stop = threading.Event()
 
         def describe(pieces: tuple[PieceInfo, ...], samples: int, timings: Timings) -> SpeechInfo:
             manifest, audio_s = self.bundle.manifest, samples / self.sample_rate
@@ -381,12 +489,13 @@ class TTS:
                 audio_s=audio_s,
                 timings=timings,
                 rtf=rtf(timings.compute_s, audio_s) if audio_s else None,
-                provider=self._engines["slow_ar"].provider,
+                provider=request.provider,
                 bundle=manifest.name,
                 bundle_sha256=hashlib.sha256(manifest.to_json().encode()).hexdigest(),
+                warnings=(*request.warnings, *piece_warnings(pieces, len(request.pieces))),
             )
 
-        return SpeechStream(self._chunks(request, accepted, progress, sizes), describe)
+        return SpeechStream(self._chunks(request, accepted, progress, sizes, stop), describe, stop, request.warnings)
 
     def _chunks(
         self,
@@ -394,17 +503,18 @@ class TTS:
         accepted: float,
         progress: Callable[[Progress], None] | None,
         sizes: Callable[[int, int], Iterator[int]],
+        stop: threading.Event,
     ) -> Generator[AudioChunk]:
         """Decodes what `_draw` draws; each piece of text begins with a fresh state of the codec."""
         codec = self.bundle.manifest.codec
         begun = time.perf_counter()
         with _memory_errors():
-            model = DualAR(self._engines["slow_ar"], self._engines["fast_ar"], self.bundle.manifest.language_model)
+            model = DualAR(self.engines["slow_ar"], self.engines["fast_ar"], self.bundle.manifest.language_model)
             decoder = self._decoder()
             gain = self._gain(request)
         load_s, heard, clipped = time.perf_counter() - begun, False, 0
         stream = decoder.stream(upstream_compat=request.upstream_compat)
-        for drawn in self._draw(request, model, sizes(*decoder.chunk_frames), progress):
+        for drawn in self._draw(request, model, sizes(*decoder.chunk_frames), progress, stop):
             begun, last = time.perf_counter(), drawn.stop_reason is not None
             with _memory_errors():
                 codes = clamp_codes(drawn.codes, codec)
@@ -422,7 +532,7 @@ class TTS:
             )
 
         if clipped:
-            log.warning("%s samples are clipped: use a smaller volume than %g", f"{clipped:,}", request.volume)
+            request.warnings.append(f"{clipped:,} samples are clipped: use a smaller volume than {request.volume:g}")
 
     def _gain(self, request: _Request) -> float:
         """The factor on all samples of a request."""
@@ -431,9 +541,17 @@ class TTS:
         return request.volume * (loudness.gain if loudness else 1.0)
 
     def _draw(
-        self, request: _Request, model: DualAR, sizes: Iterator[int], progress: Callable[[Progress], None] | None
+        self,
+        request: _Request,
+        model: DualAR,
+        sizes: Iterator[int],
+        progress: Callable[[Progress], None] | None,
+        stop: threading.Event,
     ) -> Iterator[_Drawn]:
-        """The frames of all pieces, in chunks of `sizes` frames; the last of each piece is shorter, maybe empty."""
+        """The frames of all pieces, in chunks of `sizes` frames; the last of each piece is shorter, maybe empty.
+
+        Raises Stopped at the first frame after `stop` is set.
+        """
         rate, lm, noise = self.bundle.manifest.codec.frame_rate, model.language_model, SeededNoise(request.seed)
         total, begun = itertools.count(1), time.perf_counter()
         with _memory_errors():
@@ -441,6 +559,8 @@ class TTS:
 
         def told(piece: int, generation: Generation) -> Iterator[Ints]:
             for frame in generation:
+                if stop.is_set():
+                    raise Stopped
                 if progress is not None:
                     frames = next(total)
                     progress(Progress(piece, len(request.pieces), frames, frames / rate, time.perf_counter() - begun))
@@ -468,6 +588,13 @@ class TTS:
                         request.conversation.assistant(generation.drawn)
                 yield _Drawn(piece, codes, reason, time.perf_counter() - started)
                 started = time.perf_counter()
+
+
+def _check_type(name: str, value: object, kinds: type | tuple[type, ...], wanted: str) -> None:
+    """Raise ArgumentError for an argument that is none of `kinds`; `wanted` says it in words."""
+    if not isinstance(value, kinds):
+        found = "None" if value is None else f"of type {type(value).__name__}"
+        raise ArgumentError(f"{name} is {found}; {wanted} is expected")
 
 
 @contextmanager

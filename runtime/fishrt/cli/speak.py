@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-import textwrap
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -67,7 +66,7 @@ if TYPE_CHECKING:
     "--temperature",
     type=Number(),
     metavar="T",
-    help="Sampling temperature, above 0 and below 2: a lower one is steadier, a higher one livelier.  [default: the bundle's]",
+    help="Sampling temperature, at least 0 and below 2: lower is steadier, 0 is greedy.  [default: the bundle's]",
 )
 @click.option(
     "--top-p",
@@ -181,17 +180,13 @@ def speak(
         f"{target}: {info.frames:,} frames, {info.audio_s:.2f} s, RTF {info.rtf or 0:.2f}, "
         f"stopped by {', '.join(dict.fromkeys(info.stop_reasons))}, seed {info.seed}"
     )
-    warnings = [
-        f"piece {n} was {'cut off' if piece.frames else 'not spoken'} ({piece.stop_reason}): "
-        f'"{textwrap.shorten(piece.text, 60, placeholder=" …")}"'
-        for n, piece in enumerate(info.pieces, 1)
-        if piece.stop_reason != "end" or not piece.frames
-    ]
-    for warning in warnings:
+    for warning in info.warnings:
         warn(warning)
     if as_json:
         result = {"command": "speak", "output": output, "sample_rate": rate}
-        print_json({**result, **dataclasses.asdict(info)})
+        described = dataclasses.asdict(info)
+        del described["warnings"]  # the session has them
+        print_json({**result, **described})
 
 
 def _write_as_it_comes(output: str, chunks: SpeechStream, rate: int) -> SpeechInfo:
@@ -201,8 +196,7 @@ def _write_as_it_comes(output: str, chunks: SpeechStream, rate: int) -> SpeechIn
     with closing(chunks), growing_wav(output, rate) as file:
         for chunk in chunks:
             file.write(chunk.pcm)
-        if not chunks.info.frames:
-            raise FishrtError("the model ended before it said anything", hint="try another seed, voice or text")
+        chunks.info.check_spoken()
     return chunks.info
 
 

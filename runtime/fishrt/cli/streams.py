@@ -24,9 +24,10 @@ def emit(text: str) -> None:
 
 
 def say(text: str, *, nl: bool = True) -> None:
-    """Write a line to standard error. A reader who left is no reason to stop the work."""
+    """Write a line to standard error, on a terminal in place of a line of progress. A reader who left is no reason to stop."""
+    clear = "\r\x1b[K" if nl and sys.stderr is not None and sys.stderr.isatty() else ""
     try:
-        click.echo(text, err=True, nl=nl)
+        click.echo(clear + text, err=True, nl=nl)
     except OSError:
         sys.stderr = None  # else Python tries again when it ends, and changes the exit status
 
