@@ -1,4 +1,4 @@
-# make speak TEXT="…" OUT=hello.wav   speaks with the embedded voice; installs the runtime only
+# make speak TEXT="…" OUT=hello.wav   speaks with the embedded voice; installs the runtime only; VOICE=… SEED=… choose another take
 # make test                           installs everything, runs every test
 # make lint                           checks style and types
 # make smoke                          runs the benchmark once on a tiny checkpoint, to see that it works
@@ -7,17 +7,22 @@ VENV   := .venv
 PYTHON ?= python3
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
-TEXT   ?= Hello! I am a small voice, and I speak from an ONNX graph.
+TEXT   ?= Good morning! The sun is shining, and the birds are singing in the trees.
 OUT    ?= speech.wav
+VOICE  ?= awb
+SEED   ?= 6
 
 # The shell reads these from the environment, so that quotes, dollars and backticks in a text are only spoken.
 export FISHRT_TEXT = $(value TEXT)
-export FISHRT_OUT  = $(value OUT)
+export FISHRT_OUT = $(value OUT)
+export FISHRT_VOICE = $(value VOICE)
+export FISHRT_SEED = $(value SEED)
 
 .PHONY: speak test venv lint smoke docs clean
 
 speak: $(VENV)/runtime
-	@$(BIN)/fishrt speak --output "$$FISHRT_OUT" -- "$$FISHRT_TEXT"
+	@$(BIN)/fishrt speak --voice "$$FISHRT_VOICE" --seed "$$FISHRT_SEED" --output "$$FISHRT_OUT" -- "$$FISHRT_TEXT"
+	@echo 'Listen to it with any player, such as: aplay "'"$$FISHRT_OUT"'"'
 
 # Most of the time goes into torch's tracing, which uses one core.
 test: venv
@@ -40,18 +45,21 @@ venv: $(VENV)/dev
 # Opset 24 needs a newer ONNX Runtime than the last with wheels for Python 3.10 (1.23). A half-made environment is not left behind.
 $(VENV)/made:
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed; this is " + sys.version) if sys.version_info < (3, 11) else 0'
-	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
-	touch $@
+	@echo "Making $(VENV) …"
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
+	@touch $@
 
 $(VENV)/runtime: pyproject.toml constraints.txt | $(VENV)/made
-	$(PIP) --editable ".[cpu]"
-	touch $@
+	@echo "Installing the runtime (about 200 MB) …"
+	@$(PIP) --editable ".[cpu]"
+	@touch $@
 
 # torch alone first: its pinned build must be there before anything asks for "torch" of any version.
 $(VENV)/dev: pyproject.toml constraints.txt | $(VENV)/made
-	$(PIP) torch
-	$(PIP) --editable ".[dev]"
-	touch $@ $(VENV)/runtime
+	@echo "Installing everything, with torch (gigabytes) …"
+	@$(PIP) torch
+	@$(PIP) --editable ".[dev]"
+	@touch $@ $(VENV)/runtime
 
 clean:
 	rm -rf $(VENV) site

@@ -1,4 +1,4 @@
-"""Play speech on the sound card while it is made: `python play.py [TEXT]`. Needs `pip install sounddevice`."""
+"""Play speech on the sound card while it is made: `python play.py [TEXT]`. Needs `pip install "fishrt[play]"`."""
 
 import sys
 

@@ -29,7 +29,9 @@ class FakeTts:
     def __init__(self, bundle):
         self.bundle = bundle
         self.asked = None
+        self.texts = []
         self.failure = None
+        self.failures = {}
         self.stop_reason = "end"
 
         self.prepared = []
@@ -45,10 +47,12 @@ class FakeTts:
 
     def speak(self, text, *, progress, voice, seed, sampling, **request):
         voice = voice and [self.voice(v) if isinstance(v, str) else v for v in voice]
+        self.texts.append(text)
         self.asked = {"text": text, "voice": voice, "seed": seed, "sampling": sampling, **request}
-        progress(Progress(piece=0, pieces=1, frames=25, audio_s=1.0, elapsed_s=0.5))
-        if self.failure:
-            raise self.failure
+        if progress:
+            progress(Progress(piece=0, pieces=1, frames=25, audio_s=1.0, elapsed_s=0.5))
+        if failure := self.failures.get(text, self.failure):
+            raise failure
         pieces = (PieceInfo(text, 25, self.stop_reason),)
         info = SpeechInfo(
             seed=seed if seed is not None else 99,

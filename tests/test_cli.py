@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import logging
@@ -9,6 +10,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import click
 import numpy as np
@@ -19,9 +21,10 @@ from click.testing import CliRunner
 import fishrt
 import helpers_cli
 from fishrt.cli import main
+from fishrt.encode import pcm16
 from fishrt.errors import FishrtError, ProviderError
 from fishrt.sampling import Sampling
-from helpers_cli import RATE, files, refused, run
+from helpers_cli import RATE, files, refused, run, tone
 
 fake = helpers_cli.fake
 recording = helpers_cli.recording
@@ -31,7 +34,7 @@ def test_speak_writes_speech_wav(fake):
     result = run("speak", "Hello.")
     assert result.exit_code == 0, result.output
     assert result.stdout == ""
-    assert "speech.wav: 25 frames, 1.00 s, RTF 0.50, stopped by end, seed 99" in result.stderr
+    assert result.stderr == "Wrote speech.wav (1.0 s, voice minna, seed 99, 2.0 × faster than real time)\n"
     assert files() == ["speech.wav"]
     assert soundfile.info("speech.wav").frames == RATE
     assert fake.asked == {
@@ -77,6 +80,11 @@ def test_where_text_comes_from(fake, how):
     assert fake.asked["text"] == "Grüße!\n"
 
 
+def test_words_are_joined(fake):
+    assert run("speak", "hello", "-o", "a.wav", "big", "world").exit_code == 0
+    assert fake.asked["text"] == "hello big world"
+
+
 def test_text_and_file_are_one_too_many(fake):
     refused(run("speak", "Hi.", "-f", "x.txt"), "not both")
 
@@ -101,7 +109,8 @@ def test_a_missing_text_file(fake):
 
 
 @pytest.mark.parametrize(
-    ("output", "word"), [("no/folder/a.wav", "no folder"), ("a.xyz", ".xyz"), (".", "."), ("taken.wav", "folder")]
+    ("output", "word"),
+    [("no/folder/a.wav", "no folder"), ("a.xyz", ".xyz"), ("a", "no ending"), (".", "."), ("taken.wav", "folder")],
 )
 def test_unwritable_output_loads_no_model(fake, output, word):
     Path("taken.wav").mkdir()
@@ -117,6 +126,138 @@ def test_standard_output(fake):
     assert (len(pcm), rate) == (RATE, RATE)
     assert json.loads(result.stderr.splitlines()[-1])["output"] == "-"
     assert files() == []
+
+
+@pytest.mark.parametrize("options", [[], ["--stream"]])
+def test_bare_samples_on_standard_output(fake, options):
+    result = run("speak", "Hi.", "-o", "-", "--format", "pcm", *options)
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout_bytes == pcm16(tone(1.0)).astype("<i2").tobytes()
+    assert "Wrote to standard output" in result.stderr
+
+
+def test_format_of_files(fake):
+    for options, name, kind in ((["--format", "flac"], "speech.flac", "FLAC"), (["-o", "out", "--format", "ogg"], "out", "OGG")):
+        assert run("speak", "Hi.", *options).exit_code == 0
+        assert soundfile.info(name).format == kind
+    refused(run("speak", "Hi.", "-o", "a.mp3", "--format", "wav"), "its ending says mp3")
+    refused(run("speak", "Hi.", "--format", "aac"), "unknown format 'aac'", "opus")
+
+
+def test_a_limit_in_seconds(fake):
+    codec = fake.bundle.manifest.codec
+    for seconds, frames in (("0.5", int(0.5 * codec.frame_rate)), ("0.001", 1), ("100000", codec.max_frames)):
+        assert run("speak", "Hi.", "--max-seconds", seconds).exit_code == 0
+        assert fake.asked["max_frames"] == frames
+    refused(run("speak", "Hi.", "--max-seconds", "1", "--max-frames", "9"), "the same limit")
+    refused(run("speak", "Hi.", "--max-seconds", "0"), "--max-seconds")
+
+
+# --- lines ---------------------------------------------------------------------------------------------------------------------
+
+
+LINES = "One.\n\n...\nTwo.\r\nThree."
+"""Lines 2 and 3 cannot be spoken: one is empty, the other is nothing but dots."""
+
+
+def test_each_line_becomes_a_file(fake):
+    result = run("speak", "--lines", "-f", "-", "-o", "out", "--seed", "4", "--json", stdin=LINES)
+    assert result.exit_code == 2
+    assert sorted(p.name for p in Path("out").iterdir()) == ["0001.wav", "0004.wav", "0005.wav"]
+    assert fake.texts == ["One.", "Two.", "Three."]
+    data = json.loads(result.stdout)
+    assert (data["ok"], data["error"]["message"]) == (False, "1 of 4 lines were not spoken")
+    assert [(entry["line"], entry["output"]) for entry in data["files"]] == [
+        (1, "out/0001.wav"),
+        (3, None),
+        (4, "out/0004.wav"),
+        (5, "out/0005.wav"),
+    ]
+    assert [warning.split(":")[0] for warning in data["warnings"]] == ["line 3 was not spoken"]
+    assert {entry.get("seed") for entry in data["files"]} == {4, None}
+    good = run("speak", "--lines", "-f", "-", "-o", "out", "--format", "flac", stdin="One.\nTwo.\n")
+    assert (good.exit_code, good.stderr) == (0, "Wrote 2 of 2 lines to out (2.0 s of speech)\n")
+    assert soundfile.info("out/0002.flac").frames == RATE
+
+
+def test_a_fault_of_one_line_does_not_stop_the_others(fake):
+    fake.failures = {f"Bad {n}.": FishrtError("the model ended") for n in range(9)}
+    lines = "".join(f"Bad {n}.\nGood {n}.\n" for n in range(9))
+    result = run("speak", "--lines", "-o", "out", stdin=lines)
+    assert result.exit_code == 2
+    assert len(list(Path("out").iterdir())) == 9
+    warnings = [line for line in result.stderr.splitlines() if line.startswith("warning: ")]
+    assert warnings[-1] == "warning: and 4 more such warnings; --json lists them all"
+    assert len(warnings) == 6
+    assert "Wrote 9 of 18 lines" in result.stderr
+
+
+def test_a_fault_of_all_lines_ends_them(fake):
+    fake.failures = {"Two.": ProviderError("no such provider")}
+    failed = run("speak", "--lines", "-o", "out", "--json", stdin="One.\nTwo.\nThree.")
+    refused(failed, "line 2: no such provider")
+    assert [entry["output"] for entry in json.loads(failed.stdout)["files"]] == ["out/0001.wav"]
+
+
+def test_lines_need_a_folder(fake):
+    for options in ([], ["-o", "-"], ["-o", "out", "--stream"], ["-o", "out", "--play"]):
+        refused(run("speak", "--lines", *options, stdin="One."), "-o DIR")
+    Path("taken").touch()
+    refused(run("speak", "--lines", "-o", "taken", stdin="One."), "taken")
+    refused(run("speak", "--lines", "-o", "no/out", stdin="One."), "no folder")
+    refused(run("speak", "--lines", "-o", "out", stdin="\n \n"), "nothing to speak")
+    assert fake.loads == []
+
+
+# --- playing -------------------------------------------------------------------------------------------------------------------
+
+
+class FakeSoundCard:
+    """The part of sounddevice that is used."""
+
+    class PortAudioError(Exception):
+        pass
+
+    def __init__(self):
+        self.heard, self.obstacle = [], None
+
+    def check_output_settings(self, **_):
+        if self.obstacle:
+            raise self.PortAudioError(self.obstacle)
+
+    def OutputStream(self, *, samplerate, channels, dtype):  # noqa: N802
+        assert (samplerate, channels, dtype) == (RATE, 1, "float32")
+        return contextlib.nullcontext(SimpleNamespace(write=self.heard.append))
+
+
+@pytest.fixture
+def card(monkeypatch):
+    made = FakeSoundCard()
+    monkeypatch.setitem(sys.modules, "sounddevice", made)
+    return made
+
+
+def test_speech_is_played_as_it_comes(fake, card):
+    result = run("speak", "Hi.", "--play")
+    assert result.exit_code == 0, result.output
+    assert result.stderr == "Played (1.0 s, voice minna, seed 99, 2.0 × faster than real time)\n"
+    np.testing.assert_array_equal(np.concatenate(card.heard), tone(1.0))
+    assert len(card.heard) == 4
+    assert files() == []
+
+
+def test_speech_is_played_and_written(fake, card):
+    for options in (["-o", "a.flac"], ["-o", "a.wav", "--stream"]):
+        assert "Played and wrote a." in run("speak", "Hi.", "--play", *options).stderr
+    assert [soundfile.info(name).frames for name in files()] == [RATE, RATE]
+
+
+def test_a_machine_that_cannot_play_is_told_before_the_work(fake, card, monkeypatch):
+    card.obstacle = "Error querying device -1"
+    refused(run("speak", "Hi.", "--play"), "there is no device to play on: Error querying device -1")
+    monkeypatch.setitem(sys.modules, "sounddevice", None)
+    refused(run("speak", "Hi.", "--play"), "sounddevice", 'pip install "fishrt[play]"')
+    assert fake.loads == []
 
 
 def test_json(fake):
@@ -138,18 +279,24 @@ def test_json(fake):
 @pytest.mark.parametrize(
     ("option", "value", "word"),
     [
-        ("--temperature", "-1", "temperature is -1"),
-        ("--top-p", "1.5", "top_p is 1.5"),
-        ("--top-k", "0", "top_k is 0"),
-        ("--repetition-penalty", "2", "repetition_penalty is 2"),
-        ("--seed", "-1", "--seed"),
-        ("--max-frames", "0", "--max-frames"),
+        ("--temperature", "-1", "-1.0 is not in the range 0<=x<2"),
+        ("--temperature", "2", "2.0 is not in the range 0<=x<2"),
+        ("--temperature", "hot", "'hot' is not a number"),
+        ("--temperature", "nan", "'nan' is not a number"),
+        ("--top-p", "1.5", "1.5 is not in the range 0<x<=1"),
+        ("--top-k", "0", "0 is not in the range x>=1"),
+        ("--top-k", "7.5", "'7.5' is not a whole number"),
+        ("--repetition-penalty", "2", "2.0 is not in the range 0<x<2"),
+        ("--seed", "-1", "-1 is not in the range x>=0"),
+        ("--seed", "abc", "'abc' is not a whole number"),
+        ("--max-frames", "0", "0 is not in the range x>=1"),
+        ("--max-seconds", "0", "0.0 is not in the range x>0"),
         ("--threads", "0", "--threads"),
     ],
 )
 def test_options_out_of_range(fake, option, value, word):
-    refused(run("speak", "Hi.", option, value), word)
-    assert fake.asked is None
+    refused(run("speak", "Hi.", option, value), option, word)
+    assert fake.loads == []
     assert files() == []
 
 

@@ -13,6 +13,7 @@ import pytest
 from onnx import helper
 
 from fishrt_engines import FishrtError, GraphError, GraphSpec, ProviderError, StatePair, TensorSpec, open_engine
+from fishrt_engines.machine import allowed_cpus, default_threads, usable_threads
 from fishrt_engines.providers import choose_provider, find_obstacle
 
 WIDTH = 3
@@ -308,6 +309,16 @@ def test_auto_logs_its_choice(engine, tmp_path: Path, caplog: pytest.LogCaptureF
 def test_threads_are_at_least_one(tmp_path: Path, threads: int) -> None:
     with pytest.raises(ProviderError, match="threads"):
         open_engine(sums(tmp_path), SUMS, threads=threads)
+
+
+def test_threads_beyond_the_processors_are_not_used(caplog: pytest.LogCaptureFixture) -> None:
+    most = len(allowed_cpus())
+    assert [usable_threads(n) for n in (None, 1, most)] == [default_threads(), 1, most]
+    assert not caplog.messages
+    assert [usable_threads(most + 1000) for _ in range(2)] == [most] * 2
+    assert caplog.messages == [
+        f"{most + 1000} threads are asked for, and this process may use {most} logical CPUs: {most} threads are used"
+    ]
 
 
 def test_threads_without_work_sleep(tmp_path: Path) -> None:

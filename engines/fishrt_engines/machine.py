@@ -8,8 +8,10 @@ from __future__ import annotations
 import contextlib
 import csv
 import ctypes
+import functools
 import importlib
 import io
+import logging
 import os
 import platform
 import subprocess
@@ -18,6 +20,10 @@ import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from .errors import ProviderError
+
+log = logging.getLogger(__name__)
 
 _MIB = 1 << 20
 _SMI_SECONDS = 20.0
@@ -55,6 +61,25 @@ def default_threads() -> int:
     """
     cores = {_siblings(cpu) for cpu in allowed_cpus()}
     return max(1, min(len(cores), _container_share() or len(cores)))
+
+
+def usable_threads(threads: int | None) -> int:
+    """Return the threads for one graph: the default for None, and at most one for each logical CPU, with a warning.
+
+    More threads than CPUs wait for each other at every operator. Raises ProviderError below 1.
+    """
+    if threads is None:
+        return default_threads()
+    if threads < 1:
+        raise ProviderError(f"threads is {threads}; at least 1 is needed", hint="leave it out to use the physical cores")
+    if threads > (most := len(allowed_cpus())):
+        _warn_of_threads(threads, most)
+    return min(threads, most)
+
+
+@functools.cache  # once for all graphs of a bundle
+def _warn_of_threads(threads: int, most: int) -> None:
+    log.warning("%d threads are asked for, and this process may use %d logical CPUs: %d threads are used", threads, most, most)
 
 
 def allowed_cpus() -> list[int]:

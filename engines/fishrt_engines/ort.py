@@ -36,7 +36,7 @@ from .base import Array, Engine, Resident, State
 from .coreml import open_coreml
 from .errors import FishrtError, GraphError, ProviderError
 from .feeds import check_feeds, check_growth, check_state_dims, check_written, is_constant, names
-from .machine import default_threads
+from .machine import usable_threads
 from .ort_check import differences, inconsistencies
 from .ort_cuda import open_cuda
 from .ort_session import Opened, is_memory_error, open_session, out_of_memory
@@ -67,7 +67,7 @@ def open_engine(
 ) -> Engine:
     """Loads the graph file `path` and checks that it is what `spec` says.
 
-    provider: "auto" or one of the names in `providers.PROVIDERS`. threads: None means the physical cores.
+    provider: "auto" or one of the names in `providers.PROVIDERS`. threads: None means the physical cores; see `usable_threads`.
     specialise: run what is fastest here in place of the operators in the file; see `specialise.py`. Calls must then write
     consecutive columns at their own positions. On a CPU, quantised weights are multiplied in integers; on a CUDA device, a
     language model is computed in 16 bits, see `ort_cuda`.
@@ -77,8 +77,7 @@ def open_engine(
     FishrtError where memory does not suffice.
     """
     name = resolve_provider(provider)
-    if threads is not None and threads < 1:
-        raise ProviderError(f"threads is {threads}; at least 1 is needed", hint="leave it out to use the physical cores")
+    count = usable_threads(threads)
     if name == "tensorrt":
         from .trt import open_plan
 
@@ -86,7 +85,7 @@ def open_engine(
     if not path.is_file():
         raise GraphError(f"there is no graph file {path}")
     try:
-        opened = _open(name, path, spec, threads or default_threads(), specialise, identity, build)
+        opened = _open(name, path, spec, count, specialise, identity, build)
     except FishrtError:
         raise
     except Exception as error:  # ONNX Runtime's exceptions have no common base

@@ -13,13 +13,14 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 from fishrt.bundle import MANIFEST, ROLES, SCHEMA, Bundle, Licence, Manifest, describe_files
 from fishrt.conformance import tensorrt_findings
 from fishrt.errors import BundleError, FishrtError
+from fishrt.files import check_place
 from fishrt.memory import check_memory
 from fishrt.quantisation import QUANTISATION, LayerReport, Quantisation
 from fishrt.tokenizer import Tokenizer
@@ -62,7 +63,7 @@ def export_bundle(
     codec_int8: bool = False,
     progress: Progress = lambda _stage, _done: None,
 ) -> Bundle:
-    """Exports the checkpoint in the folder `checkpoint` as a bundle in the new or empty folder `out`.
+    """Exports the checkpoint in the folder `checkpoint` as a bundle in the new or empty folder `out`, whose parent exists.
 
     A language model may have fewer codebooks than the codec: it then speaks with the first ones, and the others add nothing.
 
@@ -179,6 +180,7 @@ def _check_out(out: Path) -> None:
     if out.exists():
         what = "is not empty" if out.is_dir() else "is a file"
         raise ExportError(f"{out} exists and {what}", hint="name a folder that does not exist yet")
+    check_place(out)
 
 
 @contextmanager
@@ -186,10 +188,8 @@ def _written_aside(out: Path) -> Iterator[Path]:
     """A folder beside `out` that becomes `out` if the block succeeds, and disappears if it does not."""
     out = out.resolve()  # what a link points to is written, and the link stays
     aside = out.with_name(f".{out.name}.partial-{os.getpid()}")
-    made = [parent for parent in out.parents if not parent.exists()]
     with _terminable():
         try:
-            out.parent.mkdir(parents=True, exist_ok=True)
             aside.mkdir()
             yield aside
             if out.exists():
@@ -197,9 +197,6 @@ def _written_aside(out: Path) -> Iterator[Path]:
             aside.rename(out)
         except BaseException as error:
             shutil.rmtree(aside, ignore_errors=True)
-            with suppress(OSError):  # somebody else may use them by now
-                for parent in made:
-                    parent.rmdir()
             if isinstance(error, OSError) and not isinstance(error, FishrtError):
                 raise ExportError(f"{out} cannot be written: {error}", hint="is there room, and may you write there?") from error
             raise

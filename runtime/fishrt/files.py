@@ -41,6 +41,17 @@ def check_place(path: str | Path) -> None:
         raise OutputError(f"cannot write {path}: the folder {folder} cannot be written")
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder for results, if it is not there. Its parent must be: a mistyped path would make a tree of folders.
+
+    Raises OutputError.
+    """
+    if not path.is_dir():
+        check_place(path)
+    with _output_errors(str(path)):
+        path.mkdir(exist_ok=True)
+
+
 @contextmanager
 def growing(path: str | Path) -> Iterator[tuple[BinaryIO, bool]]:
     """Open a result that is written bit by bit, standard output for "-"; and whether what was written can still be changed.

@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from fishrt_engines.machine import usable_threads
+
 from ..audio import Pcm
 from ..bundle import Bundle
 from ..errors import SamplingError
@@ -34,8 +36,8 @@ from .weights import bytes_read
 TEXT = "The birch canoe slid on the smooth planks, and the small dog ran after it."
 _CODEC_SECONDS = 3.0
 
-Progress = Callable[[str], None]
-"""Told what is measured next."""
+Progress = Callable[[str, float], None]
+"""Takes what is measured next, and the part of the time that is over, 0 to 1, as it is with the embedded voice."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,31 +56,31 @@ class BenchRequest:
             raise SamplingError(f"{self.frames} frames to measure", hint="at least 2: the first is part of the prefill")
 
 
-def bench(bundle: Bundle, request: BenchRequest, progress: Progress = lambda _: None) -> dict[str, Any]:
+def bench(bundle: Bundle, request: BenchRequest, progress: Progress = lambda *_: None) -> dict[str, Any]:
     """All measures of one bundle, ready for JSON; docs of the entries are in `metrics.py` and below.
 
     Raises FishrtError for what `TTS.load` and `TTS.speak` refuse.
     """
     bench_prompt(bundle, request.text)  # raises what would else be raised minutes later
-    progress("read bandwidth")
+    progress("read bandwidth", 0.0)
     machine = describe_machine()
-    threads = request.threads or machine["threads_by_default"]
+    threads = usable_threads(request.threads)
     limit = read_bandwidth(threads)
     found: dict[str, Any] = {
         "bundle": _describe(bundle),
         "request": {**asdict(request), "prefill_columns": PREFILL, "repeats": REPEATS, "warm_up": "each measure once"},
     }
-    progress("loading, in processes of their own")
+    progress("loading, in processes of their own", 0.1)
     found |= _measure_processes(bundle, request)
     tts, engines = open_timed(bundle, provider=request.provider, threads=request.threads)
-    progress("frames")
+    progress("frames", 0.5)
     found |= measure_frames(bundle, engines, request.text, request.frames)
-    progress("prefill and contexts")
+    progress("prefill and contexts", 0.54)
     lm, slow = bundle.manifest.language_model, engines["slow_ar"]
     found |= {"prefill": measure_prefill(lm, slow), "contexts": measure_contexts(lm, slow)}
-    progress("codec")
+    progress("codec", 0.55)
     found["codec"] = measure_codec(bundle.manifest.codec, tts.decode, tts.encode)
-    progress("requests")
+    progress("requests", 0.63)
     found |= measure_requests(tts, request)
     # Once more: on a shared machine, the first may have met a busy moment.
     limit = max(limit, read_bandwidth(threads))

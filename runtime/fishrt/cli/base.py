@@ -75,7 +75,12 @@ voice_dir_option = click.option(
 
 def engine_options(command: F) -> F:
     """--bundle, --provider and --threads, for commands that run graphs."""
-    threads = click.option("--threads", type=Whole(min=1), metavar="N", help="CPU threads.  [default: the physical cores]")
+    threads = click.option(
+        "--threads",
+        type=Whole(min=1),
+        metavar="N",
+        help="CPU threads, at most the logical CPUs.  [default: the physical cores]",
+    )
     provider = click.option(
         "--provider",
         default="auto",

@@ -15,21 +15,26 @@ from .streams import emit
 
 @click.command(short_help="Measure the speed and memory of a bundle here.")
 @click.argument("bundle", required=False, type=click.Path(path_type=Path))
-@click.option("--text", help="What is spoken.  [default: one sentence]")
+@click.option("--text", help="The text that is spoken.  [default: one sentence]")
+@click.option("--frames", type=Whole(min=2), default=64, show_default=True, metavar="N", help="Frames of each timed generation.")
 @click.option(
-    "--frames", type=Whole(min=2), default=64, show_default=True, metavar="N", help="Frames of each measured generation."
+    "--threads", type=Whole(min=1), metavar="N", help="CPU threads, at most the logical CPUs.  [default: the physical cores]"
 )
-@click.option("--threads", type=Whole(min=1), metavar="N", help="CPU threads.  [default: the physical cores]")
-@click.option("--provider", default="auto", show_default=True, metavar="NAME", help="What runs the graphs: auto, cpu, …")
+@click.option(
+    "--provider", default="auto", show_default=True, metavar="NAME", help="Execution provider; see `fishrt speak --help`."
+)
 @quiet_option
 @json_option
 def bench(
     bundle: Path | None, text: str | None, frames: int, threads: int | None, provider: str, quiet: bool, as_json: bool
 ) -> None:
-    """Measure BUNDLE (default: the embedded voice) on this machine: steps, codec, whole requests, loading, memory.
+    """Measure how fast BUNDLE (default: the embedded voice) runs on this machine, and how much memory it needs.
 
-    Takes a minute or more, and wants the machine for itself. RTF is compute seconds ÷ audio seconds: below 1 is faster than
-    real time. TTFA is the time from a request to its first audio.
+    Measured are the steps of the language model, the codec, whole requests, and loading. It takes from 15 seconds (the embedded
+    voice) to several minutes (large models). Other programs that use the processor falsify the times.
+
+    RTF, the real-time factor, is compute seconds ÷ audio seconds: below 1 is faster than real time. TTFA, the time to first
+    audio, is measured from the request to its first sound.
     """
     from ..bench import BenchRequest, bench
 
@@ -37,11 +42,11 @@ def bench(
     reporter = Reporter(quiet=quiet or as_json)
     options: dict[str, Any] = {} if text is None else {"text": text}
     request = BenchRequest(provider=provider, threads=threads, frames=frames, **options)
-    found = bench(loaded, request, lambda what: reporter.show(f"measuring {what}"))
+    found = bench(loaded, request, lambda stage, part: reporter.show(f"measuring {stage}", part))
     if as_json:
         print_json({"command": "bench", **found})
     else:
-        reporter.done("measured")
+        reporter.clear()
         emit("\n".join(f"{name:26} {value}" for name, value in _rows(found)))
 
 

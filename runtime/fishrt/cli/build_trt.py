@@ -19,29 +19,38 @@ from .progress import Reporter
 @click.option(
     "--precision",
     type=click.Choice(PRECISIONS),
-    help="What the language model computes in. int8, int4: its weights are stored so already, see `fishrt export --precision`; "
-    "computed in fp16.  [default: bf16 where the device has it, else fp16; fp16 for a bundle in integers]",
+    help="Number format in which the language model computes. int8 and int4 are for bundles whose weights are stored so (see "
+    "`fishrt export --precision`); they compute in fp16.  [default: fp16 for such bundles; else bf16, or fp16 where the device "
+    "has no bf16]",
 )
 @click.option(
     "--max-len",
     type=Whole(min=2 * FIRST_FRAMES),
     metavar="N",
-    help="Positions for prompt and speech together.  [default: the model's, up to 4096]",
+    help="Largest number of positions of prompt and speech together.  [default: the model's, at most 4096]",
 )
-@click.option("--max-batch", type=Whole(min=1), default=1, show_default=True, metavar="N", help="Sequences spoken at once.")
+@click.option(
+    "--max-batch",
+    type=Whole(min=1),
+    default=1,
+    show_default=True,
+    metavar="N",
+    help="Largest number of sequences that are spoken at once.",
+)
 @click.option(
     "--workspace",
     type=Number(min=0, min_open=True),
     metavar="GIB",
-    help="Device memory that kernels may use, in GiB. Under 4, the best ones may not fit.  [default: all there is]",
+    help="Device memory for the kernels of a graph, in GiB. Below 4, TensorRT may have to leave out the fastest ones.  "
+    "[default: all of the device]",
 )
 @click.option(
     "--fp32-attention/--no-fp32-attention",
     default=None,
-    help="Compute attention in float32. In fp16 it is inaccurate behind long prompts otherwise.  [default: with fp16]",
+    help="Compute attention in float32: fp16 is inaccurate with long prompts.  [default: yes for fp16]",
 )
 @click.option(
-    "--primitive-attention", is_flag=True, help="Put attention together from simple operators, where TensorRT has no fused one."
+    "--primitive-attention", is_flag=True, help="Build attention from simple operators, for a TensorRT that has no fused one."
 )
 @quiet_option
 @json_option
@@ -58,8 +67,8 @@ def build_trt(
 ) -> None:
     """Build the TensorRT plans of BUNDLE (default: the embedded voice), for this machine's GPU and this TensorRT.
 
-    Takes minutes for each graph, and wants the GPU for itself. Then: fishrt speak --provider tensorrt. What was built already,
-    with the same options, is not built again.
+    It takes minutes for each graph; nothing else should use the GPU meanwhile. Graphs that were built before with the same
+    options are not built again. Then: fishrt speak --provider tensorrt.
     """
     from fishrt_engines.cuda_device import open_device
     from fishrt_engines.trt_api import load_tensorrt

@@ -59,8 +59,10 @@ def _parse_keep(_ctx: click.Context, _param: click.Parameter, values: tuple[str,
 )
 @click.option("--family", metavar="NAME", help="Take the checkpoint for one of this family, in place of finding it out.")
 @click.option("--lora", type=click.Path(path_type=Path), metavar="FILE", help="Merge the LoRA of a fine-tuning into the model.")
-@click.option("--lora-alpha", type=Number(), metavar="A", help="Its alpha, which no file tells: r_8_alpha_16 means 16.")
-@click.option("--lora-rank", type=Whole(), metavar="R", help="What its rank must be.  [default: as it is found]")
+@click.option(
+    "--lora-alpha", type=Number(min=0, min_open=True), metavar="A", help="Its alpha, which no file tells: r_8_alpha_16 means 16."
+)
+@click.option("--lora-rank", type=Whole(min=1), metavar="R", help="What its rank must be.  [default: as it is found]")
 @click.option(
     "--precision",
     type=click.Choice(PRECISIONS),

@@ -46,7 +46,17 @@ class Session:
     def finish(self, ok: bool, data: dict[str, Any]) -> None:
         """Print the JSON object, if one is asked for. It is ASCII: no encoding of an output and no path can break it."""
         if self.json:
-            self.json(json.dumps({"command": self.command, "ok": ok, "warnings": self.warnings, **data}))
+            frame = {"command": self.command, "ok": ok, "warnings": self.warnings}
+            self.json(json.dumps(frame | data | frame))  # the frame's keys are first, and its values count
+
+
+class IncompleteError(FishrtError):
+    """A part of the work was done, and the rest could not be."""
+
+    def __init__(self, message: str, hint: str | None, data: dict[str, Any]) -> None:
+        """data: of the JSON object, what was done."""
+        super().__init__(message, hint=hint)
+        self.data = data
 
 
 class Interrupted(Exception):  # noqa: N818  # no fault
@@ -123,7 +133,8 @@ def _fail(session: Session, error: Exception) -> int:
     if hint:
         say(f"hint: {hint}")
     with contextlib.suppress(FishrtError, BrokenPipeError):  # standard output may be what failed
-        session.finish(False, {"error": {"kind": type(error).__name__, "message": message, "hint": hint}})
+        done = error.data if isinstance(error, IncompleteError) else {}
+        session.finish(False, {"error": {"kind": type(error).__name__, "message": message, "hint": hint}, **done})
     return status
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 
 from .streams import say
 
@@ -41,10 +42,30 @@ class Reporter:
         self._open = False
 
     def done(self, text: str) -> None:
-        """Show a result."""
-        self.clear()
+        """Show a result, in place of the line of progress."""
         if not self._quiet:
             say(text)
+        self._open = False
+
+
+def share_of_pieces() -> Callable[[int, int, int], float | None]:
+    """Return a function (piece, pieces, frames of all pieces so far) → the part of the speech that is done.
+
+    It estimates within a piece by the mean length of those before, and so knows nothing (None) in the first.
+    """
+    ended = current = latest = 0
+
+    def share(piece: int, pieces: int, frames: int) -> float | None:
+        nonlocal ended, current, latest
+        if piece != current:
+            ended, current = latest, piece
+        latest = frames
+        if not ended:
+            return None
+        within = (frames - ended) / (ended / piece)
+        return (piece + min(within, 1.0)) / pieces
+
+    return share
 
 
 def bar(part: float) -> str:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from contextlib import closing
+from collections.abc import Callable
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+import numpy as np
 
 from ..errors import FishrtError, PromptError
+from ..files import make_folder
 from ..text import check_text
 from ..voices import Voice, read_codes
 from .base import (
@@ -22,32 +25,59 @@ from .base import (
     quiet_option,
     voice_dir_option,
 )
-from .commands import json_to_stderr, print_json, warn
-from .progress import Reporter
+from .commands import IncompleteError, json_to_stderr, print_json, warn
+from .progress import Reporter, share_of_pieces
+from .streams import muted
 
 if TYPE_CHECKING:
-    from ..speech import Progress, SpeechInfo, SpeechStream
+    from ..speech import Progress, SpeechInfo
     from ..tts import TTS, VoiceLike
 
 
+_NOTES = 5
+"""Warnings of single lines that are printed; a file may have thousands."""
+
+
 @click.command(short_help="Speak a text.")
-@click.argument("text", required=False)
+@click.argument("words", metavar="[TEXT]…", nargs=-1)
 @click.option("-f", "--file", type=click.Path(path_type=Path), help="Read the text from a UTF-8 file; - is standard input.")
+@click.option(
+    "--lines",
+    is_flag=True,
+    help="Speak each line into a file of its own: with `-o DIR`, line 7 becomes DIR/0007.wav. A line that cannot be spoken does "
+    "not stop the others.",
+)
 @click.option(
     "-o",
     "--output",
-    default="speech.wav",
-    show_default=True,
-    help="File to write or replace, .wav, .flac, .ogg or .mp3; - writes wav to standard output (and --json to standard error).",
+    metavar="FILE",
+    help="The audio file to write or replace: .wav, .flac, .ogg (Vorbis), .opus, .mp3, or .pcm (16-bit little-endian samples "
+    "without a header). Its folder must exist. - is standard output, and --json then goes to standard error.  "
+    "[default: speech.wav; none with --play]",
+)
+@click.option(
+    "--format",
+    metavar="NAME",
+    help="The format of `-o -`, of --lines, or of a file without an ending: wav, flac, ogg, opus, mp3, pcm. Opus has rates of "
+    "8, 12, 16, 24 and 48 kHz: speech at 44.1 kHz is resampled to 48 kHz.  [default: by the ending, else wav]",
 )
 @click.option(
     "--stream",
     is_flag=True,
-    help="Write wav while it is made: `-o - | aplay`, or `-o - | ffplay -nodisp -autoexit -`. On standard output its header then "
-    "tells no length; a file appears when it is complete.",
+    help="Write wav or pcm while it is made: `-o - | aplay`, or `-o - | ffplay -nodisp -autoexit -`. Its wav header "
+    "on standard output states no length; a file appears when it is complete.",
 )
 @click.option(
-    "--voice", "names", multiple=True, metavar="NAME", help="A voice of yours or of the bundle; again for speakers 1, 2, …"
+    "--play",
+    is_flag=True,
+    help='Play the speech on the default output device while it is made. Needs: pip install "fishrt[play]".',
+)
+@click.option(
+    "--voice",
+    "names",
+    multiple=True,
+    metavar="NAME",
+    help="A voice of yours or of the bundle; see `fishrt voice list`. Repeat it for speakers 1, 2, …",
 )
 @voice_dir_option
 @click.option(
@@ -56,65 +86,73 @@ if TYPE_CHECKING:
     multiple=True,
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="Recording to imitate (wav, flac, ogg, mp3; - is standard input) or its codes (.npy); each needs a --reference-text. "
-    "Counted after --voice.",
+    help="A recording to imitate (wav, flac, ogg, mp3) or its codes (.npy), each with a --reference-text. Speakers are counted "
+    "over --voice first.",
 )
 @click.option(
-    "--reference-text", "reference_texts", multiple=True, metavar="TEXT", help="What is said in the --reference, word for word."
+    "--reference-text", "reference_texts", multiple=True, metavar="TEXT", help="The words of the --reference, exactly as spoken."
 )
 @click.option(
     "--temperature",
-    type=Number(),
+    type=Number(min=0, max=2, max_open=True),
     metavar="T",
-    help="Sampling temperature, at least 0 and below 2: lower is steadier, 0 is greedy.  [default: the bundle's]",
+    help="Sampling temperature: a lower one is steadier, a higher one livelier; 0 is greedy decoding.  [default: the bundle's]",
 )
 @click.option(
     "--top-p",
-    type=Number(),
+    type=Number(min=0, min_open=True, max=1),
     metavar="P",
-    help="Nucleus sampling, above 0 and at most 1: keep the smallest set of tokens whose probabilities add up to P.  "
-    "[default: the bundle's]",
+    help="Nucleus sampling: keep the smallest set of tokens whose probabilities add up to P.  [default: the bundle's]",
 )
 @click.option(
     "--top-k",
-    type=Whole(),
+    type=Whole(min=1),
     metavar="K",
-    help="Top-k sampling, at least 1: keep the K most probable tokens.  [default: the bundle's]",
+    help="Top-k sampling: keep the K most probable tokens.  [default: the bundle's]",
 )
 @click.option(
     "--repetition-penalty",
-    type=Number(),
+    type=Number(min=0, min_open=True, max=2, max_open=True),
     metavar="R",
-    help="Make tokens that were just drawn less probable, by a factor above 0 and below 2; 1: no change. Some models lack it.  "
-    "[default: the bundle's]",
+    help="Make the tokens of the last frames less probable by this factor; 1 changes nothing. Only for models that are sampled "
+    "with one.  [default: the bundle's]",
 )
 @click.option(
-    "--seed", type=Whole(min=0), metavar="N", help="The same seed gives the same speech.  [default: a new one, reported]"
-)
-@click.option(
-    "--max-frames",
-    type=Whole(min=1),
+    "--seed",
+    type=Whole(min=0),
     metavar="N",
-    help="Stop each piece of text after so many frames.  [default: what fits]",
+    help="Seed of the random numbers: the same seed gives the same speech.  [default: a new one, which is printed]",
 )
-@click.option("--system", metavar="TEXT", help="System text in place of the usual instruction, if the model takes one.")
+@click.option(
+    "--max-seconds",
+    type=Number(min=0, min_open=True),
+    metavar="S",
+    help="Stop each piece of a long text after S seconds of speech.  [default: the limit of the model]",
+)
+@click.option(
+    "--max-frames", type=Whole(min=1), metavar="N", help="The same limit in frames, of which `fishrt inspect` shows the rate."
+)
+@click.option("--system", metavar="TEXT", help="System text that replaces the usual instruction, for models that take one.")
 @click.option(
     "--volume",
     type=Number(min=0.01, max=10),
     default=1.0,
     show_default=True,
     metavar="FACTOR",
-    help="Multiply all samples, 0.01 to 10; 0.5 halves the amplitude (6 dB).",
+    help="Multiply all samples; 0.5 halves the amplitude (6 dB less).",
 )
-@click.option("--upstream-compat", is_flag=True, help="The original implementation's behaviour to the letter, its bugs included.")
+@click.option("--upstream-compat", is_flag=True, help="Reproduce the original implementation exactly, including its bugs.")
 @engine_options
 @quiet_option
 @json_option
 def speak(
-    text: str | None,
+    words: tuple[str, ...],
     file: Path | None,
-    output: str,
+    lines: bool,
+    output: str | None,
+    format: str | None,
     stream: bool,
+    play: bool,
     names: tuple[str, ...],
     voice_dir: Path | None,
     references: tuple[Path, ...],
@@ -124,6 +162,7 @@ def speak(
     top_k: int | None,
     repetition_penalty: float | None,
     seed: int | None,
+    max_seconds: float | None,
     max_frames: int | None,
     system: str | None,
     volume: float,
@@ -134,83 +173,197 @@ def speak(
     quiet: bool,
     as_json: bool,
 ) -> None:
-    """Speak TEXT, or a file, or standard input.
+    """Speak TEXT, a file, or standard input.
+
+    Several words are joined: quotes are needed only for characters that the shell treats specially. A long text is spoken piece
+    by piece.
 
     <|speaker:0|>, <|speaker:1|>, … in the text begin the turns of the voices given by --voice and --reference, counted in that
-    order, if the model knows turns; else all are recordings of one speaker. [Tags] such as [laughing] reach models that
-    know them. Long text is spoken piece by piece.
-
-    Progress on standard error shows frames, seconds of speech, and the RTF: compute seconds per second of speech.
+    order, if the model supports turns; for other models, all voices are recordings of one speaker. [Tags] such as [laughing] work
+    with models that were trained on them.
     """
-    from ..encode import check_writable, write_audio
     from ..sampling import Sampling
-    from ..wav import check_growing_wav
 
-    if output == "-":
-        json_to_stderr()
     if len(references) != len(reference_texts):
         raise click.UsageError(
             f"{len(references)} --reference, but {len(reference_texts)} --reference-text: each needs the other"
         )
-    (check_growing_wav if stream else check_writable)(output)
-    content = _read_text(text, file)
-    check_text(content)
+    if max_seconds is not None and max_frames is not None:
+        raise click.UsageError("--max-seconds and --max-frames are the same limit: give one of them")
+    if lines:
+        if output in (None, "-") or stream or play:
+            raise click.UsageError("--lines writes files into a folder: give -o DIR, and neither --stream nor --play")
+    elif output is None and not (play and not stream and format is None):
+        output = f"speech.{format or 'wav'}"
+    target = _Target(output, format, stream, play, lines)
+    target.check()
+    if output == "-":
+        json_to_stderr()
+    text = _read_text(words, file)
+    texts = _lines(text) if lines else {1: text}
+    for content in () if lines else texts.values():
+        check_text(content)
+    sampling = Sampling(temperature, top_p, top_k, repetition_penalty)
     tts = load_tts(bundle, provider, threads, voice_dir)
+    if max_seconds is not None:
+        codec = tts.bundle.manifest.codec
+        max_frames = min(max(1, int(max_seconds * codec.frame_rate)), codec.max_frames)
     voices: list[VoiceLike] = [*names]
     voices += [_reference(path, said, tts) for path, said in zip(references, reference_texts, strict=True)]
     reporter = Reporter(quiet=quiet or as_json)
     request: dict[str, Any] = {
         "voice": voices or None,
-        "sampling": Sampling(temperature, top_p, top_k, repetition_penalty),
+        "sampling": sampling,
         "seed": seed,
         "max_frames": max_frames,
         "system": system,
         "volume": volume,
         "upstream_compat": upstream_compat,
-        "progress": lambda p: reporter.show(_progress_line(p)),
     }
-    if stream:
-        rate, info = tts.sample_rate, _write_as_it_comes(output, tts.stream(content, **request), tts.sample_rate)
-    else:
-        speech = tts.speak(content, **request)
-        rate, info = speech.sample_rate, speech.info
-        write_audio(output, speech.pcm, rate)
-    target = "standard output" if output == "-" else output
-    reporter.done(
-        f"{target}: {info.frames:,} frames, {info.audio_s:.2f} s, RTF {info.rtf or 0:.2f}, "
-        f"stopped by {', '.join(dict.fromkeys(info.stop_reasons))}, seed {info.seed}"
-    )
+    if lines:
+        _speak_lines(tts, texts, target, request, reporter)
+        return
+    share = share_of_pieces()
+
+    def show(progress: Progress) -> None:
+        piece = f"piece {progress.piece + 1} of {progress.pieces}, " if progress.pieces > 1 else ""
+        part = share(progress.piece, progress.pieces, progress.frames)
+        reporter.show(f"{piece}{progress.audio_s:.1f} s of speech", part)
+
+    info = target.speak(tts, text, {**request, "progress": show})
     for warning in info.warnings:
         warn(warning)
-    if as_json:
-        result = {"command": "speak", "output": output, "sample_rate": rate}
-        described = dataclasses.asdict(info)
-        del described["warnings"]  # the session has them
-        print_json({**result, **described})
+    reporter.done(f"{target.done} ({_summary(info)})")
+    print_json({"output": output, "sample_rate": tts.sample_rate, **dataclasses.asdict(info)})
 
 
-def _write_as_it_comes(output: str, chunks: SpeechStream, rate: int) -> SpeechInfo:
-    """Ends the request, too, when nobody takes the audio any more."""
-    from ..wav import growing_wav
+@dataclasses.dataclass(frozen=True)
+class _Target:
+    """Where the speech goes: a file, standard output, the sound card; or a folder of files, one for each line."""
 
-    with closing(chunks), growing_wav(output, rate) as file:
-        for chunk in chunks:
-            file.write(chunk.pcm)
-        chunks.info.check_spoken()
-    return chunks.info
+    output: str | None
+    """Of the command line; None: nothing is written."""
+    format: str | None
+    stream: bool
+    play: bool
+    lines: bool
+
+    def check(self) -> None:
+        """Check before long work what can be checked. Raises AudioError and OutputError, and FishrtError without a player."""
+        from ..encode import audio_format, check_writable
+        from ..play import check_player
+        from ..wav import check_growing_wav
+
+        if self.play:
+            check_player()
+        if self.output is None:
+            return
+        if self.lines:
+            audio_format("-", self.format)
+            make_folder(Path(self.output))
+        else:
+            (check_growing_wav if self.stream else check_writable)(self.output, self.format)
+
+    @property
+    def done(self) -> str:
+        """What was done, for people."""
+        if self.output is None:
+            return "Played"
+        wrote = f"rote {'to standard output' if self.output == '-' else self.output}"
+        return f"Played and w{wrote}" if self.play else f"W{wrote}"
+
+    def speak(self, tts: TTS, text: str, request: dict[str, Any]) -> SpeechInfo:
+        """Speak a text there. Ends the request, too, when nobody takes the audio any more."""
+        from ..encode import write_audio
+        from ..play import playing
+        from ..wav import growing_wav
+
+        if not self.stream and not self.play:
+            speech = tts.speak(text, **request)
+            write_audio(str(self.output), speech.pcm, speech.sample_rate, self.format)
+            return speech.info
+        whole: list[np.ndarray[Any, np.dtype[np.float32]]] = []
+        writers: list[Callable[[np.ndarray[Any, np.dtype[np.float32]]], None]] = []
+        with closing(tts.stream(text, **request)) as chunks, ExitStack() as stack:
+            if self.stream:
+                writers.append(stack.enter_context(growing_wav(str(self.output), tts.sample_rate, self.format)).write)
+            elif self.output is not None:
+                writers.append(whole.append)
+            if self.play:
+                writers.append(stack.enter_context(playing(tts.sample_rate)))
+            for chunk in chunks:
+                for write in writers:
+                    write(chunk.pcm)
+            chunks.info.check_spoken()
+        if whole:
+            write_audio(str(self.output), np.concatenate(whole), tts.sample_rate, self.format)
+        return chunks.info
 
 
-def _progress_line(progress: Progress) -> str:
-    piece = f"piece {progress.piece + 1} of {progress.pieces}: " if progress.pieces > 1 else ""
-    rtf = f", RTF {progress.elapsed_s / progress.audio_s:.2f}" if progress.audio_s else ""
-    return f"{piece}{progress.frames:,} frames, {progress.audio_s:.1f} s{rtf}"
+def _speak_lines(tts: TTS, texts: dict[int, str], target: _Target, request: dict[str, Any], reporter: Reporter) -> None:
+    """Speak each line into a file of its own. Raises IncompleteError when all are done, if some could not be spoken."""
+    folder, suffix = Path(str(target.output)), target.format or "wav"
+    entries: list[dict[str, Any]] = []
+    notes = 0
+
+    def note(text: str) -> None:
+        nonlocal notes
+        notes += 1
+        if notes <= _NOTES:
+            warn(text)
+
+    def result() -> dict[str, Any]:
+        return {"output": str(folder), "sample_rate": tts.sample_rate, "files": entries}
+
+    for done, (number, text) in enumerate(texts.items()):
+        reporter.show(f"line {number}", done / len(texts))
+        path = str(folder / f"{number:04}.{suffix}")
+        try:
+            check_text(text)
+            with muted("fishrt.speech"):  # what it warns of is in `info`
+                info = dataclasses.replace(target, output=path, lines=False).speak(tts, text, {**request, "progress": None})
+        except FishrtError as error:
+            if type(error) not in (FishrtError, PromptError):  # all lines would meet it
+                raise IncompleteError(f"line {number}: {error}", error.hint, result()) from error
+            note(f"line {number} was not spoken: {error}")
+            entries.append({"line": number, "output": None, "error": str(error)})
+            continue
+        for warning in info.warnings:
+            note(f"line {number}: {warning}")
+        entries.append({"line": number, "output": path, **dataclasses.asdict(info)})
+    if notes > _NOTES:
+        warn(f"and {notes - _NOTES:,} more such warnings; --json lists them all")
+    spoken = [entry for entry in entries if entry["output"]]
+    reporter.done(
+        f"Wrote {len(spoken):,} of {len(texts):,} lines to {folder} ({sum(entry['audio_s'] for entry in spoken):.1f} s of speech)"
+    )
+    if failed := len(texts) - len(spoken):
+        raise IncompleteError(f"{failed:,} of {len(texts):,} lines were not spoken", "the warnings say why", result())
+    print_json(result())
 
 
-def _read_text(text: str | None, file: Path | None) -> str:
-    if text is not None and file is not None:
+def _summary(info: SpeechInfo) -> str:
+    voices = f"voice{'s' if len(info.voices) > 1 else ''} {', '.join(info.voices)}" if info.voices else "no voice"
+    parts = [f"{info.audio_s:.1f} s", voices, f"seed {info.seed}"]
+    if info.rtf:
+        speed = f"{1 / info.rtf:.1f} × faster" if info.rtf < 1 else f"{info.rtf:.1f} × slower"
+        parts.append(f"{speed} than real time")
+    return ", ".join(parts)
+
+
+def _lines(text: str) -> dict[int, str]:
+    """Return the lines with text in them by their numbers, from 1."""
+    found = {number: line.strip() for number, line in enumerate(text.splitlines(), 1) if line.strip()}
+    if not found:
+        check_text("")
+    return found
+
+
+def _read_text(words: tuple[str, ...], file: Path | None) -> str:
+    if words and file is not None:
         raise click.UsageError("give TEXT or --file, not both")
-    if text is not None and text != "-":
-        return text
+    if words and words != ("-",):
+        return " ".join(words)
     source = "standard input"
     if file is not None and str(file) != "-":
         source = str(file)
@@ -219,7 +372,7 @@ def _read_text(text: str | None, file: Path | None) -> str:
         except OSError as error:
             raise FishrtError(f"{file} cannot be read: {error.strerror}") from None
     else:
-        if sys.stdin is None or (text is None and file is None and sys.stdin.isatty()):
+        if sys.stdin is None or (not words and file is None and sys.stdin.isatty()):
             raise click.UsageError("there is no text: give it as TEXT, with --file, or on standard input")
         data = sys.stdin.buffer.read()
     try:

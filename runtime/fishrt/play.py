@@ -1,0 +1,45 @@
+"""Play speech on the default output device of this machine, through the package sounddevice."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from .audio import Pcm
+from .errors import OutputError
+
+
+def check_player() -> None:
+    """Check before long work that there is an output device. Raises OutputError."""
+    sounddevice = _sounddevice()
+    try:
+        sounddevice.check_output_settings(channels=1, dtype="float32")
+    except (sounddevice.PortAudioError, ValueError) as error:
+        raise OutputError(f"there is no device to play on: {error}", hint="write a file instead: -o hello.wav") from None
+
+
+@contextmanager
+def playing(rate: int) -> Iterator[Callable[[Pcm], None]]:
+    """Open the device for pcm float32 [samples] at `rate` Hz; the function returns when the device has room for more.
+
+    The end of the block waits until everything is heard, unless an error ends it. Raises OutputError.
+    """
+    sounddevice = _sounddevice()
+    try:
+        with sounddevice.OutputStream(samplerate=rate, channels=1, dtype="float32") as device:
+            yield device.write
+    except sounddevice.PortAudioError as error:
+        raise OutputError(f"cannot play: {error}", hint="write a file instead: -o hello.wav") from None
+
+
+def _sounddevice() -> Any:
+    try:
+        return importlib.import_module("sounddevice")
+    except ImportError:
+        raise OutputError("playing needs sounddevice, which is not installed", hint='pip install "fishrt[play]"') from None
+    except OSError as error:  # PortAudio, which it loads
+        raise OutputError(
+            f"sounddevice cannot be used: {error}", hint="install the library PortAudio, such as libportaudio2 on Debian"
+        ) from None

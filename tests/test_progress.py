@@ -1,0 +1,78 @@
+"""Lines of progress: a bar, per cent, and the time left. The clock of these tests is made up."""
+
+from __future__ import annotations
+
+import io
+import sys
+
+import pytest
+
+from fishrt.cli import progress
+from fishrt.cli.progress import Reporter, duration, share_of_pieces
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    now = [100.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    return now
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_every_few_seconds_there_is_a_line(clock, capsys):
+    reporter = Reporter(quiet=False)
+    for _ in range(20):
+        clock[0] += 1
+        reporter.show("reading", (clock[0] - 100) / 80)
+    reporter.done("read")
+    assert capsys.readouterr().err.splitlines() == [
+        "[#                   ]   6% reading, 1 min 15 s left",
+        "[##                  ]  12% reading, 1 min 10 s left",
+        "[####                ]  19% reading, 1 min 5 s left",
+        "[#####               ]  25% reading, 1 min 0 s left",
+        "read",
+    ]
+
+
+def test_without_a_part_there_is_no_bar(clock, capsys):
+    reporter = Reporter(quiet=False)
+    for part in (None, 0.0):
+        clock[0] += 6
+        reporter.show("reading", part)
+    assert capsys.readouterr().err.splitlines() == ["reading", "[                    ]   0% reading"]
+
+
+def test_a_terminal_has_one_line_that_the_result_replaces(clock, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    reporter = Reporter(quiet=False)
+    clock[0] += 1
+    reporter.show("reading", 0.5)
+    reporter.done("read")
+    assert sys.stderr.getvalue() == "\r\x1b[K[##########          ]  50% reading, 1 s left\r\x1b[Kread\n"
+
+
+def test_quiet_means_silence(clock, capsys):
+    reporter = Reporter(quiet=True)
+    clock[0] += 100
+    reporter.show("reading", 0.5)
+    reporter.done("read")
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.4, "0 s"), (59.4, "59 s"), (59.6, "1 min 0 s"), (3599, "59 min 59 s"), (7500, "2 h 5 min")]
+)
+def test_durations(seconds, text):
+    assert duration(seconds) == text
+
+
+def test_the_share_of_a_speech_is_known_after_its_first_piece():
+    share = share_of_pieces()
+    assert [share(0, 4, 10), share(0, 4, 40)] == [None, None]
+    assert [share(1, 4, 41), share(1, 4, 60)] == [(1 + 1 / 40) / 4, 1.5 / 4]
+    assert share(1, 4, 100) == 0.5  # longer than those before: not yet the next
+    assert share(2, 4, 125) == (2 + 25 / 50) / 4
