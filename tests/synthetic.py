@@ -179,17 +179,21 @@ def write_nested(folder: Path, config: dict[str, Any], weights: dict[str, Tensor
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(nested_config(config)), encoding="utf-8")
     write_tokenizer(folder)
-    tensors = nested_names(weights)
+    write_safetensors(folder, nested_names(weights), shards=shards)
+    return folder
+
+
+def write_safetensors(folder: Path, tensors: dict[str, Tensor], *, shards: int = 0) -> None:
+    """One file, or shards and their index."""
     if not shards:
         save_file(tensors, folder / "model.safetensors")
-        return folder
+        return
     places = {name: f"model-{i % shards + 1:05}-of-{shards:05}.safetensors" for i, name in enumerate(tensors)}
     for shard in set(places.values()):
         save_file({name: tensors[name] for name, place in places.items() if place == shard}, folder / shard)
     size = sum(tensor.nbytes for tensor in tensors.values())
     index = {"metadata": {"total_size": size}, "weight_map": places}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
-    return folder
 
 
 def write_reference(checkpoint: Path, name: str, seconds: float = 0.5) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import pickle
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,13 +14,15 @@ import pytest
 import torch
 
 import synthetic
-from fishrt_export.checkpoint import find_codec, find_language_model, read_weights
+from fishrt_export.checkpoint import LANGUAGE_MODEL_PARTS, find_codec, find_language_model, read_weights, unwrap
 from fishrt_export.config import read_config
 from fishrt_export.errors import ExportError
 from fishrt_export.families import S2
 from fishrt_export.fast_ar import FastAR
 from fishrt_export.graphs import LanguageModelSource, open_language_model
+from fishrt_export.lora import Lora
 from fishrt_export.slow_ar import SlowAR
+from fishrt_export.weights import listing, refuse
 from reference_lm import fast_forward, slow_forward
 from synthetic import BEGIN, EVERYTHING, PLAIN, SEMANTIC, TEXT, millions, random_weights, write_flat, write_nested
 from tiny import caches
@@ -95,12 +99,112 @@ def test_ignored_by_name(tmp_path: Path) -> None:
     assert_same_weights(open_language_model(tmp_path), weights)
 
 
-def test_the_newest_form_is_preferred(tmp_path: Path) -> None:
-    new, old = random_weights(NESTED, seed=1), random_weights(NESTED, seed=2)
-    write_nested(tmp_path, NESTED, old)
-    torch.save(old, tmp_path / "model.pth")
-    write_nested(tmp_path, NESTED, new, shards=2)
-    assert_same_weights(open_language_model(tmp_path), new)
+PREFIXES = ("model.", "module.", "_orig_mod.", "model._orig_mod.", "model.module.", "trainer.net.")
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+@pytest.mark.parametrize("form", ["pickle", "safetensors", "shards"])
+def test_a_prefix_of_all_names_is_taken_off(tmp_path: Path, form: str, prefix: str) -> None:
+    """Of the flat names and of the nested ones, in each container."""
+    for folder, nested in ((tmp_path / "flat", False), (tmp_path / "nested", True)):
+        weights = random_weights(NESTED)
+        names = synthetic.nested_names(weights) if nested else weights
+        stored = {prefix + name: tensor for name, tensor in names.items()}
+        write_flat(folder, NESTED, stored)
+        if nested:
+            (folder / "config.json").write_text(json.dumps(synthetic.nested_config(NESTED)))
+        if form != "pickle":
+            (folder / "model.pth").unlink()
+            synthetic.write_safetensors(folder, stored, shards=2 if form == "shards" else 0)
+        assert_same_weights(open_language_model(folder, family="s2"), weights)
+
+
+def test_names_of_compiled_layers(tmp_path: Path) -> None:
+    """`torch.compile` on single layers changes their names only."""
+    weights = random_weights(EVERYTHING)
+    stored = {name.replace("layers.0.", "layers.0._orig_mod."): tensor for name, tensor in weights.items()}
+    assert_same_weights(open_flat(write_flat(tmp_path, EVERYTHING, stored)), weights)
+
+
+def test_only_a_prefix_that_leads_to_known_names_is_taken_off() -> None:
+    """A part of the model that all names share is no prefix, and neither is one before foreign names."""
+    for names in (
+        ["layers.0.attention.wo.lora_A", "layers.0.attention.wo.lora_B"],
+        ["text_model.model.norm.weight", "text_model.model.embeddings.weight"],
+        ["transformer.h.0.weight", "transformer.h.1.weight"],
+        ["model.norm.weight", "norm.weight"],
+        ["embeddings.weight"],
+    ):
+        tensors = dict.fromkeys(names, torch.zeros(1))
+        assert list(unwrap(tensors, LANGUAGE_MODEL_PARTS, Path("model.pth"))) == names
+    with pytest.raises(ExportError, match=r"several tensors for one name: layers\.0\.x"):
+        unwrap({"layers._orig_mod.0.x": 1, "layers.0.x": 2}, LANGUAGE_MODEL_PARTS, Path("model.pth"))
+
+
+def test_tensors_of_no_part_are_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As upstream does, but with a warning; and a head that a tied model does not use."""
+    weights = random_weights(NESTED)
+    stored = {**weights, "vision.proj.weight": torch.zeros(2), "output.weight": weights["embeddings.weight"].clone()}
+    assert_same_weights(open_flat(write_flat(tmp_path, NESTED, stored)), weights)
+    assert [record.getMessage() for record in caplog.records] == [
+        "the weights hold tensors that belong to no part of the model and are left out: vision.proj.weight"
+    ]
+    caplog.clear()
+    assert_same_weights(open_flat(write_flat(tmp_path, NESTED, {**weights, "output.weight": torch.zeros(2, 2)})), weights)
+    assert "the head among the weights is left out" in caplog.text
+
+
+@pytest.mark.parametrize("single", ["model.safetensors", None])
+@pytest.mark.parametrize("pickled", ["model.pth", None])
+def test_several_sets_of_weights_are_named(tmp_path: Path, single: str | None, pickled: str | None) -> None:
+    """Of which the first was taken once, whichever of them the user had trained."""
+    weights = random_weights(NESTED)
+    write_nested(tmp_path, NESTED, weights, shards=2)
+    if single:
+        synthetic.write_safetensors(tmp_path, synthetic.nested_names(weights))
+    if pickled:
+        torch.save(weights, tmp_path / pickled)
+    names = [name for name in ("model.safetensors.index.json", single, pickled) if name]
+    if len(names) == 1:
+        assert_same_weights(open_language_model(tmp_path), weights)
+        return
+    with pytest.raises(ExportError, match=f"has {len(names)} sets of weights: {', '.join(names)}"):
+        open_language_model(tmp_path)
+
+
+def test_a_single_file_may_have_an_index(tmp_path: Path) -> None:
+    """Then the file is a shard, not another set."""
+    weights = random_weights(NESTED)
+    write_nested(tmp_path, NESTED, weights)
+    places = dict.fromkeys(synthetic.nested_names(weights), "model.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    assert_same_weights(open_language_model(tmp_path), weights)
+
+
+def test_safetensors_may_be_named_like_a_pickle(tmp_path: Path) -> None:
+    weights = random_weights(NESTED)
+    write_nested(tmp_path, NESTED, weights)
+    (tmp_path / "model.safetensors").rename(tmp_path / "model.pth")
+    assert_same_weights(open_language_model(tmp_path), weights)
+
+
+def test_double_precision_becomes_single(tmp_path: Path) -> None:
+    weights = random_weights(EVERYTHING, dtype=torch.float32)
+    stored = {name: tensor.double() for name, tensor in weights.items()}
+    assert_same_weights(open_flat(write_flat(tmp_path, EVERYTHING, stored)), weights)
+
+
+def test_a_folder_as_a_hub_keeps_it(tmp_path: Path) -> None:
+    """Names are links to files that are named by their hashes."""
+    weights = random_weights(NESTED)
+    write_nested(tmp_path / "plain", NESTED, weights, shards=2)
+    snapshot, blobs = tmp_path / "snapshots/abc", tmp_path / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for number, path in enumerate(sorted((tmp_path / "plain").iterdir())):
+        path.rename(blobs / f"{number:040x}")
+        (snapshot / path.name).symlink_to(Path("../../blobs") / f"{number:040x}")
+    assert_same_weights(open_language_model(snapshot), weights)
 
 
 # ---- configuration
@@ -315,10 +419,137 @@ def test_a_foreign_file(tmp_path: Path, name: str, content: bytes) -> None:
         open_language_model(tmp_path)
 
 
-def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path) -> None:
-    write_flat(tmp_path, PLAIN, {"embeddings.weight": Path("not a tensor")})
-    with pytest.raises(ExportError, match=r"model\.pth cannot be read"):
-        open_flat(tmp_path)
+def whole_module(path: Path) -> None:
+    torch.save(torch.nn.Linear(2, 2), path)
+
+
+def whole_module_of_old(path: Path) -> None:
+    torch.save({"state_dict": {}, "network": torch.nn.Linear(2, 2)}, path, _use_new_zipfile_serialization=False)
+
+
+def program(path: Path) -> None:
+    torch.jit.script(torch.nn.Linear(2, 2)).save(path)  # type: ignore[no-untyped-call]
+
+
+def cut_pickle(path: Path) -> None:
+    torch.save({"embeddings.weight": torch.zeros(1000)}, path)
+    path.write_bytes(path.read_bytes()[:-200])
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 1275\n"
+PAGE = b"\n<!DOCTYPE html>\n<html><head><title>Log in</title></head></html>"
+REFUSAL = b'{"error": "Access to this model is restricted"}'
+STAND_INS: dict[str, tuple[Any, str]] = {
+    "pointer": (POINTER, "is a git-lfs pointer, not the file itself"),
+    "web page": (PAGE, "is a web page, not the file itself"),
+    "web page with a mark": (b"\xef\xbb\xbf" + PAGE, "is a web page, not the file itself"),
+    "nothing": (b"", "cannot be read: it is empty"),
+}
+NOT_WEIGHTS: dict[str, tuple[Any, str]] = {
+    **STAND_INS,
+    "message": (REFUSAL, "cannot be read: it is text, not weights: .*restricted"),
+    "gguf": (b"GGUF\x03\x00\x00\x00" + bytes(40), "is a GGUF file"),
+    "zeros": (bytes(4000), "is damaged"),
+    "module": (whole_module, r"holds Python objects \(torch\.nn\.modules\.linear\.Linear\)"),
+    "old module": (whole_module_of_old, r"holds Python objects \(torch\.nn\.modules\.linear\.Linear\)"),
+    "object": (lambda path: torch.save({"x": Path("y")}, path), r"holds Python objects \(pathlib"),
+    "program": (program, "is a TorchScript program"),
+    "cut pickle": (cut_pickle, "is damaged"),
+    "other pickle": (lambda path: path.write_bytes(pickle.dumps({"x": [1]}, protocol=4)), "is damaged"),
+    "header too large": (b"\xff" * 8 + b"{}", "is damaged"),
+}
+
+
+def put(path: Path, content: Any) -> None:
+    if callable(content):
+        content(path)
+    else:
+        path.write_bytes(content)
+
+
+def refusal(folder: Path, **options: Any) -> str:
+    """The message and the hint of an error. No words of torch or of the system are passed on."""
+    with pytest.raises(ExportError) as caught:
+        open_language_model(folder, **options)
+    text = f"{caught.value} {caught.value.hint}"
+    assert not re.search("weights_only|arbitrary|unsafe|Errno|Rust|deserializ", text), text
+    return text
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+@pytest.mark.parametrize(("content", "message"), NOT_WEIGHTS.values(), ids=NOT_WEIGHTS)
+@pytest.mark.parametrize("name", ["model.pth", "model.safetensors", "model-00002-of-00002.safetensors", "lora.ckpt"])
+def test_files_that_are_no_weights(tmp_path: Path, name: str, content: Any, message: str) -> None:
+    write = write_flat if name in ("model.pth", "lora.ckpt") else write_nested
+    write(tmp_path, NESTED, random_weights(NESTED), **({"shards": 2} if "-of-" in name else {}))
+    put(tmp_path / name, content)
+    lora = Lora(tmp_path / name, alpha=1) if name == "lora.ckpt" else None
+    if name.endswith(".safetensors") and callable(content):
+        message = "is damaged, or not a safetensors file"
+    text = refusal(tmp_path, family="s2", lora=lora)
+    assert re.search(rf"{re.escape(name)} .*{message}", text), text
+
+
+@pytest.mark.parametrize(("content", "message"), STAND_INS.values(), ids=STAND_INS)
+@pytest.mark.parametrize(
+    "name", ["config.json", "tokenizer.json", "model.safetensors.index.json", "fishrt.json", "tokenizer.tiktoken"]
+)
+def test_files_that_are_no_text_of_a_checkpoint(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    write_nested(tmp_path, NESTED, random_weights(NESTED), shards=2)
+    if name == "tokenizer.tiktoken":
+        (tmp_path / "tokenizer.json").unlink()
+    (tmp_path / name).write_bytes(content)
+    assert re.search(rf"{re.escape(name)} {message}", refusal(tmp_path, family="s1" if "tiktoken" in name else "s2"))
+
+
+def test_byte_order_marks_are_passed_over(tmp_path: Path) -> None:
+    """In every text file of a checkpoint; and a file in UTF-16 says so."""
+    weights = random_weights(NESTED)
+    write_nested(tmp_path, NESTED, weights, shards=2)
+    before = open_language_model(tmp_path)
+    sampling = {"temperature": 0.5, "top_p": 0.6, "top_k": None, "repetition_aware": None, "repetition_penalty": None}
+    (tmp_path / "fishrt.json").write_text(json.dumps({"chunk_bytes": 99, "sampling": sampling}))
+    texts = sorted(tmp_path.glob("*.json"))
+    assert len(texts) == 4
+    for path in texts:
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    source = open_language_model(tmp_path)
+    assert_same_weights(source, weights)
+    assert (source.config, source.ids, source.tokenizer) == (before.config, before.ids, before.tokenizer)
+    assert source.family.chunk_bytes == 99
+    (tmp_path / "config.json").write_text(json.dumps(synthetic.nested_config(NESTED)), encoding="utf-16")
+    assert "config.json is not UTF-8" in refusal(tmp_path)
+    assert "from UTF-16 to UTF-8" in refusal(tmp_path)
+
+
+QUANTISED = {
+    "GPTQ": ("layers.0.attention.wo.qweight", "layers.0.attention.wo.qzeros"),
+    "bitsandbytes": ("layers.0.attention.wo.weight.quant_state.bitsandbytes__nf4", "layers.0.attention.wo.weight.absmax"),
+    "FP8": ("layers.0.attention.wo.weight.scale",),
+    "MLX": ("layers.0.attention.wo.scales", "layers.0.attention.wo.biases"),
+}
+
+
+@pytest.mark.parametrize(("form", "names"), QUANTISED.items(), ids=QUANTISED)
+def test_quantised_forms_of_other_tools_are_named(tmp_path: Path, form: str, names: tuple[str, ...]) -> None:
+    write_flat(tmp_path, PLAIN, random_weights(PLAIN) | {name: torch.zeros(2) for name in names})
+    text = refusal(tmp_path, family="s2")
+    assert "the weights are quantised" in text
+    assert form in text
+
+
+def test_a_long_list_of_problems_is_cut(tmp_path: Path) -> None:
+    """Some of each kind, and the number of the others."""
+    config = {**PLAIN, "n_layer": 9}
+    problems = open_flat(write_flat(tmp_path, config, {**random_weights(PLAIN), "norm.weight": torch.zeros(9)})).problems()
+    assert len(problems) > 40
+    with pytest.raises(ExportError, match=rf"\({len(problems)} problems\)") as caught:
+        refuse(problems)
+    lines = str(caught.value).splitlines()[1:]
+    assert len(lines) <= 21
+    assert "  wrong shape: norm.weight is [9], expected [16]" in lines
+    assert lines[-1] == f"  and {len(problems) - len(lines) + 1} more"
+    assert len(listing(problems[:20]).splitlines()) == 20
 
 
 @pytest.mark.parametrize("content", [torch.zeros(3), {}, [1], {"embeddings.weight": 3}, {7: torch.zeros(3)}])

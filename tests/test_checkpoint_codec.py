@@ -77,8 +77,11 @@ def with_strays(weights: dict[str, Any]) -> dict[str, Any]:
         lambda w: {**{f"generator.{name}": tensor for name, tensor in w.items()}, "discriminator.weight": torch.zeros(2)},
         lambda w: {"state_dict": {f"generator.{name}": tensor for name, tensor in w.items()}, "optimizer": {}},
         with_strays,
+        lambda w: {f"module.{name}": tensor for name, tensor in with_strays(w).items()},
+        lambda w: {"state_dict": {f"model.codec._orig_mod.{name}": tensor for name, tensor in w.items()}},
+        lambda w: {name: tensor.double() for name, tensor in w.items()},
     ],
-    ids=["state_dict", "generator", "both", "stray"],
+    ids=["state_dict", "generator", "both", "stray", "prefix", "nested prefix", "float64"],
 )
 def test_codec_forms(any_codec: Path, edit: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
     before = open_codec(any_codec)
@@ -181,7 +184,7 @@ def test_a_codec_that_does_not_fit_its_config(codec_folder: Path) -> None:
         (lambda c: c.update(encoder_rates=[]), r"encoder_rates is \[\]"),
         (lambda c: c["encoder_transformer_layers"].append(0), "encoder_transformer_layers is .*; expected one number for each"),
         (lambda c: c.update(encoder_transformer_layers=[-1] * len(c["encoder_rates"])), "encoder_transformer_layers is"),
-        (lambda c: c.update(decoder_dim=7), "decoder_dim is 7"),
+        (lambda c: c.update(decoder_dim=7), "decoder_dim is 7; expected .* halved"),
         (lambda c: c["quantizer"].update(codebook_size=True), r"quantizer\.codebook_size is True"),
         (lambda c: c["quantizer"].update(downsample_factor=2), r"quantizer\.downsample_factor is 2"),
         (lambda c: c["quantizer"].update(input_dim=7), r"quantizer\.input_dim is 7"),
@@ -273,7 +276,7 @@ def test_a_codec_that_lacks_the_convolutions_of_its_kind(firefly_folder: Path) -
         (lambda c: c.pop("head"), "lacks head"),
         (lambda c: c["spec_transform"].update(n_fft=2047), r"spec_transform\.win_length is 2048; expected 2047"),
         (lambda c: c["spec_transform"].update(win_length=1024), r"spec_transform\.win_length is 1024; expected 2048"),
-        (lambda c: c["spec_transform"].update(n_fft=511, win_length=511), r"spec_transform\.n_fft is 511; expected an even"),
+        (lambda c: c["spec_transform"].update(n_fft=511, win_length=511), r"n_fft is 511; expected at least hop_length, 512"),
         (lambda c: c["spec_transform"].update(hop_length=256), r"spec_transform\.hop_length is 256; expected 512"),
         (lambda c: c["head"].update(hop_length=256), r"head\.hop_length is 256; expected 512"),
         (lambda c: c["backbone"].update(input_channels=7), r"backbone\.input_channels is 7; expected \d+, to fit"),

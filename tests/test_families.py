@@ -155,14 +155,48 @@ def test_a_tokenizer_of_another_generation(
 
 
 def test_a_tokenizer_of_another_generation_beside_a_config_that_tells_nothing(
-    folder_of: Callable[[str], Path], model_of: ModelOf
+    folder_of: Callable[[str], Path], model_of: ModelOf, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """By its fields the config could be 1.4's, whose codec is that of 1.5."""
+    """By its fields the config could be 1.4's, whose codec is that of 1.5. All that is left is a warning."""
     checkpoint = folder_of("fish-1.5")
     change_config(checkpoint, without=("scale_codebook_embeddings", "share_codebook_embeddings", "is_reward_model"))
     (checkpoint / "tokenizer.tiktoken").unlink()
     shutil.copy(model_of("fish-1.4").checkpoint / "tokenizer.json", checkpoint)
+    assert open_language_model(checkpoint, codec="firefly").family.name == "1.4"
+    assert "it is the tokenizer of another checkpoint" in caplog.text
+
+
+def test_a_vocabulary_may_be_padded_freely(folder_of: Callable[[str], Path], caplog: pytest.LogCaptureFixture) -> None:
+    """But each token needs an embedding."""
+    checkpoint = folder_of("s2-pro")
+    source = open_language_model(checkpoint)
+    tokens = len(json.loads(source.tokenizer)["model"]["vocab"]) + len(json.loads(source.tokenizer)["added_tokens"])
+    config = json.loads((checkpoint / "config.json").read_text())
+    for size, warned in ((tokens, False), (tokens + 64, False), (3 * tokens, True)):
+        caplog.clear()
+        change_config(checkpoint, text_config={**config["text_config"], "vocab_size": size})
+        assert open_language_model(checkpoint).config.vocab_size == size
+        assert (f"for a vocab_size of {size}" in caplog.text) is warned
+    change_config(checkpoint, text_config={**config["text_config"], "vocab_size": tokens - 1})
     refused(checkpoint, "tokens and ids up to .* vocab_size")
+
+
+def test_a_converted_tokenizer_is_that_of_its_family(folder_of: Callable[[str], Path], model_of: ModelOf, tmp_path: Path) -> None:
+    """A tokenizer.json with the control tokens that the original has beside its tokenizer.tiktoken."""
+    for folder in ("fish-1.5", "s1-mini"):
+        checkpoint, source = folder_of(folder), model_of(folder).lm
+        for name in ("tokenizer.tiktoken", "special_tokens.json"):
+            (checkpoint / name).unlink(missing_ok=True)
+        (checkpoint / "tokenizer.json").write_text(source.tokenizer, encoding="utf-8")
+        again = open_language_model(checkpoint, codec=source.family.codec)
+        assert (again.family, again.ids, again.tokenizer) == (source.family, source.ids, source.tokenizer)
+
+
+def test_fields_that_are_null_tell_nothing(folder_of: Callable[[str], Path], model_of: ModelOf) -> None:
+    """Later code writes them where it saves an earlier model again."""
+    checkpoint = folder_of("fish-1.2")
+    change_config(checkpoint, fast_dim=None, fast_n_head=None, fast_attention_qkv_bias=None)
+    assert open_language_model(checkpoint, codec="centred firefly").config == model_of("fish-1.2").lm.config
 
 
 def test_two_tokenizers(folder_of: Callable[[str], Path], model_of: ModelOf) -> None:

@@ -1,13 +1,15 @@
 """Finds the files of a checkpoint and reads their tensors, under the names that the originals gave them.
 
-Nothing is interpreted here but containers: safetensors shards and their index, pickles with their wrappings, JSON.
+Nothing is interpreted here but containers: safetensors shards and their index, and pickles. Wrappers are taken off: an outer
+`state_dict`, and the prefixes that training frameworks put before all names.
 """
 
 from __future__ import annotations
 
-import json
+import re
+import warnings
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePath
@@ -17,11 +19,19 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from .content import DAMAGED, is_safetensors, read_json
 from .errors import ExportError
 from .files import CODEC, CODEC_CONFIG, CONFIG, FIREFLY, INDEX, PICKLE, SINGLE, TIKTOKEN, TOKENIZER
-from .lazy import Lazy, Maker
+from .lazy import Lazy, Maker, makers
 
-DAMAGED = "the file may be incomplete; copy or download it again"
+LANGUAGE_MODEL_PARTS = (
+    *("embeddings", "codebook_embeddings", "layers", "norm", "output", "text_model", "audio_decoder"),
+    *("fast_project_in", "fast_embeddings", "fast_layers", "fast_norm", "fast_output"),
+)
+"""With one of these begins every name of a language model's tensors, in any form."""
+_COMPILED = "_orig_mod."
+_SAFETENSORS = ".safetensors"
+_LISTED = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +55,9 @@ class CodecFiles:
 
 
 def find_language_model(folder: Path) -> LanguageModelFiles:
-    """Raises ExportError that names every file the folder lacks, and for two tokenizers."""
+    """Raises ExportError that names every file the folder lacks, and for several sets of weights or two tokenizers."""
     _require_folder(folder)
-    weights = [folder / name for name in (INDEX, SINGLE, PICKLE) if (folder / name).is_file()]
+    weights = _find_weights(folder)
     tokenizers = [folder / name for name in (TOKENIZER, TIKTOKEN) if (folder / name).is_file()]
     missing = [] if (folder / CONFIG).is_file() else [CONFIG]
     if not tokenizers:
@@ -58,6 +68,11 @@ def find_language_model(folder: Path) -> LanguageModelFiles:
         raise ExportError(
             f"{folder} is not a complete checkpoint: it lacks {', '.join(missing)}",
             hint="give the folder of an official checkpoint with all its files",
+        )
+    if len(weights) > 1:
+        raise ExportError(
+            f"{folder} has {len(weights)} sets of weights: {', '.join(path.name for path in weights)}",
+            hint="keep the one to export, and move the others out of the folder",
         )
     if len(tokenizers) > 1:
         raise ExportError(f"{folder} has two tokenizers, {TOKENIZER} and {TIKTOKEN}", hint="keep the one of this model")
@@ -81,34 +96,45 @@ def find_codec(folder: Path) -> CodecFiles:
     return CodecFiles(found[0], read_json(config) if config.is_file() else None)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """An object from a JSON file. Raises ExportError."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ExportError(f"{path} cannot be read: {error}", hint=DAMAGED) from None
-    if not isinstance(data, dict):
-        raise ExportError(f"{path} holds no JSON object", hint=DAMAGED)
-    return data
-
-
 def read_weights(path: Path) -> Mapping[str, Tensor]:
-    """Every tensor of the language model, by its name on disk; those of safetensors files are read when they are looked up.
+    """Return every tensor of the language model by its name in the original; safetensors are read when they are looked up.
 
     Raises ExportError for a damaged, missing or foreign file.
     """
-    if path.name == PICKLE:
-        return read_model_pickle(path)
-    return Lazy(_find_in_shards(path) if path.name == INDEX else _find_tensors(path))
+    if path.name == INDEX:
+        return unwrap(Lazy(_find_in_shards(path)), LANGUAGE_MODEL_PARTS, path)
+    return read_model(path)
 
 
-def read_pickle(path: Path) -> Mapping[str, Any]:
-    """The mapping in a torch file, whose wrapper key `state_dict` is taken off. Loads weights only, never code."""
+def read_model(path: Path) -> Mapping[str, Tensor]:
+    """Return the tensors in one file of a language model or of its LoRA.
+
+    As upstream does, `model.` is taken off if the first name of a pickle has it, and the audio input is left out, which was never
+    released. Raises ExportError.
+    """
+    tensors = unwrap(read_tensors(path), LANGUAGE_MODEL_PARTS, path)
+    if isinstance(tensors, Lazy):
+        return tensors
+    if next(iter(tensors)).startswith("model."):
+        tensors = _renamed(tensors, {name: name.removeprefix("model.") for name in tensors}, path)
+    kept = {name: value for name, value in tensors.items() if "audio_" not in name or name.startswith("audio_decoder.")}
+    return only_tensors(kept, path.name)
+
+
+def read_tensors(path: Path) -> Mapping[str, Any]:
+    """Return what a file of weights holds by name, under its wrapper key `state_dict` if it has one.
+
+    A safetensors file is known by its content, and its tensors are read when they are looked up, in a `Lazy`. Of a pickle, only
+    weights are loaded, never code. Raises ExportError.
+    """
+    if is_safetensors(path) or path.suffix == _SAFETENSORS:
+        return Lazy(_find_tensors(path))
     try:
-        # Memory-mapped where the format allows it, so that tensors nobody asks for are not read.
-        data = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        with warnings.catch_warnings(action="ignore"):  # of other formats, which are errors here
+            # Memory-mapped where the format allows it, so that tensors nobody asks for are not read.
+            data = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # torch.load raises whatever its unpickler meets in a damaged file
-        raise ExportError(f"{path} cannot be read: {_first_line(error)}", hint=DAMAGED) from None
+        raise _unreadable_pickle(path, str(error)) from None
     if isinstance(data, Mapping) and isinstance(data.get("state_dict"), Mapping):
         data = data["state_dict"]
     if not isinstance(data, Mapping) or not data:
@@ -119,30 +145,66 @@ def read_pickle(path: Path) -> Mapping[str, Any]:
     return data
 
 
-def read_model_pickle(path: Path) -> dict[str, Tensor]:
-    """As upstream reads a language model or its LoRA: without the `model.` of training frameworks, and without the unreleased
-    audio input, both by name. Raises ExportError.
+def _unreadable_pickle(path: Path, reason: str) -> ExportError:
+    """The error for a pickle that torch does not load, not in torch's own words: they advise to load it unsafely."""
+    if match := re.search(r"\bGLOBAL (\S+)", reason):
+        return ExportError(
+            f"{path} cannot be read: it holds Python objects ({match[1]}), not only tensors, and loading them can run any code",
+            hint="save the state_dict of the model instead, or take the publisher's file",
+        )
+    if "TorchScript" in reason:
+        return ExportError(
+            f"{path} cannot be read: it is a TorchScript program, not named tensors", hint="take the publisher's file instead"
+        )
+    return ExportError(f"{path} cannot be read: it is damaged, or not a file of torch.save", hint=DAMAGED)
+
+
+def unwrap(tensors: Mapping[str, Any], parts: Collection[str], path: Path) -> Mapping[str, Any]:
+    """Return the tensors without the prefix that all names share, up to the name of a part of the model.
+
+    `torch.compile`, data parallelism and training frameworks put `_orig_mod.`, `module.` or `model.` before names. The first
+    stands within names too, where a part was compiled. No prefix is taken off unless it leads to one of `parts`. Raises
+    ExportError if two names become one.
     """
-    data = read_pickle(path)
-    if next(iter(data)).startswith("model."):
-        data = {name.replace("model.", ""): value for name, value in data.items()}
-    return only_tensors({name: value for name, value in data.items() if "audio_" not in name}, path.name)
+    names = {name: name.replace(_COMPILED, "") for name in tensors}
+    split = [name.split(".") for name in names.values()]
+    for depth, shared in enumerate(zip(*split, strict=False)):
+        if not set(parts).isdisjoint(shared):
+            names = {name: ".".join(short.split(".")[depth:]) for name, short in names.items()}
+            break
+        if len(set(shared)) > 1:
+            break
+    return _renamed(tensors, names, path)
+
+
+def _renamed(tensors: Mapping[str, Any], names: Mapping[str, str], path: Path) -> Mapping[str, Any]:
+    """The tensors under other names, each looked up as before."""
+    if all(name == new for name, new in names.items()):
+        return tensors
+    if len(set(names.values())) < len(names):
+        twice = sorted({new for new in names.values() if list(names.values()).count(new) > 1})
+        raise ExportError(f"{path} holds several tensors for one name: {listed(twice)}", hint="which of them is meant?")
+    if isinstance(tensors, Lazy):
+        found = makers(tensors)
+        return Lazy({new: found[name] for name, new in names.items()})
+    return {new: tensors[name] for name, new in names.items()}
 
 
 def only_tensors(data: Mapping[str, Any], source: str) -> dict[str, Tensor]:
     """Raises ExportError that lists the entries which are not tensors, or sparse ones."""
     if others := [str(name) for name, value in data.items() if not isinstance(value, Tensor) or value.layout != torch.strided]:
-        raise ExportError(f"{source} holds entries that are not tensors: {', '.join(others)}", hint="is this the right file?")
-    return dict(data)
+        raise ExportError(f"{source} holds entries that are not tensors: {listed(others)}", hint="is this the right file?")
+    return {name: _narrow(value) for name, value in data.items()}
 
 
-@contextmanager
-def reading(path: Path) -> Iterator[None]:
-    """Says of an OSError that `path` cannot be read. Raises ExportError."""
-    try:
-        yield
-    except OSError as error:
-        raise ExportError(f"{path} cannot be read: {error}", hint="does it still exist, and may you read it?") from None
+def _narrow(tensor: Tensor) -> Tensor:
+    """float64 as float32, the type that everything is computed in."""
+    return tensor.float() if tensor.dtype == torch.float64 else tensor
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first names and the number of the others, for an error."""
+    return ", ".join(names[:_LISTED]) + (f" and {len(names) - _LISTED} more" if len(names) > _LISTED else "")
 
 
 def _require_folder(folder: Path) -> None:
@@ -150,28 +212,45 @@ def _require_folder(folder: Path) -> None:
         raise ExportError(f"{folder} is not a folder", hint="give the folder of an official checkpoint")
 
 
-def _find_in_shards(index: Path) -> dict[str, Maker]:
+def _find_weights(folder: Path) -> list[Path]:
+    """The file of each set of weights. A single file that the index names is a shard, not another set."""
+    found = [path for name in (INDEX, SINGLE, PICKLE) if (path := folder / name).is_file()]
+    if len(found) > 1 and found[0].name == INDEX:
+        shards = set(_read_places(found[0]).values())
+        found = [path for path in found if path.name not in shards]
+    return found
+
+
+def _read_places(index: Path) -> dict[str, str]:
+    """Tensor → file name of its shard. Raises ExportError."""
     places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
         raise ExportError(f"{index} has no usable weight_map", hint=DAMAGED)
+    return places
+
+
+def _find_in_shards(index: Path) -> dict[str, Maker]:
+    places = _read_places(index)
     shards = sorted(set(places.values()))
     if outside := [name for name in shards if PurePath(name).name != name]:
-        raise ExportError(f"{index} names shards outside its folder: {', '.join(outside)}")
+        raise ExportError(f"{index} names shards outside its folder: {listed(outside)}")
     if missing := [name for name in shards if not (index.parent / name).is_file()]:
-        raise ExportError(f"{index.parent} lacks shards that {INDEX} names: {', '.join(missing)}", hint="download them too")
+        raise ExportError(f"{index.parent} lacks shards that {INDEX} names: {listed(missing)}", hint="download them too")
     tensors: dict[str, Maker] = {}
     for shard in shards:
         found = _find_tensors(index.parent / shard)
         if lacking := sorted(name for name, place in places.items() if place == shard and name not in found):
-            raise ExportError(f"{shard} lacks tensors that {INDEX} places in it: {', '.join(lacking)}", hint=DAMAGED)
+            raise ExportError(f"{shard} lacks tensors that {INDEX} places in it: {listed(lacking)}", hint=DAMAGED)
         if twice := sorted(found.keys() & tensors.keys()):
-            raise ExportError(f"{shard} repeats tensors of another shard: {', '.join(twice)}", hint=DAMAGED)
+            raise ExportError(f"{shard} repeats tensors of another shard: {listed(twice)}", hint=DAMAGED)
         tensors |= found
     return tensors
 
 
 def _find_tensors(path: Path) -> dict[str, Maker]:
     """How each tensor of a safetensors file is read. Opening it checks its table against its size."""
+    if not is_safetensors(path):
+        raise ExportError(f"{path} cannot be read: it is damaged, or not a safetensors file", hint=DAMAGED)
     with _opened(path) as file:
         return {name: _reading(path, name) for name in file.keys()}  # noqa: SIM118 (not a dict: it has no iterator)
 
@@ -180,8 +259,7 @@ def _reading(path: Path, name: str) -> Maker:
     # Opened anew for each tensor: the pages that were read count as this process's memory until the file is closed.
     def read() -> Tensor:
         with _opened(path) as file:
-            tensor: Tensor = file.get_tensor(name)
-            return tensor
+            return _narrow(file.get_tensor(name))
 
     return read
 
@@ -191,9 +269,5 @@ def _opened(path: Path) -> Iterator[Any]:
     try:
         with safe_open(path, framework="pt") as file:
             yield file
-    except (SafetensorError, OSError) as error:
-        raise ExportError(f"{path} cannot be read: {_first_line(error)}", hint=DAMAGED) from None
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
+    except (SafetensorError, OSError):
+        raise ExportError(f"{path} cannot be read: it is damaged or incomplete", hint=DAMAGED) from None

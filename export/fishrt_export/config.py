@@ -15,6 +15,8 @@ Raw = Mapping[str, Any]
 
 NESTED = "fish_qwen3_omni"
 FLAT = "dual_ar"
+EITHER = "fish_speech"
+"""What mlx-audio writes, whichever form it converted."""
 
 # Where a key is absent. The fast AR's keys have no entry: absent or null, they take the slow AR's value.
 _DEFAULTS: dict[str, Any] = {
@@ -124,12 +126,12 @@ class ModelConfig:
 def is_nested(raw: Raw) -> bool:
     """Whether `config.json` has S2-Pro's nested form. Raises ExportError for a model of another kind."""
     kind = raw.get("model_type")
-    if kind not in (NESTED, FLAT):
+    if kind not in (NESTED, FLAT, EITHER):
         raise ExportError(
             f"config.json has model_type {kind!r}; known are {NESTED!r} and {FLAT!r}",
             hint="give the folder of a Fish Speech checkpoint",
         )
-    return bool(kind == NESTED)
+    return kind == NESTED or (kind == EITHER and "text_config" in raw)
 
 
 def flatten(raw: Raw) -> dict[str, Any]:

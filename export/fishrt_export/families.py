@@ -5,7 +5,6 @@ A checkpoint folder may hold a `fishrt.json` of ours with defaults of its own.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from fishrt.features import (
     sampling_faults,
 )
 
+from .content import read_json
 from .errors import ExportError
 from .files import DEFAULTS
 
@@ -221,10 +221,11 @@ def with_defaults(family: Family, checkpoint: Path) -> Family:
     path = checkpoint / DEFAULTS
     if not path.exists():
         return family
+    data = read_json(path)
     try:
-        own = parse_dataclass(Defaults, json.loads(path.read_text(encoding="utf-8")), DEFAULTS)
+        own = parse_dataclass(Defaults, data, DEFAULTS)
         _check_defaults(own)
-    except (OSError, ValueError, RecursionError, BundleError) as error:
+    except (ValueError, BundleError) as error:
         raise ExportError(f"{path} is not valid: {error}", hint="mend it, or take it away to use the family's defaults") from None
     return replace(family, chunk_bytes=own.chunk_bytes, sampling=own.sampling, voice_seconds=own.voice_seconds)
 

@@ -15,6 +15,7 @@ from fishrt.sampling import audio_ids
 from .cases import fast_ar_cases, slow_ar_cases
 from .checkpoint import find_language_model, read_weights
 from .config import ModelConfig, read_config
+from .content import read_text
 from .errors import ExportError
 from .families import Family, with_defaults
 from .fast_ar import FastAR, fast_ar_spec
@@ -25,7 +26,7 @@ from .lazy import Lazy, makers
 from .lora import Lora, merge
 from .quantised import dequantise
 from .slow_ar import SlowAR, slow_ar_spec
-from .tokenizer import read_text, read_tokenizer, read_vocabulary
+from .tokenizer import read_tokenizer, read_vocabulary
 from .weights import expected_shapes, find_problems, flat_names, hollow, load, refuse
 
 HEADS = ("audio", "full")

@@ -6,6 +6,7 @@ every family, so that files of different releases in one folder are found out be
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,10 +16,12 @@ from .errors import ExportError
 from .families import FAMILIES, Family
 from .files import TIKTOKEN, TOKENIZER
 
+log = logging.getLogger(__name__)
+
 END = "<|im_end|>"
 SEMANTIC = "<|semantic|>"
 SPARE_TOKENS = 64
-"""Embeddings without a token that any model may have; of a large one, a tenth."""
+"""Embeddings without a token that any model may have, or a tenth of a large one: no published checkpoint has more."""
 MAX_SEMANTIC = 4096
 """Upstream looks for `<|semantic:i|>` only below this."""
 
@@ -98,16 +101,20 @@ def _contradictions(family: Family, evidence: Evidence) -> Iterator[str]:
     one, many = SEMANTIC in vocabulary, "<|semantic:0|>" in vocabulary
     if family.one_semantic and not one:
         yield f"a tokenizer with {SEMANTIC}"
-    if not family.one_semantic and not many and (one or not is_nested(evidence.config)):
+    if not family.one_semantic and not many and (one or not flatten(evidence.config).get("semantic_begin_id")):
         yield "a tokenizer with <|semantic:0|>"
 
 
 def _oddities(family: Family, evidence: Evidence) -> Iterator[str]:
     """What else the published checkpoints of the family have, and this one has not."""
-    if (evidence.vocabulary is None) != bool(family.control_tokens):
-        yield f"a {TIKTOKEN if family.control_tokens else TOKENIZER}"
+    if evidence.vocabulary is None:
+        if not family.control_tokens:
+            yield f"a {TOKENIZER}"
+    elif lacking := _lacking_control_tokens(family, evidence.vocabulary):
+        yield f"a {TIKTOKEN}, or a tokenizer with {', '.join(lacking[:3])}"
     nested = is_nested(evidence.config)
-    fields = flatten(evidence.config).keys()
+    # A null says nothing: later code writes it where it saves an earlier model again.
+    fields = {name for name, value in flatten(evidence.config).items() if value is not None}
     later = [name for release in _RELEASES[_RELEASES.index(family.name) + 1 :] for name in _NEW_FIELDS[release]]
     if family.name != "s2" and nested:
         yield "a flat config.json"
@@ -119,20 +126,32 @@ def _oddities(family: Family, evidence: Evidence) -> Iterator[str]:
         yield "a config.json that is nested, or has norm_fastlayer_input"
 
 
+def _lacking_control_tokens(family: Family, vocabulary: Mapping[str, int]) -> list[str]:
+    """Control tokens that a converted tokenizer of the family would have, but for the semantic ones."""
+    return [name for name in family.control_tokens if name not in vocabulary and not name.startswith("<|semantic:")]
+
+
 def find_ids(config: Mapping[str, Any], vocabulary: Mapping[str, int], vocab_size: int, family: Family) -> AudioIds:
     """Ids from the tokenizer; those of the config serve only where the tokenizer names no semantic token.
 
-    Raises ExportError for a tokenizer without them, or one that does not go with the number of token embeddings.
+    Logs a warning if many token embeddings have no token: they may be padding, or those of another tokenizer. Raises ExportError
+    for a tokenizer without the ids, or with an id that has no embedding.
     """
     semantic = _one_id(vocabulary) if family.one_semantic else _many_ids(config, vocabulary)
     if END not in vocabulary:
         raise ExportError(f"the tokenizer has no {END}", hint="is it the tokenizer of this checkpoint?")
     largest = max(*vocabulary.values(), semantic[-1])
-    # Rows of the embedding are rounded up, by about a hundredth in what is published.
-    if largest >= vocab_size or vocab_size - len(vocabulary) > max(SPARE_TOKENS, vocab_size // 10):
+    if largest >= vocab_size:
         raise ExportError(
             f"the tokenizer has {len(vocabulary)} tokens and ids up to {largest}, but config.json a vocab_size of {vocab_size}",
             hint="is it the tokenizer of this checkpoint?",
+        )
+    if vocab_size - len(vocabulary) > max(SPARE_TOKENS, vocab_size // 10):
+        log.warning(
+            "the tokenizer has %d tokens for a vocab_size of %d in config.json; if the speech is noise, it is the tokenizer of "
+            "another checkpoint",
+            len(vocabulary),
+            vocab_size,
         )
     return AudioIds(semantic, vocabulary[END])
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fishrt.bundle import Licence
 
-from .checkpoint import reading
+from .content import reading
 
 UNKNOWN = "unknown: see the publisher of the checkpoint"
 NOTE = "WEIGHTS-LICENCE.txt"
@@ -39,7 +39,7 @@ def _may_tell(path: Path) -> bool:
 
 def _licence_name(content: bytes, *, whole_file: bool) -> str | None:
     """From the front matter of a README (`license_name:`, else `license:`), or the first line of a licence file."""
-    text = content.decode(errors="replace")
+    text = content.decode("utf-8-sig", errors="replace")
     for key in ("license_name", "license"):
         if match := re.search(rf"^{key}:[ \t]*(\S.*?)[ \t]*$", text, re.MULTILINE):
             return match[1].strip("\"'")

@@ -1,4 +1,4 @@
-"""Merging a LoRA into a language model: files as upstream's training writes them, of all generations.
+"""Merges a LoRA into a language model: files as upstream's training writes them, of all generations.
 
 A file holds two small matrices for each module that was trained, `<module>.lora_A` and `<module>.lora_B`. Their rank r is their
 inner size; the factor alpha is in no file.
@@ -14,10 +14,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from .checkpoint import read_model_pickle
+from .checkpoint import read_model
 from .errors import ExportError
 from .lazy import Lazy, Maker, makers
-from .weights import FLOATS, is_finite
+from .weights import FLOATS, is_finite, listing
 
 _EMBEDDINGS = ("embeddings", "codebook_embeddings", "fast_embeddings")
 """Their matrices are those of the transposed table."""
@@ -28,7 +28,7 @@ class Lora:
     """What is to be merged."""
 
     path: Path
-    """A pickle whose names begin with `model.` or not."""
+    """The file of the training. Its names may have a prefix, such as `model.`."""
     alpha: float
     """The lora_alpha of the training: the product of both matrices counts alpha / r times."""
     rank: int | None = None
@@ -49,7 +49,7 @@ def merge(weights: Mapping[str, Tensor], lora: Lora) -> Mapping[str, Tensor]:
 
     Raises one ExportError that lists everything in which the LoRA does not fit the model.
     """
-    tensors = read_model_pickle(lora.path)
+    tensors = read_model(lora.path)
     pairs: dict[str, dict[str, Tensor]] = {}
     problems = []
     for name, tensor in tensors.items():
@@ -66,8 +66,7 @@ def merge(weights: Mapping[str, Tensor], lora: Lora) -> Mapping[str, Tensor]:
         asked = "one" if lora.rank is None else lora.rank
         problems.append(f"wrong rank: found {', '.join(map(str, sorted(ranks)))}, expected {asked}")
     if problems:
-        listing = "\n".join(f"  {problem}" for problem in problems)
-        raise ExportError(f"{lora.path} does not fit the model ({len(problems)} problems):\n{listing}", hint=_HINT)
+        raise ExportError(f"{lora.path} does not fit the model ({len(problems)} problems):\n{listing(problems)}", hint=_HINT)
     merged, (rank,) = makers(weights), ranks
     for module, pair in pairs.items():
         merged[f"{module}.weight"] = _merging(weights, module, pair, lora.alpha / rank)

@@ -16,14 +16,32 @@ from .lazy import Lazy, Maker, makers
 
 _SCALES = ".scales"
 _INT4 = ".scales_and_zeros"
+_OTHER_FORMS = (
+    ("GPTQ or AWQ", ".qweight"),
+    ("bitsandbytes", ".weight.quant_state.bitsandbytes__"),
+    ("bitsandbytes", ".SCB"),
+    ("compressed-tensors", ".weight_packed"),
+    ("FP8", ".weight.scale"),
+    ("FP8", ".weight_scale"),
+    ("FP8", ".scale_weight"),
+    ("MLX", ".biases"),
+)
+"""Forms of other tools, known by what stands in the names of their tensors."""
 
 
 def dequantise(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> Mapping[str, Tensor]:
     """The tensors with an int8 `weight` [out, in] times its `scales` [out] wherever there are both.
 
     `expected` names what the model takes: the biases of quantised layers, which the quantiser drops, become zeros. Raises
-    ExportError for int4, whose layout is that of one kind of GPU. What does not fit together is left for `find_problems`.
+    ExportError for int4, whose layout is that of one kind of GPU, and for the forms of other tools. What does not fit together
+    is left for `find_problems`.
     """
+    for form, ending in _OTHER_FORMS:
+        if found := [name for name in tensors if ending in name]:
+            raise ExportError(
+                f"the weights are quantised ({form}: {found[0]} and {len(found) - 1} more), which is not supported",
+                hint="export the checkpoint that they were made from",
+            )
     if packed := [name for name in tensors if name.endswith(_INT4)]:
         raise ExportError(
             f"the weights are quantised to int4 ({packed[0]} and {len(packed) - 1} more): packed in tiles for CUDA kernels, in "

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
-from .checkpoint import DAMAGED, read_json, reading
+from .content import DAMAGED, read_json, read_text
 from .errors import ExportError
 from .families import Family
 from .files import SPECIAL_TOKENS, TOKENIZER
@@ -121,13 +121,3 @@ def _byte_names() -> list[str]:
     seen = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     unseen = iter(range(256, 512))
     return [chr(byte) if byte in seen else chr(next(unseen)) for byte in range(256)]
-
-
-def read_text(path: Path) -> str:
-    """Raises ExportError for a file that is not UTF-8 text."""
-    with reading(path):
-        content = path.read_bytes()
-    try:
-        return content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ExportError(f"{path} cannot be read: {error}", hint=DAMAGED) from None

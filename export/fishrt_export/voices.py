@@ -17,7 +17,7 @@ from fishrt.tokenizer import Tokenizer
 from fishrt.voices import VoiceStore
 from fishrt_engines import open_engine
 
-from .checkpoint import reading
+from .content import read_text
 from .errors import ExportError
 from .files import REFERENCES
 
@@ -53,21 +53,12 @@ def check_references(checkpoint: Path, bundle: Bundle, tokenizer: Tokenizer) -> 
     if not names:
         return None
     named = folder / DEFAULT
-    default = _read_default(named) if named.is_file() else names[0]
+    default = read_text(named).strip() if named.is_file() else names[0]
     if default not in names:
         raise ExportError(f"{named} names {default!r}; the voices are: {', '.join(names)}")
     for name in names:
         store.load(name, _Listener(bundle, tokenizer))
     return References(store, names, default)
-
-
-def _read_default(path: Path) -> str:
-    with reading(path):
-        content = path.read_bytes()
-    try:
-        return content.decode("utf-8-sig").strip()
-    except UnicodeDecodeError as error:
-        raise ExportError(f"{path} is not UTF-8: {error.reason} at byte {error.start}", hint="convert it to UTF-8") from None
 
 
 def encode_references(references: References | None, bundle: Bundle) -> Voices | None:

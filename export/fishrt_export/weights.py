@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from typing import TypeVar
@@ -9,31 +10,36 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from .checkpoint import LANGUAGE_MODEL_PARTS, listed
 from .errors import ExportError
 from .lazy import Lazy, Maker, makers
 from .threads import one_thread
 
+log = logging.getLogger(__name__)
+
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 _PIECE = 1 << 18
-_COMPUTED = ("freqs_cis", "fast_freqs_cis", "causal_mask")
+_LISTED = 20
+_UNUSED = ("freqs_cis", "fast_freqs_cis", "causal_mask", "score_output", "audio_encoder")
 M = TypeVar("M", bound=nn.Module)
 
 
 def flat_names(tensors: Mapping[str, Tensor], *, tied_head: bool) -> Mapping[str, Tensor]:
     """Renames the nested form of S2-Pro (`text_model.…`, `audio_decoder.…`) and joins separate wq, wk, wv.
 
-    Left out by name: what models compute for themselves, the head of reward models, `audio_encoder.*`, and `text_model.lm_head.*`
-    where the head is tied to the embedding.
+    As in the originals, tensors of no part of the model are left out: those that models compute, the head of reward models and
+    the audio encoder silently, others with a warning; and so is a head where the head is tied to the embedding.
     """
-    flat = {
-        name: make for name, make in makers(tensors).items() if name not in _COMPUTED and not name.startswith("score_output.")
-    }
-    if any(name.startswith(("text_model.", "audio_decoder.")) for name in tensors):
-        flat = {
-            _flat_name(name): make
-            for name, make in flat.items()
-            if not name.startswith("audio_encoder.") and not (tied_head and name.startswith("text_model.lm_head."))
-        }
+    parts = {name: name.partition(".")[0] for name in tensors}
+    if strange := [name for name, part in parts.items() if part not in (*LANGUAGE_MODEL_PARTS, *_UNUSED)]:
+        log.warning("the weights hold tensors that belong to no part of the model and are left out: %s", listed(strange))
+    flat = {name: make for name, make in makers(tensors).items() if parts[name] in LANGUAGE_MODEL_PARTS}
+    if any(part in ("text_model", "audio_decoder") for part in parts.values()):
+        flat = {_flat_name(name): make for name, make in flat.items()}
+    if tied_head and (head := flat.pop("output.weight", None)):
+        embeddings = flat.get("embeddings.weight")
+        if embeddings is None or not torch.equal(head(), embeddings()):
+            log.warning("config.json ties the output head to the token embedding: the head among the weights is left out")
     return Lazy(_join_legacy_projections(flat))
 
 
@@ -111,13 +117,21 @@ def is_finite(tensor: Tensor) -> bool:
 
 
 def refuse(problems: Sequence[str]) -> None:
-    """Raises one ExportError with every problem, if there is any."""
+    """Raises one ExportError for all problems, if there are any."""
     if problems:
-        listing = "\n".join(f"  {problem}" for problem in problems)
         raise ExportError(
-            f"the weights do not fit the config ({len(problems)} problems):\n{listing}",
+            f"the weights do not fit the config ({len(problems)} problems):\n{listing(problems)}",
             hint="config and weights must be of one checkpoint, complete and undamaged",
         )
+
+
+def listing(problems: Sequence[str]) -> str:
+    """One line for each problem. Of a long list, the first problems of each kind and the number of the others."""
+    kinds = [problem.partition(":")[0] for problem in problems]
+    most = max(_LISTED // max(len(set(kinds)), 1), 1)
+    shown = [problem for i, problem in enumerate(problems) if len(problems) <= _LISTED or kinds[:i].count(kinds[i]) < most]
+    left = len(problems) - len(shown)
+    return "\n".join(f"  {line}" for line in (*shown, *([f"and {left} more"] if left else [])))
 
 
 def hollow(module: M) -> M:

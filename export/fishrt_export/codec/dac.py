@@ -50,7 +50,7 @@ class Encoder(nn.Module):
 
 
 class DecoderBlock(Carrying):
-    """A transposed convolution that halves the channels, then three residual units."""
+    """A transposed convolution that halves the channels, rounding down, then three residual units."""
 
     def __init__(self, channels: int, stride: int) -> None:
         super().__init__()

@@ -95,6 +95,7 @@ class DacConfig:
     encoder_dim: int
     encoder_rates: tuple[int, ...]
     decoder_dim: int
+    """Channels before the first of `decoder_rates`; each halves them, rounding down."""
     decoder_rates: tuple[int, ...]
     latent_dim: int
     encoder_transformers: tuple[TransformerConfig | None, ...]
@@ -181,8 +182,10 @@ class DacConfig:
         )
         if math.prod(self.decoder_rates) != math.prod(rates):
             raise read.error("decoder_rates", f"numbers with the product of encoder_rates, {math.prod(rates)}")
-        if self.decoder_dim % 2 ** len(self.decoder_rates):
-            raise read.error("decoder_dim", "a number that can be halved once for each of decoder_rates")
+        if not self.decoder_dim >> len(self.decoder_rates):
+            raise read.error(
+                "decoder_dim", "so many channels that one is left when they are halved once for each of decoder_rates"
+            )
         for part in (quantizer, quantizer.section("pre_module"), quantizer.section("post_module")):
             if part.count("input_dim") != self.latent_dim:
                 raise part.error("input_dim", f"the encoder's width, {self.latent_dim}")

@@ -67,6 +67,7 @@ class FireflyConfig:
     block_kernels: tuple[int, ...]
     dilations: tuple[tuple[int, ...], ...]
     head_channels: int
+    """Channels before the first of `rates`; each halves them, rounding down."""
     pre_kernel: int
     post_kernel: int
     groups: int
@@ -101,9 +102,8 @@ class FireflyConfig:
 
     @property
     def min_samples(self) -> int:
-        """What can be mirrored. Without padding, also a whole frame."""
-        mirrored = (self.window - self.mel_hop) // 2 + 1
-        return mirrored if self.causal else max(mirrored, self.hop)
+        """As many as can be mirrored and are a step of the spectrogram; where convolutions are centred, a whole frame."""
+        return max(-(-(self.window - self.mel_hop) // 2) + 1, self.mel_hop if self.causal else self.hop)
 
     @property
     def context(self) -> DecodeContext:
@@ -151,7 +151,7 @@ class FireflyConfig:
             bands=spectrum.count("n_mels"),
             window=spectrum.count("n_fft"),
             mel_hop=spectrum.count("hop_length"),
-            depths=backbone.counts("depths"),
+            depths=backbone.counts("depths", least=0),
             dims=backbone.counts("dims"),
             kernel=backbone.count("kernel_size"),
             rates=head.counts("upsample_rates"),
@@ -180,14 +180,15 @@ class FireflyConfig:
                 raise part.error(name, f"{value}, to fit the other fields")
         if head.values.get("use_template", False) is not False:
             raise head.error("use_template", "false")
-        if self.window % 2 or self.window < hop or (self.window - hop) % 2:
-            raise spectrum.error("n_fft", f"an even number, and hop_length, {hop}, or an even number more")
+        if self.window < hop:
+            raise spectrum.error("n_fft", f"at least hop_length, {hop}")
         if len(self.depths) != len(self.dims):
             raise backbone.error("depths", f"one number for each of the {len(self.dims)} dims")
         if width % self.groups:
             raise quantizer.error("n_groups", f"a divisor of input_dim, {width}")
-        if self.head_channels % 2 ** len(self.rates):
-            raise head.error("upsample_initial_channel", "a number that can be halved once for each of upsample_rates")
+        if not self.head_channels >> len(self.rates):
+            most = "so many channels that one is left when they are halved once for each of upsample_rates"
+            raise head.error("upsample_initial_channel", most)
         self._check_kernels(backbone, head)
         return self
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoint import CodecFiles, only_tensors, read_pickle
+from ..checkpoint import CodecFiles, only_tensors, read_tensors, unwrap
 from ..errors import ExportError
 from .dac_config import DacConfig
 from .firefly import FireflyConfig
@@ -87,9 +87,10 @@ _IGNORED_STARTS = ("quantizer.semantic_predictor_module.", "head.noise_convs.")
 
 def read_stored_codec(files: CodecFiles) -> dict[str, Tensor]:
     """The tensors that inference needs, as stored, by the names of `Dac` or `Firefly` but for weight norm. Raises ExportError."""
-    data = read_pickle(files.weights)
+    data = read_tensors(files.weights)
     if any("generator" in name for name in data):
         data = {name.replace("generator.", ""): value for name, value in data.items() if "generator." in name}
+    data = unwrap(data, [part.rstrip(".") for part in (*_DAC, *_FIREFLY, *_BOTH)], files.weights)
     parts = [parts for parts in (_DAC, _FIREFLY) if any(name.startswith(parts) for name in data)]
     if len(parts) != 1:
         raise ExportError(

@@ -21,8 +21,8 @@ Floats = npt.NDArray[np.float64]
 class LogMel(nn.Module):
     """audio [batch, 1, samples] → [batch, bands, ⌊samples / hop⌋].
 
-    The ends are mirrored without their last sample, so that the first window is centred on the first hop: there must be more
-    samples than (window − hop) / 2.
+    The ends are mirrored without their last sample, so that the first window is centred on the first hop; the end is a sample
+    longer where window − hop is odd. There must be more samples than (window − hop) / 2, rounded up.
     """
 
     first: Tensor
@@ -38,8 +38,8 @@ class LogMel(nn.Module):
             self.register_buffer(name, torch.from_numpy(value.astype(np.float32)), persistent=False)
 
     def forward(self, audio: Tensor) -> Tensor:
-        spare = (self.window - self.hop) // 2
-        real, imaginary = self._spectrum(F.pad(audio, (spare, spare), mode="reflect")).unbind(1)
+        spare = self.window - self.hop
+        real, imaginary = self._spectrum(F.pad(audio, (spare // 2, -(-spare // 2)), mode="reflect")).unbind(1)
         magnitude = (real.square() + imaginary.square() + 1e-6).sqrt()
         return (self.filters @ magnitude).clamp(min=1e-5).log()
 
