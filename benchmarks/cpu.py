@@ -21,9 +21,8 @@ from typing import Any
 import click
 import numpy as np
 
-from fishrt.bench.machine import memory_bytes
 from fishrt.metrics import speed_up
-from fishrt_engines.machine import default_threads
+from fishrt_engines.machine import default_threads, total_memory
 from full_size import FAMILIES, write_checkpoint
 from plot import write_plots
 from record import RESULTS, write_record
@@ -153,7 +152,7 @@ def fits(checkpoint: Path, peer: str) -> bool:
     sizes = {path.name: path.stat().st_size for path in checkpoint.iterdir() if path.suffix in (".pth", ".safetensors")}
     model = sum(size for name, size in sizes.items() if name.startswith("model"))
     needed = model * (2 if peer == "fp32" else 1) + sum(sizes.values()) - model
-    memory = memory_bytes()
+    memory = total_memory()
     return memory is None or needed < PEER_MEMORY_SHARE * memory
 
 

@@ -23,7 +23,6 @@ import torch
 import gpu_graphs
 from fishrt import TTS
 from fishrt.bench.language_model import measure_contexts, measure_frames, measure_prefill
-from fishrt.bench.machine import peak_memory
 from fishrt.bench.measure import TEXT, BenchRequest, measure_codec, measure_requests
 from fishrt.bench.timed import SPEAKING, TimedEngine
 from fishrt.bench.weights import bytes_read
@@ -34,7 +33,7 @@ from fishrt.frame import drawn_codes, frame_graph
 from fishrt.metrics import Summary, frame_bytes, per_second, rtf
 from fishrt.sampling import Sampling, SeededNoise, main_ids
 from fishrt_engines import Array, Engine, GraphSpec, open_engine
-from fishrt_engines.machine import device_memory, gpus
+from fishrt_engines.machine import device_memory, gpus, peak_memory
 from fishrt_engines.ort_cuda import computed_in
 from fishrt_engines.providers import import_onnxruntime
 from torch_peer import COMPILED, DTYPES, load_torch, open_torch_decoder, open_torch_frames

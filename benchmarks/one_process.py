@@ -14,7 +14,6 @@ import click
 
 from fishrt import TTS
 from fishrt.bench.language_model import measure_contexts, measure_frames, measure_prefill
-from fishrt.bench.machine import peak_memory
 from fishrt.bench.measure import TEXT, measure_codec
 from fishrt.bench.timed import open_timed
 from fishrt.bench.voice import bench_voice
@@ -22,6 +21,7 @@ from fishrt.bundle import Bundle
 from fishrt.metrics import rtf
 from fishrt.prompt import PromptBuilder
 from fishrt.tokenizer import Tokenizer
+from fishrt_engines.machine import peak_memory
 
 SECONDS_PER_BYTE = 0.065
 """Of English, spoken at its usual speed: random weights do not know when to stop."""

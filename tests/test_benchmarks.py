@@ -186,9 +186,9 @@ def test_a_peer_that_memory_cannot_hold_is_left_out(tmp_path, monkeypatch):
 
     (tmp_path / "model.pth").write_bytes(b"0" * 600)
     (tmp_path / "codec.pth").write_bytes(b"0" * 100)
-    monkeypatch.setattr(cpu, "memory_bytes", lambda: 1000)
+    monkeypatch.setattr(cpu, "total_memory", lambda: 1000)
     assert (cpu.fits(tmp_path, "bf16"), cpu.fits(tmp_path, "fp32")) == (True, False)
-    monkeypatch.setattr(cpu, "memory_bytes", lambda: None)
+    monkeypatch.setattr(cpu, "total_memory", lambda: None)
     assert cpu.fits(tmp_path, "fp32")
 
 

@@ -328,7 +328,7 @@ def test_export_passes_its_options_on(fake, monkeypatch, tmp_path):
         return fake.bundle
 
     monkeypatch.setattr(fishrt_export, "export_bundle", export, raising=False)
-    monkeypatch.setattr(fishrt_export, "peak_memory", lambda: 5_000_000, raising=False)
+    monkeypatch.setattr("fishrt.cli.bundles.peak_memory", lambda: 5_000_000)
     result = run("export", "ckpt", "out", "--head", "full")
     assert result.exit_code == 0, result.output
     assert "peak memory 5.0 MB" in result.stderr

@@ -10,7 +10,6 @@ import pytest
 from fishrt.bundle import Bundle
 from fishrt.tokenizer import Tokenizer
 from fishrt.voices import VoiceStore
-from fishrt_export import peak_memory
 from fishrt_export.licence import UNKNOWN, copy_licence
 from fishrt_export.voices import References, check_references, encode_references
 from synthetic import write_reference
@@ -72,8 +71,3 @@ def test_the_terms_of_the_weights(tmp_path: Path, files: dict[str, str], name: s
     assert name in note
     if file:
         assert (tmp_path / "out" / file).read_text() == files[file]
-
-
-def test_peak_memory_is_plausible() -> None:
-    peak = peak_memory()
-    assert peak is None or 50e6 < peak < 1e12

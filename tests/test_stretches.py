@@ -115,7 +115,7 @@ LAYERS, WIDTH = 24, 1024
 MEASURE = """
 import sys
 from pathlib import Path
-from fishrt_export import peak_memory
+from fishrt_engines.machine import peak_memory
 from fishrt_export.graphs import open_language_model
 from fishrt_export.recipe import Recipe
 from fishrt_export.stretches import verify_stack

@@ -114,6 +114,22 @@ def total_memory() -> int | None:
         return None
 
 
+def peak_memory() -> int | None:
+    """Return the largest resident size of this process so far, in bytes; None where the system does not tell.
+
+    Linux counts a parent's memory into `ru_maxrss` of a process that it started, so its own status file is read.
+    """
+    if sys.platform == "linux":
+        peaks = [line.split()[1] for line in (_read(Path("/proc/self/status")) or "").splitlines() if line.startswith("VmHWM:")]
+        return int(peaks[0]) * 1024 if peaks else None
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
 def driver_error() -> str | None:
     """Why NVIDIA's driver cannot be loaded; None if it is there."""
     return load_library(_driver_name())

@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .bundle import export_bundle
     from .lora import Lora
-    from .memory import peak_memory
 
-__all__ = ["Lora", "export_bundle", "peak_memory"]
+__all__ = ["Lora", "export_bundle"]
 
 
 def __getattr__(name: str) -> object:
@@ -21,8 +20,4 @@ def __getattr__(name: str) -> object:
         from .lora import Lora
 
         return Lora
-    if name == "peak_memory":
-        from .memory import peak_memory
-
-        return peak_memory
     raise AttributeError(name)

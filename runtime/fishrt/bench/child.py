@@ -47,8 +47,9 @@ def main(arguments: Sequence[str]) -> None:
     """The process."""
     bundle, provider, threads, text, frames = arguments
     begun = time.perf_counter()
+    from fishrt_engines.machine import peak_memory
+
     from ..tts import TTS
-    from .machine import peak_memory
     from .timed import SPEAKING
     from .voice import bench_voice
 

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import os
 import platform
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fishrt_engines.machine import default_threads
+from fishrt_engines.machine import cpu_name, default_threads, total_memory
 
 from ..metrics import per_second
 
@@ -32,29 +30,14 @@ def describe_machine() -> dict[str, Any]:
         except metadata.PackageNotFoundError:
             continue
     return {
-        "cpu": _cpu(),
+        "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "threads_by_default": default_threads(),
-        "memory_bytes": memory_bytes(),
+        "memory_bytes": total_memory(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "versions": versions,
     }
-
-
-def _cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def memory_bytes() -> int | None:
-    """Physical memory; None where the system does not tell."""
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
-        return None
 
 
 def read_bandwidth(threads: int, size: int = BUFFER_BYTES) -> float:
@@ -72,21 +55,3 @@ def read_bandwidth(threads: int, size: int = BUFFER_BYTES) -> float:
                 pass
             best = min(best, time.perf_counter() - begun)
     return per_second(size, best)
-
-
-def peak_memory() -> int | None:
-    """The largest resident size of this process, in bytes; None where the system does not tell.
-
-    Linux counts a parent's memory into `ru_maxrss` of a process that it started, so its own status file is asked.
-    """
-    status = Path("/proc/self/status")
-    if status.exists():
-        for line in status.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from fishrt_engines.machine import peak_memory
 from fishrt_engines.trt_rules import Finding, errors
 
 from ..bundle import PRECISIONS, Bundle
@@ -114,7 +115,7 @@ def export(
         raise click.UsageError("--lora and --lora-alpha go together, and --lora-rank with them")
     reporter = Reporter(quiet=quiet or as_json)
     try:
-        from fishrt_export import Lora, export_bundle, peak_memory
+        from fishrt_export import Lora, export_bundle
 
         bundle = export_bundle(
             checkpoint,

@@ -1,0 +1,74 @@
+"""Facts about the CPU and the memory of this machine."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fishrt_engines import machine
+
+CPUS = {
+    "AVX2 only": ("model name\t: An old Xeon\nflags\t\t: fpu sse4_2 avx avx2 fma", "An old Xeon", ["avx2"]),
+    "AVX-512": (
+        "model\t\t: 85\nmodel name\t: A Skylake\nflags\t\t: avx2 avx512f avx512bw avx512dq",
+        "A Skylake",
+        ["avx2", "avx512f"],
+    ),
+    "VNNI": (
+        "model name\t: An EPYC\nflags\t\t: avx2 avx512f avx512_bf16 avx512_vnni",
+        "An EPYC",
+        ["avx2", "avx512f", "avx512_vnni"],
+    ),
+    "VNNI without AVX-512": ("model name\t: A Core\nflags\t\t: avx2 avx_vnni", "A Core", ["avx2", "avx_vnni"]),
+    "AMX": (
+        "model name\t: A Xeon\nflags\t\t: avx2 avx512f avx512_vnni amx_bf16 amx_tile amx_int8",
+        "A Xeon",
+        ["avx2", "avx512f", "avx512_vnni", "amx_int8", "amx_bf16"],
+    ),
+    "arm64": (
+        "processor\t: 0\nBogoMIPS\t: 50.00\nFeatures\t: fp asimd evtstrm asimdhp asimddp i8mm\nCPU part\t: 0xd0c",
+        "aarch64",
+        ["asimd", "asimddp", "i8mm"],
+    ),
+    "nothing": ("", "aarch64", []),
+}
+
+
+@pytest.mark.parametrize("kind", CPUS)
+def test_name_and_features_of_a_cpu(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    text, name, features = CPUS[kind]
+    monkeypatch.setattr(machine, "_read", lambda path: text if path == Path("/proc/cpuinfo") else None)
+    monkeypatch.setattr(platform, "processor", lambda: "")
+    monkeypatch.setattr(platform, "machine", lambda: "aarch64")
+    assert (machine.cpu_name(), machine.cpu_features()) == (name, features)
+
+
+def test_cpus_of_other_features_have_other_identities(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packed weights are kept under it."""
+    found = set()
+    for text, *_ in CPUS.values():
+        monkeypatch.setattr(machine, "_read", lambda path, text=text: text)
+        found.add(machine.cpu_identity())
+    assert len(found) == len(CPUS)
+
+
+def test_the_peak_of_a_process_is_not_that_of_its_parent() -> None:
+    peak = machine.peak_memory()
+    if peak is None:
+        pytest.skip("this system does not tell")
+    held = np.ones(50_000_000, np.float32)  # 200 MB
+    assert machine.peak_memory() > held.nbytes  # type: ignore[operator]
+    code = "from fishrt_engines.machine import peak_memory; print(peak_memory())"
+    child = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    assert 5e6 < child < 150e6
+
+
+def test_the_peak_stays_when_memory_is_given_back() -> None:
+    np.ones(50_000_000, np.float32)
+    peak = machine.peak_memory()
+    assert peak is None or peak > 200e6
