@@ -1,5 +1,6 @@
 # make speak TEXT="…" OUT=hello.wav   speaks with the embedded voice; installs the runtime only; VOICE=… SEED=… choose another take
-# make test                           installs everything, runs every test
+# make test                           installs everything, runs every test: minutes, in most of which torch traces graphs
+# make quick                          runs the tests that are not marked "slow": none traces or exports; under a minute
 # make lint                           checks style and types
 # make smoke                          runs the benchmark once on a tiny checkpoint, to see that it works
 # make docs                           builds the documentation into site/
@@ -18,15 +19,20 @@ export FISHRT_OUT = $(value OUT)
 export FISHRT_VOICE = $(value VOICE)
 export FISHRT_SEED = $(value SEED)
 
-.PHONY: speak test venv lint smoke docs clean
+.PHONY: speak test quick venv lint smoke docs clean
 
 speak: $(VENV)/runtime
 	@$(BIN)/fishrt speak --voice "$$FISHRT_VOICE" --seed "$$FISHRT_SEED" --output "$$FISHRT_OUT" -- "$$FISHRT_TEXT"
 	@echo 'Listen to it with any player, such as: aplay "'"$$FISHRT_OUT"'"'
 
-# Most of the time goes into torch's tracing, which uses one core.
+# Torch traces on one core, so that two processes share the tests, and what tests/shared.py keeps for both.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --numprocesses 2 --dist worksteal
+
 test: venv
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --numprocesses 2 --dist loadgroup
+	$(PYTEST)
+
+quick: venv
+	$(PYTEST) -m "not slow"
 
 lint: venv
 	$(BIN)/ruff check .

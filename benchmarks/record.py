@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ def environment() -> dict[str, Any]:
             machine["versions"][name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    return {"date": datetime.now(timezone.utc).date().isoformat(), "commit": _commit(), **machine}
+    return {"date": datetime.now(UTC).date().isoformat(), "commit": _commit(), **machine}
 
 
 def write_record(name: str, measured: dict[str, Any], path: Path | None = None) -> Path:

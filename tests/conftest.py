@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -43,14 +44,43 @@ def find_golden(chosen: str | None, family: str) -> Path:
     return folder
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Where several processes share the tests, those of one family go to one of them, which exports its graphs for all."""
-    if not config.pluginmanager.hasplugin("xdist"):
-        return
+RUNNING = pytest.StashKey[pytest.Item]()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests of fixtures that trace; `make quick` leaves them out."""
     for item in items:
-        params = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
-        of_s2 = "s2_golden" in getattr(item, "fixturenames", ())
-        item.add_marker(pytest.mark.xdist_group(params.get("golden", "s2-pro" if of_s2 else item.path.name)))
+        if {"golden_model", "s2_model", "tiny_bundle", "exported", "exports"} & set(getattr(item, "fixturenames", ())):
+            item.add_marker("slow")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Keep the test that runs, for `share_traces`."""
+    item.config.stash[RUNNING] = item
+
+
+@pytest.fixture(scope="session")
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that all processes of the session share; write to it through `shared.make_once`."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _traces(shared_folder: Path, pytestconfig: pytest.Config) -> None:
+    """Each module is traced once in the session. Only tests marked `slow` may: `make quick` relies on it."""
+    if "fishrt_export.job" not in sys.modules:  # of the tests chosen, none exports: torch stays out
+        return
+    from shared import share_traces
+
+    def check() -> None:
+        test = pytestconfig.stash[RUNNING]
+        assert test.get_closest_marker("slow"), f"{test.nodeid} traces a module: give it the mark `slow`"
+
+    share_traces(shared_folder / "traces", check)
 
 
 @pytest.fixture(scope="session", params=present_families(CHOSEN) or FAMILIES)
@@ -66,12 +96,17 @@ def s2_golden() -> Path:
 
 
 @pytest.fixture(scope="session")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], GoldenModel]:
+def models(shared_folder: Path) -> Callable[[Path], GoldenModel]:
     """The one model of each golden folder."""
     pytest.importorskip("torch", reason="needs the export extra")
     from tiny import GoldenModel
 
-    return cache(lambda folder: GoldenModel(folder, tmp_path_factory.mktemp(folder.name)))
+    def model(golden: Path) -> GoldenModel:
+        folder = shared_folder / golden.name
+        folder.mkdir(exist_ok=True)
+        return GoldenModel(golden, folder)
+
+    return cache(model)
 
 
 @pytest.fixture(scope="session")
@@ -87,11 +122,12 @@ def s2_model(models: Callable[[Path], GoldenModel], s2_golden: Path) -> GoldenMo
 
 
 @pytest.fixture(scope="session")
-def tiny_checkpoint(s2_model: GoldenModel) -> Path:
+def tiny_checkpoint(models: Callable[[Path], GoldenModel], s2_golden: Path) -> Path:
     """A whole checkpoint folder. Not to be written to: copy it."""
-    if not s2_model.fits:
+    model = models(s2_golden)
+    if not model.fits:
         pytest.skip("the golden language model and codec have numbers of codebooks that do not fit")
-    return s2_model.checkpoint
+    return model.checkpoint
 
 
 @pytest.fixture

@@ -58,6 +58,7 @@ def numbers(value: Any) -> Iterator[float]:
         yield value
 
 
+@pytest.mark.slow
 def test_every_measure_is_there_and_finite(measured):
     assert {name: set(measured[name]) for name in ENTRIES} == ENTRIES
     assert set(measured) - set(ENTRIES) == {
@@ -76,6 +77,7 @@ def test_every_measure_is_there_and_finite(measured):
     assert [row["context"] for row in measured["contexts"]] == [128, 256, 512, 1024]
 
 
+@pytest.mark.slow
 def test_counts_are_those_of_the_model(measured):
     manifest = Bundle.load(embedded_bundle()).manifest
     assert measured["fast_steps_per_frame"] == manifest.language_model.num_codebooks - 1
@@ -86,6 +88,7 @@ def test_counts_are_those_of_the_model(measured):
     assert 0 < measured["loop"]["share"] < 1
 
 
+@pytest.mark.slow
 def test_no_names_of_folders_or_hosts(measured):
     text = json.dumps(measured)
     assert str(Path.home()) not in text
@@ -93,6 +96,7 @@ def test_no_names_of_folders_or_hosts(measured):
     assert str(embedded_bundle().parent) not in text
 
 
+@pytest.mark.slow
 def test_the_table_has_units():
     result = run("bench", "-q", "--frames", "2", "--threads", "1")
     assert result.exit_code == 0, result.output

@@ -42,7 +42,7 @@ def decoded_at_once(engine: Engine, codes: np.ndarray) -> np.ndarray:
 
 
 @settings(max_examples=20, deadline=None)
-@given(chunks=st.lists(st.integers(1, 40), min_size=1, max_size=12), seed=st.integers(0, 99))
+@given(chunks=st.lists(st.integers(1, 24), min_size=1, max_size=8), seed=st.integers(0, 99))
 def test_any_chunks_give_the_whole(engine: Engine, codec: Codec, chunks: list[int], seed: int) -> None:
     codes = random_codes(codec, sum(chunks), seed)
     stream = CodecDecoder(engine, codec).stream()

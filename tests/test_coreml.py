@@ -142,6 +142,7 @@ def test_calls_of_any_length_give_what_the_portable_graph_gives(static_bundle: B
     assert_decodes_alike(static_engine(static_bundle), portable, cuts)
 
 
+@pytest.mark.slow
 def test_so_do_those_of_a_firefly(models: Any, tmp_path: Path) -> None:
     model: GoldenModel = models(find_golden(None, "fish-1.5"))
     bundle = with_static(model, tmp_path / "bundle")
@@ -344,6 +345,7 @@ def test_a_centred_codec_and_an_unknown_target_are_refused_at_once(models: Any, 
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["s2-pro", "fish-1.5"])
 def test_steps_of_the_language_model_in_primitives_are_the_portable_ones(models: Any, tmp_path: Path, family: str) -> None:
     """Both kinds of attention heads, and norms of queries and keys, are among them."""

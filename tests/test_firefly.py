@@ -101,6 +101,7 @@ def test_the_spectrum_is_that_of_a_fourier_transform(window: int, hop: int) -> N
     np.testing.assert_allclose(found[0] + 1j * found[1], expected, atol=2e-4 * window**0.5 / 45)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "centred"])
 def test_graphs_of_another_firefly(tmp_path: Path, causal: bool) -> None:
     """Odd sizes, two residuals, groups that are not projected, 16-bit weights; and any number of samples from the fewest on."""

@@ -238,6 +238,7 @@ def test_rows_of_codes_do_not_see_each_other(s2_model: GoldenModel) -> None:
         assert np.abs(alone[0] - together[row]).max() <= TOLERANCES["prefix"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", ["audio", "full"])
 @pytest.mark.parametrize("config", [PLAIN, EVERYTHING], ids=["plain", "everything"])
 def test_graphs_of_other_configurations(tmp_path: Path, config: dict[str, Any], head: str) -> None:
@@ -305,6 +306,7 @@ class Scale(torch.nn.Module):
         return values * self.factor
 
 
+@pytest.mark.slow
 def test_errors_are_measured_as_recorded(tmp_path: Path) -> None:
     """The graph of a module against one that is a little different: as it is for small outputs, in proportion for large."""
     shape = ("batch", 4)
@@ -384,6 +386,7 @@ for part, layers in (("pre_module", 1), ("post_module", 2)):
     CODEC["quantizer"][part] = {"window_size": 5, "input_dim": 128, "config": transformer}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_graphs_of_another_codec(tmp_path: Path, dtype: torch.dtype) -> None:
     """Odd strides, three codebooks, 16-bit weights: verified against the module, and stored in the checkpoint's type."""

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import find_golden
+from conftest import CHOSEN, find_golden
 from fishrt.generate import Columns, DualAR, generate_frames
 from fishrt.sampling import Sampling, audio_ids, main_ids
 from fishrt_engines import Engine
@@ -255,6 +255,13 @@ def columns_of(model: DualAR, prompt: np.ndarray, case: dict[str, Any], noise: A
     return np.stack(list(columns), axis=1)
 
 
+def assert_enough(compared: int, total: int, head: str, least: int) -> None:
+    """All of the full head, and `least` of the audio head in our own vectors: others may draw what it does not have."""
+    if head == "audio" and CHOSEN and not compared:
+        pytest.skip("the audio head lacks a token of each of these runs")
+    assert compared == total if head == "full" else compared >= (0 if CHOSEN else least)
+
+
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("fused", [False, True], ids=["steps", "frames"])
 def test_generation(golden_model: GoldenModel, vectors: Vectors, head: str, fused: bool) -> None:
@@ -269,7 +276,7 @@ def test_generation(golden_model: GoldenModel, vectors: Vectors, head: str, fuse
         assert np.array_equal(actual, raw), name
         assert (actual[0, -1] == model.language_model.end_id) == case["stopped_by_im_end"], name
         compared += 1
-    assert compared == len(described) if head == "full" else compared >= 2
+    assert_enough(compared, len(described), head, 2)
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -291,11 +298,11 @@ def test_long_generation(golden_model: GoldenModel, vectors: Vectors, head: str)
             assert np.array_equal(frames.drawn, raw), key
             compared += 1
     assert total == sum(key.startswith("longgen/") and key.endswith("/raw") for key in vectors.arrays)
-    assert compared == total if head == "full" else compared >= total // 2
+    assert_enough(compared, total, head, total // 2)
 
 
 def test_codes_of_a_run(golden_model: GoldenModel, vectors: Vectors) -> None:
-    """The codes as upstream returns them, of every case for which the vectors hold them; one at least stops by itself."""
+    """The codes as upstream returns them, of every case for which the vectors hold them; of ours, one at least ends by itself."""
     model, reasons = golden_model.dual_ar("full"), []
     for name, case in vectors.meta["generation"].items():
         if f"gen/{name}/codes" not in vectors.arrays:
@@ -305,7 +312,7 @@ def test_codes_of_a_run(golden_model: GoldenModel, vectors: Vectors) -> None:
         assert np.array_equal(np.stack(list(frames), axis=1), vectors.arrays[f"gen/{name}/codes"]), name
         assert (frames.stop_reason == "end") == case["stopped_by_im_end"], name
         reasons.append(frames.stop_reason)
-    assert "end" in reasons
+    assert CHOSEN or "end" in reasons
 
 
 def test_a_folder_of_vectors_that_is_chosen_must_be_there(tmp_path: Path) -> None:

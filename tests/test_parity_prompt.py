@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ import numpy as np
 import pytest
 import tokenizers
 
-from fishrt.cleaning import clean_text
-from fishrt.features import LanguageModel
+from conftest import CHOSEN
+from fishrt.cleaning import clean_text, lost_letters, spaced, unwrap
+from fishrt.features import LanguageModel, TextCleaning
 from fishrt.generate import Generation
 from fishrt.prompt import PromptBuilder
 from fishrt.punctuation import split_punctuation
@@ -134,17 +136,29 @@ def test_codes_of_columns(vectors: Vectors) -> None:
     assert compared == sum(key.endswith("/codes") for key in vectors.arrays) > 0
 
 
+def read_alike(text: str, rules: TextCleaning | None) -> bool:
+    """Whether the default changes nothing in a text: it refuses letters that the rules would drop, tags and control tokens, joins
+    lines and keeps words apart.
+    """
+    if "<|" in text:
+        return False
+    return rules is None or (not lost_letters(text, rules) and spaced(unwrap(unicodedata.normalize("NFC", text)), rules) == text)
+
+
 def test_short_prompts_are_the_same_by_default(vectors: Vectors) -> None:
-    """What upstream does not get wrong is not done differently: one piece that ends as a sentence does."""
-    builder = PromptBuilder(vectors.tokenizer, vectors.model)
+    """The default differs from upstream only where upstream is wrong, and not for one piece that ends like a sentence."""
+    builder, rules = PromptBuilder(vectors.tokenizer, vectors.model), vectors.model.cleaning
     compared = 0
     for name, case in vectors.meta["prompt_cases"].items():
-        text = case["text"]
-        if len(case["chunks"]) == 1 and "<|" not in text and with_end(text) == text and not vectors.opening(case):
+        text, transcripts = case["text"], case.get("prompt_text") or []
+        alike = all(read_alike(part, rules) for part in (text, *transcripts))
+        if len(case["chunks"]) == 1 and alike and with_end(text) == text and not vectors.opening(case):
             (piece,) = builder.split(text, chunk_bytes=10_000)
             actual = builder.start(vectors.voices(case)).user(piece)
             np.testing.assert_array_equal(actual, vectors.arrays[case["chunks"][0]["prompt"]], err_msg=name)
             compared += 1
+    if not compared and CHOSEN:
+        pytest.skip("the default does something else with each of these prompts")
     assert compared
 
 

@@ -106,6 +106,7 @@ SPEC = GraphSpec(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int8", "int4"])
 def test_a_graph_computes_with_what_the_file_holds(tmp_path: Path, precision: str) -> None:
     torch.manual_seed(0)
@@ -135,6 +136,7 @@ def test_a_graph_computes_with_what_the_file_holds(tmp_path: Path, precision: st
         assert max(held.errors.values()) < (0.1 if precision == "int4" else 0.01)
 
 
+@pytest.mark.slow
 def test_a_file_that_holds_other_integers(tmp_path: Path) -> None:
     module = Layers().requires_grad_(False)
     weights = dict(module.state_dict())
@@ -221,6 +223,7 @@ def test_the_precision_of_most_weights() -> None:
 # ---- bundles
 
 
+@pytest.mark.slow
 def test_a_quantised_bundle(checkpoint: Path, tmp_path: Path) -> None:
     for path in checkpoint.glob("model*"):
         path.unlink()

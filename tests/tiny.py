@@ -27,11 +27,13 @@ from fishrt_export.fast_ar import FastAR
 from fishrt_export.graphs import LanguageModelSource, open_language_model
 from fishrt_export.job import GraphJob
 from fishrt_export.slow_ar import SlowAR
+from shared import make_once
 from tolerances import TOLERANCES
 
 
 class GoldenModel:
-    """The modules, the graphs and the vectors of one golden folder; each is made when it is first asked for.
+    """The modules, the graphs and the vectors of one golden folder; each is made when it is first asked for, and what lies in
+    `folder` is shared by all processes of the session.
 
     The halves are kept apart: vectors of other sizes need not fit each other.
     """
@@ -68,14 +70,16 @@ class GoldenModel:
     @cached_property
     def checkpoint(self) -> Path:
         """One checkpoint folder, as the publisher ships it, of the two halves."""
-        folder = self.folder / "checkpoint"
-        for half in ("lm", "codec"):
-            shutil.copytree(self.golden / half / "checkpoint", folder, dirs_exist_ok=True)
-        return folder
+
+        def join(folder: Path) -> None:
+            for half in ("lm", "codec"):
+                shutil.copytree(self.golden / half / "checkpoint", folder, dirs_exist_ok=True)
+
+        return make_once(self.folder / "checkpoint", join)
 
     @cached_property
     def bundle(self) -> Bundle:
-        return export_bundle(self.checkpoint, self.folder / "bundle")
+        return Bundle.load(make_once(self.folder / "bundle", lambda folder: export_bundle(self.checkpoint, folder)))
 
     def file(self, role: str, head: str = "audio") -> Path:
         """The exported graph: that of the bundle, where there is one."""
@@ -98,11 +102,11 @@ class GoldenModel:
         return open_engine(self._exported(job, f"{role}-{head}-{name}"), job.spec, provider="cpu")
 
     def _exported(self, job: GraphJob, name: str) -> Path:
-        folder = self.folder / name
-        if not folder.exists():
+        def run(folder: Path) -> None:
             folder.mkdir()
             job.run(folder)
-        return folder / job.spec.file
+
+        return make_once(self.folder / name, run) / job.spec.file
 
     def dual_ar(self, head: str, *, fused: bool = False) -> DualAR:
         fast = self.frame(head) if fused else self.engine("fast_ar")

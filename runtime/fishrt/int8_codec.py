@@ -33,7 +33,8 @@ class Int8Codec:
     calibration_frames: int
     """Random frames that the ranges of activations come from."""
     snr_db: float
-    """The float graph's sound over the difference from it, in dB: of streams of other random codes, on average."""
+    """The float graph's sound over the difference from it, in dB: of streams of other random codes, on average. As on a CPU with
+    VNNI, whichever CPU exports."""
     least_snr_db: float
 
     def summary(self) -> str:

@@ -6,9 +6,11 @@ process (loading, memory) is measured in processes of their own, with a folder o
 
 from __future__ import annotations
 
+import logging
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -165,6 +167,26 @@ def measure_codec(
 
 def measure_requests(tts: TTS, request: BenchRequest) -> dict[str, Any]:
     """Text to waveform, as a caller sees it. A known voice is one that has spoken before; a new one has not."""
+    with _cut_off():
+        return _measure_requests(tts, request)
+
+
+@contextmanager
+def _cut_off() -> Iterator[None]:
+    """Keep back the warnings of requests: the limit of frames cuts them off on purpose."""
+    logger = logging.getLogger("fishrt.speech")
+    logger.addFilter(_below_warning)
+    try:
+        yield
+    finally:
+        logger.removeFilter(_below_warning)
+
+
+def _below_warning(record: logging.LogRecord) -> bool:
+    return record.levelno < logging.WARNING
+
+
+def _measure_requests(tts: TTS, request: BenchRequest) -> dict[str, Any]:
     voice, manifest = bench_voice(tts.bundle), tts.bundle.manifest
     speech = tts.speak(request.text, voice=voice, seed=0, max_frames=request.frames)
     speaking = _timed(lambda: tts.speak(request.text, voice=voice, seed=0, max_frames=request.frames), warm_up=False)
