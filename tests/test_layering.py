@@ -174,13 +174,3 @@ def test_the_public_names_are_there() -> None:
     assert len(fishrt.__all__) <= 12
     with pytest.raises(AttributeError, match="no attribute 'Speach'"):
         fishrt.Speach  # noqa: B018
-
-
-def test_the_packages_are_typed_for_their_users() -> None:
-    """A wheel holds the markers without which type checkers take everything for Any."""
-    builders = pytest.importorskip("hatchling.builders.wheel", reason="the build backend is not installed")
-    root = package_folder("fishrt").parent.parent
-    if not (root / "pyproject.toml").is_file():
-        pytest.skip("not a source tree")
-    packed = {file.distribution_path for file in builders.WheelBuilder(str(root)).recurse_included_files()}
-    assert {f"{package}/py.typed" for package in NEVER} <= packed

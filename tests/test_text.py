@@ -8,7 +8,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fishrt.errors import PromptError
-from fishrt.text import before_first_turn, check_text, pack_turns, speakable, speaker_turns, split_sentences, split_turn, with_end
+from fishrt.text import (
+    before_first_turn,
+    check_text,
+    excerpt,
+    pack_turns,
+    speakable,
+    speaker_turns,
+    split_sentences,
+    split_turn,
+    with_end,
+)
 
 MARKUP = re.compile(r"\[[^\[\]]*\]|<\|[^|<>]*\|>")
 
@@ -134,15 +144,87 @@ def test_long_texts_take_linear_time():
 
 
 @pytest.mark.parametrize(
-    ("text", "ended"),
+    ("text", "end"),
     [
-        ("Hello", "Hello."),
-        ("Room 7", "Room 7."),
-        ("Hello!", "Hello!"),
-        ("你好", "你好。"),
-        ("[laughing]", "[laughing]"),
-        ("", ""),
+        ("Hello", "."),
+        ("Room 7", "."),
+        ("7", "."),
+        ("cafe\u0301", "."),  # a combining accent
+        ("Привет", "."),
+        ("مرحبا", "."),
+        ("مَرْحَبًا", "."),  # vowel signs
+        ("שָׁלוֹם", "."),
+        ("สวัสดี", "."),
+        ("வணக்கம்", "."),
+        ("안녕하세요", "."),
+        (unicodedata.normalize("NFD", "안녕하세요"), "."),
+        ("नमस्ते", "।"),
+        ("আমি ভালো", "।"),
+        ("मैं २५", "।"),
+        ("मैं 25", "।"),
+        ("你好", "。"),
+        ("第 3", "。"),
+        ("こんにちは", "。"),
+        ("ありがとー", "。"),
+        ("ｱﾘｶﾞﾄｳ", "。"),
+        ("ｈｅｌｌｏ", "。"),
+        ("我喜欢 jazz", "."),
+        ("Բարև", "։"),
+        ("ሰላም", "።"),
+        ("မင်္ဂလာပါ", "။"),
+        ("hello\u200d", "."),
+        ("hello\u200b", "."),
+        ("hello\ufeff", "."),
+        ("hello\u00ad", "."),
+        ("I \u2764\ufe0f you \u2764\ufe0f", "."),
+        ("hello 🙂", "."),
+        ("hello 👍🏽", "."),
+        ("hello 👨‍👩‍👧", "."),
+        ('He said "hello"', "."),
+        ("他说“你好”", "。"),
+        ("「やめて」", "。"),
+        ("well (maybe)", "."),
+        ("**hello**", "."),
+        ("100%", "."),
+        ("20 °", "."),
+        ("5 €", "."),
+        ("C++", "."),
     ],
 )
-def test_a_text_without_an_end_gets_one(text: str, ended: str) -> None:
-    assert with_end(text) == ended
+def test_a_text_without_an_end_gets_that_of_its_script(text: str, end: str) -> None:
+    assert with_end(text) == text + end
+    assert with_end(text + end) == text + end
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "Hello!",
+        "Hello…",
+        "Hello,",
+        "Well —",
+        "[laughing]",
+        "Hello [laughing]",
+        "Hello. [laughing] ",
+        "Hello <|speaker:1|>",
+        'He said "hello!"',
+        "(Really?)",
+        "Hello! 🙂",
+        "「やめて！」",
+        "नमस्ते।",
+        "مرحبا؟",
+        "سلام۔",
+        "Hello.\u200d",
+        "🙂",
+    ],
+)
+def test_a_text_with_an_end_or_without_words_stays_as_it_is(text: str) -> None:
+    assert with_end(text) == text
+
+
+def test_an_excerpt_fits_into_a_message() -> None:
+    assert excerpt("  One\n two ") == "One two"
+    assert excerpt("word " * 30, 20) == "word word word …"
+    assert excerpt("x" * 99, 10) == "x" * 9 + " …"
+    assert excerpt("a " + "x" * 99, 10) == "a " + "x" * 7 + " …", "cut at a space only where that leaves most of it"

@@ -24,6 +24,7 @@ import fishrt
 from fakes import FakeEngine, fake_bundle, fake_engines
 from fishrt import TTS, AudioChunk, FishrtError, Sampling, Speech
 from fishrt.errors import ArgumentError, AudioError, GraphError, OutputError, PromptError
+from fishrt.features import Reads
 from fishrt.speech import PieceInfo, Progress, SpeechInfo, Timings, piece_warnings
 from helpers_text import language_model, manifest, voice
 
@@ -135,6 +136,26 @@ def test_warnings_of_each_kind() -> None:
     (says,) = warned((0, "end"), text="一二三四五六七八九十" * 9)
     assert "一二三四五六七八九十" * 5 in says, "text without spaces is shown, too"
     assert len(says) < 120
+
+
+def test_voices_that_no_speaker_tag_asks_for_are_a_warning(tts: TTS) -> None:
+    (says,) = tts.speak("Hello!", voice=["anna", "ben"]).info.warnings
+    assert says.startswith("there are 2 voices, but the text has no speaker tags")
+    assert tts.speak("<|speaker:0|>Hello! <|speaker:1|>Hi!", voice=["anna", "ben"]).info.warnings == ()
+    assert tts.speak("<|speaker:1|>Hi!").info.warnings == ()
+    assert tts.speak("Hello!", voice="ben").info.warnings == ()
+
+
+def test_what_the_model_does_not_read_well_is_a_warning_from_the_start(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    lm = language_model(reads=Reads(("en",), None, ()))
+    tts = TTS(fake_bundle(tmp_path / "bundle", language_model=lm), fake_engines(lm, CODEC, [LM.semantic_begin_id]))
+    stream = tts.stream(f"{TEXT} Привет. {TEXT}", max_frames=1)
+    says = "test does not read well: letters П, р, и, в, е, т"
+    assert [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING] == [says]
+    for _ in stream:
+        pass
+    assert [warning == says for warning in stream.info.warnings] == [True, False]
+    assert len([record for record in caplog.records if record.levelno >= logging.WARNING]) == 2
 
 
 def test_a_stream_that_is_closed_early_warns_of_nothing(tts: TTS, caplog: pytest.LogCaptureFixture) -> None:

@@ -13,6 +13,7 @@ from fishrt.errors import BundleError
 from fishrt.features import (
     VOICE_SECONDS,
     PunctuationSplit,
+    Reads,
     RepetitionAware,
     RepetitionPenalty,
     SamplingDefaults,
@@ -57,6 +58,8 @@ class Family:
     history_window: int | None
     upstream_trim: str
     sampling: SamplingDefaults
+    reads: Reads
+    """Languages as the publisher's model card lists them."""
     voice_seconds: tuple[float, ...] = VOICE_SECONDS
 
     @property
@@ -108,6 +111,7 @@ S2 = Family(
         repetition_aware=RepetitionAware(window=10, temperature=1.0, top_p=0.9),
         repetition_penalty=None,
     ),
+    reads=Reads(languages=(), characters=None, tags=("[]",)),  # more than 80 languages
 )
 
 S1 = replace(
@@ -126,6 +130,7 @@ S1 = replace(
     fast_candidates=1024,
     prompt_dialect="interleaved",
     sampling=_penalised(temperature=0.8, top_p=0.8, penalty=1.1, main="oldest_column"),
+    reads=Reads(tuple("en zh ja de fr es ko ar ru nl it pl pt".split()), characters=None, tags=("()",)),
 )
 
 FISH_1_5 = replace(
@@ -149,6 +154,7 @@ FISH_1_5 = replace(
     history_window=3072,
     upstream_trim="first",
     sampling=_penalised(temperature=0.7, top_p=0.7, penalty=1.2, main="row"),
+    reads=replace(S1.reads, tags=()),
 )
 
 FISH_1_4 = replace(
@@ -175,6 +181,7 @@ FISH_1_4 = replace(
     ),
     upstream_trim="last",
     sampling=_penalised(temperature=0.7, top_p=0.7, penalty=1.2, main="none"),
+    reads=Reads(tuple("en zh de ja fr es ko ar".split()), characters=None, tags=()),
 )
 
 FISH_1_2 = replace(
@@ -202,6 +209,7 @@ FISH_1_2 = replace(
     splitting=PunctuationSplit(sentence_ends=".!?", clause_ends=","),
     history_window=1024,
     sampling=_penalised(temperature=0.7, top_p=0.7, penalty=1.2, main="row"),
+    reads=Reads(("en", "zh", "ja"), characters=None, tags=()),
 )
 
 FAMILIES = {family.name: family for family in (S2, S1, FISH_1_5, FISH_1_4, FISH_1_2)}
@@ -214,6 +222,8 @@ class Defaults:
     chunk_bytes: int
     sampling: SamplingDefaults
     voice_seconds: tuple[float, ...] = VOICE_SECONDS
+    reads: Reads | None = None
+    """None: as the family."""
 
 
 def with_defaults(family: Family, checkpoint: Path) -> Family:
@@ -227,7 +237,8 @@ def with_defaults(family: Family, checkpoint: Path) -> Family:
         _check_defaults(own)
     except (ValueError, BundleError) as error:
         raise ExportError(f"{path} is not valid: {error}", hint="mend it, or take it away to use the family's defaults") from None
-    return replace(family, chunk_bytes=own.chunk_bytes, sampling=own.sampling, voice_seconds=own.voice_seconds)
+    reads = own.reads or family.reads
+    return replace(family, chunk_bytes=own.chunk_bytes, sampling=own.sampling, voice_seconds=own.voice_seconds, reads=reads)
 
 
 def _check_defaults(own: Defaults) -> None:

@@ -79,6 +79,7 @@ class LanguageModelSource:
             upstream_trim=family.upstream_trim,
             sampling=family.sampling,
             voice_seconds=family.voice_seconds,
+            reads=family.reads,
         )
 
     @property

@@ -14,6 +14,7 @@ MAIN_TOKENS = ("audio", "any")
 CODE_ZERO = ("main", "fast")
 DIALECTS = ("conversation", "instruction", "segments", "interleaved")
 PENALISED_MAIN = ("row", "oldest_column", "none")
+TAGS = ("[]", "()")
 TRIMS = ("last", "first")
 VOICE_SECONDS = (10.0, 30.0)
 """The official models' `LanguageModel.voice_seconds`."""
@@ -80,6 +81,18 @@ class PunctuationSplit:
 
 
 @dataclass(frozen=True, slots=True)
+class Reads:
+    """Text that the model reads well. Other text is spoken, with a warning."""
+
+    languages: tuple[str, ...]
+    """BCP 47 codes. Empty: unknown."""
+    characters: str | None
+    """Letters, digits and signs, in lower case. None: letters of the languages' scripts, and all digits and signs."""
+    tags: tuple[str, ...]
+    """Forms of tags that change how it speaks: "[]" as in [laughing], "()" as in (laughing). Other tags are read as words."""
+
+
+@dataclass(frozen=True, slots=True)
 class LanguageModel:
     """Ids and rules of the dual-AR model."""
 
@@ -124,6 +137,8 @@ class LanguageModel:
     sampling: SamplingDefaults
     voice_seconds: tuple[float, ...] = VOICE_SECONDS
     """Least and most seconds of a recording that the model imitates best."""
+    reads: Reads | None = None
+    """None: unknown, and nothing is warned of."""
 
     def faults(self) -> Iterator[str]:
         """What cannot be, or contradicts itself."""
@@ -150,6 +165,7 @@ class LanguageModel:
             ("upstream_trim", self.upstream_trim, TRIMS),
             *((("repetition_penalty.main", penalty.main, PENALISED_MAIN),) if penalty else ()),
         )
+        choices += tuple(("reads.tags", form, TAGS) for form in (self.reads.tags if self.reads else ()))
         yield from (f"{name} is {value!r}; known are {', '.join(known)}" for name, value, known in choices if value not in known)
         settings = [("sampling", (sampling.temperature, sampling.top_p, sampling.top_k, penalty and penalty.penalty))]
         if aware:

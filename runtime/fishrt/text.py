@@ -14,6 +14,7 @@ import unicodedata
 from collections.abc import Iterator, Sequence
 
 from .errors import PromptError
+from .scripts import full_stop
 
 SPEAKER = re.compile(r"<\|speaker:\d+\|>")
 MAX_TURNS = 5
@@ -29,6 +30,13 @@ _SENTENCE_END = re.compile(
 _CLAUSE_END = re.compile(rf"(?:[,;:][{_CLOSING}]*(?=\s|$)|[，、；：،؛]+[{_CLOSING}]*|\s[—–-]+(?=\s)|—|\n)\s*")
 _SPACE = re.compile(r"\s+")
 _ABBREVIATION = re.compile(r"(?:\b(?:Mr|Mrs|Ms|Dr|Prof|St|Sr|Jr|Mt|vs|Nr|z\.B|e\.g|i\.e)|\b[A-Z])\.\s*\Z")
+_TAG_AT_END = re.compile(rf"(?:{_MARKUP.pattern})\s*\Z")
+_WRAPPING = _CLOSING.replace("\\", "") + "*_~`|"
+"""Around words, quoted or marked up."""
+_SPOKEN = "%‰&@#/"
+"""Punctuation by its category, but read aloud."""
+_UNHEARD = ("Mn", "Mc", "Me", "Cc", "Cf", "Co", "Cn", "Zs", "Zl", "Zp", "So", "Sk", "Pe", "Pf", "Pi")
+"""Categories: marks, controls and invisible characters, spaces, emoji, closing brackets and quotes."""
 _JOINERS = "\u200d\ufe0e\ufe0f"
 
 
@@ -56,12 +64,22 @@ def check_unicode(text: str, what: str) -> None:
 
 
 def with_end(text: str) -> str:
-    """The text with a full stop, if it ends in a letter or digit: without one, models go on babbling behind the last word."""
-    last = text[-1:]
-    if not last or unicodedata.category(last)[0] not in "LN":
+    """Return the text with the full stop of its script, unless it ends in punctuation or a tag.
+
+    Without one, models go on babbling behind the last word. Accents, vowel signs, invisible characters, emoji, quotes and closing
+    brackets do not count: the character before them decides.
+    """
+    if _TAG_AT_END.search(text):
         return text
-    wide = unicodedata.east_asian_width(last) in "WF"
-    return text + ("。" if wide else ".")
+    last = next((char for char in reversed(text) if not _unheard(char)), None)
+    if last is None or (unicodedata.category(last)[0] == "P" and last not in _SPOKEN):
+        return text
+    return text + full_stop(text)
+
+
+def _unheard(char: str) -> bool:
+    """Whether a character at the end of a text leaves open how the text ends."""
+    return char in _WRAPPING or unicodedata.category(char) in _UNHEARD
 
 
 def excerpt(text: str, length: int = 60) -> str:

@@ -43,6 +43,7 @@ from .memory import check_memory, estimate
 from .metrics import rtf
 from .prepared import prepared_path, read_prepared, write_prepared
 from .prompt import Conversation, PromptBuilder
+from .reading import unread
 from .sampling import Ints, Sampling, SeededNoise
 from .speech import (
     AsyncSpeechStream,
@@ -439,8 +440,18 @@ class TTS:
             volume=float(volume),
             levelled=voices[0] if len(voices) == 1 and not upstream_compat else None,
             provider=provider,
-            warnings=[],
+            warnings=[*self._text_warnings(text, voices)],
         )
+
+    def _text_warnings(self, text: str, voices: Sequence[Voice]) -> Iterator[str]:
+        """Warn of text that the model does not read well, and of voices that nothing in the text asks for."""
+        manifest = self.bundle.manifest
+        reads = manifest.language_model.reads
+        if reads is not None and (found := unread(text, reads)):
+            yield f"{manifest.name} does not read well: {'; '.join(found)}"
+        if len(voices) > 1 and self._prompts.dialect.turns and not speaker_turns(text):
+            count = f"there are {len(voices)} voices"
+            yield f"{count}, but the text has no speaker tags: begin each turn with <|speaker:0|>, <|speaker:1|>, …"
 
     def _voices(self, voice: VoiceLike | Sequence[VoiceLike] | None, text: str) -> list[Voice]:
         built_in = self.bundle.manifest.voices
