@@ -1,17 +1,85 @@
-"""README and docs/: links lead somewhere, pages build without a warning, and the site loads nothing from a network."""
+"""README and docs/: commands and programs work as they are written, links lead somewhere, the site needs no network."""
 
 from __future__ import annotations
 
+import ast
+import asyncio
 import re
+import shlex
+import shutil
+from collections.abc import Iterator
+from inspect import CO_COROUTINE
 from pathlib import Path
+from types import CodeType
 
+import click
 import pytest
+
+import fishrt
+from fishrt.cli import main
 
 ROOT = Path(__file__).parent.parent
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 REPOSITORY = "https://github.com/fishrt/fishrt"
 ALONE = ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")
 """Files that are also shown outside of the repository, where a relative link leads nowhere."""
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    """The code blocks of a page in one language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+
+
+def commands() -> Iterator[tuple[str, list[str]]]:
+    """Every call of fishrt in the pages: where it stands, and its arguments."""
+    for page in PAGES:
+        for line in "\n".join(blocks(page, "sh")).splitlines():
+            for call in re.split(r" (?:\||&&|;|>) ", line):
+                words = shlex.split(call, comments=True)
+                if words[:1] == ["fishrt"]:
+                    yield f"{page.name}: {call}", words[1:]
+
+
+@pytest.mark.parametrize(("line", "words"), list(commands()))
+def test_commands_are_spelt_as_the_program_takes_them(line, words):
+    """Parsed, not run: a command or an option that does not exist is a usage error."""
+    command: click.Command = main
+    context = click.Context(main, info_name="fishrt")
+    words = list(words)
+    while isinstance(command, click.Group):
+        name = words.pop(0)
+        found = command.get_command(context, name)
+        assert found is not None, f"there is no command {name}"
+        parent, command = context, found
+        context = click.Context(command, parent=parent, info_name=name)
+    command.make_context(name, words, parent=parent)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.name)
+def test_programs_run(page, monkeypatch, tmp_path):
+    """One after the other, with the embedded voice in the place of every bundle."""
+    awb = ROOT / "export/minnow/references/awb/reference.flac"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FISHRT_VOICE_DIR", str(tmp_path / "voices"))
+    shutil.copy(awb, tmp_path / "anna.wav")
+    (tmp_path / "voices/ben").mkdir(parents=True)
+    shutil.copy(awb, tmp_path / "voices/ben/ben.flac")
+    shutil.copy(awb.with_suffix(".lab"), tmp_path / "voices/ben/ben.lab")
+    (tmp_path / "s1-mini-bundle").symlink_to(ROOT / "runtime/fishrt/minnow")
+    heard: list[int] = []
+
+    async def send(pcm) -> None:
+        heard.append(len(pcm))
+
+    names = {"play": lambda pcm: heard.append(len(pcm)), "send": send}
+    for block in blocks(page, "python"):
+        code: CodeType = compile(block, page.name, "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+        result = eval(code, names)
+        if code.co_flags & CO_COROUTINE:
+            asyncio.run(result)
+    assert (tmp_path / "hello.wav").stat().st_size > 20_000
+    assert sum(heard) > 10_000 or page.name == "quickstart.md"
 
 
 @pytest.fixture(scope="module")
@@ -41,16 +109,12 @@ def test_the_readme_is_short():
 
 
 def test_every_command_has_its_help_on_the_page(site):
-    from fishrt.cli import main
-
     page = (site / "cli/index.html").read_text(encoding="utf-8")
     assert all(f"<code>fishrt {name}</code>" in page for name, command in main.commands.items() if not command.hidden)
     assert "--temperature" in page
 
 
 def test_every_public_name_is_in_the_reference(site):
-    import fishrt
-
     page = (site / "api/index.html").read_text(encoding="utf-8")
     assert [name for name in fishrt.__all__ if name != "__version__" and f"fishrt.{name}" not in page] == []
     assert "float32 [samples]" in page
