@@ -1,4 +1,4 @@
-"""Plots of a record of `cpu.py`: `python benchmarks/plot.py [RECORD]` writes cpu-context.svg and cpu-frame.svg beside it.
+"""Plots of a record of `cpu.py`: `python benchmarks/plot.py [RECORD]` writes cpu-context.svg and cpu-frame.svg into its folder.
 
 cpu-context: RTF of the language model against the context. cpu-frame: where the time of a frame goes. Needs the `dev` extra.
 """
@@ -20,7 +20,7 @@ _METADATA = {"Date": None, "Creator": None}
 
 
 def write_plots(record: Path) -> list[Path]:
-    """Both plots of a record, beside it. Returns their paths."""
+    """Write both plots of a record into its folder. Return their paths."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -65,7 +65,7 @@ def _styles(found: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def context_rtf(turns: list[dict[str, Any]], frame_rate: float) -> dict[int, float]:
-    """Context → RTF of a frame: the slow step at that context, and the rest of a frame as it is at any; best of the turns."""
+    """Return context → RTF of a frame: the slow step at that context plus the rest of a frame; the best of the turns."""
     found: dict[int, float] = {}
     for turn in turns:
         rest_ms = turn["frame"]["median_ms"] - turn["slow_step"]["median_ms"]
@@ -98,7 +98,7 @@ def plot_frames(families: dict[str, Any], path: Path) -> Path:
 
 
 def frame_parts(bench: dict[str, Any]) -> dict[str, float]:
-    """Milliseconds of a frame by PARTS, from the medians of `fishrt bench`."""
+    """Return milliseconds of a frame by PARTS, from the medians of `fishrt bench`."""
     fast = bench["fast_step"]["median_ms"] * bench["fast_steps_per_frame"]
     codec = bench["codec"]["decode"]["rtf"] * 1e3 / bench["bundle"]["frame_rate"]
     return dict(zip(PARTS, (bench["slow_step"]["median_ms"], fast, bench["loop"]["median_ms"], codec), strict=True))
@@ -107,7 +107,7 @@ def frame_parts(bench: dict[str, Any]) -> dict[str, float]:
 @click.command()
 @click.argument("record", type=click.Path(path_type=Path), default=RESULTS / "cpu.json")
 def main(record: Path) -> None:
-    """Plots a RECORD."""
+    """Plot a RECORD."""
     for path in write_plots(record):
         click.echo(path)
 
