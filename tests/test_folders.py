@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from fishrt.cli import main
 from fishrt.errors import VoiceError
 from fishrt.voices import VoiceStore, user_folder
 from fishrt_engines import FishrtError, ort_session
-from fishrt_engines.folders import cache_folder, data_folder
+from fishrt_engines.folders import cache_folder, data_folder, written_aside
 from fishrt_engines.trt_plans import plan_folder
 
 VARIABLES = ("HOME", "USERPROFILE", "XDG_CACHE_HOME", "XDG_DATA_HOME", "LOCALAPPDATA", "FISHRT_CACHE", "FISHRT_VOICE_DIR")
@@ -72,7 +73,7 @@ def test_without_a_home_there_are_none(nobody: None, monkeypatch: pytest.MonkeyP
     ("command", "says"),
     [
         (["speak", "Good morning.", "--max-frames", "4", "-o", "{}/a.wav"], ""),
-        (["voice", "list"], "rms\tbundle  (default)"),
+        (["voice", "list"], "rms\tbundle"),
         (["voice", "show", "rms"], "transcript"),
         (["doctor"], "cache: no folder: this user has no home"),
     ],
@@ -91,3 +92,28 @@ def test_a_voice_that_is_not_there_is_named_without_a_home(nobody: None) -> None
     done = CliRunner().invoke(main, ["voice", "show", "anna"])
     assert done.exit_code == 2
     assert "there is no voice 'anna'; yours in no folder: none; the bundle's: awb, rms, slt" in done.stderr
+
+
+def test_what_killed_processes_left_is_removed_a_day_later(tmp_path: Path) -> None:
+    with written_aside(tmp_path / "cache/entry") as running:
+        killed = running.with_name(f"{running.name}-killed")
+        (killed / "more").mkdir(parents=True)
+        yesterday = time.time() - 90_000
+        os.utime(killed, (yesterday, yesterday))
+        with written_aside(tmp_path / "cache/entry") as aside:
+            assert not killed.exists()
+            (aside / "file").touch()
+            aside.rename(tmp_path / "cache/entry")
+        assert running.is_dir()
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["entry"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no umask")
+def test_an_entry_can_be_read_by_other_users(tmp_path: Path) -> None:
+    """One user makes an image of a container, another runs it."""
+    before = os.umask(0o022)
+    try:
+        with written_aside(tmp_path / "entry") as aside:
+            assert aside.stat().st_mode & 0o777 == 0o755
+    finally:
+        os.umask(before)

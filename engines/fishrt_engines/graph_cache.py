@@ -15,13 +15,13 @@ import hashlib
 import json
 import logging
 import shutil
-import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from .folders import written_aside
 from .onnx_proto import message
 from .specialise import ColumnInputs
 
@@ -78,23 +78,18 @@ def keep(folder: Path, columns: ColumnInputs | None, save: Callable[[Path, str],
 
     save: writes an optimised graph to a path, with its weights in a file of the given name beside it.
     """
-    aside: Path | None = None
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-        save(aside / "saved.onnx", "saved.data")
-        _align(aside / "saved.onnx", aside / "saved.data", aside)
-        for name in ("saved.onnx", "saved.data"):
-            (aside / name).unlink()
-        entry = {"graph": digest(aside / GRAPH), "data": digest(aside / DATA), "columns": columns and asdict(columns)}
-        (aside / ENTRY).write_text(json.dumps(entry), encoding="utf-8")
-        with suppress(OSError):  # another process was faster: its entry is as good
-            aside.rename(folder)
+        with written_aside(folder) as aside:
+            save(aside / "saved.onnx", "saved.data")
+            _align(aside / "saved.onnx", aside / "saved.data", aside)
+            for name in ("saved.onnx", "saved.data"):
+                (aside / name).unlink()
+            entry = {"graph": digest(aside / GRAPH), "data": digest(aside / DATA), "columns": columns and asdict(columns)}
+            (aside / ENTRY).write_text(json.dumps(entry), encoding="utf-8")
+            with suppress(OSError):  # another process was faster: its entry is as good
+                aside.rename(folder)
     except OSError as error:
         log.warning("the optimised graph cannot be kept in %s: %s", folder.parent, error)
-    finally:
-        if aside is not None:
-            shutil.rmtree(aside, ignore_errors=True)
     return find(folder)
 
 

@@ -16,7 +16,6 @@ import os
 import platform
 import shlex
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
@@ -24,7 +23,7 @@ from typing import Any
 
 from .cuda_device import Device
 from .errors import FishrtError, GraphError, ProviderError
-from .folders import cache_folder
+from .folders import cache_folder, written_aside
 from .graph_cache import digest
 from .onnx_proto import parse_model
 from .spec import GraphSpec, StatePair, TensorSpec
@@ -217,25 +216,25 @@ def kept_plan(key: PlanKey) -> Plan | None:
 
 def keep_plan(key: PlanKey, spec: GraphSpec, writes: ColumnWrites | None, serialized: Any) -> Plan:
     """Writes a plan. serialized: a buffer. Raises FishrtError where that is not possible; nothing is left behind then."""
-    root, aside = plan_folder(), None
+    folder = plan_folder() / key.name
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=f".{key.name}.", dir=root))
-        with (aside / PLAN).open("wb") as file:
-            file.write(memoryview(serialized))
-        entry = {"key": asdict(key), "spec": asdict(spec), "writes": writes and asdict(writes), "digest": digest(aside / PLAN)}
-        (aside / ENTRY).write_text(json.dumps({"layout": _LAYOUT, **entry}, indent=1), encoding="utf-8")
-        folder = root / key.name
-        shutil.rmtree(folder, ignore_errors=True)  # a damaged one
-        aside.rename(folder)
+        with written_aside(folder) as aside:
+            with (aside / PLAN).open("wb") as file:
+                file.write(memoryview(serialized))
+            entry = {
+                "key": asdict(key),
+                "spec": asdict(spec),
+                "writes": writes and asdict(writes),
+                "digest": digest(aside / PLAN),
+            }
+            (aside / ENTRY).write_text(json.dumps({"layout": _LAYOUT, **entry}, indent=1), encoding="utf-8")
+            shutil.rmtree(folder, ignore_errors=True)  # a damaged one
+            aside.rename(folder)
     except OSError as error:
         raise FishrtError(
-            f"the plan cannot be kept in {root}: {error.strerror or error}",
+            f"the plan cannot be kept in {folder.parent}: {error.strerror or error}",
             hint="make room there, or set FISHRT_CACHE to another folder",
         ) from None
-    finally:
-        if aside is not None:
-            shutil.rmtree(aside, ignore_errors=True)
     return Plan(folder / PLAN, key, spec, writes)
 
 
