@@ -45,7 +45,7 @@ class FakeTts:
         self.prepared.append((voice.name, folder))
         prepared_path(folder, self.bundle.manifest.identity("slow_ar")).touch()
 
-    def speak(self, text, *, progress, voice, seed, sampling, **request):
+    def speak(self, text, *, voice, seed, sampling, progress=None, **request):
         voice = voice and [self.voice(v) if isinstance(v, str) else v for v in voice]
         self.texts.append(text)
         self.asked = {"text": text, "voice": voice, "seed": seed, "sampling": sampling, **request}

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from fishrt.errors import OutputError
-from fishrt.files import check_place, write_whole
+from fishrt.files import check_folder, check_place, make_folder, write_whole
 
 
 def test_a_file_is_written_and_nothing_else(tmp_path: Path) -> None:
@@ -101,3 +101,16 @@ def test_nothing_binary_goes_to_a_terminal(monkeypatch: pytest.MonkeyPatch) -> N
     finally:
         os.close(controller)
     assert "> FILE" in (caught.value.hint or "")
+
+
+def test_a_folder_for_results(tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "new"):
+        check_folder(path)
+        make_folder(path)
+        assert path.is_dir()
+    (tmp_path / "file").touch()
+    for path, says in ((tmp_path / "file", "not a folder"), (tmp_path / "no/new", "no folder")):
+        with pytest.raises(OutputError, match=says):
+            check_folder(path)
+        with pytest.raises(OutputError):
+            make_folder(path)

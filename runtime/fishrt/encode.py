@@ -57,7 +57,7 @@ def audio_format(path: str | Path, format: str | None = None) -> str:
     of_ending = _BY_SUFFIX.get(ending.lower())
     if format is None and of_ending is None:
         why = f"unknown format {ending!r}" if ending else "its name has no ending, which would name the format"
-        raise AudioError(f"cannot write {path}: {why}", hint=f"known are {', '.join(_BY_SUFFIX)}")
+        raise AudioError(f"cannot write {path}: {why}", hint=f"end the name in {', '.join(_BY_SUFFIX)}, or give the format")
     if format is not None and of_ending not in (format, None):
         raise AudioError(
             f"cannot write {path}: its ending says {of_ending}, and {format} is asked for", hint="change one of them"

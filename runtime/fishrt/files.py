@@ -41,13 +41,18 @@ def check_place(path: str | Path) -> None:
         raise OutputError(f"cannot write {path}: the folder {folder} cannot be written")
 
 
+def check_folder(path: Path) -> None:
+    """Check before long work that results can be written into a folder, which `make_folder` makes. Raises OutputError."""
+    if path.exists() and not path.is_dir():
+        raise OutputError(f"cannot write into {path}: it is not a folder")
+    check_place(path / "a result" if path.is_dir() else path)
+
+
 def make_folder(path: Path) -> None:
     """Make a folder for results, if it is not there. Its parent must be: a mistyped path would make a tree of folders.
 
     Raises OutputError.
     """
-    if not path.is_dir():
-        check_place(path)
     with _output_errors(str(path)):
         path.mkdir(exist_ok=True)
 

@@ -44,7 +44,7 @@ def bench(
     request = BenchRequest(provider=provider, threads=threads, frames=frames, **options)
     found = bench(loaded, request, lambda stage, part: reporter.show(f"measuring {stage}", part))
     if as_json:
-        print_json({"command": "bench", **found})
+        print_json(found)
     else:
         reporter.clear()
         emit("\n".join(f"{name:26} {value}" for name, value in _rows(found)))

@@ -100,4 +100,4 @@ def build_trt(
                 "seconds": round(seconds, 3),
             }
         )
-    print_json({"command": "build-trt", "bundle": str(loaded.path), "plans": plans})
+    print_json({"bundle": str(loaded.path), "plans": plans})

@@ -13,7 +13,7 @@ import click
 import numpy as np
 
 from ..errors import FishrtError, PromptError
-from ..files import make_folder
+from ..files import check_folder, make_folder
 from ..text import check_text
 from ..voices import Voice, read_codes
 from .base import (
@@ -30,6 +30,7 @@ from .progress import Reporter, share_of_pieces
 from .streams import muted
 
 if TYPE_CHECKING:
+    from ..audio import Pcm
     from ..speech import Progress, SpeechInfo
     from ..tts import TTS, VoiceLike
 
@@ -200,9 +201,9 @@ def speak(
     if output == "-":
         json_to_stderr()
     text = _read_text(words, file)
-    texts = _lines(text) if lines else {1: text}
-    for content in () if lines else texts.values():
-        check_text(content)
+    texts = _lines(text) if lines else {}
+    if not texts:
+        check_text(text)
     sampling = Sampling(temperature, top_p, top_k, repetition_penalty)
     tts = load_tts(bundle, provider, threads, voice_dir)
     if max_seconds is not None:
@@ -260,7 +261,7 @@ class _Target:
             return
         if self.lines:
             audio_format("-", self.format)
-            make_folder(Path(self.output))
+            check_folder(Path(self.output))
         else:
             (check_growing_wav if self.stream else check_writable)(self.output, self.format)
 
@@ -282,8 +283,8 @@ class _Target:
             speech = tts.speak(text, **request)
             write_audio(str(self.output), speech.pcm, speech.sample_rate, self.format)
             return speech.info
-        whole: list[np.ndarray[Any, np.dtype[np.float32]]] = []
-        writers: list[Callable[[np.ndarray[Any, np.dtype[np.float32]]], None]] = []
+        whole: list[Pcm] = []
+        writers: list[Callable[[Pcm], None]] = []
         with closing(tts.stream(text, **request)) as chunks, ExitStack() as stack:
             if self.stream:
                 writers.append(stack.enter_context(growing_wav(str(self.output), tts.sample_rate, self.format)).write)
@@ -303,6 +304,7 @@ class _Target:
 def _speak_lines(tts: TTS, texts: dict[int, str], target: _Target, request: dict[str, Any], reporter: Reporter) -> None:
     """Speak each line into a file of its own. Raises IncompleteError when all are done, if some could not be spoken."""
     folder, suffix = Path(str(target.output)), target.format or "wav"
+    make_folder(folder)
     entries: list[dict[str, Any]] = []
     notes = 0
 
@@ -321,7 +323,7 @@ def _speak_lines(tts: TTS, texts: dict[int, str], target: _Target, request: dict
         try:
             check_text(text)
             with muted("fishrt.speech"):  # what it warns of is in `info`
-                info = dataclasses.replace(target, output=path, lines=False).speak(tts, text, {**request, "progress": None})
+                info = dataclasses.replace(target, output=path, lines=False).speak(tts, text, request)
         except FishrtError as error:
             if type(error) not in (FishrtError, PromptError):  # all lines would meet it
                 raise IncompleteError(f"line {number}: {error}", error.hint, result()) from error
@@ -352,11 +354,8 @@ def _summary(info: SpeechInfo) -> str:
 
 
 def _lines(text: str) -> dict[int, str]:
-    """Return the lines with text in them by their numbers, from 1."""
-    found = {number: line.strip() for number, line in enumerate(text.splitlines(), 1) if line.strip()}
-    if not found:
-        check_text("")
-    return found
+    """Return the lines that are not empty by their numbers, from 1, as an editor counts them."""
+    return {number: line.strip() for number, line in enumerate(text.split("\n"), 1) if line.strip()}
 
 
 def _read_text(words: tuple[str, ...], file: Path | None) -> str:
