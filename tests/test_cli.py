@@ -219,7 +219,7 @@ class FakeSoundCard:
         pass
 
     def __init__(self):
-        self.heard, self.obstacle = [], None
+        self.heard, self.obstacle, self.unplugged_after = [], None, None
 
     def check_output_settings(self, **_):
         if self.obstacle:
@@ -227,7 +227,12 @@ class FakeSoundCard:
 
     def OutputStream(self, *, samplerate, channels, dtype):  # noqa: N802
         assert (samplerate, channels, dtype) == (RATE, 1, "float32")
-        return contextlib.nullcontext(SimpleNamespace(write=self.heard.append))
+        return contextlib.nullcontext(SimpleNamespace(write=self.write))
+
+    def write(self, pcm):
+        if len(self.heard) == self.unplugged_after:
+            raise self.PortAudioError("Device unavailable")
+        self.heard.append(pcm)
 
 
 @pytest.fixture
@@ -250,6 +255,16 @@ def test_speech_is_played_and_written(fake, card):
     for options in (["-o", "a.flac"], ["-o", "a.wav", "--stream"]):
         assert "Played and wrote a." in run("speak", "Hi.", "--play", *options).stderr
     assert [soundfile.info(name).frames for name in files()] == [RATE, RATE]
+
+
+def test_a_device_that_fails_does_not_cost_the_file(fake, card):
+    card.unplugged_after = 2
+    result = run("speak", "Hi.", "--play", "-o", "a.wav")
+    assert result.exit_code == 0
+    assert "warning: the rest is not played: Device unavailable\n" in result.stderr
+    assert soundfile.info("a.wav").frames == RATE
+    card.heard.clear()
+    refused(run("speak", "Hi.", "--play"), "cannot play: Device unavailable")
 
 
 def test_a_machine_that_cannot_play_is_told_before_the_work(fake, card, monkeypatch):

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from .audio import Pcm
 from .errors import OutputError
+
+log = logging.getLogger(__name__)
 
 
 def check_player() -> None:
@@ -21,15 +24,29 @@ def check_player() -> None:
 
 
 @contextmanager
-def playing(rate: int) -> Iterator[Callable[[Pcm], None]]:
+def playing(rate: int, *, written: bool) -> Iterator[Callable[[Pcm], None]]:
     """Open the device for pcm float32 [samples] at `rate` Hz; the function returns when the device has room for more.
 
-    The end of the block waits until everything is heard, unless an error ends it. Raises OutputError.
+    The end of the block waits until everything is heard. written: whether the speech is written, too; a device that fails, such
+    as a headset that is unplugged, is then a warning. Raises OutputError.
     """
     sounddevice = _sounddevice()
+    failed = False
+
+    def play(pcm: Pcm) -> None:
+        nonlocal failed
+        try:
+            if not failed:
+                device.write(pcm)
+        except sounddevice.PortAudioError as error:
+            if not written:
+                raise
+            failed = True
+            log.warning("the rest is not played: %s", error)
+
     try:
         with sounddevice.OutputStream(samplerate=rate, channels=1, dtype="float32") as device:
-            yield device.write
+            yield play
     except sounddevice.PortAudioError as error:
         raise OutputError(f"cannot play: {error}", hint="write a file instead: -o hello.wav") from None
 

@@ -291,7 +291,7 @@ class _Target:
             elif self.output is not None:
                 writers.append(whole.append)
             if self.play:
-                writers.append(stack.enter_context(playing(tts.sample_rate)))
+                writers.append(stack.enter_context(playing(tts.sample_rate, written=bool(writers))))
             for chunk in chunks:
                 for write in writers:
                     write(chunk.pcm)
