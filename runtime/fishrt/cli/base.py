@@ -54,7 +54,7 @@ json_option = click.option(
     "--json",
     "as_json",
     is_flag=True,
-    help="Print one JSON object on standard output at the end.",
+    help="Print one JSON object on standard output at the end; see docs/json.md.",
 )
 quiet_option = click.option(
     "-q", "--quiet", is_flag=True, callback=_remember_quiet, help="No progress on standard error, only warnings and errors."
@@ -86,9 +86,9 @@ def engine_options(command: F) -> F:
         default="auto",
         show_default=True,
         metavar="NAME",
-        help="What runs the graphs: cpu, cuda (NVIDIA, ONNX Runtime), tensorrt (NVIDIA, plans of `fishrt build-trt`), coreml "
-        "(macOS: the codec of a bundle with static graphs, the rest on cpu), or auto: cuda where it can be used, else cpu. "
-        "`fishrt doctor` tells what this machine has.",
+        help="Execution provider that runs the graphs: cpu; cuda (NVIDIA GPU, by ONNX Runtime); tensorrt (NVIDIA GPU, with the "
+        "plans of `fishrt build-trt`); coreml (macOS: the codec of a bundle with static graphs, and the rest on the CPU); auto: "
+        "cuda where it works, else cpu. `fishrt doctor` shows which ones work here.",
     )
     return bundle_option(provider(threads(command)))
 
