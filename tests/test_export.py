@@ -21,7 +21,7 @@ import fishrt_export.codec.source
 import fishrt_export.families
 import fishrt_export.job
 from fishrt.bundle import Bundle
-from fishrt.errors import AudioError, BundleError, FishrtError, OutputError, VoiceError
+from fishrt.errors import AudioError, BundleError, FishrtError, OutputError
 from fishrt.features import SamplingDefaults
 from fishrt_engines.trt_rules import Finding
 from fishrt_export import export_bundle
@@ -241,10 +241,10 @@ def test_an_output_behind_a_link(checkpoint: Path, out: Path, monkeypatch: pytes
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (lambda folder: (folder / "empty").mkdir(), ExportError, "folders that are not voices: empty"),
+        (lambda folder: (folder / "empty").mkdir(), ExportError, "not voices: .*empty holds no voice"),
         (lambda folder: (folder / "default.txt").write_text("nobody"), ExportError, "names 'nobody'; the voices are: anna"),
         (lambda folder: (folder / "default.txt").write_bytes(b"\xff\xfe"), ExportError, r"default\.txt is not UTF-8"),
-        (lambda folder: (folder / "anna/a.lab").unlink(), VoiceError, "a.lab"),
+        (lambda folder: (folder / "anna/a.lab").unlink(), ExportError, "not voices: .* has no transcript a.lab"),
         (lambda folder: (folder / "anna/a.wav").write_bytes(b"noise"), AudioError, "a.wav"),
         (lambda folder: write_reference(folder.parent, "ben", seconds=0.1), AudioError, "too short"),
     ],
@@ -347,7 +347,7 @@ def export_and_send(number: signal.Signals, checkpoint: Path, out: Path) -> subp
     script = (
         "import os, sys; from fishrt_export import export_bundle, bundle\n"
         f"bundle.describe_files = lambda folder: os.kill(os.getpid(), {int(number)})\n"
-        "bundle.GraphJob.run = lambda *_: bundle.Made(None, 0, {})\n"
+        "bundle.GraphJob.run = lambda *_: bundle.Made(None, 0, {}); bundle.write_start = lambda *_: None\n"
         "export_bundle(sys.argv[1], sys.argv[2])\n"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -375,4 +375,5 @@ def skip_tracing(monkeypatch: pytest.MonkeyPatch, findings: dict[str, list[Findi
         return Made(Parity(0.0, 0.0, "cpu"), 1000, {})
 
     monkeypatch.setattr(fishrt_export.job.GraphJob, "run", run)
+    monkeypatch.setattr(fishrt_export.bundle, "write_start", lambda *_: None)
     monkeypatch.setattr(fishrt_export.bundle, "tensorrt_findings", lambda _bundle: findings or {})
