@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from base64 import b64encode
 from pathlib import Path
 from typing import Any
 
@@ -124,15 +125,28 @@ def random_weights(config: dict[str, Any], seed: int = 0, dtype: torch.dtype = t
     }
 
 
-def write_tokenizer(folder: Path, *, end: int = TEXT, semantic: bool = True) -> None:
-    """One token a word; `end` is the id of <|im_end|>. Ids between the named ones are filled up."""
+def write_tokenizer(folder: Path, *, end: int = TEXT, semantic: bool = True, one: bool = False) -> None:
+    """One token a word; `end` is the id of <|im_end|>. Ids between the named ones are filled up.
+
+    one: a single semantic token stands for every frame.
+    """
     names = {TEXT: "filler", end: "<|im_end|>"}
-    if semantic:
+    if one:
+        names[BEGIN] = "<|semantic|>"
+    elif semantic:
         names |= {BEGIN + i: f"<|semantic:{i}|>" for i in range(SEMANTIC)}
     vocabulary = {names.get(i, f"word{i}"): i for i in range(BEGIN + SEMANTIC + 2)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="word0"))
     tokenizer.add_special_tokens([AddedToken(name, special=True) for name in vocabulary if name.startswith("<|")])
     tokenizer.save(str(folder / "tokenizer.json"))
+
+
+def write_tiktoken(folder: Path, control: list[str] | None) -> None:
+    """One token a byte, and the control tokens of a `special_tokens.json`; None: there is no such file."""
+    lines = "\n".join(f"{b64encode(bytes([byte])).decode()} {byte}" for byte in range(256))
+    (folder / "tokenizer.tiktoken").write_text(lines, encoding="utf-8")
+    if control is not None:
+        (folder / "special_tokens.json").write_text(json.dumps(dict.fromkeys(control, 0)), encoding="utf-8")
 
 
 def write_flat(folder: Path, config: dict[str, Any], weights: dict[str, Any]) -> Path:

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -23,10 +22,7 @@ from fishrt_export.graphs import LanguageModelSource, open_language_model
 from fishrt_export.lora import Lora
 from fishrt_export.slow_ar import SlowAR
 from fishrt_export.weights import listing, refuse
-from reference_lm import fast_forward, slow_forward
 from synthetic import BEGIN, EVERYTHING, PLAIN, SEMANTIC, TEXT, millions, random_weights, write_flat, write_nested
-from tiny import caches
-from tolerances import TOLERANCES
 
 NESTED = {**EVERYTHING, "tie_word_embeddings": True}
 
@@ -208,66 +204,6 @@ def test_a_folder_as_a_hub_keeps_it(tmp_path: Path) -> None:
 
 
 # ---- configuration
-
-
-VARIANTS = {
-    "plain": PLAIN,
-    "everything": EVERYTHING,
-    "qkv bias": {**PLAIN, "attention_qkv_bias": True, "fast_attention_qkv_bias": True},
-    "output bias": {**PLAIN, "attention_o_bias": True, "fast_attention_o_bias": True},
-    "qk norm, slow": {**PLAIN, "attention_qk_norm": True},
-    "qk norm, fast": {**PLAIN, "fast_attention_qk_norm": True},
-    "untied": {**PLAIN, "tie_word_embeddings": False},
-    "projected": {**PLAIN, "fast_dim": 10, "norm_fastlayer_input": True},
-    "projected, not normed": {**PLAIN, "fast_dim": 24},
-    "scaled": {**PLAIN, "scale_codebook_embeddings": True},
-    "normed": {**PLAIN, "norm_fastlayer_input": True},
-    "one head": {**PLAIN, "n_head": 1, "n_local_heads": 1, "head_dim": 2},
-    "no groups": {**PLAIN, "n_local_heads": 4, "fast_n_local_heads": 4},
-    "one group": {**PLAIN, "n_head": 8, "n_local_heads": 1, "rope_base": 1000000.0},
-    "one codebook": {**PLAIN, "num_codebooks": 1},
-    "many codebooks": {**PLAIN, "num_codebooks": 17},
-}
-
-
-def random_input(config: dict[str, Any], length: int) -> np.ndarray:
-    rng = np.random.default_rng(0)
-    main = np.where(rng.random(length) < 0.5, rng.integers(BEGIN, BEGIN + SEMANTIC, length), rng.integers(0, TEXT, length))
-    codes = rng.integers(0, config["codebook_size"], (config["num_codebooks"], length))
-    return np.concatenate([main[None], codes * (main >= BEGIN)])
-
-
-@pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS)
-def test_every_switch_of_the_config(tmp_path: Path, config: dict[str, Any]) -> None:
-    """The torch modules against a plain numpy model that was written from the rules."""
-    weights = random_weights(config)
-    source = open_flat(write_flat(tmp_path, config, weights))
-    assert source.problems() == []
-    exact = {name: tensor.double().numpy() for name, tensor in weights.items()}
-    prompt = random_input(config, length=9)
-    logits, hidden = slow_forward(config, exact, prompt, BEGIN, BEGIN + SEMANTIC - 1)
-
-    slow, (slow_job, fast_job) = source.slow_ar("full"), source.jobs("full")
-    ids = torch.from_numpy(prompt)[None]
-    with torch.no_grad():
-        start = torch.zeros(1, dtype=torch.int64)
-        x, _ = slow.run_layers(
-            slow.enter(ids), torch.arange(9)[None], start, caches(slow_job.spec.state_tensors, batch=1, cache=9)
-        )
-        found_logits, found_hidden = slow.read_out(x)
-        assert np.abs(found_logits[0].numpy() - logits).max() <= TOLERANCES["reference"]
-        assert np.abs(found_hidden[0].numpy() - hidden).max() <= TOLERANCES["reference"]
-
-        codes, count = prompt[1:, -1], config["num_codebooks"]
-        found, *_ = source.fast_ar()(
-            torch.from_numpy(hidden[-1:]).float(),
-            torch.from_numpy(np.concatenate([[0], codes[:-1]]))[None],
-            torch.arange(count)[None],
-            start,
-            caches(fast_job.spec.state_tensors, batch=1),
-        )
-    expected = fast_forward(config, exact, hidden[-1], codes[:-1])
-    assert np.abs(found[0].numpy() - expected[-1]).max() <= TOLERANCES["reference"]
 
 
 def test_absent_and_null_fields() -> None:

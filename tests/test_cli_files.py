@@ -363,9 +363,17 @@ def test_a_precision_that_is_none(fake, options, says):
     refused(run("export", "ckpt", "out", *options), says)
 
 
-@pytest.mark.parametrize("options", [("--lora", "a.ckpt"), ("--lora-alpha", "16"), ("--lora-rank", "8")])
-def test_the_options_of_a_lora_go_together(fake, options):
-    refused(run("export", "ckpt", "out", *options), "--lora and --lora-alpha go together")
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--lora", "a.ckpt"), "--lora needs --lora-alpha"),
+        (("--lora", "a.ckpt", "--lora-rank", "8"), "--lora needs --lora-alpha"),
+        (("--lora-alpha", "16"), "--lora-alpha needs --lora"),
+        (("--lora-rank", "8"), "--lora-rank needs --lora"),
+    ],
+)
+def test_the_options_of_a_lora_go_together(fake, options, says):
+    refused(run("export", "ckpt", "out", *options), says)
 
 
 def test_the_help_of_export_names_every_official_checkpoint(fake):

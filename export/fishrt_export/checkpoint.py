@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import warnings
 import zipfile
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePath
@@ -20,8 +20,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .content import DAMAGED, is_safetensors, read_json
-from .errors import ExportError
-from .files import CODEC, CODEC_CONFIG, CONFIG, FIREFLY, INDEX, PICKLE, SINGLE, TIKTOKEN, TOKENIZER
+from .errors import ExportError, listed
+from .files import CODEC, CODEC_CONFIG, CONFIG, FIREFLY, INDEX, PICKLE, SINGLE, TIKTOKEN, TOKENIZER, read_places
 from .lazy import Lazy, Maker, makers
 
 LANGUAGE_MODEL_PARTS = (
@@ -31,7 +31,6 @@ LANGUAGE_MODEL_PARTS = (
 """With one of these begins every name of a language model's tensors, in any form."""
 _COMPILED = "_orig_mod."
 _SAFETENSORS = ".safetensors"
-_LISTED = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,11 +201,6 @@ def _narrow(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype == torch.float64 else tensor
 
 
-def listed(names: Sequence[str]) -> str:
-    """The first names and the number of the others, for an error."""
-    return ", ".join(names[:_LISTED]) + (f" and {len(names) - _LISTED} more" if len(names) > _LISTED else "")
-
-
 def _require_folder(folder: Path) -> None:
     if not folder.is_dir():
         raise ExportError(f"{folder} is not a folder", hint="give the folder of an official checkpoint")
@@ -216,21 +210,13 @@ def _find_weights(folder: Path) -> list[Path]:
     """The file of each set of weights. A single file that the index names is a shard, not another set."""
     found = [path for name in (INDEX, SINGLE, PICKLE) if (path := folder / name).is_file()]
     if len(found) > 1 and found[0].name == INDEX:
-        shards = set(_read_places(found[0]).values())
+        shards = set(read_places(found[0]).values())
         found = [path for path in found if path.name not in shards]
     return found
 
 
-def _read_places(index: Path) -> dict[str, str]:
-    """Tensor → file name of its shard. Raises ExportError."""
-    places = read_json(index).get("weight_map")
-    if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
-        raise ExportError(f"{index} has no usable weight_map", hint=DAMAGED)
-    return places
-
-
 def _find_in_shards(index: Path) -> dict[str, Maker]:
-    places = _read_places(index)
+    places = read_places(index)
     shards = sorted(set(places.values()))
     if outside := [name for name in shards if PurePath(name).name != name]:
         raise ExportError(f"{index} names shards outside its folder: {listed(outside)}")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from .errors import ExportError
+from .content import DAMAGED, read_json
+from .errors import ExportError, listed
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -44,10 +44,10 @@ def choose_checkpoint(names: Sequence[str], read: Callable[[str], Path]) -> list
     if weights is None or not all(parts.values()):
         lacking = ", ".join(part for part, there in parts.items() if not there)
         raise ExportError(
-            f"the repository is not a checkpoint that can be exported: it lacks {lacking}; it has {_shortened(names)}",
+            f"the repository is not a checkpoint that can be exported: it lacks {lacking}; it has {listed(names) or 'no files'}",
             hint="fishrt export --help lists the official repositories; put a fine-tuned model into one folder with the codec",
         )
-    shards = list(_shards(read(INDEX))) if weights == INDEX else []
+    shards = sorted(set(read_places(read(INDEX)).values())) if weights == INDEX else []
     rest = [name for name in names if name in _SMALL or name.startswith(f"{REFERENCES}/") or tells_terms(name)]
     return [*rest, weights, *shards, *codecs, CONFIG]
 
@@ -69,15 +69,9 @@ def checkpoint_name(folder: Path) -> str:
     return storage.split("--")[-1] if storage.startswith("models--") else folder.resolve().name
 
 
-def _shards(index: Path) -> Iterator[str]:
-    try:
-        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        yield from sorted(set(places.values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise ExportError(f"{index} has no usable weight_map", hint="the repository is damaged") from None
-
-
-def _shortened(names: Sequence[str], most: int = 8) -> str:
-    if not names:
-        return "no files"
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+def read_places(index: Path) -> dict[str, str]:
+    """Return tensor → file name of its shard, from an index of shards. Raises ExportError."""
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
+        raise ExportError(f"{index} has no usable weight_map", hint=DAMAGED)
+    return places

@@ -10,8 +10,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import LANGUAGE_MODEL_PARTS, listed
-from .errors import ExportError
+from .checkpoint import LANGUAGE_MODEL_PARTS
+from .errors import ExportError, listed
 from .lazy import Lazy, Maker, makers
 from .threads import one_thread
 

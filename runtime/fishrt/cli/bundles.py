@@ -111,8 +111,10 @@ def export(
 
     Needs torch: pip install "fishrt[export]". Nothing is left behind when it fails or is interrupted.
     """
-    if (lora is None) != (lora_alpha is None) or (lora is None and lora_rank is not None):
-        raise click.UsageError("--lora and --lora-alpha go together, and --lora-rank with them")
+    if lora is None and (lora_alpha is not None or lora_rank is not None):
+        raise click.UsageError(f"{'--lora-rank' if lora_alpha is None else '--lora-alpha'} needs --lora")
+    if lora is not None and lora_alpha is None:
+        raise click.UsageError("--lora needs --lora-alpha: no file tells it")
     reporter = Reporter(quiet=quiet or as_json)
     try:
         from fishrt_export import Lora, export_bundle
