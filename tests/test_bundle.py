@@ -150,6 +150,13 @@ def test_a_manifest_that_is_none(folder: Path, text: str) -> None:
         Bundle.load(folder)
 
 
+def test_a_manifest_with_a_byte_order_mark(folder: Path) -> None:
+    manifest = Bundle.load(folder).manifest
+    path = folder / "manifest.json"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert Bundle.load(folder).manifest == manifest
+
+
 def test_a_manifest_that_is_not_text(folder: Path) -> None:
     (folder / MANIFEST).write_bytes(b"\xff\xfe\x00")
     with pytest.raises(BundleError, match=r"manifest\.json is not UTF-8"):

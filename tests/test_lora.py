@@ -36,7 +36,7 @@ def write(folder: Path, tensors: dict[str, Any], *, prefix: str = "model.") -> P
     return path
 
 
-@pytest.mark.parametrize("prefix", ["model.", ""])
+@pytest.mark.parametrize("prefix", ["model.", "", "module.", "model._orig_mod."])
 def test_every_module_is_merged(tmp_path: Path, prefix: str) -> None:
     weights = random_weights(EVERYTHING)
     pairs = random_lora(weights)
@@ -124,6 +124,14 @@ def test_a_file_without_a_lora(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "absent.ckpt"):
         with pytest.raises(ExportError, match="is not a file"):
             Lora(path, alpha=16)
+
+
+def test_a_lora_in_place_of_the_model(tmp_path: Path) -> None:
+    weights = random_weights(PLAIN)
+    write_flat(tmp_path, PLAIN, {f"model.{name}": tensor for name, tensor in random_lora(weights).items()})
+    with pytest.raises(ExportError, match="the weights are those of a LoRA") as caught:
+        open_language_model(tmp_path, family="s2")
+    assert "--lora" in str(caught.value.hint)
 
 
 def test_a_lora_of_no_rank(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 _PIECE = 1 << 18
 _LISTED = 20
-_UNUSED = ("freqs_cis", "fast_freqs_cis", "causal_mask", "score_output", "audio_encoder")
+_UNUSED = ("freqs_cis", "fast_freqs_cis", "causal_mask", "score_output", "audio_encoder", "audio_projector")
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -28,8 +28,14 @@ def flat_names(tensors: Mapping[str, Tensor], *, tied_head: bool) -> Mapping[str
     """Renames the nested form of S2-Pro (`text_model.…`, `audio_decoder.…`) and joins separate wq, wk, wv.
 
     As in the originals, tensors of no part of the model are left out: those that models compute, the head of reward models and
-    the audio encoder silently, others with a warning; and so is a head where the head is tied to the embedding.
+    the audio input silently, others with a warning; and so is a head where the head is tied to the embedding. Raises ExportError
+    for a LoRA.
     """
+    if all(".lora_" in name for name in tensors):
+        raise ExportError(
+            "the weights are those of a LoRA, not of a whole model",
+            hint="put the model that it was trained on into the folder, and give the LoRA with --lora",
+        )
     parts = {name: name.partition(".")[0] for name in tensors}
     if strange := [name for name, part in parts.items() if part not in (*LANGUAGE_MODEL_PARTS, *_UNUSED)]:
         log.warning("the weights hold tensors that belong to no part of the model and are left out: %s", listed(strange))

@@ -254,7 +254,7 @@ def _read_manifest(folder: Path) -> str:
             raise BundleError(f"{folder} is a checkpoint, not a bundle", hint=f"first: {first}")
         raise BundleError(f"{folder} is not a bundle: it has no {MANIFEST}", hint=f"give {wanted}")
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise BundleError(f"{path} cannot be read: {error.strerror}", hint="may you read it?") from None
     except UnicodeDecodeError:
