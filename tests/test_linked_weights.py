@@ -14,7 +14,8 @@ import pytest
 from fake_cuda import FakeCuda
 from fishrt import TTS
 from fishrt.bundle import MANIFEST, Bundle, embedded_bundle, sha256
-from fishrt_engines import open_engine, ort_session
+from fishrt_engines import GraphError, open_engine, ort_session
+from fishrt_engines.onnx_proto import message
 from fishrt_engines.ort_session import graph_source
 
 
@@ -103,3 +104,21 @@ def test_so_it_does_for_other_providers(linked: Bundle) -> None:
     for spec in linked.manifest.graphs.values():
         options = onnxruntime.SessionOptions()
         onnxruntime.InferenceSession(graph_source(linked.file(spec.file), options), options, ["CPUExecutionProvider"])
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/hostname", "weights/../../secret"])
+@pytest.mark.parametrize("specialise", [False, True])
+def test_a_graph_itself_cannot_lead_out_of_its_folder(tmp_path: Path, name: str, specialise: bool) -> None:
+    spec = Bundle.load(embedded_bundle()).manifest.graphs["fast_ar"]
+    model = message("Model").FromString((embedded_bundle() / spec.file).read_bytes())
+    for tensor in model.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = name
+    folder = tmp_path / "bundle"
+    (folder / "weights").mkdir(parents=True)
+    (folder / spec.file).write_bytes(model.SerializeToString())
+    shutil.copy(embedded_bundle() / f"{spec.file}.data", tmp_path / "secret")
+    with pytest.raises(GraphError, match="outside of its folder") as caught:
+        open_engine(folder / spec.file, spec, provider="cpu", threads=1, specialise=specialise)
+    assert caught.value.hint == "export the bundle again"

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cache
 from math import prod
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -107,6 +107,18 @@ def parse_model(data: bytes, name: str) -> Any:
         return model_type.FromString(data)
     except DecodeError as error:
         raise GraphError(f"{name} is not a graph: {error}", hint="the file is damaged; fetch or export it again") from None
+
+
+def external_places(model: Any) -> list[Any]:
+    """Return the entries of a Model message that name the files of its weights, beside the graph's file.
+
+    Raises GraphError for a name that leads out of the folder. A file of the folder may be a link: that is the user's choice.
+    """
+    places = [entry for tensor in model.graph.initializer for entry in tensor.external_data if entry.key == "location"]
+    for name in {entry.value for entry in places}:
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            raise GraphError(f"a graph names weights outside of its folder: {name!r}", hint="export the bundle again")
+    return places
 
 
 @cache

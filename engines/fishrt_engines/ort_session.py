@@ -17,7 +17,7 @@ from . import graph_cache
 from .errors import FishrtError
 from .folders import cache_folder
 from .machine import cpu_identity
-from .onnx_proto import message
+from .onnx_proto import external_places, parse_model
 from .providers import import_onnxruntime
 from .specialise import ColumnInputs, specialise
 from .tensors import HostMemory, Memory
@@ -99,14 +99,15 @@ def find_weights(model: bytes, path: Path, options: Any) -> bytes:
     """Return a graph made from the file `path` that finds its weights, and name their folder in the options of its session.
 
     ONNX Runtime refuses weights behind a link that leaves the folder, as in the cache of a model hub: links are resolved here.
+    Raises GraphError for weights that the graph itself places outside of its folder.
     """
-    parsed, folder = message("Model").FromString(model), path.parent.resolve()
-    named = [entry for tensor in parsed.graph.initializer for entry in tensor.external_data if entry.key == "location"]
-    files = {entry.value: (folder / entry.value).resolve() for entry in named}
+    parsed, folder = parse_model(model, path.name), path.parent.resolve()
+    places = external_places(parsed)
+    files = {entry.value: (folder / entry.value).resolve() for entry in places}
     linked = any(folder / name != file for name, file in files.items())
     if linked:
         folder = Path(os.path.commonpath([file.parent for file in files.values()]))
-        for entry in named:
+        for entry in places:
             entry.value = files[entry.value].relative_to(folder).as_posix()
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
     return parsed.SerializeToString() if linked else model

@@ -18,14 +18,14 @@ import shlex
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from .cuda_device import Device
 from .errors import FishrtError, GraphError, ProviderError
 from .folders import cache_folder, written_aside
 from .graph_cache import digest
-from .onnx_proto import parse_model
+from .onnx_proto import external_places, parse_model
 from .spec import GraphSpec, StatePair, TensorSpec
 from .trt_lowering import LOWERING, LoweringOptions
 
@@ -150,13 +150,8 @@ def read_portable(path: Path, build: Callable[[bytes], bytes] | None) -> bytes:
 
 
 def external_files(model: bytes) -> list[str]:
-    """The files beside a graph that hold its weights, by name. Raises GraphError for one that would lie elsewhere."""
-    tensors = parse_model(model, "the graph").graph.initializer
-    names = sorted({entry.value for tensor in tensors for entry in tensor.external_data if entry.key == "location"})
-    for name in names:
-        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-            raise GraphError(f"a graph names weights outside of its folder: {name!r}", hint="export the bundle again")
-    return names
+    """The files beside a graph that hold its weights, by name. Raises as `external_places`."""
+    return sorted({entry.value for entry in external_places(parse_model(model, "the graph"))})
 
 
 def weights_identity(model: bytes, folder: Path) -> str:
