@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import json
 import logging
 import os
@@ -22,7 +23,7 @@ import fishrt
 import helpers_cli
 from fishrt.cli import main
 from fishrt.encode import pcm16
-from fishrt.errors import FishrtError, ProviderError
+from fishrt.errors import FishrtError, GraphError, ProviderError, UnfinishedError
 from fishrt.sampling import Sampling
 from helpers_cli import RATE, files, refused, run, tone
 
@@ -393,6 +394,34 @@ def test_json_behind_two_dashes_is_text(fake):
     assert result.exit_code == 0
     assert fake.asked["text"] == "--json"
     assert result.stdout == ""
+
+
+def test_what_was_spoken_before_an_error_is_written(fake):
+    spoken = fake.speak("Hi.", progress=lambda _: None, voice=None, seed=1, sampling=Sampling())
+    fake.failure = UnfinishedError(GraphError("the graph broke", hint="mend it"), spoken)
+    result = run("speak", "Hi.", "-o", "a.wav")
+    refused(result, "the graph broke")
+    assert "warning: a.wav holds the 1.0 s that were spoken before the error\n" in result.stderr
+    assert soundfile.info("a.wav").duration == 1.0
+
+
+def test_what_was_streamed_before_an_error_is_written(fake, monkeypatch):
+    def broken(text, **request):
+        stream = type(fake).stream(fake, text, **request)
+        chunks = stream._chunks
+
+        def until():
+            yield from itertools.islice(chunks, 2)
+            raise GraphError("the graph broke", hint="mend it")
+
+        stream._chunks = until()
+        return stream
+
+    monkeypatch.setattr(fake, "stream", broken)
+    result = run("speak", "Hi.", "--stream", "-o", "a.wav")
+    refused(result, "the graph broke")
+    assert "warning: a.wav holds the 0.5 s that were spoken before the error\n" in result.stderr
+    assert soundfile.info("a.wav").duration == 0.5
 
 
 def test_a_piece_that_was_cut_off_is_a_warning(fake):

@@ -22,8 +22,8 @@ import soundfile
 
 import fishrt
 from fakes import FakeEngine, fake_bundle, fake_engines
-from fishrt import TTS, AudioChunk, FishrtError, Sampling, Speech
-from fishrt.errors import ArgumentError, AudioError, GraphError, OutputError, PromptError
+from fishrt import TTS, AudioChunk, Bundle, FishrtError, Sampling, Speech, Voice
+from fishrt.errors import ArgumentError, AudioError, GraphError, OutputError, PromptError, UnfinishedError
 from fishrt.features import Reads
 from fishrt.speech import PieceInfo, Progress, SpeechInfo, Timings, piece_warnings
 from helpers_text import language_model, manifest, voice
@@ -174,6 +174,42 @@ def test_only_where_nothing_was_said_it_is_an_error(tmp_path: Path) -> None:
         tts.speak(TEXT)
     with pytest.raises(FishrtError, match='the limit leaves no frame for "Hello!"'):
         speaker(tmp_path / "2").speak("Hello!", max_frames=1, upstream_compat=True)
+
+
+def test_speech_before_an_error_is_not_lost(tts: TTS) -> None:
+    """The slow AR gives no numbers in the second piece."""
+    whole = tts.speak(TEXT, seed=1)
+    slow = tts.engines["slow_ar"]
+    assert isinstance(slow, FakeEngine)
+    function = slow._function
+
+    def broken(feeds: Mapping[str, Any], state: Any) -> Any:
+        results = function(feeds, state)
+        if len([call for call in slow.calls if call["prompt"].shape[2] > 1]) > 1:
+            results["logits"][:] = np.nan
+        return results
+
+    slow._function = broken
+    slow.calls.clear()
+    with pytest.raises(UnfinishedError, match="not numbers") as caught:
+        tts.speak(TEXT, seed=1)
+    assert isinstance(caught.value.__cause__, GraphError)
+    speech = caught.value.speech
+    np.testing.assert_array_equal(speech.pcm, whole.pcm[: len(speech)])
+    assert [piece.frames for piece in speech.info.pieces] == [25]
+    assert len(speech) == 25 * CODEC.hop
+    with pytest.raises(GraphError):  # where nothing was said, there is nothing to keep
+        tts.speak(TEXT, seed=1)
+
+
+def test_the_log_tells_what_is_done(tts: TTS, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.DEBUG, logger="fishrt"):
+        tts.speak("Hello!", seed=1)
+        tts.speak("Hello!", seed=1)
+    told = [(record.name, record.getMessage()) for record in caplog.records]
+    assert [name for name, _ in told] == ["fishrt.context", "fishrt.speech"] * 2
+    assert [text.rpartition(" ")[2] for name, text in told if name == "fishrt.context"] == ["read", "known"]
+    assert told[1][1].startswith("spoke 1 pieces: 1.00 s of speech in ")
 
 
 # --- a TTS that closes ---------------------------------------------------------------------------------------------------------
@@ -386,7 +422,7 @@ def test_a_setting_of_sampling_given_by_itself_is_told_where_it_goes(tts: TTS, c
 
 
 @pytest.mark.parametrize(
-    "kind", [Speech, AudioChunk, SpeechInfo, PieceInfo, Timings, Progress, Sampling], ids=lambda k: k.__name__
+    "kind", [Speech, AudioChunk, SpeechInfo, PieceInfo, Timings, Progress, Sampling, Voice, Bundle], ids=lambda k: k.__name__
 )
 def test_help_tells_of_every_attribute(kind: Any) -> None:
     assert is_dataclass(kind)

@@ -77,6 +77,7 @@ def open_session(
     if kept is not None:
         options = session_options(ort, threads)
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        log.debug("%s as it is kept in %s", path.name, entry)
         try:
             return Opened(_session(ort, str(kept.path), options), kept.columns)
         except Exception as error:  # ONNX Runtime's exceptions have no common base

@@ -191,7 +191,12 @@ class Manifest:
 
 @dataclass(frozen=True, slots=True)
 class Bundle:
-    """A bundle that has been found complete."""
+    """A bundle that has been found complete.
+
+    Attributes:
+        path: its folder.
+        manifest: all that is in its `manifest.json`.
+    """
 
     path: Path
     manifest: Manifest

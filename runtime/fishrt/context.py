@@ -11,6 +11,7 @@ gives the same codes whether its voice was known or not, system text and voice a
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Collection, Mapping
@@ -21,6 +22,7 @@ import numpy.typing as npt
 
 from fishrt_engines import Array, Engine
 
+log = logging.getLogger(__name__)
 Ints = npt.NDArray[np.int64]
 
 FIRST_FRAMES = 256
@@ -132,6 +134,7 @@ class ContextStore:
             saved = self._kept.get(key)
             if saved is not None:
                 self._kept.move_to_end(key)
+        log.debug("the voice of %d columns is %s", head.shape[1], "read" if saved is None else "known")
         if saved is not None:
             context.restore(head, saved)
         else:

@@ -1,6 +1,13 @@
 """The errors of the runtime: leaves of FishrtError, one for each thing that a user can get wrong."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 from fishrt_engines.errors import FishrtError, GraphError, ProviderError
+
+if TYPE_CHECKING:
+    from .speech import Speech
 
 __all__ = [
     "ArgumentError",
@@ -13,6 +20,7 @@ __all__ = [
     "PromptError",
     "ProviderError",
     "SamplingError",
+    "UnfinishedError",
     "VoiceError",
 ]
 
@@ -47,3 +55,11 @@ class OutputError(FishrtError):
 
 class SamplingError(FishrtError):
     """A sampling parameter, a seed or a limit of frames is outside its range."""
+
+
+class UnfinishedError(FishrtError):
+    """A request failed when a part of the text was spoken: `speech`. Its cause is the error that ended it."""
+
+    def __init__(self, cause: FishrtError, speech: Speech) -> None:
+        super().__init__(str(cause), hint=cause.hint)
+        self.speech = speech

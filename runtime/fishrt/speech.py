@@ -238,7 +238,7 @@ class SpeechStream(Iterator[AudioChunk]):
             try:
                 chunk = next(self._chunks)
             except StopIteration:
-                self._warn()
+                self._log_end()
                 raise
             except Stopped:
                 raise StopIteration from None
@@ -259,13 +259,20 @@ class SpeechStream(Iterator[AudioChunk]):
             self._pieces.append(PieceInfo(chunk.text, self._frames, chunk.stop_reason))
             self._frames = 0
 
-    def _warn(self) -> None:
-        """Log what came to light while the text was spoken."""
-        if not self._stop.is_set():
-            for warning in self.info.warnings:
-                if warning not in self._warned:
-                    self._warned.add(warning)
-                    log.warning(warning)
+    def _log_end(self) -> None:
+        """Log how long the request took, and what came to light while the text was spoken."""
+        if self._stop.is_set():
+            return
+        self._stop.set()
+        info = self.info
+        spent = info.timings
+        log.info(
+            "spoke %d pieces: %.2f s of speech in %.2f s (language model %.2f s, codec %.2f s); graphs were opened in %.2f s",
+            *(len(info.pieces), info.audio_s, spent.compute_s, spent.language_model_s, spent.codec_s, spent.load_s),
+        )
+        for warning in info.warnings:
+            if warning not in self._warned:
+                log.warning(warning)
 
     def close(self) -> None:
         """End the request. Another thread that waits for a chunk gets none: the frame that is being drawn is the last."""

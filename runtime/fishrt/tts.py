@@ -35,7 +35,7 @@ from .bundle import Bundle, embedded_bundle
 from .codec import CodecDecoder, CodecEncoder, clamp_codes
 from .codec_start import read_codec_start
 from .context import ContextStore
-from .errors import ArgumentError, FishrtError, SamplingError
+from .errors import ArgumentError, FishrtError, SamplingError, UnfinishedError
 from .generate import DualAR, Generation, StopReason, generate_frames
 from .graphs import BundleGraphs
 from .loudness import Loudness, voice_loudness
@@ -238,17 +238,26 @@ class TTS:
         Raises PromptError for text that cannot be spoken or is too long with its references, or a system text that the model does
         not take; VoiceError for a voice that is unknown or not this bundle's; SamplingError for a bad limit or seed (also for one
         that is no whole number), or a repetition penalty that the model does not have; ArgumentError for an argument of another
-        type; FishrtError if the model says nothing at all, or draws codes that have no sound, or memory does not suffice.
+        type; FishrtError if the model says nothing at all, or draws codes that have no sound, or memory does not suffice; such an
+        error in a later piece of the text is an UnfinishedError, whose `speech` is the part before it.
         """
         accepted = time.perf_counter()
         request = self._request(text, voice, sampling, seed, max_frames, system, volume, upstream_compat)
         stream = self._stream(request, accepted, progress, lambda _, most: itertools.repeat(most))
-        chunks = list(stream)
-        info = stream.info
-        info.check_spoken()
+        chunks: list[AudioChunk] = []
+        try:
+            for chunk in stream:
+                chunks.append(chunk)
+        except FishrtError as error:
+            if not sum(map(len, chunks)):
+                raise
+            raise UnfinishedError(error, self._joined(chunks, stream.info)) from error
+        stream.info.check_spoken()
+        return self._joined(chunks, stream.info)
+
+    def _joined(self, chunks: Sequence[AudioChunk], info: SpeechInfo) -> Speech:
         codes = np.concatenate([c.codes for c in chunks], axis=1)
-        pcm = np.concatenate([c.pcm for c in chunks])
-        return Speech(pcm, self.sample_rate, codes, info)
+        return Speech(np.concatenate([c.pcm for c in chunks]), self.sample_rate, codes, info)
 
     @_says_where_sampling_goes
     def stream(

@@ -78,19 +78,23 @@ class Encoder(Protocol):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Voice:
-    """A reusable reference."""
+    """A reusable reference: the model goes on in the voice that is heard in it.
+
+    Attributes:
+        name: of the voice.
+        codes: int64 [num_codebooks, frames].
+        transcript: the words that are said in it.
+        fingerprint: of the codec that made the codes; None where a foreign layout does not say.
+        loudness: of the sound of the codes; None: not measured, or silent.
+        recording: pcm float32 [samples] from which the codes were made, and its rate in Hz.
+    """
 
     name: str
     codes: Ints = field(repr=False)
-    """int64 [num_codebooks, frames]"""
     transcript: str
-    """The words that are said in it."""
     fingerprint: str | None
-    """Of the codec that made the codes; None where a foreign layout does not say."""
     loudness: Loudness | None = None
-    """Of what the codec makes of the codes; None: not measured, or silent."""
     recording: tuple[Pcm, int] | None = field(default=None, repr=False)
-    """What the codes were made of: pcm float32 [samples], and the rate in Hz."""
 
     @classmethod
     def from_audio(cls, tts: Encoder, audio: str | Path | tuple[Pcm, int], transcript: str, *, name: str = "voice") -> Voice:

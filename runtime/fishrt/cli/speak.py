@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import numpy as np
 
-from ..errors import FishrtError, PromptError
+from ..errors import FishrtError, PromptError, UnfinishedError
 from ..files import check_folder, make_folder
 from ..text import check_text
 from ..voices import Voice, read_codes
@@ -31,7 +31,7 @@ from .streams import muted
 
 if TYPE_CHECKING:
     from ..audio import Pcm
-    from ..speech import Progress, SpeechInfo
+    from ..speech import AudioChunk, Progress, SpeechInfo, SpeechStream
     from ..tts import TTS, VoiceLike
 
 
@@ -280,9 +280,15 @@ class _Target:
         from ..wav import growing_wav
 
         if not self.stream and not self.play:
-            speech = tts.speak(text, **request)
+            try:
+                speech = tts.speak(text, **request)
+            except UnfinishedError as error:
+                write_audio(str(self.output), error.speech.pcm, error.speech.sample_rate, self.format)
+                self._tell_rest(error.speech.duration_s)
+                raise
             write_audio(str(self.output), speech.pcm, speech.sample_rate, self.format)
             return speech.info
+        faults: list[FishrtError] = []
         whole: list[Pcm] = []
         writers: list[Callable[[Pcm], None]] = []
         with closing(tts.stream(text, **request)) as chunks, ExitStack() as stack:
@@ -292,13 +298,32 @@ class _Target:
                 writers.append(whole.append)
             if self.play:
                 writers.append(stack.enter_context(playing(tts.sample_rate, written=bool(writers))))
-            for chunk in chunks:
+            for chunk in _until(chunks, faults):
                 for write in writers:
                     write(chunk.pcm)
-            chunks.info.check_spoken()
+            if not faults:
+                chunks.info.check_spoken()
         if whole:
             write_audio(str(self.output), np.concatenate(whole), tts.sample_rate, self.format)
+        if faults:
+            self._tell_rest(chunks.info.audio_s)
+            raise faults[0]
         return chunks.info
+
+    def _tell_rest(self, seconds: float) -> None:
+        """Warn that an error ended the speech early."""
+        if self.output is not None:
+            warn(f"{self.output} holds the {seconds:.1f} s that were spoken before the error")
+
+
+def _until(chunks: SpeechStream, faults: list[FishrtError]) -> Iterator[AudioChunk]:
+    """The chunks; an error behind some speech ends them and goes into `faults`, so that the speech is kept."""
+    try:
+        yield from chunks
+    except FishrtError as error:
+        if not chunks.info.audio_s:
+            raise
+        faults.append(error)
 
 
 def _speak_lines(tts: TTS, texts: dict[int, str], target: _Target, request: dict[str, Any], reporter: Reporter) -> None:
