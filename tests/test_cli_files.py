@@ -238,6 +238,7 @@ def test_codec_there_and_back(fake, recording):
         "audio_s": 1.0,
     }
     assert soundfile.info("back.wav").frames == RATE
+    assert run("codec", "decode", "codes.npy", "-o", "-", "--format", "pcm").stdout_bytes[:2] == b"\0\0"
     result = run("codec", "decode", "codes.npy", "-o", "-")
     assert len(soundfile.read(io.BytesIO(result.stdout_bytes))[0]) == RATE
     assert files() == ["back.wav", "codes.npy"]

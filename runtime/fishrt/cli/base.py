@@ -65,6 +65,12 @@ bundle_option = click.option(
     metavar="DIR",
     help="The bundle, as `fishrt export` wrote it.  [default: the embedded voice]",
 )
+format_option = click.option(
+    "--format",
+    metavar="NAME",
+    help="Audio format, where no ending of a file names it: wav, flac, ogg, opus, mp3 or pcm. Opus has rates of 8, 12, 16, 24 "
+    "and 48 kHz: speech at 44.1 kHz is resampled to 48 kHz.  [default: by the ending, else wav]",
+)
 voice_dir_option = click.option(
     "--voice-dir",
     type=click.Path(path_type=Path),

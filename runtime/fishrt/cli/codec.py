@@ -11,25 +11,28 @@ import numpy as np
 from ..errors import FishrtError
 from ..files import check_place, write_whole
 from ..voices import read_codes
-from .base import engine_options, json_option, load_tts
+from .base import engine_options, format_option, json_option, load_tts
 from .commands import json_to_stderr, print_json
 from .streams import say
 
 
 @click.group(short_help="Turn audio into codes, and codes into audio.")
 def codec() -> None:
-    """Turn audio into codes and codes into audio."""
+    """Turn audio into codes, the integers that a language model draws, and codes into audio."""
 
 
-@codec.command()
+@codec.command(short_help="Encode audio to codes.")
 @click.argument("audio", type=click.Path(path_type=Path))
 @click.option(
-    "-o", "--output", default="codes.npy", show_default=True, help="The .npy file to write; - writes it to standard output."
+    "-o", "--output", default="codes.npy", show_default=True, help="The .npy file to write or replace; - is standard output."
 )
 @engine_options
 @json_option
 def encode(audio: Path, output: str, bundle: Path | None, provider: str, threads: int | None, as_json: bool) -> None:
-    """Encode AUDIO (wav, flac, ogg, mp3; any rate, channels averaged) to codes: int64 (codebooks, frames)."""
+    """Encode AUDIO (wav, flac, ogg, mp3, …; - is standard input) to codes: int64 (codebooks, frames).
+
+    AUDIO may have any sample rate; its channels are averaged.
+    """
     from ..audio import read_audio
 
     if output == "-":
@@ -44,41 +47,42 @@ def encode(audio: Path, output: str, bundle: Path | None, provider: str, threads
     buffer = io.BytesIO()
     np.save(buffer, codes.astype(np.int64), allow_pickle=False)
     write_whole(output, buffer.getvalue())
-    if as_json:
-        print_json({"command": "codec encode", "output": output, "codebooks": codes.shape[0], "frames": codes.shape[1]})
-    else:
-        say(f"{_place(output)}: {codes.shape[0]} codebooks, {codes.shape[1]:,} frames")
+    if not as_json:
+        say(f"Wrote {_place(output)} ({codes.shape[0]} codebooks, {codes.shape[1]:,} frames)")
+    print_json({"output": output, "codebooks": codes.shape[0], "frames": codes.shape[1]})
 
 
-@codec.command()
+@codec.command(short_help="Decode codes to audio.")
 @click.argument("codes", type=click.Path(path_type=Path))
 @click.option(
     "-o",
     "--output",
     default="speech.wav",
     show_default=True,
-    help="Audio file to write: .wav, .flac, .ogg, .mp3; - is wav on standard output.",
+    help="The audio file to write or replace: .wav, .flac, .ogg, .opus, .mp3 or .pcm; - is standard output.",
 )
+@format_option
 @engine_options
 @json_option
-def decode(codes: Path, output: str, bundle: Path | None, provider: str, threads: int | None, as_json: bool) -> None:
+def decode(
+    codes: Path, output: str, format: str | None, bundle: Path | None, provider: str, threads: int | None, as_json: bool
+) -> None:
     """Decode CODES, an .npy file of integers (codebooks, frames), to audio."""
     from ..encode import check_writable, write_audio
 
     if output == "-":
         json_to_stderr()
-    check_writable(output)
+    check_writable(output, format)
     stored = read_codes(codes)
     tts = load_tts(bundle, provider, threads)
     pcm = tts.decode(stored)
     rate = tts.bundle.manifest.codec.sample_rate
-    write_audio(output, pcm, rate)
+    write_audio(output, pcm, rate, format)
     seconds = len(pcm) / rate
-    if as_json:
-        print_json({"command": "codec decode", "output": output, "sample_rate": rate, "audio_s": seconds})
-    else:
-        say(f"{_place(output)}: {seconds:.2f} s at {rate:,} Hz")
+    if not as_json:
+        say(f"Wrote {_place(output)} ({seconds:.1f} s)")
+    print_json({"output": output, "sample_rate": rate, "audio_s": seconds})
 
 
 def _place(output: str) -> str:
-    return "standard output" if output == "-" else output
+    return "to standard output" if output == "-" else output

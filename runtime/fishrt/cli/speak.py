@@ -20,6 +20,7 @@ from .base import (
     Number,
     Whole,
     engine_options,
+    format_option,
     json_option,
     load_tts,
     quiet_option,
@@ -45,8 +46,8 @@ _NOTES = 5
 @click.option(
     "--lines",
     is_flag=True,
-    help="Speak each line into a file of its own: with `-o DIR`, line 7 becomes DIR/0007.wav. A line that cannot be spoken does "
-    "not stop the others.",
+    help="Speak each line into a file of its own: with `-o DIR`, line 7 becomes DIR/0007.wav (see --format). A line that "
+    "cannot be spoken does not stop the others.",
 )
 @click.option(
     "-o",
@@ -56,12 +57,7 @@ _NOTES = 5
     "without a header). Its folder must exist. - is standard output, and --json then goes to standard error.  "
     "[default: speech.wav; none with --play]",
 )
-@click.option(
-    "--format",
-    metavar="NAME",
-    help="The format of `-o -`, of --lines, or of a file without an ending: wav, flac, ogg, opus, mp3, pcm. Opus has rates of "
-    "8, 12, 16, 24 and 48 kHz: speech at 44.1 kHz is resampled to 48 kHz.  [default: by the ending, else wav]",
-)
+@format_option
 @click.option(
     "--stream",
     is_flag=True,

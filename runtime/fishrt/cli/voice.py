@@ -29,7 +29,7 @@ from .streams import emit, say
 
 @click.group(short_help="Store, list, show and remove voices.")
 def voice() -> None:
-    """Keep voices: what somebody says in a recording, and how."""
+    """Store, list, show and remove voices. A voice is a recording of one speaker with its exact transcript."""
 
 
 @voice.command()
@@ -38,10 +38,11 @@ def voice() -> None:
     "--audio",
     required=True,
     type=click.Path(path_type=Path),
-    help="Recording of one speaker, a few seconds; - is standard input.",
+    help="Recording of one speaker (wav, flac, ogg, mp3, …): 10 to 30 s for the official models, 2 to 5 s for the embedded "
+    "voice. - is standard input.",
 )
-@click.option("--text", required=True, help="What is said in it, word for word.")
-@click.option("--force", is_flag=True, help="Replace a voice of this name.")
+@click.option("--text", required=True, help="The words of the recording, exactly as spoken.")
+@click.option("--force", is_flag=True, help="Replace your voice of this name.")
 @voice_dir_option
 @engine_options
 @quiet_option
@@ -58,7 +59,9 @@ def add(
     quiet: bool,
     as_json: bool,
 ) -> None:
-    """Store a recording as voice NAME: letters and digits of any script, - _, and spaces and dots inside.
+    """Store a recording as voice NAME.
+
+    NAME has letters and digits of any script, - and _, and inside also spaces and dots.
 
     The recording is kept, so that bundles with other codecs can use the voice, too.
     """
@@ -73,7 +76,7 @@ def add(
     if name in bundle_voices(tts.bundle):
         warn(f"the bundle has a voice {name!r}, too; yours goes before it")
     if as_json:
-        print_json({"command": "voice add", "folder": str(folder), **_describe(made, tts.bundle, recorded=True)})
+        print_json({"folder": str(folder), **_describe(made, tts.bundle, recorded=True)})
         return
     where = "".join(
         f" {option} {shlex.quote(str(path))}" for option, path in (("--voice-dir", voice_dir), ("--bundle", bundle)) if path
@@ -84,7 +87,7 @@ def add(
     )
 
 
-@voice.command()
+@voice.command(short_help="Read a voice ahead, so that speech with it starts sooner.")
 @click.argument("name")
 @voice_dir_option
 @engine_options
@@ -93,9 +96,9 @@ def add(
 def prepare(
     name: str, voice_dir: Path | None, bundle: Path | None, provider: str, threads: int | None, quiet: bool, as_json: bool
 ) -> None:
-    """Keep what the bundle's language model makes of your voice NAME: speech with it then starts sooner.
+    """Let the bundle's language model read your voice NAME now, so that speech with it starts sooner.
 
-    The file lies in the voice's folder, or in .prepared/NAME for a voice that another program stored.
+    The result is kept in a file, in the voice's folder, or in .prepared/NAME for a voice that another program stored.
     """
     tts = load_tts(bundle, provider, threads, voice_dir)
     store = find_voice(name, user_store(voice_dir), tts.bundle)
@@ -110,7 +113,7 @@ def prepare(
     tts.prepare(made, folder)
     path = prepared_path(folder, tts.bundle.manifest.identity("slow_ar"))
     if as_json:
-        print_json({"command": "voice prepare", "file": str(path), "bytes": path.stat().st_size})
+        print_json({"file": str(path), "bytes": path.stat().st_size})
     else:
         Reporter(quiet=quiet).done(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
 
@@ -120,7 +123,7 @@ def prepare(
 @bundle_option
 @json_option
 def list_voices(voice_dir: Path | None, bundle: Path | None, as_json: bool) -> None:
-    """List your voices, and those that the bundle brings."""
+    """List your voices and those of the bundle."""
     store = user_store(voice_dir)
     loaded = _bundle_if_any(bundle)
     built_in = loaded.manifest.voices if loaded else None
@@ -132,7 +135,6 @@ def list_voices(voice_dir: Path | None, bundle: Path | None, as_json: bool) -> N
     if as_json:
         print_json(
             {
-                "command": "voice list",
                 "folder": str(store),
                 "voices": rows,
                 "default": built_in.default if built_in else None,
@@ -154,7 +156,7 @@ def list_voices(voice_dir: Path | None, bundle: Path | None, as_json: bool) -> N
 @bundle_option
 @json_option
 def show(name: str, voice_dir: Path | None, bundle: Path | None, as_json: bool) -> None:
-    """Show what is known of voice NAME; yours goes before the bundle's of the same name."""
+    """Show the codec, the length and the transcript of voice NAME. Yours goes before the bundle's of the same name."""
     loaded = _bundle_if_any(bundle)
     store = find_voice(name, user_store(voice_dir), loaded)
     # A recording of another program has no codes yet; without a bundle `load` says so.
@@ -162,7 +164,7 @@ def show(name: str, voice_dir: Path | None, bundle: Path | None, as_json: bool) 
     made = store.load(name, tts, fingerprint=loaded.manifest.codec.fingerprint if loaded else None)
     details = {"folder": str(store.place(name)), **_describe(made, loaded, recorded=store.is_recorded(name))}
     if as_json:
-        print_json({"command": "voice show", **details})
+        print_json(details)
     else:
         for key, value in details.items():
             emit(f"{key + ':':13}{value}")
@@ -173,13 +175,13 @@ def show(name: str, voice_dir: Path | None, bundle: Path | None, as_json: bool) 
 @voice_dir_option
 @json_option
 def remove(name: str, voice_dir: Path | None, as_json: bool) -> None:
-    """Delete your voice NAME. Folders that fishrt did not make are refused."""
+    """Delete your voice NAME. A folder that another program made is refused."""
     store = user_store(voice_dir)
     if not store.holds(name) and name in bundle_voices(_bundle_if_any(None)):
         raise VoiceError(f"the voice {name!r} belongs to the bundle and cannot be removed")
     store.remove(name)
     if as_json:
-        print_json({"command": "voice remove", "name": name})
+        print_json({"name": name})
     else:
         say(f"removed {name} from {store.folder}")
 
