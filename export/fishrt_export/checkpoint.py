@@ -66,7 +66,7 @@ def find_language_model(folder: Path) -> LanguageModelFiles:
     if missing:
         raise ExportError(
             f"{folder} is not a complete checkpoint: it lacks {', '.join(missing)}",
-            hint="give the folder of an official checkpoint with all its files",
+            hint="give the folder of a checkpoint with all its files",
         )
     if len(weights) > 1:
         raise ExportError(
@@ -85,7 +85,7 @@ def find_codec(folder: Path) -> CodecFiles:
     if not found:
         raise ExportError(
             f"{folder} is not a complete checkpoint: it lacks a codec ({CODEC} or {FIREFLY})",
-            hint="put the codec beside the model's weights",
+            hint="put the codec into the folder of the model",
         )
     if len(found) > 1:
         raise ExportError(

@@ -1,4 +1,4 @@
-"""What a dual-AR model is made of, read from its `config.json`: either the flat form or the nested one of S2-Pro."""
+"""Sizes and switches of a dual-AR model, read from its `config.json`: the flat form, or the nested one of S2-Pro."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Raw = Mapping[str, Any]
 NESTED = "fish_qwen3_omni"
 FLAT = "dual_ar"
 EITHER = "fish_speech"
-"""What mlx-audio writes, whichever form it converted."""
+"""mlx-audio writes this kind for both forms."""
 
 # Where a key is absent. The fast AR's keys have no entry: absent or null, they take the slow AR's value.
 _DEFAULTS: dict[str, Any] = {
@@ -41,7 +41,7 @@ _DEFAULTS: dict[str, Any] = {
     "share_codebook_embeddings": True,
     "norm_fastlayer_input": False,
 }
-# What the fields are to families that do not heed them.
+# The values of fields for families that do not heed them.
 _UNHEEDED: dict[str, Any] = {
     "head_dim": None,
     "scale_codebook_embeddings": False,

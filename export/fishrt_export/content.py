@@ -67,7 +67,7 @@ def reading(path: Path) -> Iterator[None]:
 
 
 def _refuse_stand_ins(path: Path, start: bytes) -> None:
-    """Raises ExportError for content that a download or a clone leaves in place of the file."""
+    """Raises ExportError if a download or a clone left something else instead of the file."""
     if not start:
         raise ExportError(f"{path} cannot be read: it is empty", hint=DAMAGED)
     if start.startswith(_POINTERS):

@@ -15,7 +15,7 @@ MOST = 2**24
 
 @dataclass(frozen=True, slots=True)
 class Fields:
-    """One object of a config. Every method raises ExportError for a field that is absent or is not what it should be."""
+    """One object of a config. Every method raises ExportError for an absent field or a wrong value."""
 
     values: Mapping[str, Any]
     source: str
@@ -68,7 +68,10 @@ class Fields:
         """Refuses all other fields."""
         if unknown := sorted(self.values.keys() - set(known)):
             names = ", ".join(f"{self.prefix}{name}" for name in unknown)
-            raise ExportError(f"{self.source} has unknown fields: {names}", hint="what they would change is not supported")
+            raise ExportError(
+                f"{self.source} has unknown fields: {names}",
+                hint="remove them if they change nothing; options that they set are not supported",
+            )
 
     def error(self, name: str, expected: str) -> ExportError:
         """For a field that is there, but is not as expected."""

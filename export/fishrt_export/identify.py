@@ -48,7 +48,7 @@ _HINT = "take all files from one checkpoint; --family NAME settles it where only
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """What a checkpoint folder shows of its family."""
+    """Evidence of the family of a checkpoint folder."""
 
     config: Mapping[str, Any]
     """config.json as it is."""
@@ -78,7 +78,7 @@ def identify(evidence: Evidence, name: str | None = None) -> Family:
     fitting = [name for name, wrong in misfits.items() if not wrong]
     if not fitting:
         listing = "\n".join(f"  {name}: {'; '.join(wrong)}" for name, wrong in misfits.items())
-        raise ExportError(f"the files are not those of one family. What each family has instead:\n{listing}", hint=_HINT)
+        raise ExportError(f"the files are not those of one family. Each family has instead:\n{listing}", hint=_HINT)
     if len(fitting) > 1:
         raise ExportError(f"the checkpoint may be of several families: {', '.join(fitting)}", hint="choose one with --family")
     return FAMILIES[fitting[0]]
@@ -93,7 +93,7 @@ def _named(evidence: Evidence, name: str) -> Family:
 
 
 def _contradictions(family: Family, evidence: Evidence) -> Iterator[str]:
-    """What the family has and the checkpoint has not, so that it cannot be of the family."""
+    """Yield each feature of the family without which a checkpoint cannot be of the family, and which this one lacks."""
     if evidence.codec not in (None, family.codec):
         yield f"a codec of the kind {family.codec!r}, not {evidence.codec!r}"
     if (vocabulary := evidence.vocabulary) is None:
@@ -106,7 +106,7 @@ def _contradictions(family: Family, evidence: Evidence) -> Iterator[str]:
 
 
 def _oddities(family: Family, evidence: Evidence) -> Iterator[str]:
-    """What else the published checkpoints of the family have, and this one has not."""
+    """Yield the other features of the family's published checkpoints that this one lacks."""
     if evidence.vocabulary is None:
         if not family.control_tokens:
             yield f"a {TOKENIZER}"

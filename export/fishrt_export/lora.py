@@ -25,17 +25,17 @@ _EMBEDDINGS = ("embeddings", "codebook_embeddings", "fast_embeddings")
 
 @dataclass(frozen=True, slots=True)
 class Lora:
-    """What is to be merged."""
+    """A LoRA and the numbers of its training."""
 
     path: Path
     """The file of the training. Its names may have a prefix, such as `model.`."""
     alpha: float
     """The lora_alpha of the training: the product of both matrices counts alpha / r times."""
     rank: int | None = None
-    """What r must be. None: as it is found."""
+    """The expected r. None: the r of the file."""
 
     def __post_init__(self) -> None:
-        """Raises ExportError for what cannot be, before anything large is read."""
+        """Raises ExportError for wrong numbers and a missing file, before anything large is read."""
         if not math.isfinite(self.alpha) or self.alpha <= 0:
             raise ExportError(f"the LoRA's alpha is {self.alpha}", hint="give the lora_alpha of its training, such as 16")
         if self.rank is not None and self.rank < 1:

@@ -1,4 +1,4 @@
-"""Checkpoints of upstream's own quantiser, which keeps integers in place of the weights of linear layers.
+"""Checkpoints of upstream's own quantiser, which stores the weights of linear layers as integers.
 
 They are known by their tensors, not by names of folders as upstream has it. int8 becomes float32 when it is read: an export gets
 the values that upstream computes with.
@@ -26,7 +26,7 @@ _OTHER_FORMS = (
     ("FP8", ".scale_weight"),
     ("MLX", ".biases"),
 )
-"""Forms of other tools, known by what stands in the names of their tensors."""
+"""Forms of other tools, and a part of their tensors' names."""
 
 
 def dequantise(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> Mapping[str, Tensor]:

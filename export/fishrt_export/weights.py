@@ -102,7 +102,7 @@ def expected_shapes(module: nn.Module, prefix: str = "") -> dict[str, tuple[int,
 
 
 def find_problems(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, Tensor]) -> list[str]:
-    """Everything in which the tensors of a checkpoint differ from what the config asks for, one line each."""
+    """Return all differences between the tensors of a checkpoint and the config, one line each."""
     problems = [f"missing: {name} {list(expected[name])}" for name in expected if name not in found]
     problems += [f"unexpected: {name} {list(found[name].shape)}" for name in found if name not in expected]
     for name in (name for name in found if name in expected):

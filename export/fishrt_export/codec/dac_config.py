@@ -231,7 +231,7 @@ def _transformer(module: Fields) -> TransformerConfig:
 
 
 def _check_common(config: Fields) -> None:
-    """What every transformer's config may say."""
+    """Check the fields that every transformer's config has."""
     config.only(_TRANSFORMER_FIELDS)
     if config.values.get("n_local_heads", -1) not in (-1, config.values.get("n_head", -1)):
         raise config.error("n_local_heads", "-1, as many as n_head")

@@ -36,11 +36,11 @@ class CodecSource:
 
     @property
     def kind(self) -> str:
-        """ "dac", "firefly" or "centred firefly": what the names of the tensors tell."""
+        """ "dac", "firefly" or "centred firefly": as the names of the tensors tell."""
         return self.config.kind
 
     def problems(self) -> list[str]:
-        """In what the weights do not fit the config."""
+        """Return all differences between weights and config."""
         return find_problems(expected_shapes(self._empty()), self.weights)
 
     def describe(self) -> Codec:
