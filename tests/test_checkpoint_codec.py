@@ -20,6 +20,8 @@ from fishrt_export.codec.source import CodecSource, open_codec
 from fishrt_export.errors import ExportError
 from synthetic import millions
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def codec_folder(s2_golden: Path, tmp_path: Path) -> Path:

@@ -33,6 +33,7 @@ from fishrt_export.job import Made, Tell
 from synthetic import EVERYTHING, random_weights, write_nested, write_reference
 
 ROLES = ("slow_ar", "fast_ar", "codec_encode", "codec_decode")
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
@@ -307,7 +308,6 @@ def test_what_tensorrt_would_refuse_is_a_warning(
     ]
 
 
-@pytest.mark.slow
 def test_ending_the_process_leaves_nothing(checkpoint: Path, out: Path) -> None:
     """By SIGTERM, as service managers do, when all but the manifest is written. The graphs are left out."""
     done = export_and_send(signal.SIGTERM, checkpoint, out)
@@ -330,7 +330,6 @@ def test_a_handler_of_sigterm_is_left_alone(checkpoint: Path, out: Path, monkeyp
     assert set(seen) == {signal.SIG_IGN}
 
 
-@pytest.mark.slow
 def test_killing_the_process_leaves_nothing_that_loads(checkpoint: Path, out: Path) -> None:
     """The process is ended without a chance to clean up, when all but the manifest is written."""
     done = export_and_send(signal.SIGKILL, checkpoint, out)
@@ -354,7 +353,6 @@ def export_and_send(number: signal.Signals, checkpoint: Path, out: Path) -> subp
     return subprocess.run([sys.executable, "-c", script, checkpoint, out], env=environment, capture_output=True, check=False)
 
 
-@pytest.mark.slow
 def test_a_graph_that_differs_fails_and_leaves_nothing(checkpoint: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fishrt_export.codec.source, "AUDIO_TOLERANCE", 1e-12)
     source = fishrt_export.codec.source.CodecSource
