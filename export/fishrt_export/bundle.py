@@ -46,6 +46,9 @@ log = logging.getLogger(__name__)
 BASE_MEMORY = 300_000_000
 """Bytes that tracing and ONNX Runtime take, whatever the model."""
 
+_TRACING = {"codec_encode": 30_000_000, "codec_decode": 200_000_000, "slow_ar": 80_000_000, "fast_ar": 40_000_000}
+"""As many weights are written and verified in the time that tracing a graph takes, whatever its size."""
+
 Progress = Callable[[str, float], None]
 """Told the name of a stage as it begins, and the part of the export that is done, 0..1."""
 
@@ -108,6 +111,8 @@ def export_bundle(
         licence=Licence("", None),
         voices=None,
         files={},
+        family=language_model.family.title,
+        recipe=_recipe_words(recipe, head=head, lora=lora, static=static, codec_int8=codec_int8),
     )
     try:
         draft.check()
@@ -120,23 +125,24 @@ def export_bundle(
     static_case, static_tolerance = decode.cases[-1], decode.tolerance
     del decode
     check_memory(BASE_MEMORY + max(job.need() for job in jobs), f"exporting {checkpoint}")
-    plans = {job.role: job.plan for job in jobs}
+    plans, known = {job.role: job.plan for job in jobs}, language_model.family
     del codec, language_model  # the jobs hold their weights, until each is done
     references = check_references(checkpoint, Bundle(out, draft), Tokenizer.from_json(tokenizer.encode()))
     with _written_aside(out) as folder:
         (folder / TOKENIZER).write_bytes(tokenizer.encode())
-        licence = copy_licence(checkpoint, folder)
-        made = _run(jobs, folder, progress)
+        licence = copy_licence(checkpoint, folder, known)
+        graphs = 0.6 if codec_int8 else 1.0  # of the time
+        made = _run(jobs, folder, lambda stage, part: progress(stage, graphs * part))
         write_start(folder, draft.graphs, draft.codec)
         if static is not None:
-            progress("static graphs", 1.0)
+            progress("static graphs", graphs)
             write_static(folder, draft.graphs, static_case, static_tolerance, draft.codec.fingerprint)
         if codec_int8:
             write_int8(
                 folder,
                 draft.graphs["codec_decode"],
                 draft.codec.codebook_sizes,
-                lambda part: progress(f"codec in 8 bits, {part:.0%}", 1.0),
+                lambda part: progress("codec in 8 bits", graphs + (1 - graphs) * part),
             )
         if report := _report(plans, made):
             (folder / QUANTISATION).write_text(report.to_json(), encoding="utf-8")
@@ -236,26 +242,42 @@ def _sizes(job: GraphJob) -> dict[str, int]:
 
 
 def _run(jobs: list[GraphJob], folder: Path, progress: Progress) -> dict[str, Made]:
-    """Writes and verifies all graphs, each of which counts by its number of weights. Empties `jobs`, so that weights can go."""
+    """Write and verify all graphs, each of which counts by the time it takes. Empties `jobs`, so that weights can go."""
     sizes = {job.role: sum(_sizes(job).values()) for job in jobs}
-    total, before = sum(sizes.values()), 0
+    total, before = sum(sizes.values()) + sum(_TRACING[role] for role in sizes), 0
     made = {}
     while jobs:
         job = jobs.pop(0)
         role, size = job.role, sizes[job.role]
 
         def tell(stage: str, part: float, role: str = role, size: int = size, before: int = before) -> None:
-            progress(f"{role}: {stage}", (before + part * size) / total)
+            progress(f"{role}: {stage}", (before + (_TRACING[role] if stage != "tracing" else 0) + part * size) / total)
 
         made[role] = job.run(folder, tell)
-        before += size
+        before += size + _TRACING[role]
     return made
+
+
+def _recipe_words(recipe: Recipe, *, head: str, lora: Lora | None, static: str | None, codec_int8: bool) -> str:
+    """Return what was asked for, the precision first."""
+    parts = [recipe.precision, *(f"{name}={precision}" for name, precision in recipe.keep.items())]
+    parts += ["codec in 8 bits"] if codec_int8 else []
+    parts += [f"static graphs for {static}"] if static else []
+    parts += ["full head"] if head == "full" else []
+    parts += [f"LoRA {lora.path.name}, alpha {lora.alpha:g}"] if lora else []
+    return ", ".join(parts)
 
 
 def _report(plans: Mapping[str, Mapping[str, Storage]], made: Mapping[str, Made]) -> Quantisation | None:
     """What quantising did to each layer of the language model, the layers that it left out with it; None if there was none."""
     layers = tuple(
-        LayerReport(f"{role}.{name.removesuffix('.weight')}", storage.precision, storage.block, made[role].errors.get(name, 0.0))
+        LayerReport(
+            f"{role}.{name.removesuffix('.weight')}",
+            storage.precision,
+            storage.block,
+            made[role].errors.get(name, 0.0),
+            storage.reason,
+        )
         for role in ("slow_ar", "fast_ar")
         for name, storage in plans[role].items()
     )

@@ -31,6 +31,9 @@ class Family:
     """Releases that share prompts and sampling. The values go into the manifest as they are, from `main_tokens` on."""
 
     name: str
+    title: str
+    licence: str
+    """Of the published weights, as the publisher's model card states it."""
     repository: str
     """Where on Hugging Face the official checkpoint is published."""
     files: str
@@ -87,6 +90,8 @@ _EMOJI = ((0x1F600, 0x1F64F), (0x1F300, 0x1F5FF), (0x1F680, 0x1F6FF), (0x1F1E0, 
 
 S2 = Family(
     name="s2",
+    title="Fish Audio S2-Pro",
+    licence="Fish Audio Research License",
     repository="fishaudio/s2-pro",
     files="config.json, model.safetensors.index.json and the shards it names, tokenizer.json, codec.pth",
     codec="dac",
@@ -117,6 +122,8 @@ S2 = Family(
 S1 = replace(
     S2,
     name="s1",
+    title="OpenAudio S1-mini",
+    licence="CC-BY-NC-SA-4.0",
     repository="fishaudio/openaudio-s1-mini",
     files="config.json, model.pth, tokenizer.tiktoken, special_tokens.json, codec.pth",
     heeds=("head_dim", "scale_codebook_embeddings"),
@@ -136,6 +143,7 @@ S1 = replace(
 FISH_1_5 = replace(
     S1,
     name="1.5",
+    title="Fish Speech 1.5",
     repository="fishaudio/fish-speech-1.5",
     files="config.json, model.pth, tokenizer.tiktoken, firefly-gan-vq-fsq-8x1024-21hz-generator.pth",
     codec="firefly",
@@ -160,6 +168,7 @@ FISH_1_5 = replace(
 FISH_1_4 = replace(
     FISH_1_5,
     name="1.4",
+    title="Fish Speech 1.4",
     repository="fishaudio/fish-speech-1.4",
     files="config.json, model.pth, tokenizer.json, firefly-gan-vq-fsq-8x1024-21hz-generator.pth",
     heeds=(),
@@ -187,6 +196,7 @@ FISH_1_4 = replace(
 FISH_1_2 = replace(
     FISH_1_4,
     name="1.2",
+    title="Fish Speech 1.2-SFT",
     repository="fishaudio/fish-speech-1.2-sft",
     files="config.json, model.pth, tokenizer.json, firefly-gan-vq-fsq-4x1024-42hz-generator.pth",
     codec="centred firefly",

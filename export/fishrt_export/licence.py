@@ -8,33 +8,34 @@ from pathlib import Path
 from fishrt.bundle import Licence
 
 from .content import reading
+from .families import Family
+from .files import tells_terms
 
-UNKNOWN = "unknown: see the publisher of the checkpoint"
 NOTE = "WEIGHTS-LICENCE.txt"
 
 
-def copy_licence(checkpoint: Path, bundle: Path) -> Licence:
-    """Copies the checkpoint's licence files (its README, if it has none) and writes a note. The note names what is known."""
+def copy_licence(checkpoint: Path, bundle: Path, family: Family) -> Licence:
+    """Copy the checkpoint's licence files (its README, if it has none) and write a note.
+
+    The licence is the one that they name, else that of the family's published weights.
+    """
     with reading(checkpoint):
-        files = {path.name: path.read_bytes() for path in sorted(checkpoint.iterdir()) if _may_tell(path)}
+        files = {p.name: p.read_bytes() for p in sorted(checkpoint.iterdir()) if tells_terms(p.name) and p.is_file()}
     readmes = [name for name in files if name.lower().startswith("readme")]
     found = [name for name in files if name not in readmes]
     copied = found or readmes
     for name in copied:
         (bundle / name).write_bytes(files[name])
     names = [stated for name in (*readmes, *found) if (stated := _licence_name(files[name], whole_file=name in found))]
-    licence = Licence(names[0] if names else UNKNOWN, copied[0] if copied else None)
-    where = f"They are in {licence.file}." if licence.file else "The checkpoint came with no licence file: ask its publisher."
+    file = copied[0] if copied else None
+    named = names[0] if names else f"{family.licence} (of the published {family.title}; the checkpoint names none)"
     (bundle / NOTE).write_text(
         "The weights in this folder were converted from a published checkpoint. They keep the terms of their publisher,\n"
-        f"which the licence of fishrt does not change. {where}\n\nLicence named by the checkpoint: {licence.name}\n",
+        f"which the licence of fishrt does not change.\n\nLicence: {named}\n"
+        + (f"The checkpoint's own words: {file}\n" if file else f"The terms: https://huggingface.co/{family.repository}\n"),
         encoding="utf-8",
     )
-    return licence
-
-
-def _may_tell(path: Path) -> bool:
-    return path.name.lower().startswith(("license", "licence", "readme")) and path.is_file()
+    return Licence(named, file)
 
 
 def _licence_name(content: bytes, *, whole_file: bool) -> str | None:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from fishrt.bundle import PRECISIONS
 
 from .errors import ExportError
-from .quantise import BITS, block_size
+from .quantise import BITS, BLOCKS, block_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +32,8 @@ class Storage:
     """One of PRECISIONS."""
     block: int | None = None
     """Inputs that share a scale, of int8 and int4."""
+    reason: str = field(default="", compare=False)
+    """Why the recipe's integers are not used."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,15 +65,18 @@ class Recipe:
                 if not isinstance(part, nn.Linear | nn.Embedding):
                     continue
                 linear = isinstance(part, nn.Linear)
-                precision = self._usual(role, path)
+                precision, reason = self._usual(role, path), ""
                 if precision in BITS and not linear:
+                    reason = "tables of embeddings, which are looked up in"
                     precision = "fp16" if weights[role][f"{path}.weight"].dtype == torch.float32 else "fp32"
                 for pattern, kept in self.keep.items():
                     if fnmatchcase(f"{role}.{path}", pattern.removesuffix(".weight")) and (linear or kept not in BITS):
                         matched.add(pattern)
-                        precision = kept
+                        precision, reason = kept, "" if kept in BITS else "by --keep"
                 block = block_size(part.in_features) if isinstance(part, nn.Linear) and precision in BITS else None
-                plan[f"{path}.weight"] = Storage("fp32" if precision in BITS and block is None else precision, block)
+                if precision in BITS and block is None:
+                    precision, reason = "fp32", f"whose width is no multiple of {BLOCKS[-1]}"
+                plan[f"{path}.weight"] = Storage(precision, block, reason)
         if lost := [pattern for pattern in self.keep if pattern not in matched]:
             raise ExportError(
                 f"no layer that can be kept so matches: {', '.join(f'{name}={self.keep[name]}' for name in lost)}",

@@ -53,6 +53,14 @@ class Parity:
     tolerance: float
     provider: str
 
+    def summary(self, graph: GraphSpec) -> str:
+        """Return it in words, given the graph that it is of."""
+        if {tensor.dtype for tensor in graph.results} != {"int64"}:
+            return f"largest error {self.max_abs_error:.2g} of {self.tolerance:g} allowed"
+        if not self.max_abs_error:
+            return "0 codes differ"
+        return f"codes differ where the choice was unclear, by a margin of {self.max_abs_error:.2g} of {self.tolerance:g} allowed"
+
 
 @dataclass(frozen=True, slots=True)
 class Licence:

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import asdict, dataclass
 
 from .bundle import Bundle, read_listed
 
 QUANTISATION = "quantisation.json"
+
+
+USUAL = {"int8": 0.02, "int4": 0.13}
+"""The error that rounding ordinary weights costs at most, by precision: normally distributed ones lose 0.6 % and 12 %."""
+_LISTED = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +28,18 @@ class LayerReport:
     """Inputs that share a scale; None for a layer that was not quantised."""
     error: float
     """Root mean square of the change, divided by that of the weight; 0.0 for a layer that was not quantised."""
+    reason: str = ""
+    """Why it was not quantised. Empty: it was, or the bundle is of an earlier version."""
+
+    @property
+    def role(self) -> str:
+        """The role of its graph."""
+        return self.name.partition(".")[0]
+
+    @property
+    def is_unusual(self) -> bool:
+        """Whether it lost more than layers usually do."""
+        return self.error > USUAL.get(self.precision, 1.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,16 +48,35 @@ class Quantisation:
 
     layers: tuple[LayerReport, ...]
 
-    def summary(self, worst: int = 3) -> list[str]:
-        """Lines of text: for each precision how many layers and their errors, then the `worst` ones."""
+    def summary(self) -> list[str]:
+        """Return lines of text: by precision how many layers, their errors and whether that is usual; then those left out."""
         quantised = [layer for layer in self.layers if layer.block]
         lines = []
         for precision in sorted({layer.precision for layer in quantised}):
-            errors = [layer.error for layer in quantised if layer.precision == precision]
-            mean = sum(errors) / len(errors)
-            lines.append(f"{precision}: {len(errors)} layers, relative error {mean:.2%} on average, {max(errors):.2%} at most")
-        lines += [f"{layer.error:.2%} {layer.name}" for layer in sorted(quantised, key=lambda layer: -layer.error)[:worst]]
+            chosen = [layer for layer in quantised if layer.precision == precision]
+            worst, mean = max(chosen, key=lambda layer: layer.error), sum(layer.error for layer in chosen) / len(chosen)
+            lines.append(
+                f"{precision}: {len(chosen)} of {len(self.layers)} layers, error {mean:.1%} on average, "
+                f"{worst.error:.1%} at most ({worst.name})"
+            )
+            if unusual := sorted((layer for layer in chosen if layer.is_unusual), key=lambda layer: -layer.error):
+                names = ", ".join(layer.name for layer in unusual[:_LISTED])
+                more = f" and {len(unusual) - _LISTED} more" if len(unusual) > _LISTED else ""
+                better = "int8" if precision == "int4" else "fp16"
+                lines.append(f"  more than the usual {USUAL[precision]:.0%}: {names}{more}; --keep NAME={better} helps")
+            elif precision in USUAL:
+                lines[-1] += f": usual, which is up to {USUAL[precision]:.0%}"
+        kept = Counter((layer.precision, layer.reason) for layer in self.layers if not layer.block)
+        lines += [
+            f"{precision}: {count} of {len(self.layers)} layers" + (f", {reason}" if reason else "")
+            for (precision, reason), count in sorted(kept.items())
+        ]
         return lines
+
+    def precisions(self, role: str) -> str:
+        """Return how the layers of a graph are stored, the most frequent first, such as "int4 (24 layers), fp16 (2)"."""
+        counts = Counter(layer.precision for layer in self.layers if layer.role == role).most_common()
+        return ", ".join(f"{precision} ({count}{'' if n else ' layers'})" for n, (precision, count) in enumerate(counts))
 
     def to_json(self) -> str:
         """The text of `quantisation.json`."""

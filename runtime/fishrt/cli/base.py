@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from ..bundle import Bundle, embedded_bundle
+from ..hub import bundle_folder, is_reference
 from ..voices import VoiceStore, user_folder
 from .commands import session
+from .progress import Reporter, size
 
 if TYPE_CHECKING:
     from ..tts import TTS
@@ -62,8 +64,9 @@ quiet_option = click.option(
 bundle_option = click.option(
     "--bundle",
     type=click.Path(path_type=Path),
-    metavar="DIR",
-    help="The bundle, as `fishrt export` wrote it.  [default: the embedded voice]",
+    metavar="BUNDLE",
+    help="The folder that `fishrt export` wrote, or hf:OWNER/NAME[@REVISION] of the Hugging Face Hub, which is downloaded once.  "
+    "[default: the embedded voice]",
 )
 format_option = click.option(
     "--format",
@@ -103,12 +106,32 @@ def load_tts(bundle: Path | None, provider: str, threads: int | None, voice_dir:
     """Return the speaker of a bundle; None is the embedded one. voice_dir: see `user_store`."""
     from ..tts import TTS
 
-    return TTS.load(bundle, provider=provider, threads=threads, voices=voice_dir)
+    return TTS.load(_located(bundle), provider=provider, threads=threads, voices=voice_dir)
 
 
 def load_bundle(path: Path | None) -> Bundle:
-    """The manifest of a bundle, without its engines; None is the embedded one. Raises BundleError."""
-    return Bundle.load(embedded_bundle() if path is None else path)
+    """Return a bundle without its engines; None is the embedded one. Raises BundleError, and HubError for a download."""
+    return Bundle.load(_located(path) or embedded_bundle())
+
+
+def _located(path: Path | None) -> Path | None:
+    """Return the folder of a bundle; one of the hub is downloaded with progress, if it is not there yet. None stays None."""
+    if path is None or not is_reference(path):
+        return path
+    reporter = Reporter(quiet=session().quiet or session().json is not None)
+    try:
+        return bundle_folder(path, downloading(reporter))
+    finally:
+        reporter.clear()
+
+
+def downloading(reporter: Reporter) -> Callable[[str, int, int], None]:
+    """Return the function that shows the progress of a download."""
+
+    def show(name: str, there: int, total: int) -> None:
+        reporter.show(f"downloading {name}, {size(there)} of {size(total)}", there / max(total, 1))
+
+    return show
 
 
 def user_store(voice_dir: Path | None) -> VoiceStore:

@@ -3,43 +3,90 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from collections.abc import Callable
+
+import click
 
 from .streams import say
 
 _SURE = 0.02
 """The part of the work from which on the time left is estimated."""
+_STILL = 3.0
+"""Seconds after which a stage says how long it has taken."""
 
 
 class Reporter:
-    """One line of progress: rewritten in place on a terminal, else a new line every few seconds."""
+    """One line of progress: rewritten in place on a terminal, else a new line every few seconds.
+
+    A thread shows the line again while a stage takes long, with the time that it has taken.
+    """
 
     INTERVAL_S = 5.0
+    STILL_S = 15.0
+    """Seconds between two lines about a stage that stands still."""
 
     def __init__(self, *, quiet: bool) -> None:
         self._quiet = quiet
         self._terminal = sys.stderr is not None and sys.stderr.isatty()
-        self._begun = self._shown_at = time.monotonic()
+        self._shown_at = time.monotonic()
         self._open = False
+        self._text, self._since = "", self._shown_at
+        self._part: float | None = None
+        self._first: tuple[float, float] | None = None
+        self._ends: float | None = None
+        self._lock = threading.Lock()
+        self._ticker: threading.Thread | None = None
+        self._closed = threading.Event()
+        if context := click.get_current_context(silent=True):
+            context.call_on_close(self.clear)  # before an error is told
 
     def show(self, text: str, part: float | None = None) -> None:
         """Show the present state. part: of the whole work, 0 to 1; the line then has a bar, per cent and the time left."""
-        now = time.monotonic()
-        if self._quiet or (now - self._shown_at < (0.1 if self._terminal else self.INTERVAL_S)):
+        if self._quiet:
             return
+        now = time.monotonic()
+        with self._lock:
+            if text != self._text:
+                self._text, self._since = text, now
+            if part is not None and part != self._part:
+                self._part, self._first = part, self._first or (now, part)
+                begun, start = self._first  # some of the work may have been done earlier
+                if part - start > _SURE:
+                    self._ends = now + (now - begun) * (1 - part) / (part - start)
+            if now - self._shown_at >= (0.1 if self._terminal else self.INTERVAL_S):
+                self._draw(now)
+            if self._ticker is None:
+                self._ticker = threading.Thread(target=self._tick, daemon=True)
+                self._ticker.start()
+
+    def _tick(self) -> None:
+        while not self._closed.wait(1.0):
+            with self._lock:
+                now = time.monotonic()
+                if not self._closed.is_set() and now - self._shown_at >= (1.0 if self._terminal else self.STILL_S):
+                    self._draw(now)
+
+    def _draw(self, now: float) -> None:
         self._shown_at = now
-        if part is not None:
-            left = (now - self._begun) * (1 - part) / part if part > _SURE else None
-            text = f"{bar(part)} {text}" + (f", {duration(left)} left" if left is not None else "")
+        text = self._text
+        if now - self._since >= _STILL:
+            text += f", for {duration(now - self._since)}"
+        if self._part is not None:
+            text = f"{bar(self._part)} {text}"
+            if self._ends is not None and self._ends > now:
+                text += f", about {duration(self._ends - now)} left"
         self._open = self._terminal
         say(f"\r\x1b[K{text}" if self._terminal else text, nl=not self._terminal)
 
     def clear(self) -> None:
-        """Take the line of progress off the terminal."""
-        if self._open:
-            say("\r\x1b[K", nl=False)
-        self._open = False
+        """End the progress, and take its line off the terminal."""
+        self._closed.set()
+        with self._lock:
+            if self._open:
+                say("\r\x1b[K", nl=False)
+            self._open = False
 
     def done(self, text: str) -> None:
         """Show a result, in place of the line of progress."""
@@ -81,3 +128,12 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60} s"
     return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def size(count: float) -> str:
+    """Return a number of bytes for people: "812 B", "1.4 GB"."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            break
+        count /= 1000
+    return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
