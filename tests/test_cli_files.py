@@ -332,9 +332,13 @@ def test_export_passes_its_options_on(fake, monkeypatch, tmp_path):
     monkeypatch.setattr("fishrt.cli.bundles.peak_memory", lambda: 5_000_000)
     result = run("export", "ckpt", "out", "--head", "full")
     assert result.exit_code == 0, result.output
-    assert "peak memory 5.0 MB" in result.stderr
-    assert "slow_ar.onnx" in result.stderr
-    assert json.loads(run("export", "ckpt", "out", "--head", "full", "--json").stdout)["peak_memory_bytes"] == 5_000_000
+    for words in ("peak memory 5.0 MB", "slow_ar.onnx", "manifest.json", 'next: fishrt speak --bundle out "Hello."'):
+        assert words in result.stderr
+    data = json.loads(run("export", "ckpt", "out", "--head", "full", "--json").stdout)
+    assert data["peak_memory_bytes"] == 5_000_000
+    assert data["files"].keys() == {*fake.bundle.manifest.files, "manifest.json"}
+    assert data["bytes"] == sum(data["files"].values())
+    assert {"family", "recipe", "licence", "parity", "quantisation", "codec_int8", "seconds"} <= data.keys()
     run("export", "ckpt", "out", "--family", "1.5", "--lora", str(lora), "--lora-alpha", "16")
     run("export", "ckpt", "out", "--lora", str(lora), "--lora-alpha", "0.5", "--lora-rank", "8")
     run("export", "ckpt", "out", "--precision", "int4", "--keep", "slow_ar.layers.0.*=int8", "--keep", "fast_ar.output=fp32")
@@ -371,9 +375,10 @@ def test_a_precision_that_is_none(fake, options, says):
         (("--lora", "a.ckpt", "--lora-rank", "8"), "--lora needs --lora-alpha"),
         (("--lora-alpha", "16"), "--lora-alpha needs --lora"),
         (("--lora-rank", "8"), "--lora-rank needs --lora"),
+        (("--revision", "v1"), "--revision is for OWNER/NAME"),
     ],
 )
-def test_the_options_of_a_lora_go_together(fake, options, says):
+def test_an_option_that_lacks_another(fake, options, says):
     refused(run("export", "ckpt", "out", *options), says)
 
 

@@ -10,7 +10,13 @@ import pytest
 from fishrt.bundle import Bundle
 from fishrt.tokenizer import Tokenizer
 from fishrt.voices import VoiceStore
+<<<<<<< HEAD
 from fishrt_export.licence import UNKNOWN, copy_licence
+=======
+from fishrt_export import peak_memory
+from fishrt_export.families import FAMILIES
+from fishrt_export.licence import copy_licence
+>>>>>>> f1b0bc0 (fishrt fetch, and export and inspect of repositories; export ends with what is verified and the next command; inspect names family, recipe and licence)
 from fishrt_export.voices import References, check_references, encode_references
 from synthetic import write_reference
 
@@ -52,11 +58,15 @@ def test_the_default_voice_can_be_named(checkpoint: Path, tiny_bundle: Bundle) -
 @pytest.mark.parametrize(
     ("files", "name", "file"),
     [
-        ({}, UNKNOWN, None),
+        ({}, "CC-BY-NC-SA-4.0 (of the published Fish Speech 1.5; the checkpoint names none)", None),
         ({"LICENSE.md": "\n# Research License\n\ntext"}, "Research License", "LICENSE.md"),
         ({"README.md": "---\nlicense: other\nlicense_name: research\n---\n"}, "research", "README.md"),
         ({"README.md": "---\nlicense: apache-2.0\n---\n", "LICENSE": "Apache License\n"}, "apache-2.0", "LICENSE"),
-        ({"README.md": "# A model\n"}, UNKNOWN, "README.md"),
+        (
+            {"README.md": "# A model\n"},
+            "CC-BY-NC-SA-4.0 (of the published Fish Speech 1.5; the checkpoint names none)",
+            "README.md",
+        ),
     ],
 )
 def test_the_terms_of_the_weights(tmp_path: Path, files: dict[str, str], name: str, file: str | None) -> None:
@@ -64,7 +74,7 @@ def test_the_terms_of_the_weights(tmp_path: Path, files: dict[str, str], name: s
     (tmp_path / "out").mkdir()
     for path, text in files.items():
         (tmp_path / "in" / path).write_text(text, encoding="utf-8")
-    licence = copy_licence(tmp_path / "in", tmp_path / "out")
+    licence = copy_licence(tmp_path / "in", tmp_path / "out", FAMILIES["1.5"])
     assert (licence.name, licence.file) == (name, file)
     note = (tmp_path / "out/WEIGHTS-LICENCE.txt").read_text()
     assert "keep the terms of their publisher" in note

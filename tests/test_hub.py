@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,8 +15,10 @@ from pathlib import Path
 
 import huggingface_hub.constants
 import pytest
+from click.testing import CliRunner, Result
 
 from fishrt.bundle import MANIFEST, Bundle
+from fishrt.cli import main
 from fishrt.errors import BundleError, HubError
 from fishrt.hub import PARTIAL, Repository, bundle_folder, download, names_repository
 from fishrt_export.errors import ExportError
@@ -371,3 +374,75 @@ def test_which_paths_name_a_repository(tmp_path: Path, monkeypatch: pytest.Monke
 def test_a_checkpoint_in_the_cache_has_the_name_of_its_repository(hub: SmallHub, tmp_path: Path) -> None:
     assert checkpoint_name(fetch()) == "fish-1.5"
     assert checkpoint_name(tmp_path) == tmp_path.name
+
+
+# ---- commands
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def refused(result: Result, *words: str) -> None:
+    assert result.exit_code == 2, result.output
+    for word in ("error: ", "hint: ", *words):
+        assert word in result.stderr
+    assert "Traceback" not in result.output
+
+
+def test_fetch(hub: SmallHub, tmp_path: Path) -> None:
+    (hub.repositories[CHECKPOINT] / "model.safetensors").write_bytes(b"another set of weights")
+    target = tmp_path / "my checkpoint"
+    result = run("fetch", CHECKPOINT, target)
+    assert result.exit_code == 0, result.output
+    assert result.stdout == f"{target}\n"
+    assert names(target) == (NEEDED - {"model.pth"}) | {"model.safetensors"}
+    assert "several sets of weights; left out: model.pth" in result.stderr
+    assert f"next: fishrt export '{target}' BUNDLE" in result.stderr
+    data = json.loads(run("fetch", f"hf:{BUNDLE}", "--json").stdout)
+    assert (data["ok"], data["command"], data["kind"], data["repository"]) == (True, "fetch", "bundle", BUNDLE)
+    assert data["files"].keys() == names(Path(data["path"]))
+    failed = run("fetch", "fish/none", "--json")
+    assert json.loads(failed.stdout)["error"]["kind"] == "HubError"
+    refused(failed, "has no repository fish/none")
+    refused(run("fetch", "fish"), "'fish' does not name a repository")
+    assert run("fetch", CHECKPOINT, "-q").stderr.count("\n") == 1  # the warning
+
+
+def test_fetch_says_how_much_is_there(hub: SmallHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fishrt.cli.progress.Reporter.INTERVAL_S", 0.0)
+    result = run("fetch", CHECKPOINT, tmp_path / "a")
+    assert re.search(r"\[#+ *\] +\d+% downloading model\.pth, \d+\.\d kB of 2\.6 MB, about \d+ s left", result.stderr), (
+        result.stderr
+    )
+
+
+@pytest.mark.parametrize("command", ["inspect", "voice"])
+def test_a_bundle_of_the_hub_is_taken_where_a_bundle_is(hub: SmallHub, command: str) -> None:
+    words = ["inspect", f"hf:{BUNDLE}"] if command == "inspect" else ["voice", "list", "--bundle", f"hf:{BUNDLE}"]
+    result = run(*words)
+    assert result.exit_code == 0, result.output
+    assert "anna" in result.stdout
+    refused(run(*words[:-1], "hf:fish/none"), "has no repository fish/none")
+
+
+def test_export_of_a_repository(hub: SmallHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import fishrt_export
+
+    seen = []
+
+    def export(checkpoint: Path, out: Path, **_: object) -> Bundle:
+        seen.append(checkpoint)
+        return Bundle.load(hub.repositories[BUNDLE])
+
+    monkeypatch.setattr(fishrt_export, "export_bundle", export, raising=False)
+    monkeypatch.chdir(tmp_path)
+    assert run("export", CHECKPOINT, "out", "--revision", hub.commit(CHECKPOINT)).exit_code == 0
+    assert names(seen[0]) == NEEDED
+    assert checkpoint_name(seen[0]) == "fish-1.5"
+    refused(run("export", "some/folder", "out"), "has no repository some/folder", "a folder is given as ./some/folder")
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken/x").touch()
+    hub.asked.clear()
+    refused(run("export", CHECKPOINT, "taken"), "is not empty")
+    assert hub.asked == []

@@ -9,11 +9,13 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from click.testing import CliRunner
 from torch import nn
 
 from fishrt.bundle import Bundle
+from fishrt.cli import main
 from fishrt.errors import BundleError
-from fishrt.quantisation import QUANTISATION, read_quantisation
+from fishrt.quantisation import QUANTISATION, LayerReport, Quantisation, read_quantisation
 from fishrt_engines import open_engine
 from fishrt_engines.spec import GraphSpec, TensorSpec
 from fishrt_export import export_bundle
@@ -220,6 +222,32 @@ def test_the_precision_of_most_weights() -> None:
     assert main_precision({}, {}) == "fp32"
 
 
+def report(*layers: tuple[str, str, int | None, float, str]) -> Quantisation:
+    return Quantisation(tuple(LayerReport(*layer) for layer in layers))
+
+
+def test_the_report_judges() -> None:
+    """Whether an error is usual, which layers were left out and why, and what helps."""
+    usual = report(
+        ("slow_ar.a", "int4", 32, 0.08, ""),
+        ("slow_ar.b", "int4", 32, 0.12, ""),
+        ("slow_ar.embeddings", "fp16", None, 0.0, "tables"),
+        ("fast_ar.c", "int8", 16, 0.01, ""),
+        ("fast_ar.d", "fp32", None, 0.0, ""),
+    )
+    assert usual.summary() == [
+        "int4: 2 of 5 layers, error 10.0% on average, 12.0% at most (slow_ar.b): usual, which is up to 13%",
+        "int8: 1 of 5 layers, error 1.0% on average, 1.0% at most (fast_ar.c): usual, which is up to 2%",
+        "fp16: 1 of 5 layers, tables",
+        "fp32: 1 of 5 layers",
+    ]
+    assert usual.precisions("slow_ar") == "int4 (2 layers), fp16 (1)"
+    lines = report(
+        *((f"slow_ar.{n}", "int4", 32, 0.2 + n / 100, "") for n in range(4)), ("slow_ar.x", "int4", 32, 0.1, "")
+    ).summary()
+    assert lines[1] == "  more than the usual 13%: slow_ar.3, slow_ar.2, slow_ar.1 and 1 more; --keep NAME=int8 helps"
+
+
 # ---- bundles
 
 
@@ -241,10 +269,20 @@ def test_a_quantised_bundle(checkpoint: Path, tmp_path: Path) -> None:
     )
     assert 0.03 < layers["slow_ar.layers.1.feed_forward.w2"].error < 0.12
     assert layers["fast_ar.layers.0.attention.wo"] == type(layers["slow_ar.output"])(
-        "fast_ar.layers.0.attention.wo", "fp32", None, 0.0
+        "fast_ar.layers.0.attention.wo", "fp32", None, 0.0, "whose width is no multiple of 16"
     )
     assert layers["fast_ar.output"].precision == "int4"
-    assert any(line.startswith("int4: 11 layers") for line in report.summary())
+    assert any(line.startswith(f"int4: 11 of {len(layers)} layers, error ") for line in report.summary())
+    assert any("layers, tables of embeddings" in line for line in report.summary())
+    shown = CliRunner().invoke(main, ["inspect", str(bundle.path)]).stdout
+    for words in (
+        "family        Fish Audio S2-Pro\n",
+        "recipe        int4, fast_ar.output=int4\n",
+        "precision     codec_encode fp32; codec_decode fp32; slow_ar int4 (10 layers), ",
+        "0 codes differ",
+        "licence       Fish Audio Research License (of the published Fish Audio S2-Pro; the checkpoint names none)\n",
+    ):
+        assert words in shown, shown
     (bundle.path / QUANTISATION).write_text('{"layers": 3}')
     with pytest.raises(BundleError, match=QUANTISATION):
         read_quantisation(bundle)

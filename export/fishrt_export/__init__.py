@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .bundle import export_bundle
+    from .bundle import check_out, export_bundle
     from .lora import Lora
 
-__all__ = ["Lora", "export_bundle"]
+__all__ = ["Lora", "check_out", "export_bundle"]
 
 
 def __getattr__(name: str) -> object:
@@ -16,6 +16,10 @@ def __getattr__(name: str) -> object:
         from .bundle import export_bundle
 
         return export_bundle
+    if name == "check_out":
+        from .bundle import check_out
+
+        return check_out
     if name == "Lora":
         from .lora import Lora
 

@@ -81,7 +81,7 @@ def export_bundle(
     """
     checkpoint, out = Path(checkpoint), Path(out)
     recipe = Recipe(precision, keep or {})
-    _check_out(out)
+    check_out(out)
     progress("reading the checkpoint", 0.0)
     codec = open_codec(checkpoint)
     language_model = open_language_model(checkpoint, family=family, codec=codec.kind, lora=lora)
@@ -180,7 +180,8 @@ def halves_fit(language_model: LanguageModelSource, codec: CodecSource) -> bool:
     return of_model == of_codec or (of_model < of_codec and not language_model.family.one_semantic)
 
 
-def _check_out(out: Path) -> None:
+def check_out(out: Path) -> None:
+    """Raises ExportError where `out` is neither new nor an empty folder."""
     if out.is_dir() and not any(out.iterdir()):
         return
     if out.exists():

@@ -11,9 +11,12 @@ import click
 from .about import completion, show_help
 from .bench import bench
 from .build_trt import build_trt
-from .bundles import doctor, export, inspect
 from .codec import codec
 from .commands import EXIT_STATUSES, Commands
+from .doctor import doctor
+from .export import export
+from .fetch import fetch
+from .inspect import inspect
 from .speak import speak
 from .voice import voice
 
@@ -26,11 +29,11 @@ def main() -> None:
     Speak with the embedded voice:
       fishrt speak "Good morning." -o hello.wav
     Turn the weights of an official model into a bundle, a folder that fishrt speaks from:
-      fishrt export CHECKPOINT BUNDLE
+      fishrt export fishaudio/openaudio-s1-mini BUNDLE
     Speak with that bundle in the voice of a recording:
       fishrt speak --bundle BUNDLE --reference me.wav --reference-text "The words of me.wav." "Good morning."
     """
 
 
-for command in (speak, voice, export, codec, inspect, bench, doctor, build_trt, completion, show_help):
+for command in (speak, voice, fetch, export, codec, inspect, bench, doctor, build_trt, completion, show_help):
     main.add_command(command)

@@ -18,6 +18,8 @@ from .progress import Reporter, size
 if TYPE_CHECKING:
     from ..tts import TTS
 
+CPU_TORCH = "pip install torch --index-url https://download.pytorch.org/whl/cpu"
+"""Installs torch without gigabytes of CUDA libraries, which an export does not use."""
 F = TypeVar("F", bound=Callable[..., Any])
 
 

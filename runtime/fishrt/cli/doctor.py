@@ -1,0 +1,67 @@
+"""`fishrt doctor`: what this machine can do."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import importlib.util
+from typing import Any
+
+import click
+
+from ..errors import BundleError
+from ..voices import user_folder
+from .base import CPU_TORCH, json_option, load_bundle
+from .commands import print_json
+from .progress import size
+from .streams import emit
+
+
+@click.command(short_help="Show what this machine can do.")
+@json_option
+def doctor(as_json: bool) -> None:
+    """Show what this machine can do: CPU, memory, NVIDIA devices, versions, audio formats and the embedded voice.
+
+    It lists the execution providers that can run here, what the others lack, and which one `auto` takes.
+    """
+    from fishrt_engines.doctor import examine
+
+    found = examine()
+    rest = {
+        "voices": str(user_folder() or "no folder: this user has no home, and FISHRT_VOICE_DIR is not set"),
+        "audio formats": _audio_formats(),
+        "torch for export": _torch(),
+        "embedded voice": _embedded(),
+    }
+    if as_json:
+        names = {name.replace(" ", "_"): text for name, text in rest.items()}
+        print_json({**dataclasses.asdict(found), **names})
+        return
+    emit("\n".join([*found.lines(), *(f"{name}: {text}" for name, text in rest.items())]))
+
+
+def _audio_formats() -> str:
+    try:
+        import soundfile
+    except (ImportError, OSError) as error:
+        return f"soundfile cannot be loaded: {error}"
+    known: dict[str, Any] = soundfile.available_formats()
+    return (
+        ", ".join(name for name in ("WAV", "FLAC", "OGG", "MP3", "AIFF") if name in known)
+        + f" ({soundfile.__libsndfile_version__})"
+    )
+
+
+def _torch() -> str:
+    if importlib.util.find_spec("torch") is None:
+        return f'not installed ({CPU_TORCH}; then pip install "fishrt[export]"; speaking does not need it)'
+    return importlib.metadata.version("torch")
+
+
+def _embedded() -> str:
+    try:
+        bundle = load_bundle(None)
+        bundle.verify()
+    except BundleError as error:
+        return f"not usable: {error}"
+    return f"ok, {bundle.manifest.name}, {size(bundle.manifest.total_bytes)}"

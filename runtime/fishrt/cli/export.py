@@ -1,0 +1,214 @@
+"""`fishrt export`: a checkpoint as a bundle."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from fishrt_engines.machine import peak_memory
+
+from ..bundle import MANIFEST, PRECISIONS, Bundle
+from ..errors import FishrtError
+from ..hub import Repository, download, names_repository
+from ..int8_codec import read_int8_codec
+from ..quantisation import read_quantisation
+from .base import CPU_TORCH, Number, Whole, downloading, json_option, quiet_option
+from .commands import print_json
+from .progress import Reporter, duration, size
+
+_EXPORT_NEEDS = ("torch", "onnx", "onnxscript", "onnx_ir", "safetensors", "onnxruntime")
+
+
+class _ExportCommand(click.Command):
+    """Its help ends with the checkpoints that the exporter knows."""
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        from fishrt_export.families import FAMILIES
+
+        with formatter.section("Official checkpoints on the Hugging Face Hub"):
+            formatter.write_dl([(f.repository, f"{f.files} (--family {f.name})") for f in FAMILIES.values()])
+
+
+def _parse_keep(_ctx: click.Context, _param: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
+    """NAME=PRECISION by name. What is in them is for the exporter to judge."""
+    pairs = [value.rpartition("=") for value in values]
+    if wrong := [value for value, (name, _, _) in zip(values, pairs, strict=True) if not name]:
+        raise click.BadParameter(f"{wrong[0]!r} is not NAME=PRECISION")
+    return {name: precision for name, _, precision in pairs}
+
+
+@click.command(cls=_ExportCommand, short_help="Turn the weights of an official model into a bundle.")
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--revision", metavar="NAME", help="Branch, tag or commit of a CHECKPOINT that is OWNER/NAME.  [default: main]")
+@click.option(
+    "--head",
+    type=click.Choice(["audio", "full"]),
+    default="audio",
+    show_default=True,
+    help="Logits of the slow AR: of the tokens that can be spoken, or of the whole vocabulary (larger, slower; for comparisons).",
+)
+@click.option("--family", metavar="NAME", help="The family of the checkpoint, if it cannot be found from the files: see below.")
+@click.option("--lora", type=click.Path(path_type=Path), metavar="FILE", help="Merge the LoRA of a fine-tuning into the model.")
+@click.option(
+    "--lora-alpha",
+    type=Number(min=0, min_open=True),
+    metavar="A",
+    help="The alpha of the LoRA. No file states it: 16 for a config named r_8_alpha_16.",
+)
+@click.option("--lora-rank", type=Whole(min=1), metavar="R", help="Refuse a LoRA of another rank.  [default: any rank]")
+@click.option(
+    "--precision",
+    type=click.Choice(PRECISIONS),
+    default="fp32",
+    show_default=True,
+    help="How weights are stored. fp32: as in the checkpoint. fp16: rounded to 16 bits. int8: linear layers of the language "
+    "model in 8 bits. int4: the same, but the layers of the slow AR in 4 bits.",
+)
+@click.option(
+    "--keep",
+    metavar="NAME=PRECISION",
+    multiple=True,
+    callback=_parse_keep,
+    help="Store some layers in another precision: 'slow_ar.layers.0.*=int8', fast_ar.output=fp32. May be given several times; of "
+    "those that match a layer the last one counts.",
+)
+@click.option(
+    "--static",
+    type=click.Choice(["coreml"]),
+    help="Add codec graphs of fixed sizes, for provider coreml on macOS. The language model runs on the CPU there.",
+)
+@click.option(
+    "--codec-int8",
+    is_flag=True,
+    help="Add a second codec decoder with most convolutions in 8 bits, which CPUs with VNNI use: faster, a little more noise. "
+    "Only for codecs of the kind DAC.",
+)
+@quiet_option
+@json_option
+def export(
+    checkpoint: Path,
+    out: Path,
+    revision: str | None,
+    head: str,
+    family: str | None,
+    lora: Path | None,
+    lora_alpha: float | None,
+    lora_rank: int | None,
+    precision: str,
+    keep: dict[str, str],
+    static: str | None,
+    codec_int8: bool,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    """Turn CHECKPOINT into the bundle OUT, and verify every graph against the torch module.
+
+    CHECKPOINT is a folder with the files of an official model, or a repository OWNER/NAME of the Hugging Face Hub. A repository
+    is downloaded into the hub's cache first; a download that breaks off goes on with the next call.
+
+    An export takes one to seven minutes for an official model on two CPU cores, and up to 9 GB of memory. It needs torch, and no
+    GPU: pip install torch --index-url https://download.pytorch.org/whl/cpu, then pip install "fishrt[export]". Nothing is left
+    behind when it fails or is interrupted.
+    """
+    if lora is None and (lora_alpha is not None or lora_rank is not None):
+        raise click.UsageError(f"--lora-{'alpha' if lora_alpha is not None else 'rank'} needs --lora")
+    if lora is not None and lora_alpha is None:
+        raise click.UsageError("--lora needs --lora-alpha")
+    if revision is not None and not names_repository(checkpoint):
+        raise click.UsageError(f"--revision is for OWNER/NAME of the Hugging Face Hub, and {checkpoint} is a folder")
+    reporter, begun = Reporter(quiet=quiet or as_json), time.monotonic()
+    try:
+        from fishrt_export import Lora, check_out, export_bundle
+
+        merged = None if lora is None or lora_alpha is None else Lora(lora, lora_alpha, lora_rank)
+        check_out(out)
+        bundle = export_bundle(
+            _located(checkpoint, revision, quiet=quiet or as_json),
+            out,
+            head=head,
+            family=family,
+            lora=merged,
+            precision=precision,
+            keep=keep,
+            static=static,
+            codec_int8=codec_int8,
+            progress=reporter.show,
+        )
+    except ImportError as error:
+        if (error.name or "").split(".")[0] not in _EXPORT_NEEDS:
+            raise
+        raise FishrtError(
+            f"exporting needs {error.name}, which is not installed", hint=f'{CPU_TORCH}; then: pip install "fishrt[export]"'
+        ) from None
+    seconds, peak = time.monotonic() - begun, peak_memory()
+    if as_json:
+        print_json(_result(bundle, out, seconds, peak))
+    else:
+        reporter.done("\n".join(_report(bundle, out, seconds, peak)))
+
+
+def _located(checkpoint: Path, revision: str | None, *, quiet: bool) -> Path:
+    """Return the checkpoint's folder; a repository of the hub is downloaded into its cache."""
+    if not names_repository(checkpoint):
+        return checkpoint
+    from fishrt_export.files import choose_checkpoint
+
+    reporter = Reporter(quiet=quiet)
+    try:
+        return download(Repository.parse(checkpoint.as_posix(), revision), choose_checkpoint, progress=downloading(reporter))
+    finally:
+        reporter.clear()
+
+
+def _files(bundle: Bundle) -> dict[str, int]:
+    """Return the bytes of every file."""
+    sizes = {name: entry.bytes for name, entry in bundle.manifest.files.items()}
+    return {**sizes, MANIFEST: bundle.file(MANIFEST).stat().st_size}
+
+
+def _result(bundle: Bundle, out: Path, seconds: float, peak: int | None) -> dict[str, Any]:
+    m, report, decoder = bundle.manifest, read_quantisation(bundle), read_int8_codec(bundle)
+    files = _files(bundle)
+    return {
+        "bundle": str(out),
+        "family": m.family,
+        "recipe": m.recipe,
+        "licence": m.licence.name,
+        "bytes": sum(files.values()),
+        "files": files,
+        "parity": {role: dataclasses.asdict(parity) for role, parity in m.parity.items()},
+        "quantisation": report and dataclasses.asdict(report),
+        "codec_int8": decoder and dataclasses.asdict(decoder),
+        "seconds": round(seconds, 1),
+        "peak_memory_bytes": peak,
+    }
+
+
+def _report(bundle: Bundle, out: Path, seconds: float, peak: int | None) -> list[str]:
+    m, files = bundle.manifest, _files(bundle)
+    total = size(sum(files.values()))
+    lines = [
+        *(f"{size(count):>10}  {name}" for name, count in files.items()),
+        "-" * 10,
+        f"{total:>10}  in {len(files)} files",
+        "",
+    ]
+    if m.parity:
+        worst = max(m.parity, key=lambda role: m.parity[role].max_abs_error / (m.parity[role].tolerance or 1.0))
+        lines.append(
+            f"verified: {m.parity[worst].summary(m.graphs[worst])} ({worst}; {len(m.parity)} graphs compared with torch)"
+        )
+    if report := read_quantisation(bundle):
+        lines += [f"quantised: {line}" for line in report.summary()]
+    if decoder := read_int8_codec(bundle):
+        lines.append(f"codec: {decoder.summary()}")
+    lines.append(f"took {duration(seconds)}, peak memory {size(peak) if peak else 'unknown'}")
+    place = shlex.quote(str(out))
+    lines += [f"The bundle of {m.family or m.name} ({m.recipe}) is in {out}. Licence of the weights: {m.licence.name}"]
+    return [*lines, f'next: fishrt speak --bundle {place} "Hello."']

@@ -1,0 +1,65 @@
+"""`fishrt fetch`: a checkpoint or a bundle from the Hugging Face Hub."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import click
+
+from ..bundle import MANIFEST, Bundle
+from ..hub import Repository, choose_bundle, download
+from .base import downloading, json_option, quiet_option
+from .commands import print_json, warn
+from .progress import Reporter, size
+from .streams import emit
+
+
+@click.command(short_help="Download a checkpoint or a bundle.")
+@click.argument("repository", metavar="OWNER/NAME")
+@click.argument("folder", required=False, type=click.Path(path_type=Path), metavar="[DIR]")
+@click.option("--revision", metavar="NAME", help="Branch, tag or commit.  [default: main]")
+@quiet_option
+@json_option
+def fetch(repository: str, folder: Path | None, revision: str | None, quiet: bool, as_json: bool) -> None:
+    """Download the checkpoint or bundle OWNER/NAME of the Hugging Face Hub, and print where it is.
+
+    It goes into DIR, or into the hub's cache. Only the files that an export needs, or that a bundle consists of, are downloaded.
+    A download that breaks off goes on with the next call. For a gated repository accept its terms on its page, then log in:
+    `hf auth login`, or set HF_TOKEN. HF_ENDPOINT, HF_HOME and HF_HUB_OFFLINE work as in other tools of Hugging Face.
+
+    \b
+    fishrt fetch fishaudio/openaudio-s1-mini s1-mini
+    fishrt export s1-mini s1-mini-bundle
+    """
+    wanted = Repository.parse(repository, revision)
+    reporter, chosen = Reporter(quiet=quiet or as_json), list[str]()
+
+    def choose(names: Sequence[str], read: Callable[[str], Path]) -> Sequence[str]:
+        from fishrt_export.files import choose_checkpoint, left_out
+
+        if MANIFEST in names:
+            chosen[:] = choose_bundle(names, read)
+        else:
+            chosen[:] = choose_checkpoint(names, read)
+            if others := left_out(names):
+                warn(f"{wanted} has several sets of weights; left out: {', '.join(others)}")
+        return chosen
+
+    try:
+        found = download(wanted, choose, folder, downloading(reporter))
+    finally:
+        reporter.clear()
+    is_bundle = MANIFEST in chosen
+    if is_bundle:
+        Bundle.load(found).verify()
+    files = {name: found.joinpath(name).stat().st_size for name in dict.fromkeys(chosen)}
+    if as_json:
+        kind = "bundle" if is_bundle else "checkpoint"
+        print_json({"repository": wanted.id, "revision": wanted.revision, "kind": kind, "path": str(found), "files": files})
+        return
+    emit(str(found))
+    place = shlex.quote(str(found))
+    following = f'fishrt speak --bundle {place} "Hello."' if is_bundle else f"fishrt export {place} BUNDLE"
+    reporter.done(f"{wanted}: {size(sum(files.values()))} in {len(files)} files\nnext: {following}")

@@ -1,0 +1,134 @@
+"""`fishrt inspect`: what is in a bundle."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+
+import click
+
+from fishrt_engines.trt_rules import Finding, errors
+
+from ..bundle import Bundle, Manifest
+from ..conformance import tensorrt_findings
+from ..int8_codec import read_int8_codec
+from ..memory import CACHE_POSITIONS, estimate
+from ..quantisation import read_quantisation
+from ..static import read_static
+from .base import json_option, load_bundle, quiet_option
+from .commands import print_json
+from .progress import Reporter, size
+from .streams import emit
+
+
+@click.command(short_help="Show what is in a bundle, and check it.")
+@click.argument("bundle", required=False, type=click.Path(path_type=Path))
+@click.option("--verify", is_flag=True, help="Compare the SHA-256 of every file with the manifest.")
+@click.option("--trt", is_flag=True, help="Check every graph against the documented rules of TensorRT's ONNX importer.")
+@quiet_option
+@json_option
+def inspect(bundle: Path | None, verify: bool, trt: bool, quiet: bool, as_json: bool) -> None:
+    """Show what is in BUNDLE: family, recipe, licence, memory that it needs, precision, voices, graphs and their measured errors.
+
+    BUNDLE is a folder, or hf:OWNER/NAME of the Hugging Face Hub.  [default: the embedded voice]
+    """
+    loaded = load_bundle(bundle)
+    if verify:
+        _verify(loaded, quiet=quiet or as_json)
+    findings = tensorrt_findings(loaded) if trt else {}
+    if as_json:
+        print_json(
+            {
+                "path": str(loaded.path),
+                "verified": verify,
+                "memory_need": dataclasses.asdict(estimate(loaded.manifest)),
+                "quantisation": (report := read_quantisation(loaded)) and dataclasses.asdict(report),
+                "tensorrt": {role: list(map(dataclasses.asdict, found)) for role, found in findings.items()} if trt else None,
+                "manifest": dataclasses.asdict(loaded.manifest),
+            }
+        )
+        return
+    emit("\n".join(_describe(loaded)))
+    if verify:
+        emit("verified      every file has the SHA-256 of the manifest")
+    if trt:
+        emit("\n".join(_tensorrt(findings)))
+
+
+def _verify(bundle: Bundle, *, quiet: bool) -> None:
+    reporter, total, read = Reporter(quiet=quiet), bundle.manifest.total_bytes, 0
+
+    def show(count: int) -> None:
+        nonlocal read
+        read += count
+        reporter.show("hashing", read / total)
+
+    bundle.verify(show)
+    reporter.clear()
+
+
+def _describe(bundle: Bundle) -> list[str]:
+    m, lm, codec = bundle.manifest, bundle.manifest.language_model, bundle.manifest.codec
+    s, need = lm.sampling, estimate(m)
+    sampling = f"temperature {s.temperature:g}, top-p {s.top_p:g}, top-k {s.top_k or 'off'}"
+    if ras := s.repetition_aware:
+        sampling += f"; repeats within {ras.window} frames drawn again at temperature {ras.temperature:g}, top-p {ras.top_p:g}"
+    if penalty := s.repetition_penalty:
+        sampling += f"; what the last {penalty.window} frames drew penalised by {penalty.penalty:g}"
+    report = read_quantisation(bundle)
+    stored = {role: (report and report.precisions(role)) or precision for role, precision in m.precision.items()}
+    lines = [
+        f"bundle        {m.name}",
+        f"family        {m.family or 'not stated: the bundle is of an earlier version'}",
+        f"recipe        {m.recipe or 'not stated'}",
+        f"path          {bundle.path}",
+        f"size          {size(m.total_bytes)} in {len(m.files)} files",
+        f"exported by   {m.exported_by} (schema {m.schema})",
+        f"memory        {size(need.speaking)} of weights to speak, {size(need.encoding)} more to make voices",
+        f"              {size(need.cache)} for {CACHE_POSITIONS:,} positions of context, {size(need.state)} for other state",
+        f"licence       {m.licence.name}" + (f" ({m.licence.file})" if m.licence.file else ""),
+        f"precision     {'; '.join(f'{role} {stored[role]}' for role in m.precision)}",
+        f"prompts       {lm.prompt_dialect}; context {lm.max_seq_len:,} positions; pieces of about {lm.chunk_bytes} bytes",
+        f"speaks        {lm.num_codebooks} codebooks of {lm.codebook_width:,}; vocabulary {lm.vocab_size:,}; {lm.head} head",
+        f"sampling      {sampling}",
+        f"codec         {codec.sample_rate:,} Hz, {codec.frame_rate:.2f} frames/s, at most {codec.max_frames:,} frames",
+        f"              codebooks {', '.join(f'{size:,}' for size in codec.codebook_sizes)}",
+        f"              fingerprint {codec.fingerprint}",
+        f"voices        {', '.join(m.voices.names) + f' (default {m.voices.default})' if m.voices else 'none'}",
+    ]
+    if report:
+        lines += [f"{'' if n else 'quantised':<14}{line}" for n, line in enumerate(report.summary())]
+    if static := read_static(bundle):
+        lines += [f"{'' if n else static.target:<14}{line}" for n, line in enumerate(static.summary())]
+    for role, graph in m.graphs.items():
+        lines += ["", f"graph {role}: {graph.file}, {_graph_size(m, graph.file)}"]
+        if parity := m.parity.get(role):
+            lines.append(f"  compared with torch, on {parity.provider}: {parity.summary(graph)}")
+        carried = {pair.input for pair in graph.states} | {pair.output for pair in graph.states}
+        for arrow, tensors in (("in ", graph.inputs), ("out", graph.outputs)):
+            lines += [f"  {arrow} {t.name} {t.dtype} [{', '.join(map(str, t.shape))}]" for t in tensors if t.name not in carried]
+        if states := graph.state_tensors:
+            shape = ", ".join(map(str, states[0].shape))
+            lines.append(f"  state of {len(states)} tensors, {states[0].name} {states[0].dtype} [{shape}], …")
+    if decoder := read_int8_codec(bundle):
+        name = decoder.file.removesuffix(".onnx")
+        lines += ["", f"graph {name}: {decoder.file}, {_graph_size(m, decoder.file)}"]
+        lines += ["  takes the place of codec_decode on CPUs with VNNI", f"  {decoder.summary()}"]
+    return lines
+
+
+def _graph_size(manifest: Manifest, file: str) -> str:
+    """Return the size of a graph with its weights."""
+    return size(sum(entry.bytes for name, entry in manifest.files.items() if name in (file, f"{file}.data")))
+
+
+def _tensorrt(findings: Mapping[str, list[Finding]]) -> list[str]:
+    lines = ["", "TensorRT, by the documented rules of its importer; it was not asked itself"]
+    for role, found in findings.items():
+        lines.append(f"  {role}: errors: {len(errors(found)) or 'none'}")
+        alike: dict[Finding, list[Finding]] = {}
+        for finding in found:
+            alike.setdefault(dataclasses.replace(finding, node=""), []).append(finding)
+        lines += [f"    {first}" + (f", and {len(others)} alike" if others else "") for first, *others in alike.values()]
+    return lines
