@@ -238,13 +238,12 @@ def test_the_report_judges() -> None:
     assert usual.summary() == [
         "int4: 2 of 5 layers, error 10.0% on average, 12.0% at most (slow_ar.b): usual, which is up to 13%",
         "int8: 1 of 5 layers, error 1.0% on average, 1.0% at most (fast_ar.c): usual, which is up to 2%",
-        "fp16: 1 of 5 layers, tables",
-        "fp32: 1 of 5 layers",
+        "left in fp16: 1 of 5 layers, tables",
+        "left in fp32: 1 of 5 layers",
     ]
     assert usual.precisions("slow_ar") == "int4 (2 layers), fp16 (1)"
-    lines = report(
-        *((f"slow_ar.{n}", "int4", 32, 0.2 + n / 100, "") for n in range(4)), ("slow_ar.x", "int4", 32, 0.1, "")
-    ).summary()
+    worse = [(f"slow_ar.{n}", "int4", 32, 0.2 + n / 100, "") for n in range(4)]
+    lines = report(*worse, ("slow_ar.x", "int4", 32, 0.1, "")).summary()
     assert lines[1] == "  more than the usual 13%: slow_ar.3, slow_ar.2, slow_ar.1 and 1 more; --keep NAME=int8 helps"
 
 

@@ -46,7 +46,7 @@ log = logging.getLogger(__name__)
 BASE_MEMORY = 300_000_000
 """Bytes that tracing and ONNX Runtime take, whatever the model."""
 
-_TRACING = {"codec_encode": 30_000_000, "codec_decode": 200_000_000, "slow_ar": 80_000_000, "fast_ar": 40_000_000}
+_TRACING = {"codec_encode": 60_000_000, "codec_decode": 150_000_000, "slow_ar": 80_000_000, "fast_ar": 40_000_000}
 """As many weights are written and verified in the time that tracing a graph takes, whatever its size."""
 
 Progress = Callable[[str, float], None]

@@ -34,6 +34,7 @@ SNAPSHOTS = "snapshots"
 PARTIAL = ".partial"
 """Folder of files that have not come completely, in a folder that is downloaded to."""
 _ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+_ERRNO = re.compile(r"\[Errno -?\d+\] ")
 _LOGIN = "hf auth login, or set HF_TOKEN to a token of https://huggingface.co/settings/tokens"
 
 Progress = Callable[[str, int, int], None]
@@ -116,20 +117,24 @@ def bundle_folder(reference: str | Path, progress: Progress | None = None) -> Pa
     if folder is not None and (folder / MANIFEST).exists():
         with suppress(BundleError):  # not all of it was downloaded
             return Bundle.load(folder).path
-    folder = download(repository, choose_bundle, progress=progress)
+
+    def choose(names: Sequence[str], read: Callable[[str], Path]) -> Sequence[str]:
+        if MANIFEST not in names:
+            raise BundleError(
+                f"{repository} is not a bundle: it has no {MANIFEST}",
+                hint=f"a checkpoint? First: fishrt export {repository} BUNDLE",
+            )
+        return choose_bundle(names, read)
+
+    folder = download(repository, choose, progress=progress)
     Bundle.load(folder).verify()
     return folder
 
 
 def choose_bundle(names: Sequence[str], read: Callable[[str], Path]) -> Sequence[str]:
-    """The files of a bundle: those that its manifest lists. Raises BundleError if there is none."""
+    """The files of a bundle: its manifest, which must be there, and those that it lists. Raises BundleError."""
     from .bundle import MANIFEST, Manifest
 
-    if MANIFEST not in names:
-        raise BundleError(
-            f"the repository is not a bundle: it has no {MANIFEST}",
-            hint="a checkpoint is exported first: fishrt export OWNER/NAME BUNDLE",
-        )
     return [*Manifest.from_json(read(MANIFEST).read_text(encoding="utf-8")).files, MANIFEST]
 
 
@@ -435,7 +440,7 @@ def _explained(repository: Repository) -> Iterator[None]:
                 said = f"{repository} is not in the cache {_storage(repository).parent}, and HF_HUB_OFFLINE is set"
                 hint = "unset HF_HUB_OFFLINE to download it"
             case Exception() if _is_unreachable(cause) or (isinstance(cause, OSError) and cause.errno is None):
-                said = f"{endpoint} cannot be reached, or the connection broke off: {cause}"
+                said = f"{endpoint} cannot be reached, or the connection broke off: {_ERRNO.sub('', str(cause))}"
                 hint = (
                     "the same command goes on where the download ended; behind a proxy set HTTPS_PROXY, for a mirror HF_ENDPOINT"
                 )

@@ -68,7 +68,7 @@ class Quantisation:
                 lines[-1] += f": usual, which is up to {USUAL[precision]:.0%}"
         kept = Counter((layer.precision, layer.reason) for layer in self.layers if not layer.block)
         lines += [
-            f"{precision}: {count} of {len(self.layers)} layers" + (f", {reason}" if reason else "")
+            f"left in {precision}: {count} of {len(self.layers)} layers" + (f", {reason}" if reason else "")
             for (precision, reason), count in sorted(kept.items())
         ]
         return lines

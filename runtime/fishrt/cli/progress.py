@@ -11,7 +11,7 @@ import click
 
 from .streams import say
 
-_SURE = 0.02
+_SURE = 0.1
 """The part of the work from which on the time left is estimated."""
 _STILL = 3.0
 """Seconds after which a stage says how long it has taken."""
