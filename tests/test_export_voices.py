@@ -10,13 +10,8 @@ import pytest
 from fishrt.bundle import Bundle
 from fishrt.tokenizer import Tokenizer
 from fishrt.voices import VoiceStore
-<<<<<<< HEAD
-from fishrt_export.licence import UNKNOWN, copy_licence
-=======
-from fishrt_export import peak_memory
 from fishrt_export.families import FAMILIES
 from fishrt_export.licence import copy_licence
->>>>>>> f1b0bc0 (fishrt fetch, and export and inspect of repositories; export ends with what is verified and the next command; inspect names family, recipe and licence)
 from fishrt_export.voices import References, check_references, encode_references
 from synthetic import write_reference
 
