@@ -324,7 +324,7 @@ def test_a_folder_of_something_else(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=r"codec\.pth"):
         find_codec(tmp_path)
     for path in (tmp_path / "absent", tmp_path / "notes.txt"):
-        with pytest.raises(ExportError, match="does not exist|is a file, not a folder"):
+        with pytest.raises(ExportError, match=r"does not exist|is a file, not a folder"):
             find_language_model(path)
 
 

@@ -204,9 +204,7 @@ def _narrow(tensor: Tensor) -> Tensor:
 def _require_folder(folder: Path) -> None:
     if not folder.is_dir():
         fault = "is a file, not a folder" if folder.exists() else "does not exist"
-        raise ExportError(
-            f"{folder} {fault}", hint="give the folder of an official checkpoint, or OWNER/NAME of the Hub"
-        )
+        raise ExportError(f"{folder} {fault}", hint="give the folder of an official checkpoint, or OWNER/NAME of the Hub")
 
 
 def _find_weights(folder: Path) -> list[Path]:
