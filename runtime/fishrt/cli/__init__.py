@@ -35,5 +35,5 @@ def main() -> None:
     """
 
 
-for command in (speak, voice, fetch, export, codec, inspect, bench, doctor, build_trt, completion, show_help):
+for command in (speak, voice, export, fetch, codec, inspect, bench, doctor, build_trt, completion, show_help):
     main.add_command(command)
