@@ -89,10 +89,10 @@ class Reporter:
             self._open = False
 
     def done(self, text: str) -> None:
-        """Show a result, in place of the line of progress."""
+        """End the progress, and show a result in place of its line."""
+        self.clear()
         if not self._quiet:
             say(text)
-        self._open = False
 
 
 def share_of_pieces() -> Callable[[int, int, int], float | None]:
