@@ -472,6 +472,7 @@ def test_no_text_and_no_standard_input(tmp_path):
     assert done.stderr.startswith("error: there is no text")
 
 
+@pytest.mark.slow
 def test_a_standard_output_that_nobody_reads(tmp_path):
     for line in (
         "$fishrt speak Hi. -o - -q | true",

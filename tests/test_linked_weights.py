@@ -18,6 +18,8 @@ from fishrt_engines import GraphError, open_engine, ort_session
 from fishrt_engines.onnx_proto import message
 from fishrt_engines.ort_session import graph_source
 
+pytestmark = pytest.mark.slow
+
 
 def in_a_hub_cache(bundle: Path, out: Path) -> Path:
     """Each file is a link to one that is named by its hash."""

@@ -28,6 +28,7 @@ def recognise() -> Recogniser:
     return Recogniser()
 
 
+@pytest.mark.slow
 def test_three_sentences_are_understood(tts: TTS, recognise: Recogniser) -> None:
     errors = 0
     for voice, text in SENTENCES.items():
@@ -37,6 +38,7 @@ def test_three_sentences_are_understood(tts: TTS, recognise: Recogniser) -> None
     assert errors <= 0.3 * sum(len(words(text)) for text in SENTENCES.values())
 
 
+@pytest.mark.slow
 def test_recogniser_hears_nothing_of_a_sentence_in_another(tts: TTS, recognise: Recogniser) -> None:
     """The measure above can fail: what is said is not what is expected."""
     speech = tts.speak(SENTENCES["slt"], voice="slt", seed=1)

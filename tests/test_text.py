@@ -137,6 +137,7 @@ def test_no_word_is_lost_and_no_piece_too_long(text, limit):
     assert all(p == p.strip() and p for p in pieces)
 
 
+@pytest.mark.slow
 def test_long_texts_take_linear_time():
     """A hundred thousand of each: quadratic work would run for minutes here, although nothing is timed."""
     for text in ("a " * 100_000, "x" * 100_000, "." * 100_000 + "x", "[a] b" * 20_000, "[" * 100_000, "Hi there, you. " * 7_000):

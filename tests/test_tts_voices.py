@@ -122,6 +122,7 @@ def test_the_gain_is_bounded() -> None:
     assert Loudness(-30, 0.9).gain == 1
 
 
+@pytest.mark.slow
 def test_all_voices_of_minnow_have_the_same_loudness(minnow: TTS) -> None:
     speech = {
         name: np.concatenate([minnow.speak(text, voice=name, seed=seed).pcm for text in TEXTS for seed in (1, 2)])
