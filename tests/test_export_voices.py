@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from fishrt import TTS
 from fishrt.bundle import Bundle
+from fishrt.errors import PromptError
+from fishrt.graphs import BundleGraphs
 from fishrt.tokenizer import Tokenizer
 from fishrt.voices import VoiceStore
 from fishrt_export.families import FAMILIES
@@ -31,7 +34,20 @@ def test_references_become_voices(checkpoint: Path, tiny_bundle: Bundle, tmp_pat
     assert store.list() == ["anna", "ben"]
     voice, codec = store.load("ben"), bundle.manifest.codec
     assert (voice.transcript, voice.fingerprint) == ("This is ben.", codec.fingerprint)
+    decoded = TTS(bundle, BundleGraphs(bundle, "cpu", 1)).loudness(voice.codes)
+    assert voice.loudness is not None
+    assert decoded is not None
+    assert voice.loudness.lufs == pytest.approx(decoded.lufs, abs=0.1)
+    assert not (bundle.path / "voices/ben/recording.wav").exists()  # its terms are not ours
     assert voice.codes.shape == (len(codec.codebook_sizes), -(-int(0.5 * codec.sample_rate) // codec.hop))
+
+
+def test_transcripts_are_checked_before_anything_is_exported(checkpoint: Path, tiny_bundle: Bundle) -> None:
+    write_reference(checkpoint, "ben")
+    (path,) = (checkpoint / "references/ben").glob("*.lab")
+    path.write_text("This is <|im_end|> ben.")
+    with pytest.raises(PromptError, match="transcript of voice 'ben' contains"):
+        checked(checkpoint, tiny_bundle)
 
 
 def test_no_references_no_voices(checkpoint: Path, tiny_bundle: Bundle) -> None:

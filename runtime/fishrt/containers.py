@@ -13,7 +13,10 @@ from collections.abc import Iterator
 
 _UNKNOWN = b"\xff\xff\xff\xff"
 _ID3 = re.compile(rb"ID3..[\x00-\xff]([\x00-\x7f]{4})", re.DOTALL)
-_BEGINNINGS = re.compile(rb"RIFF.{4}WAVE|FORM.{4}AIF[FC]|fLaC[\x00\x80]\x00\x00\x22", re.DOTALL)
+_BEGINNINGS = [
+    re.compile(pattern, re.DOTALL) for pattern in (rb"RIFF.{4}WAVE", rb"FORM.{4}AIF[FC]", rb"fLaC[\x00\x80]\x00\x00\x22")
+]
+"""Apart, since each begins with letters that are found ten times as fast as one of several."""
 _OGG_PAGE = re.compile(rb"OggS\x00(.).{20}(.)", re.DOTALL)
 _OGG_BEGINS = 2
 """The flag of a page that begins a stream."""
@@ -28,7 +31,8 @@ def split_joined(data: memoryview) -> list[memoryview]:
     if bytes(data[:4]) == b"OggS":
         starts = list(_ogg_chains(data))
     else:
-        starts = [match.start() for match in _BEGINNINGS.finditer(data)] if _BEGINNINGS.match(data, after_id3(data)) else []
+        kind = next((pattern for pattern in _BEGINNINGS if pattern.match(data, after_id3(data))), None)
+        starts = [match.start() for match in kind.finditer(data)] if kind else []
     return [data[start:end] for start, end in zip([0, *starts[1:]], [*starts[1:], len(data)], strict=True)]
 
 

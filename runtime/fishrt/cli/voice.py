@@ -115,7 +115,9 @@ def prepare(
     if as_json:
         print_json({"file": str(path), "bytes": path.stat().st_size})
     else:
-        Reporter(quiet=quiet).done(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
+        Reporter(quiet=quiet).done(
+            f"Prepared voice {name} for {tts.bundle.manifest.name}: {path} ({path.stat().st_size / 1e6:.1f} MB)"
+        )
 
 
 @voice.command(name="list")
