@@ -193,6 +193,14 @@ def test_a_fault_of_one_line_does_not_stop_the_others(fake):
     assert "Wrote 9 of 18 lines" in result.stderr
 
 
+def test_a_line_that_breaks_off_does_not_stop_the_others(fake):
+    spoken = fake.speak("One.", voice=None, seed=1, sampling=Sampling())
+    fake.failures = {"One.": UnfinishedError(GraphError("the graph broke"), spoken)}
+    failed = run("speak", "--lines", "-o", "out", stdin="One.\nTwo.")
+    refused(failed, "line 1 was not spoken to its end: the graph broke", "out/0001.wav holds the 1.0 s", "1 of 2 lines")
+    assert sorted(p.name for p in Path("out").iterdir()) == ["0001.wav", "0002.wav"]
+
+
 def test_a_fault_of_all_lines_ends_them(fake):
     fake.failures = {"Two.": ProviderError("no such provider")}
     failed = run("speak", "--lines", "-o", "out", "--json", stdin="One.\nTwo.\nThree.")
@@ -546,7 +554,9 @@ def test_a_standard_error_that_is_full(tmp_path):
 def test_a_terminal_gets_nothing_binary(fake, recording, monkeypatch):
     monkeypatch.setattr("fishrt.files._is_terminal", lambda: True)
     for command in (["speak", "Hi."], ["speak", "Hi.", "--stream"], ["codec", "encode", recording], ["codec", "decode", "a.npy"]):
-        refused(run(*command, "-o", "-"), "standard output is a terminal", "> FILE")
+        result = run(*command, "-o", "-", "--json")
+        refused(result, "standard output is a terminal", "> FILE")
+        assert json.loads(result.stderr.splitlines()[-1])["error"]["kind"] == "OutputError"
     assert fake.loads == []
 
 

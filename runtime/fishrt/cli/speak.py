@@ -193,9 +193,9 @@ def speak(
     elif output is None and not (play and not stream and format is None):
         output = f"speech.{format or 'wav'}"
     target = _Target(output, format, stream, play, lines)
-    target.check()
     if output == "-":
         json_to_stderr()
+    target.check()
     text = _read_text(words, file)
     texts = _lines(text) if lines else {}
     if not texts:
@@ -346,9 +346,9 @@ def _speak_lines(tts: TTS, texts: dict[int, str], target: _Target, request: dict
             with muted("fishrt.speech"):  # what it warns of is in `info`
                 info = dataclasses.replace(target, output=path, lines=False).speak(tts, text, request)
         except FishrtError as error:
-            if type(error) not in (FishrtError, PromptError):  # all lines would meet it
+            if type(error) not in (FishrtError, PromptError, UnfinishedError):  # all lines would meet it
                 raise IncompleteError(f"line {number}: {error}", error.hint, result()) from error
-            note(f"line {number} was not spoken: {error}")
+            note(f"line {number} was not spoken{' to its end' if isinstance(error, UnfinishedError) else ''}: {error}")
             entries.append({"line": number, "output": None, "error": str(error)})
             continue
         for warning in info.warnings:
