@@ -30,29 +30,34 @@ def test_every_few_seconds_there_is_a_line(clock, capsys):
         reporter.show("reading", (clock[0] - 100) / 80)
     reporter.done("read")
     assert capsys.readouterr().err.splitlines() == [
-        "[#                   ]   6% reading, 1 min 15 s left",
-        "[##                  ]  12% reading, 1 min 10 s left",
-        "[####                ]  19% reading, 1 min 5 s left",
-        "[#####               ]  25% reading, 1 min 0 s left",
+        "[#                   ]   6% reading, for 4 s",
+        "[##                  ]  12% reading, for 9 s, about 1 min 10 s left",
+        "[####                ]  19% reading, for 14 s, about 1 min 5 s left",
+        "[#####               ]  25% reading, for 19 s, about 1 min 0 s left",
         "read",
     ]
 
 
 def test_without_a_part_there_is_no_bar(clock, capsys):
     reporter = Reporter(quiet=False)
-    for part in (None, 0.0):
+    for text, part in (("reading", None), ("hashing", 0.0)):
         clock[0] += 6
-        reporter.show("reading", part)
-    assert capsys.readouterr().err.splitlines() == ["reading", "[                    ]   0% reading"]
+        reporter.show(text, part)
+    reporter.clear()
+    assert capsys.readouterr().err.splitlines() == ["reading", "[                    ]   0% hashing"]
 
 
 def test_a_terminal_has_one_line_that_the_result_replaces(clock, monkeypatch):
     monkeypatch.setattr(sys, "stderr", Terminal())
     reporter = Reporter(quiet=False)
-    clock[0] += 1
-    reporter.show("reading", 0.5)
+    for part in (0.5, 0.75):
+        clock[0] += 1
+        reporter.show("reading", part)
     reporter.done("read")
-    assert sys.stderr.getvalue() == "\r\x1b[K[##########          ]  50% reading, 1 s left\r\x1b[Kread\n"
+    half, more, rest = sys.stderr.getvalue().split("\r\x1b[K", 3)[1:]
+    assert half == "[##########          ]  50% reading"
+    assert more == "[###############     ]  75% reading, about 1 s left"
+    assert rest.removeprefix("\r\x1b[K") == "read\n"
 
 
 def test_quiet_means_silence(clock, capsys):
