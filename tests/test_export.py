@@ -22,7 +22,7 @@ import fishrt_export.families
 import fishrt_export.job
 from fishrt.bundle import Bundle
 from fishrt.errors import AudioError, BundleError, FishrtError, OutputError
-from fishrt.features import SamplingDefaults
+from fishrt.features import Reads, SamplingDefaults
 from fishrt_engines.trt_rules import Finding
 from fishrt_export import export_bundle
 from fishrt_export.errors import ExportError
@@ -124,7 +124,10 @@ def test_a_checkpoint_may_bring_its_own_defaults(checkpoint: Path) -> None:
     assert open_language_model(checkpoint).family == S2
     (checkpoint / DEFAULTS).write_text(json.dumps(OWN_DEFAULTS))
     family = open_language_model(checkpoint).family
-    assert (family.chunk_bytes, family.sampling) == (99, SamplingDefaults(0.5, 0.6, None, None, None))
+    assert (family.chunk_bytes, family.sampling, family.reads) == (99, SamplingDefaults(0.5, 0.6, None, None, None), S2.reads)
+    reads = {"languages": ["th"], "characters": None, "tags": []}
+    (checkpoint / DEFAULTS).write_text(json.dumps({**OWN_DEFAULTS, "reads": reads}))
+    assert open_language_model(checkpoint).describe("audio").reads == Reads(("th",), None, ())
 
 
 @pytest.mark.usefixtures("no_graphs")

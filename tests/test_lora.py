@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from fishrt.features import Reads
 from fishrt_export.errors import ExportError
+from fishrt_export.families import FAMILIES
 from fishrt_export.graphs import open_language_model
 from fishrt_export.lora import Lora, merge
 from synthetic import EVERYTHING, PLAIN, random_weights, write_flat
@@ -66,6 +69,15 @@ def test_the_rows_of_the_audio_head_are_merged(tmp_path: Path) -> None:
     source = open_language_model(write_flat(tmp_path / "checkpoint", PLAIN, weights), family="s2", lora=lora)
     assert torch.equal(source.slow_weights("audio")["output.weight"], source.weights["embeddings.weight"][source.audio_head])
     assert not torch.equal(source.weights["embeddings.weight"], weights["embeddings.weight"].float())
+
+
+def test_what_a_lora_taught_the_model_to_read_is_not_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(FAMILIES, "s2", replace(FAMILIES["s2"], reads=Reads(("en",), "abc", ("[]",))))
+    weights = random_weights(PLAIN)
+    checkpoint = write_flat(tmp_path / "checkpoint", PLAIN, weights)
+    lora = Lora(write(tmp_path, random_lora(weights, "embeddings")), alpha=6)
+    assert open_language_model(checkpoint, family="s2").describe("audio").reads == Reads(("en",), "abc", ("[]",))
+    assert open_language_model(checkpoint, family="s2", lora=lora).describe("audio").reads == Reads((), None, ("[]",))
 
 
 def refused(tmp_path: Path, weights: dict[str, Tensor], tensors: dict[str, Any], **options: Any) -> str:

@@ -402,6 +402,7 @@ def test_arguments_of_another_type_are_named(tts: TTS, call: str, given: dict[st
         ({"threads": "2"}, "threads is '2'"),
         ({"provider": None}, "provider is None"),
         ({"bundle": 3}, "bundle is of type int"),
+        ({"voices": 3}, "voices is of type int"),
     ],
 )
 def test_arguments_of_another_type_are_named_when_a_bundle_is_loaded(tmp_path: Path, given: dict[str, Any], says: str) -> None:

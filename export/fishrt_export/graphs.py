@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -164,6 +164,8 @@ def open_language_model(
     if lora is not None:
         refuse(find_problems(shapes, weights))  # merging would hide them
         weights = merge(weights, lora)
+        # Which languages it was made for, nobody says.
+        known = replace(known, reads=replace(known.reads, languages=(), characters=None))
     return LanguageModelSource(config, known, ids, tokenizer, weights)
 
 

@@ -159,6 +159,7 @@ class TTS:
         """
         _check_type("bundle", bundle, (str, Path, Bundle, type(None)), "the path of a bundle's folder")
         _check_type("provider", provider, str, 'a name such as "cpu"')
+        _check_type("voices", voices, (str, Path, VoiceStore, type(None)), "a folder of voices")
         if threads is not None and (not isinstance(threads, Integral) or threads < 1):
             raise ArgumentError(f"threads is {threads!r}", hint="it must be a whole number of at least 1, or None")
         if not isinstance(bundle, Bundle):
