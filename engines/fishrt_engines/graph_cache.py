@@ -89,7 +89,8 @@ def keep(folder: Path, columns: ColumnInputs | None, save: Callable[[Path, str],
             with suppress(OSError):  # another process was faster: its entry is as good
                 aside.rename(folder)
     except OSError as error:
-        log.warning("the optimised graph cannot be kept in %s: %s", folder.parent, error)
+        why = error.strerror or error  # the same for all graphs of a bundle, so that it is told once
+        log.warning("optimised graphs cannot be kept in %s, and are made again at every start: %s", folder.parent, why)
     return find(folder)
 
 

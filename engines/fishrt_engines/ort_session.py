@@ -72,7 +72,6 @@ def open_session(
     entry = cache / graph_cache.cache_key(identity, ort.__version__, cpu_identity())
     kept = graph_cache.find(entry)
     if kept is None:
-        log.info("optimising %s for this machine, once; it is kept in %s", path.name, cache)
         kept = _keep(ort, path, entry)
     if kept is not None:
         options = session_options(ort, threads)
@@ -138,6 +137,7 @@ def _keep(ort: Any, path: Path, entry: Path) -> graph_cache.CachedGraph | None:
     rewritten, columns = specialise(path.read_bytes())
 
     def save(target: Path, weights: str) -> None:
+        log.info("optimising %s for this machine, once; it is kept in %s", path.name, entry.parent)
         options = session_options(ort, 1)
         options.optimized_model_filepath = str(target)
         options.add_session_config_entry("session.optimized_model_external_initializers_file_name", weights)
