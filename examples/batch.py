@@ -15,6 +15,6 @@ with TTS.load() as tts:
         if not line.strip():
             continue
         try:
-            tts.speak(line, voice="awb", seed=7).save(folder / f"{number:03}.wav")
+            tts.speak(line, voice="awb", seed=6).save(folder / f"{number:03}.wav")
         except FishrtError as error:  # the other lines are still spoken
             print(f"line {number}: {error}", file=sys.stderr)
