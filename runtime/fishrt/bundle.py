@@ -248,7 +248,7 @@ class Bundle:
         return self.path.joinpath(*pure.parts)
 
     def verify(self, progress: Callable[[int], None] = lambda _: None) -> None:
-        """Hashes every file; `progress` is told the bytes read. Raises BundleError naming the first that was altered."""
+        """Hash every file; `progress` receives the bytes of each piece. Raises BundleError that names the first altered one."""
         for name, entry in self.manifest.files.items():
             if sha256(self.file(name), progress) != entry.sha256:
                 raise BundleError(f"{self.file(name)} was altered: its SHA-256 is not the one in {MANIFEST}", hint=AGAIN)

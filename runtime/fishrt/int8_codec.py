@@ -56,8 +56,8 @@ def read_int8_codec(bundle: Bundle) -> Int8Codec | None:
 
 
 def int8_decode(bundle: Bundle) -> str | None:
-    """The file that decodes codes in place of that of codec_decode on this CPU. None where the bundle has none, or the CPU is not
-    made for it. Raises as `read_int8_codec`.
+    """Return the graph file that decodes codes on this CPU instead of codec_decode's; None where the bundle has none, or the CPU
+    has no instructions for it. Raises as `read_int8_codec`.
     """
     found = read_int8_codec(bundle)
     if found is None:

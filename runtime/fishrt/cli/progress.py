@@ -89,7 +89,7 @@ class Reporter:
             self._open = False
 
     def done(self, text: str) -> None:
-        """End the progress, and show a result in place of its line."""
+        """End the progress, and show a result instead of its line."""
         self.clear()
         if not self._quiet:
             say(text)
