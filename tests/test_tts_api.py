@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import gc
+import inspect
 import io
 import logging
 import re
@@ -427,7 +428,7 @@ def test_a_setting_of_sampling_given_by_itself_is_told_where_it_goes(tts: TTS, c
 )
 def test_help_tells_of_every_attribute(kind: Any) -> None:
     assert is_dataclass(kind)
-    told = re.findall(r"^ {8}(\w+): ", (kind.__doc__ or "").split("Attributes:")[1], re.MULTILINE)
+    told = re.findall(r"^ {4}(\w+): ", (inspect.getdoc(kind) or "").split("Attributes:")[1], re.MULTILINE)
     assert told == [field.name for field in fields(kind)]
 
 
