@@ -18,7 +18,7 @@ from .progress import Reporter, size
 if TYPE_CHECKING:
     from ..tts import TTS
 
-CPU_TORCH = "pip install torch --index-url https://download.pytorch.org/whl/cpu"
+CPU_TORCH = "install the CPU build of torch as https://pytorch.org/get-started/locally/ shows"
 """Installs torch without gigabytes of CUDA libraries, which an export does not use."""
 F = TypeVar("F", bound=Callable[..., Any])
 

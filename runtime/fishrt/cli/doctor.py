@@ -54,7 +54,7 @@ def _audio_formats() -> str:
 
 def _torch() -> str:
     if importlib.util.find_spec("torch") is None:
-        return f'not installed ({CPU_TORCH}; then pip install "fishrt[export]"; speaking does not need it)'
+        return f'not installed (to export, {CPU_TORCH}; then pip install "fishrt[export]"; speaking does not need it)'
     return importlib.metadata.version("torch")
 
 

@@ -113,8 +113,8 @@ def export(
     is downloaded into the hub's cache first; a download that breaks off goes on with the next call.
 
     An export takes one to seven minutes for an official model on two CPU cores, and up to 9 GB of memory. It needs torch, and no
-    GPU: pip install torch --index-url https://download.pytorch.org/whl/cpu, then pip install "fishrt[export]". Nothing is left
-    behind when it fails or is interrupted.
+    GPU: install torch's CPU build as https://pytorch.org/get-started/locally/ shows, then pip install "fishrt[export]". Nothing
+    is left behind when it fails or is interrupted.
     """
     if lora is None and (lora_alpha is not None or lora_rank is not None):
         raise click.UsageError(f"--lora-{'alpha' if lora_alpha is not None else 'rank'} needs --lora")
