@@ -21,7 +21,7 @@ from fishrt_export.fast_ar import FastAR
 from fishrt_export.graphs import LanguageModelSource, open_language_model
 from fishrt_export.lora import Lora
 from fishrt_export.slow_ar import SlowAR
-from fishrt_export.weights import listing, refuse
+from fishrt_export.weights import listing, raise_if_any
 from synthetic import BEGIN, EVERYTHING, PLAIN, SEMANTIC, TEXT, millions, random_weights, write_flat, write_nested
 
 NESTED = {**EVERYTHING, "tie_word_embeddings": True}
@@ -480,7 +480,7 @@ def test_a_long_list_of_problems_is_cut(tmp_path: Path) -> None:
     problems = open_flat(write_flat(tmp_path, config, {**random_weights(PLAIN), "norm.weight": torch.zeros(9)})).problems()
     assert len(problems) > 40
     with pytest.raises(ExportError, match=rf"\({len(problems)} problems\)") as caught:
-        refuse(problems)
+        raise_if_any(problems)
     lines = str(caught.value).splitlines()[1:]
     assert len(lines) <= 21
     assert "  wrong shape: norm.weight is [9], expected [16]" in lines

@@ -50,7 +50,7 @@ FIRST = 256
 
 def random_config(name: str, rng: np.random.Generator) -> dict[str, Any]:
     """The sizes of a language model of this family, in flat names, with a value for every field that counts or not."""
-    old = "head_dim" not in FAMILIES[name].heeds
+    old = "head_dim" not in FAMILIES[name].honours
 
     def flag() -> bool:
         return bool(rng.integers(2))

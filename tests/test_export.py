@@ -29,7 +29,7 @@ from fishrt_export.errors import ExportError
 from fishrt_export.families import S2
 from fishrt_export.files import DEFAULTS
 from fishrt_export.graphs import open_language_model
-from fishrt_export.job import Made, Tell
+from fishrt_export.job import Made, Progress
 from synthetic import EVERYTHING, random_weights, write_nested, write_reference
 
 ROLES = ("slow_ar", "fast_ar", "codec_encode", "codec_decode")
@@ -369,9 +369,9 @@ def test_a_graph_that_differs_fails_and_leaves_nothing(checkpoint: Path, out: Pa
 def skip_tracing(monkeypatch: pytest.MonkeyPatch, findings: dict[str, list[Finding]] | None = None) -> None:
     from fishrt.bundle import Parity
 
-    def run(job: fishrt_export.job.GraphJob, folder: Path, tell: Tell) -> Made:
+    def run(job: fishrt_export.job.GraphJob, folder: Path, progress: Progress) -> Made:
         for part, name in enumerate(("tracing", "writing", "verifying")):
-            tell(name, part / 3)
+            progress(name, part / 3)
         (folder / job.spec.file).write_bytes(b"not a graph")
         return Made(Parity(0.0, 0.0, "cpu"), 1000, {})
 

@@ -78,12 +78,12 @@ def test_a_weight_that_is_another_is_seen(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.slow
-def test_the_graph_of_a_hollow_module_is_that_of_the_real_one(tmp_path: Path) -> None:
+def test_the_graph_of_a_module_without_weights_is_that_of_the_real_one(tmp_path: Path) -> None:
     config = {**DEEP, "fast_dim": 16}
     source = open_language_model(write_nested(tmp_path / "checkpoint", config, random_weights(config)))
     for job, real in zip(source.jobs("audio"), (source.slow_ar("audio"), source.fast_ar()), strict=True):
         graphs = []
-        for name, build in (("hollow", job.build), ("real", lambda real=real: real)):
+        for name, build in (("meta", job.build), ("real", lambda real=real: real)):
             (tmp_path / name).mkdir(exist_ok=True)
             replace(job, build=build).run(tmp_path / name)
             graphs.append((tmp_path / name / job.spec.file).read_bytes())

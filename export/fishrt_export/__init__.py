@@ -1,4 +1,4 @@
-"""Turns official checkpoints into bundles. Needs torch, which is loaded when something is exported, not before."""
+"""Export of official checkpoints as bundles. Needs torch; importing this package does not load it yet."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ from .lora import Lora
 from .recipe import Recipe, Storage, main_precision
 from .static import check_target, write_static
 from .voices import check_references, encode_references
-from .weights import refuse
+from .weights import raise_if_any
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ def export_bundle(
     progress("reading the checkpoint", 0.0)
     codec = open_codec(checkpoint)
     language_model = open_language_model(checkpoint, family=family, codec=codec.kind, lora=lora)
-    refuse([*language_model.problems(), *codec.problems()])
+    raise_if_any([*language_model.problems(), *codec.problems()])
     if not halves_fit(language_model, codec):
         raise ExportError(
             f"the language model has {language_model.config.num_codebooks} codebooks "
@@ -251,10 +251,10 @@ def _run(jobs: list[GraphJob], folder: Path, progress: Progress) -> dict[str, Ma
         job = jobs.pop(0)
         role, size = job.role, sizes[job.role]
 
-        def tell(stage: str, part: float, role: str = role, size: int = size, before: int = before) -> None:
+        def report(stage: str, part: float, role: str = role, size: int = size, before: int = before) -> None:
             progress(f"{role}: {stage}", (before + (_TRACING[role] if stage != "tracing" else 0) + part * size) / total)
 
-        made[role] = job.run(folder, tell)
+        made[role] = job.run(folder, report)
         before += size + _TRACING[role]
     return made
 

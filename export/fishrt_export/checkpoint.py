@@ -1,6 +1,6 @@
-"""Finds the files of a checkpoint and reads their tensors, under the names that the originals gave them.
+"""The files of a checkpoint and their tensors, under the names that the originals gave them.
 
-Nothing is interpreted here but containers: safetensors shards and their index, and pickles. Wrappers are taken off: an outer
+Only containers are interpreted here: safetensors shards and their index, and pickles. Wrappers are removed: an outer
 `state_dict`, and the prefixes that training frameworks put before all names.
 """
 
@@ -28,7 +28,7 @@ LANGUAGE_MODEL_PARTS = (
     *("embeddings", "codebook_embeddings", "layers", "norm", "output", "text_model", "audio_decoder"),
     *("fast_project_in", "fast_embeddings", "fast_layers", "fast_norm", "fast_output"),
 )
-"""With one of these begins every name of a language model's tensors, in any form."""
+"""The first parts of the names of a language model's tensors, in any form."""
 _COMPILED = "_orig_mod."
 _SAFETENSORS = ".safetensors"
 
@@ -54,7 +54,10 @@ class CodecFiles:
 
 
 def find_language_model(folder: Path) -> LanguageModelFiles:
-    """Raises ExportError that names every file the folder lacks, and for several sets of weights or two tokenizers."""
+    """Find the files of the language model and read its config.
+
+    Raises one ExportError that names every missing file, and ExportError for several sets of weights or two tokenizers.
+    """
     _require_folder(folder)
     weights = _find_weights(folder)
     tokenizers = [folder / name for name in (TOKENIZER, TIKTOKEN) if (folder / name).is_file()]
@@ -79,7 +82,7 @@ def find_language_model(folder: Path) -> LanguageModelFiles:
 
 
 def find_codec(folder: Path) -> CodecFiles:
-    """By the names under which codecs are published. Raises ExportError if the folder has none, or more than one."""
+    """Find the codec by the file names of published codecs, and read its config. Raises ExportError unless there is one codec."""
     _require_folder(folder)
     found = [path for path in (folder / CODEC, *sorted(folder.glob(FIREFLY))) if path.is_file()]
     if not found:
@@ -108,8 +111,8 @@ def read_weights(path: Path) -> Mapping[str, Tensor]:
 def read_model(path: Path) -> Mapping[str, Tensor]:
     """Return the tensors in one file of a language model or of its LoRA.
 
-    As upstream does, `model.` is taken off if the first name of a pickle has it, and the audio input is left out, which was never
-    released. Raises ExportError.
+    As upstream does, `model.` is removed if the first name of a pickle has it, and the audio input, which was never released, is
+    left out. Raises ExportError.
     """
     tensors = unwrap(read_tensors(path), LANGUAGE_MODEL_PARTS, path)
     if isinstance(tensors, Lazy):
@@ -121,18 +124,18 @@ def read_model(path: Path) -> Mapping[str, Tensor]:
 
 
 def read_tensors(path: Path) -> Mapping[str, Any]:
-    """Return what a file of weights holds by name, under its wrapper key `state_dict` if it has one.
+    """Return the entries of a file of weights by name, those of its key `state_dict` if it has one.
 
-    A safetensors file is known by its content, and its tensors are read when they are looked up, in a `Lazy`. Of a pickle, only
-    weights are loaded, never code. Raises ExportError.
+    A safetensors file is recognised by its content. Its tensors are a `Lazy`, which reads them at lookup. A pickle is loaded
+    without running code. Raises ExportError.
     """
     if is_safetensors(path) or path.suffix == _SAFETENSORS:
         return Lazy(_find_tensors(path))
     try:
         with warnings.catch_warnings(action="ignore"):  # of other formats, which are errors here
-            # Memory-mapped where the format allows it, so that tensors nobody asks for are not read.
+            # Memory-mapped if the format allows it, so that unused tensors are not read.
             data = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # torch.load raises whatever its unpickler meets in a damaged file
+    except Exception as error:  # a damaged file can make torch.load raise any exception
         raise _unreadable_pickle(path, str(error)) from None
     if isinstance(data, Mapping) and isinstance(data.get("state_dict"), Mapping):
         data = data["state_dict"]
@@ -145,7 +148,7 @@ def read_tensors(path: Path) -> Mapping[str, Any]:
 
 
 def _unreadable_pickle(path: Path, reason: str) -> ExportError:
-    """The error for a pickle that torch does not load, not in torch's own words: they advise to load it unsafely."""
+    """Return the error for a pickle that torch does not load. Torch's own message is dropped: it advises an unsafe load."""
     if match := re.search(r"\bGLOBAL (\S+)", reason):
         return ExportError(
             f"{path} cannot be read: it holds Python objects ({match[1]}), not only tensors, and loading them can run any code",
@@ -159,11 +162,11 @@ def _unreadable_pickle(path: Path, reason: str) -> ExportError:
 
 
 def unwrap(tensors: Mapping[str, Any], parts: Collection[str], path: Path) -> Mapping[str, Any]:
-    """Return the tensors without the prefix that all names share, up to the name of a part of the model.
+    """Return the tensors without the prefix that all names share before the name of a part of the model.
 
-    `torch.compile`, data parallelism and training frameworks put `_orig_mod.`, `module.` or `model.` before names. The first
-    stands within names too, where a part was compiled. No prefix is taken off unless it leads to one of `parts`. Raises
-    ExportError if two names become one.
+    `torch.compile`, data parallelism and training frameworks put `_orig_mod.`, `module.` or `model.` before names. `_orig_mod.`
+    is also inside a name if a part was compiled. A prefix is removed only if one of `parts` follows it. Raises ExportError if
+    two names become one.
     """
     names = {name: name.replace(_COMPILED, "") for name in tensors}
     split = [name.split(".") for name in names.values()]
@@ -177,7 +180,7 @@ def unwrap(tensors: Mapping[str, Any], parts: Collection[str], path: Path) -> Ma
 
 
 def _renamed(tensors: Mapping[str, Any], names: Mapping[str, str], path: Path) -> Mapping[str, Any]:
-    """The tensors under other names, each looked up as before."""
+    """Return the tensors under their new names, without reading any. Raises ExportError if two names become one."""
     if all(name == new for name, new in names.items()):
         return tensors
     if len(set(names.values())) < len(names):
@@ -190,14 +193,14 @@ def _renamed(tensors: Mapping[str, Any], names: Mapping[str, str], path: Path) -
 
 
 def only_tensors(data: Mapping[str, Any], source: str) -> dict[str, Tensor]:
-    """Raises ExportError that lists the entries which are not tensors, or sparse ones."""
+    """Return the entries, float64 as float32. Raises ExportError that lists all that are not dense tensors."""
     if others := [str(name) for name, value in data.items() if not isinstance(value, Tensor) or value.layout != torch.strided]:
         raise ExportError(f"{source} holds entries that are not tensors: {listed(others)}", hint="is this the right file?")
     return {name: _narrow(value) for name, value in data.items()}
 
 
 def _narrow(tensor: Tensor) -> Tensor:
-    """float64 as float32, the type that everything is computed in."""
+    """Return a float64 tensor as float32, the type of all computation, and any other as it is."""
     return tensor.float() if tensor.dtype == torch.float64 else tensor
 
 
@@ -208,7 +211,7 @@ def _require_folder(folder: Path) -> None:
 
 
 def _find_weights(folder: Path) -> list[Path]:
-    """The file of each set of weights. A single file that the index names is a shard, not another set."""
+    """Return the file of each set of weights. A single file that the index names is a shard, not another set."""
     found = [path for name in (INDEX, SINGLE, PICKLE) if (path := folder / name).is_file()]
     if len(found) > 1 and found[0].name == INDEX:
         shards = set(read_places(found[0]).values())
@@ -235,7 +238,7 @@ def _find_in_shards(index: Path) -> dict[str, Maker]:
 
 
 def _find_tensors(path: Path) -> dict[str, Maker]:
-    """How each tensor of a safetensors file is read. Opening it checks its table against its size."""
+    """Return a function for each tensor of a safetensors file that reads it. Opening the file checks its table and its size."""
     if not is_safetensors(path):
         raise ExportError(f"{path} cannot be read: it is damaged, or not a safetensors file", hint=DAMAGED)
     with _opened(path) as file:
@@ -243,7 +246,7 @@ def _find_tensors(path: Path) -> dict[str, Maker]:
 
 
 def _reading(path: Path, name: str) -> Maker:
-    # Opened anew for each tensor: the pages that were read count as this process's memory until the file is closed.
+    # The file is opened for each tensor: its pages count as this process's memory until it is closed.
     def read() -> Tensor:
         with _opened(path) as file:
             return _narrow(file.get_tensor(name))

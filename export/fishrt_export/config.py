@@ -18,7 +18,7 @@ FLAT = "dual_ar"
 EITHER = "fish_speech"
 """mlx-audio writes this kind for both forms."""
 
-# Where a key is absent. The fast AR's keys have no entry: absent or null, they take the slow AR's value.
+# The value of each absent key. The fast AR's keys have no entry: absent or null, they take the slow AR's value.
 _DEFAULTS: dict[str, Any] = {
     "vocab_size": 32000,
     "n_layer": 32,
@@ -41,8 +41,8 @@ _DEFAULTS: dict[str, Any] = {
     "share_codebook_embeddings": True,
     "norm_fastlayer_input": False,
 }
-# The values of fields for families that do not heed them.
-_UNHEEDED: dict[str, Any] = {
+# The values of fields that a family does not honour.
+_NOT_HONOURED: dict[str, Any] = {
     "head_dim": None,
     "scale_codebook_embeddings": False,
     "share_codebook_embeddings": True,
@@ -111,20 +111,20 @@ class ModelConfig:
     tied_head: bool
     """The slow AR's head is its token embedding."""
     scale_codebook_embeddings: bool
-    """Audio positions are divided by √(codebooks + 1)."""
+    """The embeddings of audio positions are divided by √(codebooks + 1)."""
     codebook_offsets: bool
-    """Each codebook has its own rows of the embedding table. If not, all look into the first codebook's."""
+    """Each codebook has its own rows of the embedding table; if not, all share the rows of the first."""
     norm_fast_input: bool
-    """The fast AR takes the slow AR's output after its last norm, not before."""
+    """The fast AR takes the slow AR's output after the last norm, not before it."""
 
     @property
     def projects(self) -> bool:
-        """Whether the slow AR's output is projected to another width for the fast AR."""
+        """Return whether the slow AR's output is projected to another width for the fast AR."""
         return self.slow.dim != self.fast.dim
 
 
 def is_nested(raw: Raw) -> bool:
-    """Whether `config.json` has S2-Pro's nested form. Raises ExportError for a model of another kind."""
+    """Return whether `config.json` has S2-Pro's nested form. Raises ExportError for a model of another kind."""
     kind = raw.get("model_type")
     if kind not in (NESTED, FLAT, EITHER):
         raise ExportError(
@@ -135,7 +135,7 @@ def is_nested(raw: Raw) -> bool:
 
 
 def flatten(raw: Raw) -> dict[str, Any]:
-    """The flat field names for either form. Keys that mean nothing here are dropped."""
+    """Return the fields under their flat names, for either form. Of the nested form, fields without a flat name are dropped."""
     if not is_nested(raw):
         return dict(raw)
     text, decoder = (_section(raw, name) for name in ("text_config", "audio_decoder_config"))
@@ -147,15 +147,15 @@ def flatten(raw: Raw) -> dict[str, Any]:
 
 
 def read_config(raw: Raw, family: Family) -> ModelConfig:
-    """Fields that the family does not heed are passed over, as upstream does.
+    """Read the sizes and switches, without the fields that the family does not honour upstream.
 
     Raises ExportError for a field of the wrong type or a contradiction between fields.
     """
-    flat = flatten(raw) | {name: value for name, value in _UNHEEDED.items() if name not in family.heeds}
+    flat = flatten(raw) | {name: value for name, value in _NOT_HONOURED.items() if name not in family.honours}
     read = Fields({**_DEFAULTS, **flat}, CONFIG)
     slow = _stack(read, "")
     fast_values = _fast_values(flat, slow)
-    if "head_dim" not in family.heeds:
+    if "head_dim" not in family.honours:
         fast_values["head_dim"] = None
     fast = _stack(Fields(fast_values, CONFIG), "fast_")
     return ModelConfig(
@@ -180,7 +180,7 @@ def _section(raw: Raw, name: str) -> Raw:
 
 
 def _fast_values(flat: Raw, slow: StackConfig) -> dict[str, Any]:
-    """The fast AR's fields under the slow AR's names: its own, or the slow AR's where they are absent or null."""
+    """Return the fast AR's fields under the slow AR's names. Absent and null fields take the slow AR's values."""
     values = {
         "dim": slow.dim,
         "n_head": slow.heads,

@@ -1,5 +1,6 @@
-"""The content of a checkpoint's files, whatever their names say: text with or without a byte order mark, and files that
-are something else: git-lfs pointers, web pages, messages of a server, weights of other programs.
+"""The content of a checkpoint's files: text with or without a byte order mark, and files whose content belies their name.
+
+The latter are git-lfs pointers, web pages, messages of a server and weights of other programs.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def read_text(path: Path) -> str:
 
 
 def is_safetensors(path: Path) -> bool:
-    """Whether a file of weights is in safetensors' format; else it is torch's. Raises ExportError for a file of neither kind."""
+    """Return whether a file of weights is in the safetensors format; if not, it is torch's. Raises ExportError for others."""
     with reading(path), path.open("rb") as file:
         start = file.read(_START)
     _refuse_stand_ins(path, start)
@@ -52,7 +53,7 @@ def is_safetensors(path: Path) -> bool:
         raise ExportError(f"{path} is a GGUF file, which is not supported", hint="export the checkpoint that it was made from")
     if line := _first_line(start):
         raise ExportError(f"{path} cannot be read: it is text, not weights: {line[:80]!r}", hint=DAMAGED)
-    return start[8:9] == b"{"  # behind the length of the header, which is JSON
+    return start[8:9] == b"{"  # the JSON header follows its own length, 8 bytes
 
 
 @contextmanager
@@ -67,7 +68,7 @@ def reading(path: Path) -> Iterator[None]:
 
 
 def _refuse_stand_ins(path: Path, start: bytes) -> None:
-    """Raises ExportError if a download or a clone left something else instead of the file."""
+    """Check that a download or a clone left the file itself. Raises ExportError for an empty file, a pointer or a web page."""
     if not start:
         raise ExportError(f"{path} cannot be read: it is empty", hint=DAMAGED)
     if start.startswith(_POINTERS):
@@ -82,7 +83,7 @@ def _refuse_stand_ins(path: Path, start: bytes) -> None:
 
 
 def _first_line(start: bytes) -> str | None:
-    """The first line of text; None for binary content, as weights are."""
+    """Return the first line of text, or None for binary content, such as weights."""
     try:
         text = start.decode("utf-8-sig")
     except UnicodeDecodeError:

@@ -1,6 +1,6 @@
-"""What differs between releases and is in no file of theirs: how they are prompted and sampled. One entry for each family.
+"""Facts about each family that no checkpoint file states, above all its prompts and its sampling.
 
-A checkpoint folder may hold a `fishrt.json` of ours with defaults of its own.
+A checkpoint folder may hold fishrt's own file `fishrt.json`, with defaults that replace the family's.
 """
 
 from __future__ import annotations
@@ -28,31 +28,30 @@ from .files import DEFAULTS
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """Releases that share prompts and sampling. The values go into the manifest as they are, from `main_tokens` on."""
+    """Releases that share prompts and sampling. Fields from `main_tokens` on go into the manifest as they are."""
 
     name: str
     title: str
     licence: str
-    """Of the published weights, as the publisher's model card states it."""
+    """Licence of the published weights, as the publisher's model card states it."""
     repository: str
-    """Where on Hugging Face the official checkpoint is published."""
+    """Hugging Face repository of the official checkpoint."""
     files: str
-    """What an export needs of it."""
+    """Files of the repository that an export needs."""
     codec: str
     """Kind of the codec; see CodecSource.kind."""
-    heeds: tuple[str, ...]
-    """Which of the fields of config.json count that some releases read, but pass over. A head_dim that is passed over is
-    dim // n_head."""
+    honours: tuple[str, ...]
+    """Fields of config.json that this family honours and another ignores. If head_dim is not among them, it is dim // n_head."""
     control_tokens: tuple[str, ...]
-    """What follows the ranks of a `tokenizer.tiktoken`, in the order of ids. Empty where the tokenizer is a `tokenizer.json`."""
+    """Tokens that follow the ranks of a `tokenizer.tiktoken`, in the order of ids. Empty for a `tokenizer.json`."""
     lists_control_tokens: bool
-    """Whether a `special_tokens.json` counts in place of `control_tokens`."""
+    """Whether a `special_tokens.json` replaces `control_tokens`."""
     main_tokens: str
-    """With the full head; with the audio head, no other tokens can be drawn anyway."""
+    """Tokens that can be drawn with the full head; the audio head always has "audio"."""
     code_zero: str
     code_offset: int
     fast_candidates: int | None
-    """None: as many as there are."""
+    """None: all."""
     zero_codes_off_audio: bool
     prompt_dialect: str
     cleaning: TextCleaning | None
@@ -67,7 +66,7 @@ class Family:
 
     @property
     def one_semantic(self) -> bool:
-        """Whether one token, `<|semantic|>`, stands for every frame."""
+        """Return whether one token, `<|semantic|>`, stands for every frame."""
         return self.code_zero == "fast"
 
 
@@ -95,7 +94,7 @@ S2 = Family(
     repository="fishaudio/s2-pro",
     files="config.json, model.safetensors.index.json and the shards it names, tokenizer.json, codec.pth",
     codec="dac",
-    heeds=("head_dim", "scale_codebook_embeddings", "norm_fastlayer_input"),
+    honours=("head_dim", "scale_codebook_embeddings", "norm_fastlayer_input"),
     control_tokens=(),
     lists_control_tokens=False,
     main_tokens="audio",
@@ -126,7 +125,7 @@ S1 = replace(
     licence="CC-BY-NC-SA-4.0",
     repository="fishaudio/openaudio-s1-mini",
     files="config.json, model.pth, tokenizer.tiktoken, special_tokens.json, codec.pth",
-    heeds=("head_dim", "scale_codebook_embeddings"),
+    honours=("head_dim", "scale_codebook_embeddings"),
     control_tokens=(
         *_named("begin_of_text end_of_text pad im_start im_end phoneme_start phoneme_end tool_call_start tool_call_end"),
         *_named("text voice interleave audio_start audio_end audio"),
@@ -147,7 +146,7 @@ FISH_1_5 = replace(
     repository="fishaudio/fish-speech-1.5",
     files="config.json, model.pth, tokenizer.tiktoken, firefly-gan-vq-fsq-8x1024-21hz-generator.pth",
     codec="firefly",
-    heeds=("share_codebook_embeddings",),
+    honours=("share_codebook_embeddings",),
     control_tokens=(
         *_named("begin_of_text end_of_text pad im_start im_end placeholder:0 placeholder:1 placeholder:2 placeholder:3"),
         *_named("text voice interleave"),
@@ -171,7 +170,7 @@ FISH_1_4 = replace(
     title="Fish Speech 1.4",
     repository="fishaudio/fish-speech-1.4",
     files="config.json, model.pth, tokenizer.json, firefly-gan-vq-fsq-8x1024-21hz-generator.pth",
-    heeds=(),
+    honours=(),
     control_tokens=(),
     code_zero="fast",
     code_offset=1,
@@ -207,7 +206,7 @@ FISH_1_2 = replace(
             **dict.fromkeys("。\n", "."),
             "！": "!",
             "？": "?",
-            "...": "…",  # which is then dropped
+            "...": "…",  # outside `keep`, so it is dropped next
             **dict.fromkeys("“”‘’（）()《》【】[]「」", "'"),
             **dict.fromkeys("—～~・", "-"),
         },
@@ -227,17 +226,17 @@ FAMILIES = {family.name: family for family in (S2, S1, FISH_1_5, FISH_1_4, FISH_
 
 @dataclass(frozen=True, slots=True)
 class Defaults:
-    """What `fishrt.json` says; see the manifest's entries of these names."""
+    """The content of `fishrt.json`; see the manifest's entries of these names."""
 
     chunk_bytes: int
     sampling: SamplingDefaults
     voice_seconds: tuple[float, ...] = VOICE_SECONDS
     reads: Reads | None = None
-    """None: as the family."""
+    """None: those of the family."""
 
 
 def with_defaults(family: Family, checkpoint: Path) -> Family:
-    """The family with the checkpoint's own defaults, if it has a `fishrt.json`. Raises ExportError for one that is not valid."""
+    """Return the family with the defaults of the checkpoint's `fishrt.json`, if there is one. Raises ExportError if not valid."""
     path = checkpoint / DEFAULTS
     if not path.exists():
         return family
@@ -252,7 +251,7 @@ def with_defaults(family: Family, checkpoint: Path) -> Family:
 
 
 def _check_defaults(own: Defaults) -> None:
-    """Raises ValueError for a number outside its range."""
+    """Check that all numbers are in their ranges. Raises ValueError."""
     s = own.sampling
     penalty, again = s.repetition_penalty, s.repetition_aware
     faults = [*sampling_faults(s.temperature, s.top_p, s.top_k, penalty and penalty.penalty)]

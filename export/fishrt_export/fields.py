@@ -10,62 +10,62 @@ from typing import Any
 from .errors import ExportError
 
 MOST = 2**24
-"""No size of any model is larger; one that is would be an error of another kind later, or fill the memory."""
+"""Upper bound of every size: no model reaches it, and a larger size would fill the memory or fail later without its name."""
 
 
 @dataclass(frozen=True, slots=True)
 class Fields:
-    """One object of a config. Every method raises ExportError for an absent field or a wrong value."""
+    """One object of a config. Every method that reads a field raises ExportError if it is absent or has a wrong value."""
 
     values: Mapping[str, Any]
     source: str
-    """Name of the file."""
+    """File name of the config."""
     prefix: str = ""
-    """Names of the objects around this one, each with a dot behind it."""
+    """Names of the enclosing objects, each followed by a dot."""
 
     def raw(self, name: str) -> Any:
-        """The value as it is."""
+        """Return the value as it is."""
         if name not in self.values:
             raise ExportError(f"{self.source} lacks {self.prefix}{name}", hint="the config must be the one of this checkpoint")
         return self.values[name]
 
     def count(self, name: str) -> int:
-        """A positive whole number, of a size that memory can hold."""
+        """Return a whole number, 1 to MOST."""
         value = self.raw(name)
         if not _is_whole(value) or not 1 <= value <= MOST:
             raise self.error(name, f"a positive whole number up to {MOST:,}")
         return int(value)
 
     def number(self, name: str) -> float:
-        """A positive number."""
+        """Return a positive finite number."""
         value = self.raw(name)
         if not (_is_whole(value) or isinstance(value, float)) or not 0 < value <= sys.float_info.max:
             raise self.error(name, "a positive number")
         return float(value)
 
     def flag(self, name: str) -> bool:
-        """True or false."""
+        """Return true or false."""
         value = self.raw(name)
         if not isinstance(value, bool):
             raise self.error(name, "true or false")
         return value
 
     def counts(self, name: str, *, least: int = 1) -> tuple[int, ...]:
-        """A list of one or more whole numbers, none below `least`."""
+        """Return a list of one or more whole numbers, each at least `least`."""
         value = self.raw(name)
         if not isinstance(value, list | tuple) or not value or not all(_is_whole(item) and item >= least for item in value):
             raise self.error(name, f"a list of whole numbers of at least {least}")
         return tuple(value)
 
     def section(self, name: str) -> Fields:
-        """An object."""
+        """Return the fields of an object within this one."""
         value = self.raw(name)
         if not isinstance(value, Mapping):
             raise self.error(name, "an object")
         return Fields(value, self.source, f"{self.prefix}{name}.")
 
     def only(self, known: Iterable[str]) -> None:
-        """Refuses all other fields."""
+        """Check that there are no other fields. Raises ExportError."""
         if unknown := sorted(self.values.keys() - set(known)):
             names = ", ".join(f"{self.prefix}{name}" for name in unknown)
             raise ExportError(
@@ -74,7 +74,7 @@ class Fields:
             )
 
     def error(self, name: str, expected: str) -> ExportError:
-        """For a field that is there, but is not as expected."""
+        """Return the error for a field whose value is not the expected one."""
         return ExportError(f"{self.source}: {self.prefix}{name} is {self.values[name]!r}; expected {expected}")
 
 

@@ -21,17 +21,17 @@ FIREFLY = "firefly-gan-vq-fsq-*-generator.pth"
 CODEC_CONFIG = "codec_config.json"
 REFERENCES = "references"
 DEFAULTS = "fishrt.json"
-"""A file of ours that a checkpoint folder may hold: defaults of this checkpoint instead of its family's."""
+"""fishrt's own file, optional in a checkpoint folder: defaults of this checkpoint that replace its family's."""
 
 _SMALL = (TOKENIZER, TIKTOKEN, SPECIAL_TOKENS, CODEC_CONFIG, DEFAULTS)
 _TERMS = ("license", "licence", "notice", "readme")
 
 
 def choose_checkpoint(names: Sequence[str], read: Callable[[str], Path]) -> list[str]:
-    """The files of a repository that an export needs, config.json last: a folder without it is no checkpoint yet.
+    """Return the files of a repository that an export needs, config.json last: a folder without it is no checkpoint yet.
 
-    Of several sets of weights the first is taken: shards, one safetensors file, model.pth. `read` fetches the shards' index.
-    Raises ExportError for a repository that lacks a part.
+    Of several sets of weights the first counts, in this order: shards, one safetensors file, model.pth. `read` fetches the
+    index of the shards. Raises ExportError for a repository that lacks a part.
     """
     weights = next((name for name in (INDEX, SINGLE, PICKLE) if name in names), None)
     codecs = [name for name in names if name == CODEC or fnmatchcase(name, FIREFLY)]
@@ -53,24 +53,24 @@ def choose_checkpoint(names: Sequence[str], read: Callable[[str], Path]) -> list
 
 
 def left_out(names: Sequence[str]) -> list[str]:
-    """Other sets of weights that `choose_checkpoint` does not take."""
+    """Return the sets of weights that `choose_checkpoint` leaves out."""
     return [name for name in (INDEX, SINGLE, PICKLE) if name in names][1:]
 
 
 def tells_terms(name: str) -> bool:
-    """Whether a file at the top of a checkpoint may say under which terms its weights are."""
+    """Return whether a file at the top of a checkpoint may state the licence of its weights."""
     return name.lower().startswith(_TERMS) and "/" not in name
 
 
 def checkpoint_name(folder: Path) -> str:
-    """The name of a checkpoint folder; that of the repository where it lies in the cache of the Hugging Face Hub."""
+    """Return the name of a checkpoint folder, or of its repository if the folder is in the cache of the Hugging Face Hub."""
     folder = folder.absolute()
     storage = folder.parent.parent.name if folder.parent.name == "snapshots" else ""
     return storage.split("--")[-1] if storage.startswith("models--") else folder.resolve().name
 
 
 def read_places(index: Path) -> dict[str, str]:
-    """Return tensor → file name of its shard, from an index of shards. Raises ExportError."""
+    """Return the file name of each tensor's shard, from an index of shards. Raises ExportError."""
     places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
         raise ExportError(f"{index} has no usable weight_map", hint=DAMAGED)

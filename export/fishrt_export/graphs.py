@@ -27,7 +27,7 @@ from .lora import Lora, merge
 from .quantised import dequantise
 from .slow_ar import SlowAR, slow_ar_spec
 from .tokenizer import read_tokenizer, read_vocabulary
-from .weights import expected_shapes, find_problems, flat_names, hollow, load, refuse
+from .weights import expected_shapes, find_problems, flat_names, load, on_meta, raise_if_any
 
 HEADS = ("audio", "full")
 LANGUAGE_MODEL_TOLERANCE = 5e-4
@@ -97,7 +97,7 @@ class LanguageModelSource:
             GraphJob(
                 role="slow_ar",
                 spec=slow_ar_spec(self.config, head_size),
-                build=lambda: hollow(self._slow_module(head)),
+                build=lambda: on_meta(self._slow_module(head)),
                 weights=slow,
                 cases=slow_ar_cases(self.config, self.ids),
                 tolerance=LANGUAGE_MODEL_TOLERANCE,
@@ -105,7 +105,7 @@ class LanguageModelSource:
             GraphJob(
                 role="fast_ar",
                 spec=fast_ar_spec(self.config),
-                build=lambda: hollow(self._fast_module()),
+                build=lambda: on_meta(self._fast_module()),
                 weights=fast,
                 cases=fast_ar_cases(self.config),
                 tolerance=LANGUAGE_MODEL_TOLERANCE,
@@ -162,7 +162,7 @@ def open_language_model(
     shapes = _shapes(config)
     weights = dequantise(flat_names(read_weights(files.weights), tied_head=config.tied_head), shapes)
     if lora is not None:
-        refuse(find_problems(shapes, weights))  # merging would hide them
+        raise_if_any(find_problems(shapes, weights))  # merging would hide them
         weights = merge(weights, lora)
         # Which languages it was made for, nobody says.
         known = replace(known, reads=replace(known.reads, languages=(), characters=None))

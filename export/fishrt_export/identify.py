@@ -1,7 +1,7 @@
-"""Which family a checkpoint is of, and which of its token ids mean speech.
+"""The family of a checkpoint, and the token ids of its speech.
 
-A family is known by its tokenizer, its codec and the form of its config, never by names of folders. All three are compared with
-every family, so that files of different releases in one folder are found out before anything else is done with them.
+A family is recognised by its tokenizer, its codec and the form of its config, never by the name of a folder. All three are
+compared with every family, so that a mixture of releases in one folder is found first.
 """
 
 from __future__ import annotations
@@ -51,11 +51,11 @@ class Evidence:
     """Evidence of the family of a checkpoint folder."""
 
     config: Mapping[str, Any]
-    """config.json as it is."""
+    """The content of config.json."""
     vocabulary: Mapping[str, int] | None
-    """Of a tokenizer.json; None for a tokenizer.tiktoken, which has no control tokens of its own."""
+    """Token → id of a tokenizer.json; None for a tokenizer.tiktoken, which has no control tokens of its own."""
     codec: str | None
-    """See CodecSource.kind. None: not known."""
+    """See CodecSource.kind. None: unknown."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,14 +63,14 @@ class AudioIds:
     """Token ids by role."""
 
     semantic: range
-    """The token of semantic code i is semantic[i]; one token only where it stands for every frame."""
+    """The token of semantic code i is semantic[i]. A family with one semantic token has a range of one."""
     end: int
 
 
 def identify(evidence: Evidence, name: str | None = None) -> Family:
-    """The one family that fits, or that of this `name`, which need fit only in its codec and its semantic tokens.
+    """Return the one family that fits, or the family `name` if its codec and its semantic tokens fit.
 
-    Raises ExportError for an unknown name, and if no family fits or several do.
+    Raises ExportError for an unknown name, and unless exactly one family fits.
     """
     if name is not None:
         return _named(evidence, name)
@@ -93,7 +93,7 @@ def _named(evidence: Evidence, name: str) -> Family:
 
 
 def _contradictions(family: Family, evidence: Evidence) -> Iterator[str]:
-    """Yield each feature of the family without which a checkpoint cannot be of the family, and which this one lacks."""
+    """Yield each feature that every checkpoint of the family has and this one lacks."""
     if evidence.codec not in (None, family.codec):
         yield f"a codec of the kind {family.codec!r}, not {evidence.codec!r}"
     if (vocabulary := evidence.vocabulary) is None:
@@ -127,15 +127,15 @@ def _oddities(family: Family, evidence: Evidence) -> Iterator[str]:
 
 
 def _lacking_control_tokens(family: Family, vocabulary: Mapping[str, int]) -> list[str]:
-    """Control tokens that a converted tokenizer of the family would have, but for the semantic ones."""
+    """Return the control tokens of the family, except the semantic ones, that the vocabulary lacks."""
     return [name for name in family.control_tokens if name not in vocabulary and not name.startswith("<|semantic:")]
 
 
 def find_ids(config: Mapping[str, Any], vocabulary: Mapping[str, int], vocab_size: int, family: Family) -> AudioIds:
-    """Ids from the tokenizer; those of the config serve only where the tokenizer names no semantic token.
+    """Return the ids that the tokenizer has, or those of the config if the tokenizer has no semantic token.
 
-    Logs a warning if many token embeddings have no token: they may be padding, or those of another tokenizer. Raises ExportError
-    for a tokenizer without the ids, or with an id that has no embedding.
+    Logs a warning if many token embeddings have no token: they are padding, or the tokenizer is another model's. Raises
+    ExportError for a tokenizer without the ids, or with an id that has no embedding.
     """
     semantic = _one_id(vocabulary) if family.one_semantic else _many_ids(config, vocabulary)
     if END not in vocabulary:
@@ -172,5 +172,5 @@ def _many_ids(config: Mapping[str, Any], vocabulary: Mapping[str, int]) -> range
     flat = flatten(config)
     begin, end = flat.get("semantic_begin_id"), flat.get("semantic_end_id")
     if not isinstance(begin, int) or not isinstance(end, int) or not 0 < begin <= end:
-        raise ExportError("neither the tokenizer nor config.json tells the ids of the semantic tokens")
+        raise ExportError("neither the tokenizer nor config.json has the ids of the semantic tokens")
     return range(begin, end + 1)

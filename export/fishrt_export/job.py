@@ -1,4 +1,4 @@
-"""One graph of a bundle: what is traced, how its weights are stored, and what it is verified with."""
+"""The export of one graph: its module, the storage of its weights, and the cases that verify it."""
 
 from __future__ import annotations
 
@@ -20,55 +20,56 @@ from .transformer import Stack
 from .verify import Case, Margins, verify
 from .weights import load
 
-Tell = Callable[[str, float], None]
-"""Told what is being done, and the part of the job that is done, 0..1."""
+Progress = Callable[[str, float], None]
+"""Callback that receives the name of the stage and the completed part of the job, 0..1."""
 
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """What is known of a graph when it is there."""
+    """Measurements of a written and verified graph."""
 
     parity: Parity
     memory: int
     """Bytes of its weights in memory; see store.store."""
     errors: Mapping[str, float]
-    """Of each quantised layer; see Held.errors."""
+    """Relative error of each quantised layer; see Held.errors."""
 
 
 @dataclass(frozen=True, slots=True)
 class GraphJob:
-    """One graph to be made."""
+    """One graph to write and verify."""
 
     role: str
     spec: GraphSpec
     build: Callable[[], nn.Module]
-    """Makes the torch module, in float32. What its weights hold does not matter."""
+    """Makes the torch module, in float32, with arbitrary values of its weights."""
     weights: Mapping[str, Tensor]
-    """By the module's names, as the checkpoint holds them."""
+    """The checkpoint's tensors under the module's names."""
     cases: list[Case]
     tolerance: float
     dims: Dims = field(default_factory=dict)
     margins: Callable[[nn.Module], Margins] | None = None
-    """By what codes that differ are judged, given the module."""
+    """Makes the margins for codes that differ, from the module with the checkpoint's weights."""
     plan: Mapping[str, Storage] = field(default_factory=dict)
-    """How weights are stored; those without an entry, as they are."""
+    """Storage of weights by name; weights without an entry keep the checkpoint's type."""
 
-    def run(self, folder: Path, tell: Tell = lambda _stage, _done: None) -> Made:
-        """Writes the graph into `folder` and verifies it. Raises ExportError."""
+    def run(self, folder: Path, progress: Progress = lambda _stage, _done: None) -> Made:
+        """Write the graph into `folder` and verify it. Raises ExportError."""
         path = folder / self.spec.file
-        memory = self._write(path, tell)
+        memory = self._write(path, progress)
         held = Held(path, self.weights, self.plan)
-        tell("verifying", 0.5)
-        return Made(self._verify(folder, held, lambda part: tell("verifying", 0.5 + 0.5 * part)), memory, held.errors)
+        progress("verifying", 0.5)
+        return Made(self._verify(folder, held, lambda part: progress("verifying", 0.5 + 0.5 * part)), memory, held.errors)
 
-    def _write(self, path: Path, tell: Tell) -> int:
-        tell("tracing", 0.0)
+    def _write(self, path: Path, progress: Progress) -> int:
+        progress("tracing", 0.0)
         model = trace(self.build(), self.spec, self.dims)
-        return store(model, path, self.weights, self.plan, lambda part: tell("writing", 0.5 * part))
+        return store(model, path, self.weights, self.plan, lambda part: progress("writing", 0.5 * part))
 
     def need(self) -> int:
-        """Bytes of memory that `run` takes at least: the module's float32 weights, or a stretch of them, twice: in torch, and
-        as ONNX Runtime widens and packs them.
+        """Return the least bytes of memory that `run` takes: twice the float32 weights of the module or its largest stretch.
+
+        They are there once in torch and once as ONNX Runtime widens and packs them.
         """
         module = self.build()
         if isinstance(module, Stack):

@@ -1,4 +1,4 @@
-"""Tensors that are read or computed when they are asked for, so that a checkpoint need not fit in memory."""
+"""Tensors that are read or computed when they are looked up, so that a checkpoint need not fit in memory."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Maker = Callable[[], Tensor]
 
 
 class Lazy(Mapping[str, Tensor]):
-    """Named tensors, each made anew whenever it is looked up. Nothing is kept, so take each once, and let go of it."""
+    """Named tensors, each made anew at every lookup. Nothing is cached, so look each up once and drop it after use."""
 
     def __init__(self, makers: Mapping[str, Maker]) -> None:
         self._makers = dict(makers)
@@ -29,7 +29,7 @@ class Lazy(Mapping[str, Tensor]):
 
 
 def makers(tensors: Mapping[str, Tensor]) -> dict[str, Maker]:
-    """What looks each of the tensors up: to leave some out, rename them or compute others, none of which reads any."""
+    """Return a function for each tensor that looks it up. Renaming or dropping the functions reads no tensor."""
     return {name: _looking_up(tensors, name) for name in tensors}
 
 

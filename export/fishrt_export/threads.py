@@ -1,4 +1,4 @@
-"""How many threads torch works with."""
+"""The number of torch's threads."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import torch
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """For work on many small pieces, one after another: on a busy machine, waiting for each other at the end of each takes
-    several threads many times as long.
+    """Run torch on one thread within the block, for work on many small tensors.
+
+    Several threads wait for each other after every tensor. On a busy machine that makes them many times slower than one.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

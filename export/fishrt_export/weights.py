@@ -1,4 +1,4 @@
-"""Tensors under the names of our modules, checked completely before anything else is done with them."""
+"""Tensors under the names of fishrt's modules, all checked before the export begins."""
 
 from __future__ import annotations
 
@@ -25,11 +25,10 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def flat_names(tensors: Mapping[str, Tensor], *, tied_head: bool) -> Mapping[str, Tensor]:
-    """Renames the nested form of S2-Pro (`text_model.…`, `audio_decoder.…`) and joins separate wq, wk, wv.
+    """Return the tensors under flat names, for the nested form of S2-Pro too, with separate wq, wk and wv joined.
 
-    As in the originals, tensors of no part of the model are left out: those that models compute, the head of reward models and
-    the audio input silently, others with a warning; and so is a head where the head is tied to the embedding. Raises ExportError
-    for a LoRA.
+    As in the originals, tensors of no part of the model are left out: computed tables, the head of reward models and the audio
+    input silently, others with a warning. A head that is tied to the embedding is left out too. Raises ExportError for a LoRA.
     """
     if all(".lora_" in name for name in tensors):
         raise ExportError(
@@ -75,7 +74,10 @@ def _joining(parts: Sequence[Maker]) -> Maker:
 
 
 def fuse_weight_norm(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """W = g · v / ‖v‖ over all axes but the first, for both spellings that occur; the result has the dtype of v."""
+    """Return the tensors with weight norm fused, in either spelling: W = g · v / ‖v‖ over all axes except the first.
+
+    W has the dtype of v.
+    """
     fused: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         for magnitude, direction in ((".parametrizations.weight.original0", ".parametrizations.weight.original1"), ("_g", "_v")):
@@ -97,7 +99,7 @@ def _scaled(magnitude: Tensor, direction: Tensor) -> Tensor:
 
 
 def expected_shapes(module: nn.Module, prefix: str = "") -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor that a module takes from a checkpoint."""
+    """Return name and shape of every tensor that a module takes from a checkpoint."""
     return {prefix + name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
 
 
@@ -117,13 +119,13 @@ def find_problems(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, T
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether it holds neither NaN nor infinity, found out in pieces that stay in the processor's cache."""
+    """Return whether the tensor holds neither NaN nor infinity. It is checked in pieces that fit the processor's cache."""
     with one_thread():
         return all(bool(piece.isfinite().all()) for piece in torch.split(tensor.flatten(), _PIECE))
 
 
-def refuse(problems: Sequence[str]) -> None:
-    """Raises one ExportError for all problems, if there are any."""
+def raise_if_any(problems: Sequence[str]) -> None:
+    """Raise one ExportError that lists all problems, if there are any."""
     if problems:
         raise ExportError(
             f"the weights do not fit the config ({len(problems)} problems):\n{listing(problems)}",
@@ -132,7 +134,7 @@ def refuse(problems: Sequence[str]) -> None:
 
 
 def listing(problems: Sequence[str]) -> str:
-    """One line for each problem. Of a long list, the first problems of each kind and the number of the others."""
+    """Return one line for each problem; of a long list, the first problems of each kind and the number of the others."""
     kinds = [problem.partition(":")[0] for problem in problems]
     most = max(_LISTED // max(len(set(kinds)), 1), 1)
     shown = [problem for i, problem in enumerate(problems) if len(problems) <= _LISTED or kinds[:i].count(kinds[i]) < most]
@@ -140,15 +142,15 @@ def listing(problems: Sequence[str]) -> str:
     return "\n".join(f"  {line}" for line in (*shown, *([f"and {left} more"] if left else [])))
 
 
-def hollow(module: M) -> M:
-    """Gives a module made on the meta device weights that take no memory: enough to trace it.
+def on_meta(module: M) -> M:
+    """Give a module that was made on the meta device weights without memory, enough for tracing.
 
-    Each has a number of its own all over, since the exporter makes one of weights that are equal.
+    Each weight is one number of its own, expanded to its shape: the exporter would merge equal weights.
     """
     return load(module, {name: torch.tensor(float(n)).expand(t.shape) for n, (name, t) in enumerate(module.state_dict().items())})
 
 
 def load(module: M, tensors: Mapping[str, Tensor]) -> M:
-    """Gives a module made on the meta device its weights, in float32. The names must match exactly."""
+    """Give a module that was made on the meta device its weights, in float32. The names must match exactly."""
     module.load_state_dict({name: tensor.to(torch.float32) for name, tensor in tensors.items()}, assign=True)
     return module.requires_grad_(False).eval()
