@@ -16,7 +16,9 @@ from fishrt.cli import main
 from fishrt.errors import PromptError
 from fishrt.loudness import Loudness
 from fishrt.prepared import prepared_path
-from fishrt.speech import AudioChunk, PieceInfo, Progress, Speech, SpeechInfo, SpeechStream, Timings, piece_warnings
+from fishrt.speech import AudioChunk, PieceInfo, Progress, Speech, SpeechInfo, Timings
+from fishrt.speech_warnings import piece_warnings
+from fishrt.stream import SpeechStream
 from fishrt.voices import VoiceStore, find_voice, user_folder
 from helpers_text import bundle_folder, voice
 

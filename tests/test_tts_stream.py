@@ -13,7 +13,7 @@ import pytest
 from fakes import FakeEngine, fake_bundle, fake_engines
 from fishrt import TTS
 from fishrt.features import DecodeContext
-from fishrt.speech import growing_chunks
+from fishrt.stream import growing_chunks
 from helpers_text import language_model, manifest
 
 LM = language_model()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,6 +60,15 @@ def check_memory(need: int, what: str, available: int | None = None) -> None:
             f"{what} needs about {need / 1e9:.2f} GB of memory, and {available / 1e9:.2f} GB are free",
             hint="close other programs, raise the memory limit, or take a smaller model or one of less precision",
         )
+
+
+@contextmanager
+def memory_errors() -> Iterator[None]:
+    """Turn a MemoryError inside the block into a FishrtError with a hint."""
+    try:
+        yield
+    except MemoryError as error:
+        raise FishrtError(f"not enough memory: {error}", hint="use shorter text or references, or fewer frames") from None
 
 
 def available_memory(root: Path = Path("/")) -> int | None:

@@ -9,20 +9,17 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import itertools
 import logging
 import secrets
 import threading
 import time
-from collections.abc import Callable, Generator, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
-from numbers import Integral, Real
+from numbers import Integral
 from pathlib import Path
-from typing import ParamSpec, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -32,95 +29,37 @@ from fishrt_engines.providers import resolve_provider
 
 from .audio import Pcm, check_pcm, resample
 from .bundle import Bundle, embedded_bundle
-from .codec import CodecDecoder, CodecEncoder, clamp_codes
+from .codec import CodecDecoder, CodecEncoder
 from .codec_start import read_codec_start
 from .context import ContextStore
-from .errors import ArgumentError, FishrtError, SamplingError, UnfinishedError
-from .generate import DualAR, Generation, StopReason, generate_frames
+from .errors import ArgumentError, FishrtError, UnfinishedError
+from .generate import DualAR
 from .graphs import BundleGraphs
 from .loudness import Loudness, voice_loudness
-from .memory import check_memory, estimate
+from .memory import check_memory, estimate, memory_errors
 from .metrics import rtf
 from .prepared import prepared_path, read_prepared, write_prepared
-from .prompt import Conversation, PromptBuilder
-from .reading import unread
-from .sampling import Ints, Sampling, SeededNoise
-from .speech import (
-    AsyncSpeechStream,
-    AudioChunk,
-    PieceInfo,
-    Progress,
-    Speech,
-    SpeechInfo,
-    SpeechStream,
-    Stopped,
-    Timings,
-    growing_chunks,
-    piece_warnings,
-)
+from .prompt import PromptBuilder
+from .render import Models, render
+from .request import Request, check_arguments, check_type, hints_at_sampling
+from .sampling import Ints, Sampling
+from .speech import AudioChunk, PieceInfo, Progress, Speech, SpeechInfo, Timings
+from .speech_warnings import piece_warnings, text_warnings
+from .stream import AsyncSpeechStream, SpeechStream, growing_chunks
 from .text import check_speakers, speaker_turns
 from .tokenizer import Tokenizer
 from .voices import Voice, VoiceStore, bundle_store, bundle_voices, find_voice, user_folder
 
 log = logging.getLogger(__name__)
-P = ParamSpec("P")
-T = TypeVar("T")
 
 VERIFIED_BYTES = 64_000_000
 """Bundles up to this size are hashed whenever they are loaded: a fraction of a second. That covers the embedded voice. A bundle
 of gigabytes would take longer to hash than to open: `fishrt inspect --verify` is there for it."""
 
-LEAST_VOLUME, MOST_VOLUME = 0.01, 10.0
 _KEPT_LEVELS = 64
 
 VoiceLike = Voice | str
 """A voice, or the name of one: of the user's, else of the bundle's."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Request:
-    pieces: list[str]
-    voices: tuple[str, ...]
-    conversation: Conversation
-    sampling: Sampling
-    seed: int
-    max_frames: int
-    upstream_compat: bool
-    volume: float
-    levelled: Voice | None
-    """The voice whose loudness is brought to TARGET_LUFS."""
-    provider: str
-    warnings: list[str]
-    """What may be wrong with the speech, pieces that ended early aside."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Drawn:
-    """Frames that are to be decoded together."""
-
-    piece: int
-    codes: Ints
-    """int64 [C, frames], as drawn."""
-    stop_reason: StopReason | None
-    """None: the piece goes on."""
-    seconds: float
-    """What drawing them took."""
-
-
-def _says_where_sampling_goes(method: Callable[P, T]) -> Callable[P, T]:
-    """Point at `sampling` where a caller gives one of its fields as an argument of the request."""
-    settings = [field.name for field in fields(Sampling)]
-
-    @functools.wraps(method)
-    def checked(*args: P.args, **kwargs: P.kwargs) -> T:
-        if given := [f"{name}={kwargs[name]!r}" for name in settings if name in kwargs]:
-            raise ArgumentError(
-                f"{method.__name__}() takes no argument {given[0].split('=')[0]}",
-                hint=f"sampling=Sampling({', '.join(given)})",
-            )
-        return method(*args, **kwargs)
-
-    return checked
 
 
 class TTS:
@@ -157,9 +96,9 @@ class TTS:
         Raises BundleError and ProviderError here, ArgumentError for an argument of another type, and FishrtError where the memory
         does not suffice; GraphError from the call that first needs a damaged graph.
         """
-        _check_type("bundle", bundle, (str, Path, Bundle, type(None)), "the path of a bundle's folder")
-        _check_type("provider", provider, str, 'a name such as "cpu"')
-        _check_type("voices", voices, (str, Path, VoiceStore, type(None)), "a folder of voices")
+        check_type("bundle", bundle, (str, Path, Bundle, type(None)), "the path of a bundle's folder")
+        check_type("provider", provider, str, 'a name such as "cpu"')
+        check_type("voices", voices, (str, Path, VoiceStore, type(None)), "a folder of voices")
         if threads is not None and (not isinstance(threads, Integral) or threads < 1):
             raise ArgumentError(f"threads is {threads!r}", hint="it must be a whole number of at least 1, or None")
         if not isinstance(bundle, Bundle):
@@ -208,7 +147,7 @@ class TTS:
         """Of all speech, in Hz."""
         return self.bundle.manifest.codec.sample_rate
 
-    @_says_where_sampling_goes
+    @hints_at_sampling
     def speak(
         self,
         text: str,
@@ -260,7 +199,7 @@ class TTS:
         codes = np.concatenate([c.codes for c in chunks], axis=1)
         return Speech(np.concatenate([c.pcm for c in chunks]), self.sample_rate, codes, info)
 
-    @_says_where_sampling_goes
+    @hints_at_sampling
     def stream(
         self,
         text: str,
@@ -283,7 +222,7 @@ class TTS:
         request = self._request(text, voice, sampling, seed, max_frames, system, volume, upstream_compat)
         return self._stream(request, accepted, progress, growing_chunks)
 
-    @_says_where_sampling_goes
+    @hints_at_sampling
     def astream(
         self,
         text: str,
@@ -319,7 +258,7 @@ class TTS:
         """pcm: float [samples], mono, −1..1, at `rate` Hz → codes int64 [K, frames]. Raises AudioError."""
         check_pcm(pcm, rate)
         codec = self.bundle.manifest.codec
-        with _memory_errors():
+        with memory_errors():
             resampled = resample(pcm.astype(np.float32, copy=False), rate, codec.sample_rate)
             return CodecEncoder(self.engines["codec_encode"], codec).encode(resampled)
 
@@ -328,7 +267,7 @@ class TTS:
 
         With fewer rows than codebooks the sound is coarser. Raises VoiceError for codes that are not this codec's.
         """
-        with _memory_errors():
+        with memory_errors():
             return self._decoder().decode(codes, upstream_compat=upstream_compat)
 
     @property
@@ -361,7 +300,7 @@ class TTS:
         """Return the loudness of a voice, codes int64 [k, frames], as the codec speaks it; None for silence."""
         key = codes.tobytes()
         if key not in self._levels:
-            with _memory_errors():
+            with memory_errors():
                 if len(self._levels) >= _KEPT_LEVELS:
                     self._levels.clear()
                 self._levels[key] = voice_loudness(self._decoder(), codes, self.bundle.manifest.codec)
@@ -384,7 +323,7 @@ class TTS:
         """
         head = self._prompts.start(self._voices(voice, ""), None, upstream_compat=False).head
         graph = self.bundle.manifest.identity("slow_ar")
-        with _memory_errors():
+        with memory_errors():
             slow = self.engines["slow_ar"]
             saved = None if folder is None else read_prepared(folder, graph, head, slow.spec)
             if saved is not None:
@@ -416,22 +355,12 @@ class TTS:
         system: str | None,
         volume: float,
         upstream_compat: bool,
-    ) -> _Request:
+    ) -> Request:
         """Everything of a request that can be checked before the graphs run."""
         manifest = self.bundle.manifest
         provider = self.provider
-        _check_type("text", text, str, "a str")
-        _check_type("sampling", sampling, (Sampling, type(None)), "a Sampling, such as Sampling(temperature=0.5)")
-        _check_type("system", system, (str, type(None)), "a str")
-        if seed is not None and (not isinstance(seed, Integral) or seed < 0):
-            raise SamplingError(f"the seed is {seed!r}", hint="it must be a whole number of at least 0")
-        most = manifest.codec.max_frames
-        if max_frames is not None and (not isinstance(max_frames, Integral) or not 1 <= max_frames <= most):
-            raise SamplingError(
-                f"max_frames is {max_frames!r}", hint=f"it must be a whole number from 1 to {most:,}, the codec's limit"
-            )
-        if not isinstance(volume, Real) or not LEAST_VOLUME <= volume <= MOST_VOLUME:
-            raise SamplingError(f"the volume is {volume!r}", hint=f"it must be a factor from {LEAST_VOLUME} to {MOST_VOLUME:g}")
+        codec = manifest.codec
+        check_arguments(text, sampling, seed, max_frames, system, volume, codec)
         pieces = self._prompts.split(text, upstream_compat=upstream_compat)
         voices = self._voices(voice, text)
         if voices and not upstream_compat:
@@ -439,29 +368,19 @@ class TTS:
         conversation = self._prompts.start(voices, system, upstream_compat=upstream_compat)
         for piece in pieces:
             conversation.user(piece)  # raises what would else be raised when it is its turn
-        return _Request(
+        return Request(
             pieces=pieces,
             voices=tuple(v.name for v in voices),
             conversation=conversation,
             sampling=(Sampling() if sampling is None else sampling).resolve(manifest.language_model.sampling),
             seed=secrets.randbits(32) if seed is None else int(seed),
-            max_frames=most if max_frames is None else int(max_frames),
+            max_frames=codec.max_frames if max_frames is None else int(max_frames),
             upstream_compat=upstream_compat,
             volume=float(volume),
             levelled=voices[0] if len(voices) == 1 and not upstream_compat else None,
             provider=provider,
-            warnings=[*self._text_warnings(text, voices)],
+            warnings=[*text_warnings(text, len(voices), manifest)],
         )
-
-    def _text_warnings(self, text: str, voices: Sequence[Voice]) -> Iterator[str]:
-        """Warn of text that the model does not read well, and of voices that nothing in the text asks for."""
-        manifest = self.bundle.manifest
-        reads = manifest.language_model.reads
-        if reads is not None and (found := unread(text, reads)):
-            yield f"{manifest.name} does not read well: {'; '.join(found)}"
-        if len(voices) > 1 and self._prompts.dialect.turns and not speaker_turns(text):
-            count = f"there are {len(voices)} voices"
-            yield f"{count}, but the text has no speaker tags: begin each turn with <|speaker:0|>, <|speaker:1|>, …"
 
     def _voices(self, voice: VoiceLike | Sequence[VoiceLike] | None, text: str) -> list[Voice]:
         built_in = self.bundle.manifest.voices
@@ -471,7 +390,7 @@ class TTS:
         else:
             given = voice if isinstance(voice, Sequence) and not isinstance(voice, str) else [voice]
             for v in given:
-                _check_type("voice", v, (str, Voice), "the name of a voice, a Voice, or a list of them")
+                check_type("voice", v, (str, Voice), "the name of a voice, a Voice, or a list of them")
             voices = [self.voice(v) if isinstance(v, str) else v for v in given]
             if len(voices) == 1 and isinstance(given[0], str):
                 self._take_prepared(given[0], voices[0])
@@ -489,7 +408,7 @@ class TTS:
 
     def _stream(
         self,
-        request: _Request,
+        request: Request,
         accepted: float,
         progress: Callable[[Progress], None] | None,
         sizes: Callable[[int, int], Iterator[int]],
@@ -516,111 +435,13 @@ class TTS:
                 warnings=(*request.warnings, *piece_warnings(pieces, len(request.pieces))),
             )
 
-        return SpeechStream(self._chunks(request, accepted, progress, sizes, stop), describe, stop, request.warnings)
+        chunks = render(request, lambda: self._models(request), sizes, progress, stop, accepted)
+        return SpeechStream(chunks, describe, stop, request.warnings)
 
-    def _chunks(
-        self,
-        request: _Request,
-        accepted: float,
-        progress: Callable[[Progress], None] | None,
-        sizes: Callable[[int, int], Iterator[int]],
-        stop: threading.Event,
-    ) -> Generator[AudioChunk]:
-        """Decodes what `_draw` draws; each piece of text begins with a fresh state of the codec."""
-        codec = self.bundle.manifest.codec
-        begun = time.perf_counter()
-        with _memory_errors():
-            model = DualAR(self.engines["slow_ar"], self.engines["fast_ar"], self.bundle.manifest.language_model)
-            decoder = self._decoder()
-            gain = self._gain(request)
-        load_s, heard, clipped = time.perf_counter() - begun, False, 0
-        stream = decoder.stream(upstream_compat=request.upstream_compat)
-        for drawn in self._draw(request, model, sizes(*decoder.chunk_frames), progress, stop):
-            begun, last = time.perf_counter(), drawn.stop_reason is not None
-            with _memory_errors():
-                codes = clamp_codes(drawn.codes, codec)
-                pcm = stream.push(codes, last=last) if codes.shape[1] else stream.flush()
-                if gain != 1:
-                    pcm = pcm * np.float32(gain)
-                    clipped += int((np.abs(pcm) > 1).sum())
-                    pcm = np.clip(pcm, -1, 1)
-            now = time.perf_counter()
-            first = len(pcm) > 0 and not heard
-            timings = Timings(load_s, drawn.seconds, now - begun, now - accepted if first else None)
-            heard, load_s = heard or first, 0.0
-            yield AudioChunk(
-                pcm, codec.sample_rate, codes, drawn.piece, request.pieces[drawn.piece], drawn.stop_reason, request.seed, timings
-            )
-
-        if clipped:
-            request.warnings.append(f"{clipped:,} samples are clipped: use a smaller volume than {request.volume:g}")
-
-    def _gain(self, request: _Request) -> float:
-        """The factor on all samples of a request."""
-        voice = request.levelled
+    def _models(self, request: Request) -> Models:
+        """Open the graphs that a request needs, and measure its voice if that was not done yet."""
+        voice, manifest = request.levelled, self.bundle.manifest
+        model = DualAR(self.engines["slow_ar"], self.engines["fast_ar"], manifest.language_model)
+        decoder = self._decoder()
         loudness = voice and (voice.loudness or self.loudness(voice.codes))
-        return request.volume * (loudness.gain if loudness else 1.0)
-
-    def _draw(
-        self,
-        request: _Request,
-        model: DualAR,
-        sizes: Iterator[int],
-        progress: Callable[[Progress], None] | None,
-        stop: threading.Event,
-    ) -> Iterator[_Drawn]:
-        """The frames of all pieces, in chunks of `sizes` frames; the last of each piece is shorter, maybe empty.
-
-        Raises Stopped at the first frame after `stop` is set.
-        """
-        rate, lm, noise = self.bundle.manifest.codec.frame_rate, model.language_model, SeededNoise(request.seed)
-        total, begun = itertools.count(1), time.perf_counter()
-        with _memory_errors():
-            context = self._contexts.context(model.slow, request.conversation.head)
-
-        def told(piece: int, generation: Generation) -> Iterator[Ints]:
-            for frame in generation:
-                if stop.is_set():
-                    raise Stopped
-                if progress is not None:
-                    frames = next(total)
-                    progress(Progress(piece, len(request.pieces), frames, frames / rate, time.perf_counter() - begun))
-                yield frame
-
-        for piece, text in enumerate(request.pieces):
-            started = time.perf_counter()
-            with _memory_errors():
-                generation = generate_frames(
-                    model,
-                    request.conversation.user(text),
-                    request.sampling,
-                    noise,
-                    max_frames=request.max_frames,
-                    upstream_compat=request.upstream_compat,
-                    context=context,
-                )
-            frames = told(piece, generation)
-            while generation.stop_reason is None:
-                with _memory_errors():
-                    chunk = list(itertools.islice(frames, next(sizes)))
-                    codes = np.stack(chunk, axis=1) if chunk else np.zeros((lm.num_codebooks, 0), np.int64)
-                    if (reason := generation.stop_reason) is not None:
-                        # The model is reminded of exactly what it drew; the codec and the caller get codes that the codec has.
-                        request.conversation.assistant(generation.drawn)
-                yield _Drawn(piece, codes, reason, time.perf_counter() - started)
-                started = time.perf_counter()
-
-
-def _check_type(name: str, value: object, kinds: type | tuple[type, ...], wanted: str) -> None:
-    """Raise ArgumentError for an argument that is none of `kinds`; `wanted` says it in words."""
-    if not isinstance(value, kinds):
-        found = "None" if value is None else f"of type {type(value).__name__}"
-        raise ArgumentError(f"{name} is {found}; {wanted} is expected")
-
-
-@contextmanager
-def _memory_errors() -> Iterator[None]:
-    try:
-        yield
-    except MemoryError as error:
-        raise FishrtError(f"not enough memory: {error}", hint="use shorter text or references, or fewer frames") from None
+        return Models(model, decoder, manifest.codec, self._contexts, request.volume * (loudness.gain if loudness else 1.0))

@@ -174,7 +174,7 @@ def measure_requests(tts: TTS, request: BenchRequest) -> dict[str, Any]:
 @contextmanager
 def _cut_off() -> Iterator[None]:
     """Keep back the warnings of requests: the limit of frames cuts them off on purpose."""
-    logger = logging.getLogger("fishrt.speech")
+    logger = logging.getLogger("fishrt.stream")
     logger.addFilter(_below_warning)
     try:
         yield

@@ -32,7 +32,8 @@ from .streams import muted
 
 if TYPE_CHECKING:
     from ..audio import Pcm
-    from ..speech import AudioChunk, Progress, SpeechInfo, SpeechStream
+    from ..speech import AudioChunk, Progress, SpeechInfo
+    from ..stream import SpeechStream
     from ..tts import TTS, VoiceLike
 
 
@@ -343,7 +344,7 @@ def _speak_lines(tts: TTS, texts: dict[int, str], target: _Target, request: dict
         path = str(folder / f"{number:04}.{suffix}")
         try:
             check_text(text)
-            with muted("fishrt.speech"):  # what it warns of is in `info`
+            with muted("fishrt.stream"):  # what it warns of is in `info`
                 info = dataclasses.replace(target, output=path, lines=False).speak(tts, text, request)
         except FishrtError as error:
             if type(error) not in (FishrtError, PromptError, UnfinishedError):  # all lines would meet it

@@ -1,0 +1,52 @@
+"""Warnings about a request: text that the model does not read well, voices that are not asked for, pieces that ended early."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from .bundle import Manifest
+from .prompt import DIALECTS
+from .reading import unread
+from .speech import PieceInfo
+from .text import excerpt, speaker_turns
+
+
+def text_warnings(text: str, voices: int, manifest: Manifest) -> Iterator[str]:
+    """Return warnings of text that the model does not read well, and of several voices without speaker tags in the text.
+
+    voices: the number of voices.
+    """
+    lm = manifest.language_model
+    if lm.reads is not None and (found := unread(text, lm.reads)):
+        yield f"{manifest.name} does not read well: {'; '.join(found)}"
+    if voices > 1 and DIALECTS[lm.prompt_dialect].turns and not speaker_turns(text):
+        yield f"there are {voices} voices, but the text has no speaker tags: begin each turn with <|speaker:0|>, <|speaker:1|>, …"
+
+
+def piece_warnings(pieces: Sequence[PieceInfo], of: int) -> list[str]:
+    """Return a warning for each way in which pieces ended early, with the number of pieces and the first of them.
+
+    of: how many pieces of text there are.
+    """
+    ways = {
+        "cut off by the limit of frames (max_frames)": [p.frames > 0 and p.stop_reason == "max_frames" for p in pieces],
+        "cut off at the end of the model's context (max_seq_len)": [
+            p.frames > 0 and p.stop_reason == "max_seq_len" for p in pieces
+        ],
+        "not spoken: the model ended at once": [p.frames == 0 and p.stop_reason == "end" for p in pieces],
+        "not spoken: the limit leaves no frame": [p.frames == 0 and p.stop_reason != "end" for p in pieces],
+    }
+    warnings = []
+    for way, concerned in ways.items():
+        if count := sum(concerned):
+            first = concerned.index(True)
+            who = (
+                f"{count:,} of {of:,} pieces were"
+                if count > 1
+                else f"piece {first + 1:,} of {of:,} was"
+                if of > 1
+                else "the text was"
+            )
+            which = f"; the first is piece {first + 1:,}" if count > 1 else ""
+            warnings.append(f'{who} {way}{which}: "{excerpt(pieces[first].text)}"')
+    return warnings
