@@ -1,7 +1,7 @@
-"""Text cleaning, for models that were taught cleaned text: symbols replaced, code points dropped, punctuation shortened.
+"""Text cleaning, for models that were trained on cleaned text: symbols replaced, code points dropped, punctuation shortened.
 
-What is done is data, `TextCleaning`. The rules join two words where a line breaks or a symbol is dropped, and letters that a
-model was not taught vanish. `unwrap` and `spaced` prevent the first, `lost_letters` finds the second.
+The rules are data, `TextCleaning`. They join two words where a line breaks or a symbol is dropped, and they drop letters that the
+model was not trained on. `unwrap` and `spaced` prevent the joining; `lost_letters` finds the dropped letters.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from .text import with_end
 
 
 def clean_text(text: str, rules: TextCleaning) -> str:
-    """The text as a model was taught it; there may be nothing left."""
+    """Return the text as the model was trained on it; it may be empty."""
     text = text.strip()
     if rules.replace:
         symbols = "|".join(map(re.escape, rules.replace))
@@ -27,13 +27,13 @@ def clean_text(text: str, rules: TextCleaning) -> str:
 
 
 def unwrap(text: str) -> str:
-    """The text on one line; a paragraph that another follows ends as a sentence does."""
+    """Return the text on one line, with a full stop between paragraphs."""
     *others, last = (" ".join(paragraph.split()) for paragraph in re.split(r"\n\s*\n", text.strip()))
     return " ".join([*map(with_end, others), last])
 
 
 def spaced(text: str, rules: TextCleaning) -> str:
-    """The text with a space in place of what cleaning would drop from between two words."""
+    """Return the text with a space for each symbol between two words that cleaning would drop."""
     symbols = [symbol for symbol in (*rules.replace, *sorted(set(text))) if symbol.strip() and not clean_text(symbol, rules)]
     if not symbols:
         return text
@@ -41,8 +41,9 @@ def spaced(text: str, rules: TextCleaning) -> str:
 
 
 def lost_letters(text: str, rules: TextCleaning) -> list[str]:
-    """What is read aloud but would be dropped, each once: letters, digits, currency and mathematical signs. Not a symbol
-    that the rules name for dropping.
+    """Return the characters that are read aloud but that cleaning would drop, each once.
+
+    These are letters, digits, currency and mathematical signs, except those that the rules replace by nothing.
     """
     spoken = (char for char in dict.fromkeys(text) if unicodedata.category(char) in ("Sc", "Sm") or char.isalnum())
     return [char for char in spoken if rules.replace.get(char) != "" and not clean_text(char, rules)]

@@ -1,4 +1,4 @@
-"""Waveform ↔ codes through the two codec graphs, with every length and value checked at the door.
+"""Waveform ↔ codes through the two codec graphs, after checks of every length and value.
 
 Codes are int64 [K, frames], row 0 the semantic codebook, values 0-based within each codebook. Waveforms are float32 [samples],
 mono, −1..1, at the codec's sample rate.
@@ -20,9 +20,9 @@ from .features import Codec
 Ints = npt.NDArray[np.int64]
 Pcm = npt.NDArray[np.float32]
 _ABSENT = -1
-"""Fed to the decode graph for a codebook that contributes nothing."""
+"""Input of the decode graph for a codebook that contributes nothing."""
 _LEAST_FRAMES, _MOST_FRAMES = 4, 16
-"""Of one call that decodes. With fewer, the weights are read too often; more take memory for what layers hand on."""
+"""Frames of one decode call. With fewer, the weights are read too often; with more, the activations take too much memory."""
 
 
 class CodecEncoder:
@@ -33,9 +33,10 @@ class CodecEncoder:
         self._codec = codec
 
     def encode(self, pcm: Pcm) -> Ints:
-        """pcm: float32 [samples] at the codec's rate → int64 [K, frames].
+        """Encode pcm float32 [samples] at the codec's rate to codes int64 [K, frames].
 
-        Silence fills it up to what the codec takes. Raises AudioError for samples that are not numbers, too few, or too many.
+        Silence pads it to a multiple of `sample_multiple`. Raises AudioError for samples that are not numbers, too few or too
+        many.
         """
         codec = self._codec
         if pcm.ndim != 1 or pcm.dtype != np.float32:
@@ -61,21 +62,21 @@ class CodecEncoder:
 class CodecStream(Protocol):
     """Codes → waveform while the codes come.
 
-    What `push` and `flush` give, put together, is what `CodecDecoder.decode` gives for all codes at once, but for rounding.
+    The results of `push` and `flush`, concatenated, equal `CodecDecoder.decode` of all codes at once, except for rounding.
     """
 
     def push(self, codes: npt.NDArray[np.integer], *, last: bool = False) -> Pcm:
-        """codes as `check_codes` takes them, the next frames → pcm float32 [frames that are ready · hop], maybe none.
+        """Decode the next frames, codes as `check_codes` takes them, to pcm float32 [finished frames · hop]; may be empty.
 
         last: no more codes come, as if a `flush` followed.
 
-        Raises VoiceError as `check_codes` does, and for more frames in all than the codec takes; the stream is then as before.
-        Raises GraphError if the graph gives no numbers.
+        Raises VoiceError as `check_codes` does, and for more frames in all than the codec takes; the stream is then unchanged.
+        Raises GraphError for samples that are not numbers.
         """
         ...
 
     def flush(self) -> Pcm:
-        """The rest, pcm float32 [frames held back · hop]: no more codes come. The stream can then begin anew."""
+        """Return the sound of the frames that were held back, pcm float32 [frames · hop]. The stream then begins anew."""
         ...
 
 
@@ -83,9 +84,9 @@ class CodecDecoder:
     """Codes → waveform."""
 
     def __init__(self, engine: Engine, codec: Codec, start: Mapping[str, Array] | None = None) -> None:
-        """Raises GraphError for a graph that cannot decode piece by piece.
+        """Wrap the graph codec_decode. Raises GraphError for a graph that cannot decode piece by piece.
 
-        start: state tensors in which streams begin, by input name, as `read_codec_start` gives them; all others begin as zeros.
+        start: initial values of state tensors, by input name, as `read_codec_start` returns them; all others begin as zeros.
         """
         if not engine.spec.states and codec.context is None:
             raise GraphError(
@@ -98,7 +99,7 @@ class CodecDecoder:
 
     @property
     def chunk_frames(self) -> tuple[int, int]:
-        """Least and most frames for one push to a stream: with fewer a frame costs far more time, with more no less."""
+        """Least and most frames for one push to a stream: fewer cost far more time per frame; more save none."""
         return chunk_frames(self._engine.spec, self._codec)
 
     def stream(self, *, upstream_compat: bool = False) -> CodecStream:
@@ -108,18 +109,18 @@ class CodecDecoder:
         return StatefulStream(self._engine, self._codec, {} if upstream_compat else self._start)
 
     def decode(self, codes: npt.NDArray[np.integer], *, upstream_compat: bool = False) -> Pcm:
-        """codes as `check_codes` takes them → pcm float32 [frames · hop].
+        """Decode codes, as `check_codes` takes them, to pcm float32 [frames · hop].
 
-        Fewer rows than the codec has codebooks are a coarser description of the sound: the missing ones add nothing.
-        upstream_compat: as `check_codes` and `stream` have it.
-        Raises VoiceError as `check_codes` does, GraphError if the graph gives no numbers.
+        Fewer rows than codebooks describe the sound more coarsely: the missing codebooks add nothing.
+        upstream_compat: see `check_codes` and `stream`.
+        Raises VoiceError as `check_codes` does, GraphError for samples that are not numbers.
         """
         checked = check_codes(codes, self._codec, upstream_compat=upstream_compat)
         return self.stream(upstream_compat=upstream_compat).push(checked, last=True)
 
 
 class StatefulStream:
-    """For a graph that carries what earlier frames left. See `CodecStream`; nothing is held back."""
+    """A `CodecStream` of a graph with state; no frames are held back."""
 
     def __init__(self, engine: Engine, codec: Codec, start: Mapping[str, Array] | None = None) -> None:
         """start: see `CodecDecoder`."""
@@ -161,10 +162,9 @@ class StatefulStream:
 
 
 class OverlapStream:
-    """For codecs whose frames depend on a few others only. See `CodecStream`.
+    """A `CodecStream` of a codec without state, whose frames depend on only a few frames around them.
 
-    Every call decodes the frames before those that are due once more, and frames are held back until those ahead of them are
-    there.
+    Every call decodes the frames of the left context again, and a frame is held back until those ahead of it have come.
     """
 
     def __init__(self, engine: Engine, codec: Codec) -> None:
@@ -174,12 +174,12 @@ class OverlapStream:
         self._begin()
 
     def _begin(self) -> None:
-        # The frames that are still needed: first those whose sound was given already, then those that are due.
+        # Frames that are still needed: first those of the left context, whose sound was returned, then those held back.
         self._frames: Ints = np.empty((len(self._codec.codebook_sizes), 0), np.int64)
         self._given = 0
 
     def push(self, codes: npt.NDArray[np.integer], *, last: bool = False) -> Pcm:
-        """See `CodecStream.push`. There is no limit to all frames together."""
+        """See `CodecStream.push`. The number of all frames together has no limit."""
         checked = _with_absent(check_codes(codes, self._codec), self._codec)
         parts, frames = [], checked.shape[1]
         for start in range(0, frames, self._most):
@@ -196,7 +196,7 @@ class OverlapStream:
         return pcm
 
     def _advance(self, more: Ints, held: int) -> Pcm:
-        """Gives the sound of all frames not given yet but for the last `held`, and keeps those that are needed again."""
+        """Return the sound of all new frames except the last `held`, and keep the frames that are needed again."""
         frames = np.concatenate([self._frames, more], axis=1)
         hop, end = self._codec.hop, frames.shape[1] - held
         pcm = np.empty(0, np.float32)
@@ -209,9 +209,9 @@ class OverlapStream:
 
 
 def chunk_frames(spec: GraphSpec, codec: Codec) -> tuple[int, int]:
-    """See `CodecDecoder.chunk_frames`. Overlapping chunks are at least as long as what is decoded again with each.
+    """Return the least and most frames for one call, see `CodecDecoder.chunk_frames`. spec: the decode graph's.
 
-    spec: of the graph that decodes.
+    Overlapping chunks are at least as long as the context that is decoded again with each.
     """
     if spec.states:
         return _LEAST_FRAMES, min(_MOST_FRAMES, codec.max_frames)
@@ -221,7 +221,7 @@ def chunk_frames(spec: GraphSpec, codec: Codec) -> tuple[int, int]:
 
 
 def _pcm(results: Mapping[str, Array]) -> Pcm:
-    """The decode graph's results → pcm float32 [frames · hop], which no later call overwrites."""
+    """Return the decode graph's audio as pcm float32 [frames · hop], a copy that no later call overwrites."""
     pcm: Pcm = results["audio"][0, 0].astype(np.float32)
     if not np.isfinite(pcm).all():
         raise GraphError("the codec gave samples that are not numbers", hint="the bundle is damaged: export it again")
@@ -229,15 +229,15 @@ def _pcm(results: Mapping[str, Array]) -> Pcm:
 
 
 def _with_absent(codes: Ints, codec: Codec) -> Ints:
-    """Codes [k, frames] with rows of _ABSENT for the codebooks that they leave out."""
+    """Return codes [k, frames] with a row of _ABSENT for each missing codebook: [K, frames]."""
     return np.pad(codes, ((0, len(codec.codebook_sizes) - len(codes)), (0, 0)), constant_values=_ABSENT)
 
 
 def check_codes(codes: npt.NDArray[np.integer], codec: Codec, *, upstream_compat: bool = False) -> Ints:
-    """Codes of any integer type, [k, frames] or [1, k, frames] with 1 <= k <= K, as int64 [k, frames].
+    """Return codes of any integer type, [k, frames] or [1, k, frames] with 1 <= k <= K, as int64 [k, frames].
 
-    Raises VoiceError for another shape or type, no frames or too many, and values outside a codebook. `upstream_compat` takes
-    values that are too large for the last entry of their codebook, as upstream does; negative ones are errors there too.
+    upstream_compat: a value above the last entry of its codebook becomes that entry, as in the original.
+    Raises VoiceError for another shape or type, no frames or too many, and values outside a codebook.
     """
     sizes = codec.codebook_sizes
     check_integers(codes, "the codes")
@@ -252,14 +252,14 @@ def check_codes(codes: npt.NDArray[np.integer], codec: Codec, *, upstream_compat
 
 
 def check_integers(codes: npt.NDArray[np.integer], what: str) -> None:
-    """Raises VoiceError for anything but an array of integers; floats would be truncated."""
+    """Check that codes are an array of integers: floats would be truncated. Raises VoiceError otherwise."""
     if not isinstance(codes, np.ndarray) or not np.issubdtype(codes.dtype, np.integer):
         found = codes.dtype if isinstance(codes, np.ndarray) else f"a {type(codes).__name__}"
         raise VoiceError(f"{what}: the codes are {found}; an array of integers is expected")
 
 
 def check_entries(codes: npt.NDArray[np.integer], sizes: Sequence[int], what: str) -> None:
-    """Raises VoiceError naming the first row of `codes` [k, at least 1 frame] with a value outside 0 … its size − 1."""
+    """Check that each row of `codes` [k, at least 1 frame] holds values from 0 to its size − 1. Raises VoiceError otherwise."""
     for row, (values, size) in enumerate(zip(codes, sizes, strict=True)):
         low, high = int(values.min()), int(values.max())
         if low < 0 or high >= size:
@@ -270,9 +270,9 @@ def check_entries(codes: npt.NDArray[np.integer], sizes: Sequence[int], what: st
 
 
 def clamp_codes(codes: Ints, codec: Codec) -> Ints:
-    """Codes int64 [k, frames] with every value above its codebook's last entry replaced by that entry.
+    """Return codes int64 [k, frames] in which the last entry of a codebook replaces every value above it.
 
-    A language model's table may be wider than a codebook, so that it can draw a code that the codec does not have.
+    A language model can draw a code that the codec does not have, since its table may be wider than a codebook.
     """
     last = np.array(codec.codebook_sizes[: len(codes)], np.int64)[:, None] - 1
     return np.minimum(codes, last)

@@ -1,9 +1,8 @@
-"""`codec_start.npz` of a bundle: the state in which a stream of its codec begins, where zeros are not good enough.
+"""`codec_start.npz` of a bundle: the initial state of the codec's streams, for codecs that tick when they begin from zeros.
 
-A causal decoder fills up with zeros before its first frame. Silence leaves other numbers in its layers, so that a decoder begins
-with a tick unless it learned to begin from zeros. minnow did not: its training does not judge the first frames of a crop. Its
-tick peaks at −28 dBFS; from the state that silence leaves, it begins at −64 dBFS. `fishrt export` writes the file where it finds
-a tick.
+The state of a causal decoder is zeros before its first frame. Silence leaves other values, so the decoder begins with a tick
+unless it was trained to begin from zeros. minnow was not: its training loss leaves out the first frames of a crop. Its tick peaks
+at −28 dBFS; from the state after silence, it begins at −64 dBFS. `fishrt export` writes the file if it finds a tick.
 """
 
 from __future__ import annotations
@@ -21,9 +20,9 @@ CODEC_START = "codec_start.npz"
 
 
 def read_codec_start(bundle: Bundle) -> dict[str, Array]:
-    """Return state tensors of codec_decode at the start of a stream, float32, batch of 1, by input name.
+    """Return initial state tensors of codec_decode, float32, batch of 1, by input name; all others begin as zeros.
 
-    Those that it lacks begin as zeros. Empty where the bundle lists no such file. Raises BundleError for one of another codec.
+    Return none if the bundle lists no such file. Raises BundleError for the file of another codec.
     """
     if CODEC_START not in bundle.manifest.files:
         return {}

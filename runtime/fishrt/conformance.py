@@ -1,6 +1,6 @@
-"""What TensorRT would say to a bundle: each graph, lowered as for an engine, is checked against its importer's documented rules.
+"""Checks of a bundle against TensorRT's documented rules: each graph is lowered as for a plan, then checked.
 
-Needs neither TensorRT nor a GPU. See fishrt_engines.trt_rules for what that proves, and what it does not.
+They need neither TensorRT nor a GPU. See fishrt_engines.trt_rules for the limits of such a proof.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from .bundle import Bundle
 from .frame import frame_model, frame_spec
 
 FRAME = "frame"
-"""Beside the roles of the files: the graph that is made of the fast AR."""
+"""The role of the frame graph, which is built from the fast AR and has no file."""
 
 
 def tensorrt_findings(bundle: Bundle) -> dict[str, list[Finding]]:
-    """By role, which rules each graph breaks when it is lowered, or what is worth knowing of it; see trt_rules.Finding.
+    """Return the findings about each lowered graph, by role: broken rules, and notes; see trt_rules.Finding.
 
     The language model's graphs are checked in every precision, the codec's in float32, in which they stay. Raises GraphError for
-    a file that is damaged.
+    a damaged file.
     """
     graphs, lm = bundle.manifest.graphs, bundle.manifest.language_model
     models = {role: bundle.file(spec.file).read_bytes() for role, spec in graphs.items()}
@@ -41,7 +41,7 @@ def tensorrt_findings(bundle: Bundle) -> dict[str, list[Finding]]:
 
 
 def _findings(model: bytes, spec: GraphSpec, folder: Path, precisions: Iterable[str], max_len: int) -> list[Finding]:
-    """Without repetition; errors first. That a graph cannot be lowered is one of them."""
+    """Return the findings about one graph, each once, errors first. A graph that cannot be lowered is an error."""
     parse_model(model, spec.file)
     found: dict[Finding, None] = {}
     for precision in precisions:

@@ -1,12 +1,12 @@
-"""What the slow AR has read: columns, and their keys and values, which need not be computed again.
+"""The slow AR's context: the columns that it has read, with their keys and values, which need not be computed again.
 
     request with a voice   │ system text and voice │ text │ speech …
                            └─ kept for the next ───┘
     next piece of text     │ system text and voice │ text │ speech │ text │ speech …
                            └─ read already ────────────────────────┘
 
-Keys and values of a column depend on it and those before it, and by rounding on how many were read at once. So that a request
-gives the same codes whether its voice was known or not, system text and voice are always read by themselves.
+Keys and values of a column depend on it and the columns before it and, by rounding, on how many were read at once. System text
+and voice are always read by themselves, so that a request gives the same codes whether its voice is cached or not.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ log = logging.getLogger(__name__)
 Ints = npt.NDArray[np.int64]
 
 FIRST_FRAMES = 256
-"""Frames for which the cache has room at first; it doubles when it is full. How much is said is not known before."""
+"""Frames for which the cache has room at first; it doubles when it is full, since the length of the speech is unknown."""
 KEPT_BYTES = 256_000_000
-"""Keys and values that `ContextStore` keeps, at most; the newest stays in any case. A second of a voice takes S1-mini
-5 MB and 1.5 half a megabyte."""
+"""Most bytes of keys and values that `ContextStore` keeps; the newest stays in any case. A second of a voice takes 5 MB with
+S1-mini and 0.5 MB with 1.5."""
 LEAST_ROWS = 512
-"""Of a cache on a device, whose sizes are powers of two: what is captured for one request is good for others of its size."""
+"""Fewest rows of a cache on a CUDA device. Sizes are powers of two there, so that requests share the captured CUDA graphs."""
 _LAST_OF_ONE = np.zeros(1, np.int64)
 _LAST_OF_ONE.flags.writeable = False
 """`last_index` of a step."""
 READ_AGAIN = ("cuda", "tensorrt")
-"""Providers that read a known voice again: faster, by calculation, than hundreds of MB of keys and values through the host."""
+"""Providers that read a known voice again: by calculation, that is faster than a copy of hundreds of MB through the host."""
 
 
 class SlowContext:
@@ -53,18 +53,18 @@ class SlowContext:
 
     @property
     def columns(self) -> Ints:
-        """What was read, int64 [1 + num_codebooks, length]."""
+        """The columns read so far, int64 [1 + num_codebooks, length]."""
         return self._columns[:, : self._length]
 
     def reserve(self, length: int, most: int) -> None:
-        """Makes room for a prompt of `length` and some speech. The cache then grows as needed, to no more than `most` rows."""
+        """Make room for a prompt of `length` columns and some speech. The cache later grows to at most `most` rows."""
         self._most = most
         self._grow(min(length + FIRST_FRAMES, most))
 
     def rewind(self, prompt: Ints) -> Ints:
-        """Forgets what was read but for that with which `prompt` [1 + num_codebooks, T] begins.
+        """Keep only the columns that are a prefix of `prompt` [1 + num_codebooks, T].
 
-        Returns the rest of the prompt, at least its last column: reading it gives the logits of the first frame.
+        Return the rest of the prompt, at least its last column: reading it gives the logits of the first frame.
         """
         common = min(self._length, prompt.shape[1] - 1)
         differ = (self.columns[:, :common] != prompt[:, :common]).any(axis=0)
@@ -72,9 +72,9 @@ class SlowContext:
         return prompt[:, self._length :]
 
     def read(self, columns: Ints, resident: Collection[str] = ()) -> Mapping[str, Any]:
-        """Feeds the next columns, int64 [1 + num_codebooks, at least 1]. Returns logits and hidden of the last.
+        """Read the next columns, int64 [1 + num_codebooks, at least 1]. Return `logits` and `hidden` of the last.
 
-        resident: those of the two that stay on the device, as `Engine.run` has it.
+        resident: names of the results that stay on the device; see `Engine.run`.
         """
         start, length = self._length, columns.shape[1]
         if start + length > (rows := self._state.dims["cache"]):
@@ -91,11 +91,11 @@ class SlowContext:
         return self._engine.run(feeds, self._state, resident)
 
     def save(self) -> dict[str, Array]:
-        """Keys and values of all columns, by the names of the graph's inputs: arrays [1, heads, length, head_dim]."""
+        """Return keys and values of all columns, by the names of the graph's inputs: arrays [1, heads, length, head_dim]."""
         return {t.name: self._state.read(t.name)[:, :, : self._length].copy() for t in self._engine.spec.state_tensors}
 
     def restore(self, columns: Ints, saved: Mapping[str, Array]) -> None:
-        """The inverse of `save`, for the columns that were read then. Raises ValueError for what is not of this graph."""
+        """Take back what `save` returned, and its columns. Raises ValueError for keys and values of another graph."""
         if saved.keys() != {t.name for t in self._engine.spec.state_tensors}:
             raise ValueError("the keys and values are not those of this graph")
         self._grow(columns.shape[1])
@@ -114,14 +114,14 @@ class SlowContext:
 
 
 class ContextStore:
-    """Keys and values of what requests begin with, as long as they fit into KEPT_BYTES; the least recently used goes first."""
+    """A least-recently-used cache of the keys and values of heads of requests, of at most KEPT_BYTES. Thread-safe."""
 
     def __init__(self) -> None:
         self._kept: OrderedDict[bytes, dict[str, Array]] = OrderedDict()
         self._lock = threading.Lock()
 
     def context(self, engine: Engine, head: Ints) -> SlowContext:
-        """A context that has read `head`, int64 [1 + num_codebooks, length], which may be empty."""
+        """Return a new context that has read `head`, int64 [1 + num_codebooks, length], which may be empty."""
         context = SlowContext(engine, head.shape[0] - 1)
         if not head.shape[1]:
             return context
@@ -143,7 +143,7 @@ class ContextStore:
         return context
 
     def add(self, head: Ints, saved: dict[str, Array]) -> None:
-        """Keeps the keys and values of `head`."""
+        """Keep the keys and values of `head`."""
         with self._lock:
             self._kept[head.tobytes()] = saved
             while len(self._kept) > 1 and sum(map(_bytes, self._kept.values())) > KEPT_BYTES:

@@ -1,4 +1,4 @@
-"""A column from the slow AR's output: drawn here, call by call, or by the frame graph in one. Both give the same codes."""
+"""Drawing of a column from the slow AR's output: code by code here, or by the frame graph. Both give the same codes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .sampling import Floats, Ints, Noise, PenaltyWindow, Sampling, main_ids, no
 
 
 class History:
-    """What the last frames drew, as far as it counts for the next. The prefill's frame never does."""
+    """The last frames that repetition rules look back on. The prefill's frame is never one of them."""
 
     def __init__(self, lm: LanguageModel, sampling: Sampling) -> None:
         aware, penalty, factor = lm.sampling.repetition_aware, lm.sampling.repetition_penalty, sampling.repetition_penalty
@@ -28,11 +28,11 @@ class History:
 
     @property
     def window(self) -> PenaltyWindow | None:
-        """None: nothing is penalised."""
+        """The repetition penalty's window; None: nothing is penalised."""
         return self._window if self._begun else None
 
     def add(self, column: Ints) -> None:
-        """The next column, int64 [1 + C]; that of the prefill comes first."""
+        """Add the next column, int64 [1 + C]; the first is the prefill's."""
         if self._begun:
             self.recent.append(int(column[0]))
             if self._window:
@@ -49,22 +49,22 @@ class Rules:
     least_code: int
     """Codes below are not drawn."""
     silent: int | None
-    """A main token whose codes nobody hears: their noise is drawn all the same, but they may be anything."""
+    """The main token whose codes are not heard, so that they are not computed. Their noise is drawn all the same."""
 
 
 class Drawer(Protocol):
     """Draws columns."""
 
     resident: tuple[str, ...]
-    """The slow AR's results that may stay where they are."""
+    """Names of the slow AR's results that may stay on the device."""
 
     def draw(self, results: Mapping[str, Any], history: History) -> Ints:
-        """int64 [1 + C], from `logits` and `hidden` of the slow AR. May be overwritten by the next draw."""
+        """Return a column int64 [1 + C] from `logits` and `hidden` of the slow AR. The next draw may overwrite it."""
         ...
 
 
 class StepDrawer:
-    """Runs the fast AR once for each code, and samples here."""
+    """A drawer that runs the fast AR once for each code, and samples in numpy."""
 
     resident: tuple[str, ...] = ()
 
@@ -73,12 +73,12 @@ class StepDrawer:
         self._ids = main_ids(lm)
         self._head = self._ids if lm.head == "full" and lm.main_tokens == "audio" else slice(None)
         self._state = fast.new_state(batch=1)
-        # Codes that are known before the fast AR is asked, and what it is fed for each of the others, filled in anew each time.
+        # The number of codes that follow from the main token, and the feeds for each of the others, filled in for each frame.
         self._known = lm.num_codebooks - drawn_codes(lm)
         self._feeds = {codebook: _fast_feeds(codebook, self._known) for codebook in range(self._known, lm.num_codebooks)}
 
     def draw(self, results: Mapping[str, Any], history: History) -> Ints:
-        """See `Drawer`. Entries of the fast cache beyond a position are masked, so nothing is cleared between frames."""
+        """See `Drawer`. The graph masks cache entries beyond a position, so nothing is cleared between frames."""
         lm, window = self._lm, history.window
         column = np.empty(1 + lm.num_codebooks, np.int64)
         column[0] = self._draw_main(results["logits"][0, self._head], history.recent, window)
@@ -119,7 +119,7 @@ class StepDrawer:
 
 
 class FrameDrawer:
-    """Runs the frame graph; see `frame`."""
+    """A drawer that runs the frame graph; see `frame`."""
 
     resident: tuple[str, ...] = ("logits", "hidden")
 
@@ -139,10 +139,10 @@ class FrameDrawer:
         }
         self._feeds |= {t.name: _setting(settings[t.name], t.dtype) for t in frame.spec.inputs if t.name in settings}
         self._penalty = _setting(sampling.repetition_penalty or 1, "float32")
-        """That of all frames but the first."""
+        """The penalty of all frames except the first."""
 
     def draw(self, results: Mapping[str, Any], history: History) -> Ints:
-        """See `Drawer`. Raises GraphError where `sample` does, and SamplingError for more candidates than are ranked."""
+        """See `Drawer`. Raises GraphError as `sample` does, and SamplingError for more candidates than the graph ranks."""
         self._fill(history)
         feeds = {**self._feeds, "logits": results["logits"], "hidden": results["hidden"]}
         column: Ints = self._frame.run(feeds)["column"][0]
@@ -173,16 +173,16 @@ class FrameDrawer:
 
 
 def _setting(value: float, dtype: str) -> Array:
-    """A feed [1, 1] that a device needs once, since it cannot be written."""
+    """Return a read-only feed [1, 1]: an engine copies such an array to its device only once."""
     array: Array = np.full((1, 1), value, dtype)
     array.flags.writeable = False
     return array
 
 
 def _fast_feeds(codebook: int, known: int) -> dict[str, Array]:
-    """For the logits of one codebook: positions up to it that were not fed before, and room for their codes.
+    """Return the feeds for the logits of one codebook: the positions up to it that were not fed before, and room for their codes.
 
-    Position 0 takes the hidden vector in place of its code, which stays 0.
+    Position 0 takes the hidden vector instead of a code; its code stays 0.
     """
     positions = np.arange(0 if codebook == known else codebook, codebook + 1, dtype=np.int64)
     return {"codes": np.zeros((1, len(positions)), np.int64), "position_ids": positions[None], "write_index": positions[:1]}

@@ -46,7 +46,7 @@ class RepetitionPenalty:
 
 @dataclass(frozen=True, slots=True)
 class SamplingDefaults:
-    """What a request uses where it does not say otherwise."""
+    """Settings of a request that gives none."""
 
     temperature: float
     top_p: float
@@ -58,10 +58,10 @@ class SamplingDefaults:
 
 @dataclass(frozen=True, slots=True)
 class TextCleaning:
-    """What is done to text before it becomes tokens, in this order, after white space at both ends is taken off."""
+    """Changes to text before it becomes tokens, in the order of the fields; white space at both ends is stripped first."""
 
     replace: dict[str, str]
-    """Replaced in one pass from left to right; where several keys fit, the one that stands first here."""
+    """Replaced in one pass from left to right; if several keys match, the first in this order wins."""
     keep: tuple[tuple[int, ...], ...] | None
     """Ranges of code points, first and last; all others are dropped. None: all are kept."""
     drop: tuple[tuple[int, ...], ...]
@@ -72,12 +72,12 @@ class TextCleaning:
 
 @dataclass(frozen=True, slots=True)
 class PunctuationSplit:
-    """Cutting long text behind punctuation, without regard to abbreviations or markup."""
+    """Splitting of long text after punctuation, without regard to abbreviations or markup."""
 
     sentence_ends: str
-    """Characters behind which a sentence ends."""
+    """Characters after which a sentence ends."""
     clause_ends: str
-    """Characters behind which a sentence that is too long is cut."""
+    """Characters after which a sentence that is too long is cut."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +97,7 @@ class LanguageModel:
     """Ids and rules of the dual-AR model."""
 
     num_codebooks: int
-    """Where the codec has more, the model hears and speaks the first ones."""
+    """If the codec has more, the model uses the first ones."""
     codebook_width: int
     """Entries of the fast AR's table and head; a codebook of the codec may hold fewer or more."""
     max_seq_len: int
@@ -105,43 +105,43 @@ class LanguageModel:
     max_prompt: int
     """Most columns of a prompt that leaves room for speech."""
     history_window: int | None
-    """Columns of a prompt within which the original keeps what was said before. None: it keeps all, or speaks in one go."""
+    """Columns of a prompt within which the original keeps earlier pieces. None: it keeps all, or speaks all text as one piece."""
     head: str
     """"audio": logits of the end token and the semantic tokens only, in the order of their ids. "full": of every token."""
     main_tokens: str
-    """What may be drawn: "audio", the end token and the semantic tokens only; "any", every token of the vocabulary."""
+    """Tokens that may be drawn. "audio": the end token and the semantic tokens only. "any": every token of the vocabulary."""
     vocab_size: int
     semantic_begin_id: int
     semantic_end_id: int
-    """The same as semantic_begin_id where one token stands for every frame."""
+    """The same as semantic_begin_id if one token stands for every frame."""
     end_id: int
     """The token that ends an utterance, `<|im_end|>`."""
     code_zero: str
-    """Where code 0 comes from: "main", the main token − semantic_begin_id; "fast", the fast AR's first logits."""
+    """Source of code 0. "main": the main token − semantic_begin_id. "fast": the fast AR's first logits."""
     code_offset: int
-    """Added to codes in prompts, and to what the fast AR draws: 1 where 0 stands for padding."""
+    """Added to codes in prompts, and in the fast AR: 1 if 0 stands for padding."""
     fast_candidates: int
     """Only ids below this are drawn from the fast AR's logits."""
     zero_codes_off_audio: bool
     """A column whose main token is not semantic gets the codes 0."""
     prompt_dialect: str
-    """How text and voices become a prompt; see prompt.py."""
+    """Form of a prompt, one of DIALECTS; see prompt.py."""
     cleaning: TextCleaning | None
-    """None: text is taken as it is."""
+    """None: text is not changed."""
     splitting: PunctuationSplit | None
-    """How long text is split. None: at sentence ends, minding abbreviations, markup and speaker tags."""
+    """Splitting of long text. None: at sentence ends, with regard to abbreviations, markup and speaker tags."""
     chunk_bytes: int
-    """UTF-8 bytes of text after which a new piece is begun."""
+    """UTF-8 bytes of text after which a new piece begins."""
     upstream_trim: str
-    """Which column the original drops from what it generated: the "last", end token or not, or the "first"."""
+    """The column that the original drops from its output: the "last", end token or not, or the "first"."""
     sampling: SamplingDefaults
     voice_seconds: tuple[float, ...] = VOICE_SECONDS
-    """Least and most seconds of a recording that the model imitates best."""
+    """Shortest and longest recording that the model imitates well, in seconds."""
     reads: Reads | None = None
-    """None: unknown, and nothing is warned of."""
+    """None: unknown, so there are no warnings."""
 
     def faults(self) -> Iterator[str]:
-        """What cannot be, or contradicts itself."""
+        """Yield a message for each value that is out of range or contradicts another."""
         sampling = self.sampling
         aware, penalty = sampling.repetition_aware, sampling.repetition_penalty
         counts = {
@@ -199,7 +199,7 @@ class LanguageModel:
 
 @dataclass(frozen=True, slots=True)
 class DecodeContext:
-    """Frames around a frame that its samples depend on. Decoding them with it gives the samples of a whole decode."""
+    """Frames around a frame that its samples depend on: decoded with them, a frame has the samples of a whole decode."""
 
     left: int
     ahead: int
@@ -219,11 +219,11 @@ class Codec:
     min_samples: int
     """Shortest waveform that can be encoded."""
     sample_multiple: int
-    """A waveform is filled up with silence to a multiple of so many samples before it is encoded."""
+    """Before encoding, silence pads a waveform to a multiple of this many samples."""
     context: DecodeContext | None
-    """None: every earlier frame counts, so that only a whole sequence can be decoded."""
+    """None: a frame depends on every earlier one."""
     fingerprint: str
-    """SHA-256 over the codec's weights and sizes: voices of another codec are refused."""
+    """SHA-256 over the codec's weights and sizes; voices of another codec raise an error."""
 
     @property
     def frame_rate(self) -> float:
@@ -231,7 +231,7 @@ class Codec:
         return self.sample_rate / self.hop
 
     def faults(self) -> Iterator[str]:
-        """What cannot be."""
+        """Yield a message for each value that is out of range."""
         counts = {
             "sample_rate": self.sample_rate,
             "hop": self.hop,
@@ -248,7 +248,7 @@ class Codec:
 
 
 def sampling_faults(temperature: object, top_p: object, top_k: object, repetition_penalty: object) -> Iterator[tuple[str, str]]:
-    """What is wrong with settings of sampling: pairs of what was found and what must be. None for the last two does nothing."""
+    """Yield a pair for each setting that is out of range: the value found, and the rule. The last two may be None."""
     if not isinstance(temperature, Real) or not 0 <= float(temperature) < 2:
         yield f"temperature is {temperature}", "it must be at least 0 and below 2"
     if not isinstance(top_p, Real) or not 0 < float(top_p) <= 1:

@@ -23,7 +23,7 @@ from .stream import Stopped
 
 @dataclass(frozen=True, slots=True)
 class Models:
-    """What a request runs on."""
+    """Opened models that a request runs on."""
 
     language_model: DualAR
     decoder: CodecDecoder

@@ -1,4 +1,4 @@
-"""A request to speak, as `TTS` has checked it, and the checks of its arguments."""
+"""A checked request to speak, and the checks of its arguments."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ class Request:
     upstream_compat: bool
     volume: float
     levelled: Voice | None
-    """The voice whose loudness is brought to TARGET_LUFS."""
+    """The voice that is brought to TARGET_LUFS; None: no change of loudness."""
     provider: str
     warnings: list[str]
     """Doubts about the speech, except for pieces that ended early."""
 
 
 def hints_at_sampling(method: Callable[P, T]) -> Callable[P, T]:
-    """Return a method that raises ArgumentError for a field of Sampling as an argument, with a hint at `sampling`."""
+    """Wrap a method: a field of Sampling among its arguments raises ArgumentError with a hint at `sampling`."""
     settings = [field.name for field in fields(Sampling)]
 
     @functools.wraps(method)

@@ -1,4 +1,4 @@
-"""What a request gives: chunks of audio while it runs, the whole speech at the end, and what it took."""
+"""Results of a request: audio chunks while it runs, the whole speech at the end, its progress, settings and timings."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from .text import excerpt
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a request is; passed to the `progress` function after every frame.
+    """Progress of a request; passed to the `progress` function after every frame.
 
     Attributes:
-        piece: number of the piece of text that is being spoken, 0-based.
-        pieces: how many pieces of text there are.
-        frames: of all pieces so far.
+        piece: number of the current piece of text, 0-based.
+        pieces: number of all pieces of text.
+        frames: number of frames drawn so far, over all pieces.
         audio_s: seconds of speech in these frames.
-        elapsed_s: seconds since the first piece was begun.
+        elapsed_s: seconds since the first piece began.
     """
 
     piece: int
@@ -38,10 +38,10 @@ class Timings:
     """Seconds spent on a chunk, or their sums over a request.
 
     Attributes:
-        load_s: opening graphs that this request was the first to need. Not counted in the RTF.
-        language_model_s: prompt, prefill, and drawing all frames.
-        codec_s: codes to waveform.
-        ttfa_s: request accepted → first chunk with sound; None for any other chunk.
+        load_s: opening of graphs, in the first request that needs them. Not counted in the RTF.
+        language_model_s: prompt, prefill, and drawing of frames.
+        codec_s: decoding of codes to waveform.
+        ttfa_s: from the request to its first chunk with sound; None for any other chunk.
     """
 
     load_s: float
@@ -51,7 +51,7 @@ class Timings:
 
     @property
     def compute_s(self) -> float:
-        """Return the seconds of all but the loading."""
+        """Return all seconds except those of loading."""
         return self.language_model_s + self.codec_s
 
 
@@ -60,16 +60,14 @@ class AudioChunk:
     """A part of the speech of one piece of text; its length is the number of samples. Chunks follow each other without a gap.
 
     Attributes:
-        pcm: float32 [samples], mono, −1..1; maybe empty.
+        pcm: float32 [samples], mono, −1..1; may be empty.
         sample_rate: Hz.
-        codes: int64 [K, frames], those drawn since the chunk before. Where the codec looks ahead, the end of their sound comes
-            later.
+        codes: int64 [K, frames], drawn since the chunk before. A codec that looks ahead delivers the end of their sound later.
         piece: number of the piece of text, 0-based.
         text: the piece.
-        stop_reason: None but for the last chunk of a piece: "end" when the model had finished; anything else says that it was
-            cut off.
-        seed: of the whole request.
-        timings: of this chunk.
+        stop_reason: None except for the last chunk of a piece: "end" if the model finished, any other value if it was cut off.
+        seed: seed of the whole request.
+        timings: timings of this chunk.
     """
 
     pcm: Pcm
@@ -100,8 +98,8 @@ class PieceInfo:
 
     Attributes:
         text: the piece.
-        frames: how many were drawn for it; 0 where the model said nothing.
-        stop_reason: "end" when the model had finished; anything else says that it was cut off.
+        frames: number of frames drawn for it; 0 if the model said nothing.
+        stop_reason: "end" if the model finished, any other value if it was cut off.
     """
 
     text: str
@@ -111,22 +109,22 @@ class PieceInfo:
 
 @dataclass(frozen=True, slots=True)
 class SpeechInfo:
-    """What was used, and what it took: enough to repeat a request.
+    """Settings and measurements of a request: enough to repeat it.
 
     Attributes:
-        seed: of all draws.
-        sampling: with the bundle's defaults for settings that were not given.
-        voices: names of those that spoke; the bundle's own where none was asked for.
+        seed: seed of all draws.
+        sampling: settings, with the bundle's defaults for those that were not given.
+        voices: names of the voices that spoke; the bundle's own if the request named none.
         pieces: how each piece of text ended.
-        frames: of all pieces.
+        frames: number of frames over all pieces.
         audio_s: seconds of speech.
         timings: sums over the request.
         rtf: compute seconds ÷ audio seconds; below 1 is faster than real time. None: nothing was said.
         provider: execution provider that ran the graphs.
-        bundle: its name.
-        bundle_sha256: of its manifest, which holds the hashes of its files.
-        warnings: what may be wrong with the speech, each once: pieces that were cut off or not spoken, text that the model does
-            not read reliably.
+        bundle: name of the bundle.
+        bundle_sha256: SHA-256 of the bundle's manifest, which holds the hashes of its files.
+        warnings: possible faults of the speech, each once: pieces that were cut off or not spoken, text that the model does not
+            read reliably.
     """
 
     seed: int
@@ -144,7 +142,7 @@ class SpeechInfo:
 
     @property
     def stop_reasons(self) -> tuple[StopReason, ...]:
-        """Return one for each piece of text."""
+        """Return the stop reason of each piece of text."""
         return tuple(piece.stop_reason for piece in self.pieces)
 
     def check_spoken(self) -> None:
@@ -165,7 +163,7 @@ class Speech:
         pcm: float32 [samples], mono, −1..1.
         sample_rate: Hz.
         codes: int64 [K, frames].
-        info: what was used, what it took, and warnings.
+        info: settings, measurements and warnings.
     """
 
     pcm: Pcm
@@ -179,10 +177,10 @@ class Speech:
         return len(self.pcm) / self.sample_rate
 
     def save(self, path: str | Path, format: str | None = None) -> None:
-        """Write the speech to a file, which is replaced if it exists: wav, flac, ogg, opus, mp3, …
+        """Write the speech to an audio file, which is replaced if it exists: wav, flac, ogg, opus, mp3, …
 
-        format: name of the format; None means the one that the ending of the path names.
-        Raises AudioError for an unknown format, OutputError where the file cannot be written.
+        format: name of the format; None takes it from the ending of the path.
+        Raises AudioError for an unknown format, OutputError if the file cannot be written.
         """
         write_audio(path, self.pcm, self.sample_rate, format)
 

@@ -12,7 +12,7 @@ from .text import excerpt, speaker_turns
 
 
 def text_warnings(text: str, voices: int, manifest: Manifest) -> Iterator[str]:
-    """Return warnings of text that the model does not read well, and of several voices without speaker tags in the text.
+    """Yield warnings of text that the model does not read well, and of several voices without speaker tags in the text.
 
     voices: the number of voices.
     """
@@ -24,9 +24,9 @@ def text_warnings(text: str, voices: int, manifest: Manifest) -> Iterator[str]:
 
 
 def piece_warnings(pieces: Sequence[PieceInfo], of: int) -> list[str]:
-    """Return a warning for each way in which pieces ended early, with the number of pieces and the first of them.
+    """Return a warning for each way in which pieces ended early, with the number of these pieces and the first of them.
 
-    of: how many pieces of text there are.
+    of: number of all pieces of text.
     """
     ways = {
         "cut off by the limit of frames (max_frames)": [p.frames > 0 and p.stop_reason == "max_frames" for p in pieces],

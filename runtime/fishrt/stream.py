@@ -27,9 +27,9 @@ class SpeechStream(Iterator[AudioChunk]):
         stop: threading.Event,
         warnings: Sequence[str] = (),
     ) -> None:
-        """chunks: raise Stopped soon after `stop` is set. describe: pieces, samples given and sums of the timings → `info`.
+        """Wrap a generator of chunks, which raises Stopped soon after `stop` is set.
 
-        warnings: those of `info` that are known from the start.
+        describe: pieces, samples yielded and sums of the timings → `info`. warnings: those that are known from the start.
         """
         self._chunks, self._describe, self._stop = chunks, describe, stop
         self._running = threading.Lock()
@@ -67,7 +67,7 @@ class SpeechStream(Iterator[AudioChunk]):
             self._frames = 0
 
     def _log_end(self) -> None:
-        """Log how long the request took, and what came to light while the text was spoken."""
+        """Log the timings of the request, and the warnings that arose while the text was spoken."""
         if self._stop.is_set():
             return
         self._stop.set()
@@ -82,7 +82,7 @@ class SpeechStream(Iterator[AudioChunk]):
                 log.warning(warning)
 
     def close(self) -> None:
-        """End the request. Another thread that waits for a chunk gets none: the frame that is being drawn is the last."""
+        """End the request after the current frame. Another thread that waits for a chunk gets none."""
         self._stop.set()
         if self._running.acquire(blocking=False):
             try:
@@ -92,18 +92,18 @@ class SpeechStream(Iterator[AudioChunk]):
 
     @property
     def info(self) -> SpeechInfo:
-        """Describe the chunks given so far; a piece counts when its last chunk was given."""
+        """Describe the chunks yielded so far; a piece counts when its last chunk was yielded."""
         return self._describe(tuple(self._pieces), self._samples, self._timings)
 
 
 class AsyncSpeechStream(AsyncIterator[AudioChunk]):
     """The chunks of a request, for an event loop: each is computed in a thread when it is awaited.
 
-    A stream that is closed, or whose wait for a chunk is cancelled, stops at once: the frame that is being drawn is the last.
+    A stream that is closed, or whose wait for a chunk is cancelled, ends after the current frame.
     """
 
     def __init__(self, begin: Callable[[], SpeechStream]) -> None:
-        """begin: starts the request; called in a thread when the first chunk is awaited."""
+        """Make a stream. begin: starts the request; called in a thread when the first chunk is awaited."""
         self._begin = begin
         self._stream: SpeechStream | None = None
         self._closed = False
@@ -124,7 +124,7 @@ class AsyncSpeechStream(AsyncIterator[AudioChunk]):
 
     @property
     def info(self) -> SpeechInfo | None:
-        """Describe the chunks given so far; None before the first was awaited."""
+        """Describe the chunks yielded so far; None before the first is awaited."""
         return None if self._stream is None else self._stream.info
 
     def _next(self) -> AudioChunk | None:
@@ -132,7 +132,7 @@ class AsyncSpeechStream(AsyncIterator[AudioChunk]):
             self._stream = self._begin()
         if self._stream is None:
             return None
-        if self._closed:  # while the request was begun
+        if self._closed:  # while the request began
             self._stream.close()
         return next(self._stream, None)
 
@@ -143,11 +143,10 @@ class AsyncSpeechStream(AsyncIterator[AudioChunk]):
 
 
 def growing_chunks(least: int, most: int) -> Iterator[int]:
-    """Frames of each chunk of a stream: four of each size, then twice as many, up to `most`.
+    """Yield the number of frames of each chunk of a stream: four chunks of one size, then of twice the size, up to `most`.
 
-    When a chunk is ready, the sound given before must still last. After four chunks of n frames, at a compute time of r for each
-    second of sound, at least n + 3n(1 − r) frames of sound are left; the next chunk of 2n takes 2nr. So a stream that is played
-    while it is made does not run dry up to r = 0.8.
+    When a chunk is ready, the sound before it must still be playing. After four chunks of n frames, at a real-time factor r, at
+    least n + 3n(1 − r) frames of sound are left; the next chunk of 2n takes 2nr. So playback does not run dry up to r = 0.8.
     """
     size = least
     while size < most:

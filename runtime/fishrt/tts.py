@@ -59,7 +59,7 @@ of gigabytes would take longer to hash than to open: `fishrt inspect --verify` i
 _KEPT_LEVELS = 64
 
 VoiceLike = Voice | str
-"""A voice, or the name of one: of the user's, else of the bundle's."""
+"""A voice, or the name of one of the user's or the bundle's voices."""
 
 
 class TTS:
@@ -70,7 +70,7 @@ class TTS:
     """
 
     def __init__(self, bundle: Bundle, engines: Mapping[str, Engine], voices: Path | str | VoiceStore | None = None) -> None:
-        """engines: by the roles of the manifest's graphs. voices: see `load`, which is the usual way."""
+        """Make a TTS from open engines, by the role of their graph; `load` is the usual way. voices: see `load`."""
         self.bundle = bundle
         self._own = voices if isinstance(voices, VoiceStore) else VoiceStore(user_folder() if voices is None else voices)
         self._loaded: dict[tuple[str, str], tuple[Hashable, Voice]] = {}
@@ -88,13 +88,13 @@ class TTS:
         threads: int | None = None,
         voices: Path | str | VoiceStore | None = None,
     ) -> TTS:
-        """Opens a bundle; None means the embedded one. Its graphs are opened when they are first needed.
+        """Open a bundle; None means the embedded one. Its graphs are opened when they are first needed.
 
-        provider: "auto", or one of `fishrt doctor`'s. threads: for each graph; None means the physical cores. voices: the folder
-        of the user's own voices, where `fishrt voice add` keeps them; None means the same as for the command.
-        The files of a bundle up to VERIFIED_BYTES are compared with the hashes of its manifest.
-        Raises BundleError and ProviderError here, ArgumentError for an argument of another type, and FishrtError where the memory
-        does not suffice; GraphError from the call that first needs a damaged graph.
+        provider: "auto", or a provider that `fishrt doctor` lists. threads: CPU threads for each graph; None means the physical
+        cores. voices: the folder of the user's own voices, where `fishrt voice add` keeps them; None means the default folder.
+        The files of a bundle of up to VERIFIED_BYTES are compared with the hashes in its manifest.
+        Raises BundleError and ProviderError; ArgumentError for an argument of another type; FishrtError if there is too little
+        memory. The call that first needs a damaged graph raises GraphError.
         """
         check_type("bundle", bundle, (str, Path, Bundle, type(None)), "the path of a bundle's folder")
         check_type("provider", provider, str, 'a name such as "cpu"')
@@ -116,7 +116,7 @@ class TTS:
         return cls(bundle, BundleGraphs(bundle, name, threads), voices)
 
     def close(self) -> None:
-        """Release the graphs and what was kept of voices. Requests that run end normally; new ones raise FishrtError."""
+        """Release the graphs and the cached voices. Running requests end normally; new ones raise FishrtError."""
         self._engines = None
         self._contexts = ContextStore()
 
@@ -132,7 +132,7 @@ class TTS:
 
     @property
     def engines(self) -> Mapping[str, Engine]:
-        """The graphs by role. One that is asked for is opened, if it is not open yet. Raises FishrtError after `close`."""
+        """The graphs by role; each is opened when it is first accessed. Raises FishrtError after `close`."""
         if self._engines is None:
             raise FishrtError("this TTS is closed", hint="load the bundle again with TTS.load")
         return self._engines
@@ -144,7 +144,7 @@ class TTS:
 
     @property
     def sample_rate(self) -> int:
-        """Of all speech, in Hz."""
+        """Sample rate of all speech, in Hz."""
         return self.bundle.manifest.codec.sample_rate
 
     @hints_at_sampling
@@ -161,24 +161,24 @@ class TTS:
         upstream_compat: bool = False,
         progress: Callable[[Progress], None] | None = None,
     ) -> Speech:
-        """Speaks a text.
+        """Speak a text.
 
-        voice: one or several; the i-th speaks `<|speaker:i|>`, or, where the model knows no turns of speakers, all are of one
-        speaker. None: the bundle's default voice, or all of its voices, the default first, where the text has speaker tags. An
-        empty list: none at all.
-        sampling: None means the bundle's defaults. seed: at least 0; None draws one, which `info` tells. The same seed and
-        request give the same codes. max_frames: limit for each piece of text, at most the codec's; None means what context and
-        codec allow. `info` tells which pieces were cut off by it.
-        system: takes the place of the model's usual instruction. volume: a factor on all samples, 0.01 to 10. Where one voice
-        speaks, it is brought to the loudness that all voices have. upstream_compat: upstream's behaviour to the letter, without
-        that.
+        voice: one or several. Voice i speaks `<|speaker:i|>`; for a model without turns of speakers, all voices are one speaker.
+        None: the bundle's default voice, or all of its voices, the default first, if the text has speaker tags. An empty list:
+        no voice.
+        sampling: None means the bundle's defaults. seed: at least 0; None draws one, which `info` has. The same seed and request
+        give the same codes. max_frames: limit for each piece of text, at most the codec's; None means as many as context and
+        codec allow. `info` says which pieces it cut off.
+        system: replaces the model's usual instruction. volume: factor on all samples, 0.01 to 10. A single voice is brought to
+        the common loudness of all voices. upstream_compat: the behaviour of the original to the letter, without that loudness.
+        progress: called after every frame.
 
-        A piece that the model left silent, or that a limit cut off, is a warning in `info`, and in the log.
+        A piece that the model left silent, or that a limit cut off, is a warning in `info` and in the log.
 
-        Raises PromptError for text that cannot be spoken or is too long with its references, or a system text that the model does
-        not take; VoiceError for a voice that is unknown or not this bundle's; SamplingError for a bad limit or seed (also for one
-        that is no whole number), or a repetition penalty that the model does not have; ArgumentError for an argument of another
-        type; FishrtError if the model says nothing at all, or draws codes that have no sound, or memory does not suffice; such an
+        Raises PromptError for text that cannot be spoken or is too long with its references, and for a system text that the model
+        does not take; VoiceError for a voice that is unknown or not this bundle's; SamplingError for a limit, seed or volume
+        outside its range, and for a repetition penalty that the model does not have; ArgumentError for an argument of another
+        type; FishrtError if the model says nothing at all, draws codes that have no sound, or there is too little memory. Such an
         error in a later piece of the text is an UnfinishedError, whose `speech` is the part before it.
         """
         accepted = time.perf_counter()
@@ -213,10 +213,10 @@ class TTS:
         upstream_compat: bool = False,
         progress: Callable[[Progress], None] | None = None,
     ) -> SpeechStream:
-        """As `speak`, in chunks while frames are drawn: short ones first, see `growing_chunks`.
+        """Speak a text as `speak` does, in chunks while frames are drawn: short ones first, see `growing_chunks`.
 
-        A piece for which the model said nothing has one chunk, which is empty. What is wrong with the request is raised here, not
-        at the first chunk.
+        A piece for which the model said nothing has one empty chunk. The errors of a bad request are raised here, not at the
+        first chunk.
         """
         accepted = time.perf_counter()
         request = self._request(text, voice, sampling, seed, max_frames, system, volume, upstream_compat)
@@ -236,9 +236,9 @@ class TTS:
         upstream_compat: bool = False,
         progress: Callable[[Progress], None] | None = None,
     ) -> AsyncSpeechStream:
-        """As `stream`, for `async for`: chunks are computed in a thread, and the event loop goes on.
+        """Speak a text as `stream` does, for `async for`: a thread computes the chunks, and the event loop goes on.
 
-        What is wrong with the request is raised when the first chunk is awaited. `progress` is called in that thread.
+        The errors of a bad request are raised when the first chunk is awaited. `progress` is called in that thread.
         """
         return AsyncSpeechStream(
             lambda: self.stream(
@@ -255,7 +255,7 @@ class TTS:
         )
 
     def encode(self, pcm: Pcm, rate: int) -> Ints:
-        """pcm: float [samples], mono, −1..1, at `rate` Hz → codes int64 [K, frames]. Raises AudioError."""
+        """Encode pcm float [samples], mono, −1..1, at `rate` Hz, to codes int64 [K, frames]. Raises AudioError."""
         check_pcm(pcm, rate)
         codec = self.bundle.manifest.codec
         with memory_errors():
@@ -263,7 +263,7 @@ class TTS:
             return CodecEncoder(self.engines["codec_encode"], codec).encode(resampled)
 
     def decode(self, codes: npt.NDArray[np.integer], *, upstream_compat: bool = False) -> Pcm:
-        """Codes of any integer type, [k, frames] or [1, k, frames] → pcm float32 [samples] at `sample_rate`.
+        """Decode codes of any integer type, [k, frames] or [1, k, frames], to pcm float32 [samples] at `sample_rate`.
 
         With fewer rows than codebooks the sound is coarser. Raises VoiceError for codes that are not this codec's.
         """
@@ -277,18 +277,18 @@ class TTS:
 
     @property
     def default_voice(self) -> str | None:
-        """The bundle's voice that speaks when none is asked for; None: the model's own choice."""
+        """The bundle's voice that speaks if a request names none; None: the model chooses a voice by itself."""
         return self.bundle.manifest.voices.default if self.bundle.manifest.voices else None
 
     def voice(self, name: str) -> Voice:
-        """Return a voice of the user's, else of the bundle's. Raises VoiceError for an unknown name or damaged files.
+        """Return a voice of the user, else of the bundle. Raises VoiceError for an unknown name or damaged files.
 
         A recording is encoded when it is first used with this codec.
         """
         return self._load_voice(find_voice(name, self._own, self.bundle), name)
 
     def _load_voice(self, store: VoiceStore, name: str) -> Voice:
-        """The voice as it was loaded before, unless its files have changed."""
+        """Return the cached voice, or load it if its files have changed."""
         key = (str(store), name)
         kept = self._loaded.get(key)
         if kept is None or kept[0] != store.stamp(name):
@@ -311,15 +311,15 @@ class TTS:
         self._prompts.check_transcript(text, what)
 
     def is_prepared(self, folder: Path) -> bool:
-        """Whether `prepare` wrote into the folder of a voice, for this bundle."""
+        """Return whether `prepare` wrote into the folder of a voice, for this bundle."""
         return prepared_path(folder, self.bundle.manifest.identity("slow_ar")).is_file()
 
     def prepare(self, voice: VoiceLike, folder: Path | None = None) -> None:
-        """Reads a voice, so that requests with it alone, and no system text of their own, start at their text.
+        """Prefill the slow AR with a voice, so that requests with this voice alone and no system text start at their text.
 
-        Requests do so by themselves when they meet a voice for the first time, and remember the last few. folder: take what the
-        slow AR made of the voice from there, see `prepared.py`; write it there if it is not there yet.
-        Raises VoiceError for a voice that is unknown or not this bundle's, OutputError.
+        The first request with a voice does the same, and the last few voices stay cached. folder: read the keys and values of the
+        voice from its file there, or write the file if there is none; see `prepared.py`.
+        Raises VoiceError for a voice that is unknown or not this bundle's; OutputError if the file cannot be written.
         """
         head = self._prompts.start(self._voices(voice, ""), None, upstream_compat=False).head
         graph = self.bundle.manifest.identity("slow_ar")
@@ -356,7 +356,7 @@ class TTS:
         volume: float,
         upstream_compat: bool,
     ) -> Request:
-        """Everything of a request that can be checked before the graphs run."""
+        """Return a request after all checks that need no graph."""
         manifest = self.bundle.manifest
         provider = self.provider
         codec = manifest.codec
@@ -367,7 +367,7 @@ class TTS:
             check_speakers(text, [v.transcript for v in voices])
         conversation = self._prompts.start(voices, system, upstream_compat=upstream_compat)
         for piece in pieces:
-            conversation.user(piece)  # raises what would else be raised when it is its turn
+            conversation.user(piece)  # raises now for a piece that is too long, not after earlier pieces are spoken
         return Request(
             pieces=pieces,
             voices=tuple(v.name for v in voices),
@@ -400,7 +400,7 @@ class TTS:
         return [replace(v, codes=v.codes[: self.bundle.manifest.language_model.num_codebooks]) for v in voices]
 
     def _take_prepared(self, name: str, voice: Voice) -> None:
-        """Start at the text, if `prepare` wrote beside the voice what the slow AR makes of it."""
+        """Load the keys and values that `prepare` wrote next to the voice, if there are any."""
         folder = find_voice(name, self._own, self.bundle).prepared_folder(name)
         if self._prepared.get(name) is not voice and folder is not None and self.is_prepared(folder):
             self._prepared[name] = voice
@@ -413,7 +413,7 @@ class TTS:
         progress: Callable[[Progress], None] | None,
         sizes: Callable[[int, int], Iterator[int]],
     ) -> SpeechStream:
-        """sizes: least and most frames of a useful chunk → frames of each chunk."""
+        """Return the stream of a request. accepted, sizes: see `render`."""
         if progress is not None and not callable(progress):
             raise ArgumentError(f"progress is of type {type(progress).__name__}; a function is expected")
         stop = threading.Event()
@@ -439,7 +439,7 @@ class TTS:
         return SpeechStream(chunks, describe, stop, request.warnings)
 
     def _models(self, request: Request) -> Models:
-        """Open the graphs that a request needs, and measure its voice if that was not done yet."""
+        """Open the graphs that a request needs, and measure the loudness of its voice if it is unknown."""
         voice, manifest = request.levelled, self.bundle.manifest
         model = DualAR(self.engines["slow_ar"], self.engines["fast_ar"], manifest.language_model)
         decoder = self._decoder()
