@@ -1,4 +1,4 @@
-"""Writing results: a file appears complete or not at all, and what is no file (a device, a pipe, a link) stays what it is."""
+"""Writing of results: a file appears complete or not at all; a device, a pipe and a link stay what they are."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ def check_place(path: str | Path) -> None:
 
 
 def check_folder(path: Path) -> None:
-    """Check before long work that results can be written into a folder, which `make_folder` makes. Raises OutputError."""
+    """Check before long work that `make_folder` can make a folder and results can be written into it. Raises OutputError."""
     if path.exists() and not path.is_dir():
         raise OutputError(f"cannot write into {path}: it is not a folder")
     check_place(path / "a result" if path.is_dir() else path)
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder for results, if it is not there. Its parent must be: a mistyped path would make a tree of folders.
+    """Make a folder for results, unless it exists. Its parent must exist: a mistyped path would make a tree of folders.
 
     Raises OutputError.
     """
@@ -59,9 +59,10 @@ def make_folder(path: Path) -> None:
 
 @contextmanager
 def growing(path: str | Path) -> Iterator[tuple[BinaryIO, bool]]:
-    """Open a result that is written bit by bit, standard output for "-"; and whether what was written can still be changed.
+    """Open a file for a result that is written bit by bit, standard output for "-".
 
-    A file appears under its name when the block ends without an error. Raises OutputError; BrokenPipeError if nobody reads.
+    Yield the file, and whether bytes written before can still be changed. A file appears under its name when the block ends
+    without an error. Raises OutputError; BrokenPipeError if nobody reads.
     """
     if str(path) == "-":
         with _output_errors("to standard output"), _standard_output() as file:
@@ -93,7 +94,7 @@ def _output_errors(place: str) -> Iterator[None]:
 
 @contextmanager
 def _standard_output() -> Iterator[BinaryIO]:
-    """Open standard output for bytes, in a buffer of its own: one that cannot be written is not tried again when Python ends."""
+    """Open standard output for bytes, with a separate buffer, which Python does not try to flush again when it ends."""
     if sys.stdout is None:
         raise OutputError("cannot write to standard output: it is closed")
     try:
@@ -107,7 +108,7 @@ def _standard_output() -> Iterator[BinaryIO]:
 
 
 def write_whole(path: str | Path, data: bytes) -> None:
-    """Writes a whole file, or to standard output for "-". Raises OutputError; BrokenPipeError if nobody reads the output."""
+    """Write a whole file, or to standard output for "-". Raises OutputError; BrokenPipeError if nobody reads the output."""
     with growing(path) as (file, _):
         file.write(data)
         file.flush()
@@ -118,5 +119,5 @@ def _is_terminal() -> bool:
 
 
 def _is_special(path: Path) -> bool:
-    """A device or a pipe: it can be written to, but not replaced."""
+    """Return whether a path is a device or a pipe, which can be written to but not replaced."""
     return path.exists() and not path.is_file()

@@ -3,10 +3,10 @@
     slow AR's logits ─► main token ─► code 0 ─► fast AR ─► draw ─► code 1 ─► fast AR ─► … ─► column
     noise, windows, settings ──┴──────────┴──────────────────┘
 
-It is made from the file of the fast AR, whose nodes it repeats for each position, and whose weights it shares. It draws as
-`sampling` does, number by number, from noise that is passed in: both give the same codes. A frame begins with an empty cache.
+It is built from the file of the fast AR: it repeats the nodes for each position and shares the weights. It repeats the arithmetic
+of `sampling` on the same noise, so both give the same codes. A frame begins with an empty cache.
 
-In place of codes that cannot be drawn, a column holds one of the values below, which are below 0.
+If a code cannot be drawn, the column holds one of the negative values below.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from .features import LanguageModel
 from .sampling import main_ids
 
 NOT_NUMBERS, TOO_MANY = -1, -2
-"""Logits of which one is NaN or +inf, or all are -inf; more than MOST_RANKED tokens within top_p and top_k."""
+"""A logit is NaN or +inf, or all are -inf; more than MOST_RANKED tokens are within top_p and top_k."""
 MOST_RANKED = 3839
-"""As many of the likeliest tokens are ranked, at most: TensorRT sorts no more."""
+"""Most of the likeliest tokens that are ranked: TensorRT sorts no more."""
 
 
 def frame_spec(slow: GraphSpec, fast: GraphSpec, lm: LanguageModel) -> GraphSpec:
-    """What the graph takes and gives. It carries no state.
+    """Return the inputs and outputs of the frame graph, which has no state.
 
-    main_noise, code_noise: for each draw of a main token (two where they are repetition-aware), and of each code. recent: main
-    tokens that are drawn again, -1 where there is none. penalised_main, penalised_codes: places in the logits, which may be there
-    twice; one past the last stands for none. least_code: codes below are not drawn.
+    main_noise, code_noise: noise for each draw of a main token (two draws with repetition-aware sampling) and of each code.
+    recent: main tokens that repetition-aware sampling draws again; -1 stands for none. penalised_main, penalised_codes: indices
+    of logits, maybe repeated; one past the last stands for none. least_code: codes below it are not drawn.
     """
     n = len(main_ids(lm))
     aware, penalty = lm.sampling.repetition_aware, lm.sampling.repetition_penalty
@@ -67,17 +67,17 @@ def frame_spec(slow: GraphSpec, fast: GraphSpec, lm: LanguageModel) -> GraphSpec
 
 
 def drawn_codes(lm: LanguageModel) -> int:
-    """How many codes of a frame the fast AR draws: all, or all but the first."""
+    """Return how many codes of a frame the fast AR draws: all, or all but the first."""
     return lm.num_codebooks - (lm.code_zero == "main")
 
 
 def frame_model(fast_model: bytes, fast: GraphSpec, spec: GraphSpec, lm: LanguageModel) -> bytes:
-    """The bytes of the graph that `spec`, from `frame_spec`, describes, given those of the fast AR's file."""
+    """Return the bytes of the frame graph, made from those of the fast AR's file. spec: from `frame_spec`."""
     return _Frame(GraphEditor(parse_model(fast_model, fast.file)), fast, spec, lm).build()
 
 
 def frame_graph(graphs: Mapping[str, GraphSpec], lm: LanguageModel) -> tuple[GraphSpec, Callable[[bytes], bytes]]:
-    """The frame graph of a bundle whose graphs, by role, are these, and what makes it of the fast AR's file."""
+    """Return the spec of a bundle's frame graph, and the function that makes the graph from the bytes of the fast AR's file."""
     spec = frame_spec(graphs["slow_ar"], graphs["fast_ar"], lm)
     return spec, lambda model: frame_model(model, graphs["fast_ar"], spec, lm)
 
@@ -88,18 +88,18 @@ class _Ranked:
 
     logits: str
     order: str
-    """int64: their places."""
+    """int64: their indices in the logits."""
     mass: str
-    """float64: how much of the probability they have with all before them, times `total`."""
+    """float64: cumulative probability, the candidate included, times `total`."""
     total: str
     count: int
-    """How many were ranked."""
+    """Number of ranked candidates."""
     of: int
-    """How many there are."""
+    """Number of all candidates."""
 
 
 class _Frame:
-    """The graph while it is made. Values are held by their names; those of a frame have one column, [batch, 1]."""
+    """Builder of the frame graph. Values are passed by name; those of one token or code are [batch, 1]."""
 
     def __init__(self, editor: GraphEditor, fast: GraphSpec, spec: GraphSpec, lm: LanguageModel) -> None:
         self._edit, self._fast, self._spec, self._lm = editor, fast, spec, lm
@@ -111,7 +111,7 @@ class _Frame:
 
     def build(self) -> bytes:
         fixed = {"", *self._edit.constants}
-        for n in self._edit.nodes:  # what comes from constants alone is needed once
+        for n in self._edit.nodes:  # nodes that depend on constants alone are not repeated
             if fixed.issuperset(n.input):
                 fixed.update(n.output)
                 self._nodes.append(n)
@@ -137,7 +137,7 @@ class _Frame:
         return self._edit.finish()
 
     def _fast_ar(self, start: int, codes: str, length: int, caches: dict[str, str]) -> str:
-        """The fast AR's nodes once more, for positions from `start` on: logits [batch, width]. Replaces the `caches`."""
+        """Add the fast AR's nodes for positions from `start` on, update `caches`, and return the logits [batch, width]."""
         names = {
             "hidden": "hidden",
             "codes": codes,
@@ -157,7 +157,7 @@ class _Frame:
         return names["logits"]
 
     def _main(self) -> str:
-        """The main token."""
+        """Add the nodes that draw the main token, and return it."""
         lm, ids = self._lm, main_ids(self._lm)
         logits = "logits"
         if lm.head == "full" and lm.main_tokens == "audio":
@@ -177,7 +177,7 @@ class _Frame:
         return self._add("Where", [repeated, again, token])
 
     def _token(self, place: str, ids: np.ndarray[Any, Any]) -> str:
-        """The tokens at places of the logits; what is below 0 stays."""
+        """Return the tokens at indices of the logits; negative values stay."""
         nought = self._constant(np.int64(0))
         token = self._add("Gather", [self._constant(ids), self._add("Max", [place, nought])], axis=0)
         return self._add("Where", [self._add("Less", [place, nought]), place, token])
@@ -205,7 +205,7 @@ class _Frame:
         return self._draw(self._rank(logits, n), self._noise("code_noise", draw), "temperature", "top_p")
 
     def _penalised(self, logits: str, places: str, n: int) -> str:
-        """See `sampling.penalised`. A place n is none."""
+        """See `sampling.penalised`. An index n stands for none."""
         one = self._constant(np.float32(1))
         none = self._filled(np.float32(0), (n + 1,))
         ones = self._add("Expand", [one, self._add("Shape", [places])])
@@ -228,7 +228,7 @@ class _Frame:
         return self._add("Cast", [self._add("Exp", [self._add("Sub", [logits, first])])], to=CODES["float64"])
 
     def _draw(self, ranked: _Ranked, noise: str, temperature: str, top_p: str) -> str:
-        """The place drawn, int64, or NOT_NUMBERS, TOO_MANY. See `sampling.sample`."""
+        """Return the drawn index, int64, or NOT_NUMBERS, TOO_MANY. See `sampling.sample`."""
         limit = self._add("Mul", [ranked.total, self._add("Cast", [top_p], to=CODES["float64"])])
         within = self._add("LessOrEqual", [ranked.mass, limit])
         allowed = self._add("Less", [self._constant(np.arange(ranked.count)[None]), "top_k"])
@@ -244,7 +244,7 @@ class _Frame:
             more = self._slice(kept, ranked.count - 1, ranked.count, 1)
             wanted = self._add("Less", [self._constant(np.int64(ranked.count)), "top_k"])
             place = self._add("Where", [self._add("And", [more, wanted]), self._constant(np.int64(TOO_MANY)), place])
-        numbers = self._add("LessOrEqual", [ranked.total, self._constant(np.float64(ranked.of + 1))])  # NaN is not
+        numbers = self._add("LessOrEqual", [ranked.total, self._constant(np.float64(ranked.of + 1))])  # false for NaN
         return self._add("Where", [numbers, place, self._constant(np.int64(NOT_NUMBERS))])
 
     def _noise(self, feed: str, draw: int) -> str:
@@ -257,7 +257,7 @@ class _Frame:
         return self._add("Concat", names, axis=1) if len(names) > 1 else names[0]
 
     def _filled(self, value: Any, shape: tuple[Dim, ...]) -> str:
-        """`value`, which fits [1, *shape], for each row of the batch: [batch, *shape]."""
+        """Return `value`, which broadcasts to [1, *shape], expanded to [batch, *shape]."""
         rest = [self._constant(np.array(shape, np.int64))] if shape else []
         return self._add("Expand", [self._constant(np.asarray(value)), self._add("Concat", [self._batch, *rest], axis=0)])
 

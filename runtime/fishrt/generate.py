@@ -7,8 +7,8 @@
 
 A column is a frame with its main token on top: int64 [1 + C]. Each is fed back to the slow AR exactly as drawn. The fast AR takes
 the slow AR's hidden vector at its position 0 and code j − 1 at position j, so that it gives the logits of code j there. Where
-code 0 follows from the main token, positions 0 and 1 are known together and go in one call; elsewhere it is drawn like the rest.
-See `drawing` for that; on devices all of it is one graph.
+code 0 follows from the main token, one call takes positions 0 and 1; elsewhere code 0 is drawn like the rest. See `drawing`; on
+devices all of it is one graph.
 Columns hold codes + `code_offset`, frames the codes themselves.
 """
 
@@ -34,24 +34,24 @@ StopReason = Literal["end", "max_frames", "max_seq_len"]
 
 @dataclass(frozen=True, slots=True)
 class DualAR:
-    """The two graphs of a language model and the ids and rules that go with them."""
+    """The two graphs of a language model, and its ids and rules."""
 
     slow: Engine
     fast: Engine
-    """The fast AR, which is run for each code, or the frame graph, which draws a whole column; see `frame`."""
+    """The fast AR, which runs for each code, or the frame graph, which draws a whole column; see `frame`."""
     language_model: LanguageModel
 
     def drawer(self, rules: Rules, noise: Noise) -> Drawer:
-        """What draws columns with the engine that there is."""
+        """Return the drawer for this kind of fast engine."""
         kind = StepDrawer if self.fast.spec.states else FrameDrawer
         return kind(self.fast, self.language_model, rules, noise)
 
 
 class Columns(Iterator[Ints]):
-    """The columns of one generation as they are drawn, the one of the end token included: int64 [1 + C] each.
+    """The columns of one generation as they are drawn, int64 [1 + C] each, the end token's included.
 
-    `stop_reason` is None until the columns are exhausted. With `upstream_compat` the generation does not end with a first column
-    that is the end token, and padding may be drawn in place of a code.
+    `stop_reason` is None until the columns are exhausted. With `upstream_compat`, an end token in the first column does not stop
+    the generation, and padding may be drawn instead of a code.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class Columns(Iterator[Ints]):
         upstream_compat: bool = False,
         context: SlowContext | None = None,
     ) -> None:
-        """context: what the slow AR has read already; columns with which the prompt begins as well are not read again.
+        """Begin a generation. context: columns that the slow AR has read already; a common prefix with the prompt is reused.
 
         Raises PromptError for a prompt that does not fit the model, SamplingError for max_columns below 1.
         """
@@ -95,7 +95,7 @@ class Columns(Iterator[Ints]):
         column = self._drawer.draw(results, self._history).copy()
         ends = column[0] == lm.end_id and (self._count > 0 or not self._upstream_compat)
         if ends and not self._upstream_compat:
-            column[1:] = lm.code_offset  # nobody hears them
+            column[1:] = lm.code_offset  # the codes of the end token are not heard
         if lm.zero_codes_off_audio and not is_semantic(int(column[0]), lm):
             column[1:] = 0
         self._history.add(column)
@@ -109,7 +109,7 @@ class Columns(Iterator[Ints]):
 
 
 class Generation(Iterator[Ints]):
-    """Frames of raw codes, int64 [C] each. `stop_reason` is None until they are exhausted."""
+    """The frames of one generation as raw codes, int64 [C] each. `stop_reason` is None until they are exhausted."""
 
     def __init__(self, columns: Columns, model: LanguageModel, *, upstream_compat: bool) -> None:
         self._columns, self._model = columns, model
@@ -118,12 +118,12 @@ class Generation(Iterator[Ints]):
 
     @property
     def stop_reason(self) -> StopReason | None:
-        """Why it ended."""
+        """Why the generation ended; None: it goes on."""
         return self._columns.stop_reason
 
     @property
     def drawn(self) -> Ints:
-        """All columns so far, as they were drawn, an end token's included: int64 [1 + C, T]."""
+        """All columns so far as they were drawn, int64 [1 + C, T], the end token's included."""
         return np.stack(self._drawn, axis=1) if self._drawn else np.zeros((1 + self._model.num_codebooks, 0), np.int64)
 
     def __next__(self) -> Ints:
@@ -133,7 +133,7 @@ class Generation(Iterator[Ints]):
         return frame
 
     def _trimmed(self, trim: str | None) -> Iterator[Ints]:
-        """The columns that are spoken: not the end token's, or not that one which upstream drops."""
+        """Yield the columns that are spoken: all but the end token's, or all but the one that the original drops."""
         for column in self._columns:
             self._drawn.append(column)
             if trim == "last":
@@ -153,15 +153,14 @@ def generate_frames(
     upstream_compat: bool = False,
     context: SlowContext | None = None,
 ) -> Generation:
-    """Speaks a prompt, int64 [1 + C, length], frame by frame.
+    """Return the frames that continue a prompt, int64 [1 + C, length], without the end token's.
 
     sampling: resolved. max_frames: None means until the end token or the end of the context. The cache never exceeds the prompt
-    and this limit. context: what the slow AR has read already, see `SlowContext`; it is not read again.
-    The column of the end token is not yielded. With `upstream_compat` the literal upstream behaviour: an end token in the first
-    column does not stop, padding may be drawn, and the column that `upstream_trim` names is left out whatever it is, so that a
-    limit yields one frame less.
+    and this limit. context: see `Columns`. upstream_compat: the behaviour of the original to the letter. An end token in the
+    first column does not stop, padding may be drawn, and the column that `upstream_trim` names is left out whatever it is, so
+    that a limit yields one frame less.
     Raises PromptError for a prompt that does not fit the model, SamplingError for max_frames below 1. The iterator raises
-    FishrtError for a frame with padding in place of a code.
+    FishrtError for a frame with padding instead of a code.
     """
     columns = Columns(model, prompt, sampling, noise, max_columns=max_frames, upstream_compat=upstream_compat, context=context)
     return Generation(columns, model.language_model, upstream_compat=upstream_compat)

@@ -18,14 +18,14 @@ from .static import open_codec_decode, static_graphs
 log = logging.getLogger(__name__)
 
 FUSED = ("cuda", "tensorrt")
-"""Providers for which the fast AR is opened as the frame graph: a launch costs more there than a draw."""
+"""Providers that run the fast AR as the frame graph: a launch costs more there than a draw."""
 
 
 class BundleGraphs(Mapping[str, Engine]):
-    """The graphs of a bundle by role, each opened when it is first asked for: decoding needs no language model."""
+    """The graphs of a bundle by role, each opened when it is first accessed: decoding needs no language model."""
 
     def __init__(self, bundle: Bundle, provider: str, threads: int | None) -> None:
-        """Raises ProviderError for provider coreml and a bundle without static graphs."""
+        """Open no graph yet. Raises ProviderError for provider coreml and a bundle without static graphs."""
         self._bundle, self.provider, self._threads = bundle, provider, threads
         self._static = static_graphs(bundle) if provider == "coreml" else None
         self._open: dict[str, Engine] = {}

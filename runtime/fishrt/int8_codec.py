@@ -1,7 +1,7 @@
 """`int8_codec.json` of a bundle: its decoder of codes with convolutions in integers of 8 bits, for CPUs.
 
-`fishrt export --codec-int8` writes it, with the graph. It is used where the CPU multiplies such integers four at a time (VNNI):
-elsewhere ONNX Runtime's kernels are slower, or lose bits.
+`fishrt export --codec-int8` writes it, with the graph. It is used on CPUs that multiply such integers four at a time (VNNI):
+on others, ONNX Runtime's kernels are slower or lose bits.
 """
 
 from __future__ import annotations
@@ -19,36 +19,36 @@ log = logging.getLogger(__name__)
 
 INT8_CODEC = "int8_codec.json"
 NEEDED = ("avx512_vnni", "avx_vnni")
-"""One of these instruction sets."""
+"""Instruction sets; the CPU must have one of them."""
 
 
 @dataclass(frozen=True, slots=True)
 class Int8Codec:
-    """The graph, and what rounding did to random codes."""
+    """The 8-bit decode graph, and its measured rounding error."""
 
     file: str
     """Takes and gives what codec_decode does."""
     convolutions: int
-    """How many are in integers."""
+    """Number of convolutions in integers."""
     calibration_frames: int
-    """Random frames that the ranges of activations come from."""
+    """Number of random frames on which the ranges of activations were measured."""
     snr_db: float
     """The float graph's sound over the difference from it, in dB: of streams of other random codes, on average. As on a CPU with
     VNNI, whichever CPU exports."""
     least_snr_db: float
 
     def summary(self) -> str:
-        """A line of text."""
+        """Return a line of text."""
         ratio = f"{self.snr_db:.1f} dB, {self.least_snr_db:.1f} dB at least"
         return f"{self.convolutions} convolutions of the decoder in 8 bits, signal over error {ratio} (random codes)"
 
     def to_json(self) -> str:
-        """The text of `int8_codec.json`."""
+        """Return the text of `int8_codec.json`."""
         return json.dumps(asdict(self), indent=1) + "\n"
 
 
 def read_int8_codec(bundle: Bundle) -> Int8Codec | None:
-    """None for a bundle that lists no `int8_codec.json`. Raises BundleError for one that is not valid."""
+    """Read `int8_codec.json`; return None for a bundle that does not list it. Raises BundleError for an invalid one."""
     found = read_listed(bundle, INT8_CODEC, Int8Codec)
     if found is not None and found.file not in bundle.manifest.files:
         raise BundleError(f"{bundle.file(INT8_CODEC)} names {found.file}, which the bundle does not list", hint=AGAIN)

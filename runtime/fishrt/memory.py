@@ -1,6 +1,6 @@
-"""What a bundle needs of memory, from its manifest alone, and what this process can still get.
+"""Memory that a bundle needs, from its manifest alone, and memory that this process can still get.
 
-The need is that of ONNX Runtime on a CPU. It is told before anything is loaded, and work that cannot end well is refused.
+The need is that of ONNX Runtime on a CPU. It is checked before anything is loaded.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from .errors import FishrtError
 
 CACHE_POSITIONS = 1000
 _UNLIMITED = 1 << 60
-"""Limits above this are none: control groups of the first version write a number instead of "max"."""
+"""Limits above this mean no limit: cgroup v1 writes a number instead of "max"."""
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryNeed:
-    """Of one bundle, in bytes."""
+    """Memory that one bundle needs, in bytes."""
 
     disk: int
     """All of its files."""
@@ -34,13 +34,13 @@ class MemoryNeed:
     encoding: int
     """Weights of the codec's encoder, which is loaded when a voice is made."""
     state: int
-    """What one sentence carries along whatever its length: the fast AR's cache and the codec's."""
+    """State of one request that does not grow with its length: the fast AR's cache and the codec's state."""
     cache: int
-    """What CACHE_POSITIONS positions of prompt and speech take in the slow AR's cache."""
+    """The slow AR's cache for CACHE_POSITIONS positions of prompt and speech."""
 
 
 def estimate(manifest: Manifest) -> MemoryNeed:
-    """Without activations, which are small but for the codec's: a few hundred MB where it decodes long pieces."""
+    """Return the memory that a bundle needs, without activations: small, except a few hundred MB for long pieces in the codec."""
     graphs, memory = manifest.graphs, manifest.memory
     return MemoryNeed(
         disk=manifest.total_bytes,
@@ -52,7 +52,7 @@ def estimate(manifest: Manifest) -> MemoryNeed:
 
 
 def check_memory(need: int, what: str, available: int | None = None) -> None:
-    """Raises FishrtError where `what` needs more bytes than there are. available: None finds out."""
+    """Check that there are `need` bytes for `what`. available: None measures it. Raises FishrtError otherwise."""
     if available is None:
         available = available_memory()
     if available is not None and need > available:
@@ -72,10 +72,10 @@ def memory_errors() -> Iterator[None]:
 
 
 def available_memory(root: Path = Path("/")) -> int | None:
-    """Bytes that this process can still get: what the system can free, its swap with it, or less where a control group or the
-    process's own limit of address space says so. None where the system does not tell.
+    """Return the bytes that this process can still get; None if the system does not tell.
 
-    root: where /proc and /sys are.
+    This is the least of free memory with swap, the limits of the process's control groups, and its limit of address space.
+    root: the folder of /proc and /sys.
     """
     found = [*_of_system(root), *_of_control_groups(root), *_of_address_space(root)]
     return max(min(found), 0) if found else None
@@ -93,7 +93,7 @@ def _of_system(root: Path) -> Iterator[int]:
 
 
 def _of_control_groups(root: Path) -> Iterator[int]:
-    """Limit less use, without files that could be dropped, of every group that this process is in, of both versions."""
+    """Yield limit − use, without reclaimable file pages, of every control group of this process, cgroup v1 and v2."""
     for line in _text(root / "proc/self/cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers and "memory" not in controllers.split(","):
@@ -101,7 +101,7 @@ def _of_control_groups(root: Path) -> Iterator[int]:
         top = root / "sys/fs/cgroup" / ("memory" if controllers else "")
         limit, used = ("memory.limit_in_bytes", "memory.usage_in_bytes") if controllers else ("memory.max", "memory.current")
         group = top / path.strip("/")
-        # Inside a container, the path may be that outside of it, and its own group is the top.
+        # Inside a container, the path in /proc/self/cgroup may be the host's; the container's own group is then the top.
         for folder in {group, *(parent for parent in group.parents if parent.is_relative_to(top)), top}:
             most, now = _text(folder / limit).strip(), _text(folder / used).strip()
             if most.isdecimal() and now.isdecimal() and int(most) < _UNLIMITED:
@@ -120,7 +120,7 @@ def _of_address_space(root: Path) -> Iterator[int]:
 
 
 def _fields(path: Path) -> dict[str, int]:
-    """The numbers of a file that has lines of a name and a number."""
+    """Read a file of lines with a name and a number."""
     words = (line.split() for line in _text(path).splitlines())
     return {line[0]: int(line[1]) for line in words if len(line) > 1 and line[1].isdecimal()}
 

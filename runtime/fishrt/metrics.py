@@ -10,27 +10,27 @@ import numpy.typing as npt
 
 
 def rtf(compute_s: float, audio_s: float) -> float:
-    """Real-time factor: compute seconds ÷ audio seconds. Below 1 is faster than real time."""
+    """Return the real-time factor: compute seconds ÷ audio seconds. Below 1 is faster than real time."""
     return compute_s / audio_s
 
 
 def per_second(count: float, seconds: float) -> float:
-    """Of frames, tokens or bytes."""
+    """Return a rate, such as frames, tokens or bytes per second."""
     return count / seconds
 
 
 def speed_up(ours_s: float, peer_s: float) -> float:
-    """How many times faster than a peer: its time ÷ ours."""
+    """Return how many times faster than a peer we are: its time ÷ ours."""
     return peer_s / ours_s
 
 
 def frame_bytes(slow: int, fast: int, fast_steps: float) -> float:
-    """Bytes of weights that one frame reads: the slow AR's once, the fast AR's in each of its steps."""
+    """Return the bytes of weights that one frame reads: the slow AR's once, the fast AR's in each of its steps."""
     return slow + fast * fast_steps
 
 
 def bandwidth_share(bytes_read: float, seconds: float, limit: float) -> float:
-    """Achieved bandwidth ÷ the machine's, both in bytes a second: 1 is the limit, above it weights came from a cache."""
+    """Return achieved bandwidth ÷ the machine's, both in bytes a second: 1 is the limit; above it, weights came from a cache."""
     return bytes_read / seconds / limit
 
 
@@ -44,7 +44,7 @@ class Summary:
 
     @classmethod
     def of(cls, seconds: Sequence[float]) -> Summary:
-        """At least one time. Raises ValueError for none."""
+        """Summarise at least one time. Raises ValueError for none."""
         if not seconds:
             raise ValueError("nothing was measured")
         median, p95 = np.percentile(np.array(seconds) * 1e3, [50, 95])
@@ -52,11 +52,11 @@ class Summary:
 
     @property
     def median_s(self) -> float:
-        """In seconds."""
+        """The median in seconds."""
         return self.median_ms / 1e3
 
 
 def signal_over_error(sound: npt.NDArray[np.float32], other: npt.NDArray[np.float32]) -> float:
-    """How far `other` is from `sound`, of the same shape, in dB: 0 where the difference is as loud as the sound."""
+    """Return the power of `sound` over that of its difference from `other`, of the same shape, in dB."""
     power, error = (np.square(a).sum(dtype=np.float64) for a in (sound, sound - other))
     return float(10 * np.log10(power / max(error, np.finfo(np.float32).tiny)))

@@ -1,7 +1,7 @@
-"""Which TensorRT plans a bundle needs: its graphs, what each computes in, and the sizes that it is built for.
+"""The TensorRT plans that a bundle needs: its graphs, their precision, and the sizes that they are built for.
 
 slow AR        two profiles, for prompts and for single steps; caches of `max_len` rows
-frame graph    in place of the fast AR, which it repeats; see `frame`
+frame graph    replaces the fast AR; see `frame`
 codec          in float32; the pieces that streams are decoded in, and recordings as long as a prompt may be
 """
 
@@ -22,11 +22,11 @@ from .features import LanguageModel
 from .frame import frame_graph
 
 PRECISIONS = ("bf16", "fp16", "fp8", "int8", "int4")
-"""What may be asked for."""
+"""Values of PlanOptions.precision."""
 USUAL_LEN = 4096
-"""Positions of prompt and speech together, unless more are asked for: three minutes. A step reads all of them, used or not."""
+"""Default positions of prompt and speech together: three minutes. A step reads all of them, used or not."""
 _SPEECH_ROOM = 2048
-"""Positions that a prompt leaves for speech, or half of all."""
+"""Positions that a prompt leaves for speech, at most half of all."""
 _USUAL_PROMPT = 256
 _USUAL_RECORDING_S = 10
 _BF16_CAPABILITY = (8, 0)
@@ -34,26 +34,26 @@ _BF16_CAPABILITY = (8, 0)
 
 @dataclass(frozen=True, slots=True)
 class PlanOptions:
-    """What a user may choose."""
+    """Options of a user for the plans of a bundle."""
 
     precision: str | None = None
-    """One of PRECISIONS. None: integers as the bundle has them, and else the better of 16 bits that the device has."""
+    """One of PRECISIONS. None: fp16 for weights in integers, else bf16 if the device has it, else fp16."""
     max_len: int | None = None
-    """Positions of prompt and speech together. None: those of the model, but no more than USUAL_LEN."""
+    """Positions of prompt and speech together. None: the model's, at most USUAL_LEN."""
     max_batch: int = 1
-    """Sequences at once."""
+    """Most sequences at once."""
     workspace: int | None = None
-    """Bytes that kernels may use, at most; None is no limit."""
+    """Most bytes of device memory for kernels; None: no limit."""
     fp32_attention: bool | None = None
-    """Whether attention is computed in float32 all the same. None: where the rest is in float16."""
+    """Whether attention is computed in float32. None: only if the rest is in float16."""
     primitive_attention: bool = False
-    """Whether attention is put together from simple operators. For devices that have no fused one for a model."""
+    """Whether attention is built from simple operators, for devices without a fused one."""
 
 
 def plan_requests(bundle: Bundle, options: PlanOptions, capability: tuple[int, int]) -> dict[str, PlanRequest]:
-    """All that has to be built, by role. capability: the device's compute capability.
+    """Return the plans to build, by role. capability: the device's compute capability.
 
-    Raises ProviderError for a precision that the bundle, or fishrt, does not have; FishrtError for more than the model takes.
+    Raises ProviderError for a precision that the bundle or fishrt does not have; FishrtError for more positions than the model's.
     """
     manifest = bundle.manifest
     graphs, lm, precision = manifest.graphs, manifest.language_model, _computed_in(manifest, options.precision, capability)
@@ -84,10 +84,7 @@ def plan_requests(bundle: Bundle, options: PlanOptions, capability: tuple[int, i
 
 
 def within_plans(bundle: Bundle) -> Bundle:
-    """The bundle, with a model that takes no more positions than its plan was built for.
-
-    Raises ProviderError if there is no plan for this machine.
-    """
+    """Return the bundle with its model limited to the positions of its plan. Raises ProviderError if this machine has no plan."""
     manifest = bundle.manifest
     spec = manifest.graphs["slow_ar"]
     plan = find_built(bundle.file(spec.file), spec, identity=manifest.identity("slow_ar"))
@@ -98,7 +95,7 @@ def within_plans(bundle: Bundle) -> Bundle:
 
 
 def with_positions(lm: LanguageModel, positions: int) -> LanguageModel:
-    """The model with fewer positions."""
+    """Return the model with at most so many positions."""
     prompt = positions - min(_SPEECH_ROOM, positions // 2)
     return replace(lm, max_seq_len=min(lm.max_seq_len, positions), max_prompt=min(lm.max_prompt, prompt))
 
@@ -114,7 +111,7 @@ def _positions(lm: LanguageModel, asked: int | None) -> int:
 
 
 def _computed_in(manifest: Manifest, asked: str | None, capability: tuple[int, int]) -> str:
-    """fp16 or bf16."""
+    """Return the precision of the language model's plans, fp16 or bf16. Raises ProviderError; see `plan_requests`."""
     stored = manifest.precision["slow_ar"]
     if asked == "fp8":
         raise ProviderError(
@@ -140,7 +137,7 @@ def _decoding(manifest: Manifest) -> Profile:
 
 
 def _encoding(manifest: Manifest, longest: int) -> Profile:
-    """longest: columns of a prompt. A voice that does not fit into one is of no use."""
+    """Return the codec encoder's profile. longest: columns of the longest prompt, which a voice must fit into."""
     codec = manifest.codec
     least, usual, most = (
         -(-samples // codec.sample_multiple) * codec.sample_multiple

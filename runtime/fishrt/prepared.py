@@ -1,7 +1,7 @@
-"""What the slow AR makes of a voice, on disk beside it: keys and values, so that not even the first request reads the voice.
+"""Prepared voices: the slow AR's keys and values of a voice on disk, so that not even the first request computes them.
 
-One file for each slow AR that a voice was prepared for: `prepared-<part of the graph's hash>.npz`. It is a copy of what can be
-computed again: a file that is damaged, or of other columns, is passed over with a warning.
+There is one file for each slow AR that a voice was prepared for: `prepared-<part of the graph's hash>.npz`. It can be computed
+again, so a damaged file, or one of other columns, is skipped with a warning.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ _COLUMNS = "columns"
 
 
 def prepared_path(folder: Path, graph: str) -> Path:
-    """Where it lies. folder: the voice's. graph: a hash that stands for the slow AR and its weights."""
+    """Return the path of a prepared voice. folder: the voice's. graph: a hash of the slow AR and its weights."""
     return folder / f"prepared-{graph[:16]}.npz"
 
 
 def write_prepared(folder: Path, graph: str, columns: Ints, saved: dict[str, Array]) -> Path:
-    """Writes what `SlowContext.save` gave for `columns`; returns where. Raises OutputError."""
+    """Write the result of `SlowContext.save` for `columns`; return the path. Raises OutputError."""
     path, buffer = prepared_path(folder, graph), io.BytesIO()
     np.savez(buffer, **{_COLUMNS: columns}, **saved)  # type: ignore[arg-type]
     write_whole(path, buffer.getvalue())
@@ -37,7 +37,7 @@ def write_prepared(folder: Path, graph: str, columns: Ints, saved: dict[str, Arr
 
 
 def read_prepared(folder: Path, graph: str, columns: Ints, spec: GraphSpec) -> dict[str, Array] | None:
-    """What was written for these columns; None if nothing was, or, with a warning, if it is of no use.
+    """Return the keys and values written for these columns; None if there are none or, with a warning, if they do not fit.
 
     spec: the slow AR's.
     """
