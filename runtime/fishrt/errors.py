@@ -1,4 +1,4 @@
-"""The errors of the runtime: leaves of FishrtError, one for each thing that a user can get wrong."""
+"""The errors of the runtime: leaves of FishrtError, one for each kind of a user's mistake."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ __all__ = [
 
 
 class ArgumentError(FishrtError, TypeError):
-    """An argument of a call is of the wrong type, or there is none of its name."""
+    """An argument of a call is of the wrong type, or its name is unknown."""
 
 
 class BundleError(FishrtError):
@@ -50,7 +50,7 @@ class AudioError(FishrtError):
 
 
 class OutputError(FishrtError):
-    """A result cannot be written where it should go."""
+    """A result cannot be written to its place."""
 
 
 class SamplingError(FishrtError):
@@ -58,7 +58,7 @@ class SamplingError(FishrtError):
 
 
 class UnfinishedError(FishrtError):
-    """A request failed when a part of the text was spoken: `speech`. Its cause is the error that ended it."""
+    """A request failed after a part of the text, `speech`, was spoken. The cause is the error that ended it."""
 
     def __init__(self, cause: FishrtError, speech: Speech) -> None:
         super().__init__(str(cause), hint=cause.hint)

@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 
 
 def check_player() -> None:
-    """Check before long work that there is an output device. Raises OutputError."""
+    """Check before long work that there is an output device. Raises OutputError otherwise."""
     sounddevice = _sounddevice()
     try:
         sounddevice.check_output_settings(channels=1, dtype="float32")
@@ -25,10 +25,10 @@ def check_player() -> None:
 
 @contextmanager
 def playing(rate: int, *, written: bool) -> Iterator[Callable[[Pcm], None]]:
-    """Open the device for pcm float32 [samples] at `rate` Hz; the function returns when the device has room for more.
+    """Open the device and yield a function that plays pcm float32 [samples] at `rate` Hz, and blocks while the buffer is full.
 
-    The end of the block waits until everything is heard. written: whether the speech is written, too; a device that fails, such
-    as a headset that is unplugged, is then a warning. Raises OutputError.
+    The end of the block waits until everything is played. written: whether the speech is also written to a file; a device that
+    fails, such as an unplugged headset, is then only a warning. Raises OutputError.
     """
     sounddevice = _sounddevice()
     failed = False

@@ -1,7 +1,7 @@
 """Text and voices → the prompt int64 [1 + num_codebooks, T]. The only file that knows `<|im_start|>`.
 
-A prompt is a head, then the text and the speech of each earlier piece, then the text of this piece. The model goes on with its
-speech. How that is written differs by dialect:
+A prompt is a head, then the text and the speech of each earlier piece, then the text of this piece. The model continues with the
+speech of this piece. The form depends on the dialect:
 
     conversation   head: a system message, with the text and speech of all voices in it
                    user: text    assistant: <|voice|>speech
@@ -12,9 +12,9 @@ speech. How that is written differs by dialect:
     interleaved    head: <|interleave|>, then each voice as if it were an earlier piece
                    <|speaker:0|>text    speech
 
-Row 0 holds token ids, where a frame is `semantic_begin_id + code 0`, or `semantic_begin_id` alone where code 0 is not part of the
-main token; rows 1… hold the codes of a frame + `code_offset`, and 0 below text. Every part is tokenised by itself, never across a
-border between parts: the ids depend on it.
+Row 0 holds token ids. The id of a frame is `semantic_begin_id + code 0`, or `semantic_begin_id` if code 0 is not part of the main
+token. Rows 1… hold the codes of a frame + `code_offset`, and 0 below text. Every part is tokenised by itself: the ids depend on
+the borders between parts.
 """
 
 from __future__ import annotations
@@ -49,30 +49,30 @@ from .voices import Voice
 
 Ints = npt.NDArray[np.int64]
 Parts = list[str | Ints]
-"""Of a prompt: texts, and codes int64 [num_codebooks, frames]."""
+"""Parts of a prompt: texts, and codes int64 [num_codebooks, frames]."""
 
 
 @dataclass(frozen=True, slots=True)
 class Dialect:
-    """How a model was taught to be asked."""
+    """The form of the prompts that a model was trained on."""
 
     opening: tuple[str, ...]
-    """Where the head begins."""
+    """Parts at the start of the head."""
     ask: tuple[str, ...]
-    """What speech follows on; {} stands for the text."""
+    """Parts in front of speech; {} stands for its text."""
     end: str
-    """What comes behind speech."""
+    """The part after speech."""
     turns: bool = False
-    """The text may have turns of several speakers, voice i being speaker i. There is a system message that can be replaced."""
+    """Whether the text may have turns of several speakers, where voice i is speaker i, and the system message can be replaced."""
     not_remembered: int = 0
-    """So many of the last columns of speech are left out of what upstream remembers; see `WindowedConversation`."""
+    """Number of last columns of speech that the original leaves out of later prompts; see `WindowedConversation`."""
 
     def asked(self, text: str) -> Parts:
-        """The parts in front of the speech of a text."""
+        """Return the parts in front of the speech of a text."""
         return [part.replace("{}", text) for part in self.ask]
 
     def said(self, text: str, codes: Ints) -> Parts:
-        """The parts of a text that has been spoken."""
+        """Return the parts of a text that has been spoken, and of its speech, codes int64 [num_codebooks, frames]."""
         return [*self.asked(text), codes, self.end]
 
 
@@ -96,7 +96,7 @@ DIALECTS = {
 
 
 class PromptBuilder:
-    """Makes prompts for one language model."""
+    """Builder of the prompts of one language model."""
 
     def __init__(self, tokenizer: Tokenizer, language_model: LanguageModel) -> None:
         self._tokenizer = tokenizer
@@ -104,16 +104,15 @@ class PromptBuilder:
         self.dialect = DIALECTS[language_model.prompt_dialect]
 
     def split(self, text: str, *, upstream_compat: bool = False, chunk_bytes: int | None = None) -> list[str]:
-        """Pieces of a text that are spoken one after the other; `chunk_bytes` (UTF-8) defaults to the manifest's.
+        """Return the pieces of a text that are spoken one after the other; `chunk_bytes` (UTF-8) defaults to the manifest's.
 
-        The pieces are cleaned as the model needs it; line breaks have become spaces then. Text that is too long is split behind
-        punctuation as `splitting` says, else at sentence ends. Turns of speakers are packed into pieces of at most five turns
-        and `chunk_bytes`, and each part of a turn that is too long repeats its tag. Text before the first tag is speaker 0's.
-        What has no letter or digit holds nothing to speak and is left out. A piece or turn that ends in a letter or digit is
-        given a full stop.
+        The pieces are cleaned by the model's rules, which turn line breaks into spaces. Text that is too long is split by the
+        model's `splitting`, else at sentence ends. Turns of speakers are packed into pieces of at most five turns and
+        `chunk_bytes`; each part of a turn that is too long repeats its tag. Text before the first tag is speaker 0's. Pieces
+        without a letter or digit are left out. A piece or turn that ends in a letter or digit gets a full stop.
 
-        `upstream_compat`: the text before the first tag is dropped, nothing is split within a turn or added, text without tags is
-        one piece whatever its length unless there is a `splitting`, letters that a model was not taught are dropped, and control
+        upstream_compat: text before the first tag is dropped; no turn is split and no full stop is added; text without tags is
+        one piece of any length, unless there is a `splitting`; letters that the model was not trained on are dropped; control
         tokens in the text act.
 
         Raises PromptError for text with nothing to speak, lone surrogates, control tokens, letters that cleaning would drop, or
@@ -138,11 +137,11 @@ class PromptBuilder:
         return [self._cleaned(with_end(piece)) for piece in pieces if speakable(piece)]
 
     def start(self, voices: Sequence[Voice] = (), system: str | None = None, *, upstream_compat: bool = False) -> Conversation:
-        """A conversation in which voice i speaks as `<|speaker:i|>`, or, where there are no turns, one speaker has all voices.
+        """Begin a conversation in which voice i speaks as `<|speaker:i|>`; without turns, all voices are one speaker.
 
-        `system` takes the place of the usual instruction; with voices it is a message of its own in front, because theirs is
-        worded as the model learnt it. Raises VoiceError for codes that are not this model's, PromptError for bad text, or a
-        system text where there is no such message.
+        `system` replaces the usual instruction. With voices, it is a separate message in front, because the message with the
+        voices keeps the words that the model was trained on. Raises VoiceError for codes that are not this model's, PromptError
+        for bad text, or a system text if the dialect has no such message.
         """
         dialect = self.dialect
         texts = []
@@ -165,11 +164,11 @@ class PromptBuilder:
         return kind(self, self.encode(parts), upstream_compat=upstream_compat)
 
     def check_transcript(self, text: str, what: str) -> None:
-        """Check that the words of a voice can stand in a prompt. Raises PromptError; `what` names the text."""
+        """Check that the transcript of a voice can be part of a prompt; `what` names it. Raises PromptError otherwise."""
         self._prepare(text, what, False)
 
     def encode(self, parts: Sequence[str | Ints]) -> Ints:
-        """Columns of parts of a prompt, int64 [1 + num_codebooks, T]. Raises VoiceError for codes that are not the model's."""
+        """Return the columns of parts, int64 [1 + num_codebooks, T]. Raises VoiceError for codes that are not the model's."""
         nothing = np.zeros((1 + self.model.num_codebooks, 0), np.int64)
         columns = [self._text(part) if isinstance(part, str) else self._audio(part) for part in parts]
         return np.concatenate([nothing, *columns], axis=1)
@@ -210,7 +209,7 @@ class PromptBuilder:
             check_entries(codes, sizes, f"the codes of {what}")
 
     def _prepare(self, text: str, what: str, upstream_compat: bool) -> str:
-        """The text as the model is to read it. Raises PromptError for what must not or cannot be spoken."""
+        """Return the text as the model reads it; `what` names it. Raises PromptError for text that must not be spoken."""
         check_unicode(text, what)
         if upstream_compat:
             return self._cleaned(text)
@@ -227,7 +226,7 @@ class PromptBuilder:
             if text and not cleaned:
                 raise PromptError(f"{what} has nothing to speak that this model was taught to read", hint="write it in words")
             text = cleaned
-        # Looked for behind the cleaning, which may take away what kept a token from acting.
+        # Searched after the cleaning, which can make a control token by dropping characters inside it.
         if names := [name for name in self._tokenizer.control_tokens(text) if not SPEAKER.fullmatch(name)]:
             raise PromptError(
                 f"{what} contains {', '.join(names)}, which would steer the model instead of being spoken",
@@ -240,10 +239,10 @@ class PromptBuilder:
 
 
 class Conversation:
-    """What was said so far in one request. For each piece of text: `prompt = user(text)`, generate, `assistant(columns)`.
+    """The history of one request. For each piece of text: `prompt = user(text)`, generate, `assistant(columns)`.
 
-    Earlier pieces stand in the prompt as voices do, with an end behind their speech: so the models were taught, and so they know
-    that a piece ends. Upstream does the same in some dialects; where it does not, see `WindowedConversation`.
+    Earlier pieces have the same form in the prompt as voices, with an end after their speech: the models were trained on this
+    form, and learn from it that a piece ends. The original does the same, except in the dialects of `WindowedConversation`.
     """
 
     def __init__(self, builder: PromptBuilder, head: Ints, *, upstream_compat: bool) -> None:
@@ -255,14 +254,14 @@ class Conversation:
 
     @property
     def head(self) -> Ints:
-        """What every prompt begins with, system text and voices: int64 [1 + num_codebooks, T], maybe of no columns."""
+        """The start of every prompt, system text and voices: int64 [1 + num_codebooks, T], maybe of no columns."""
         return self._head
 
     def user(self, text: str) -> Ints:
-        """The prompt int64 [1 + num_codebooks, T] for the next piece, as `split` gave it.
+        """Return the prompt int64 [1 + num_codebooks, T] for the next piece of `split`.
 
-        Forgets the oldest pieces as soon as the prompt would exceed `max_prompt`; upstream_compat keeps all.
-        Raises PromptError if it is too long even so.
+        The oldest pieces are dropped when the prompt would exceed `max_prompt`; upstream_compat keeps all.
+        Raises PromptError if the prompt is still too long.
         """
         self._text = text
         now = self._asked()
@@ -279,13 +278,13 @@ class Conversation:
         return np.concatenate([self._head, *self._history, now], axis=1)
 
     def assistant(self, columns: Ints) -> None:
-        """Remembers the columns int64 [1 + num_codebooks, T] that were drawn for the last `user` text, an end token's included.
+        """Add the columns int64 [1 + num_codebooks, T] drawn for the last `user` text to the history, without the end token's.
 
-        Upstream leaves out the last, end token or not.
+        The original leaves out the last column, end token or not.
         """
         model = self._builder.model
         spoken = columns[:, :-1] if self._upstream_compat else columns[:, columns[0] != model.end_id]
-        if spoken.shape[1]:  # an answer without sound would teach the model to be silent
+        if spoken.shape[1]:  # after a silent piece in the prompt, the model would stay silent
             codes = spoken[1:] - model.code_offset
             self._history.append(self._builder.encode(self._builder.dialect.said(self._text, codes)))
 
@@ -294,15 +293,15 @@ class Conversation:
 
 
 class WindowedConversation(Conversation):
-    """Upstream's memory of the models that have a `history_window`, to the letter.
+    """The history of models with a `history_window`, to the letter of the original.
 
-    Columns are remembered as they were drawn, and nothing is put behind them. Texts and speech are one element each. The first
-    two are always kept; of the rest, an odd number of the last ones: those up to the one that, counted twice, does not fit any
-    more. If that is the newest, all elements are there a second time. A prompt longer than `history_window` is no error.
+    Columns are kept as drawn, without an end after them. Each text and each speech is one element. The first two elements are
+    always kept. Of the rest, an odd number of the newest are kept: those newer than the one that no longer fits, counted twice.
+    If that one is the newest, all elements are repeated. A prompt longer than `history_window` is no error.
     """
 
     def user(self, text: str) -> Ints:
-        """The prompt int64 [1 + num_codebooks, T] for the next piece."""
+        """Return the prompt int64 [1 + num_codebooks, T] for the next piece."""
         self._text = text
         elements = [*self._history, self._asked()]
         window = self._builder.model.history_window
@@ -318,6 +317,6 @@ class WindowedConversation(Conversation):
         return np.concatenate([self._head, *elements], axis=1)
 
     def assistant(self, columns: Ints) -> None:
-        """Remembers the columns int64 [1 + num_codebooks, T] that were drawn for the last `user` text."""
+        """Add the columns int64 [1 + num_codebooks, T] drawn for the last `user` text to the history."""
         kept = columns.shape[1] - self._builder.dialect.not_remembered
         self._history += [self._asked(), columns[:, :kept]]

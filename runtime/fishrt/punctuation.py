@@ -1,6 +1,6 @@
-"""Long text cut behind punctuation, for models whose original does so: sentence ends, then clauses, then spaces, then anywhere.
+"""Splitting of long text after punctuation, as the original does for some models: at sentence ends, clauses, spaces, anywhere.
 
-Neighbours are joined again as long as they fit. Abbreviations and markup are not minded, but a decimal number stays whole.
+Neighbours are joined again as long as they fit. Abbreviations and markup may be cut, but a decimal number stays whole.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from .features import PunctuationSplit
 
 
 def split_punctuation(text: str, rules: PunctuationSplit, max_bytes: int) -> list[str]:
-    """Pieces of a text, stripped, of at most `max_bytes` (UTF-8) or, within a word that is longer, one character more.
+    """Return the pieces of a text, stripped, of at most `max_bytes` (UTF-8), or one character more within a longer word.
 
-    Those of ASCII punctuation only are left out, so that there may be none.
+    Pieces of ASCII punctuation only are left out, so there may be none.
     """
     pieces = [text]
     for ends in filter(None, (rules.sentence_ends, rules.clause_ends, " ")):
@@ -30,7 +30,7 @@ def split_punctuation(text: str, rules: PunctuationSplit, max_bytes: int) -> lis
 
 
 def _cut(text: str, ends: str) -> Iterator[str]:
-    """Parts of a text, cut behind each of these characters. A decimal number is passed over as a whole."""
+    """Yield the parts of a text, cut after each of the characters `ends`, but not within a decimal number."""
     start = 0
     for match in re.finditer(rf"(?<!\d)\d+\.\d+|([{re.escape(ends)}])", text):
         if match[1]:

@@ -1,4 +1,4 @@
-"""`quantisation.json` of a bundle: what rounding to integers did to each layer. For people; nothing needs it to speak."""
+"""`quantisation.json` of a bundle: the rounding error of each quantised layer. It is for people; speaking does not need it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ QUANTISATION = "quantisation.json"
 
 
 USUAL = {"int8": 0.02, "int4": 0.13}
-"""The error that rounding ordinary weights costs at most, by precision: normally distributed ones lose 0.6 % and 12 %."""
+"""Largest usual error by precision: normally distributed weights have 0.6 % and 12 %."""
 _LISTED = 3
 
 
@@ -21,35 +21,35 @@ class LayerReport:
     """One matrix of the language model."""
 
     name: str
-    """The role of its graph, a dot, and its name there."""
+    """Role of the graph, a dot, and the layer's name in the graph."""
     precision: str
     """One of bundle.PRECISIONS."""
     block: int | None
-    """Inputs that share a scale; None for a layer that was not quantised."""
+    """Number of inputs that share a scale; None for a layer that was not quantised."""
     error: float
-    """Root mean square of the change, divided by that of the weight; 0.0 for a layer that was not quantised."""
+    """Root mean square of the rounding error ÷ that of the weight; 0.0 for a layer that was not quantised."""
     reason: str = ""
-    """Why it was not quantised. Empty: it was, or the bundle is of an earlier version."""
+    """Why it was not quantised; empty if it was, or in a bundle of an earlier version."""
 
     @property
     def role(self) -> str:
-        """The role of its graph."""
+        """Role of the layer's graph."""
         return self.name.partition(".")[0]
 
     @property
     def is_unusual(self) -> bool:
-        """Whether it lost more than layers usually do."""
+        """Whether the error is larger than usual."""
         return self.error > USUAL.get(self.precision, 1.0)
 
 
 @dataclass(frozen=True, slots=True)
 class Quantisation:
-    """All of them, in the order of the graphs."""
+    """Reports of all layers, in the order of the graphs."""
 
     layers: tuple[LayerReport, ...]
 
     def summary(self) -> list[str]:
-        """Return lines of text: by precision how many layers, their errors and whether that is usual; then those left out."""
+        """Return lines of text: for each precision its layers and errors, then the layers that were not quantised."""
         quantised = [layer for layer in self.layers if layer.block]
         lines = []
         for precision in sorted({layer.precision for layer in quantised}):
@@ -79,10 +79,10 @@ class Quantisation:
         return ", ".join(f"{precision} ({count}{'' if n else ' layers'})" for n, (precision, count) in enumerate(counts))
 
     def to_json(self) -> str:
-        """The text of `quantisation.json`."""
+        """Return the text of `quantisation.json`."""
         return json.dumps(asdict(self), indent=1) + "\n"
 
 
 def read_quantisation(bundle: Bundle) -> Quantisation | None:
-    """None for a bundle that lists no `quantisation.json`. Raises BundleError for one that is not valid."""
+    """Read `quantisation.json`; return None for a bundle that does not list it. Raises BundleError for an invalid one."""
     return read_listed(bundle, QUANTISATION, Quantisation)

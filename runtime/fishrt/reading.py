@@ -1,4 +1,4 @@
-"""What of a text a model does not read well: letters of other languages, digits, signs, and tags that it does not know."""
+"""Parts of a text that a model does not read well: letters of other languages, digits, signs, and unknown tags."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ _TAGS = {
     ),
     "<>": re.compile(r"</?[A-Za-z][^<>]*>"),
 }
-"""Forms of tags. In round brackets, common words may stand for themselves, so only known markers count."""
+"""Forms of tags. Round brackets often hold plain text, so only known markers count as tags there."""
 _SPOKEN = "%&@#"
-"""Punctuation by its category, but read aloud."""
+"""Characters that are read aloud, though their category is punctuation."""
 _MOST = 10
-"""So many of each kind are named."""
+"""Most members of a kind that are named."""
 
 
 def unread(text: str, reads: Reads) -> list[str]:
-    """Return what the model does not read well, each kind with its members: "digits 3, 5". Empty: nothing is known to be so."""
+    """Return the parts that the model does not read well, each kind with its members: "digits 3, 5"."""
     text = unicodedata.normalize("NFC", _CONTROL.sub(" ", text))
     found: dict[str, list[str]] = {"letters": [], "digits": [], "signs": [], "tags": []}
     for form, pattern in _TAGS.items():
@@ -49,7 +49,7 @@ def unread(text: str, reads: Reads) -> list[str]:
 
 
 def _kind(char: str) -> str | None:
-    """Whether a character is one of the letters, digits or signs; None: it is not read aloud, or belongs to the one before it."""
+    """Return "letters", "digits" or "signs"; None for a character that is not read aloud or belongs to the one before it."""
     if char in _SPOKEN:
         return "signs"
     return {"L": "letters", "N": "digits", "S": "signs"}.get(unicodedata.category(char)[0])

@@ -1,9 +1,9 @@
 """From logits to ids: repetition penalty, top-p, top-k, temperature, the draw, and repetition-aware sampling, in numpy.
 
-The order of the filters is the models' own and is not the usual one: top-p looks at the logits before the temperature, its
-cumulative probability includes the item itself (so the item that crosses the limit is removed), and only then are the survivors
-divided by the temperature. A draw is argmax(p / q) with exponential noise q, which equals drawing from p. Noise is passed in, so
-that a run can be repeated from a seed or from recorded noise.
+The order of the filters is that of the original models, not the usual one. Top-p sees the logits before the temperature, and its
+cumulative probability includes the item itself, so it removes the item that crosses the limit. The temperature then divides the
+logits that are left. A draw is argmax(p / q) with exponential noise q, which is a draw from p. Noise is passed in, so that a run
+can be repeated from a seed or from recorded noise.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ class Sampling:
             raise SamplingError(found, hint=rule)
 
     def resolve(self, defaults: SamplingDefaults) -> Sampling:
-        """With a bundle's defaults in place of None. A top_k that is None even then removes no token.
+        """Return these settings with a bundle's defaults for those that are None. A top_k of None then removes no token.
 
         Temperature 0 becomes a top_k of 1: every drawer then takes the likeliest token, and of equal ones the first, whatever the
-        noise. Raises SamplingError for a repetition penalty where the model has none.
+        noise. Raises SamplingError for a repetition penalty if the model has none.
         """
         penalty = defaults.repetition_penalty
         temperature = defaults.temperature if self.temperature is None else self.temperature
@@ -65,22 +65,22 @@ class Sampling:
 
 
 class Noise(Protocol):
-    """Where the draws get their randomness: float32 [width], positive, exponentially distributed with mean 1.
+    """A source of noise for the draws: float32 [width], positive, exponentially distributed with mean 1.
 
-    The loop asks in this order in every frame: slow (twice for repetition-aware models), then fast for each code that is drawn.
+    The loop calls it in this order in every frame: slow (twice for repetition-aware models), then fast for each code it draws.
     """
 
     def slow(self, width: int) -> Floats:
-        """Noise for one draw of a main token; entry i belongs to the i-th of `main_ids`."""
+        """Return the noise for one draw of a main token; entry i belongs to the i-th of `main_ids`."""
         ...
 
     def fast(self, width: int) -> Floats:
-        """Noise for one draw of a code."""
+        """Return the noise for one draw of a code."""
         ...
 
 
 class SeededNoise:
-    """Noise from a numpy Generator: the same seed gives the same noise. It is drawn ahead, for some frames at once."""
+    """Noise from a numpy Generator, drawn for several frames at once: the same seed gives the same noise."""
 
     _AHEAD = 1 << 16
 
@@ -109,13 +109,13 @@ class SeededNoise:
 
 
 def sample(logits: Floats, sampling: Sampling, noise: Floats) -> int:
-    """An index into logits, float32 [n], drawn with the settings of a resolved `sampling` and noise, float32 [n].
+    """Draw an index into logits, float32 [n], with a resolved `sampling` and noise, float32 [n].
 
-    -inf forbids an entry. Top-p and top-k leave the first of a ranking, in which the lower index of equal logits comes first; the
-    likeliest entry always stays. Raises GraphError for logits of which one is NaN or +inf, or all are -inf.
+    -inf forbids an entry. Top-p and top-k keep the first entries of a ranking, in which the lower index of equal logits comes
+    first; the likeliest entry always stays. Raises GraphError if a logit is NaN or +inf, or all are -inf.
 
-    All entries race. A winner that the filters remove is struck out with all that rank behind it, and the race is decided anew.
-    It ends as if none but those that the filters leave had raced, and needs no sorted ranking, which costs more than the rest.
+    The winner is drawn among all entries. If the filters remove it, they also remove all entries that rank after it, and the draw
+    is repeated without these. The result is that of a draw after the filters, but needs no sort, which costs more than the rest.
     """
     assert sampling.temperature is not None
     assert sampling.top_p is not None
@@ -129,8 +129,8 @@ def sample(logits: Floats, sampling: Sampling, noise: Floats) -> int:
     winner = int(race.argmax())
     if winner == likeliest:
         return winner
-    # The sum is over all entries: what top-k removes still counts for top-p. In float64 the sums are so near to exact that
-    # top_p = 1 removes nothing of weight.
+    # The sum is over all entries: top-p counts those that top-k removes. In float64 its rounding is so small that top_p = 1
+    # removes no entry of noticeable probability.
     mass = np.exp(logits - best).astype(np.float64)
     limit = sampling.top_p * np.add.reduce(mass)
     while winner != likeliest:
@@ -139,37 +139,37 @@ def sample(logits: Floats, sampling: Sampling, noise: Floats) -> int:
         ranked = sampling.top_k is None or np.count_nonzero(before) < sampling.top_k
         if ranked and np.add.reduce(mass, where=before) + mass[winner] <= limit:
             break
-        race = np.where(before, race, 0)  # what ranks behind is not left either
+        race = np.where(before, race, 0)  # the filters remove all that rank after it, too
         winner = int(race.argmax())
     return winner
 
 
 def not_numbers() -> GraphError:
-    """The error for logits of which one is NaN or +inf, or all are -inf."""
+    """Return the error for logits of which one is NaN or +inf, or all are -inf."""
     return GraphError("a graph gave logits that are not numbers", hint="the weights of the bundle are damaged: export it again")
 
 
 def audio_ids(model: LanguageModel) -> Ints:
-    """The tokens that can be spoken, end token included, ascending: int64 [1 + semantic tokens]."""
+    """Return the semantic tokens and the end token, ascending: int64 [1 + semantic tokens]."""
     semantic = np.arange(model.semantic_begin_id, model.semantic_end_id + 1, dtype=np.int64)
     return np.union1d(semantic, np.array([model.end_id], np.int64))
 
 
 def main_ids(model: LanguageModel) -> Ints:
-    """The tokens that can be drawn as main tokens, ascending: int64 [n]."""
+    """Return the tokens that can be drawn as main tokens, ascending: int64 [n]."""
     return audio_ids(model) if model.main_tokens == "audio" else np.arange(model.vocab_size, dtype=np.int64)
 
 
 def penalised(logits: Floats, indices: Ints, penalty: float) -> Floats:
-    """A copy of the logits, float32 [n], with those at `indices` made less likely; one that is there twice, once."""
+    """Return a copy of the logits, float32 [n], with the penalty applied once to each that `indices` names."""
     result, chosen = logits.copy(), logits[indices]
-    weaker = np.minimum if penalty > 1 else np.maximum  # which of the two it is depends on the logit's sign
+    weaker = np.minimum if penalty > 1 else np.maximum  # for either sign of the logit
     result[indices] = weaker(chosen * penalty, chosen / penalty)
     return result
 
 
 class PenaltyWindow:
-    """The last columns that were drawn, and what they do to the next; see `RepetitionPenalty`."""
+    """The last columns that were drawn, and the penalty on the next; see `RepetitionPenalty`."""
 
     def __init__(self, rules: RepetitionPenalty, penalty: float, num_codebooks: int) -> None:
         self._rules, self.penalty = rules, penalty
@@ -177,15 +177,15 @@ class PenaltyWindow:
         self._count = 0
 
     def add(self, column: Ints) -> None:
-        """A column int64 [1 + num_codebooks]; the oldest makes room for it."""
+        """Add a column int64 [1 + num_codebooks]; it replaces the oldest."""
         self._columns[:, self._count % self._rules.window] = column
         self._count += 1
 
     def main_places(self, ids: Ints) -> Ints:
-        """Where among the tokens `ids`, int64 [n], ascending, those are that are made less likely: int64 [at most the window]."""
+        """Return the indices of the penalised tokens in `ids`, int64 [n], ascending: int64, as many as the window or fewer."""
         if self._rules.main == "none":
             return np.zeros(0, np.int64)
-        # While the window fills, the column that came first counts as the oldest, not the zeros that stand for missing ones.
+        # While the window fills, the first column added is the oldest, not the zeros of the missing ones.
         oldest = self._count % self._rules.window if self._count >= self._rules.window else 0
         tokens = self._columns[0] if self._rules.main == "row" else self._columns[:, oldest]
         places = ids.searchsorted(tokens)
@@ -193,15 +193,15 @@ class PenaltyWindow:
         return found
 
     def main(self, logits: Floats, ids: Ints) -> Floats:
-        """Penalised logits float32 [n] of the tokens `ids`, int64 [n], ascending."""
+        """Return the penalised logits float32 [n] of the tokens `ids`, int64 [n], ascending."""
         return penalised(logits, self.main_places(ids), self.penalty)
 
     def code_places(self) -> Ints:
-        """The codes that are made less likely: int64 [num_codebooks, window]."""
+        """Return the penalised codes: int64 [num_codebooks, window]."""
         return self._columns[1:]
 
     def code(self, logits: Floats, codebook: int) -> Floats:
-        """Penalised logits float32 [n] of the codes of one codebook."""
+        """Return the penalised logits float32 [n] of the codes of one codebook."""
         return penalised(logits, self._columns[1 + codebook], self.penalty)
 
 
@@ -213,11 +213,11 @@ def sample_main(
     recent: Container[int],
     noise: Sequence[Floats],
 ) -> int:
-    """Draws a main token, with a resolved `sampling`.
+    """Draw a main token, with a resolved `sampling`.
 
-    logits: float32 [n], those of `ids`: int64 [n] from `main_ids`. recent: the main tokens that repetition-aware sampling looks
-    back on. noise: one array float32 [n], or two for a repetition-aware model: for the draw itself, and for the second draw that
-    replaces it when it gives a semantic token in `recent`. The second may give the same again.
+    logits: float32 [n], those of `ids`: int64 [n] from `main_ids`. recent: main tokens in the window of repetition-aware
+    sampling. noise: one array float32 [n], or two for a repetition-aware model: for the draw, and for a second draw that replaces
+    a semantic token in `recent`. The second draw may give the same token.
     """
     token = int(ids[sample(logits, sampling, noise[0])])
     rules = model.sampling.repetition_aware
@@ -227,5 +227,5 @@ def sample_main(
 
 
 def is_semantic(token: int, model: LanguageModel) -> bool:
-    """Whether a main token stands for a frame."""
+    """Return whether a main token stands for a frame."""
     return model.semantic_begin_id <= token <= model.semantic_end_id

@@ -1,4 +1,4 @@
-"""Scripts of characters, by their Unicode names, and what follows from a script: whose letters it has, and its full stop."""
+"""Scripts of characters, by their Unicode names; the scripts of languages, and the full stops of scripts."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ _STOPS = {
 
 
 def script(char: str) -> str:
-    """Return the script of a character as its Unicode name has it, such as "LATIN"; of Han ideographs "CJK"."""
+    """Return the script of a character by its Unicode name, such as "LATIN"; "CJK" for Han ideographs."""
     plain = unicodedata.normalize("NFKC", char)[0]  # a wide A is Latin, too
     first = unicodedata.name(plain, "").replace("-", " ").partition(" ")[0]
     return "CJK" if first == "IDEOGRAPHIC" else first
 
 
 def scripts_of(languages: Iterable[str]) -> frozenset[str] | None:
-    """Return the scripts of languages, given by BCP 47 codes; None where that of one is not known here."""
+    """Return the scripts of languages, given by BCP 47 codes; None if a language is not in the table."""
     found = [_OF_LANGUAGES.get(code.partition("-")[0]) for code in languages]
     return None if None in found else frozenset(name for names in found if names for name in names)
 
 
 def full_stop(text: str) -> str:
-    """Return the full stop of the script of a text's last letter, or of its digits, if they are the script's own."""
+    """Return the full stop of the script of a text's last letter, or of its last digit if the script has its own digits."""
     for char in reversed(text):
         kind = unicodedata.category(char)[0]
         if kind in "LN":

@@ -1,7 +1,7 @@
-"""`static.json` of a bundle: its graphs for CoreML, of fixed sizes, and what ONNX Runtime's usability checker says of them.
+"""`static.json` of a bundle: its graphs of fixed sizes for CoreML, and the verdict of ONNX Runtime's usability checker on them.
 
 `fishrt export --static coreml` writes it, with the graphs. With provider coreml they decode the codes; the language model and the
-codec's encoder run on the CPU. What the checker says is an estimate by names of operators; nothing of it was tried on a Mac.
+codec's encoder run on the CPU. The checker estimates from the names of operators; nothing was run on a Mac.
 """
 
 from __future__ import annotations
@@ -24,57 +24,57 @@ STATIC = "static.json"
 
 @dataclass(frozen=True, slots=True)
 class Usability:
-    """Of one graph, for CoreML's ML programs."""
+    """The usability checker's result for one graph as a CoreML ML program."""
 
     partitions: int
-    """Parts that CoreML would run; between them the CPU takes over."""
+    """Number of parts that CoreML would run; the CPU runs the nodes between them."""
     covered: int
-    """Nodes in them."""
+    """Number of nodes in these parts."""
     nodes: int
-    """All nodes, but for those that only turn weights into another form."""
+    """Number of all nodes, except those that only convert weights."""
     verdict: str
-    """The checker's, on whether CoreML is worth trying: NO, MAYBE or YES."""
+    """Whether CoreML is worth trying, by the checker: NO, MAYBE or YES."""
     outside: tuple[str, ...]
     """Operators that CoreML does not have."""
 
 
 @dataclass(frozen=True, slots=True)
 class StaticGraph:
-    """codec_decode for calls of one length and one row."""
+    """The graph codec_decode for calls of one length and a batch of one."""
 
     frames: int
     front: GraphSpec
-    """The part that integers go into, for the CPU. It carries no state."""
+    """The part with integer inputs, which runs on the CPU. It has no state."""
     back: GraphSpec
-    """The rest: takes the results of `front`, and carries the state of codec_decode."""
+    """The rest, which runs on CoreML: its inputs are the results of `front`, and it has the state of codec_decode."""
     usability: Usability
-    """Of `back`."""
+    """Usability of `back`."""
     parity: Parity
-    """How far it was from the portable graph when it was exported."""
+    """Error against the portable graph, measured by the export."""
 
 
 @dataclass(frozen=True, slots=True)
 class StaticStep:
-    """A graph of the language model, made in the same way for a call of one column. It is not kept: the CPU runs the model."""
+    """The check of a language model's graph for a call of one column. The graph itself is not kept: the CPU runs the model."""
 
     role: str
     cache: int
     """Rows of its cache."""
     usability: Usability
-    """Of the part that no integers go into."""
+    """Usability of the part without integer inputs."""
 
 
 @dataclass(frozen=True, slots=True)
 class StaticGraphs:
-    """All of it."""
+    """The content of `static.json`."""
 
     target: str
-    """What they are made for: "coreml"."""
+    """Provider of the graphs: "coreml"."""
     codec_decode: tuple[StaticGraph, ...]
     steps: tuple[StaticStep, ...]
 
     def summary(self) -> list[str]:
-        """Lines of text."""
+        """Return lines of text."""
         graphs = [(f"codec_decode, {graph.frames} frames", graph.usability) for graph in self.codec_decode]
         steps = [(f"{step.role}, one column (not in the bundle)", step.usability) for step in self.steps]
         return [
@@ -83,13 +83,14 @@ class StaticGraphs:
         ]
 
     def to_json(self) -> str:
-        """The text of `static.json`."""
+        """Return the text of `static.json`."""
         return json.dumps(asdict(self), indent=1) + "\n"
 
 
 def read_static(bundle: Bundle) -> StaticGraphs | None:
-    """None for a bundle that lists no `static.json`. Raises BundleError for one that is not valid, or names other files than the
-    bundle has.
+    """Read `static.json`; return None for a bundle that does not list it.
+
+    Raises BundleError for an invalid one, or one that names files that the bundle does not list.
     """
     found = read_listed(bundle, STATIC, StaticGraphs)
     if found is None:
@@ -101,7 +102,7 @@ def read_static(bundle: Bundle) -> StaticGraphs | None:
 
 
 def static_graphs(bundle: Bundle) -> StaticGraphs:
-    """Those of a bundle that has some. Raises ProviderError for another one, and as `read_static`."""
+    """Return the static graphs of a bundle. Raises ProviderError if it has none, and BundleError as `read_static`."""
     found = read_static(bundle)
     if found is None:
         raise ProviderError(
@@ -113,7 +114,7 @@ def static_graphs(bundle: Bundle) -> StaticGraphs:
 
 
 def open_codec_decode(bundle: Bundle, static: StaticGraphs, threads: int | None) -> Engine:
-    """codec_decode on CoreML. Its graphs are opened when a call of their length comes first."""
+    """Return codec_decode on CoreML. The graph of a length is opened when the first call of this length comes."""
     by_frames = {graph.frames: graph for graph in static.codec_decode}
 
     def open_part(frames: int) -> Part:

@@ -1,10 +1,10 @@
-"""Text → pieces that are spoken one after the other. Knows speaker tags and `[tags]`, but no token and no model.
+"""Text → pieces that are spoken one after the other. It knows speaker tags and `[tags]`, but no token and no model.
 
-Two ways lead to pieces. Speaker turns (`speaker_turns`, `pack_turns`) are upstream's. `split_sentences` is ours: it cuts text
-that is too long at the best places there are, sentence ends before commas before spaces, and makes the pieces as equal as it can,
-since a leftover of one word is spoken badly. A cut never falls inside a `[tag]`, a `<|…|>`, or a character written as several.
+There are two ways to pieces. Speaker turns (`speaker_turns`, `pack_turns`) are those of the original. `split_sentences` is ours:
+it cuts text that is too long at sentence ends, else at commas, else at spaces, and makes the pieces as equal as it can, since a
+leftover of one word is spoken badly. A cut is never inside a `[tag]`, a `<|…|>`, or a character of several code points.
 
-Lengths are UTF-8 bytes, as upstream counts them.
+Lengths are UTF-8 bytes, as the original counts them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .scripts import full_stop
 
 SPEAKER = re.compile(r"<\|speaker:\d+\|>")
 MAX_TURNS = 5
-"""Turns in one piece, upstream's number."""
+"""Most turns in one piece, as in the original."""
 
 _MARKUP = re.compile(r"<\|[^|<>]*\|>|\[[^\[\]]*\]")
 _CLOSING = "\"'”’»)\\]」』）】》〉"
@@ -32,21 +32,21 @@ _SPACE = re.compile(r"\s+")
 _ABBREVIATION = re.compile(r"(?:\b(?:Mr|Mrs|Ms|Dr|Prof|St|Sr|Jr|Mt|vs|Nr|z\.B|e\.g|i\.e)|\b[A-Z])\.\s*\Z")
 _TAG_AT_END = re.compile(rf"(?:{_MARKUP.pattern})\s*\Z")
 _WRAPPING = _CLOSING.replace("\\", "") + "*_~`|"
-"""Around words, quoted or marked up."""
+"""Closing characters around words that are quoted or marked up."""
 _SPOKEN = "%‰&@#/"
-"""Punctuation by its category, but read aloud."""
+"""Characters that are read aloud, though their category is punctuation."""
 _UNHEARD = ("Mn", "Mc", "Me", "Cc", "Cf", "Co", "Cn", "Zs", "Zl", "Zp", "So", "Sk", "Pe", "Pf", "Pi")
 """Categories: marks, controls and invisible characters, spaces, emoji, closing brackets and quotes."""
 _JOINERS = "\u200d\ufe0e\ufe0f"
 
 
 def speakable(text: str) -> bool:
-    """Whether there is a letter or a digit to speak, speaker tags aside. A `[tag]` counts: `[laughing]` is heard."""
+    """Return whether there is a letter or digit outside speaker tags. A `[tag]` counts: `[laughing]` is heard."""
     return any(unicodedata.category(char)[0] in "LN" for char in SPEAKER.sub("", text))
 
 
 def check_text(text: str) -> None:
-    """Raises PromptError for text with nothing to speak, or that is not Unicode."""
+    """Check that a text has something to speak and is Unicode. Raises PromptError otherwise."""
     check_unicode(text, "the text")
     if not speakable(text):
         why = "it has neither a letter nor a digit" if text.strip() else "it is empty"
@@ -54,7 +54,7 @@ def check_text(text: str) -> None:
 
 
 def check_unicode(text: str, what: str) -> None:
-    """Raises PromptError for lone surrogates: what becomes of arguments that were not UTF-8."""
+    """Check that a text has no lone surrogates, which stand for bytes that are not UTF-8. Raises PromptError otherwise."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -66,8 +66,8 @@ def check_unicode(text: str, what: str) -> None:
 def with_end(text: str) -> str:
     """Return the text with the full stop of its script, unless it ends in punctuation or a tag.
 
-    Without one, models go on babbling behind the last word. Accents, vowel signs, invisible characters, emoji, quotes and closing
-    brackets do not count: the character before them decides.
+    Without one, models babble after the last word. Accents, vowel signs, invisible characters, emoji, quotes and closing brackets
+    do not count: the character before them decides.
     """
     if _TAG_AT_END.search(text):
         return text
@@ -78,12 +78,12 @@ def with_end(text: str) -> str:
 
 
 def _unheard(char: str) -> bool:
-    """Whether a character at the end of a text leaves open how the text ends."""
+    """Return whether a character at the end of a text does not count as its end."""
     return char in _WRAPPING or unicodedata.category(char) in _UNHEARD
 
 
 def excerpt(text: str, length: int = 60) -> str:
-    """Return the text on one line for a message: its first `length` characters, cut behind a word where there is one."""
+    """Return the text on one line for a message: its first `length` characters, cut after a word if possible."""
     line = " ".join(text.split())
     if len(line) <= length:
         return line
@@ -92,13 +92,16 @@ def excerpt(text: str, length: int = 60) -> str:
 
 
 def speaker_turns(text: str) -> list[str]:
-    """Each speaker tag with the text after it, stripped. Text before the first tag is not among them; no tags, no turns."""
+    """Return each speaker tag with the text after it, stripped. Text before the first tag is left out."""
     starts = [match.start() for match in SPEAKER.finditer(text)]
     return [text[start:end].strip() for start, end in zip(starts, [*starts, len(text)][1:], strict=True)]
 
 
 def check_speakers(text: str, transcripts: Sequence[str]) -> None:
-    """Raises PromptError for a speaker tag without a voice: voice i answers to `<|speaker:i|>`, and to tags in its transcript."""
+    """Check that each speaker tag has a voice: voice i has `<|speaker:i|>` and the tags in its transcript.
+
+    Raises PromptError otherwise.
+    """
     known = {f"<|speaker:{n}|>" for n in range(len(transcripts))}.union(*map(SPEAKER.findall, transcripts))
     if unknown := [tag for tag in SPEAKER.findall(text) if tag not in known]:
         count = len(transcripts)
@@ -109,13 +112,13 @@ def check_speakers(text: str, transcripts: Sequence[str]) -> None:
 
 
 def before_first_turn(text: str) -> str:
-    """The text before the first speaker tag, stripped; all of it if there is none."""
+    """Return the text before the first speaker tag, stripped; all of it if there is none."""
     match = SPEAKER.search(text)
     return text[: match.start() if match else None].strip()
 
 
 def pack_turns(turns: list[str], max_turns: int, max_bytes: int) -> list[str]:
-    """Joins turns by newlines into pieces of at most that many turns and bytes (newlines not counted; longer ones stay whole)."""
+    """Join turns by newlines, which are not counted, into pieces of at most `max_turns` and `max_bytes`, or one longer turn."""
     pieces: list[list[str]] = []
     size = 0
     for turn in turns:
@@ -129,17 +132,14 @@ def pack_turns(turns: list[str], max_turns: int, max_bytes: int) -> list[str]:
 
 
 def split_turn(turn: str, max_bytes: int) -> list[str]:
-    """A turn that is too long as several, each with the turn's speaker tag."""
+    """Split a turn that is too long into several, each with the turn's speaker tag."""
     match = SPEAKER.match(turn)
     tag = match.group() if match else ""
     return [tag + piece for piece in split_sentences(turn[len(tag) :], max(1, max_bytes - _bytes(tag)))]
 
 
 def split_sentences(text: str, max_bytes: int) -> list[str]:
-    """Pieces of at most `max_bytes`, stripped; together they hold every word. Only markup longer than that exceeds it.
-
-    Text that fits stays whole.
-    """
+    """Split a text into pieces of at most `max_bytes`, stripped. Only longer markup exceeds it. Text that fits stays whole."""
     text = text.strip()
     if _bytes(text) <= max_bytes:
         return [text] if text else []
@@ -152,7 +152,7 @@ Span = tuple[int, int]
 
 
 def _units(text: str, fixed: list[Span], max_bytes: int, *, level: int, span: Span | None = None) -> list[Span]:
-    """Adjacent spans that fit, cut at sentence ends (level 0), and where those do not suffice at clauses, spaces, characters."""
+    """Return adjacent spans that fit, cut at sentence ends (level 0), else at clauses, spaces and characters (levels 1 to 3)."""
     start, end = span or (0, len(text))
     inside = [f for f in fixed if start <= f[0] and f[1] <= end]
     if level == 3:
@@ -172,7 +172,7 @@ def _units(text: str, fixed: list[Span], max_bytes: int, *, level: int, span: Sp
 
 
 def _cuts(pattern: re.Pattern[str], text: str, fixed: list[Span], start: int, end: int) -> Iterator[int]:
-    """Where the pattern lets a span be cut: after each match, outside markup, not after an abbreviation."""
+    """Yield the positions where a span can be cut: after each match of the pattern, except in markup and after abbreviations."""
     nth = 0
     for match in pattern.finditer(text, start, end):
         while nth < len(fixed) and fixed[nth][1] <= match.start():
@@ -186,12 +186,12 @@ def _cuts(pattern: re.Pattern[str], text: str, fixed: list[Span], start: int, en
 
 
 def _cut_characters(text: str, fixed: list[Span], max_bytes: int, start: int, end: int) -> Iterator[Span]:
-    """Equal parts of a word that is too long, or of a script without spaces; markup is one character here."""
+    """Yield equal parts of a word that is too long, or of text without spaces; markup counts as one character."""
     markup = dict(fixed)
     pieces = -(-_bytes(text[start:end]) // max_bytes)
     wanted = -(-_bytes(text[start:end]) // pieces)
     size, position, begun = 0, start, start
-    stop = start + len(text[start:end].rstrip())  # the white space behind goes with the last part
+    stop = start + len(text[start:end].rstrip())  # white space at the end belongs to the last part
     while position < stop:
         following = markup.get(position, position + 1)
         while following < stop and (_continues(text[following]) or text[following - 1] == "\u200d"):
@@ -206,12 +206,12 @@ def _cut_characters(text: str, fixed: list[Span], max_bytes: int, start: int, en
 
 
 def _continues(char: str) -> bool:
-    """Whether a character is drawn together with the one before it: accents, vowel signs, emoji modifiers."""
+    """Return whether a character belongs to the one before it: accents, vowel signs, emoji modifiers."""
     return char in _JOINERS or unicodedata.category(char) in ("Mn", "Me", "Mc") or "\U0001f3fb" <= char <= "\U0001f3ff"
 
 
 def _merge(text: str, units: list[Span], max_bytes: int) -> list[Span]:
-    """Joins neighbours into as few spans as fit, and among those ways takes the one with the most equal lengths."""
+    """Join neighbours into as few spans as fit, of lengths as equal as possible."""
     at = [0]
     for start, end in units:
         at.append(at[-1] + _bytes(text[start:end]))

@@ -1,4 +1,4 @@
-"""Text ↔ token ids, by the bundle's `tokenizer.json`. Every family's tokenizer is converted to that form when it is exported."""
+"""Text ↔ token ids, by the bundle's `tokenizer.json`. The export converts every family's tokenizer to that form."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _CONTROL_NAME = re.compile(r"<\|.*\|>", re.DOTALL)
 
 
 class Tokenizer:
-    """Byte-level tokenizer: every text has ids, and adds no token of its own at the ends."""
+    """A byte-level tokenizer: every text has ids. It adds no tokens at the ends."""
 
     def __init__(self, inner: tokenizers.Tokenizer) -> None:
-        # A file may ask for these; a text that is silently cut or filled up would be spoken wrongly.
+        # A file may ask for both; a text that is silently cut or padded would be spoken wrongly.
         inner.no_truncation()
         inner.no_padding()
         self._inner = inner
@@ -25,7 +25,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
-        """Raises BundleError for a file that is missing or is not a tokenizer."""
+        """Read a `tokenizer.json`. Raises BundleError for a file that is missing or is not a tokenizer."""
         try:
             return cls(tokenizers.Tokenizer.from_file(str(path)))
         except Exception as error:  # the library raises bare Exception for everything
@@ -37,20 +37,20 @@ class Tokenizer:
         return cls(tokenizers.Tokenizer.from_str(data.decode()))
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text; control tokens spelled out in it become their ids. No text, no ids."""
+        """Return the ids of a text, maybe empty; control tokens spelled out in it become their ids."""
         return list(self._inner.encode(text, add_special_tokens=False).ids)
 
     def decode(self, ids: list[int]) -> str:
-        """The text of ids, control tokens spelled out."""
+        """Return the text of ids, with control tokens spelled out."""
         return str(self._inner.decode(ids, skip_special_tokens=False))
 
     def token_id(self, name: str) -> int:
-        """Id of one token. Raises BundleError if the tokenizer lacks it."""
+        """Return the id of one token. Raises BundleError if the tokenizer lacks it."""
         id_ = self._inner.token_to_id(name)
         if id_ is None:
             raise BundleError(f"the tokenizer has no token {name!r}", hint="export the checkpoint again")
         return int(id_)
 
     def control_tokens(self, text: str) -> list[str]:
-        """Names of the control tokens that a text would become, in order, each once."""
+        """Return the names of the control tokens in the ids of a text, in order, each once."""
         return list(dict.fromkeys(self._control[id_] for id_ in self.encode(text) if id_ in self._control))

@@ -1,4 +1,4 @@
-"""Audio files that grow, wav or bare samples: they can be played at once, before anybody knows how long they will be."""
+"""Audio files that grow, wav or bare samples: players can read them before their length is known."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from .errors import AudioError
 from .files import check_place, growing
 
 UNKNOWN = 0xFFFFFFFF
-"""Stands for an unknown size in bytes: players read on until the end. It is also the largest size that a wav file can state."""
+"""An unknown size in bytes: players read until the end. It is also the largest size that a wav header can state."""
 _HEADER_BYTES = 44
 
 
 class WavWriter:
-    """16-bit mono wav, to a file that is open for writing; without its header, the samples alone."""
+    """A writer of 16-bit mono wav, or of the samples alone, to a file that is open for writing."""
 
     def __init__(self, file: BinaryIO, rate: int, *, header: bool = True) -> None:
-        """rate: Hz. Write the header, with an unknown length."""
+        """Write the header, with an unknown length. rate: Hz. header: whether there is a header."""
         self._file, self._rate, self._header, self._bytes = file, rate, header, 0
         self._write_header(UNKNOWN)
 
     def write(self, pcm: Pcm) -> None:
-        """Write pcm float32 [samples], −1..1; a sample outside is clipped. It reaches the reader at once."""
+        """Write pcm float32 [samples], −1..1, and flush it; a sample outside is clipped."""
         data = pcm16(pcm).astype("<i2", copy=False).tobytes()
         self._bytes += len(data)
         self._file.write(data)
         self._file.flush()
 
     def finish(self) -> None:
-        """Write the length into the header of a file that can be changed."""
+        """Write the length into the header, in a seekable file."""
         self._file.seek(0)
         self._write_header(self._bytes)
 
