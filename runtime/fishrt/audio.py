@@ -1,4 +1,4 @@
-"""Audio files in, and resampling; `encode.py` writes them. Samples are float32, mono, −1..1."""
+"""Reading of audio files, and resampling; `encode.py` writes them. Samples are float32, mono, −1..1."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ from .errors import AudioError
 Pcm = npt.NDArray[np.float32]
 
 MAX_SECONDS = 3600.0
-"""Longest file that is read where the caller knows no limit of its own. An hour is 0.7 GB at 48 kHz; no codec takes as much."""
+"""Longest file that is read if the caller gives no limit. An hour is 0.7 GB at 48 kHz; no codec takes as much."""
 MAX_PIPED_BYTES = 1 << 30
 """Most that is read from a pipe, which may never end."""
 MOST_SAMPLE = 8.0
-"""Samples beyond this are of another scale: float files with loud peaks stay below, integers written as floats do not."""
+"""Samples beyond this have another scale: float files with loud peaks stay below, integers stored as floats do not."""
 
 _BLOCK = 1 << 16
 """Samples decoded or resampled at once."""
 _MP3_BLOCK = 576
-"""The fewest samples of an MP3 frame: what stands before a damaged frame is not lost with it."""
+"""Fewest samples of an MP3 frame: a damaged frame does not take the frames before it with it."""
 _MP3_DELAY = 1105
 """Samples by which most encoders (576) and all decoders (529) shift the sound."""
 _MP3_QUIET = 0.03
-"""Of the loudest sample: what the shift holds where it is the encoder's; speech that was cut out of a stream is louder."""
+"""Fraction of the loudest sample below which the first _MP3_DELAY samples are the encoder's delay, and not speech."""
 _MP3_STRETCH = 64
-"""Times the size in bytes that libsndfile is told. It guesses the length from the first frame's bit rate, and a frame of the
+"""Factor on the size that is reported to libsndfile. It guesses the length from the first frame's bit rate, and a frame of the
 highest bit rate, 320 kbit/s, is 40 times as large as one of the lowest."""
 
 
@@ -88,7 +88,7 @@ def read_audio(source: str | Path | BinaryIO, *, max_seconds: float = MAX_SECOND
 
 
 def _bytes(source: str | Path | BinaryIO, name: str) -> memoryview:
-    """A private copy of all bytes: mapped, where the source is a file."""
+    """Return a private copy of all bytes, memory-mapped if the source is a file. Raises AudioError, OSError."""
     if isinstance(source, (str, Path)):
         if str(source) != "-":
             with Path(source).open("rb") as file:
@@ -108,7 +108,7 @@ def _bytes(source: str | Path | BinaryIO, name: str) -> memoryview:
 
 
 class _File(io.RawIOBase):
-    """Bytes as libsndfile wants them: a file that may claim to be longer than it is."""
+    """A file of bytes for libsndfile, which may claim to be longer than it is."""
 
     def __init__(self, data: memoryview, size: int) -> None:
         self._data, self._size, self.position = data, size, 0
@@ -123,7 +123,7 @@ class _File(io.RawIOBase):
         return self.position
 
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
-        """See io.RawIOBase. Gives zeros where a tag would be at the claimed end."""
+        """See io.RawIOBase. Reads zeros behind the data, where libsndfile looks for a tag at the claimed end."""
         part = bytes(self._data[self.position : self.position + len(buffer)])
         if self.position > len(self._data):
             part = bytes(len(buffer))
@@ -132,20 +132,20 @@ class _File(io.RawIOBase):
         return len(part)
 
     def ended(self) -> bool:
-        """Whether everything but zeros was read."""
+        """Return whether only zeros are left to read."""
         return not bytes(self._data[self.position :]).strip(b"\0")
 
 
 class _Forward(soundfile.SoundFile):  # type: ignore[misc]
-    """soundfile seeks after every read, which some encodings cannot do, and others do wrongly."""
+    """A SoundFile that never seeks: soundfile seeks after every read, which some encodings cannot do, or do wrongly."""
 
     def seekable(self) -> bool:
-        """No."""
+        """Return False."""
         return False
 
 
 def _decoded(data: memoryview, max_seconds: float, name: str) -> Iterator[tuple[Pcm, int]]:
-    """Blocks of one file, float32 [samples], channels averaged, each with the rate in Hz. May stop behind `max_seconds`."""
+    """Yield blocks of one file, float32 [samples], channels averaged, each with the rate in Hz. May stop after `max_seconds`."""
     data = forget_length(data)
     with _Forward(_File(data, len(data))) as sound:
         if sound.format != "MP3":
@@ -156,7 +156,7 @@ def _decoded(data: memoryview, max_seconds: float, name: str) -> Iterator[tuple[
 
 
 def _blocks(sound: _Forward, size: int, name: str, ended: Callable[[], bool] = lambda: False) -> Iterator[Pcm]:
-    """Decode to the end. `ended` is asked whether an error is only that of a file that breaks off."""
+    """Yield blocks of at most `size` samples until the end. ended: whether an error only means that the file is cut off."""
     seconds = 0.0
     try:
         while len(block := sound.read(size, dtype="float32", always_2d=True)):
@@ -170,7 +170,7 @@ def _blocks(sound: _Forward, size: int, name: str, ended: Callable[[], bool] = l
 
 
 def _mp3(data: memoryview, max_seconds: float, name: str) -> tuple[Pcm, int]:
-    """Decode an MP3 file: without the encoder's silence at both ends if it tells a right length, else to its end."""
+    """Decode an MP3 file: without the encoder's silence at both ends if its header has a correct length, else to its end."""
     told = take_mp3_count(data)
     whole, rate = _mp3_frames(data, _MP3_STRETCH * len(data), max_seconds, name)
     if told is not None:
@@ -195,7 +195,7 @@ def _mp3_frames(data: memoryview, size: int, max_seconds: float, name: str) -> t
 
 
 def _reason(error: soundfile.SoundFileError) -> str:
-    """libsndfile's words, without the address of the object that was opened."""
+    """Return libsndfile's message without the address of the opened object."""
     return str(getattr(error, "error_string", error)).removeprefix("Error : ").rstrip(".") or "it cannot be decoded"
 
 
@@ -210,7 +210,7 @@ def check_pcm(pcm: Pcm, rate: int, what: str = "the audio") -> None:
 
 
 def check_samples(pcm: Pcm, what: str) -> None:
-    """Check the values of pcm float [samples]. Raises AudioError for what is no number, or far outside −1..1."""
+    """Check the values of pcm float [samples]. Raises AudioError for samples that are not numbers or far outside −1..1."""
     if not np.isfinite(pcm).all():
         raise AudioError(f"{what} has samples that are not numbers", hint="record or convert it again")
     if pcm.size and (most := float(np.abs(pcm).max())) > MOST_SAMPLE:
@@ -220,10 +220,10 @@ def check_samples(pcm: Pcm, what: str) -> None:
 
 
 def resample(pcm: Pcm, rate: int, target: int) -> Pcm:
-    """pcm float32 [samples] at `rate` Hz → float32 [⌈samples · target / rate⌉]. Raises AudioError for rates below 1 Hz.
+    """Resample pcm float32 [samples] at `rate` Hz to float32 [⌈samples · target / rate⌉]. Raises AudioError for rates below 1 Hz.
 
-    By a sinc with 6 zero crossings on each side under a Hann window, cut off at 0.99 of the lower rate. So do the originals, and
-    the codes of a recording depend on it.
+    The kernel is a sinc with 6 zero crossings on each side under a Hann window, cut off at 0.99 of the lower rate, as in the
+    originals: the codes of a recording depend on it.
     """
     if rate < 1 or target < 1:
         raise AudioError(f"cannot resample from {rate} Hz to {target} Hz")
@@ -234,7 +234,7 @@ def resample(pcm: Pcm, rate: int, target: int) -> Pcm:
     scale = 0.99 * min(old, new) / old
     reach = math.ceil(6 / scale)
     count = -(-len(pcm) * new // old)
-    # Sample j stands at j · old / new; where between two old samples that is repeats after `new` samples.
+    # Sample j is at position j · old / new; its offset from the old samples repeats after `new` samples.
     phases = np.arange(min(new, count)) * old % new / new
     t = np.clip((np.arange(-reach, reach + 2) - phases[:, None]) * scale, -6, 6)
     kernels = (np.sinc(t) * np.cos(np.pi * t / 12) ** 2 * scale).astype(np.float32)

@@ -1,8 +1,8 @@
 """A bundle on disk: `manifest.json`, the graphs with their weights, the tokenizer, and perhaps built-in voices.
 
 The manifest holds everything about a model that the runtime needs, so that no code asks which release it is running. It is
-strict: an unknown or missing key is an error that names it, and so is a value that cannot be. `Bundle.load` checks sizes;
-`verify` hashes every file.
+strict: an unknown key, a missing key and a value out of range are errors that name it. `Bundle.load` checks sizes; `verify`
+hashes every file.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ SCHEMA = 3
 MANIFEST = "manifest.json"
 ROLES = ("slow_ar", "fast_ar", "codec_encode", "codec_decode")
 PRECISIONS = ("fp32", "fp16", "int8", "int4")
-"""How weights are stored. fp32: as the checkpoint had them, which may be in 16 bits. All are computed with in float32."""
+"""Formats of stored weights. fp32: as in the checkpoint, maybe in 16 bits. The computation is in float32 in any case."""
 T = TypeVar("T")
 AGAIN = "copy the bundle again, or export the checkpoint again"
-"""What helps where a file of a bundle is damaged."""
+"""The hint for a damaged file of a bundle."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,10 +43,10 @@ class FileEntry:
 
 @dataclass(frozen=True, slots=True)
 class Parity:
-    """How far a graph was from the torch module when it was exported, at most.
+    """The largest error of a graph against the torch module, measured by the export.
 
     For numbers, the absolute difference, divided by max(1, largest value ÷ 50). For codes, the margin by which the module
-    preferred another: 0 if all were equal.
+    preferred another code: 0 if all were equal.
     """
 
     max_abs_error: float
@@ -54,7 +54,7 @@ class Parity:
     provider: str
 
     def summary(self, graph: GraphSpec) -> str:
-        """Return it in words, given the graph that it is of."""
+        """Return the error in words. graph: the graph that was measured."""
         if {tensor.dtype for tensor in graph.results} != {"int64"}:
             return f"largest error {self.max_abs_error:.2g} of {self.tolerance:g} allowed"
         if not self.max_abs_error:
@@ -72,20 +72,20 @@ class Licence:
 
 @dataclass(frozen=True, slots=True)
 class Voices:
-    """Voices shipped with the bundle, in `voices/<name>/`; `default` speaks when none is asked for."""
+    """Voices shipped with the bundle, in `voices/<name>/`; `default` speaks if a request names none."""
 
     default: str
     names: tuple[str, ...]
 
     @property
     def ordered(self) -> tuple[str, ...]:
-        """All names, the default first: the i-th answers to `<|speaker:i|>` when no voice is asked for."""
+        """All names, the default first: voice i speaks `<|speaker:i|>` if a request names no voice."""
         return (self.default, *(name for name in self.names if name != self.default))
 
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """Everything in `manifest.json`."""
+    """The content of `manifest.json`."""
 
     schema: int
     name: str
@@ -96,33 +96,33 @@ class Manifest:
     tokenizer: str
     """File name of the tokenizer."""
     graphs: dict[str, GraphSpec]
-    """By role: all of ROLES."""
+    """Graphs by role: all of ROLES."""
     precision: dict[str, str]
-    """By role: how most of the graph's weights are stored, one of PRECISIONS."""
+    """Format of most of a graph's weights, one of PRECISIONS, by role."""
     memory: dict[str, int]
-    """By role: bytes that the graph's weights take once ONNX Runtime has loaded it for a CPU."""
+    """Bytes of a graph's weights after ONNX Runtime has loaded it for a CPU, by role."""
     parity: dict[str, Parity]
     licence: Licence
     voices: Voices | None
     files: dict[str, FileEntry]
     family: str = ""
-    """The releases whose layout the checkpoint has, for people only. Empty, as `recipe`: an earlier version wrote the bundle."""
+    """Releases whose layout the checkpoint has, for people only. Empty, like `recipe`, in a bundle of an earlier version."""
     recipe: str = ""
-    """What `fishrt export` was asked for, for people only: a precision, then what differs from the defaults."""
+    """Options of `fishrt export`, for people only: the precision, then those that differ from the defaults."""
 
     @property
     def total_bytes(self) -> int:
-        """Of all files."""
+        """Size of all files together."""
         return sum(entry.bytes for entry in self.files.values())
 
     def identity(self, role: str, *more: str) -> str:
-        """A hash that stands for one graph and its weights, and for the files that another form of it adds: hex."""
+        """Return a hash, in hex, of one graph and its weights, and of the files `more` that another form of it adds."""
         file = self.graphs[role].file
         hashes = [self.files[name].sha256 for name in (file, f"{file}.data", *more) if name in self.files]
         return hashlib.sha256(" ".join(hashes).encode()).hexdigest()
 
     def check(self) -> None:
-        """Raises one BundleError that lists all values that cannot be, or contradict each other."""
+        """Check all values. Raises one BundleError that lists those that are out of range or contradict each other."""
         lm, codec = self.language_model, self.codec
         faults = [*lm.faults(), *codec.faults()]
         rules = (
@@ -152,7 +152,7 @@ class Manifest:
             raise BundleError(f"{MANIFEST} cannot be right: {'; '.join(faults)}", hint="update fishrt, or export again")
 
     def _misfits(self) -> list[str]:
-        """Tensors whose second dimension is not what the rest of the manifest says. All ROLES must be there."""
+        """Return a message for each tensor whose second dimension contradicts the manifest. All ROLES must be there."""
         lm, books = self.language_model, len(self.codec.codebook_sizes)
         rows = lm.vocab_size if lm.head == "full" else lm.semantic_end_id - lm.semantic_begin_id + 2
         widths = (
@@ -173,12 +173,15 @@ class Manifest:
         return faults
 
     def to_json(self) -> str:
-        """The text of `manifest.json`."""
+        """Return the text of `manifest.json`."""
         return json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Manifest:
-        """Raises BundleError for text that is not JSON, another schema, any missing, unknown or mistyped key, and as `check`."""
+        """Read the text of a `manifest.json`.
+
+        Raises BundleError for text that is not JSON, another schema, a missing, unknown or mistyped key, and as `check`.
+        """
         try:
             data = json.loads(text)
         except json.JSONDecodeError as error:
@@ -199,11 +202,11 @@ class Manifest:
 
 @dataclass(frozen=True, slots=True)
 class Bundle:
-    """A bundle that has been found complete.
+    """A complete bundle.
 
     Attributes:
         path: its folder.
-        manifest: all that is in its `manifest.json`.
+        manifest: the content of its `manifest.json`.
     """
 
     path: Path
@@ -241,7 +244,7 @@ class Bundle:
         return bundle
 
     def file(self, name: str) -> Path:
-        """Where a file of the bundle lies. Raises BundleError for a name that leads out of the folder."""
+        """Return the path of a file of the bundle. Raises BundleError for a name that leads out of the folder."""
         pure = PurePosixPath(name)
         if pure.is_absolute() or ".." in pure.parts or not pure.parts:
             raise BundleError(f"{MANIFEST} names a file outside the bundle: {name!r}", hint=AGAIN)
@@ -275,7 +278,7 @@ def _read_manifest(folder: Path) -> str:
 
 
 def embedded_bundle() -> Path:
-    """The bundle that is shipped with fishrt, beside this file. Raises BundleError if there is none."""
+    """Return the folder of the bundle that is shipped with fishrt. Raises BundleError if there is none."""
     folder = Path(__file__).resolve().parent / "minnow"
     if not folder.is_dir():
         raise BundleError("this installation has no embedded voice", hint="give a bundle: the folder that `fishrt export` wrote")
@@ -283,7 +286,7 @@ def embedded_bundle() -> Path:
 
 
 def sha256(path: Path, progress: Callable[[int], None] = lambda _: None) -> str:
-    """Hex digest of a file, read in pieces."""
+    """Return the SHA-256 of a file in hex; `progress` receives the bytes of each piece that is read."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
@@ -293,7 +296,7 @@ def sha256(path: Path, progress: Callable[[int], None] = lambda _: None) -> str:
 
 
 def _parse(kind: Any, value: Any, where: str) -> Any:
-    """`value` from JSON as the annotated type `kind`: dataclasses, dict[str, X], tuple[X, ...], unions and plain values."""
+    """Return `value` from JSON as the type `kind`: dataclasses, dict[str, X], tuple[X, ...], unions and plain values."""
     if is_dataclass(kind):
         return parse_dataclass(kind, value, where)  # type: ignore[arg-type]
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
@@ -313,7 +316,7 @@ def _parse(kind: Any, value: Any, where: str) -> Any:
 
 
 def read_listed(bundle: Bundle, name: str, kind: type[T]) -> T | None:
-    """The dataclass in a JSON file of the bundle; None where it lists no such file. Raises BundleError for an invalid one."""
+    """Read a dataclass from a JSON file of the bundle; return None if it lists no such file. Raises BundleError if invalid."""
     if name not in bundle.manifest.files:
         return None
     path = bundle.file(name)
@@ -324,7 +327,7 @@ def read_listed(bundle: Bundle, name: str, kind: type[T]) -> T | None:
 
 
 def parse_dataclass(kind: type[T], value: Any, where: str) -> T:
-    """A dataclass from decoded JSON, strictly; `where` begins the name of what is wrong. Raises BundleError."""
+    """Return a dataclass from decoded JSON, strictly. where: the name of `value` in messages. Raises BundleError."""
     if not isinstance(value, dict):
         raise BundleError(f"{where} is {value!r}; expected an object", hint=AGAIN)
     hints = typing.get_type_hints(kind)
@@ -354,12 +357,12 @@ def _kind_name(kind: Any) -> str:
 
 
 def iter_file_names(folder: Path) -> Iterator[str]:
-    """Every file under a folder but the manifest, relative, with forward slashes, in order."""
+    """Yield every file under a folder except the manifest: relative, with forward slashes, sorted."""
     for path in sorted(folder.rglob("*")):
         if path.is_file() and path.name != MANIFEST:
             yield path.relative_to(folder).as_posix()
 
 
 def describe_files(folder: Path) -> Mapping[str, FileEntry]:
-    """The `files` entry of a manifest for everything that lies in a folder."""
+    """Return the `files` entry of a manifest for all files of a folder."""
     return {name: FileEntry((folder / name).stat().st_size, sha256(folder / name)) for name in iter_file_names(folder)}

@@ -1,4 +1,4 @@
-"""Audio files out: formats, their rates, whole files; `wav.py` writes those that grow. Samples are float32, mono, −1..1."""
+"""Writing of whole audio files in several formats; `wav.py` writes files that grow. Samples are float32, mono, −1..1."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .errors import AudioError
 from .files import check_place, write_whole
 
 _BLOCK = 1 << 16
-"""Samples encoded at once. libsndfile keeps a whole write of Vorbis on the stack, and a long one overflows it."""
+"""Samples encoded at once. libsndfile puts a whole write of Vorbis on the stack, which a long one overflows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +66,7 @@ def audio_format(path: str | Path, format: str | None = None) -> str:
 
 
 def check_writable(path: str | Path, format: str | None = None) -> None:
-    """Check a place for audio before long work. Raises AudioError as `audio_format`, OutputError as `check_place`."""
+    """Check before long work that audio can be written. Raises AudioError as `audio_format`, OutputError as `check_place`."""
     audio_format(path, format)
     check_place(path)
 

@@ -1,4 +1,4 @@
-"""Recordings of a voice: what makes one useless, and what makes one doubtful."""
+"""Checks of a voice's recording: errors for a useless one, doubts about a poor one."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ SILENCE = 1e-3
 
 _QUIET_LUFS = -42.0
 _CLIPPED_LEVEL, _CLIPPED_PART = 0.98, 0.01
-"""Samples this close to the largest, and the part of all samples above which the recording is clipped; speech has a tenth."""
+"""A recording is clipped if this part of its samples is above this fraction of the largest; speech has a tenth as many."""
 _SLOWEST, _FASTEST = 3.0, 35.0
-"""Letters a second. Speech has about 8 to 20."""
+"""Letters per second. Speech has about 8 to 20."""
 _LETTERS = {"CJK": 3.0, "HIRAGANA": 2.0, "KATAKANA": 2.0, "HANGUL": 3.0}
-"""Scripts whose characters are syllables, by the beginning of their Unicode names: so many letters stand for one."""
+"""Letters that one character stands for, for scripts of syllables, by the start of the characters' Unicode names."""
 _DIGIT_LETTERS = 4.0
 _NOISE_FLATNESS = 0.6
-"""Geometric by arithmetic mean of the spectrum: white noise has more than 0.9, speech less than 0.2."""
+"""Geometric ÷ arithmetic mean of the power spectrum: white noise has more than 0.9, speech less than 0.2."""
 _NOISE_WINDOW = 512
 
 
@@ -59,7 +59,7 @@ def best_length(lm: LanguageModel) -> str:
 
 
 def doubts(pcm: Pcm, rate: int, transcript: str, lm: LanguageModel) -> Iterator[str]:
-    """Yield what may make a poor voice of a recording, pcm float32 [samples] as `check_recording` takes it."""
+    """Yield reasons why a recording, pcm float32 [samples] as `check_recording` takes it, may make a poor voice."""
     seconds, sizes = len(pcm) / rate, np.abs(pcm)
     least, most = lm.voice_seconds
     if not 0.5 * least <= seconds <= 1.5 * most:

@@ -1,4 +1,4 @@
-"""How fast a bundle is on this machine, how much memory it takes, and how near that is to the machine's limit."""
+"""Measurements of a bundle on this machine: its speed, its memory, and its share of the machine's memory bandwidth."""
 
 from .measure import BenchRequest, bench
 

@@ -1,7 +1,6 @@
-"""What needs a process of its own: `python -m fishrt.bench.child BUNDLE PROVIDER THREADS TEXT FRAMES`.
+"""Measurements that need a separate process: `python -m fishrt.bench.child BUNDLE PROVIDER THREADS TEXT FRAMES`.
 
-Opens the graphs that speaking needs, says the text if there are frames to say, and prints how long the opening took and how much
-memory the process has had.
+The process opens the graphs that speaking needs, speaks FRAMES frames of the text, and prints the load time and its peak memory.
 """
 
 from __future__ import annotations
@@ -20,15 +19,15 @@ from ..errors import FishrtError
 
 @dataclass(frozen=True, slots=True)
 class ChildReport:
-    """One process, start to end."""
+    """Measurements of one process."""
 
     load_s: float
-    """From the first import to the last graph that speaking needs, reading the manifest and checking small bundles included."""
+    """Seconds from the first import to the last graph that speaking needs, with the manifest and the hashes of small bundles."""
     peak_rss_bytes: int | None
 
 
 def run_child(bundle: Path, *, provider: str, threads: int | None, cache: Path, text: str = "", frames: int = 0) -> ChildReport:
-    """Starts a process with `cache` as its folder of specialised graphs. Raises FishrtError if it fails."""
+    """Run a process with `cache` as its folder of specialised graphs. Raises FishrtError if it fails."""
     arguments = [str(bundle), provider, str(threads or 0), text, str(frames)]
     done = subprocess.run(
         [sys.executable, "-m", "fishrt.bench.child", *arguments],
@@ -39,12 +38,12 @@ def run_child(bundle: Path, *, provider: str, threads: int | None, cache: Path, 
     )
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise FishrtError(f"a process that was to load {bundle} ended with status {done.returncode}: {last}")
+        raise FishrtError(f"a process that loads {bundle} ended with status {done.returncode}: {last}")
     return ChildReport(**json.loads(done.stdout))
 
 
 def main(arguments: Sequence[str]) -> None:
-    """The process."""
+    """Run in the process."""
     bundle, provider, threads, text, frames = arguments
     begun = time.perf_counter()
     from fishrt_engines.machine import peak_memory

@@ -1,6 +1,6 @@
-"""The language model, measured: its loop frame by frame, its prefill, and its steps at growing contexts.
+"""Measurements of the language model: its loop frame by frame, its prefill, and its steps at growing contexts.
 
-The engines may be any, so that others can be measured by the same loop.
+They take any engines, so that the same loop can measure others.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ PREFILL = 256
 """Columns of the measured prefill."""
 REPEATS = 5
 _TRIES = 20
-"""Generations at most: a model may end before it has said as much as asked for."""
+"""Most generations: a model may end before the requested number of frames."""
 
 
 def measure_frames(bundle: Bundle, engines: Mapping[str, TimedEngine], text: str, frames: int) -> dict[str, Any]:
-    """The steps of at least `frames` frames, unless the model ends before, and what of a frame's time the loop itself takes.
+    """Measure the steps of at least `frames` frames, or fewer if the model ends, and the share of the loop in a frame's time.
 
-    The first piece of `text` is spoken in a known voice; the prefill's frame, and the first generation, do not count.
-    Raises FishrtError if the model ends at once, whatever the seed.
+    The first piece of `text` is spoken in a known voice; the prefill's frame and the first generation do not count.
+    Raises FishrtError if the model ends at once with every seed.
     """
     manifest = bundle.manifest
     slow, fast = engines["slow_ar"], engines["fast_ar"]
@@ -77,7 +77,7 @@ def measure_frames(bundle: Bundle, engines: Mapping[str, TimedEngine], text: str
 
 
 def measure_prefill(lm: LanguageModel, slow: TimedEngine) -> dict[str, Any]:
-    """One call of PREFILL columns."""
+    """Measure one call of PREFILL columns."""
     columns = min(PREFILL, lm.max_prompt)
     times = []
     for repeat in range(1 + REPEATS):
@@ -91,7 +91,7 @@ def measure_prefill(lm: LanguageModel, slow: TimedEngine) -> dict[str, Any]:
 
 
 def measure_contexts(lm: LanguageModel, slow: TimedEngine) -> list[dict[str, Any]]:
-    """The slow step at growing contexts, with a cache of just that size."""
+    """Measure the slow step at growing contexts, with a cache of the context's size."""
     found = []
     for context in CONTEXTS:
         if context >= lm.max_seq_len:
@@ -107,7 +107,7 @@ def measure_contexts(lm: LanguageModel, slow: TimedEngine) -> list[dict[str, Any
 
 
 def _columns(lm: LanguageModel, start: int, length: int) -> dict[str, Ints]:
-    """Feeds of the slow AR: `length` columns of one token from position `start` on."""
+    """Return feeds of the slow AR: `length` columns of one token from position `start` on."""
     prompt = np.zeros((1, 1 + lm.num_codebooks, length), np.int64)
     prompt[:, 0] = lm.semantic_begin_id
     prompt[:, 1:] = lm.code_offset

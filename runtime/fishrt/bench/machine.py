@@ -1,4 +1,4 @@
-"""What a figure depends on besides the bundle: the CPU, its memory and how fast that is read, the versions of libraries."""
+"""The machine of a measurement: CPU, memory, read bandwidth, versions of libraries."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from fishrt_engines.machine import cpu_name, default_threads, total_memory
 from ..metrics import per_second
 
 BUFFER_BYTES = 1 << 29
-"""Much more than any cache holds."""
+"""Much larger than any cache."""
 _SWEEPS = 12
 _PACKAGES = ("fishrt", "numpy", "onnxruntime", "tokenizers")
 
 
 def describe_machine() -> dict[str, Any]:
-    """CPU, cores, memory, system, versions. No names of hosts or folders."""
+    """Return CPU, cores, memory, system and versions, without names of hosts or folders."""
     versions = {}
     for name in _PACKAGES:
         try:
@@ -41,10 +41,9 @@ def describe_machine() -> dict[str, Any]:
 
 
 def read_bandwidth(threads: int, size: int = BUFFER_BYTES) -> float:
-    """Bytes a second that `threads` threads read from memory together.
+    """Return the bytes per second that `threads` threads read from memory together, the best of several sweeps.
 
-    Each takes the maximum of its part of one array of float32, which numpy does in vector registers and without the interpreter's
-    lock; the best of several sweeps counts, since a limit is asked for.
+    Each thread takes the maximum of its part of a float32 array, which numpy computes in vector registers and without the GIL.
     """
     parts = np.array_split(np.ones(size // 4, np.float32), threads)
     best = float("inf")

@@ -1,7 +1,7 @@
-"""One bundle, measured: its loading, its graphs one by one, its loop, and whole requests.
+"""Measurements of one bundle: loading, each graph, the loop, and whole requests.
 
-Everything is run once before it is timed. Times of graphs come from the engines, while they do real work. What depends on a fresh
-process (loading, memory) is measured in processes of their own, with a folder of specialised graphs of their own.
+Everything runs once before it is timed. Times of graphs are taken in the engines during real work. Loading and memory are
+measured in separate processes, with a separate folder of specialised graphs.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ TEXT = "The birch canoe slid on the smooth planks, and the small dog ran after i
 _CODEC_SECONDS = 3.0
 
 Progress = Callable[[str, float], None]
-"""Takes what is measured next, and the part of the time that is over, 0 to 1, as it is with the embedded voice."""
+"""Receives the name of the next measurement, and the part of the time that is over, 0 to 1, as with the embedded voice."""
 
 
 @dataclass(frozen=True, slots=True)
 class BenchRequest:
-    """What to measure with."""
+    """Settings of the measurements."""
 
     provider: str = "auto"
     threads: int | None = None
@@ -59,11 +59,11 @@ class BenchRequest:
 
 
 def bench(bundle: Bundle, request: BenchRequest, progress: Progress = lambda *_: None) -> dict[str, Any]:
-    """All measures of one bundle, ready for JSON; docs of the entries are in `metrics.py` and below.
+    """Return all measurements of one bundle, ready for JSON; `metrics.py` and the functions below define the entries.
 
-    Raises FishrtError for what `TTS.load` and `TTS.speak` refuse.
+    Raises FishrtError as `TTS.load` and `TTS.speak` do.
     """
-    bench_prompt(bundle, request.text)  # raises what would else be raised minutes later
+    bench_prompt(bundle, request.text)  # raises for a bad text now, not minutes later
     progress("read bandwidth", 0.0)
     machine = describe_machine()
     threads = usable_threads(request.threads)
@@ -72,7 +72,7 @@ def bench(bundle: Bundle, request: BenchRequest, progress: Progress = lambda *_:
         "bundle": _describe(bundle),
         "request": {**asdict(request), "prefill_columns": PREFILL, "repeats": REPEATS, "warm_up": "each measure once"},
     }
-    progress("loading, in processes of their own", 0.1)
+    progress("loading, in separate processes", 0.1)
     found |= _measure_processes(bundle, request)
     tts, engines = open_timed(bundle, provider=request.provider, threads=request.threads)
     progress("frames", 0.5)
@@ -84,7 +84,7 @@ def bench(bundle: Bundle, request: BenchRequest, progress: Progress = lambda *_:
     found["codec"] = measure_codec(bundle.manifest.codec, tts.decode, tts.encode)
     progress("requests", 0.63)
     found |= measure_requests(tts, request)
-    # Once more: on a shared machine, the first may have met a busy moment.
+    # Measured twice: other programs may have slowed the first measurement.
     limit = max(limit, read_bandwidth(threads))
     found["machine"] = {**machine, "read_gb_s": round(limit / 1e9, 2)}
     found["weights"] = _measure_bandwidth(bundle, found, limit)
@@ -103,7 +103,7 @@ def _describe(bundle: Bundle) -> dict[str, Any]:
 
 
 def _measure_processes(bundle: Bundle, request: BenchRequest) -> dict[str, Any]:
-    """Cold: nothing specialised on disk yet, though the files may be in the system's cache; cached: the next start."""
+    """Measure a cold start, without specialised graphs on disk (the system may cache the files), then cached starts."""
     with tempfile.TemporaryDirectory() as folder:
         cache = Path(folder)
 
@@ -131,7 +131,7 @@ def _measure_processes(bundle: Bundle, request: BenchRequest) -> dict[str, Any]:
 
 
 def _measure_bandwidth(bundle: Bundle, found: dict[str, Any], limit: float) -> dict[str, Any]:
-    """Weights that the steps read, against their times: how near they come to what the machine can read."""
+    """Return the bytes of weights that the steps read, their bandwidth, and its share of the machine's, `limit`."""
     graphs = bundle.manifest.graphs
     slow, fast = (bytes_read(bundle.file(graphs[role].file)) for role in ("slow_ar", "fast_ar"))
     total = frame_bytes(slow, fast, found["fast_steps_per_frame"])
@@ -150,7 +150,7 @@ def _measure_bandwidth(bundle: Bundle, found: dict[str, Any], limit: float) -> d
 def measure_codec(
     codec: Codec, decode: Callable[[Ints], object], encode: Callable[[Pcm, int], object] | None = None
 ) -> dict[str, Any]:
-    """Both directions, or decoding alone, on random input of _CODEC_SECONDS. decode, encode: as TTS has them."""
+    """Measure both directions, or decoding alone, on random input of _CODEC_SECONDS. decode, encode: those of a TTS."""
     rng = np.random.default_rng(0)
     frames = round(_CODEC_SECONDS * codec.frame_rate)
     audio_s = frames / codec.frame_rate
@@ -166,14 +166,14 @@ def measure_codec(
 
 
 def measure_requests(tts: TTS, request: BenchRequest) -> dict[str, Any]:
-    """Text to waveform, as a caller sees it. A known voice is one that has spoken before; a new one has not."""
+    """Measure whole requests, from text to waveform. A known voice has spoken before; a new one has not."""
     with _cut_off():
         return _measure_requests(tts, request)
 
 
 @contextmanager
 def _cut_off() -> Iterator[None]:
-    """Keep back the warnings of requests: the limit of frames cuts them off on purpose."""
+    """Drop the warnings of requests: the limit of frames cuts them off on purpose."""
     logger = logging.getLogger("fishrt.stream")
     logger.addFilter(_below_warning)
     try:

@@ -1,4 +1,4 @@
-"""Engines that note how long each of their calls took, and a TTS on top of them."""
+"""Engines that record the time of each call, and a TTS that uses them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Call(NamedTuple):
 
 
 class TimedEngine:
-    """An engine as it is, with a note of every call. See `fishrt_engines.Engine`."""
+    """A wrapper of an engine that records every call. See `fishrt_engines.Engine`."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -45,13 +45,13 @@ class TimedEngine:
         return self._engine.provider
 
     def new_state(self, **dims: int) -> State:
-        """State of zeros."""
+        """Return a state of zeros."""
         return self._engine.new_state(**dims)
 
     def run(
         self, feeds: Mapping[str, Array | Resident], state: State | None = None, resident: Collection[str] = ()
     ) -> dict[str, Any]:
-        """Runs the graph once and notes it."""
+        """Run the graph once and record the call."""
         begun = time.perf_counter()
         results = self._engine.run(feeds, state, resident)
         seconds = time.perf_counter() - begun
@@ -59,13 +59,13 @@ class TimedEngine:
         return results
 
     def take(self) -> list[Call]:
-        """The calls since the last time it was asked."""
+        """Return the calls since the last `take`."""
         taken, self.calls = self.calls, []
         return taken
 
 
 def open_timed(bundle: Bundle | Path | None, *, provider: str, threads: int | None) -> tuple[TTS, dict[str, TimedEngine]]:
-    """A TTS as `TTS.load` makes it, with all of its graphs open, and the engines by role that note its calls."""
+    """Return a TTS as `TTS.load` does, with all graphs open, and its engines by role."""
     tts = TTS.load(bundle, provider=provider, threads=threads)
     engines = {role: TimedEngine(tts.engines[role]) for role in tts.bundle.manifest.graphs}
     return TTS(tts.bundle, engines), engines

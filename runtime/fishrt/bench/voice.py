@@ -13,14 +13,14 @@ from ..tokenizer import Tokenizer
 from ..voices import Voice, VoiceStore
 
 SECONDS = 10.0
-"""Of speech in a made-up voice: the least that is recommended for the official models."""
+"""Seconds of speech in a made-up voice: the least that is recommended for the official models."""
 TRANSCRIPT = "This is a recording of somebody who speaks for about ten seconds, and these are the words that are said in it."
 _SHARE = 4
-"""A made-up voice takes at most one part in so many of the longest prompt."""
+"""A made-up voice takes at most 1 / _SHARE of the longest prompt."""
 
 
 def bench_prompt(bundle: Bundle, text: str) -> Ints:
-    """The first piece of a text, to be said by `bench_voice`: int64 [1 + C, length]. Raises PromptError as `TTS.speak` does."""
+    """Return the prompt for the first piece of a text in `bench_voice`: int64 [1 + C, length]. Raises PromptError."""
     manifest, voice = bundle.manifest, bench_voice(bundle)
     lm = manifest.language_model
     prompts = PromptBuilder(Tokenizer.load(bundle.file(manifest.tokenizer)), lm)
@@ -29,7 +29,7 @@ def bench_prompt(bundle: Bundle, text: str) -> Ints:
 
 
 def bench_voice(bundle: Bundle) -> Voice:
-    """The default voice that the bundle brings; one is made up if it brings none."""
+    """Return the bundle's default voice, or a made-up one if it has none."""
     manifest = bundle.manifest
     if manifest.voices is None:
         return made_up_voice(manifest, 0)
@@ -37,10 +37,10 @@ def bench_voice(bundle: Bundle) -> Voice:
 
 
 def made_up_voice(manifest: Manifest, seed: int) -> Voice:
-    """Random codes. Voices of different seeds begin differently."""
+    """Return a voice of random codes. Voices of different seeds begin differently."""
     codec, lm = manifest.codec, manifest.language_model
     frames = max(1, min(round(SECONDS * codec.frame_rate), lm.max_prompt // _SHARE))
-    # What both the codec and the model's tables hold.
+    # Codes that both the codec and the model's tables have.
     sizes = [min(size, lm.codebook_width - lm.code_offset) for size in codec.codebook_sizes]
     if lm.code_zero == "main":
         sizes[0] = min(sizes[0], lm.semantic_end_id - lm.semantic_begin_id + 1)
