@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from fishrt import TTS
+from fishrt.arrays import Pcm
 from fishrt.bundle import MANIFEST, Bundle, embedded_bundle, sha256
-from fishrt.codec import Pcm
 from fishrt.codec_start import CODEC_START, read_codec_start
 from fishrt.errors import BundleError
 

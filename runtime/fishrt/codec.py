@@ -14,11 +14,10 @@ import numpy.typing as npt
 
 from fishrt_engines import Array, Engine, GraphSpec, State
 
+from .arrays import Ints, Pcm
 from .errors import AudioError, GraphError, VoiceError
 from .features import Codec
 
-Ints = npt.NDArray[np.int64]
-Pcm = npt.NDArray[np.float32]
 _ABSENT = -1
 """Input of the decode graph for a codebook that contributes nothing."""
 _LEAST_FRAMES, _MOST_FRAMES = 4, 16

@@ -18,12 +18,12 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from fishrt_engines import Array, Engine
 
+from .arrays import Ints
+
 log = logging.getLogger(__name__)
-Ints = npt.NDArray[np.int64]
 
 FIRST_FRAMES = 256
 """Frames for which the cache has room at first; it doubles when it is full, since the length of the speech is unknown."""

@@ -11,10 +11,11 @@ import numpy as np
 
 from fishrt_engines import Array, Engine
 
+from .arrays import Floats, Ints
 from .errors import SamplingError
 from .features import LanguageModel
 from .frame import MOST_RANKED, NOT_NUMBERS, TOO_MANY, drawn_codes
-from .sampling import Floats, Ints, Noise, PenaltyWindow, Sampling, main_ids, not_numbers, sample, sample_main
+from .sampling import Noise, PenaltyWindow, Sampling, main_ids, not_numbers, sample, sample_main
 
 
 class History:

@@ -10,7 +10,8 @@ import numpy as np
 import numpy.typing as npt
 import soundfile
 
-from .audio import Pcm, resample
+from .arrays import Pcm
+from .audio import resample
 from .errors import AudioError
 from .files import check_place, write_whole
 

@@ -22,11 +22,12 @@ import numpy as np
 
 from fishrt_engines import Engine
 
+from .arrays import Ints
 from .context import SlowContext
 from .drawing import Drawer, FrameDrawer, History, Rules, StepDrawer
 from .errors import FishrtError, PromptError, SamplingError
 from .features import LanguageModel
-from .sampling import Ints, Noise, Sampling, is_semantic
+from .sampling import Noise, Sampling, is_semantic
 
 StopReason = Literal["end", "max_frames", "max_seq_len"]
 """The end token; as many frames as asked for; no position left in the model's context."""

@@ -15,10 +15,10 @@ import numpy as np
 import numpy.typing as npt
 from numpy.lib.stride_tricks import sliding_window_view
 
+from .arrays import Pcm
 from .codec import CodecDecoder
 from .features import Codec
 
-Pcm = npt.NDArray[np.float32]
 _Response = npt.NDArray[np.complex128]
 
 TARGET_LUFS = -20.0

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from .audio import Pcm
+from .arrays import Pcm
 from .errors import OutputError
 
 log = logging.getLogger(__name__)

@@ -15,7 +15,7 @@ import numpy as np
 
 from fishrt_engines import Array, GraphSpec
 
-from .context import Ints
+from .arrays import Ints
 from .files import write_whole
 
 log = logging.getLogger(__name__)

@@ -24,8 +24,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
+from .arrays import Ints
 from .cleaning import clean_text, lost_letters, spaced, unwrap
 from .codec import check_entries
 from .errors import PromptError, VoiceError
@@ -47,7 +47,6 @@ from .text import (
 from .tokenizer import Tokenizer
 from .voices import Voice
 
-Ints = npt.NDArray[np.int64]
 Parts = list[str | Ints]
 """Parts of a prompt: texts, and codes int64 [num_codebooks, frames]."""
 

@@ -10,6 +10,7 @@ import string
 from collections.abc import Iterator
 
 from .features import PunctuationSplit
+from .text import byte_length
 
 
 def split_punctuation(text: str, rules: PunctuationSplit, max_bytes: int) -> list[str]:
@@ -19,11 +20,13 @@ def split_punctuation(text: str, rules: PunctuationSplit, max_bytes: int) -> lis
     """
     pieces = [text]
     for ends in filter(None, (rules.sentence_ends, rules.clause_ends, " ")):
-        pieces = [part for piece in pieces for part in (_cut(piece, ends) if _bytes(piece) > max_bytes else [piece])]
-    pieces = [part for piece in pieces for part in (_cut_characters(piece, max_bytes) if _bytes(piece) > max_bytes else [piece])]
+        pieces = [part for piece in pieces for part in (_cut(piece, ends) if byte_length(piece) > max_bytes else [piece])]
+    pieces = [
+        part for piece in pieces for part in (_cut_characters(piece, max_bytes) if byte_length(piece) > max_bytes else [piece])
+    ]
     joined = [""]
     for piece in pieces:
-        if _bytes(joined[-1]) + _bytes(piece) > max_bytes:
+        if byte_length(joined[-1]) + byte_length(piece) > max_bytes:
             joined.append("")
         joined[-1] += piece
     return [piece.strip() for piece in joined if not all(c.isspace() or c in string.punctuation for c in piece)]
@@ -43,11 +46,7 @@ def _cut_characters(text: str, max_bytes: int) -> Iterator[str]:
     part = ""
     for char in text:
         part += char
-        if _bytes(part) >= max_bytes:
+        if byte_length(part) >= max_bytes:
             yield part
             part = ""
     yield part
-
-
-def _bytes(text: str) -> int:
-    return len(text.encode("utf-8"))

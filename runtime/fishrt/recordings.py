@@ -6,13 +6,11 @@ import unicodedata
 from collections.abc import Iterator
 
 import numpy as np
-import numpy.typing as npt
 
+from .arrays import Pcm
 from .errors import AudioError, VoiceError
 from .features import Codec, LanguageModel
 from .loudness import measure
-
-Pcm = npt.NDArray[np.float32]
 
 MIN_SECONDS = 0.2
 SILENCE = 1e-3

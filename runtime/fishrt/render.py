@@ -10,13 +10,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .arrays import Ints
 from .codec import CodecDecoder, clamp_codes
 from .context import ContextStore
 from .features import Codec
 from .generate import DualAR, Generation, StopReason, generate_frames
 from .memory import memory_errors
 from .request import Request
-from .sampling import Ints, SeededNoise
+from .sampling import SeededNoise
 from .speech import AudioChunk, Progress, Timings
 from .stream import Stopped
 

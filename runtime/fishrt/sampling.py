@@ -14,13 +14,10 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 
+from .arrays import Floats, Ints
 from .errors import GraphError, SamplingError
 from .features import LanguageModel, RepetitionPenalty, SamplingDefaults, sampling_faults
-
-Floats = npt.NDArray[np.float32]
-Ints = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,11 +6,11 @@ import base64
 from dataclasses import dataclass
 from pathlib import Path
 
-from .audio import Pcm
+from .arrays import Ints, Pcm
 from .encode import encode_audio, write_audio
 from .errors import FishrtError
 from .generate import StopReason
-from .sampling import Ints, Sampling
+from .sampling import Sampling
 from .text import excerpt
 
 

@@ -122,7 +122,7 @@ def pack_turns(turns: list[str], max_turns: int, max_bytes: int) -> list[str]:
     pieces: list[list[str]] = []
     size = 0
     for turn in turns:
-        length = _bytes(turn)
+        length = byte_length(turn)
         if not pieces or len(pieces[-1]) >= max_turns or size + length > max_bytes:
             pieces.append([])
             size = 0
@@ -135,13 +135,13 @@ def split_turn(turn: str, max_bytes: int) -> list[str]:
     """Split a turn that is too long into several, each with the turn's speaker tag."""
     match = SPEAKER.match(turn)
     tag = match.group() if match else ""
-    return [tag + piece for piece in split_sentences(turn[len(tag) :], max(1, max_bytes - _bytes(tag)))]
+    return [tag + piece for piece in split_sentences(turn[len(tag) :], max(1, max_bytes - byte_length(tag)))]
 
 
 def split_sentences(text: str, max_bytes: int) -> list[str]:
     """Split a text into pieces of at most `max_bytes`, stripped. Only longer markup exceeds it. Text that fits stays whole."""
     text = text.strip()
-    if _bytes(text) <= max_bytes:
+    if byte_length(text) <= max_bytes:
         return [text] if text else []
     fixed = [match.span() for match in _MARKUP.finditer(text)]
     units = _merge(text, _units(text, fixed, max_bytes, level=0), max_bytes)
@@ -163,7 +163,7 @@ def _units(text: str, fixed: list[Span], max_bytes: int, *, level: int, span: Sp
     for cut in [*_cuts(pattern, text, inside, start, end), end]:
         unit = (previous, cut)
         previous = cut
-        if _bytes(text[unit[0] : unit[1]].strip()) <= max_bytes:
+        if byte_length(text[unit[0] : unit[1]].strip()) <= max_bytes:
             units.append(unit)
             continue
         smaller = _units(text, fixed, max_bytes, level=level + 1, span=unit)
@@ -188,15 +188,15 @@ def _cuts(pattern: re.Pattern[str], text: str, fixed: list[Span], start: int, en
 def _cut_characters(text: str, fixed: list[Span], max_bytes: int, start: int, end: int) -> Iterator[Span]:
     """Yield equal parts of a word that is too long, or of text without spaces; markup counts as one character."""
     markup = dict(fixed)
-    pieces = -(-_bytes(text[start:end]) // max_bytes)
-    wanted = -(-_bytes(text[start:end]) // pieces)
+    pieces = -(-byte_length(text[start:end]) // max_bytes)
+    wanted = -(-byte_length(text[start:end]) // pieces)
     size, position, begun = 0, start, start
     stop = start + len(text[start:end].rstrip())  # white space at the end belongs to the last part
     while position < stop:
         following = markup.get(position, position + 1)
         while following < stop and (_continues(text[following]) or text[following - 1] == "\u200d"):
             following += 1
-        length = _bytes(text[position:following])
+        length = byte_length(text[position:following])
         if position > begun and (size + length > max_bytes or size >= wanted):
             yield begun, position
             begun, size = position, 0
@@ -214,8 +214,8 @@ def _merge(text: str, units: list[Span], max_bytes: int) -> list[Span]:
     """Join neighbours into as few spans as fit, of lengths as equal as possible."""
     at = [0]
     for start, end in units:
-        at.append(at[-1] + _bytes(text[start:end]))
-    trailing = [_bytes(text[start:end]) - _bytes(text[start:end].rstrip()) for start, end in units]
+        at.append(at[-1] + byte_length(text[start:end]))
+    trailing = [byte_length(text[start:end]) - byte_length(text[start:end].rstrip()) for start, end in units]
     best: list[tuple[int, int, int]] = [(0, 0, 0)]  # spans used, sum of squared lengths, where the last of them begins
     for last in range(len(units)):
         options = []
@@ -234,5 +234,6 @@ def _merge(text: str, units: list[Span], max_bytes: int) -> list[Span]:
     return merged[::-1]
 
 
-def _bytes(text: str) -> int:
+def byte_length(text: str) -> int:
+    """Return the length of a text in UTF-8 bytes."""
     return len(text.encode("utf-8"))

@@ -27,7 +27,8 @@ import numpy.typing as npt
 from fishrt_engines import Array, Engine
 from fishrt_engines.providers import resolve_provider
 
-from .audio import Pcm, check_pcm, resample
+from .arrays import Ints, Pcm
+from .audio import check_pcm, resample
 from .bundle import Bundle, embedded_bundle
 from .codec import CodecDecoder, CodecEncoder
 from .codec_start import read_codec_start
@@ -42,7 +43,7 @@ from .prepared import prepared_path, read_prepared, write_prepared
 from .prompt import PromptBuilder
 from .render import Models, render
 from .request import Request, check_arguments, check_type, hints_at_sampling
-from .sampling import Ints, Sampling
+from .sampling import Sampling
 from .speech import AudioChunk, PieceInfo, Progress, Speech, SpeechInfo, Timings
 from .speech_warnings import piece_warnings, text_warnings
 from .stream import AsyncSpeechStream, SpeechStream, growing_chunks

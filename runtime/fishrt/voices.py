@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 
 from fishrt_engines.folders import data_folder
 
+from .arrays import Ints, Pcm
 from .bundle import Bundle, Manifest, embedded_bundle
 from .codec import check_entries, check_integers
 from .errors import FishrtError, OutputError, VoiceError
@@ -50,9 +50,6 @@ log = logging.getLogger(__name__)
 
 _PREPARED = ".prepared"
 """Folder of a store for what is prepared of voices that other projects laid there: their folders stay as they are."""
-
-Ints = npt.NDArray[np.int64]
-Pcm = npt.NDArray[np.float32]
 
 
 class Encoder(Protocol):

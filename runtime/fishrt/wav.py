@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from .audio import Pcm
+from .arrays import Pcm
 from .encode import audio_format, pcm16
 from .errors import AudioError
 from .files import check_place, growing

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from fishrt.codec import CodecDecoder, CodecEncoder, Pcm
+from fishrt.arrays import Pcm
+from fishrt.codec import CodecDecoder, CodecEncoder
 from fishrt.codec_start import CODEC_START
 from fishrt.features import Codec
 from fishrt_engines import open_engine

@@ -12,12 +12,13 @@ from typing import Any
 
 import numpy as np
 
+from ..arrays import Ints
 from ..bundle import Bundle
 from ..errors import FishrtError
 from ..features import LanguageModel
 from ..generate import DualAR, generate_frames
 from ..metrics import Summary, per_second
-from ..sampling import Ints, Sampling, SeededNoise
+from ..sampling import Sampling, SeededNoise
 from .timed import TimedEngine
 from .voice import bench_prompt
 

@@ -20,12 +20,11 @@ import numpy as np
 
 from fishrt_engines.machine import usable_threads
 
-from ..audio import Pcm
+from ..arrays import Ints, Pcm
 from ..bundle import Bundle
 from ..errors import SamplingError
 from ..features import Codec
 from ..metrics import Summary, bandwidth_share, frame_bytes, per_second, rtf
-from ..sampling import Ints
 from ..tts import TTS
 from ..voices import Voice
 from .child import run_child

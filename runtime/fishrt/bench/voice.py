@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import numpy as np
 
+from ..arrays import Ints
 from ..bundle import Bundle, Manifest
 from ..prompt import PromptBuilder
-from ..sampling import Ints
 from ..tokenizer import Tokenizer
 from ..voices import Voice, VoiceStore
 

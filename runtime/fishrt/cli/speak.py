@@ -31,7 +31,7 @@ from .progress import Reporter, share_of_pieces
 from .streams import muted
 
 if TYPE_CHECKING:
-    from ..audio import Pcm
+    from ..arrays import Pcm
     from ..speech import AudioChunk, Progress, SpeechInfo
     from ..stream import SpeechStream
     from ..tts import TTS, VoiceLike
