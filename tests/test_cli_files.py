@@ -164,8 +164,8 @@ def test_adding_tells_what_next(fake, recording):
     done = run("voice", "add", "my voice", "--audio", recording, "--text", "My words.", "--voice-dir", "own")
     assert "Added voice my voice (1.0 s). Try: fishrt speak --voice 'my voice' --voice-dir own \"Hello!\"" in done.stderr
     shadowing = run("voice", "add", "otto", "--audio", recording, "--text", "My words.")
-    assert "warning: the bundle has a voice 'otto', too; yours goes before it" in shadowing.stderr
-    assert "otto\tbundle  (yours goes before it)" in run("voice", "list").stdout
+    assert "warning: the bundle has a voice 'otto', too; yours is used" in shadowing.stderr
+    assert "otto\tbundle  (yours is used)" in run("voice", "list").stdout
 
 
 def test_doubtful_recordings_are_taken_with_a_warning(fake):

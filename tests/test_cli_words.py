@@ -93,7 +93,7 @@ def test_inspect_shows_the_decoder_in_8_bits(tmp_path: Path) -> None:
     shown = CliRunner().invoke(main, ["inspect", str(bundle.path)]).stdout
     for words in (
         "family        A family\nrecipe        int4\n",
-        "graph codec_decode_int8: codec_decode_int8.onnx, 7 B\n  takes the place of codec_decode on CPUs with VNNI\n  21 conv",
+        "graph codec_decode_int8: codec_decode_int8.onnx, 7 B\n  replaces codec_decode on CPUs with VNNI\n  21 conv",
     ):
         assert words in shown
     (bundle.path / MANIFEST).write_text(replace(manifest, family="", recipe="").to_json())

@@ -169,10 +169,10 @@ def _blocks(sound: _Forward, size: int, name: str, ended: Callable[[], bool] = l
 
 def _mp3(data: memoryview, max_seconds: float, name: str) -> tuple[Pcm, int]:
     """Decode an MP3 file: without the encoder's silence at both ends if its header has a correct length, else to its end."""
-    told = take_mp3_count(data)
+    cleared = take_mp3_count(data)
     whole, rate = _mp3_frames(data, _MP3_STRETCH * len(data), max_seconds, name)
-    if told is not None:
-        count, place, kept = told
+    if cleared is not None:
+        count, place, kept = cleared
         if count * (1152 if rate >= 32000 else 576) >= len(whole):  # samples in a frame of layer III, by MPEG version
             data[place] = kept
             return _mp3_frames(data, len(data), max_seconds, name)

@@ -1,7 +1,7 @@
 """Downloads from the Hugging Face Hub, or from another server with its protocol ($HF_ENDPOINT): checkpoints and bundles.
 
-`huggingface_hub` gives the token, the endpoint, the requests and the cache folder. It drops what has come of a broken-off file.
-Here that part is kept, so that the next call goes on from it. A file gets its name when it is complete and has the hub's hash.
+`huggingface_hub` gives the token, the endpoint, the requests and the cache folder. It deletes the received part of a broken-off
+file; this module keeps it, so that the next call resumes. A file gets its name when it is complete and has the hub's hash.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # read when huggingface_
 log = logging.getLogger(__name__)
 
 PREFIX = "hf:"
-"""Begins the name of a repository where a folder may be given, too."""
+"""Prefix of a repository's name where a folder is possible, too."""
 SNAPSHOTS = "snapshots"
 PARTIAL = ".partial"
-"""Folder of files that have not come completely, in a folder that is downloaded to."""
+"""Folder of incomplete files, inside the target folder of a download."""
 _ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 _ERRNO = re.compile(r"\[Errno -?\d+\] ")
 _LOGIN = "hf auth login, or set HF_TOKEN to a token of https://huggingface.co/settings/tokens"
 
 Progress = Callable[[str, int, int], None]
-"""Receives the file that is being downloaded, and the bytes of all files that are there and that there will be."""
+"""Progress callback: the name of the current file, the bytes received of all files, and their total."""
 Choose = Callable[[Sequence[str], Callable[[str], Path]], Sequence[str]]
-"""Chooses from the names of a repository's files those to download. Its second argument fetches a small file to choose by."""
+"""Chooses the files to download from the names of a repository's files. The second argument fetches a small file, to read it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,7 @@ class Repository:
 
     @classmethod
     def parse(cls, text: str, revision: str | None = None) -> Repository:
-        """OWNER/NAME or OWNER/NAME@REVISION, with or without `hf:` before it. Raises HubError."""
+        """Parse OWNER/NAME or OWNER/NAME@REVISION, with or without the prefix `hf:`. Raises HubError."""
         name, at, own = text.removeprefix(PREFIX).partition("@")
         if not _ID.fullmatch(name) or (at and not own):
             raise HubError(f"{text!r} does not name a repository", hint="write OWNER/NAME, or OWNER/NAME@REVISION")
@@ -73,17 +73,17 @@ class _File:
     name: str
     size: int | None
     sha256: str | None
-    """Of files that git keeps elsewhere: the large ones."""
+    """SHA-256 of a large file (LFS); None for others."""
     git_id: str | None
-    """SHA-1 over a header of git and the content, for the others."""
+    """Git's blob id: SHA-1 over a header and the content."""
 
     @property
     def key(self) -> str | None:
-        """The name of the content in the hub's cache."""
+        """Name of the content in the hub's cache."""
         return self.sha256 or self.git_id
 
     def is_content_of(self, path: Path) -> bool:
-        """Whether the bytes at `path` are those of the hub."""
+        """Return whether the file at `path` has the hub's content."""
         if self.size is not None and path.stat().st_size != self.size:
             return False
         digest = hashlib.sha256() if self.sha256 else hashlib.sha1(b"blob %d\0" % path.stat().st_size)
@@ -94,21 +94,21 @@ class _File:
 
 
 def is_reference(path: str | Path) -> bool:
-    """Whether a path is `hf:OWNER/NAME`."""
+    """Return whether a path is `hf:OWNER/NAME`."""
     return str(path).startswith(PREFIX)
 
 
 def names_repository(path: Path) -> bool:
-    """Whether a path names a repository and no checkpoint folder: `hf:…`, or one slash where no such file or folder exists."""
+    """Return whether a path names a repository: `hf:…`, or OWNER/NAME if no such file or folder exists."""
     text = path.as_posix()
     return is_reference(text) or (_ID.fullmatch(text.partition("@")[0]) is not None and not path.exists())
 
 
 def bundle_folder(reference: str | Path, progress: Progress | None = None) -> Path:
-    """The folder in the hub's cache that holds the bundle `hf:OWNER/NAME[@REVISION]`; downloads it if it is not there yet.
+    """Return the folder of the bundle `hf:OWNER/NAME[@REVISION]` in the hub's cache; download it if it is not there.
 
-    A bundle that is there is used without asking the hub. One that was downloaded is compared with the hashes of its manifest.
-    Raises HubError for a repository that cannot be had, BundleError for one that is no bundle.
+    A bundle in the cache is used without a request to the hub. A downloaded one is compared with the hashes of its manifest.
+    Raises HubError if the repository cannot be downloaded, BundleError if it is no bundle.
     """
     from .bundle import MANIFEST, Bundle
 
@@ -132,18 +132,18 @@ def bundle_folder(reference: str | Path, progress: Progress | None = None) -> Pa
 
 
 def choose_bundle(names: Sequence[str], read: Callable[[str], Path]) -> Sequence[str]:
-    """The files of a bundle: its manifest, which must be there, and those that it lists. Raises BundleError."""
+    """Return the files of a bundle: its manifest, which must be there, and those that it lists. Raises BundleError."""
     from .bundle import MANIFEST, Manifest
 
     return [*Manifest.from_json(read(MANIFEST).read_text(encoding="utf-8")).files, MANIFEST]
 
 
 def download(repository: Repository, choose: Choose, folder: Path | None = None, progress: Progress | None = None) -> Path:
-    """Downloads the chosen files into `folder`, or into the hub's cache, and returns where they are. What is there is kept.
+    """Download the chosen files into `folder`, or into the hub's cache, and return their folder. Existing files are kept.
 
-    Without a way to the hub, the copy in the cache is used if it is complete.
+    If the hub cannot be reached, the copy in the cache is used if it is complete. The next call resumes a broken-off download.
     Raises HubError: no such repository or revision, no right to read it, no connection, a download that breaks off, a full disk,
-    a file of the same name but other content in `folder`. The download goes on when it is called again.
+    a file of the same name but other content in `folder`.
     """
     with _explained(repository):
         try:
@@ -175,17 +175,17 @@ def _fill(place: _Place, files: Sequence[_File], progress: Progress) -> None:
     before = 0
     for file in files:
 
-        def tell(there: int, name: str = file.name, before: int = before) -> None:
+        def report(there: int, name: str = file.name, before: int = before) -> None:
             progress(name, before + there, total)
 
-        tell(0)
-        place.complete(file, tell)
+        report(0)
+        place.complete(file, report)
         before += file.size or 0
-        tell(0, before=before)
+        report(0, before=before)
 
 
 def _check_room(place: _Place, files: Sequence[_File]) -> None:
-    """Raises HubError where the files that are still to come need more than what is free."""
+    """Check that the rest of the files fits on the disk. Raises HubError otherwise."""
     coming = sum((file.size or 0) - place.present(file) for file in files)
     there = next(path for path in (place.root, *place.root.parents) if path.exists())
     free = shutil.disk_usage(there).free
@@ -201,24 +201,24 @@ def _amount(count: int) -> str:
 
 
 class _Place:
-    """Where files are downloaded to."""
+    """A target of a download."""
 
     def __init__(self, repository: Repository, commit: str, root: Path) -> None:
         self.repository, self.commit, self.root = repository, commit, root
 
-    def complete(self, file: _File, tell: Callable[[int], None]) -> Path:
-        """Makes the file complete and returns where it is; `tell` receives the bytes of it that are there."""
+    def complete(self, file: _File, report: Callable[[int], None]) -> Path:
+        """Complete a file and return its path; `report` receives the number of its bytes that are there."""
         raise NotImplementedError
 
     def present(self, file: _File) -> int:
-        """Bytes of it that are there."""
+        """Return the number of a file's bytes that are there."""
         raise NotImplementedError
 
     def finish(self) -> None:
-        """All files are there."""
+        """Clean up after all files are complete."""
 
-    def _get(self, file: _File, partial: Path, target: Path, lock: Path, tell: Callable[[int], None]) -> None:
-        """Downloads what `partial` lacks, and names it `target`. Raises HubError where it is not what the hub announced."""
+    def _get(self, file: _File, partial: Path, target: Path, lock: Path, report: Callable[[int], None]) -> None:
+        """Download the rest of `partial`, then rename it to `target`. Raises HubError if its hash is not the hub's."""
         from huggingface_hub import hf_hub_url
         from huggingface_hub.file_download import http_get
         from huggingface_hub.utils import WeakFileLock, build_hf_headers
@@ -226,11 +226,11 @@ class _Place:
         for path in (partial, target, lock):
             path.parent.mkdir(parents=True, exist_ok=True)
         with WeakFileLock(lock):
-            if target.exists():  # somebody else has downloaded it meanwhile
+            if target.exists():  # another process has downloaded it meanwhile
                 return
             if file.size is not None and _size(partial) > file.size:
                 partial.unlink()
-            with _quiet(), _Counted(io.FileIO(partial, "a+"), tell) as stream:
+            with _quiet(), _Counted(io.FileIO(partial, "a+"), report) as stream:
                 http_get(
                     hf_hub_url(self.repository.id, file.name, revision=self.commit),
                     stream,
@@ -247,13 +247,13 @@ class _Place:
 
 
 class _Folder(_Place):
-    """A folder of the user's, with the files under their own names."""
+    """A folder of the user, with the files under their own names."""
 
-    def complete(self, file: _File, tell: Callable[[int], None]) -> Path:
-        """See `_Place`. Raises HubError where another file has the name."""
+    def complete(self, file: _File, report: Callable[[int], None]) -> Path:
+        """See `_Place`. Raises HubError if a file of other content has the name."""
         target = self.root.joinpath(*_parts(file.name))
         if not target.exists():
-            self._get(file, self._partial(file), target, self._lock, tell)
+            self._get(file, self._partial(file), target, self._lock, report)
         elif not file.is_content_of(target):
             raise HubError(
                 f"{target} exists, and is not the one of {self.repository}", hint="name another folder, or move the file away"
@@ -265,7 +265,7 @@ class _Folder(_Place):
         return max(_size(self.root.joinpath(*_parts(file.name))), _size(self._partial(file)))
 
     def finish(self) -> None:
-        """Removes the folder of partial files, unless some of another revision are left."""
+        """Remove the folder of partial files, unless some of another revision are left."""
         self._lock.unlink(missing_ok=True)
         with suppress(OSError):
             self._lock.parent.rmdir()
@@ -275,7 +275,7 @@ class _Folder(_Place):
         return self.root / PARTIAL / "lock"
 
     def _partial(self, file: _File) -> Path:
-        # By content: what has come of another revision must not be gone on with.
+        # Named by content: a part of another revision must not be resumed.
         return self.root / PARTIAL / (file.key or hashlib.sha256(f"{self.commit}/{file.name}".encode()).hexdigest())
 
 
@@ -286,7 +286,7 @@ class _Cache(_Place):
         self._storage = _storage(repository)
         super().__init__(repository, commit, self._storage / SNAPSHOTS / commit)
 
-    def complete(self, file: _File, tell: Callable[[int], None]) -> Path:
+    def complete(self, file: _File, report: Callable[[int], None]) -> Path:
         """See `_Place`."""
         link = self.root.joinpath(*_parts(file.name))
         if link.exists():
@@ -294,7 +294,7 @@ class _Cache(_Place):
         blob = self._storage / "blobs" / str(file.key)
         if file.key is not None and not blob.exists():
             lock = self._storage.parent / ".locks" / self._storage.name / f"{file.key}.lock"  # that of huggingface_hub
-            self._get(file, blob.with_name(f"{blob.name}.incomplete"), blob, lock, tell)
+            self._get(file, blob.with_name(f"{blob.name}.incomplete"), blob, lock, report)
         return Path(_api().hf_hub_download(self.repository.id, file.name, revision=self.commit))
 
     def present(self, file: _File) -> int:
@@ -303,7 +303,7 @@ class _Cache(_Place):
         return max(_size(self.root / file.name), *(_size(blobs / f"{file.key}{end}") for end in ("", ".incomplete")))
 
     def finish(self) -> None:
-        """Notes which commit the revision was, as huggingface_hub does: this is how it is found without a network."""
+        """Record the commit of the revision, as huggingface_hub does, so that it is found without a network."""
         ref = self._storage / "refs" / (self.repository.revision or "main")
         if self.repository.revision != self.commit:
             ref.parent.mkdir(parents=True, exist_ok=True)
@@ -311,17 +311,17 @@ class _Cache(_Place):
 
 
 class _Counted(io.BufferedRandom):
-    """A file that tells how much is in it whenever something is written."""
+    """A file that reports its size after each write."""
 
-    def __init__(self, raw: io.FileIO, tell: Callable[[int], None]) -> None:
+    def __init__(self, raw: io.FileIO, report: Callable[[int], None]) -> None:
         super().__init__(raw)
-        self._tell = tell
+        self._report = report
         self.seek(0, io.SEEK_END)
 
     def write(self, data: Any) -> int:
-        """Appends."""
+        """Append data, and report the size of the file."""
         count = super().write(data)
-        self._tell(self.tell())
+        self._report(self.tell())
         return count
 
 
@@ -330,7 +330,7 @@ def _size(path: Path) -> int:
 
 
 def _parts(name: str) -> tuple[str, ...]:
-    """The parts of a file's name. Raises HubError for a name that leads out of its folder."""
+    """Return the parts of a file's name. Raises HubError for a name that leads out of its folder."""
     pure = PurePosixPath(name)
     if pure.is_absolute() or ".." in pure.parts or "\\" in name or not pure.parts:
         raise HubError(
@@ -340,7 +340,7 @@ def _parts(name: str) -> tuple[str, ...]:
 
 
 def _storage(repository: Repository) -> Path:
-    """The repository's folder in the hub's cache."""
+    """Return the repository's folder in the hub's cache."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
     return Path(HF_HUB_CACHE) / f"models--{repository.id.replace('/', '--')}"
@@ -353,7 +353,7 @@ def _api() -> HfApi:
 
 
 def _list(repository: Repository) -> tuple[str, dict[str, _File]]:
-    """The commit of the revision, and its files by name."""
+    """Return the commit of the revision, and its files by name. Raises HubError."""
     try:
         info = _api().model_info(repository.id, revision=repository.revision, files_metadata=True)
         files = [_File(f.rfilename, f.size, f.lfs.sha256 if f.lfs else None, f.blob_id) for f in info.siblings or ()]
@@ -365,7 +365,7 @@ def _list(repository: Repository) -> tuple[str, dict[str, _File]]:
 
 
 def _cached(repository: Repository) -> Path | None:
-    """The folder of the revision in the hub's cache, complete or not; None if there is none."""
+    """Return the folder of the revision in the hub's cache, complete or not; None if there is none."""
     storage, revision = _storage(repository), repository.revision or "main"
     ref = storage / "refs" / revision
     folder = storage / SNAPSHOTS / (ref.read_text(encoding="utf-8").strip() if ref.is_file() else revision)
@@ -374,7 +374,7 @@ def _cached(repository: Repository) -> Path | None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without huggingface_hub's own bars."""
+    """Disable huggingface_hub's progress bars inside the block."""
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     shown = not are_progress_bars_disabled()
@@ -394,7 +394,7 @@ def _endpoint() -> str:
 
 
 def _is_unreachable(error: Exception) -> bool:
-    """Whether no hub answered: no network, offline mode, or a hub that is down."""
+    """Return whether no hub answered: no network, offline mode, or a hub that is down."""
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     if isinstance(error, HfHubHTTPError):
@@ -404,7 +404,7 @@ def _is_unreachable(error: Exception) -> bool:
 
 @contextmanager
 def _explained(repository: Repository) -> Iterator[None]:
-    """Turns the errors of huggingface_hub, of its HTTP client and of the disk into HubError."""
+    """Turn the errors of huggingface_hub, of its HTTP client and of the disk into HubError."""
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,

@@ -72,7 +72,7 @@ def memory_errors() -> Iterator[None]:
 
 
 def available_memory(root: Path = Path("/")) -> int | None:
-    """Return the bytes that this process can still get; None if the system does not tell.
+    """Return the bytes that this process can still get; None if it is unknown.
 
     This is the least of free memory with swap, the limits of the process's control groups, and its limit of address space.
     root: the folder of /proc and /sys.

@@ -25,9 +25,9 @@ RECORDING, CODES = "recording.wav", "codes.npy"
 
 _MOST_NAME_BYTES = 255
 _JOINERS = "\u200c\u200d"
-"""Needed inside words of some scripts."""
+"""Joiners, which words of some scripts need."""
 _RESERVED = re.compile(r"(?:con|prn|aux|nul|com[0-9¹²³]|lpt[0-9¹²³])(?:\..*)?", re.IGNORECASE)
-"""Names that are devices on Windows, with any ending."""
+"""Names of devices on Windows, with any ending."""
 _AUDIO_SUFFIXES = {".mp3", ".wav", ".flac", ".ogg", ".opus", ".m4a", ".wma", ".aac", ".aiff", ".aif", ".aifc"}
 
 
@@ -36,15 +36,15 @@ class StoredCodes:
     """Codes of a voice for one codec."""
 
     fingerprint: str | None
-    """Of the codec; None: unknown."""
+    """Fingerprint of the codec; None: unknown."""
     file: str
     loudness: Loudness | None
-    """Of what the codec makes of them; None: not measured."""
+    """Loudness of the decoded codes; None: not measured, or silent."""
 
 
 @dataclass(frozen=True, slots=True)
 class StoredVoice:
-    """A `voice.json`."""
+    """The content of a `voice.json`."""
 
     schema: int
     transcript: str
@@ -58,12 +58,12 @@ class StoredVoice:
 
 
 def canonical(name: str) -> str:
-    """Return the one spelling of a name: file systems and keyboards write accents in two ways."""
+    """Return the NFC form of a name: file systems and keyboards write accents in two ways."""
     return unicodedata.normalize("NFC", name)
 
 
 def check_name(name: str) -> None:
-    """Check that a voice, and its folder, can have this name on every system. Raises VoiceError."""
+    """Check that a voice, and its folder, can have this name on every system. Raises VoiceError otherwise."""
     if not is_name(name):
         raise VoiceError(
             f"{name!r} cannot be the name of a voice",
@@ -72,7 +72,7 @@ def check_name(name: str) -> None:
 
 
 def is_name(name: str) -> bool:
-    """Return whether `check_name` takes it."""
+    """Return whether `check_name` accepts a name."""
     name = canonical(name)
     fits = all(char in "-_ ." + _JOINERS or unicodedata.category(char)[0] in "LMN" for char in name)
     return (
@@ -85,7 +85,7 @@ def is_name(name: str) -> bool:
 
 
 def recordings(folder: Path) -> list[Path]:
-    """Return the audio files in a folder. Hidden ones are not: macOS leaves `._x.wav` beside `x.wav` on foreign disks."""
+    """Return the audio files in a folder, except hidden ones: macOS adds `._x.wav` to `x.wav` on some disks."""
     found = (p for p in folder.iterdir() if p.suffix.lower() in _AUDIO_SUFFIXES)
     return sorted(p for p in found if not p.name.startswith(".") and p.is_file())
 
@@ -98,7 +98,7 @@ def layout(folder: Path) -> str | None:
 
 
 def check_folder(folder: Path) -> None:
-    """Check that a folder holds a voice, without reading recordings or codes. Raises VoiceError that says what is wrong."""
+    """Check that a folder holds a voice, without reading recordings or codes. Raises VoiceError with the reason otherwise."""
     try:
         kind = layout(folder)
     except OSError as error:

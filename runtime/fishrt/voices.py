@@ -1,7 +1,7 @@
-"""Voices: the codes of somebody speaking, and what is said. The model goes on in that voice.
+"""Voices: the codes of a recording and its transcript, from which the model continues in the same voice.
 
 A store is a folder of voices; `voice_files.py` knows its files. It keeps recordings, so that any codec can use a voice, and the
-codes that each codec made of them.
+codes of each codec.
 """
 
 from __future__ import annotations
@@ -49,40 +49,40 @@ from .voice_files import (
 log = logging.getLogger(__name__)
 
 _PREPARED = ".prepared"
-"""Folder of a store for what is prepared of voices that other projects laid there: their folders stay as they are."""
+"""Folder of a store for the prepared files of voices in other projects' layouts: their own folders are not changed."""
 
 
 class Encoder(Protocol):
-    """A bundle that can make codes of a recording: a TTS."""
+    """An encoder of recordings to codes: a TTS."""
 
     @property
     def bundle(self) -> Bundle:
-        """Whose codec it is."""
+        """The bundle whose codec encodes."""
         ...
 
     def encode(self, pcm: Pcm, rate: int) -> Ints:
-        """pcm float32 [samples] at `rate` Hz → codes int64 [num_codebooks, frames]."""
+        """Encode pcm float32 [samples] at `rate` Hz to codes int64 [num_codebooks, frames]."""
         ...
 
     def loudness(self, codes: Ints) -> Loudness | None:
-        """Return the loudness of what the codec makes of codes int64 [num_codebooks, frames]; None for silence."""
+        """Return the loudness of decoded codes, int64 [num_codebooks, frames]; None for silence."""
         ...
 
     def check_transcript(self, text: str, what: str) -> None:
-        """Check that the model can read a transcript; `what` names it. Raises PromptError."""
+        """Check that the model can read a transcript; `what` names it. Raises PromptError otherwise."""
         ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Voice:
-    """A reusable reference: the model goes on in the voice that is heard in it.
+    """A reusable reference: the model continues in its voice.
 
     Attributes:
-        name: of the voice.
+        name: name of the voice.
         codes: int64 [num_codebooks, frames].
-        transcript: the words that are said in it.
-        fingerprint: of the codec that made the codes; None where a foreign layout does not say.
-        loudness: of the sound of the codes; None: not measured, or silent.
+        transcript: words of the recording.
+        fingerprint: fingerprint of the codec that made the codes; None if another project's layout does not say it.
+        loudness: loudness of the decoded codes; None: not measured, or silent.
         recording: pcm float32 [samples] from which the codes were made, and its rate in Hz.
     """
 
@@ -95,13 +95,13 @@ class Voice:
 
     @classmethod
     def from_audio(cls, tts: Encoder, audio: str | Path | tuple[Pcm, int], transcript: str, *, name: str = "voice") -> Voice:
-        """Make a voice of a recording: a file, or (pcm float32 [samples] mono −1..1, rate in Hz).
+        """Make a voice from a recording: a file, or (pcm float32 [samples] mono −1..1, rate in Hz).
 
-        A few seconds are enough; `LanguageModel.voice_seconds` of the bundle's manifest says what is best. What may make a poor
-        voice of it is logged as a warning.
-        Raises AudioError if it cannot be read, is no such array or rate, has samples that are no numbers or far outside −1..1, or
-        is shorter than 0.2 s or longer than the model takes; VoiceError for silence, or a transcript with nothing to speak;
-        PromptError for a transcript that the model cannot read.
+        A few seconds are enough; `LanguageModel.voice_seconds` of the bundle's manifest gives the best length. Doubts about the
+        recording are logged as warnings.
+        Raises AudioError for a recording that cannot be read, is no such array or rate, has samples that are not numbers or far
+        outside −1..1, is shorter than 0.2 s or is longer than the model takes; VoiceError for silence, or a transcript with
+        nothing to speak; PromptError for a transcript that the model cannot read.
         """
         from .audio import read_audio
 
@@ -120,7 +120,7 @@ class Voice:
         return replace(voice, loudness=tts.loudness(codes))
 
     def check(self, bundle: Bundle | Manifest) -> None:
-        """Check that a bundle can speak in this voice: transcript, same codec, number of codebooks, range. Raises VoiceError."""
+        """Check that a bundle can speak in this voice: transcript, codec, range of codes. Raises VoiceError otherwise."""
         codec = (bundle.manifest if isinstance(bundle, Bundle) else bundle).codec
         _check_transcript(self.transcript, self.name)
         again = f"add its recording with this bundle: {_add_command(self.name, bundle)}"
@@ -144,7 +144,7 @@ class VoiceStore:
     """The voices in one folder, which need not exist before the first is added. Without a folder it is empty and stays so."""
 
     def __init__(self, folder: str | Path | None, *, fixed: bool = False) -> None:
-        """fixed: nothing is written when voices are loaded; a bundle's files are hashed."""
+        """Make a store of a folder. fixed: loading writes nothing, as in a bundle, whose files are hashed."""
         self._folder = None if folder is None else Path(folder)
         self._fixed = fixed
 
@@ -154,7 +154,7 @@ class VoiceStore:
 
     @property
     def folder(self) -> Path:
-        """Raises VoiceError where there is none."""
+        """The folder. Raises VoiceError if there is none."""
         if self._folder is None:
             hint = "set FISHRT_VOICE_DIR, or give --voice-dir"
             raise VoiceError("there is no folder for voices: this user has no home", hint=hint)
@@ -165,16 +165,16 @@ class VoiceStore:
         return sorted(self._survey()[0])
 
     def left_out(self) -> dict[str, str]:
-        """Return what looks like a voice but cannot be one, with the reason. Raises VoiceError as `list` does."""
+        """Return folders and index entries that are no valid voices, with the reason of each. Raises VoiceError as `list`."""
         return self._survey()[1]
 
     def load(self, name: str, tts: Encoder | None = None, *, fingerprint: str | None = None) -> Voice:
-        """Return one voice. With `tts`, its codes are those of that codec, encoded from the recording where needed.
+        """Return one voice. With `tts`, its codes are those of that codec, encoded from the recording if needed.
 
-        fingerprint: of the codec whose codes are preferred where there is no `tts`.
+        fingerprint: of the codec whose codes are preferred without `tts`.
 
-        Codes and loudness that had to be computed are kept. Raises VoiceError if there is none of that name, its files are
-        damaged, or it is a recording and there is no `tts`.
+        Computed codes and loudness are stored. Raises VoiceError if there is no voice of that name, its files are damaged, or it
+        must be encoded and there is no `tts`.
         """
         folder = self._find(name)
         if folder is None:
@@ -197,17 +197,17 @@ class VoiceStore:
         return (folder is not None and layout(folder) is not None) or self._indexed(name) is not None
 
     def check_found(self, name: str) -> None:
-        """Raises VoiceError for a folder of that name that holds no voice."""
+        """Check that a folder of that name, if there is one, holds a voice. Raises VoiceError otherwise."""
         if folder := self._find(name):
             check_folder(folder)
 
     def needs_encoder(self, name: str) -> bool:
-        """Return whether a voice lies there as audio of another project's layout, so that `load` needs a TTS."""
+        """Return whether a voice is audio in another project's layout, so that `load` needs a TTS."""
         folder = self._find(name)
         return folder is not None and layout(folder) == "recordings"
 
     def is_recorded(self, name: str) -> bool:
-        """Return whether there is a recording of a voice, so that any codec can use it."""
+        """Return whether the store has a recording of a voice, so that any codec can use it."""
         folder = self._find(name)
         return folder is not None and (layout(folder) == "recordings" or read_stored(folder).recording is not None)
 
@@ -223,7 +223,7 @@ class VoiceStore:
         return tuple((p.name, p.stat().st_mtime_ns, p.stat().st_size) for p in paths if p.is_file())
 
     def prepared_folder(self, name: str) -> Path | None:
-        """Return where `TTS.prepare` keeps its files for a voice; None in a bundle."""
+        """Return the folder of `TTS.prepare`'s files for a voice; None in a bundle."""
         if self._fixed:
             return None
         folder = self._find(name)
@@ -232,7 +232,7 @@ class VoiceStore:
         return self.folder / _PREPARED / canonical(name)
 
     def add(self, voice: Voice, *, force: bool = False) -> Path:
-        """Store a voice, completely or not at all, with its recording if it has one. Returns its folder.
+        """Store a voice, completely or not at all, with its recording if it has one. Return its folder.
 
         Raises VoiceError for a taken name, unless `force`.
         """
@@ -258,7 +258,10 @@ class VoiceStore:
         return target
 
     def check_free(self, name: str, *, force: bool = False) -> None:
-        """Raises VoiceError for a name that is not one, or is taken; with `force` only by something that `add` did not make."""
+        """Check that `add` can use a name. Raises VoiceError for an invalid or taken name.
+
+        force: a voice that `add` made may have the name.
+        """
         check_name(name)
         target = self._find(name) or self.folder / canonical(name)
         if target.exists() and layout(target) != "fishrt":
@@ -267,11 +270,11 @@ class VoiceStore:
             raise VoiceError(f"there is already a voice {name!r} in {self}", hint="choose another name, or --force to replace it")
 
     def remove(self, name: str) -> None:
-        """Delete a voice. Raises VoiceError if there is none, or if it is not fishrt's: those hold a user's own recordings."""
+        """Delete a voice. Raises VoiceError if there is none, or if another program made it: it holds the user's recordings."""
         check_name(name)
         folder = self._find(name)
         if folder is None and self._indexed(name) is None:
-            self.load(name)  # says what is wrong
+            self.load(name)  # raises with the reason
         if folder is None or layout(folder) != "fishrt":
             raise VoiceError(
                 f"voice {name!r} in {self} was not made by fishrt and is left alone", hint="delete its files yourself"
@@ -283,7 +286,7 @@ class VoiceStore:
             raise VoiceError(f"voice {name!r} cannot be removed from {self}: {error.strerror}") from None
 
     def _survey(self) -> tuple[set[str], dict[str, str]]:
-        """Names of all voices, and what is left out with the reason."""
+        """Return the names of all voices, and the names that are left out, each with the reason."""
         names, left_out = set(), {}
         for path in self._folders():
             try:
@@ -342,7 +345,7 @@ class VoiceStore:
         return replace(voice, loudness=measured.loudness)
 
     def _keep(self, folder: Path, stored: StoredVoice, arrays: dict[str, Ints]) -> None:
-        """Write what was computed of a voice: a copy, without which it is computed again."""
+        """Write computed codes and loudness. If that fails, they are computed again the next time."""
         if self._fixed:
             return
         try:
@@ -354,7 +357,7 @@ class VoiceStore:
 
 
 def find_voice(name: str, own: VoiceStore, bundle: Bundle | None) -> VoiceStore:
-    """Return the store that has a voice: the user's before the bundle's. Raises VoiceError."""
+    """Return the store that has a voice: the user's before the bundle's. Raises VoiceError if neither has it."""
     built_in = bundle_voices(bundle)
     try:
         found = own.holds(name)
@@ -465,7 +468,7 @@ def _write_voice(folder: Path, voice: Voice) -> None:
 
 
 def _load_recordings(folder: Path, tts: Encoder) -> Voice:
-    """All recordings of a folder are one person's: their codes follow each other, and so do their transcripts."""
+    """Return one voice of all recordings in a folder, with their codes and transcripts joined."""
     name = canonical(folder.name)
     voices = [Voice.from_audio(tts, path, read_text(path.with_suffix(".lab")), name=name) for path in recordings(folder)]
     if len(voices) == 1:

@@ -1,4 +1,4 @@
-"""What commands share: types of options, options, and how they find and load a bundle and voices."""
+"""Shared parts of commands: option types, options, and the loading of bundles and voices."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Whole(click.IntRange):
     """A whole number in a range."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Return the number; fail for text that is none."""
+        """Return the number; fail for text that is not a whole number."""
         try:
             int(value)
         except ValueError:
@@ -39,7 +39,7 @@ class Number(click.FloatRange):
     """A finite number in a range."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Return the number; fail for text that is none."""
+        """Return the number; fail for text that is not a finite number."""
         try:
             finite = math.isfinite(float(value))
         except ValueError:
@@ -85,7 +85,7 @@ voice_dir_option = click.option(
 
 
 def engine_options(command: F) -> F:
-    """--bundle, --provider and --threads, for commands that run graphs."""
+    """Add --bundle, --provider and --threads to a command that runs graphs."""
     threads = click.option(
         "--threads",
         type=Whole(min=1),
@@ -105,19 +105,19 @@ def engine_options(command: F) -> F:
 
 
 def load_tts(bundle: Path | None, provider: str, threads: int | None, voice_dir: Path | None = None) -> TTS:
-    """Return the speaker of a bundle; None is the embedded one. voice_dir: see `user_store`."""
+    """Return the TTS of a bundle; None is the embedded one. voice_dir: see `user_store`."""
     from ..tts import TTS
 
     return TTS.load(_located(bundle), provider=provider, threads=threads, voices=voice_dir)
 
 
 def load_bundle(path: Path | None) -> Bundle:
-    """Return a bundle without its engines; None is the embedded one. Raises BundleError, and HubError for a download."""
+    """Return a bundle; None is the embedded one. Raises BundleError, and HubError for a download."""
     return Bundle.load(_located(path) or embedded_bundle())
 
 
 def _located(path: Path | None) -> Path | None:
-    """Return the folder of a bundle; one of the hub is downloaded with progress, if it is not there yet. None stays None."""
+    """Return the folder of a bundle, downloaded from the hub with progress if needed. None stays None."""
     if path is None or not is_reference(path):
         return path
     reporter = Reporter(quiet=session().quiet or session().json is not None)
@@ -137,5 +137,5 @@ def downloading(reporter: Reporter) -> Callable[[str, int, int], None]:
 
 
 def user_store(voice_dir: Path | None) -> VoiceStore:
-    """Return the user's own voices; None is the usual folder."""
+    """Return the store of the user's voices; None is the default folder."""
     return VoiceStore(user_folder() if voice_dir is None else voice_dir)

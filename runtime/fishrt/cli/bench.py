@@ -1,4 +1,4 @@
-"""`fishrt bench`: how fast a bundle is here."""
+"""`fishrt bench`: the speed and memory of a bundle on this machine."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def bench(
     """Measure how fast BUNDLE (default: the embedded voice) runs on this machine, and how much memory it needs.
 
     Measured are the steps of the language model, the codec, whole requests, and loading. It takes from 15 seconds (the embedded
-    voice) to several minutes (large models). Other programs that use the processor falsify the times.
+    voice) to several minutes (large models). Other programs that use the processor distort the times.
 
     RTF, the real-time factor, is compute seconds ÷ audio seconds: below 1 is faster than real time. TTFA, the time to first
     audio, is measured from the request to its first sound.
@@ -51,7 +51,7 @@ def bench(
 
 
 def _rows(found: dict[str, Any]) -> list[tuple[str, str]]:
-    """The table: names and values with units."""
+    """Return the rows of the table: names, and values with units."""
     machine, weights, codec, speak = (found[name] for name in ("machine", "weights", "codec", "speak"))
     ttfa, load, memory, loop = (found[name] for name in ("ttfa", "load", "memory", "loop"))
     mb = {name: f"{(found_bytes or 0) / 1e6:,.0f} MB" if found_bytes else "unknown" for name, found_bytes in memory.items()}

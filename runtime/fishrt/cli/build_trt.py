@@ -82,10 +82,10 @@ def build_trt(
     for role, request in plan_requests(loaded, options, open_device().compute_capability).items():
         begun = time.perf_counter()
 
-        def told(stage: str, part: float, graph: str = request.spec.file) -> None:
+        def show(stage: str, part: float, graph: str = request.spec.file) -> None:
             reporter.show(f"{graph}: {stage}", part)
 
-        plan, built = build_plan(request, told)
+        plan, built = build_plan(request, show)
         seconds, size = time.perf_counter() - begun, plan.path.stat().st_size
         how = f"built in {seconds:,.0f} s" if built else "built before"
         reporter.done(f"{size / 1e6:>10,.1f} MB  {request.spec.file} in {request.lowering.precision}, {how}")

@@ -29,7 +29,7 @@ class Session:
     """One call of the program."""
 
     command: str = ""
-    """Words of the command, such as "voice add"; empty where none is known."""
+    """Words of the command, such as "voice add"; empty if no word is a command."""
     json: Callable[[str], None] | None = None
     """Writes the JSON object; None if none is asked for."""
     debug: bool = False
@@ -38,7 +38,7 @@ class Session:
     warnings: list[str] = field(default_factory=list)
 
     def warn(self, text: str) -> None:
-        """Tell a warning, each text once."""
+        """Print a warning, each text once."""
         if text not in self.warnings:
             self.warnings.append(text)
             say(f"warning: {text}")
@@ -51,10 +51,10 @@ class Session:
 
 
 class IncompleteError(FishrtError):
-    """A part of the work was done, and the rest could not be."""
+    """A part of the work is done; the rest failed."""
 
     def __init__(self, message: str, hint: str | None, data: dict[str, Any]) -> None:
-        """data: of the JSON object, what was done."""
+        """Make the error. data: entries of the JSON object about the finished part."""
         super().__init__(message, hint=hint)
         self.data = data
 
@@ -71,7 +71,7 @@ class Commands(click.Group):
         self.params += [_flag("-V", "--version", _version, "Show the version."), *_common()]
 
     def add_command(self, cmd: click.Command, name: str | None = None) -> None:
-        """Add a command, and give it and the commands below it the options that all have."""
+        """Add a command, and the common options to it and to its subcommands."""
         super().add_command(cmd, name)
         for command in (cmd, *(cmd.commands.values() if isinstance(cmd, click.Group) else ())):
             command.params += _common()
@@ -85,7 +85,7 @@ class Commands(click.Group):
         words = options.get("args", args[0] if args else None)
         session = self._session(list(sys.argv[1:] if words is None else words))
         try:
-            with logging_to(_Told(session), logging.DEBUG):
+            with logging_to(_Printer(session), logging.DEBUG):
                 status = super().main(*args, **{**options, "standalone_mode": False, "obj": session})
         except Exception as error:
             if session.debug:
@@ -101,7 +101,7 @@ class Commands(click.Group):
             raise Interrupted("interrupted") from error
 
     def _session(self, words: list[str]) -> Session:
-        """Read what errors of the parsing need to be told."""
+        """Return a session with the command and --json, which errors of the parsing need."""
         command: click.Command = self
         names: list[str] = []
         for word in words:
@@ -114,7 +114,7 @@ class Commands(click.Group):
 
 
 def _fail(session: Session, error: Exception) -> int:
-    """Tell an error, and return the exit status."""
+    """Print an error, and return the exit status."""
     status, hint, message = 2, None, str(error)
     if isinstance(error, _HELP):
         say(error.format_message())
@@ -139,15 +139,15 @@ def _fail(session: Session, error: Exception) -> int:
 
 
 _HELP: Any = getattr(click.exceptions, "NoArgsIsHelpError", ())
-"""What click raises, since 8.2, to show the help of a group that was given no command."""
+"""The exception of click 8.2 and later that shows the help of a group without a command."""
 
 
 _OPTIMISING = "fishrt_engines.ort_session"
-"""The logger that tells why the first start of a bundle takes longer."""
+"""The logger that explains why the first start of a bundle takes longer."""
 
 
-class _Told(logging.Handler):
-    """Tells warnings; and other records, if they are asked for."""
+class _Printer(logging.Handler):
+    """A log handler that prints warnings, with --verbose also other records."""
 
     def __init__(self, session: Session) -> None:
         super().__init__()
@@ -168,7 +168,7 @@ def session() -> Session:
 
 
 def warn(text: str) -> None:
-    """Tell a warning, each text once. JSON objects have it too."""
+    """Print a warning, each text once, and add it to the JSON object."""
     session().warn(text)
 
 

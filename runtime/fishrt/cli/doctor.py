@@ -1,4 +1,4 @@
-"""`fishrt doctor`: what this machine can do."""
+"""`fishrt doctor`: the capabilities of this machine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`fishrt export`: a checkpoint as a bundle."""
+"""`fishrt export`: a checkpoint → a bundle."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _EXPORT_NEEDS = ("torch", "onnx", "onnxscript", "onnx_ir", "safetensors", "onnxr
 
 
 class _ExportCommand(click.Command):
-    """Its help ends with the checkpoints that the exporter knows."""
+    """A command whose help ends with a list of the official checkpoints."""
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         from fishrt_export.families import FAMILIES
@@ -35,7 +35,7 @@ class _ExportCommand(click.Command):
 
 
 def _parse_keep(_ctx: click.Context, _param: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
-    """NAME=PRECISION by name. What is in them is for the exporter to judge."""
+    """Return the precision by name, from values NAME=PRECISION. The exporter checks names and precisions."""
     pairs = [value.rpartition("=") for value in values]
     if wrong := [value for value, (name, _, _) in zip(values, pairs, strict=True) if not name]:
         raise click.BadParameter(f"{wrong[0]!r} is not NAME=PRECISION")
@@ -61,7 +61,7 @@ def _parse_keep(_ctx: click.Context, _param: click.Parameter, values: tuple[str,
     metavar="A",
     help="The alpha of the LoRA. No file states it: 16 for a config named r_8_alpha_16.",
 )
-@click.option("--lora-rank", type=Whole(min=1), metavar="R", help="Refuse a LoRA of another rank.  [default: any rank]")
+@click.option("--lora-rank", type=Whole(min=1), metavar="R", help="Require this rank of the LoRA.  [default: any rank]")
 @click.option(
     "--precision",
     type=click.Choice(PRECISIONS),
@@ -110,7 +110,7 @@ def export(
     """Turn CHECKPOINT into the bundle OUT, and verify every graph against the torch module.
 
     CHECKPOINT is a folder with the files of an official model, or a repository OWNER/NAME of the Hugging Face Hub. A repository
-    is downloaded into the hub's cache first; a download that breaks off goes on with the next call.
+    is downloaded into the hub's cache first; the next call resumes a download that breaks off.
 
     An export takes one to seven minutes for an official model on two CPU cores, and up to 9 GB of memory. It needs torch, and no
     GPU: install torch's CPU build as https://pytorch.org/get-started/locally/ shows, then pip install "fishrt[export]". Nothing

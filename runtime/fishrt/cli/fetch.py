@@ -26,7 +26,7 @@ def fetch(repository: str, folder: Path | None, revision: str | None, quiet: boo
     """Download the checkpoint or bundle OWNER/NAME of the Hugging Face Hub, and print where it is.
 
     It goes into DIR, or into the hub's cache. Only the files that an export needs, or that a bundle consists of, are downloaded.
-    A download that breaks off goes on with the next call. For a gated repository accept its terms on its page, then log in:
+    The next call resumes a download that breaks off. For a gated repository, accept its terms on its page, then log in with
     `hf auth login`, or set HF_TOKEN. HF_ENDPOINT, HF_HOME and HF_HUB_OFFLINE work as in other tools of Hugging Face.
 
     \b

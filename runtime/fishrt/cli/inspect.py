@@ -1,4 +1,4 @@
-"""`fishrt inspect`: what is in a bundle."""
+"""`fishrt inspect`: the content of a bundle."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def _describe(bundle: Bundle) -> list[str]:
     if decoder := read_int8_codec(bundle):
         name = decoder.file.removesuffix(".onnx")
         lines += ["", f"graph {name}: {decoder.file}, {_graph_size(m, decoder.file)}"]
-        lines += ["  takes the place of codec_decode on CPUs with VNNI", f"  {decoder.summary()}"]
+        lines += ["  replaces codec_decode on CPUs with VNNI", f"  {decoder.summary()}"]
     return lines
 
 
@@ -124,7 +124,7 @@ def _graph_size(manifest: Manifest, file: str) -> str:
 
 
 def _tensorrt(findings: Mapping[str, list[Finding]]) -> list[str]:
-    lines = ["", "TensorRT, by the documented rules of its importer; it was not asked itself"]
+    lines = ["", "TensorRT, by the documented rules of its importer; TensorRT itself did not run"]
     for role, found in findings.items():
         lines.append(f"  {role}: errors: {len(errors(found)) or 'none'}")
         alike: dict[Finding, list[Finding]] = {}

@@ -12,15 +12,15 @@ import click
 from .streams import say
 
 _SURE = 0.1
-"""The part of the work from which on the time left is estimated."""
+"""Part of the work after which the time left is estimated."""
 _STILL = 3.0
-"""Seconds after which a stage says how long it has taken."""
+"""Seconds after which the line shows how long the stage has taken."""
 
 
 class Reporter:
     """One line of progress: rewritten in place on a terminal, else a new line every few seconds.
 
-    A thread shows the line again while a stage takes long, with the time that it has taken.
+    During a long stage, a thread repeats the line with the time that the stage has taken.
     """
 
     INTERVAL_S = 5.0
@@ -40,10 +40,10 @@ class Reporter:
         self._ticker: threading.Thread | None = None
         self._closed = threading.Event()
         if context := click.get_current_context(silent=True):
-            context.call_on_close(self.clear)  # before an error is told
+            context.call_on_close(self.clear)  # before an error is printed
 
     def show(self, text: str, part: float | None = None) -> None:
-        """Show the present state. part: of the whole work, 0 to 1; the line then has a bar, per cent and the time left."""
+        """Show the current stage. part: of the whole work, 0 to 1; the line then has a bar, per cent and the time left."""
         if self._quiet:
             return
         now = time.monotonic()
@@ -98,7 +98,7 @@ class Reporter:
 def share_of_pieces() -> Callable[[int, int, int], float | None]:
     """Return a function (piece, pieces, frames of all pieces so far) → the part of the speech that is done.
 
-    It estimates within a piece by the mean length of those before, and so knows nothing (None) in the first.
+    Within a piece, it estimates from the mean length of the pieces before; in the first piece, it returns None.
     """
     ended = current = latest = 0
 
@@ -121,7 +121,7 @@ def bar(part: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Return a duration for people: "8 s", "3 min 20 s", "2 h 5 min"."""
+    """Return a duration as text: "8 s", "3 min 20 s", "2 h 5 min"."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"
@@ -131,7 +131,7 @@ def duration(seconds: float) -> str:
 
 
 def size(count: float) -> str:
-    """Return a number of bytes for people: "812 B", "1.4 GB"."""
+    """Return a number of bytes as text: "812 B", "1.4 GB"."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000 or unit == "GB":
             break

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 
 _NOTES = 5
-"""Warnings of single lines that are printed; a file may have thousands."""
+"""Most warnings about single lines that are printed; a file may have thousands."""
 
 
 @click.command(short_help="Speak a text.")
@@ -47,7 +47,7 @@ _NOTES = 5
 @click.option(
     "--lines",
     is_flag=True,
-    help="Speak each line into a file of its own: with `-o DIR`, line 7 becomes DIR/0007.wav (see --format). A line that "
+    help="Speak each line into a separate file: with `-o DIR`, line 7 becomes DIR/0007.wav (see --format). A line that "
     "cannot be spoken does not stop the others.",
 )
 @click.option(
@@ -237,17 +237,17 @@ def speak(
 
 @dataclasses.dataclass(frozen=True)
 class _Target:
-    """Where the speech goes: a file, standard output, the sound card; or a folder of files, one for each line."""
+    """The target of the speech: a file, standard output or the sound card; or a folder with a file for each line."""
 
     output: str | None
-    """Of the command line; None: nothing is written."""
+    """--output; None: nothing is written."""
     format: str | None
     stream: bool
     play: bool
     lines: bool
 
     def check(self) -> None:
-        """Check before long work what can be checked. Raises AudioError and OutputError, and FishrtError without a player."""
+        """Check the target before long work. Raises AudioError for a bad format, OutputError for a place or player that fails."""
         from ..encode import audio_format, check_writable
         from ..play import check_player
         from ..wav import check_growing_wav
@@ -264,14 +264,14 @@ class _Target:
 
     @property
     def done(self) -> str:
-        """What was done, for people."""
+        """The message after the speech."""
         if self.output is None:
             return "Played"
         wrote = f"rote {'to standard output' if self.output == '-' else self.output}"
         return f"Played and w{wrote}" if self.play else f"W{wrote}"
 
     def speak(self, tts: TTS, text: str, request: dict[str, Any]) -> SpeechInfo:
-        """Speak a text there. Ends the request, too, when nobody takes the audio any more."""
+        """Speak a text to the target. The request ends when nobody reads the audio any more."""
         from ..encode import write_audio
         from ..play import playing
         from ..wav import growing_wav
@@ -281,7 +281,7 @@ class _Target:
                 speech = tts.speak(text, **request)
             except UnfinishedError as error:
                 write_audio(str(self.output), error.speech.pcm, error.speech.sample_rate, self.format)
-                self._tell_rest(error.speech.duration_s)
+                self._warn_of_rest(error.speech.duration_s)
                 raise
             write_audio(str(self.output), speech.pcm, speech.sample_rate, self.format)
             return speech.info
@@ -303,18 +303,18 @@ class _Target:
         if whole:
             write_audio(str(self.output), np.concatenate(whole), tts.sample_rate, self.format)
         if faults:
-            self._tell_rest(chunks.info.audio_s)
+            self._warn_of_rest(chunks.info.audio_s)
             raise faults[0]
         return chunks.info
 
-    def _tell_rest(self, seconds: float) -> None:
-        """Warn that an error ended the speech early."""
+    def _warn_of_rest(self, seconds: float) -> None:
+        """Warn that the output holds only the speech before an error, of so many seconds."""
         if self.output is not None:
             warn(f"{self.output} holds the {seconds:.1f} s that were spoken before the error")
 
 
 def _until(chunks: SpeechStream, faults: list[FishrtError]) -> Iterator[AudioChunk]:
-    """The chunks; an error behind some speech ends them and goes into `faults`, so that the speech is kept."""
+    """Yield the chunks; an error after some speech ends them and is added to `faults`, so that the speech is kept."""
     try:
         yield from chunks
     except FishrtError as error:
@@ -324,7 +324,7 @@ def _until(chunks: SpeechStream, faults: list[FishrtError]) -> Iterator[AudioChu
 
 
 def _speak_lines(tts: TTS, texts: dict[int, str], target: _Target, request: dict[str, Any], reporter: Reporter) -> None:
-    """Speak each line into a file of its own. Raises IncompleteError when all are done, if some could not be spoken."""
+    """Speak each line into a separate file. Raises IncompleteError at the end if some lines could not be spoken."""
     folder, suffix = Path(str(target.output)), target.format or "wav"
     make_folder(folder)
     entries: list[dict[str, Any]] = []
@@ -344,10 +344,10 @@ def _speak_lines(tts: TTS, texts: dict[int, str], target: _Target, request: dict
         path = str(folder / f"{number:04}.{suffix}")
         try:
             check_text(text)
-            with muted("fishrt.stream"):  # what it warns of is in `info`
+            with muted("fishrt.stream"):  # its warnings are in `info`
                 info = dataclasses.replace(target, output=path, lines=False).speak(tts, text, request)
         except FishrtError as error:
-            if type(error) not in (FishrtError, PromptError, UnfinishedError):  # all lines would meet it
+            if type(error) not in (FishrtError, PromptError, UnfinishedError):  # every line would have it
                 raise IncompleteError(f"line {number}: {error}", error.hint, result()) from error
             note(f"line {number} was not spoken{' to its end' if isinstance(error, UnfinishedError) else ''}: {error}")
             entries.append({"line": number, "output": None, "error": str(error)})

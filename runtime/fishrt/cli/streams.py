@@ -1,4 +1,4 @@
-"""What commands write: results on standard output, everything else on standard error."""
+"""Output of commands: results on standard output, everything else on standard error."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ def emit(text: str) -> None:
 
 
 def say(text: str, *, nl: bool = True) -> None:
-    """Write a line to standard error, on a terminal in place of a line of progress. A reader who left is no reason to stop."""
+    """Write a line to standard error; on a terminal, it replaces a line of progress. A closed standard error is no error."""
     clear = "\r\x1b[K" if nl and sys.stderr is not None and sys.stderr.isatty() else ""
     try:
         click.echo(clear + text, err=True, nl=nl)
     except OSError:
-        sys.stderr = None  # else Python tries again when it ends, and changes the exit status
+        sys.stderr = None  # otherwise Python flushes it again when it ends, and changes the exit status
 
 
 @contextmanager

@@ -74,7 +74,7 @@ def add(
     made = Voice.from_audio(tts, recording, text, name=name)
     folder = store.add(made, force=force)
     if name in bundle_voices(tts.bundle):
-        warn(f"the bundle has a voice {name!r}, too; yours goes before it")
+        warn(f"the bundle has a voice {name!r}, too; yours is used")
     if as_json:
         print_json({"folder": str(folder), **_describe(made, tts.bundle, recorded=True)})
         return
@@ -87,7 +87,7 @@ def add(
     )
 
 
-@voice.command(short_help="Read a voice ahead, so that speech with it starts sooner.")
+@voice.command(short_help="Prepare a voice, so that speech with it starts sooner.")
 @click.argument("name")
 @voice_dir_option
 @engine_options
@@ -146,7 +146,7 @@ def list_voices(voice_dir: Path | None, bundle: Path | None, as_json: bool) -> N
         return
     for row in rows:
         notes = "  (default)" if built_in and row == {"name": built_in.default, "from": "bundle"} else ""
-        notes += "  (yours goes before it)" if row["from"] == "bundle" and {**row, "from": "user"} in rows else ""
+        notes += "  (yours is used)" if row["from"] == "bundle" and {**row, "from": "user"} in rows else ""
         emit(f"{row['name']}\t{row['from']}{notes}")
     if not rows:
         say(f"no voices in {store}")
@@ -158,7 +158,7 @@ def list_voices(voice_dir: Path | None, bundle: Path | None, as_json: bool) -> N
 @bundle_option
 @json_option
 def show(name: str, voice_dir: Path | None, bundle: Path | None, as_json: bool) -> None:
-    """Show the codec, the length and the transcript of voice NAME. Yours goes before the bundle's of the same name."""
+    """Show the codec, the length and the transcript of voice NAME: yours, else the bundle's."""
     loaded = _bundle_if_any(bundle)
     store = find_voice(name, user_store(voice_dir), loaded)
     # A recording of another program has no codes yet; without a bundle `load` says so.
@@ -177,7 +177,7 @@ def show(name: str, voice_dir: Path | None, bundle: Path | None, as_json: bool) 
 @voice_dir_option
 @json_option
 def remove(name: str, voice_dir: Path | None, as_json: bool) -> None:
-    """Delete your voice NAME. A folder that another program made is refused."""
+    """Delete your voice NAME. Folders that another program made are not deleted."""
     store = user_store(voice_dir)
     if not store.holds(name) and name in bundle_voices(_bundle_if_any(None)):
         raise VoiceError(f"the voice {name!r} belongs to the bundle and cannot be removed")
@@ -189,7 +189,7 @@ def remove(name: str, voice_dir: Path | None, as_json: bool) -> None:
 
 
 def _bundle_if_any(path: Path | None) -> Bundle | None:
-    """The user's own voices can be looked at where no bundle is embedded; a bundle that was asked for must be there."""
+    """Return a bundle; None if no path is given and no bundle is embedded: the user's voices can be shown without one."""
     try:
         return load_bundle(path)
     except BundleError:
