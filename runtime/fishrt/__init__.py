@@ -18,7 +18,7 @@ Speak as somebody else, from a recording and its exact words:
     voice = Voice.from_audio(tts, "anna.wav", "What Anna says in the recording.")
     tts.speak("Hello!", voice=voice, sampling=Sampling(temperature=0.5))
 
-Errors are FishrtErrors; `error.hint` tells what to do. Warnings are in `speech.info.warnings`, and in the log `fishrt`.
+All errors are FishrtErrors; `error.hint` is the remedy. Warnings are in `speech.info.warnings`, and in the log `fishrt`.
 """
 
 from importlib import import_module as _import_module
@@ -52,7 +52,7 @@ def __dir__() -> list[str]:
     return list(__all__)
 
 
-if not TYPE_CHECKING:  # a type checker that sees it believes in every name
+if not TYPE_CHECKING:  # a type checker that sees it accepts every name
 
     def __getattr__(name):
         """Import a public name when it is first used: a command that looks at a bundle needs no audio library."""

@@ -44,8 +44,8 @@ highest bit rate, 320 kbit/s, is 40 times as large as one of the lowest."""
 def read_audio(source: str | Path | BinaryIO, *, max_seconds: float = MAX_SECONDS) -> tuple[Pcm, int]:
     """Return an audio file, or an open one, as (pcm float32 [samples], rate in Hz); the channels are averaged.
 
-    Reads what libsndfile reads: wav, flac, ogg, mp3, aiff, …; "-" is standard input. Files are read to their end, whatever length
-    their headers state, and joined files are read one after the other.
+    The formats are those of libsndfile: wav, flac, ogg, mp3, aiff, …; "-" is standard input. Files are read to their end,
+    whatever length their headers state, and joined files are read one after the other.
     Raises AudioError if it cannot be read, has no samples, is longer than `max_seconds` or than memory allows, has samples that
     are not numbers or are far outside −1..1, or joins files of different rates.
     """
@@ -121,7 +121,7 @@ class _File(io.RawIOBase):
         return self.position
 
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
-        """See io.RawIOBase. Reads zeros behind the data, where libsndfile looks for a tag at the claimed end."""
+        """See io.RawIOBase. Reads zeros after the data, where libsndfile looks for a tag at the claimed end."""
         part = bytes(self._data[self.position : self.position + len(buffer)])
         if self.position > len(self._data):
             part = bytes(len(buffer))

@@ -217,7 +217,7 @@ class Bundle:
         """Read the manifest of a folder, or of `hf:OWNER/NAME[@REVISION]`, which is downloaded once into the hub's cache.
 
         Every file must be there and have the right size. A graph or weights that the manifest does not list are an error: ONNX
-        Runtime would read them. Raises BundleError, and HubError for a repository that cannot be had.
+        Runtime would read them. Raises BundleError, and HubError if a repository cannot be downloaded.
         """
         folder = bundle_folder(path) if is_reference(path) else Path(path)
         bundle = cls(folder, Manifest.from_json(_read_manifest(folder)))
@@ -258,7 +258,7 @@ class Bundle:
 
 
 def _read_manifest(folder: Path) -> str:
-    """Return the text of the manifest. Raises BundleError that says what the path is instead of a bundle."""
+    """Return the text of the manifest. Raises BundleError with a description of a path that is no bundle."""
     path, wanted = folder / MANIFEST, "the folder that `fishrt export` wrote"
     if not folder.exists():
         raise BundleError(f"{folder} does not exist", hint=f"give {wanted}, or hf:OWNER/NAME")
@@ -272,7 +272,7 @@ def _read_manifest(folder: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except OSError as error:
-        raise BundleError(f"{path} cannot be read: {error.strerror}", hint="may you read it?") from None
+        raise BundleError(f"{path} cannot be read: {error.strerror}", hint="check its permissions") from None
     except UnicodeDecodeError:
         raise BundleError(f"{path} is not UTF-8", hint=AGAIN) from None
 

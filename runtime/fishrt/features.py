@@ -1,4 +1,4 @@
-"""What differs between families, as data: the part of a manifest that says how a model is prompted, sampled and decoded.
+"""The differences between families, as data: the part of a manifest for prompts, sampling and decoding.
 
 Export fills these in; the runtime branches on them and never asks which release it is running.
 """
@@ -40,8 +40,8 @@ class RepetitionPenalty:
     penalty: float
     window: int
     main: str
-    """What penalises main tokens. "row": the main tokens of the window. "oldest_column": all values of the oldest column in the
-    window, main token and codes alike, taken as token ids. "none": nothing."""
+    """The penalised main tokens. "row": those of the window. "oldest_column": all values of the oldest column in the window, main
+    token and codes alike, taken as token ids. "none": none."""
 
 
 @dataclass(frozen=True, slots=True)

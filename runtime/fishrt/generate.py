@@ -30,7 +30,7 @@ from .features import LanguageModel
 from .sampling import Noise, Sampling, is_semantic
 
 StopReason = Literal["end", "max_frames", "max_seq_len"]
-"""The end token; as many frames as asked for; no position left in the model's context."""
+"""Reasons of an end: the end token; the limit of frames; no position left in the model's context."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +119,7 @@ class Generation(Iterator[Ints]):
 
     @property
     def stop_reason(self) -> StopReason | None:
-        """Why the generation ended; None: it goes on."""
+        """Why the generation ended; None: it has not."""
         return self._columns.stop_reason
 
     @property
@@ -130,7 +130,7 @@ class Generation(Iterator[Ints]):
     def __next__(self) -> Ints:
         frame = next(self._spoken)[1:] - self._model.code_offset
         if frame.min() < 0:
-            raise FishrtError("the model drew padding in place of a code, which has no sound", hint="try another seed")
+            raise FishrtError("the model drew padding instead of a code, which has no sound", hint="try another seed")
         return frame
 
     def _trimmed(self, trim: str | None) -> Iterator[Ints]:

@@ -447,7 +447,7 @@ def _explained(repository: Repository) -> Iterator[None]:
             case OSError():
                 said, hint = (
                     f"{cause.filename or 'a file'} cannot be written: {cause.strerror}",
-                    "the same command goes on from here",
+                    "the same command resumes the download",
                 )
             case _:
                 raise

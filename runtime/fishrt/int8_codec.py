@@ -27,15 +27,16 @@ class Int8Codec:
     """The 8-bit decode graph, and its measured rounding error."""
 
     file: str
-    """Takes and gives what codec_decode does."""
+    """File of the graph, which has the inputs and outputs of codec_decode."""
     convolutions: int
     """Number of convolutions in integers."""
     calibration_frames: int
     """Number of random frames on which the ranges of activations were measured."""
     snr_db: float
-    """The float graph's sound over the difference from it, in dB: of streams of other random codes, on average. As on a CPU with
-    VNNI, whichever CPU exports."""
+    """Mean power of the float graph's sound over that of the error, in dB, on streams of other random codes. The
+    products are exact, as with VNNI, whichever CPU exports."""
     least_snr_db: float
+    """The least of these ratios, in dB."""
 
     def summary(self) -> str:
         """Return a line of text."""
@@ -56,8 +57,9 @@ def read_int8_codec(bundle: Bundle) -> Int8Codec | None:
 
 
 def int8_decode(bundle: Bundle) -> str | None:
-    """Return the graph file that decodes codes on this CPU instead of codec_decode's; None where the bundle has none, or the CPU
-    has no instructions for it. Raises as `read_int8_codec`.
+    """Return the file of the 8-bit graph if the bundle has one and this CPU has instructions for it, else None.
+
+    Raises BundleError as `read_int8_codec`.
     """
     found = read_int8_codec(bundle)
     if found is None:

@@ -42,7 +42,7 @@ class _Drawn:
     codes: Ints
     """int64 [C, frames], as drawn."""
     stop_reason: StopReason | None
-    """None: the piece goes on."""
+    """None: the piece has more frames."""
     seconds: float
     """Time that the language model took."""
 
@@ -57,8 +57,8 @@ def render(
 ) -> Generator[AudioChunk]:
     """Yield the audio chunks of a request; each piece of text begins with a fresh state of the codec.
 
-    open_models: called when the first chunk is asked for. sizes: least and most frames of a useful chunk → frames of each chunk.
-    accepted: when the request came, in seconds of `time.perf_counter`.
+    open_models: called for the first chunk. sizes: least and most frames of a useful chunk → frames of each chunk. accepted: time
+    of the request, in seconds of `time.perf_counter`.
     Raises Stopped at the first frame after `stop` is set.
     """
     begun = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Warnings about a request: text that the model does not read well, voices that are not asked for, pieces that ended early."""
+"""Warnings about a request: text that the model does not read well, voices without speaker tags, pieces that ended early."""
 
 from __future__ import annotations
 

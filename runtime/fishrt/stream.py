@@ -18,7 +18,7 @@ class Stopped(Exception):  # noqa: N818
 
 
 class SpeechStream(Iterator[AudioChunk]):
-    """The chunks of a request. Each is computed when it is asked for, so that a slow consumer costs no memory."""
+    """The chunks of a request. `next` computes a chunk, so that a slow consumer costs no memory."""
 
     def __init__(
         self,

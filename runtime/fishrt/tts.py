@@ -1,8 +1,8 @@
-"""Text to speech: wires a bundle's graphs, prompt, loop and codec together.
+"""Text to speech with a bundle's graphs, prompt, loop and codec.
 
     text ─► pieces ─► for each: prompt ─► frames of codes ─► pcm ─► AudioChunk          (a voice gives its codes to the prompt)
                         ▲                    │
-                        └── what was said ◄──┘
+                        └─ earlier pieces ◄──┘
 
 `stream()` yields chunks while frames are drawn; `speak()` drains the same generator, so that the two cannot drift apart.
 """
@@ -294,7 +294,7 @@ class TTS:
         kept = self._loaded.get(key)
         if kept is None or kept[0] != store.stamp(name):
             voice = store.load(name, self)
-            kept = self._loaded[key] = (store.stamp(name), voice)  # loading may keep what it computed
+            kept = self._loaded[key] = (store.stamp(name), voice)  # after loading, which may write files
         return kept[1]
 
     def loudness(self, codes: Ints) -> Loudness | None:

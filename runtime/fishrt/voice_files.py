@@ -110,7 +110,7 @@ def check_folder(folder: Path) -> None:
     elif kind == "recordings":
         for path in recordings(folder):
             if not path.with_suffix(".lab").is_file():
-                raise VoiceError(f"{path} has no transcript {path.stem}.lab", hint="write there what is said, word for word")
+                raise VoiceError(f"{path} has no transcript {path.stem}.lab", hint="write there the words of the recording")
     else:
         raise VoiceError(f"{folder} holds no voice: neither {VOICE_JSON} nor a recording", hint="fishrt voice add NAME …")
 

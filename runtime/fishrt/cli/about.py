@@ -30,7 +30,7 @@ def completion(ctx: click.Context, shell: str) -> None:
 
     \b
     bash:  eval "$(fishrt completion bash)"       in ~/.bashrc
-    zsh:   eval "$(fishrt completion zsh)"        in ~/.zshrc, behind compinit
+    zsh:   eval "$(fishrt completion zsh)"        in ~/.zshrc, after compinit
     fish:  fishrt completion fish | source        in ~/.config/fish/config.fish
     """
     kind = get_completion_class(shell)

@@ -1,4 +1,4 @@
-"""`fishrt codec`: audio ↔ codes, as `.npy` files that upstream's tools read and write too."""
+"""`fishrt codec`: audio ↔ codes, in the `.npy` files of the original tools."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ class Session:
     command: str = ""
     """Words of the command, such as "voice add"; empty if no word is a command."""
     json: Callable[[str], None] | None = None
-    """Writes the JSON object; None if none is asked for."""
+    """Writes the JSON object; None without --json."""
     debug: bool = False
     verbose: bool = False
     quiet: bool = False
@@ -44,7 +44,7 @@ class Session:
             say(f"warning: {text}")
 
     def finish(self, ok: bool, data: dict[str, Any]) -> None:
-        """Print the JSON object, if one is asked for. It is ASCII: no encoding of an output and no path can break it."""
+        """Print the JSON object, with --json. It is ASCII: no encoding of an output and no path can break it."""
         if self.json:
             frame = {"command": self.command, "ok": ok, "warnings": self.warnings}
             self.json(json.dumps(frame | data | frame))  # the frame's keys are first, and its values count
@@ -132,7 +132,7 @@ def _fail(session: Session, error: Exception) -> int:
     say(f"error: {message}" if status != 130 else message)
     if hint:
         say(f"hint: {hint}")
-    with contextlib.suppress(FishrtError, BrokenPipeError):  # standard output may be what failed
+    with contextlib.suppress(FishrtError, BrokenPipeError):  # the error may be one of standard output
         done = error.data if isinstance(error, IncompleteError) else {}
         session.finish(False, {"error": {"kind": type(error).__name__, "message": message, "hint": hint}, **done})
     return status
@@ -173,7 +173,7 @@ def warn(text: str) -> None:
 
 
 def print_json(data: dict[str, Any]) -> None:
-    """Print the JSON object of a command that succeeded, if one is asked for."""
+    """Print the JSON object of a command that succeeded, with --json."""
     session().finish(True, data)
 
 

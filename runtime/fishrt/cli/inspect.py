@@ -75,7 +75,7 @@ def _describe(bundle: Bundle) -> list[str]:
     if ras := s.repetition_aware:
         sampling += f"; repeats within {ras.window} frames drawn again at temperature {ras.temperature:g}, top-p {ras.top_p:g}"
     if penalty := s.repetition_penalty:
-        sampling += f"; what the last {penalty.window} frames drew penalised by {penalty.penalty:g}"
+        sampling += f"; tokens of the last {penalty.window} frames penalised by {penalty.penalty:g}"
     report = read_quantisation(bundle)
     stored = {role: (report and report.precisions(role)) or precision for role, precision in m.precision.items()}
     lines = [
