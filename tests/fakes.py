@@ -14,7 +14,8 @@ import numpy as np
 from fishrt.bundle import Bundle, Voices, describe_files
 from fishrt.features import Codec, LanguageModel
 from fishrt.generate import DualAR
-from fishrt.voices import Voice, VoiceStore
+from fishrt.voice_store import VoiceStore
+from fishrt.voices import Voice
 from fishrt_engines import Array, GraphSpec, StatePair, TensorSpec
 from helpers_text import TINY_TOKENIZER, manifest
 

@@ -19,7 +19,7 @@ from fishrt.prepared import prepared_path
 from fishrt.speech import AudioChunk, PieceInfo, Progress, Speech, SpeechInfo, Timings
 from fishrt.speech_warnings import piece_warnings
 from fishrt.stream import SpeechStream
-from fishrt.voices import VoiceStore, find_voice, user_folder
+from fishrt.voice_store import VoiceStore, find_voice, user_folder
 from helpers_text import bundle_folder, voice
 
 RATE, HOP = 16000, 640

@@ -115,7 +115,7 @@ def manifest(**changes: Any) -> Manifest:
 
 def bundle_folder(folder: Path, *, voices: dict[str, Voice] | None = None) -> Bundle:
     """A bundle that loads and verifies, although its graphs cannot run."""
-    from fishrt.voices import VoiceStore
+    from fishrt.voice_store import VoiceStore
 
     folder.mkdir(parents=True)
     (folder / "tokenizer.json").write_bytes(TINY_TOKENIZER.read_bytes())

@@ -12,7 +12,7 @@ from fishrt.bundle import Bundle
 from fishrt.errors import PromptError
 from fishrt.graphs import BundleGraphs
 from fishrt.tokenizer import Tokenizer
-from fishrt.voices import VoiceStore
+from fishrt.voice_store import VoiceStore
 from fishrt_export.families import FAMILIES
 from fishrt_export.licence import copy_licence
 from fishrt_export.voices import References, check_references, encode_references

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 from fishrt.cli import main
 from fishrt.errors import VoiceError
-from fishrt.voices import VoiceStore, user_folder
+from fishrt.voice_store import VoiceStore, user_folder
 from fishrt_engines import FishrtError, ort_session
 from fishrt_engines.folders import cache_folder, data_folder, written_aside
 from fishrt_engines.trt_plans import plan_folder

@@ -15,7 +15,7 @@ from fishrt import TTS, Voice, VoiceStore
 from fishrt.bundle import embedded_bundle
 from fishrt.errors import SamplingError, VoiceError
 from fishrt.loudness import MOST_GAIN, MOST_PEAK, TARGET_LUFS, Loudness, measure
-from fishrt.voices import bundle_store
+from fishrt.voice_store import bundle_store
 from helpers_text import language_model, manifest, voice
 
 RECORDING = Path(__file__).parents[1] / "export/minnow/references/slt/reference.flac"

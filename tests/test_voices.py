@@ -13,7 +13,8 @@ from fishrt.bundle import Bundle
 from fishrt.errors import AudioError, OutputError, PromptError, VoiceError
 from fishrt.loudness import Loudness
 from fishrt.recordings import doubts
-from fishrt.voices import Voice, VoiceStore, read_codes
+from fishrt.voice_store import VoiceStore
+from fishrt.voices import Voice, read_codes
 from helpers_text import language_model, manifest, voice
 
 RATE = 16000
@@ -106,7 +107,7 @@ def test_a_store_that_cannot_be_written_still_gives_its_voices(store, monkeypatc
     def failing(*_):
         raise OutputError("read-only")
 
-    monkeypatch.setattr("fishrt.voices.write_whole", failing)
+    monkeypatch.setattr("fishrt.voice_store.write_whole", failing)
     assert store.load("me", of_codec("f" * 64)).fingerprint == "f" * 64
 
 

@@ -14,7 +14,7 @@ from fishrt.codec import CodecDecoder, CodecEncoder
 from fishrt.loudness import Loudness, voice_loudness
 from fishrt.prompt import PromptBuilder
 from fishrt.tokenizer import Tokenizer
-from fishrt.voices import VoiceStore
+from fishrt.voice_store import VoiceStore
 from fishrt_engines import open_engine
 
 from .content import read_text

@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     from .sampling import Sampling
     from .speech import AudioChunk, Speech
     from .tts import TTS
-    from .voices import Voice, VoiceStore
+    from .voice_store import VoiceStore
+    from .voices import Voice
 
 __all__ = ["TTS", "AudioChunk", "Bundle", "FishrtError", "Sampling", "Speech", "Voice", "VoiceStore", "__version__"]
 
@@ -44,7 +45,7 @@ _HOMES = {
     "Sampling": "sampling",
     "Speech": "speech",
     "Voice": "voices",
-    "VoiceStore": "voices",
+    "VoiceStore": "voice_store",
 }
 
 

@@ -49,7 +49,8 @@ from .speech_warnings import piece_warnings, text_warnings
 from .stream import AsyncSpeechStream, SpeechStream, growing_chunks
 from .text import check_speakers, speaker_turns
 from .tokenizer import Tokenizer
-from .voices import Voice, VoiceStore, bundle_store, bundle_voices, find_voice, user_folder
+from .voice_store import VoiceStore, bundle_store, bundle_voices, find_voice, user_folder
+from .voices import Voice
 
 log = logging.getLogger(__name__)
 

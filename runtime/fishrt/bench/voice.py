@@ -10,7 +10,8 @@ from ..arrays import Ints
 from ..bundle import Bundle, Manifest
 from ..prompt import PromptBuilder
 from ..tokenizer import Tokenizer
-from ..voices import Voice, VoiceStore
+from ..voice_store import VoiceStore
+from ..voices import Voice
 
 SECONDS = 10.0
 """Seconds of speech in a made-up voice: the least that is recommended for the official models."""

@@ -11,7 +11,7 @@ import click
 
 from ..bundle import Bundle, embedded_bundle
 from ..hub import bundle_folder, is_reference
-from ..voices import VoiceStore, user_folder
+from ..voice_store import VoiceStore, user_folder
 from .commands import session
 from .progress import Reporter, size
 
@@ -76,6 +76,12 @@ format_option = click.option(
     help="Audio format, where no ending of a file names it: wav, flac, ogg, opus, mp3 or pcm. Opus has rates of 8, 12, 16, 24 "
     "and 48 kHz: speech at 44.1 kHz is resampled to 48 kHz.  [default: by the ending, else wav]",
 )
+threads_option = click.option(
+    "--threads",
+    type=Whole(min=1),
+    metavar="N",
+    help="CPU threads, at most the logical CPUs.  [default: the physical cores]",
+)
 voice_dir_option = click.option(
     "--voice-dir",
     type=click.Path(path_type=Path),
@@ -86,12 +92,6 @@ voice_dir_option = click.option(
 
 def engine_options(command: F) -> F:
     """Add --bundle, --provider and --threads to a command that runs graphs."""
-    threads = click.option(
-        "--threads",
-        type=Whole(min=1),
-        metavar="N",
-        help="CPU threads, at most the logical CPUs.  [default: the physical cores]",
-    )
     provider = click.option(
         "--provider",
         default="auto",
@@ -101,7 +101,7 @@ def engine_options(command: F) -> F:
         "plans of `fishrt build-trt`); coreml (macOS: the codec of a bundle with static graphs, and the rest on the CPU); auto: "
         "cuda where it works, else cpu. `fishrt doctor` shows which ones work here.",
     )
-    return bundle_option(provider(threads(command)))
+    return bundle_option(provider(threads_option(command)))
 
 
 def load_tts(bundle: Path | None, provider: str, threads: int | None, voice_dir: Path | None = None) -> TTS:

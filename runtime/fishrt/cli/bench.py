@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from .base import Whole, json_option, load_bundle, quiet_option
+from .base import Whole, json_option, load_bundle, quiet_option, threads_option
 from .commands import print_json
 from .progress import Reporter
 from .streams import emit
@@ -17,9 +17,7 @@ from .streams import emit
 @click.argument("bundle", required=False, type=click.Path(path_type=Path))
 @click.option("--text", help="The text that is spoken.  [default: one sentence]")
 @click.option("--frames", type=Whole(min=2), default=64, show_default=True, metavar="N", help="Frames of each timed generation.")
-@click.option(
-    "--threads", type=Whole(min=1), metavar="N", help="CPU threads, at most the logical CPUs.  [default: the physical cores]"
-)
+@threads_option
 @click.option(
     "--provider", default="auto", show_default=True, metavar="NAME", help="Execution provider; see `fishrt speak --help`."
 )

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 
 import click
-import numpy as np
 
 from ..errors import FishrtError
 from ..files import check_place, write_whole
-from ..voices import read_codes
+from ..voices import npy_bytes, read_codes
 from .base import engine_options, format_option, json_option, load_tts
 from .commands import json_to_stderr, print_json
 from .streams import say
@@ -44,9 +42,7 @@ def encode(audio: Path, output: str, bundle: Path | None, provider: str, threads
         check_place(Path(output))
     pcm, rate = read_audio(audio)
     codes = load_tts(bundle, provider, threads).encode(pcm, rate)
-    buffer = io.BytesIO()
-    np.save(buffer, codes.astype(np.int64), allow_pickle=False)
-    write_whole(output, buffer.getvalue())
+    write_whole(output, npy_bytes(codes))
     if not as_json:
         say(f"Wrote {_place(output)} ({codes.shape[0]} codebooks, {codes.shape[1]:,} frames)")
     print_json({"output": output, "codebooks": codes.shape[0], "frames": codes.shape[1]})

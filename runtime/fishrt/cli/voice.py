@@ -11,7 +11,8 @@ import click
 from ..bundle import Bundle
 from ..errors import BundleError, OutputError, VoiceError
 from ..prepared import prepared_path
-from ..voices import Voice, bundle_voices, find_voice
+from ..voice_store import bundle_voices, find_voice
+from ..voices import Voice
 from .base import (
     bundle_option,
     engine_options,
