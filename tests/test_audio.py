@@ -137,6 +137,17 @@ def test_joined_mp3_is_read_to_its_end(mode: str) -> None:
         assert 2 * len(VOICED) <= len(read_bytes(data + between + data)) <= 2 * len(VOICED) + 6 * 1152
 
 
+@pytest.mark.parametrize("between", [b"", b"ID3\4\0\0\0\0\1\0" + b"\xff\xfb\x90\x64" * 32, b"TAG" + bytes(125)])
+def test_joined_mp3_of_other_channels_is_read_to_its_end_and_of_other_rates_refused(between: bytes) -> None:
+    data, other = encoded("MP3", "MPEG_LAYER_III"), io.BytesIO()
+    soundfile.write(other, np.stack([TONE, TONE], axis=1), RATE, "MPEG_LAYER_III", format="MP3")
+    for joined in (data + between + other.getvalue(), other.getvalue() + between + data):
+        assert len(read_bytes(joined)) == 2 * len(TONE)
+    for rate in (22050, 48000):
+        with pytest.raises(AudioError, match=f"16,000 Hz and {rate:,} Hz"):
+            read_bytes(data + between + encoded("MP3", "MPEG_LAYER_III", TONE, rate))
+
+
 def test_mp3_that_breaks_off_keeps_its_whole_frames_and_rubbish_inside_is_refused() -> None:
     data = encoded("MP3", "MPEG_LAYER_III", VOICED, bitrate_mode="CONSTANT", compression_level=0.5)
     assert len(VOICED) - 2 * 1152 < len(read_bytes(data[:-100])) <= len(VOICED)

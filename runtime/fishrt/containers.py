@@ -20,6 +20,13 @@ _BEGINNINGS = [
 _OGG_PAGE = re.compile(rb"OggS\x00(.).{20}(.)", re.DOTALL)
 _OGG_BEGINS = 2
 """The flag of a page that begins a stream."""
+_MP3_SYNC = re.compile(rb"\xff[\xe2\xe3\xf2\xf3\xfa\xfb]")
+"""The first two bytes of a layer III frame: MPEG 2.5, 2 or 1, with or without a checksum."""
+_MP3_KBITS = (
+    (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
+    (0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),
+)
+"""Bit rates of layer III by their index: of MPEG 2 and 2.5, and of MPEG 1 (ISO/IEC 11172-3 and 13818-3)."""
 _MP3_COUNT = re.compile(rb"Xing|Info|VBRI")
 _MP3_COUNT_WITHIN = 4096
 """Bytes from the first frame within which a count of all frames stands, if there is one."""
@@ -27,12 +34,15 @@ _MP3_COUNT_BYTES = 156
 
 
 def split_joined(data: memoryview) -> list[memoryview]:
-    """The files that `data` joins, one after the other; most often one. The borders of chained Ogg streams are among them."""
+    """The files that `data` joins, one after the other; most often one. The borders of chained Ogg streams are among them.
+
+    MP3 files of one rate and number of channels stay together: decoders read on.
+    """
     if bytes(data[:4]) == b"OggS":
         starts = list(_ogg_chains(data))
     else:
         kind = next((pattern for pattern in _BEGINNINGS if pattern.match(data, after_id3(data))), None)
-        starts = [match.start() for match in kind.finditer(data)] if kind else []
+        starts = [match.start() for match in kind.finditer(data)] if kind else list(_mp3_streams(data))
     return [data[start:end] for start, end in zip([0, *starts[1:]], [*starts[1:], len(data)], strict=True)]
 
 
@@ -54,9 +64,9 @@ def forget_length(data: memoryview) -> memoryview:
     return data
 
 
-def after_id3(data: memoryview) -> int:
-    """Where the ID3v2 tags in front of a file end."""
-    end = 0
+def after_id3(data: memoryview, start: int = 0) -> int:
+    """Where the ID3v2 tags end that stand at `start`, in front of a file."""
+    end = start
     while match := _ID3.match(data, end):
         size = 0
         for byte in match.group(1):
@@ -95,6 +105,40 @@ def _ogg_chains(data: memoryview) -> Iterator[int]:
         began = begins
         segments = data[match.end() : match.end() + match.group(2)[0]]
         at = match.end() + len(segments) + sum(segments)
+
+
+def _mp3_streams(data: memoryview) -> Iterator[int]:
+    """Where the MP3 frames of another rate or number of channels begin: decoders stop there. Nothing for other files."""
+    at, kind = 0, None
+    if _mp3_frame(data, after_id3(data)) is None:
+        return
+    while match := _MP3_SYNC.search(data, frames := after_id3(data, at)):
+        begins = match.start()
+        frame = _mp3_frame(data, begins)
+        # Two bytes of sound or of a tag can look like the begin of a frame, but hardly like that of two.
+        if frame and (begins != frames or frame[0] != kind):
+            after = _mp3_frame(data, begins + frame[1])
+            frame = frame if after and after[0] == frame[0] else None
+        if frame is None:
+            at = begins + 1
+            continue
+        if frame[0] != kind:
+            yield at if begins == frames else begins
+            kind = frame[0]
+        at = begins + frame[1]
+
+
+def _mp3_frame(data: memoryview, at: int) -> tuple[tuple[int, bool], int] | None:
+    """The rate in Hz and whether it is mono, and the size in bytes, of the layer III frame at `at`; None if there is none."""
+    header = bytes(data[at : at + 4])
+    if len(header) < 4 or not _MP3_SYNC.match(header):
+        return None
+    version, bits, rate = header[1] >> 3 & 3, header[2] >> 4, header[2] >> 2 & 3
+    if bits in (0, 15) or rate == 3:
+        return None
+    hz = (44100, 48000, 32000)[rate] >> {3: 0, 2: 1, 0: 2}[version]
+    size = (144 if version == 3 else 72) * 1000 * _MP3_KBITS[version == 3][bits] // hz + (header[2] >> 1 & 1)
+    return (hz, header[3] >> 6 == 3), size
 
 
 def _forget_wav_length(data: memoryview) -> None:
