@@ -13,7 +13,7 @@ from fishrt.bundle import Bundle
 from fishrt.errors import AudioError, OutputError, PromptError, VoiceError
 from fishrt.loudness import Loudness
 from fishrt.recordings import doubts
-from fishrt.voice_store import VoiceStore
+from fishrt.voice_store import VoiceStore, find_voice
 from fishrt.voices import Voice, read_codes
 from helpers_text import language_model, manifest, voice
 
@@ -176,6 +176,10 @@ def test_what_is_left_out_has_a_reason(store):
     for name in ("empty", "words", "broken"):
         with pytest.raises(VoiceError) as caught:
             store.load(name, FakeTts())
+        assert str(caught.value) == reasons[name]
+    for name in ("empty", "a:b"):  # a request says why, as the list does
+        with pytest.raises(VoiceError) as caught:
+            find_voice(name, store, None)
         assert str(caught.value) == reasons[name]
 
 

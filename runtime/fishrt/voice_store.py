@@ -103,9 +103,11 @@ class VoiceStore:
         return (folder is not None and layout(folder) is not None) or self._indexed(name) is not None
 
     def check_found(self, name: str) -> None:
-        """Check that a folder of that name, if there is one, holds a voice. Raises VoiceError otherwise."""
+        """Check that a folder of that name, if there is one, can hold a voice, and does. Raises VoiceError otherwise."""
         if folder := self._find(name):
             check_folder(folder)
+        elif self._folder and (self.folder / name).is_dir():
+            check_name(name)
 
     def needs_encoder(self, name: str) -> bool:
         """Return whether a voice is audio in another project's layout, so that `load` needs a TTS."""
