@@ -150,6 +150,28 @@ def test_a_manifest_that_is_none(folder: Path, text: str) -> None:
         Bundle.load(folder)
 
 
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"schema": ' + "9" * 5000 + "}"], ids=["nested", "digits"])
+def test_json_that_python_refuses(folder: Path, text: str) -> None:
+    (folder / MANIFEST).write_text(text, encoding="utf-8")
+    with pytest.raises(BundleError, match="is not JSON"):
+        Bundle.load(folder)
+
+
+@pytest.mark.parametrize("rate", [float("nan"), float("inf"), 10**400])
+def test_numbers_that_are_not_finite(folder: Path, rate: float) -> None:
+    change(folder, lambda m: m["language_model"]["sampling"].update(top_p=rate))
+    with pytest.raises(BundleError, match=r"top_p is .*; expected float"):
+        Bundle.load(folder)
+
+
+def test_names_that_are_too_long(folder: Path) -> None:
+    with pytest.raises(BundleError, match="cannot be read: File name too long"):
+        Bundle.load("x" * 300)
+    change(folder, lambda m: m["files"].update({"x" * 300: {"bytes": 1, "sha256": ""}}))
+    with pytest.raises(BundleError, match="is missing"):
+        Bundle.load(folder)
+
+
 def test_a_manifest_with_a_byte_order_mark(folder: Path) -> None:
     manifest = Bundle.load(folder).manifest
     path = folder / "manifest.json"

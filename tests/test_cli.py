@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -605,6 +606,22 @@ def test_an_interruption_has_a_json_object_too(fake):
     result = run("speak", "Hi.", "--json")
     assert (result.exit_code, result.stderr) == (130, "interrupted\n")
     assert json.loads(result.stdout)["error"]["kind"] == "Interrupted"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows ends a process without a signal")
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_a_signal_that_ends_the_process_leaves_no_partial_file(tmp_path, name):
+    text = "Good morning, my friend. " * 1000
+    command = [sys.executable, "-m", "fishrt", "speak", "--stream", "-o", str(tmp_path / "a.wav"), "-f", "-"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdin.write(text)
+        process.stdin.close()
+        while not list(tmp_path.iterdir()):
+            assert process.poll() is None
+        process.send_signal(getattr(signal, name))
+        assert process.stderr.read().splitlines()[-1] == "interrupted"
+    assert process.returncode == 130
+    assert not list(tmp_path.iterdir())
 
 
 ODD = os.fsdecode("dé😀".encode() + b"\xff")

@@ -76,6 +76,12 @@ def test_a_place_that_cannot_be_written_is_told_before_the_work(tmp_path: Path, 
             check_place(tmp_path / name)
 
 
+def test_a_name_that_is_too_long() -> None:
+    for check in (check_place, lambda path: check_folder(Path(path)), lambda path: write_whole(path, b"")):
+        with pytest.raises(OutputError, match="File name too long"):
+            check("x" * 300)
+
+
 def test_a_standard_output_that_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdout", None)
     for refused in (lambda: write_whole("-", b"data"), lambda: check_place("-")):

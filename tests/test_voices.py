@@ -11,7 +11,7 @@ import soundfile
 
 from fishrt.bundle import Bundle
 from fishrt.errors import AudioError, OutputError, PromptError, VoiceError
-from fishrt.loudness import Loudness
+from fishrt.loudness import Loudness, measure
 from fishrt.recordings import doubts
 from fishrt.voice_store import VoiceStore, find_voice
 from fishrt.voices import Voice, read_codes
@@ -348,6 +348,47 @@ def test_a_truncated_or_lying_file_costs_no_memory(tmp_path):
     assert b"100000000000000" in path.read_bytes()
     with pytest.raises(VoiceError, match=r"a\.npy"):
         read_codes(path)
+
+
+@pytest.mark.parametrize("text", ["{", "{[]: 1}", "-" * 9000 + "1", "{'descr': ',,', 'fortran_order': False, 'shape': (4, 2)}"])
+def test_a_header_that_numpy_cannot_evaluate(tmp_path, text):
+    path = tmp_path / "a.npy"
+    path.write_bytes(b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text.encode())
+    with pytest.raises(VoiceError, match="not an array of codes"):
+        read_codes(path)
+
+
+def test_a_shape_beyond_64_bits_and_a_time_are_no_codes(tmp_path):
+    header = f"{{'descr': '<i8', 'fortran_order': False, 'shape': (4, {10**30}), }}"
+    (tmp_path / "a.npy").write_bytes(b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header.encode())
+    np.save(tmp_path / "b.npy", np.zeros((4, 2), "m8[s]"))
+    for name in ("a.npy", "b.npy"):
+        with pytest.raises(VoiceError, match="not an array of codes"):
+            read_codes(tmp_path / name)
+
+
+@pytest.mark.parametrize("loudness", [{"lufs": -1e308}, {"lufs": 1e308}, {"lufs": float("nan")}, {"peak": 0}, {"peak": 10**400}])
+def test_a_loudness_that_no_sound_has(store, loudness):
+    folder = store.add(dataclasses.replace(voice(), loudness=Loudness(-20.0, 0.5)))
+    path = folder / "voice.json"
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    stored["codes"][0]["loudness"] |= loudness
+    path.write_text(json.dumps(stored), encoding="utf-8")
+    with pytest.raises(VoiceError, match=r"voice\.json is damaged"):
+        store.load(voice().name)
+
+
+def test_a_file_name_that_cannot_be_harms_no_other_voice(store):
+    folder = store.add(dataclasses.replace(voice(), name="long"))
+    path = folder / "voice.json"
+    path.write_text(path.read_text(encoding="utf-8").replace("codes.npy", "x" * 300), encoding="utf-8")
+    store.add(dataclasses.replace(voice(), name="good"))
+    assert store.list() == ["good"]
+    assert "is missing" in store.left_out()["long"]
+
+
+def test_a_recording_of_a_few_hertz_is_measured_without_a_crash():
+    assert measure(tone(8, 1), 1) is None
 
 
 def test_upstream_references(store):

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shlex
+import sys
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping
@@ -184,7 +186,7 @@ class Manifest:
         """
         try:
             data = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise BundleError(f"{MANIFEST} is not JSON: {error}", hint="export the checkpoint again") from None
         schema = data.get("schema") if isinstance(data, dict) else None
         if not isinstance(schema, int):
@@ -223,7 +225,7 @@ class Bundle:
         bundle = cls(folder, Manifest.from_json(_read_manifest(folder)))
         for name, entry in bundle.manifest.files.items():
             file = bundle.file(name)
-            size = file.stat().st_size if file.is_file() else None
+            size = file.stat().st_size if os.path.isfile(file) else None  # noqa: PTH113  # no error for a name that no file can have
             if size != entry.bytes:
                 found = "is missing" if size is None else f"has {size:,} bytes instead of {entry.bytes:,}"
                 raise BundleError(f"{file} {found}", hint=AGAIN)
@@ -260,16 +262,16 @@ class Bundle:
 def _read_manifest(folder: Path) -> str:
     """Return the text of the manifest. Raises BundleError with a description of a path that is no bundle."""
     path, wanted = folder / MANIFEST, "the folder that `fishrt export` wrote"
-    if not folder.exists():
-        raise BundleError(f"{folder} does not exist", hint=f"give {wanted}, or hf:OWNER/NAME")
-    if not folder.is_dir():
-        raise BundleError(f"{folder} is a file, not a bundle", hint=f"give {wanted}")
-    if not path.exists():
-        if (folder / "config.json").exists():
-            first = f"fishrt export {shlex.quote(str(folder))} BUNDLE"
-            raise BundleError(f"{folder} is a checkpoint, not a bundle", hint=f"first: {first}")
-        raise BundleError(f"{folder} is not a bundle: it has no {MANIFEST}", hint=f"give {wanted}")
     try:
+        if not folder.exists():
+            raise BundleError(f"{folder} does not exist", hint=f"give {wanted}, or hf:OWNER/NAME")
+        if not folder.is_dir():
+            raise BundleError(f"{folder} is a file, not a bundle", hint=f"give {wanted}")
+        if not path.exists():
+            if (folder / "config.json").exists():
+                first = f"fishrt export {shlex.quote(str(folder))} BUNDLE"
+                raise BundleError(f"{folder} is a checkpoint, not a bundle", hint=f"first: {first}")
+            raise BundleError(f"{folder} is not a bundle: it has no {MANIFEST}", hint=f"give {wanted}")
         return path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise BundleError(f"{path} cannot be read: {error.strerror}", hint="check its permissions") from None
@@ -342,7 +344,7 @@ def parse_dataclass(kind: type[T], value: Any, where: str) -> T:
 
 def _fits(kind: Any, value: Any) -> bool:
     if kind is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
     if kind is int:
         return isinstance(value, int) and not isinstance(value, bool)
     if is_dataclass(kind) or typing.get_origin(kind) is dict:

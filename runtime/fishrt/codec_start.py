@@ -7,8 +7,6 @@ at −28 dBFS; from the state after silence, it begins at −64 dBFS. `fishrt ex
 
 from __future__ import annotations
 
-import zipfile
-
 import numpy as np
 
 from fishrt_engines import Array
@@ -30,7 +28,7 @@ def read_codec_start(bundle: Bundle) -> dict[str, Array]:
     try:
         with np.load(path, allow_pickle=False) as file:
             start: dict[str, Array] = {name: file[name] for name in file.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except Exception as error:  # numpy and zipfile raise whatever a damaged file makes them raise
         raise BundleError(f"{path} cannot be read: {error}", hint=AGAIN) from None
     wanted = {t.name: (t.dtype, t.resolve({"batch": 1})) for t in bundle.manifest.graphs["codec_decode"].state_tensors}
     if wrong := [name for name, array in start.items() if (array.dtype.name, array.shape) != wanted.get(name)]:

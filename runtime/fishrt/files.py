@@ -29,23 +29,25 @@ def check_place(path: str | Path) -> None:
             )
         return
     path = Path(path)
-    if path.is_dir():
-        raise OutputError(f"cannot write {path}: it is a folder")
-    folder = path.resolve().parent
-    if not folder.is_dir():
-        raise OutputError(f"cannot write {path}: there is no folder {folder}", hint="create the folder first")
-    if _is_special(path):
-        if not os.access(path, os.W_OK):
-            raise OutputError(f"cannot write {path}: it cannot be written")
-    elif not os.access(folder, os.W_OK):
-        raise OutputError(f"cannot write {path}: the folder {folder} cannot be written")
+    with _output_errors(str(path)):
+        if path.is_dir():
+            raise OutputError(f"cannot write {path}: it is a folder")
+        folder = path.resolve().parent
+        if not folder.is_dir():
+            raise OutputError(f"cannot write {path}: there is no folder {folder}", hint="create the folder first")
+        if _is_special(path):
+            if not os.access(path, os.W_OK):
+                raise OutputError(f"cannot write {path}: it cannot be written")
+        elif not os.access(folder, os.W_OK):
+            raise OutputError(f"cannot write {path}: the folder {folder} cannot be written")
 
 
 def check_folder(path: Path) -> None:
     """Check before long work that `make_folder` can make a folder and results can be written into it. Raises OutputError."""
-    if path.exists() and not path.is_dir():
-        raise OutputError(f"cannot write into {path}: it is not a folder")
-    check_place(path / "a result" if path.is_dir() else path)
+    with _output_errors(str(path)):
+        if path.exists() and not path.is_dir():
+            raise OutputError(f"cannot write into {path}: it is not a folder")
+        check_place(path / "a result" if path.is_dir() else path)
 
 
 def make_folder(path: Path) -> None:
@@ -68,8 +70,9 @@ def growing(path: str | Path) -> Iterator[tuple[BinaryIO, bool]]:
         with _output_errors("to standard output"), _standard_output() as file:
             yield file, False
         return
-    target = Path(path).resolve()  # a link stays a link
-    special = _is_special(target)
+    with _output_errors(str(path)):
+        target = Path(path).resolve()  # a link stays a link
+        special = _is_special(target)
     aside = target if special else target.with_name(f".{secrets.token_hex(8)}.part")
     with _output_errors(str(path)):
         try:

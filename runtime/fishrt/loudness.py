@@ -30,6 +30,7 @@ MOST_PEAK = 0.7
 SECONDS = 5.0
 """Seconds of a decoded voice in which its loudness is measured."""
 
+_MOST_LUFS = 200.0
 _BLOCK_S, _STEP_S = 0.4, 0.1
 _SILENT_LUFS, _RELATIVE_LU = -70.0, -10.0
 _SHELF_HZ, _SHELF_DB, _SHELF_Q = 1681.9744509555319, 3.99984385397, 0.7071752369554193
@@ -48,6 +49,11 @@ class Loudness:
     """The largest sample, above 0."""
 
     @property
+    def possible(self) -> bool:
+        """Return whether `measure` can have given this."""
+        return abs(self.lufs) < _MOST_LUFS and self.peak > 0
+
+    @property
     def gain(self) -> float:
         """Factor on speech in this voice: brings it to TARGET_LUFS, as far as MOST_GAIN and MOST_PEAK allow."""
         wanted = 10 ** ((TARGET_LUFS - self.lufs) / 20)
@@ -64,9 +70,9 @@ def voice_loudness(decoder: CodecDecoder, codes: npt.NDArray[np.int64], codec: C
 
 
 def measure(pcm: Pcm, rate: int) -> Loudness | None:
-    """Return the loudness of pcm float32 [samples] at `rate` Hz; None for silence, and for less than 400 ms."""
+    """Return the loudness of pcm float32 [samples] at `rate` Hz; None for silence, for less than 400 ms, and below 6 Hz."""
     block, step = round(_BLOCK_S * rate), round(_STEP_S * rate)
-    if len(pcm) < block:
+    if len(pcm) < block or not step:
         return None
     squares = np.square(_k_weighted(pcm, rate))
     power = sliding_window_view(squares, block)[::step].mean(axis=1)

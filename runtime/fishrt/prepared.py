@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import logging
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -48,7 +47,7 @@ def read_prepared(folder: Path, graph: str, columns: Ints, spec: GraphSpec) -> d
         with np.load(path, allow_pickle=False) as file:
             stored = {name: file[name] for name in file.files}
         kept = stored.pop(_COLUMNS)
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except Exception as error:  # numpy and zipfile raise whatever a damaged file makes them raise
         log.warning("%s cannot be read (%s); the voice is read again", path, error)
         return None
     wanted = {t.name: (t.dtype, t.resolve({"batch": 1, "cache": columns.shape[1]})) for t in spec.state_tensors}

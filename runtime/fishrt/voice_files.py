@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import unicodedata
 from dataclasses import asdict, dataclass
@@ -105,7 +106,8 @@ def check_folder(folder: Path) -> None:
         raise VoiceError(f"{folder} cannot be read: {error.strerror}") from None
     if kind == "fishrt":
         stored = read_stored(folder)
-        if missing := [c.file for c in stored.codes if not (folder / c.file).is_file()]:
+        # os.path: no error for a name that no file can have
+        if missing := [c.file for c in stored.codes if not os.path.isfile(folder / c.file)]:  # noqa: PTH113
             raise VoiceError(f"{folder / missing[0]} is missing", hint="add the voice again")
     elif kind == "recordings":
         for path in recordings(folder):
@@ -131,6 +133,8 @@ def read_stored(folder: Path) -> StoredVoice:
         stored = parse_dataclass(StoredVoice, data, VOICE_JSON)
     except BundleError as error:
         raise VoiceError(f"{path} is damaged: {error}", hint="add the voice again") from None
+    if any(c.loudness and not c.loudness.possible for c in stored.codes):
+        raise VoiceError(f"{path} is damaged: no sound has such a loudness", hint="add the voice again")
     files = [c.file for c in stored.codes] + [stored.recording or RECORDING]
     if not stored.codes or any(Path(file).name != file for file in files):
         raise VoiceError(f"{path} is damaged: it must name codes, in files of its folder", hint="add the voice again")

@@ -226,7 +226,7 @@ class VoiceStore:
         if self._folder is None or not is_name(name):
             return None
         wanted = canonical(name)
-        if (self._folder / wanted).is_dir():
+        if os.path.isdir(self._folder / wanted):  # noqa: PTH112  # no error in a folder that cannot be read: `_folders` says so
             return self._folder / wanted
         return next((path for path in self._folders() if canonical(path.name) == wanted), None)
 

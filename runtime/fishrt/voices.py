@@ -128,10 +128,12 @@ def read_codes(path: Path) -> Ints:
         stored = np.load(path, mmap_mode="r", allow_pickle=False)  # mapped: a false size in the header costs no memory
     except OSError as error:
         raise VoiceError(f"the codes {path} cannot be read: {error.strerror or error}") from None
-    except (ValueError, EOFError):
+    except VoiceError:
+        raise
+    except Exception:  # numpy evaluates a damaged header as Python, and raises whatever that raises
         raise VoiceError(f"{path} is not an array of codes: it is damaged, or holds Python objects", hint=hint) from None
     shape = list(stored.shape)
-    if not np.issubdtype(stored.dtype, np.integer) or len(shape[-2:]) < 2 or shape[:-2] not in ([], [1]):
+    if stored.dtype.kind not in "iu" or len(shape[-2:]) < 2 or shape[:-2] not in ([], [1]):
         raise VoiceError(
             f"{path} is not an array of codes: integers [codebooks, frames] are expected, found {stored.dtype} {shape}", hint=hint
         )

@@ -6,9 +6,11 @@ import contextlib
 import itertools
 import json
 import logging
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -85,7 +87,7 @@ class Commands(click.Group):
         words = options.get("args", args[0] if args else None)
         session = self._session(list(sys.argv[1:] if words is None else words))
         try:
-            with logging_to(_Printer(session), logging.DEBUG):
+            with logging_to(_Printer(session), logging.DEBUG), _interruptible():
                 status = super().main(*args, **{**options, "standalone_mode": False, "obj": session})
         except Exception as error:
             if session.debug:
@@ -111,6 +113,22 @@ class Commands(click.Group):
         # Behind "--" it is text.
         as_json = "--json" in itertools.takewhile(lambda word: word != "--", words)
         return Session(" ".join(names), emit if as_json else None)
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Let the signals that end a process interrupt the block, as Ctrl-C does, so that no partial file stays behind."""
+    found = {number: signal.getsignal(number) for name in ("SIGTERM", "SIGHUP") if (number := getattr(signal, name, None))}
+    mine = [number for number, handler in found.items() if handler == signal.SIG_DFL]  # nohup ignores one
+    if threading.current_thread() is not threading.main_thread():
+        mine = []
+    for number in mine:
+        signal.signal(number, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        for number in mine:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _fail(session: Session, error: Exception) -> int:
