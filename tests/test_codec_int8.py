@@ -211,7 +211,7 @@ def test_what_gives_something_else_is_refused(tiny_bundle: Bundle, tmp_path: Pat
     monkeypatch.setattr(
         int8, "_calibrated", lambda folder, portable, found, *_: dict.fromkeys(_names(found), int8._Range(-1e-3, 1e-3))
     )
-    with pytest.raises(ExportError, match=r"the codec in 8 bits has -?\d+\.\d dB between sound and error"):
+    with pytest.raises(ExportError, match=r"the codec in 8 bits has -?\d+\.\d dB between signal and error"):
         int8.write_int8(folder, tiny_bundle.manifest.graphs["codec_decode"], tiny_bundle.manifest.codec.codebook_sizes)
     assert not (folder / INT8_CODEC).exists()
 

@@ -204,7 +204,7 @@ def test_exceptions_by_name(wide: Path) -> None:
 
 @pytest.mark.parametrize("pattern", ["slow_ar.layers.9.*", "slow_ar.norm", "slow_ar.embeddings", "codec_decode.*", "output"])
 def test_a_name_that_matches_nothing(wide: Path, pattern: str) -> None:
-    with pytest.raises(ExportError, match="no layer that can be kept so matches") as caught:
+    with pytest.raises(ExportError, match="no layer that can be stored so matches") as caught:
         planned(wide, Recipe("fp32", {"slow_ar.*": "fp16", pattern: "int8"}))
     assert f"{pattern}=int8" in str(caught.value)
 

@@ -1,7 +1,7 @@
-"""A checkpoint folder → a bundle folder: check all of it, write and verify each graph, add voices and licence, then the manifest.
+"""Export of a checkpoint folder as a bundle: check it, write and verify each graph, add voices and licence, then the manifest.
 
-All is written into a hidden folder beside OUT, which gets its name when it is complete. The manifest is written last, so that
-whatever stops an export, nothing that loads is left.
+All files go into a hidden folder in OUT's parent, which is renamed to OUT when it is complete. The manifest is written last, so
+that an interrupted export leaves nothing that loads.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ from .weights import raise_if_any
 log = logging.getLogger(__name__)
 
 BASE_MEMORY = 300_000_000
-"""Bytes that tracing and ONNX Runtime take, whatever the model."""
+"""Bytes that tracing and ONNX Runtime take for any model."""
 
 _TRACING = {"codec_encode": 60_000_000, "codec_decode": 150_000_000, "slow_ar": 80_000_000, "fast_ar": 40_000_000}
-"""As many weights are written and verified in the time that tracing a graph takes, whatever its size."""
+"""Time to trace each graph of any size, as the number of weights that are written and verified in that time."""
 
 Progress = Callable[[str, float], None]
-"""Told the name of a stage as it begins, and the part of the export that is done, 0..1."""
+"""Callback that receives the name of a stage as it begins, and the completed part of the export, 0..1."""
 
 
 def export_bundle(
@@ -66,18 +66,18 @@ def export_bundle(
     codec_int8: bool = False,
     progress: Progress = lambda _stage, _done: None,
 ) -> Bundle:
-    """Exports the checkpoint in the folder `checkpoint` as a bundle in the new or empty folder `out`, whose parent exists.
+    """Export the checkpoint in the folder `checkpoint` as a bundle in the new or empty folder `out`, whose parent exists.
 
-    A language model may have fewer codebooks than the codec: it then speaks with the first ones, and the others add nothing.
+    A language model may have fewer codebooks than the codec. It then speaks with the first ones.
 
     head: "audio" keeps the logits of the tokens that can be spoken, "full" those of the whole vocabulary.
-    family: a key of families.FAMILIES; None finds it out. lora: merged into the language model.
+    family: a key of families.FAMILIES; None identifies it. lora: merged into the language model.
     precision, keep: see recipe.Recipe.
     static: also add graphs of fixed sizes for this target, "coreml"; see static.py.
     codec_int8: also add the codec's decoder with convolutions in 8 bits; see codec/int8.py.
-    Raises ExportError for a checkpoint that is incomplete, damaged, mixed or of an unknown family, with every tensor that does
-    not fit listed at once; for a LoRA of another model; for an `out` that is not empty or cannot be written; and for a graph that
-    is not equal to its torch module. Raises FishrtError before anything is written where the memory does not suffice.
+    Raises ExportError for a checkpoint that is incomplete, damaged, mixed or of an unknown family, with a list of all tensors
+    that do not fit; for a LoRA of another model; for an `out` that is not empty or cannot be written; for a graph that differs
+    from its torch module. Raises FishrtError before anything is written if there is too little memory.
     """
     checkpoint, out = Path(checkpoint), Path(out)
     recipe = Recipe(precision, keep or {})
@@ -99,13 +99,13 @@ def export_bundle(
         schema=SCHEMA,
         name=checkpoint_name(checkpoint),
         exported_by=f"fishrt {__version__}",
-        # What no codebook holds is not drawn.
+        # Codes that are in no codebook are not drawn.
         language_model=replace(described, fast_candidates=min(described.fast_candidates, largest + described.code_offset)),
         codec=codec.describe(),
         tokenizer=TOKENIZER,
         graphs={job.role: job.spec for job in jobs},
         precision={job.role: main_precision(job.plan, _sizes(job)) for job in jobs},
-        # What follows is known only when the files are there.
+        # The fields below are replaced when the files are written.
         memory=dict.fromkeys(ROLES, 0),
         parity={},
         licence=Licence("", None),
@@ -126,12 +126,12 @@ def export_bundle(
     del decode
     check_memory(BASE_MEMORY + max(job.need() for job in jobs), f"exporting {checkpoint}")
     plans, known = {job.role: job.plan for job in jobs}, language_model.family
-    del codec, language_model  # the jobs hold their weights, until each is done
+    del codec, language_model  # each job holds its weights until it is done
     references = check_references(checkpoint, Bundle(out, draft), Tokenizer.from_json(tokenizer.encode()))
     with _written_aside(out) as folder:
         (folder / TOKENIZER).write_bytes(tokenizer.encode())
         licence = copy_licence(checkpoint, folder, known)
-        graphs = 0.6 if codec_int8 else 1.0  # of the time
+        graphs = 0.6 if codec_int8 else 1.0  # part of the export's time
         made = _run(jobs, folder, lambda stage, part: progress(stage, graphs * part))
         write_start(folder, draft.graphs, draft.codec)
         if static is not None:
@@ -165,23 +165,23 @@ def export_bundle(
 
 
 def _warn_of_tensorrt(bundle: Bundle) -> None:
-    """A bundle that TensorRT does not take is a good one for all other engines."""
+    """Log a warning for each graph that TensorRT refuses. No error: the other engines run it."""
     for role, found in tensorrt_findings(bundle).items():
         if broken := errors(found):
             log.warning("TensorRT would refuse %s: %s; fishrt inspect --trt shows all", role, broken[0])
 
 
 def halves_fit(language_model: LanguageModelSource, codec: CodecSource) -> bool:
-    """Whether the codec can speak what the language model draws: it also speaks from its first codebooks.
+    """Return whether the codec can decode the language model's codes; it also decodes the codes of its first codebooks.
 
-    Of 1.2 and 1.4, a model beside the other's codec shows in nothing but the number of codebooks, so that it must be the same.
+    In 1.2 and 1.4 the numbers must be equal: only they show that the model and the codec are of different releases.
     """
     of_model, of_codec = language_model.config.num_codebooks, len(codec.config.codebook_sizes)
     return of_model == of_codec or (of_model < of_codec and not language_model.family.one_semantic)
 
 
 def check_out(out: Path) -> None:
-    """Raises ExportError where `out` is neither new nor an empty folder."""
+    """Check that `out` is new or an empty folder. Raises ExportError."""
     if out.is_dir() and not any(out.iterdir()):
         return
     if out.exists():
@@ -192,8 +192,8 @@ def check_out(out: Path) -> None:
 
 @contextmanager
 def _written_aside(out: Path) -> Iterator[Path]:
-    """A folder beside `out` that becomes `out` if the block succeeds, and disappears if it does not."""
-    out = out.resolve()  # what a link points to is written, and the link stays
+    """Make a folder next to `out` for the block. Rename it to `out` if the block succeeds, else delete it."""
+    out = out.resolve()  # a link stays, and its target is written
     aside = out.with_name(f".{out.name}.partial-{os.getpid()}")
     with _terminable():
         try:
@@ -211,7 +211,7 @@ def _written_aside(out: Path) -> Iterator[Path]:
 
 @contextmanager
 def _terminable() -> Iterator[None]:
-    """Lets SIGTERM end the block like an exception, so that it cleans up. A program's own handler of the signal is left alone."""
+    """Make SIGTERM end the block with SystemExit, so that it cleans up. A program's own handler of the signal is kept."""
     if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
         yield
         return
@@ -238,12 +238,12 @@ def _planned_language_model(language_model: LanguageModelSource, head: str, reci
 
 
 def _sizes(job: GraphJob) -> dict[str, int]:
-    """How many numbers each weight has."""
+    """Return the number of elements of each weight."""
     return {name: tensor.numel() for name, tensor in job.build().state_dict().items()}
 
 
 def _run(jobs: list[GraphJob], folder: Path, progress: Progress) -> dict[str, Made]:
-    """Write and verify all graphs, each of which counts by the time it takes. Empties `jobs`, so that weights can go."""
+    """Write and verify all graphs, with progress in proportion to time. Empties `jobs`, so that weights are freed."""
     sizes = {job.role: sum(_sizes(job).values()) for job in jobs}
     total, before = sum(sizes.values()) + sum(_TRACING[role] for role in sizes), 0
     made = {}
@@ -260,7 +260,7 @@ def _run(jobs: list[GraphJob], folder: Path, progress: Progress) -> dict[str, Ma
 
 
 def _recipe_words(recipe: Recipe, *, head: str, lora: Lora | None, static: str | None, codec_int8: bool) -> str:
-    """Return what was asked for, the precision first."""
+    """Return the options of the export in words, the precision first."""
     parts = [recipe.precision, *(f"{name}={precision}" for name, precision in recipe.keep.items())]
     parts += ["codec in 8 bits"] if codec_int8 else []
     parts += [f"static graphs for {static}"] if static else []
@@ -270,7 +270,7 @@ def _recipe_words(recipe: Recipe, *, head: str, lora: Lora | None, static: str |
 
 
 def _report(plans: Mapping[str, Mapping[str, Storage]], made: Mapping[str, Made]) -> Quantisation | None:
-    """What quantising did to each layer of the language model, the layers that it left out with it; None if there was none."""
+    """Return the precision and error of each layer of the language model; None if no layer is quantised."""
     layers = tuple(
         LayerReport(
             f"{role}.{name.removesuffix('.weight')}",

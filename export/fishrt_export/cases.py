@@ -1,4 +1,4 @@
-"""What each graph is verified with: several lengths, state carried over several steps, and ragged batches."""
+"""The cases that verify each graph: several lengths, state carried over several steps, and ragged batches."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ STEPS = 3
 
 
 def slow_ar_cases(config: ModelConfig, ids: AudioIds) -> list[Case]:
-    """Prefill and single steps: one row, two rows of different lengths padded on the right, and one row at the last positions.
+    """Return cases of prefill and single steps: one row, two rows of different lengths, and one row at the last positions.
 
-    The last writes to the start of a short cache, though its positions are high: a cache of all positions may not fit in memory.
-    Its columns see the whole cache then, which is of no use, but is the same for graph and module.
+    Shorter rows are padded on the right. The last case writes to the start of a short cache although its positions are high: a
+    cache of all positions may not fit in memory. Its columns attend to the whole cache, in the graph as in the module.
     """
     rng = np.random.default_rng(1)
     cases = [_slow_ar_case(config, ids, lengths, rng) for lengths in ((5,), (9, 4))]
@@ -58,7 +58,7 @@ def _slow_ar_case(config: ModelConfig, ids: AudioIds, lengths: tuple[int, ...], 
 
 
 def random_prompt(config: ModelConfig, ids: AudioIds, shape: tuple[int, int], rng: np.random.Generator) -> Ints:
-    """A prompt int64 [batch, 1 + codebooks, length] whose columns are text or audio at random."""
+    """Return a prompt int64 [batch, 1 + codebooks, length] whose columns are text or audio at random."""
     batch, length = shape
     codes = rng.integers(0, config.codebook_width, (batch, config.num_codebooks, length))
     audio = rng.random((batch, length)) < 0.5
@@ -68,7 +68,7 @@ def random_prompt(config: ModelConfig, ids: AudioIds, shape: tuple[int, int], rn
 
 
 def fast_ar_cases(config: ModelConfig) -> list[Case]:
-    """Two frames on one cache, each with positions 0 and 1 in one call; and two rows one position at a time."""
+    """Return cases of two frames on one cache: one row with positions 0 and 1 in one call, and two rows position by position."""
     rng = np.random.default_rng(2)
     return [_fast_ar_case(config, batch, first, rng) for batch, first in ((1, 2), (2, 1))]
 
@@ -93,7 +93,10 @@ def _fast_ar_case(config: ModelConfig, batch: int, first: int, rng: np.random.Ge
 
 
 def codec_encode_cases(config: CodecConfig) -> list[Case]:
-    """Noise: as short as can be, two rows, and longer than the encoder sees; of broken frames where they can be encoded."""
+    """Return cases of noise: the shortest audio, two rows, and audio longer than the encoder's context.
+
+    Audio ends within a frame if the codec can encode that.
+    """
     rng = np.random.default_rng(3)
     sizes = ((1, config.min_samples), (2, 7 * config.hop - 1), (1, _longer_than(config) * config.hop - config.hop // 2))
     whole = [(batch, 1, -(-samples // config.sample_multiple) * config.sample_multiple) for batch, samples in sizes]
@@ -101,9 +104,10 @@ def codec_encode_cases(config: CodecConfig) -> list[Case]:
 
 
 def codec_decode_cases(config: CodecConfig, spec: GraphSpec) -> list[Case]:
-    """Random codes: few, two rows, longer than the decoder sees; a frame holds codes past the end, another one that is none.
+    """Return cases of random codes: three frames, two rows, and codes longer than the decoder's context.
 
-    Where the graph carries a state, they come as one frame, more than half of all in one chunk, and the rest.
+    One frame holds codes past the codebooks' ends, and another holds −1. A graph with a state takes them in three calls: one
+    frame, most of the others, and the rest.
     """
     rng = np.random.default_rng(4)
     sizes = np.array(config.codebook_sizes)[:, None]
@@ -122,5 +126,5 @@ def codec_decode_cases(config: CodecConfig, spec: GraphSpec) -> list[Case]:
 
 
 def _longer_than(config: CodecConfig) -> int:
-    """Frames enough that the last do not see the first, and that so many are out of sight that even codes would tell."""
+    """Return a number of frames of which about a third is outside the context of the last, so that even codes would differ."""
     return min(config.sight * 3 // 2 + 3, config.max_frames)

@@ -1,4 +1,4 @@
-"""The fast AR: the slow AR's output and the codes so far in, logits of the next code out."""
+"""The fast AR: from the slow AR's output and the codes so far to the logits of the next code."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from .transformer import Stack, cache_names
 
 
 class FastAR(Stack):
-    """Position 0 takes `hidden`, position j takes the embedding of code j − 1. All codebooks share one table and one head."""
+    """The fast AR as a module: position 0 takes `hidden`, position j the embedding of code j − 1.
+
+    All codebooks share one embedding table and one head.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config.fast, config.num_codebooks)
@@ -24,23 +27,23 @@ class FastAR(Stack):
     ENTERS, LEAVES = ("hidden", "codes", "position_ids"), ()
 
     def enter(self, hidden: Tensor, codes: Tensor, position_ids: Tensor) -> Tensor:
-        """→ [batch, length, dim]."""
+        """Return the input of the first block, [batch, length, dim]; see `fast_ar_spec` for the arguments."""
         return torch.where((position_ids == 0).unsqueeze(-1), hidden.unsqueeze(1), self.embeddings(codes))
 
     def leave(self, x: Tensor) -> tuple[Tensor]:
-        """Output of the last block [batch, length, dim] → logits of the last column [batch, codebook_width]."""
+        """Return the logits of the last column [batch, codebook_width] from the last block's output x [batch, length, dim]."""
         return (self.output(self.norm(x[:, -1])),)
 
     def forward(
         self, hidden: Tensor, codes: Tensor, position_ids: Tensor, write_index: Tensor, caches: Sequence[Tensor]
     ) -> tuple[Tensor, ...]:
-        """See `fast_ar_spec`; the caches are one list, and come back after the logits."""
+        """Return the logits and then the updated caches; see `fast_ar_spec`. The caches are one list."""
         x, updated = self.run_layers(self.enter(hidden, codes, position_ids), position_ids, write_index, caches)
         return *self.leave(x), *updated
 
 
 def fast_ar_spec(config: ModelConfig) -> GraphSpec:
-    """The graph's contract; see the class for what the tensors mean."""
+    """Return the inputs, outputs and states of the graph of `FastAR`."""
     cache = ("batch", config.fast.kv_heads, config.num_codebooks, config.fast.head_dim)
     names = cache_names(config.fast.layers)
     return GraphSpec(

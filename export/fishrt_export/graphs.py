@@ -1,4 +1,4 @@
-"""The language-model half of a checkpoint: opens it, checks all of it, and says how its two graphs are made."""
+"""The language-model half of a checkpoint: its files, its checks and the jobs of its two graphs."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from .weights import expected_shapes, find_problems, flat_names, load, on_meta, 
 HEADS = ("audio", "full")
 LANGUAGE_MODEL_TOLERANCE = 5e-4
 SPEECH_ROOM = 2048
-"""Positions that prompts leave for speech, as the originals of S1 and S2 have it; half of a small model's."""
+"""Positions that prompts leave for speech, as in the originals of S1 and S2; at most half of the model's positions."""
 
 _PROJECTION = "fast_project_in."
 
@@ -47,14 +47,14 @@ class LanguageModelSource:
     tokenizer: str
     """The text of the `tokenizer.json`."""
     weights: Mapping[str, Tensor]
-    """Those of safetensors files are read when they are looked up."""
+    """Tensors of safetensors files are read when they are looked up."""
 
     def problems(self) -> list[str]:
-        """In what the weights do not fit the config."""
+        """Return all differences between weights and config."""
         return find_problems(_shapes(self.config), self.weights)
 
     def describe(self, head: str) -> LanguageModel:
-        """The manifest's entry."""
+        """Return the manifest's entry. head: one of HEADS."""
         family, width, positions = self.family, self.config.codebook_width, self.config.max_seq_len
         return LanguageModel(
             num_codebooks=self.config.num_codebooks,
@@ -84,11 +84,11 @@ class LanguageModelSource:
 
     @property
     def audio_head(self) -> list[int]:
-        """The token of each row of the audio head."""
+        """Return the token id of each row of the audio head."""
         return [int(token) for token in audio_ids(self.describe("audio"))]
 
     def jobs(self, head: str) -> list[GraphJob]:
-        """slow_ar and fast_ar. Raises ExportError for an unknown head."""
+        """Return the jobs of slow_ar and fast_ar. Raises ExportError for an unknown head."""
         if head not in HEADS:
             raise ExportError(f"unknown head {head!r}", hint=f"choose one of: {', '.join(HEADS)}")
         slow, fast = self.slow_weights(head), self.fast_weights()
@@ -113,15 +113,15 @@ class LanguageModelSource:
         ]
 
     def slow_ar(self, head: str) -> SlowAR:
-        """The module, in float32."""
+        """Return the slow AR's module with its weights, in float32."""
         return load(self._slow_module(head), self.slow_weights(head))
 
     def fast_ar(self) -> FastAR:
-        """The module, in float32."""
+        """Return the fast AR's module with its weights, in float32."""
         return load(self._fast_module(), self.fast_weights())
 
     def slow_weights(self, head: str) -> Mapping[str, Tensor]:
-        """By the names of SlowAR. The audio head holds the rows of the tokens that can be spoken, whether tied or not."""
+        """Return the tensors under the names of SlowAR. The audio head has the rows of the tokens that can be spoken."""
         weights = {name: make for name, make in makers(self.weights).items() if not _is_fast(name)}
         if head == "audio":
             table = weights["embeddings.weight"] if self.config.tied_head else weights["output.weight"]
@@ -129,7 +129,7 @@ class LanguageModelSource:
         return Lazy(weights)
 
     def fast_weights(self) -> Mapping[str, Tensor]:
-        """By the names of FastAR."""
+        """Return the tensors under the names of FastAR."""
         return Lazy({name.removeprefix("fast_"): make for name, make in makers(self.weights).items() if _is_fast(name)})
 
     def _slow_module(self, head: str) -> SlowAR:
@@ -148,10 +148,10 @@ class LanguageModelSource:
 def open_language_model(
     folder: Path, *, family: str | None = None, codec: str | None = None, lora: Lora | None = None
 ) -> LanguageModelSource:
-    """Reads config, tokenizer and weights, and merges the LoRA.
+    """Read config, tokenizer and weights, and merge the LoRA.
 
-    family: a key of FAMILIES, in place of finding it out. codec: the kind of the codec beside it, see CodecSource.kind.
-    Raises ExportError for what is missing, unreadable or not of one family; `problems` tells the rest.
+    family: a key of FAMILIES; None identifies it. codec: the kind of the checkpoint's codec, see CodecSource.kind.
+    Raises ExportError for files that are missing, unreadable or of several families. `problems` returns the other faults.
     """
     files = find_language_model(folder)
     vocabulary = None if files.tokenizer.name == TIKTOKEN else read_vocabulary(read_text(files.tokenizer), files.tokenizer)
@@ -170,7 +170,7 @@ def open_language_model(
 
 
 def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Every tensor of the language model, by flat names."""
+    """Return the shape of every tensor of the language model, by flat names."""
     with torch.device("meta"):
         slow = SlowAR(config, range(1), None if config.tied_head else config.vocab_size)
         return expected_shapes(slow) | expected_shapes(FastAR(config), "fast_")

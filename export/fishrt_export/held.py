@@ -1,4 +1,4 @@
-"""The weights that a written graph computes with, as the torch module is given them to be compared with it."""
+"""The weights of a written graph, for the torch module that it is compared with."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from .recipe import Storage
 from .store import SCALES, stored_float
 
 WORST = 0.5
-"""A relative error of quantisation above this is no rounding: those are of other weights."""
+"""Largest relative error of rounding. A larger one means that the integers are of another weight."""
 
 
 class Held(Mapping[str, Tensor]):
     """Float32 weights in the module's layout, made when they are looked up.
 
-    Integers are read from the file and compared with the checkpoint's weights. All others are the checkpoint's, rounded as they
-    are stored, so that a fault in writing them shows.
+    Integers are read from the file and compared with the checkpoint's weights. All others are the checkpoint's, rounded to the
+    stored type, so that verification finds a fault in the file.
     """
 
     def __init__(self, path: Path, weights: Mapping[str, Tensor], plan: Mapping[str, Storage]) -> None:
         self._path, self._weights, self._plan = path, weights, plan
         self._initializers = ir.load(path).graph.initializers
         self.errors: dict[str, float] = {}
-        """Root mean square of what quantising changed, divided by that of the weight; of those that were looked up."""
+        """Relative error of each quantised weight that was looked up; see quantise.relative_error."""
 
     def __getitem__(self, name: str) -> Tensor:
-        """Raises ExportError where the file holds something else than the checkpoint's weights."""
+        """Return a weight. Raises ExportError if the file's integers are not those of the checkpoint's weight."""
         source = self._weights[name]
-        if name not in self._initializers:  # of a module of which the graph is a part
+        if name not in self._initializers:  # the graph is only a part of the module
             return source.float()
         storage = self._plan.get(name, Storage("fp32"))
         if storage.block is None:
@@ -59,7 +59,7 @@ class Held(Mapping[str, Tensor]):
         return len(self._weights)
 
     def _read(self, name: str) -> Tensor:
-        """An initialiser, of integers or float32. Not mapped: its pages would count as memory as long as the graph is known."""
+        """Return an initialiser of integers or float32. It is not mapped: mapped pages count as this process's memory."""
         tensor = self._initializers[name].const_value
         assert tensor is not None
         shape = tuple(tensor.shape.numpy())

@@ -1,4 +1,4 @@
-"""The terms of the weights: what the checkpoint says of them, carried into the bundle."""
+"""The licence of the weights, copied from the checkpoint into the bundle."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def copy_licence(checkpoint: Path, bundle: Path, family: Family) -> Licence:
 
 
 def _licence_name(content: bytes, *, whole_file: bool) -> str | None:
-    """From the front matter of a README (`license_name:`, else `license:`), or the first line of a licence file."""
+    """Return the licence in the front matter of a README (`license_name:`, else `license:`), or a licence file's first line."""
     text = content.decode("utf-8-sig", errors="replace")
     for key in ("license_name", "license"):
         if match := re.search(rf"^{key}:[ \t]*(\S.*?)[ \t]*$", text, re.MULTILINE):

@@ -1,7 +1,7 @@
-"""Merges a LoRA into a language model: files as upstream's training writes them, of all generations.
+"""Merging of a LoRA into a language model, from the files that upstream's training writes in every generation.
 
-A file holds two small matrices for each module that was trained, `<module>.lora_A` and `<module>.lora_B`. Their rank r is their
-inner size; the factor alpha is in no file.
+A file holds two small matrices for each trained module, `<module>.lora_A` and `<module>.lora_B`. The rank r is their inner size;
+the factor alpha is in no file.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .lazy import Lazy, Maker, makers
 from .weights import FLOATS, is_finite, listing
 
 _EMBEDDINGS = ("embeddings", "codebook_embeddings", "fast_embeddings")
-"""Their matrices are those of the transposed table."""
+"""Modules whose LoRA matrices are those of the transposed table."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,14 +28,14 @@ class Lora:
     """A LoRA and the numbers of its training."""
 
     path: Path
-    """The file of the training. Its names may have a prefix, such as `model.`."""
+    """The file that the training wrote. Its tensor names may have a prefix, such as `model.`."""
     alpha: float
-    """The lora_alpha of the training: the product of both matrices counts alpha / r times."""
+    """The lora_alpha of the training: the product of both matrices is multiplied by alpha / r."""
     rank: int | None = None
     """The expected r. None: the r of the file."""
 
     def __post_init__(self) -> None:
-        """Raises ExportError for wrong numbers and a missing file, before anything large is read."""
+        """Check the numbers and the file before anything large is read. Raises ExportError."""
         if not math.isfinite(self.alpha) or self.alpha <= 0:
             raise ExportError(f"the LoRA's alpha is {self.alpha}", hint="give the lora_alpha of its training, such as 16")
         if self.rank is not None and self.rank < 1:

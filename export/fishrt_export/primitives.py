@@ -1,15 +1,14 @@
-"""A graph → the same graph for one set of sizes, in operators that CoreML knows.
+"""Conversion of a graph to fixed sizes and to operators that CoreML supports.
 
-CoreML compiles for fixed sizes, and ONNX Runtime has no way to it for ONNX's newer operators. They become
+CoreML compiles for fixed sizes, and ONNX Runtime does not translate ONNX's newer operators for it. They become
 
     RMSNormalization   x / Sqrt(ReduceMean(x·x) + ε) · scale
     RotaryEmbedding    x·cos + (x·R)·sin, where the constant matrix R swaps the numbers of each pair and negates one of them
     TensorScatter      new·written + cache·(1 − written), for one column
-    Attention          Softmax(q·kᵀ + bias)·v, where the bias is 0 for what is seen; queries that share a key lie side by side
+    Attention          Softmax(q·kᵀ + bias)·v, with bias 0 for visible keys; queries that share a key head are rows of one matrix
 
-There is no Reciprocal among them, since CoreML adds 1e-4 to what it divides by. Integers are no work for CoreML at all: what
-comes of them (embeddings, masks, positions) is a graph of its own, for the CPU. Weights stay in the file beside the portable
-graph.
+Reciprocal is not used, since CoreML adds 1e-4 to its divisor. CoreML does not compute with integers: embeddings, masks and
+positions are a separate graph, the front, for the CPU. Weights stay in the data file of the portable graph.
 
     integers ─► front ─► floats ─► back ─► results
                             state ─►     ─► state
@@ -29,15 +28,15 @@ from onnxscript.optimizer import optimize_ir
 from .errors import ExportError
 
 HIDDEN = -30000.0
-"""Added to the scores of what is not seen: far below any score, and still a number in float16."""
+"""Added to the scores of masked keys: far below any score, and finite in float16."""
 _FOLDED = 4096
-"""Constants of up to so many numbers are computed here. Larger ones stay what they are: references to weights."""
+"""Largest number of elements of a folded constant. Larger ones stay references to weights."""
 
 
 def to_primitives(model: ir.Model, sizes: Mapping[str, int]) -> None:
-    """Gives the symbolic dimensions of the inputs their `sizes` and replaces operators, in place; see the module.
+    """Give the symbolic dimensions of the inputs their `sizes` and replace operators, in place; see the module's docstring.
 
-    Raises ExportError for a form of an operator that has no replacement, and for an output whose shape is not known then.
+    Raises ExportError for a form of an operator that has no replacement, and for an output whose shape stays unknown.
     """
     graph = model.graph
     for value in (*graph.inputs, *graph.outputs):
@@ -56,7 +55,10 @@ def to_primitives(model: ir.Model, sizes: Mapping[str, int]) -> None:
 
 
 def split_front(model: ir.Model) -> tuple[ir.Model, ir.Model]:
-    """A model of `to_primitives` → the part that integers go into, and the rest, which takes its results; see the module."""
+    """Split a model of `to_primitives`. Return the front, which all integers enter, and the back, which takes its results.
+
+    Raises ExportError if a result depends on integers alone.
+    """
     graph, of_integers = model.graph, set[ir.Node]()
     for node in reversed(graph):
         given = [value for value in node.inputs if value is not None and not _is_constant(value)]
@@ -71,7 +73,7 @@ def split_front(model: ir.Model) -> tuple[ir.Model, ir.Model]:
         if any(reader not in of_integers for reader, _ in value.uses())
     ]
     if any(value in graph.outputs for node in of_integers for value in node.outputs):
-        raise _fault("a result comes of integers alone")
+        raise _fault("a result depends on integers alone")
     early = [value for value in graph.inputs if any(reader in of_integers for reader, _ in value.uses())]
     late = [value for value in graph.inputs if any(reader not in of_integers for reader, _ in value.uses())]
     front = ir.convenience.extract(graph, early, handed)
@@ -95,15 +97,15 @@ def _fold(model: ir.Model) -> None:
 
 
 class _Tape(ir.tape.Tape):
-    """Nodes that take the place of one."""
+    """The nodes that replace one node."""
 
     def __init__(self, graph: ir.Graph) -> None:
         super().__init__()
         self._graph = graph
 
     def constant(self, name: str, values: npt.ArrayLike, dtype: type[np.generic] = np.float32) -> ir.Value:
-        """A tensor, which nodes that name it alike share."""
-        name = f"primitive.{name}"  # no name of the graph itself
+        """Return an initialiser with these values. Nodes share the initialisers of one name."""
+        name = f"primitive.{name}"  # the graph itself has no such names
         if name not in self._graph.initializers:
             array = np.asarray(values, dtype)
             tensor = ir.tensor(array, name=name)
@@ -112,11 +114,11 @@ class _Tape(ir.tape.Tape):
         return self._graph.initializers[name]
 
     def reshaped(self, value: ir.Value, shape: Sequence[int]) -> ir.Value:
-        """Fixed shape."""
+        """Return the value with a fixed shape."""
         return self.op("Reshape", [value, self.constant(f"shape.{'x'.join(map(str, shape))}", shape, np.int64)])
 
     def unsqueezed(self, value: ir.Value, axes: Sequence[int]) -> ir.Value:
-        """With axes of size 1."""
+        """Return the value with these axes inserted, each of size 1."""
         return self.op("Unsqueeze", [value, self.constant(f"axes.{'x'.join(map(str, axes))}", axes, np.int64)])
 
 
@@ -134,7 +136,7 @@ def _rms_norm(tape: _Tape, node: ir.Node) -> ir.Value:
 def _rotary(tape: _Tape, node: ir.Node) -> ir.Value:
     x, cos, sin, position_ids = _inputs(node, 4)
     if node.attributes.get_int("interleaved", 0) != 1 or node.attributes.get_int("rotary_embedding_dim", 0) != 0:
-        raise _fault("RotaryEmbedding of other pairs than neighbours")
+        raise _fault("RotaryEmbedding of pairs that are not adjacent")
     width = _shape(x)[-1]
     pairs = np.eye(width // 2)
     spread = tape.constant(f"spread.{width}", np.repeat(pairs, 2, axis=1))
@@ -150,7 +152,7 @@ def _rotary(tape: _Tape, node: ir.Node) -> ir.Value:
 def _scatter(tape: _Tape, node: ir.Node) -> ir.Value:
     cache, new, write_index = _inputs(node, 3)
     if node.attributes.get_int("axis", -2) != -2 or _shape(new)[-2] != 1:
-        raise _fault(f"TensorScatter of {_shape(new)}: one column can be written at a time")
+        raise _fault(f"TensorScatter of {_shape(new)}: only one column can be written at a time")
     rows = tape.constant(f"rows.{_shape(cache)[-2]}", np.arange(_shape(cache)[-2])[:, None], np.int64)
     here = tape.op("Equal", [tape.unsqueezed(write_index, [1, 2, 3]), rows])
     written = tape.op("Cast", [here], {"to": ir.DataType.FLOAT})
@@ -162,7 +164,7 @@ def _attention(tape: _Tape, node: ir.Node) -> ir.Value:
     q, keys, values, mask = _inputs(node, 4)
     (batch, heads, length, width), key_heads = _shape(q), _shape(keys)[1]
     if node.attributes.get_int("is_causal", 0) or len(node.outputs) > 1:
-        raise _fault("Attention that is more than a mask")
+        raise _fault("Attention with more than a mask")
     if heads != key_heads:
         if length != 1:
             raise _fault("Attention of several columns whose queries share keys")
@@ -177,15 +179,15 @@ def _attention(tape: _Tape, node: ir.Node) -> ir.Value:
 
 
 def _only_row(tape: _Tape, node: ir.Node) -> ir.Value:
-    """GatherElements where there is nothing to choose from."""
+    """Replace GatherElements along an axis of size 1 by its data."""
     data, _ = _inputs(node, 2)
     if _shape(data) != _shape(node.outputs[0]) or _shape(data)[node.attributes.get_int("axis", 0)] != 1:
-        raise _fault("GatherElements with a choice")
+        raise _fault("GatherElements along an axis of more than one element")
     return tape.op("Identity", [data])
 
 
 def _one_slice(tape: _Tape, node: ir.Node) -> ir.Value:
-    """Gather of numbers at one place that is known. Of others nothing is made: they look something up."""
+    """Replace a Gather of floats at one constant index by a Slice. Any other Gather stays: it is a lookup."""
     data, index = _inputs(node, 2)
     where = ir.convenience.get_const_tensor(index)
     if where is None or where.shape.rank() != 0 or _is_integer(data):
@@ -207,12 +209,12 @@ _REPLACEMENTS: dict[str, Callable[[_Tape, ir.Node], ir.Value]] = {
 
 
 def _is_integer(value: ir.Value) -> bool:
-    """Whether a value is of integers or truths."""
+    """Return whether a value holds integers or booleans."""
     return value.dtype is not None and not value.dtype.is_floating_point()
 
 
 def _inputs(node: ir.Node, count: int) -> list[ir.Value]:
-    """All inputs, which must be so many."""
+    """Return all inputs of a node. Raises ExportError unless there are `count`."""
     given = [value for value in node.inputs if value is not None]
     if len(given) != count or len(node.inputs) != count:
         raise _fault(f"{node.op_type} with {len(given)} inputs")

@@ -1,9 +1,9 @@
 """Weight-only quantisation of linear layers: signed integers in blocks along the inputs, one float32 scale for each block.
 
-    weight ≈ integer · scale        symmetric: no zero points, which TensorRT would refuse
+    weight ≈ integer · scale        symmetric: TensorRT takes no zero points
 
-A layer's weight [outputs, inputs] is kept as integers [inputs, outputs] with scales [inputs / block, outputs], the layout that
-ONNX Runtime fuses into MatMulNBits.
+A layer's weight [outputs, inputs] becomes integers [inputs, outputs] and scales [inputs / block, outputs], the layout that ONNX
+Runtime fuses into MatMulNBits.
 """
 
 from __future__ import annotations
@@ -15,25 +15,26 @@ from .threads import one_thread
 
 BITS = {"int8": 8, "int4": 4}
 BLOCKS = (128, 64, 32, 16)
-"""The first that divides a layer's inputs is taken: fewer scales to read. ONNX Runtime wants a power of two of at least 16."""
+"""Block sizes in order of preference: larger blocks have fewer scales to read. ONNX Runtime needs a power of two, at least 16."""
 
-# Parts of a block's largest value that the largest integer may stand for. Cutting off a little makes all other steps finer.
+# Candidates for the largest integer's value, as parts of the block's largest. Clipping a little makes all other steps finer.
 _CLIPS = (1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.76, 0.72)
 _SMALLEST = 1e-30
 """A block whose values are all smaller becomes zeros."""
 _PIECE = 1 << 18
-"""Weights that are worked on at a time: they stay in the processor's cache."""
+"""Numbers that are processed at a time: they fit the processor's cache."""
 
 
 def block_size(inputs: int) -> int | None:
-    """Weights of one output that share a scale; None where no block divides a layer's inputs."""
+    """Return the largest of BLOCKS that divides a layer's inputs, or None."""
     return next((block for block in BLOCKS if inputs % block == 0), None)
 
 
 def quantise(weight: Tensor, bits: int, block: int) -> tuple[Tensor, Tensor]:
-    """weight [outputs, inputs] → int8 [inputs, outputs], of 4 or 8 bits each, and scales float32 [inputs / block, outputs].
+    """Quantise weight [outputs, inputs] to integers of 4 or 8 bits, int8 [inputs, outputs], and scales.
 
-    With 8 bits, the largest value of a block gives its scale. With 4, the scale of the least squared error is looked for.
+    The scales are float32 [inputs / block, outputs]. With 8 bits, a block's largest value gives its scale; with 4 bits, the scale
+    is searched for the least squared error.
     """
     outputs, inputs = weight.shape
     integers = torch.empty((inputs, outputs), dtype=torch.int8)
@@ -49,13 +50,13 @@ def quantise(weight: Tensor, bits: int, block: int) -> tuple[Tensor, Tensor]:
 
 
 def dequantise(integers: Tensor, scales: Tensor) -> Tensor:
-    """The float32 weight [outputs, inputs] that int8 [inputs, outputs] and scales [inputs / block, outputs] stand for."""
+    """Return the float32 weight [outputs, inputs] of int8 [inputs, outputs] and scales [inputs / block, outputs]."""
     blocks = integers.view(len(scales), -1, scales.shape[1])
     return (blocks * scales.unsqueeze(1)).flatten(0, 1).T
 
 
 def pack(integers: Tensor) -> Tensor:
-    """Integers of 4 bits, in their order, two to a byte: uint8 [⌈count / 2⌉], the first in the low half."""
+    """Pack integers of 4 bits in their order, two to a byte, the first in the low half: uint8 [⌈count / 2⌉]."""
     flat = integers.flatten().view(torch.uint8) & 15
     if len(flat) % 2:
         flat = torch.cat([flat, flat.new_zeros(1)])
@@ -63,14 +64,14 @@ def pack(integers: Tensor) -> Tensor:
 
 
 def unpack(packed: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """The int8 tensor of this `shape` that `pack` was given."""
+    """Return the int8 tensor of this `shape` from the bytes of `pack`."""
     pairs = torch.stack((packed & 15, packed >> 4), dim=1).view(torch.int8)
     count = torch.Size(shape).numel()
     return (((pairs ^ 8) - 8).flatten()[:count]).view(shape)
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """Root mean square of the difference, divided by that of `expected`; 0.0 where both are zero."""
+    """Return the root mean square of the difference divided by that of `expected`; 0.0 if both are zero."""
     rows = max(_PIECE * len(actual) // max(actual.numel(), 1), 1)
     lost = kept = 0.0
     with one_thread():
@@ -96,6 +97,6 @@ def _round_4(weight: Tensor) -> tuple[Tensor, Tensor]:
         best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
     torch.mul(weight, best.reciprocal(), out=q)
     q.round_().clamp_(-8, 7)
-    # For these integers, the scale of the least squared error.
+    # The scale with the least squared error for these integers.
     fitted = (weight * q).sum(2, keepdim=True) / q.square().sum(2, keepdim=True)
     return q.to(torch.int8), torch.where(fitted.isfinite() & (fitted > 0), fitted, best)

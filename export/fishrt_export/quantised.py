@@ -1,7 +1,7 @@
 """Checkpoints of upstream's own quantiser, which stores the weights of linear layers as integers.
 
-They are known by their tensors, not by names of folders as upstream has it. int8 becomes float32 when it is read: an export gets
-the values that upstream computes with.
+They are recognised by their tensors, not by the folder's name as upstream does. int8 becomes float32 when it is read, with the
+values that upstream computes with.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ _OTHER_FORMS = (
     ("FP8", ".scale_weight"),
     ("MLX", ".biases"),
 )
-"""Forms of other tools, and a part of their tensors' names."""
+"""Formats of other tools, and a part of their tensors' names."""
 
 
 def dequantise(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> Mapping[str, Tensor]:
-    """The tensors with an int8 `weight` [out, in] times its `scales` [out] wherever there are both.
+    """Return the tensors, with each int8 `weight` [out, in] multiplied by its `scales` [out].
 
-    `expected` names what the model takes: the biases of quantised layers, which the quantiser drops, become zeros. Raises
-    ExportError for int4, whose layout is that of one kind of GPU, and for the forms of other tools. What does not fit together
-    is left for `find_problems`.
+    expected: shapes of the model's tensors. The quantiser drops the biases of its layers; they become zeros. Raises ExportError
+    for int4, whose layout is that of one kind of GPU, and for the formats of other tools. Weights and scales that do not fit
+    are left for `find_problems`.
     """
     for form, ending in _OTHER_FORMS:
         if found := [name for name in tensors if ending in name]:
@@ -45,7 +45,7 @@ def dequantise(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, 
     if packed := [name for name in tensors if name.endswith(_INT4)]:
         raise ExportError(
             f"the weights are quantised to int4 ({packed[0]} and {len(packed) - 1} more): packed in tiles for CUDA kernels, in "
-            "groups of a size that only the folder's name tells, which is not supported",
+            "groups whose size is only in the folder's name, which is not supported",
             hint="export the checkpoint that they were made from, or its int8 form",
         )
     result = makers(tensors)

@@ -1,9 +1,9 @@
-"""How the weights of a bundle are stored: a precision for all, and exceptions by name.
+"""Storage of a bundle's weights: one precision, and exceptions by name.
 
-    fp32    as the checkpoint has them
-    fp16    matrices, kernels and tables rounded to float16, but for those with numbers beyond its range
-    int8    linear layers of the language model in 8 bits, its embeddings in 16 of either kind, the codec as the checkpoint has it
-    int4    as int8, with the slow AR's blocks in 4 bits
+    fp32    the checkpoint's own types
+    fp16    matrices, kernels and tables rounded to float16, except those with numbers beyond its range
+    int8    linear layers of the language model in 8 bits, its embeddings in float16 or bfloat16, the codec as with fp32
+    int4    as int8, except the slow AR's blocks, which have 4 bits
 
 Norms, biases and rotary tables are small and stay as they are.
 """
@@ -26,24 +26,24 @@ from .quantise import BITS, BLOCKS, block_size
 
 @dataclass(frozen=True, slots=True)
 class Storage:
-    """How one weight is stored."""
+    """Storage of one weight."""
 
     precision: str
     """One of PRECISIONS."""
     block: int | None = None
-    """Inputs that share a scale, of int8 and int4."""
+    """Inputs that share a scale; None unless int8 or int4."""
     reason: str = field(default="", compare=False)
     """Why the recipe's integers are not used."""
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """What `fishrt export` is told. Raises ExportError for a precision that is none."""
+    """The options of `fishrt export` for precision. Raises ExportError for an unknown precision."""
 
     precision: str = "fp32"
     keep: Mapping[str, str] = field(default_factory=dict)
-    """Precisions by patterns over the language model's matrices, such as `slow_ar.layers.0.*` or `fast_ar.output`, in which `*`
-    stands for anything. The last one that matches counts. Embeddings take fp32 and fp16 only."""
+    """Precisions by patterns for the language model's matrices, such as `slow_ar.layers.0.*` or `fast_ar.output`. The last
+    pattern that matches counts. Embeddings take fp32 and fp16 only."""
 
     def __post_init__(self) -> None:
         for name in (self.precision, *self.keep.values()):
@@ -53,9 +53,9 @@ class Recipe:
     def plan(
         self, modules: Mapping[str, nn.Module], weights: Mapping[str, Mapping[str, Tensor]]
     ) -> dict[str, dict[str, Storage]]:
-        """By role, how each matrix of the language model is stored. A layer whose inputs no block divides stays as it is.
+        """Return the storage of each matrix of the language model, by role and name.
 
-        Raises ExportError for patterns that match nothing, all at once.
+        A layer whose inputs no block divides is not quantised. Raises one ExportError that lists all patterns without a match.
         """
         plans: dict[str, dict[str, Storage]] = {}
         matched = set()
@@ -79,13 +79,13 @@ class Recipe:
                 plan[f"{path}.weight"] = Storage(precision, block, reason)
         if lost := [pattern for pattern in self.keep if pattern not in matched]:
             raise ExportError(
-                f"no layer that can be kept so matches: {', '.join(f'{name}={self.keep[name]}' for name in lost)}",
+                f"no layer that can be stored so matches: {', '.join(f'{name}={self.keep[name]}' for name in lost)}",
                 hint="names are such as slow_ar.layers.0.attention.wqkv, slow_ar.output, fast_ar.*; embeddings take fp32 or fp16",
             )
         return plans
 
     def codec_plan(self, weights: Mapping[str, Tensor]) -> dict[str, Storage]:
-        """The same for a codec: its kernels and matrices, but no vectors, whatever their shape, if all is to be of 16 bits."""
+        """Return the storage of a codec's weights: fp16 applies to kernels and matrices, but not to vectors of any shape."""
         if self.precision != "fp16":
             return {}
         return {name: Storage("fp16") for name, tensor in weights.items() if sum(size > 1 for size in tensor.shape) > 1}
@@ -97,7 +97,7 @@ class Recipe:
 
 
 def main_precision(plan: Mapping[str, Storage], sizes: Mapping[str, int]) -> str:
-    """The precision of most of a graph's weights, given how many each name has: that of its linear layers, as a rule."""
+    """Return the precision of most of a graph's weights. sizes: the number of elements by name."""
     counts = Counter[str]()
     for name, storage in plan.items():
         counts[storage.precision] += sizes[name]

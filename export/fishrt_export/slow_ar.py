@@ -1,4 +1,4 @@
-"""The slow AR: prompt columns in, the next frame's semantic logits and the fast AR's input out."""
+"""The slow AR: from prompt columns to the next frame's semantic logits and the fast AR's input."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from .transformer import Stack, cache_names
 
 
 class SlowAR(Stack):
-    """One module for prefill and step.
+    """The slow AR as one module for prefill and step.
 
-    `head_size` is the number of logits; None means the whole vocabulary through the token embedding (a tied head).
+    `head_size` is the number of logits. None is a tied head: the whole vocabulary, through the token embedding.
     """
 
     def __init__(self, config: ModelConfig, semantic: range, head_size: int | None) -> None:
@@ -33,7 +33,7 @@ class SlowAR(Stack):
     ENTERS, LEAVES = ("prompt",), ("last_index",)
 
     def enter(self, prompt: Tensor) -> Tensor:
-        """prompt int64 [batch, 1 + codebooks, length] → [batch, length, dim]."""
+        """Return the input of the first block [batch, length, dim] from a prompt int64 [batch, 1 + codebooks, length]."""
         main, codes = prompt.select(1, 0), prompt.narrow(1, 1, self.config.num_codebooks)
         if self.config.codebook_offsets:
             codes = (
@@ -48,11 +48,14 @@ class SlowAR(Stack):
         return torch.where(is_audio, both, text)
 
     def leave(self, x: Tensor, last_index: Tensor) -> tuple[Tensor, Tensor]:
-        """Output of the last block [batch, length, dim] → logits [batch, head_size], hidden [batch, fast_dim]."""
+        """Return logits [batch, head_size] and hidden [batch, fast_dim] of column last_index [batch] of x.
+
+        x [batch, length, dim] is the last block's output.
+        """
         return self.read_out(x.gather(1, last_index[:, None, None].expand(-1, 1, x.shape[2])).squeeze(1))
 
     def read_out(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Output of the last block [..., dim] → logits [..., head_size], hidden [..., fast_dim]."""
+        """Return logits [..., head_size] and hidden [..., fast_dim] from the last block's output x [..., dim]."""
         normed = self.norm(x)
         hidden = self.fast_project_in(normed if self.config.norm_fast_input else x)
         head = self.output.weight if self.output is not None else self.embeddings.weight
@@ -61,13 +64,13 @@ class SlowAR(Stack):
     def forward(
         self, prompt: Tensor, position_ids: Tensor, write_index: Tensor, last_index: Tensor, caches: Sequence[Tensor]
     ) -> tuple[Tensor, ...]:
-        """See `slow_ar_spec`; the caches are one list, and come back after logits and hidden."""
+        """Return logits, hidden and then the updated caches; see `slow_ar_spec`. The caches are one list."""
         x, updated = self.run_layers(self.enter(prompt), position_ids, write_index, caches)
         return *self.leave(x, last_index), *updated
 
 
 def slow_ar_spec(config: ModelConfig, head_size: int) -> GraphSpec:
-    """The graph's contract; see the class for what the tensors mean."""
+    """Return the inputs, outputs and states of the graph of `SlowAR`."""
     cache = ("batch", config.slow.kv_heads, "cache", config.slow.head_dim)
     names = cache_names(config.slow.layers)
     return GraphSpec(

@@ -1,8 +1,8 @@
-"""`fishrt export --static coreml`: codec_decode for calls of fixed lengths, beside the portable graph, whose weights it shares.
+"""`fishrt export --static coreml`: more graphs of codec_decode for calls of fixed lengths, with the portable graph's weights.
 
-CoreML's share of each is proved equal to the portable graph in ONNX Runtime on the CPU, and counted by ONNX Runtime's usability
-checker, which estimates by names of operators what CoreML would run. So is a step of the language model, which is not kept: the
-CPU runs that. Nothing of it was tried on a Mac.
+Each is compared with the portable graph in ONNX Runtime on the CPU. ONNX Runtime's usability checker estimates from the names of
+operators how many nodes CoreML would run, also for a step of the language model, whose graph is not kept since the CPU runs it.
+These graphs have not been run on a Mac.
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ from .verify import Case, Feeds, Report
 
 TARGETS = ("coreml",)
 LENGTHS = (1, 4, 16)
-"""Frames of a call. Streams decode 4 to 16 at a time; any number is made of these. Each takes the memory of all weights once more
-where it is used, so there are few."""
+"""Frames of a call. Streams decode 4 to 16 at a time, and calls of these lengths add up to any number. There are few, since each
+graph in use holds all weights in memory once more."""
 _CALLS = 8
-"""That prove a graph equal, one after another."""
+"""Successive calls that verify a graph."""
 _STEP_CACHE = 1024
-"""Rows of the slow AR's cache in the step that is counted."""
+"""Rows of the slow AR's cache in the step of which nodes are counted."""
 
 
 def check_target(target: str | None, decode: GraphSpec) -> None:
-    """Raises ExportError for an unknown target, and for a codec that cannot be decoded in calls of fixed length."""
+    """Check the target. Raises ExportError if it is unknown, or if the codec cannot be decoded in calls of fixed length."""
     if target is None:
         return
     if target not in TARGETS:
         raise ExportError(f"unknown target {target!r} of static graphs", hint=f"choose one of: {', '.join(TARGETS)}")
     if not decode.states:
         raise ExportError(
-            "this codec is centred: its last frames sound otherwise in a call of another length, so that none can be fixed",
+            "this codec is centred: its last frames depend on the length of the call, so that no length can be fixed",
             hint="leave --static out; provider cpu speaks with this checkpoint",
         )
 
@@ -54,18 +54,18 @@ def write_static(
     case: Case,
     tolerance: float,
     fingerprint: str,
-    tell: Callable[[float], None] = lambda _: None,
+    progress: Callable[[float], None] = lambda _: None,
 ) -> None:
-    """Adds static graphs and their `static.json` to the bundle in `folder`.
+    """Add static graphs and their `static.json` to the bundle in `folder`.
 
-    graphs: of the manifest. case: one row of codes for codec_decode, in any calls. fingerprint: the codec's, which tells its
-    weights from those of others. `tell` is told the part that is done. Raises ExportError for one that is not equal.
+    graphs: the manifest's. case: one row of codes for codec_decode, in any calls. fingerprint: the codec's, for the cache key.
+    progress receives the completed part, 0..1. Raises ExportError for a graph that differs from the portable one.
     """
     made = []
     for n, frames in enumerate(LENGTHS):
-        tell(n / (len(LENGTHS) + 1))
+        progress(n / (len(LENGTHS) + 1))
         made.append(_codec_decode(folder, graphs["codec_decode"], frames, case, tolerance, fingerprint))
-    tell(len(LENGTHS) / (len(LENGTHS) + 1))
+    progress(len(LENGTHS) / (len(LENGTHS) + 1))
     steps = tuple(_step(folder, role, graphs[role]) for role in ("slow_ar", "fast_ar"))
     (folder / STATIC).write_text(StaticGraphs(TARGETS[0], tuple(made), steps).to_json(), encoding="utf-8")
 
@@ -104,7 +104,7 @@ def _spec(model: ir.Model, file: str, states: tuple[StatePair, ...]) -> GraphSpe
 
 
 def _parity(folder: Path, portable: GraphSpec, static: StaticGraph, case: Case) -> Parity:
-    """Calls of the static graph's length, against the portable graph's."""
+    """Compare calls of the static graph's length with the portable graph. Raises ExportError if they differ."""
     whole = open_engine(folder / portable.file, portable, provider="cpu")
     front, back = (open_engine(folder / spec.file, spec, provider="cpu") for spec in (static.front, static.back))
     part, state, static_state = Part(front, back), whole.new_state(batch=1), back.new_state()
@@ -119,7 +119,7 @@ def _parity(folder: Path, portable: GraphSpec, static: StaticGraph, case: Case) 
 
 
 def _calls(case: Case, frames: int) -> Iterator[Feeds]:
-    """The feeds of a case in calls of so many frames."""
+    """Yield the feeds of a case in calls of `frames` frames, at most _CALLS."""
     whole = {name: np.concatenate([call[name] for call in case.calls], axis=-1) for name in case.calls[0]}
     count = min(whole["codes"].shape[-1] // frames, _CALLS)
     for start in range(0, count * frames, frames):
@@ -127,8 +127,9 @@ def _calls(case: Case, frames: int) -> Iterator[Feeds]:
 
 
 def usability(model: ir.Model) -> Usability:
-    """What ONNX Runtime's checker says of a graph of fixed sizes. Nodes that take weights only are not counted: what they make is
-    computed when the graph is loaded.
+    """Return the verdict of ONNX Runtime's usability checker on a graph of fixed sizes.
+
+    Nodes whose inputs are all weights are not counted: they are computed when the graph is loaded.
     """
     from onnxruntime.tools.mobile_helpers.usability_checker import check_coreml_partitions
 
@@ -148,7 +149,7 @@ def usability(model: ir.Model) -> Usability:
 
 
 def _make_constant(graph: ir.Graph, node: ir.Node) -> None:
-    """Puts a weight of the same shape, whose numbers nobody reads, in the place of what a node makes."""
+    """Replace a node by an initialiser of the same shape, whose values are not read."""
     (made,) = node.outputs
     assert made.dtype is not None
     assert made.shape is not None

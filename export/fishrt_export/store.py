@@ -1,7 +1,7 @@
-"""A traced graph and its weights → the two files of a graph: weights are read, turned into what is stored and written one by one.
+"""Writing of a traced graph and its weights as two files. Weights are read, converted and written one by one.
 
-What the checkpoint holds in 16 bits is stored so and cast to float32 in the graph, which is bit-equal and halves the file. An
-integer weight stands as [inputs, outputs] behind a DequantizeLinear; all others keep the checkpoint's layout.
+A weight of 16 bits in the checkpoint keeps its type and is cast to float32 in the graph, which is bit-equal and halves the file.
+An integer weight is stored as [inputs, outputs] before a DequantizeLinear; all others keep the checkpoint's layout.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from .quantise import BITS, pack, quantise
 from .recipe import Storage
 
 INLINE_BYTES = 1024
-"""Smaller tensors are kept in the graph's own file."""
+"""Smaller tensors are stored in the graph's own file."""
 SCALES = ".scales"
-"""Behind the name of a quantised weight: the initialiser of its scales."""
+"""Suffix of a quantised weight's name for the initialiser of its scales."""
 
 _PAGE, _LINE = 4096, 64
-"""What large and small tensors begin at a multiple of, so that files can be mapped."""
+"""Alignment of large and of small tensors in bytes, so that files can be mapped."""
 _KINDS = {
     torch.bfloat16: ir.DataType.BFLOAT16,
     torch.float16: ir.DataType.FLOAT16,
     torch.float32: ir.DataType.FLOAT,
 }
 _TABLES = ("cos", "sin")
-"""Rotary tables, whose values are those of bfloat16."""
+"""Names of rotary tables, whose values are exact in bfloat16."""
 
 
 def store(
@@ -40,10 +40,10 @@ def store(
     plan: Mapping[str, Storage],
     progress: Callable[[float], None] = lambda _: None,
 ) -> int:
-    """Writes the graph to `path` and its weights to `path` + ".data"; returns the bytes that they take in memory.
+    """Write the graph to `path` and its weights to `path` + ".data". Return the bytes of the weights in memory.
 
-    That is with ONNX Runtime on a CPU, which keeps integers as they are, maps tables that are looked up in, and widens all else
-    to float32. `plan`: how weights are stored; those without an entry, as they are. `progress` is told the part that is done.
+    The bytes are those of ONNX Runtime on a CPU: it keeps integers, maps lookup tables, and widens other weights to float32.
+    plan: storage by name; weights without an entry keep the checkpoint's type. progress receives the completed part, 0..1.
     """
     graph, memory = model.graph, 0
     names = list(graph.initializers)
@@ -63,7 +63,7 @@ def store(
 
 
 def stored_float(tensor: Tensor, precision: str) -> Tensor:
-    """The tensor as it is stored: in float16 where its precision is fp16 and no number becomes infinite, else as it is."""
+    """Return the tensor as it is stored: in float16 if its precision is fp16 and no number becomes infinite, else as it is."""
     if precision != "fp16" or tensor.dtype == torch.float16:
         return tensor
     largest = torch.finfo(torch.float16).max
@@ -72,13 +72,13 @@ def stored_float(tensor: Tensor, precision: str) -> Tensor:
 
 
 class _Data:
-    """The file of weights while it is written."""
+    """The file of weights during writing."""
 
     def __init__(self, file: BinaryIO, folder: Path) -> None:
         self._file, self._folder = file, folder
 
     def tensor(self, name: str, tensor: Tensor, kind: ir.DataType, shape: tuple[int, ...]) -> ir.TensorProtocol:
-        """What stands for a tensor in the graph: itself where it is small, else the place where it was written."""
+        """Write a tensor. Return its entry in the graph: the tensor itself if it is small, else its place in the file."""
         raw = tensor.contiguous().flatten().view(torch.uint8).numpy()
         if raw.nbytes < INLINE_BYTES:
             return ir.PackedTensor(raw, kind, shape=shape, name=name) if kind == ir.DataType.INT4 else _inline(name, tensor, kind)
@@ -96,14 +96,14 @@ def _inline(name: str, tensor: Tensor, kind: ir.DataType) -> ir.TensorProtocol:
 
 
 def _constant(value: ir.Value) -> Tensor:
-    """What is in no checkpoint: rotary tables, and constants of the graph."""
+    """Return a tensor that is in no checkpoint, a rotary table or a constant of the graph; tables as bfloat16."""
     assert value.const_value is not None
     tensor = torch.from_numpy(value.const_value.numpy().copy())
     return tensor.to(torch.bfloat16) if (value.name or "").rpartition(".")[2] in _TABLES else tensor
 
 
 def _store_as_is(graph: ir.Graph, value: ir.Value, tensor: Tensor, data: _Data) -> int:
-    """Returns the bytes in memory."""
+    """Store a tensor in its own type, with a cast behind 16 bits. Return its bytes in memory."""
     name, kind = value.name, _KINDS.get(tensor.dtype, value.dtype)
     assert name is not None
     assert kind is not None
@@ -141,7 +141,7 @@ def _cast_result(gather: ir.Node, table: ir.Value) -> None:
 
 
 def _store_integers(graph: ir.Graph, value: ir.Value, weight: Tensor, storage: Storage, data: _Data) -> int:
-    """Returns the bytes in memory."""
+    """Quantise and store a weight. Return its bytes in memory."""
     name, bits, block = value.name, BITS[storage.precision], storage.block
     assert name is not None
     assert block is not None
@@ -167,7 +167,7 @@ def _store_integers(graph: ir.Graph, value: ir.Value, weight: Tensor, storage: S
 
 
 def _read_transposed(graph: ir.Graph, node: ir.Node, weight: ir.Value) -> None:
-    """Makes a node that transposes its weight [outputs, inputs] take `weight` [inputs, outputs] instead."""
+    """Connect the reader of a transposed weight [outputs, inputs] to `weight` [inputs, outputs], and drop the transposition."""
     if node.op_type == "Transpose":
         for reader, index in list(node.outputs[0].uses()):
             reader.replace_input_with(index, weight)

@@ -1,8 +1,8 @@
-"""Verifying a language model's graph stretch by stretch, so that no more than a few blocks are in memory at a time.
+"""Verification of a language model's graph in stretches of a few blocks, of which only one is in memory.
 
-The graph is cut where the stream of activations enters a block. Each stretch is a graph of its own that refers to the same file
-of weights. It runs all calls of all cases before the next one is opened, on what the stretch before it gave: the graph's
-stretches on the graph's stream, the module's on the module's, so that the last results are those of the whole.
+The graph is cut at the inputs of blocks, the residual stream. Each stretch is a graph of its own that refers to the same file of
+weights. It runs all calls of all cases before the next stretch is opened. The graph's stretches run on the graph's stream and the
+module's on the module's, so that the last results are those of the whole.
 """
 
 from __future__ import annotations
@@ -30,7 +30,10 @@ Progress = Callable[[float], None]
 
 
 def split(stack: Stack, budget: int) -> list[range]:
-    """Stretches of parts: part 0 makes the stream, part i + 1 is block i, and the last block has the results with it."""
+    """Return stretches of at most `budget` bytes as ranges of parts.
+
+    Part 0 makes the stream, part i + 1 is block i, and the last part also makes the results.
+    """
     parts = len(stack.layers) + 1
     stretches, start = [], 0
     for part in range(1, parts):
@@ -41,7 +44,7 @@ def split(stack: Stack, budget: int) -> list[range]:
 
 
 def stretch_bytes(stack: Stack, parts: range) -> int:
-    """Of the weights of a stretch, in float32."""
+    """Return the bytes of a stretch's weights in float32."""
     sizes = stack.state_dict()
     return sum(4 * sizes[name].numel() for name in _names(stack, parts))
 
@@ -57,9 +60,9 @@ def verify_stack(
     budget: int = BUDGET,
     progress: Progress = lambda _: None,
 ) -> Parity:
-    """As verify.verify, with the weights looked up for each stretch. `build` makes the module with any weights.
+    """Verify a graph as verify.verify does, with the weights looked up for each stretch.
 
-    `progress` is told the part that is done. Raises ExportError.
+    build: makes the module with arbitrary weights. progress receives the completed part, 0..1. Raises ExportError.
     """
     report = Report(spec.file, tolerance)
     ours = theirs = list(cases)
@@ -84,7 +87,7 @@ def verify_stack(
 
 
 class _Stretch(nn.Module):
-    """Some parts of a stack, called as a graph of this `spec` is."""
+    """Some parts of a stack as a module with the inputs and outputs of `spec`."""
 
     def __init__(self, stack: Stack, parts: range, spec: GraphSpec) -> None:
         super().__init__()
@@ -111,7 +114,7 @@ def _is_last(stack: Stack, parts: range) -> bool:
 
 
 def _parts_of(stack: Stack, name: str) -> tuple[int, ...]:
-    """The parts that need a weight."""
+    """Return the parts that use a weight."""
     first, last = 0, len(stack.layers)
     if name.startswith("layers."):
         return (int(name.split(".")[1]) + 1,)
@@ -126,7 +129,7 @@ def _names(stack: Stack, parts: range) -> list[str]:
 
 
 def _cut(whole: Path, path: Path, spec: GraphSpec, stack: Stack, parts: range) -> GraphSpec:
-    """Writes the graph of a stretch beside the whole one, and returns its description. The whole is a stretch of its own."""
+    """Write the graph of a stretch to `path`, in the folder of the whole graph, and return its spec."""
     model = ir.load(whole)
     streams = _streams(model.graph)
     layers, last = _layers(parts), _is_last(stack, parts)
@@ -154,7 +157,7 @@ def _cut(whole: Path, path: Path, spec: GraphSpec, stack: Stack, parts: range) -
 
 
 def _streams(graph: ir.Graph) -> dict[int, ir.Value]:
-    """By block, the value that enters it: what its first norm takes."""
+    """Return by block the value that enters it, the input of its first norm."""
     streams = {}
     for node in graph:
         if node.op_type == "RMSNormalization" and (scale := node.inputs[1]) is not None:
@@ -165,7 +168,7 @@ def _streams(graph: ir.Graph) -> dict[int, ir.Value]:
 
 
 def _needed(graph: ir.Graph, outputs: Sequence[str], entry: ir.Value | None) -> list[ir.Value]:
-    """What the outputs are computed from: the stream, if it enters here, and inputs of the graph in their order."""
+    """Return the values that the outputs depend on: `entry`, if it is given, and inputs of the graph in their order."""
     values = ir.convenience.create_value_mapping(graph)
     seen: set[ir.Value] = set()
     left = [values[name] for name in outputs]
@@ -180,7 +183,7 @@ def _needed(graph: ir.Graph, outputs: Sequence[str], entry: ir.Value | None) -> 
 
 
 def _fed(case: Case, spec: GraphSpec) -> Case:
-    """The case with what a stretch takes. Of another stretch's cache, only the size counts."""
+    """Return the case with the feeds of a stretch. A cache of another stretch is zeros: only its size counts."""
 
     def feed(tensor: TensorSpec, feeds: Mapping[str, Array]) -> Array:
         return feeds[tensor.name] if tensor.name in feeds else np.zeros(tensor.resolve(case.dims), tensor.dtype)
@@ -189,5 +192,5 @@ def _fed(case: Case, spec: GraphSpec) -> Case:
 
 
 def _with(case: Case, results: Sequence[Mapping[str, Array]]) -> Case:
-    """The case with what a stretch gave, for those behind it."""
+    """Return the case with the results of a stretch among its feeds, for the stretches after it."""
     return replace(case, calls=tuple({**feeds, **given} for feeds, given in zip(case.calls, results, strict=True)))

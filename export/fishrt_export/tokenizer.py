@@ -1,8 +1,8 @@
 """A checkpoint's tokenizer as the text of a `tokenizer.json`, the one form that the runtime reads.
 
-A `tokenizer.tiktoken` is converted: byte-level BPE with the pattern that upstream splits text by, and control tokens whose ids
-follow the ranks. The ids of every text are tiktoken's. Upstream cuts text into slices of 400,000 characters and encodes each on
-its own; that is left out, as no prompt is near that long.
+A `tokenizer.tiktoken` is converted to byte-level BPE with upstream's pattern for splitting text, and with control tokens whose
+ids follow the ranks. Every text has the same ids as with tiktoken. Upstream encodes slices of 400,000 characters separately; the
+conversion does not, since no prompt is that long.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from .errors import ExportError
 from .families import Family
 from .files import SPECIAL_TOKENS, TOKENIZER
 
-# As upstream has it. The last but one alternative looks like a mistyped look-ahead, and really is white space before "?!" and
-# a character: its ids are what the models were trained on.
+# Upstream's pattern. The last alternative but one looks like a mistyped look-ahead; as it is, it matches white space before "?!"
+# and a character. The models were trained on its ids.
 PATTERN = "|".join(
     (
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)",
@@ -36,7 +36,7 @@ PATTERN = "|".join(
 
 
 def read_tokenizer(path: Path, family: Family) -> str:
-    """The text of the `tokenizer.json`. Raises ExportError."""
+    """Return the text of the `tokenizer.json`. Raises ExportError."""
     if path.name == TOKENIZER:
         return read_text(path)
     listed = path.with_name(SPECIAL_TOKENS)
@@ -45,7 +45,7 @@ def read_tokenizer(path: Path, family: Family) -> str:
 
 
 def read_vocabulary(text: str, source: Path) -> dict[str, int]:
-    """Token → id of a `tokenizer.json`. Raises ExportError."""
+    """Return the id of each token of a `tokenizer.json`. Raises ExportError."""
     try:
         return Tokenizer.from_str(text).get_vocab(with_added_tokens=True)
     except Exception as error:  # the library raises bare Exception
@@ -53,9 +53,9 @@ def read_vocabulary(text: str, source: Path) -> dict[str, int]:
 
 
 def read_ranks(path: Path, *, skips_empty: bool = True) -> list[bytes]:
-    """The tokens of a `tokenizer.tiktoken` by rank. Raises ExportError.
+    """Return the tokens of a `tokenizer.tiktoken` by rank. Raises ExportError.
 
-    skips_empty: a line whose token is "=", the empty token, is passed over. If not, it counts.
+    skips_empty: whether a line whose token is "=", the empty token, is ignored.
     """
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(read_text(path).splitlines(), 1):
@@ -80,13 +80,13 @@ def read_ranks(path: Path, *, skips_empty: bool = True) -> list[bytes]:
 
 
 def convert_tiktoken(tokens: list[bytes], control: tuple[str, ...]) -> Tokenizer:
-    """A tokenizer with the same ids: those of `tokens` are their places, those of `control` follow."""
+    """Return a tokenizer in which the id of each of `tokens` is its index, and the ids of `control` follow."""
     names = _byte_names()
     ranks = {token: rank for rank, token in enumerate(tokens)}
     spelled = ["".join(names[byte] for byte in token) for token in tokens]
     splits = (_parts(token, ranks) for token in tokens)
     merges = [(spelled[ranks[parts[0]]], spelled[ranks[parts[1]]]) for parts in splits if len(parts) == 2]
-    # A piece that is a token becomes that token, as tiktoken has it, even where merges would not lead there.
+    # As in tiktoken, a piece that is a token becomes that token even if merges would not lead to it.
     bpe = models.BPE(vocab={name: rank for rank, name in enumerate(spelled)}, merges=merges, ignore_merges=True)
     tokenizer = Tokenizer(bpe)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -101,10 +101,10 @@ def convert_tiktoken(tokens: list[bytes], control: tuple[str, ...]) -> Tokenizer
 
 
 def _parts(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
-    """What tiktoken's merging makes of a token, just before it may become the token itself.
+    """Return the parts of a token in tiktoken's merging, before the last merge makes them the token itself.
 
-    Two parts are the one pair that this token is ever merged from: while its bytes become these parts, no merge has crossed its
-    ends, so merging went on within it as it does here, whatever stands around it.
+    If there are two parts, the token is only ever merged from this pair: no earlier merge crosses the token's ends, so merging
+    within it is the same in any context.
     """
     parts = [token[i : i + 1] for i in range(len(token))]
     while len(parts) > 2:
@@ -117,7 +117,7 @@ def _parts(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
 
 
 def _byte_names() -> list[str]:
-    """The character that byte-level tokenizers write for each byte: itself where it can be seen, else one from 256 on."""
+    """Return the character that stands for each byte in byte-level BPE: itself if printable, else one from U+0100 on."""
     seen = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     unseen = iter(range(256, 512))
     return [chr(byte) if byte in seen else chr(next(unseen)) for byte in range(256)]

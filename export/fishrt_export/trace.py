@@ -1,6 +1,6 @@
-"""A torch module and its GraphSpec → one portable ONNX graph: standard operators of opset 24.
+"""Tracing of a torch module as one portable ONNX graph: standard operators of opset 24.
 
-The module computes in float32. Initialisers keep the names of its parameters; what they hold does not matter here, see store.py.
+The module computes in float32. Initialisers keep the names of its parameters. Their values are arbitrary; store.py writes them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .transformer import ONNX_OPSET
 
 IR_VERSION = 10
 
-# Sizes of the example inputs. All differ and none is 0 or 1, so that nothing is taken for a constant or for another dimension.
+# Sizes of the example inputs. All differ and none is 0 or 1, so that no dimension is mistaken for a constant or another one.
 _EXAMPLE_DIMS = {"batch": 2, "length": 3, "cache": 7, "frames": 5}
 
 Dims = Mapping[str, int | tuple[int, str]]
@@ -32,7 +32,7 @@ Dims = Mapping[str, int | tuple[int, str]]
 
 
 def trace(module: nn.Module, spec: GraphSpec, own_dims: Dims) -> ir.Model:
-    """The graph, in memory, with the parameters in float32 in the layout of the module.
+    """Return the graph, with the parameters in float32 in the layout of the module.
 
     Raises ExportError if the traced graph does not match `spec`.
     """
@@ -58,7 +58,7 @@ def _trace(module: nn.Module, spec: GraphSpec, own_dims: Dims) -> ir.Model:
     def dynamic(tensor: TensorSpec) -> dict[int, object]:
         return {axis: dims[dim] for axis, dim in enumerate(tensor.shape) if isinstance(dim, str)}
 
-    # The state travels as one list, which the exporter takes apart again into one graph input for each tensor.
+    # The state is one list argument, of which the exporter makes one graph input for each tensor.
     arguments: list[object] = [example(tensor) for tensor in spec.feeds]
     dynamic_shapes: list[object] = [dynamic(tensor) for tensor in spec.feeds]
     if spec.states:
@@ -83,7 +83,7 @@ def _trace(module: nn.Module, spec: GraphSpec, own_dims: Dims) -> ir.Model:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter speaks of missing torchvision operators and of its own deprecations: nothing a user could mend."""
+    """Silence the exporter's warnings of torchvision and of its own deprecations, which a user cannot mend."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -96,7 +96,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _optimize(model: ir.Model) -> None:
-    """Folds constants, but never a weight: the file keeps each in its own layout under its own name."""
+    """Fold constants, but no weights: the file keeps each in its own layout under its own name."""
     weights = set(model.graph.initializers)
 
     def should_fold(node: ir.Node) -> bool | None:
@@ -109,7 +109,7 @@ def _optimize(model: ir.Model) -> None:
 
 
 def _describe(model: ir.Model, spec: GraphSpec) -> None:
-    """Gives inputs and outputs the shapes of `spec`, and checks that they had its names, ranks and dtypes."""
+    """Give inputs and outputs the shapes of `spec`. Raises ExportError unless they have its names, ranks and dtypes."""
     for found, wanted in ((model.graph.inputs, spec.inputs), (model.graph.outputs, spec.outputs)):
         for value, tensor in zip(found, wanted, strict=True):
             dtype = None if value.dtype is None else value.dtype.numpy().name
@@ -120,7 +120,10 @@ def _describe(model: ir.Model, spec: GraphSpec) -> None:
 
 
 def _clean(model: ir.Model, spec: GraphSpec) -> None:
-    """Drops what the exporter left of this machine (stack traces with source paths) and shapes that name its own dimensions."""
+    """Remove stack traces with this machine's paths, and inner shapes with the exporter's own dimension names.
+
+    Raises ExportError for operators outside the standard domain and opset.
+    """
     outer = {tensor.name for tensor in (*spec.inputs, *spec.outputs)}
     for node in model.graph:
         for value in node.outputs:

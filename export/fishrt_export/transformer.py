@@ -1,7 +1,7 @@
 """The block that slow AR and fast AR share: pre-norm attention over a fixed-length KV cache, then SwiGLU.
 
-Sub-module names are the checkpoint's. The cache is an input and an output of the graph; where a column is written and what it
-sees is given by `Step`, so that one graph serves prefill, chunked prefill and single steps, with ragged batches.
+Sub-module names are the checkpoint's. The cache is an input and an output of the graph. `Step` has the cache row of each column
+and the mask, so that one graph serves prefill, chunked prefill and single steps of ragged batches.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ ONNX_OPSET = 24
 
 
 class Step(NamedTuple):
-    """What all layers of one call have in common."""
+    """The inputs of one call that all layers share."""
 
     cos: Tensor
     sin: Tensor
     position_ids: Tensor
-    """int64 [batch, length]"""
+    """int64 [batch, length]."""
     write_index: Tensor
     """int64 [batch]: the cache row of the first column."""
     mask: Tensor
-    """bool [batch, 1, length, cache]: True where a column sees a row of the cache."""
+    """bool [batch, 1, length, cache]: True where a column attends to a row of the cache."""
 
 
 class Attention(nn.Module):
@@ -56,7 +56,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer."""
+    """One layer: attention and feed-forward, each with its norm and its residual connection."""
 
     def __init__(self, config: StackConfig) -> None:
         super().__init__()
@@ -75,8 +75,8 @@ class Block(nn.Module):
 class Stack(nn.Module):
     """Blocks, the norm after them, and rotary tables of `max_length` rows.
 
-    A model is a stack with an `enter` that makes the first block's input, and a `leave` that makes results of the last one's
-    output; `ENTERS` and `LEAVES` name the feeds that they take.
+    A model adds `enter`, which makes the first block's input, and `leave`, which makes the results from the last block's output.
+    `ENTERS` and `LEAVES` name their feeds.
     """
 
     ENTERS: tuple[str, ...]
@@ -97,8 +97,9 @@ class Stack(nn.Module):
     def run_layers(
         self, x: Tensor, position_ids: Tensor, write_index: Tensor, caches: Sequence[Tensor], layers: slice = slice(None)
     ) -> tuple[Tensor, list[Tensor]]:
-        """x [batch, length, dim] through these blocks, without the norm. `caches` is their key, value, key, …, and is returned
-        updated.
+        """Return x [batch, length, dim] after these blocks, without the norm, and their updated caches.
+
+        `caches` has a key and a value tensor for each block, in turn.
         """
         rows = torch.arange(caches[0].shape[2], device=x.device)
         mask = rows <= position_ids.unsqueeze(1).unsqueeze(-1)
@@ -111,7 +112,10 @@ class Stack(nn.Module):
 
 
 def scatter(cache: Tensor, new: Tensor, write_index: Tensor) -> Tensor:
-    """The cache [batch, heads, rows, head_dim] with new [batch, heads, length, head_dim] written from row write_index[b] on."""
+    """Return the cache with `new` written from row write_index[b] on.
+
+    cache [batch, heads, rows, head_dim], new [batch, heads, length, head_dim], write_index int64 [batch].
+    """
     if torch.onnx.is_in_onnx_export():
         return torch.onnx.ops.symbolic(
             "TensorScatter",
@@ -126,7 +130,10 @@ def scatter(cache: Tensor, new: Tensor, write_index: Tensor) -> Tensor:
 
 
 def attend(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
-    """Attention of q [batch, heads, length, head_dim] over a cache; query head j uses key head j // (heads / kv_heads)."""
+    """Return the attention of q [batch, heads, length, head_dim] over keys and values [batch, kv_heads, cache, head_dim].
+
+    Query head j uses key head j // (heads / kv_heads).
+    """
     if torch.onnx.is_in_onnx_export():
         return torch.onnx.ops.symbolic(
             "Attention", (q, keys, values, mask), attrs={"is_causal": 0}, dtype=q.dtype, shape=q.shape, version=ONNX_OPSET
@@ -135,5 +142,5 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
 
 
 def cache_names(layers: int) -> list[tuple[str, str]]:
-    """Input and output name of every cache tensor, in the order that the modules take them."""
+    """Return the input and output name of every cache tensor, in the order of the modules' list of caches."""
     return [(f"{kind}_cache.{i}", f"{kind}_cache_out.{i}") for i in range(layers) for kind in ("key", "value")]

@@ -1,4 +1,4 @@
-"""Proves an exported graph equal to the torch module: the same calls, with the state carried along, and every output compared."""
+"""Comparison of an exported graph with the torch module: equal calls, with the state carried, and every output compared."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .errors import ExportError
 
 PROVIDER = "cpu"
 PEAK = 50.0
-"""Float32 rounding grows with the numbers: beyond this size of an output, its error is taken in proportion."""
+"""Magnitude of an output above which its error is relative, since float32 rounding grows with the numbers."""
 
 Feeds = dict[str, Array]
 
@@ -35,23 +35,23 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class Margins:
-    """How an encoder's codes are judged where they differ: rounding may decide what was not clear."""
+    """The tolerance for an encoder's codes: rounding may change a code whose margin over the next best is small."""
 
     measure: Callable[[Tensor], Tensor]
-    """The encoder's input → how clear each code was, [batch, codebooks, frames]."""
+    """Returns the margin of each code [batch, codebooks, frames] from the encoder's input."""
     allowed: float
-    """A code less clear than this may be another."""
+    """Largest margin of a code that may differ."""
     chain: int
-    """So many codebooks, one after another, each code what the ones before left."""
+    """Number of successive codebooks of which each codes the residual of the ones before."""
 
 
 def verify(
     module: nn.Module, spec: GraphSpec, folder: Path, cases: Iterable[Case], tolerance: float, margins: Margins | None = None
 ) -> Parity:
-    """The largest error found, and what was allowed. Raises ExportError where it is more.
+    """Return the largest error and the tolerance. Raises ExportError if the error is larger.
 
     The error of an output is its largest absolute difference, divided by max(1, largest absolute value / PEAK).
-    With `margins`, the error of codes is the largest margin of a choice that differs, 0 if none does.
+    With `margins`, the error of codes is the largest margin of a code that differs, 0 if none does.
     """
     engine = open_engine(folder / spec.file, spec, provider=PROVIDER)
     report = Report(spec.file, tolerance if margins is None else margins.allowed)
@@ -63,9 +63,9 @@ def verify(
 def compare(
     module: nn.Module, engine: Engine, case: Case, case_of_graph: Case, report: Report, margins: Margins | None = None
 ) -> tuple[list[dict[str, Array]], list[dict[str, Array]]]:
-    """The results of every call, of the module and of the graph, and tells `report` of each and of the state at the end.
+    """Compare all results and the final state in `report`. Return the results of every call, the module's and the graph's.
 
-    Both cases are the same, but for what earlier stretches of a graph gave.
+    Both cases are equal, except for feeds that are results of an earlier stretch.
     """
     spec = engine.spec
     state = engine.new_state(**case.dims) if spec.states else None
@@ -90,7 +90,7 @@ def compare(
 def run_module(
     module: nn.Module, spec: GraphSpec, feeds: Mapping[str, Array], state: Sequence[Tensor] = ()
 ) -> tuple[dict[str, Array], list[Tensor]]:
-    """One call of the torch module, as an engine would do it: results by name, and the new state."""
+    """Call the torch module with the interface of an engine. Return the results by name, and the new state."""
     arguments: list[Any] = [torch.from_numpy(feeds[tensor.name]) for tensor in spec.feeds]
     if spec.states:
         arguments.append(list(state))
@@ -103,9 +103,9 @@ def run_module(
 
 
 def flipped_margin(expected: Array, actual: Array, margins: npt.NDArray[np.float32], chain: int) -> float:
-    """The largest margin of a choice that differs; 0.0 if no code [batch, codebooks, frames] does.
+    """Return the largest margin of a code that differs; 0.0 if no code [batch, codebooks, frames] does.
 
-    Only the first code that differs in a chain is a choice: those after it code what another choice left.
+    Only the first difference in a chain counts: the codes after it are those of another residual.
     """
     differ = (expected != actual).reshape(-1, chain, expected.shape[-1])
     first = differ & (differ.cumsum(axis=1) == 1)
@@ -119,24 +119,24 @@ def _measured(margins: Margins, feeds: Mapping[str, Array]) -> npt.NDArray[np.fl
 
 
 class Report:
-    """Compares, raises at the first failure, and remembers the largest error."""
+    """Comparisons for one graph: raises ExportError at the first failure, and keeps the largest error."""
 
     def __init__(self, file: str, tolerance: float) -> None:
         self.file, self.tolerance = file, tolerance
         self.error = 0.0
 
     def parity(self) -> Parity:
-        """The manifest's entry."""
+        """Return the manifest's entry."""
         return Parity(self.error, self.tolerance, PROVIDER)
 
     def values(self, name: str, expected: Array, actual: Array) -> None:
-        """Compares numbers."""
+        """Compare two arrays of numbers."""
         self._same_shape(name, expected, actual)
         difference = float(np.abs(expected.astype(np.float64) - actual.astype(np.float64)).max())
         self._add(difference / max(1.0, float(np.abs(expected).max()) / PEAK), f"{name} differs by {difference:.3g}")
 
     def codes(self, name: str, expected: Array, actual: Array, margins: npt.NDArray[np.float32], chain: int) -> None:
-        """Compares codes; see `flipped_margin`."""
+        """Compare codes int64 [batch, codebooks, frames]; see `flipped_margin`."""
         self._same_shape(name, expected, actual)
         count = int((expected != actual).sum())
         self._add(flipped_margin(expected, actual, margins, chain), f"{count} of {expected.size} {name} differ")

@@ -27,7 +27,7 @@ FOLDER = "voices"
 
 @dataclass(frozen=True, slots=True)
 class References:
-    """The recordings found, by name, and which voice speaks when none is asked for."""
+    """The recordings of a checkpoint by name, and the default voice."""
 
     store: VoiceStore
     names: tuple[str, ...]
@@ -35,10 +35,10 @@ class References:
 
 
 def check_references(checkpoint: Path, bundle: Bundle, tokenizer: Tokenizer) -> References | None:
-    """Check everything before anything is exported; of `bundle`, only the manifest need be there.
+    """Check all recordings before the export begins, and return them; None if there are none. Uses only the bundle's manifest.
 
-    Raises ExportError for a folder that is no voice and a default that is not there, AudioError or VoiceError for a recording
-    that cannot be read, is too short or too long, or has no transcript, PromptError for a transcript that cannot be spoken.
+    Raises ExportError for a folder that is not a voice and for an unknown default, AudioError or VoiceError for a recording that
+    cannot be read, is too short or too long, or has no transcript, PromptError for a transcript that cannot be spoken.
     """
     folder = checkpoint / REFERENCES
     if not folder.is_dir():
@@ -62,7 +62,7 @@ def check_references(checkpoint: Path, bundle: Bundle, tokenizer: Tokenizer) -> 
 
 
 def encode_references(references: References | None, bundle: Bundle) -> Voices | None:
-    """Writes the voices into a bundle whose codec graphs are there. Raises VoiceError if they do not fit together."""
+    """Encode the voices into a bundle that has its codec graphs. Raises VoiceError for a voice that does not fit the bundle."""
     if references is None:
         return None
     encoder = _Encoder(bundle)
@@ -73,14 +73,14 @@ def encode_references(references: References | None, bundle: Bundle) -> Voices |
 
 
 class _Listener:
-    """Stands for a TTS while recordings are checked: looks at transcripts, and takes every recording."""
+    """Stand-in for a TTS during the check of recordings: checks transcripts, and takes every recording."""
 
     def __init__(self, bundle: Bundle, tokenizer: Tokenizer) -> None:
         self.bundle = bundle
         self._prompts = PromptBuilder(tokenizer, bundle.manifest.language_model)
 
     def encode(self, _pcm: npt.NDArray[np.float32], _rate: int) -> npt.NDArray[np.int64]:
-        """One frame of zeros."""
+        """Return one frame of zeros."""
         return np.zeros((len(self.bundle.manifest.codec.codebook_sizes), 1), np.int64)
 
     def loudness(self, _codes: npt.NDArray[np.int64]) -> Loudness | None:
@@ -93,7 +93,7 @@ class _Listener:
 
 
 class _Encoder(_Listener):
-    """Stands for a TTS once the graphs of the codec are there."""
+    """Stand-in for a TTS that encodes and decodes with the codec's graphs."""
 
     def __init__(self, bundle: Bundle) -> None:
         manifest = bundle.manifest
@@ -105,9 +105,9 @@ class _Encoder(_Listener):
         self._encoder, self._decoder = CodecEncoder(encode, manifest.codec), CodecDecoder(decode, manifest.codec)
 
     def encode(self, pcm: npt.NDArray[np.float32], rate: int) -> npt.NDArray[np.int64]:
-        """pcm float32 [samples] at `rate` Hz → codes int64 [codebooks, frames]."""
+        """Return codes int64 [codebooks, frames] of pcm float32 [samples] at `rate` Hz."""
         return self._encoder.encode(resample(pcm, rate, self.bundle.manifest.codec.sample_rate))
 
     def loudness(self, codes: npt.NDArray[np.int64]) -> Loudness | None:
-        """Return the loudness of what the codec makes of codes int64 [codebooks, frames]."""
+        """Return the loudness of codes int64 [codebooks, frames], decoded."""
         return voice_loudness(self._decoder, codes, self.bundle.manifest.codec)

@@ -1,7 +1,7 @@
-"""What causal layers keep of a call for the next one, so that sound can be decoded as its codes come.
+"""State that causal layers carry from one call to the next, for streaming decoding.
 
-A layer that looks back asks the `Carry` for what came before its input, and finds zeros there at the start. The tensors stand in
-the order of the calls, which is that of the network. Without a `Carry` a layer sees a whole sequence and fills it up with zeros.
+A layer with context takes the columns before its input from the `Carry`; they are zeros at the start. The state tensors are in
+the order of the layers' calls. Without a `Carry`, a layer takes a whole sequence and pads it with zeros.
 """
 
 from __future__ import annotations
@@ -13,21 +13,22 @@ from torch import Tensor, cat, nn
 
 
 class Carry:
-    """The state of one call: what it begins with, and what it leaves."""
+    """The state before and after one call."""
 
     def __init__(self, state: Iterable[Tensor] | None, position_ids: Tensor | None = None) -> None:
-        """position_ids int64 [batch, frames]: counted from the start of the stream, for layers with attention.
+        """Begin a call.
 
-        state: as `after` of the call before. None: zeros, in whatever shapes the layers ask for.
+        position_ids int64 [batch, frames]: counted from the start of the stream, for layers with attention.
+        state: `after` of the call before. None: zeros, in the shapes that the layers need.
         """
         self.position_ids = position_ids
         self.after: list[Tensor] = []
         self.kinds: list[str] = []
-        """What each tensor holds: "columns", "key_cache" or "value_cache"."""
+        """Kind of each tensor of `after`: "columns", "key_cache" or "value_cache"."""
         self._before: Iterator[Tensor] | None = None if state is None else iter(state)
 
     def join(self, x: Tensor, count: int, *, kind: str = "columns", dim: int = -1) -> Tensor:
-        """x with the `count` columns before it in front, along `dim` (negative). The last ones of both are kept."""
+        """Return x with the `count` columns before it in front, along `dim` (negative). The last `count` columns are kept."""
         if not count:
             return x
         if self._before is None:
@@ -44,7 +45,7 @@ class Carry:
 
 
 class Carrying(nn.Module):
-    """A layer whose `forward(x, carry)` looks back, or hands the carry on to layers that do."""
+    """A layer whose `forward(x, carry)` uses the carry, or passes it to its sub-layers."""
 
 
 class Chain(nn.Sequential, Carrying):
@@ -57,5 +58,5 @@ class Chain(nn.Sequential, Carrying):
 
 
 def through(layer: nn.Module, x: Tensor, carry: Carry | None) -> Tensor:
-    """The layer's output; only a layer that carries is given the carry."""
+    """Return the layer's output. Only a `Carrying` layer receives the carry."""
     return cast(Tensor, layer(x, carry) if isinstance(layer, Carrying) else layer(x))

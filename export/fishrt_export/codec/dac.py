@@ -20,7 +20,7 @@ from .layers import CausalConv1d, CausalConvTranspose1d, ConvNeXtBlock, Residual
 
 
 class EncoderBlock(nn.Module):
-    """Three residual units, then a strided convolution that doubles the channels, then perhaps a transformer."""
+    """Three residual units, a strided convolution that doubles the channels, and a transformer if there is one."""
 
     def __init__(self, channels: int, stride: int, transformer: WindowTransformer | None) -> None:
         super().__init__()
@@ -91,23 +91,23 @@ class VectorQuantizer(nn.Module):
         self.codebook = nn.Embedding(size, codebook_dim)
 
     def project(self, z: Tensor) -> Tensor:
-        """z [batch, dim, n] → its place in codebook space, [batch, codebook_dim, n]."""
+        """Project z [batch, dim, n] into codebook space, [batch, codebook_dim, n]."""
         return cast(Tensor, self.in_proj(z))
 
     def nearest(self, e: Tensor) -> Tensor:
-        """Index of the codebook row most like e by cosine: int64 [batch, n]; a tie goes to the lowest index."""
+        """Return the index of the codebook row with the largest cosine to e, int64 [batch, n]; of a tie, the lowest index."""
         rows = F.normalize(self.codebook.weight, dim=1)
         return (F.normalize(e, dim=1).transpose(1, 2) @ rows.T).argmax(dim=-1)
 
     def lookup(self, indices: Tensor) -> Tensor:
-        """indices int64 [batch, n] → features [batch, dim, n]. Indices past the end mean the last row, −1 means nothing."""
+        """Return features [batch, dim, n] of indices int64 [batch, n]. Indices past the end mean the last row, −1 means zeros."""
         rows = self.codebook(indices.clamp(0, self.codebook.num_embeddings - 1))
         features: Tensor = F.linear(rows, self.out_proj.weight[..., 0], self.out_proj.bias).transpose(1, 2)
         return features * (indices >= 0).unsqueeze(1).to(features.dtype)
 
 
 class QuantizerStack(nn.Module):
-    """Codebooks one after another, each coding what the ones before left over."""
+    """Successive codebooks, each of which codes the residual of the ones before."""
 
     def __init__(self, dim: int, count: int, size: int, codebook_dim: int) -> None:
         super().__init__()
@@ -133,11 +133,11 @@ class Quantizer(nn.Module):
 
     @property
     def codebooks(self) -> list[VectorQuantizer]:
-        """All codebooks in code order, the semantic one first."""
+        """Return all codebooks in code order, the semantic one first."""
         return [cast(VectorQuantizer, q) for q in (*self.semantic_quantizer.quantizers, *self.quantizer.quantizers)]
 
     def encode(self, features: Tensor) -> Tensor:
-        """[batch, dim, frames·downsampling] → codes int64 [batch, codebooks, frames]."""
+        """Return codes int64 [batch, codebooks, frames] of features [batch, dim, frames·downsampling]."""
         residual = self.pre_module(self.downsample(features))
         codes = []
         for quantizer in self.codebooks:
@@ -147,16 +147,16 @@ class Quantizer(nn.Module):
         return torch.stack(codes, dim=1)
 
     def dequantize(self, codes: Tensor) -> Tensor:
-        """codes int64 [batch, codebooks, frames] → [batch, dim, frames]. A code of −1 contributes nothing."""
+        """Return features [batch, dim, frames] of codes int64 [batch, codebooks, frames]. A code of −1 adds zeros."""
         return torch.stack([q.lookup(codes[:, i]) for i, q in enumerate(self.codebooks)]).sum(dim=0)
 
     def decode(self, codes: Tensor, carry: Carry | None = None) -> Tensor:
-        """codes → features [batch, dim, frames·downsampling] for the decoder."""
+        """Return the decoder's features [batch, dim, frames·downsampling] of codes int64 [batch, codebooks, frames]."""
         return cast(Tensor, self.upsample(self.post_module(self.dequantize(codes), carry), carry))
 
 
 class Dac(nn.Module):
-    """The whole codec. The weights are plain: weight norm is fused when a checkpoint is read."""
+    """The whole codec. Its weights have no weight norm, which is fused when a checkpoint is read."""
 
     def __init__(self, config: DacConfig, max_frames: int = MAX_FRAMES) -> None:
         super().__init__()
@@ -166,9 +166,9 @@ class Dac(nn.Module):
         self.decoder = Decoder(config)
 
     def encode(self, audio: Tensor) -> Tensor:
-        """audio float32 [batch, 1, frames·hop], −1..1 → codes int64 [batch, codebooks, frames]."""
+        """Return codes int64 [batch, codebooks, frames] of audio float32 [batch, 1, frames·hop], −1..1."""
         return self.quantizer.encode(self.encoder(audio))
 
     def decode(self, codes: Tensor, carry: Carry | None = None) -> Tensor:
-        """codes int64 [batch, codebooks, frames] → audio float32 [batch, 1, frames·hop]."""
+        """Return audio float32 [batch, 1, frames·hop] of codes int64 [batch, codebooks, frames]."""
         return cast(Tensor, self.decoder(self.quantizer.decode(codes, carry), carry))

@@ -13,13 +13,13 @@ from ..files import CODEC_CONFIG
 from .layers import WindowTransformer
 
 ENCODER_WINDOW = 512
-"""Attention window of the encoder's transformer; fixed in the originals, whatever their config says."""
+"""Attention window of the encoder's transformer; the originals ignore their config here."""
 MAX_FRAMES = 4096
-"""Longest sequence a codec graph takes, in frames (190 s at 21.5 Hz): the size of its rotary tables."""
+"""Longest sequence of a codec graph in frames (190 s at 21.5 Hz): the size of its rotary tables."""
 HEAD = 64
-"""Channels of the encoder's transformer for each of its heads."""
+"""Channels for each head of the encoder's transformer."""
 
-# The last lines: what only training uses, what is built and never used, and limits that are ours here (MAX_FRAMES).
+# The last fields of each list have no effect here: they are for training, for unused modules, or limits that MAX_FRAMES replaces.
 _FIELDS = (
     "sample_rate",
     "encoder_dim",
@@ -61,7 +61,7 @@ _TRANSFORMER_FIELDS = (
 
 @dataclass(frozen=True, slots=True)
 class TransformerConfig:
-    """A windowed transformer; `window` counts the position itself."""
+    """Sizes of a windowed transformer. `window` includes the position itself."""
 
     layers: int
     dim: int
@@ -73,7 +73,7 @@ class TransformerConfig:
     norm_eps: float
 
     def build(self, max_length: int) -> WindowTransformer:
-        """The module, with rotary tables of `max_length` rows."""
+        """Return the module, with rotary tables of `max_length` rows."""
         return WindowTransformer(
             layers=self.layers,
             dim=self.dim,
@@ -89,7 +89,7 @@ class TransformerConfig:
 
 @dataclass(frozen=True, slots=True)
 class DacConfig:
-    """Sizes of a codec. Rates are strides; their product times that of `downsample` is the hop in samples."""
+    """Sizes of a codec. Rates are strides; their product times the product of `downsample` is the hop in samples."""
 
     sample_rate: int
     encoder_dim: int
@@ -109,43 +109,43 @@ class DacConfig:
 
     @property
     def hop(self) -> int:
-        """Samples per frame."""
+        """Return the samples of a frame."""
         return math.prod(self.encoder_rates) * math.prod(self.downsample)
 
     @property
     def codebook_sizes(self) -> tuple[int, ...]:
-        """Entries of each codebook, the semantic one first."""
+        """Return the number of entries of each codebook, the semantic one first."""
         return (self.semantic_codebook_size, *[self.codebook_size] * self.residual_codebooks)
 
     @property
     def kind(self) -> str:
-        """As a codec source tells it."""
+        """Return the kind of the codec; see CodecSource.kind."""
         return "dac"
 
     @property
     def max_frames(self) -> int:
-        """The rows of the rotary tables."""
+        """Return the number of frames that a graph takes: the rows of its rotary tables."""
         return MAX_FRAMES
 
     @property
     def sample_multiple(self) -> int:
-        """Whole frames are encoded."""
+        """Return the hop: only whole frames can be encoded."""
         return self.hop
 
     @property
     def min_samples(self) -> int:
-        """Any sound can be filled up to a frame."""
+        """Return 1: any audio can be padded to a frame."""
         return 1
 
     @property
     def context(self) -> None:
-        """Attention layer upon layer, and positions counted from the start: every earlier frame counts."""
+        """Return None: through layers of attention and absolute positions, a frame depends on all earlier ones."""
         return None
 
     @property
     def sight(self) -> int:
-        """Frames of the longest attention window, rounded up."""
-        windows, rate = [self.pre_module.window, self.post_module.window], self.hop  # rate: positions a frame
+        """Return the frames of the longest attention window, rounded up."""
+        windows, rate = [self.pre_module.window, self.post_module.window], self.hop  # rate: positions per frame
         for stride, transformer in zip(self.encoder_rates, self.encoder_transformers, strict=True):
             rate //= stride
             if transformer:
@@ -154,7 +154,7 @@ class DacConfig:
 
     @classmethod
     def from_json(cls, config: Mapping[str, Any]) -> DacConfig:
-        """Reads the originals' field names. Raises ExportError for a missing, mistyped, contradictory or unknown field."""
+        """Read the originals' field names. Raises ExportError for a missing, mistyped, contradictory or unknown field."""
         read = Fields(config, CODEC_CONFIG)
         quantizer, general = read.section("quantizer"), read.section("transformer_general_config")
         read.only(_FIELDS)
@@ -184,7 +184,7 @@ class DacConfig:
             raise read.error("decoder_rates", f"numbers with the product of encoder_rates, {math.prod(rates)}")
         if not self.decoder_dim >> len(self.decoder_rates):
             raise read.error(
-                "decoder_dim", "so many channels that one is left when they are halved once for each of decoder_rates"
+                "decoder_dim", "enough channels that one is left after they are halved once for each of decoder_rates"
             )
         for part in (quantizer, quantizer.section("pre_module"), quantizer.section("post_module")):
             if part.count("input_dim") != self.latent_dim:
@@ -193,7 +193,7 @@ class DacConfig:
 
 
 def _in_encoder(general: Fields, layers: int, dim: int) -> TransformerConfig | None:
-    """The transformer of one block of the encoder, if it has one. Its number of heads does not depend on their size."""
+    """Return the transformer of one block of the encoder, or None for no layers. The number of heads ignores `head_dim`."""
     if not layers:
         return None
     if dim < HEAD:

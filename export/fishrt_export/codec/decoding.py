@@ -1,7 +1,7 @@
-"""A codec as what is traced: one of its directions as `forward`, and for a causal one the state of decoding in and out.
+"""The forms of a codec that are traced: encoding or decoding as `forward`, with the state of a causal decoder in and out.
 
-The decode graph of a causal codec takes the next frames of a stream and the state that the frames before them left; a state of
-zeros is the start. So it decodes a whole sequence in one call, or in any chunks, with the same result.
+The decode graph of a causal codec takes the next frames of a stream and the state after the frames before them; a state of zeros
+is the start. It decodes a whole sequence in one call or in any chunks, with the same result.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from .dac import Dac
 from .firefly import Firefly
 
 COLUMNS = "columns."
-"""With it begin the names of the state tensors of layers that look back at columns; those of attention are its caches."""
+"""Prefix of the state tensors of convolutions; those of attention are key and value caches."""
 
-# A graph leaves out the weights of the direction that it does not run, as unused.
+# A graph has only the weights of its own direction: the exporter drops unused ones.
 
 
 def encoding(codec: Dac | Firefly) -> nn.Module:
-    """The codec, called with audio."""
+    """Return the codec with `encode` as `forward`: audio in, codes out."""
     codec.forward = codec.encode
     return codec
 
 
 def decoding(codec: Dac | Firefly) -> nn.Module:
-    """The codec, called with the inputs of `decode_spec` in their order, the state as one list."""
+    """Return the codec with a `forward` that takes the inputs of `decode_spec` in their order, the state as one list."""
 
     def at_positions(codes: Tensor, position_ids: Tensor, state: list[Tensor]) -> tuple[Tensor, ...]:
         carry = Carry(state, position_ids)
@@ -46,7 +46,7 @@ def decoding(codec: Dac | Firefly) -> nn.Module:
 
 
 def decode_spec(empty: Dac | Firefly) -> GraphSpec:
-    """For a codec on the meta device, whose weights are not looked at. It is moved there entirely."""
+    """Return the inputs, outputs and states of the decode graph, and move the whole codec to the meta device."""
     books = len(empty.config.codebook_sizes)
     inputs = [TensorSpec("codes", "int64", ("batch", books, "frames"))]
     if isinstance(empty, Dac):
@@ -66,7 +66,7 @@ def _output(state: TensorSpec) -> TensorSpec:
 
 
 def _state_tensors(empty: Dac | Firefly) -> list[TensorSpec]:
-    """What the layers ask for when one frame is decoded, numbered within each kind."""
+    """Return the state tensors that the layers use when one frame is decoded, numbered within each kind."""
     if isinstance(empty, Firefly) and not empty.config.causal:
         return []
     codes = torch.zeros(1, len(empty.config.codebook_sizes), 1, dtype=torch.int64, device="meta")

@@ -1,9 +1,9 @@
-"""The Firefly codec of Fish Speech 1.2 to 1.5: a log-mel spectrogram is coded, and a HiFi-GAN makes sound of the codes.
+"""The Firefly codec of Fish Speech 1.2 to 1.5: it codes a log-mel spectrogram, and a HiFi-GAN decodes the codes.
 
     encode: audio → LogMel → Backbone → downsample → grouped FSQ → codes
     decode: codes → FSQ entries → upsample → Head → audio
 
-The convolutions are causal, or centred in the oldest release. Either way a sample depends on a few frames around it only.
+The convolutions are causal, or centred in the oldest release. In both, a sample depends only on a few frames around it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .layers import ConvNeXtBlock, conv1d, conv_transpose1d
 from .mel import LogMel
 
 KERNEL = 7
-"""Of the ConvNeXt blocks beside the quantiser, and of the causal backbone's first convolution, whatever the config says."""
+"""Kernel of the quantiser's ConvNeXt blocks and of the causal backbone's first convolution; no config field changes it."""
 
 _FIELDS = {
     "spec_transform": ("sample_rate", "n_mels", "n_fft", "hop_length", "win_length"),
@@ -77,40 +77,43 @@ class FireflyConfig:
 
     @property
     def hop(self) -> int:
-        """Samples per frame."""
+        """Return the samples of a frame."""
         return self.mel_hop * math.prod(self.downsample)
 
     @property
     def codebook_sizes(self) -> tuple[int, ...]:
-        """Entries of each row of codes."""
+        """Return the number of entries of each row of codes."""
         return (math.prod(self.levels),) * (self.groups * self.residuals)
 
     @property
     def kind(self) -> str:
-        """As a codec source tells it."""
+        """Return the kind of the codec; see CodecSource.kind."""
         return "firefly" if self.causal else "centred firefly"
 
     @property
     def max_frames(self) -> int:
-        """The same as of the other codec: nothing here ends there, but memory does somewhere."""
+        """Return the limit of the DAC: this codec has none of its own, but memory needs one."""
         return MAX_FRAMES
 
     @property
     def sample_multiple(self) -> int:
-        """Any number of samples can be encoded."""
+        """Return 1: any number of samples can be encoded."""
         return 1
 
     @property
     def min_samples(self) -> int:
-        """As many as can be mirrored and are a step of the spectrogram; where convolutions are centred, a whole frame."""
+        """Return the samples that reflection padding needs, at least a step of the spectrogram, or a frame if not causal."""
         return max(-(-(self.window - self.mel_hop) // 2) + 1, self.mel_hop if self.causal else self.hop)
 
     @property
     def context(self) -> DecodeContext:
-        """Found by following the samples of one frame back through the layers: first and last position that they depend on."""
+        """Return the frames before and after a frame that its samples depend on.
+
+        The first and the last position that they depend on are followed back through the layers.
+        """
         first, last = 0, self.hop - 1
         for kernel, stride in self._decoding_layers():
-            if stride:  # of a transposed one, output j is made of inputs ⌈(j + cut − kernel + 1) / stride⌉ … ⌊(j + cut) / stride⌋
+            if stride:  # transposed: output j depends on inputs ⌈(j + cut − kernel + 1) / stride⌉ … ⌊(j + cut) / stride⌋
                 cut = 0 if self.causal else (kernel - stride) // 2
                 first, last = -((kernel - 1 - cut - first) // stride), (last + cut) // stride
             else:
@@ -119,11 +122,11 @@ class FireflyConfig:
 
     @property
     def sight(self) -> int:
-        """Frames beyond which nothing is seen while decoding."""
+        """Return the number of frames around a frame that its samples depend on."""
         return self.context.left + self.context.ahead
 
     def _decoding_layers(self) -> list[tuple[int, int]]:
-        """(kernel, stride) from the last layer to the first; stride 0 is a plain convolution, or several in a row as one."""
+        """Return (kernel, stride) of the layers, the last first. Stride 0 is a convolution, or a row of them as one."""
         layers = [(self.post_kernel, 0)]
         reach = max(
             (kernel - 1) * (sum(row) + (sum(row) if self.causal else len(row)))
@@ -138,7 +141,7 @@ class FireflyConfig:
 
     @classmethod
     def from_json(cls, config: Mapping[str, Any], *, causal: bool) -> FireflyConfig:
-        """Reads the originals' field names. Raises ExportError for a missing, mistyped, contradictory or unknown field."""
+        """Read the originals' field names. Raises ExportError for a missing, mistyped, contradictory or unknown field."""
         read = Fields(config, CODEC_CONFIG)
         read.only(_FIELDS)
         spectrum, backbone, head, quantizer = (read.section(name) for name in _FIELDS)
@@ -187,13 +190,16 @@ class FireflyConfig:
         if width % self.groups:
             raise quantizer.error("n_groups", f"a divisor of input_dim, {width}")
         if not self.head_channels >> len(self.rates):
-            most = "so many channels that one is left when they are halved once for each of upsample_rates"
-            raise head.error("upsample_initial_channel", most)
+            least = "enough channels that one is left after they are halved once for each of upsample_rates"
+            raise head.error("upsample_initial_channel", least)
         self._check_kernels(backbone, head)
         return self
 
     def _check_kernels(self, backbone: Fields, head: Fields) -> None:
-        """Every convolution must keep the number of positions, every transposed one multiply it by its stride."""
+        """Check that convolutions keep the number of positions and transposed ones multiply it by their stride.
+
+        Raises ExportError.
+        """
         pairs = list(zip(self.rate_kernels, self.rates, strict=False))
         spare = [kernel - rate for kernel, rate in pairs]
         if len(self.rate_kernels) != len(self.rates) or min(spare) < 0 or (not self.causal and any(n % 2 for n in spare)):
@@ -271,17 +277,19 @@ class Quantizer(nn.Module):
         )
 
     def encode(self, features: Tensor) -> Tensor:
-        """[batch, dim, n] → codes int64 [batch, codebooks, frames]."""
+        """Return codes int64 [batch, codebooks, frames] of features [batch, dim, n]."""
         return self.residual_fsq.encode(self.downsample(features))
 
     def decode(self, codes: Tensor, carry: Carry | None = None) -> Tensor:
-        """codes → features [batch, dim, frames·downsampling] for the head."""
+        """Return the head's features [batch, dim, frames·downsampling] of codes int64 [batch, codebooks, frames]."""
         return cast(Tensor, self.upsample(self.residual_fsq.decode(codes), carry))
 
 
 class ResidualBlock(Carrying):
-    """Rounds of two convolutions with SiLU before each, added to what they were given. In the oldest release, the second of each
-    round is not dilated."""
+    """Rounds of two convolutions with SiLU before each, and a residual connection around each round.
+
+    In the oldest release, the second convolution of a round is not dilated.
+    """
 
     def __init__(self, channels: int, kernel: int, dilations: tuple[int, ...], *, causal: bool) -> None:
         super().__init__()
@@ -297,7 +305,7 @@ class ResidualBlock(Carrying):
 
 
 class ParallelBlocks(Carrying):
-    """The mean of residual blocks of several kernels."""
+    """The mean of residual blocks with different kernels."""
 
     def __init__(self, channels: int, config: FireflyConfig) -> None:
         super().__init__()
@@ -333,7 +341,7 @@ class Head(nn.Module):
 
 
 class Firefly(nn.Module):
-    """The whole codec. The weights are plain: weight norm is fused when a checkpoint is read."""
+    """The whole codec. Its weights have no weight norm, which is fused when a checkpoint is read."""
 
     def __init__(self, config: FireflyConfig) -> None:
         super().__init__()
@@ -344,9 +352,9 @@ class Firefly(nn.Module):
         self.head = Head(config)
 
     def encode(self, audio: Tensor) -> Tensor:
-        """audio float32 [batch, 1, samples], −1..1 → codes int64 [batch, codebooks, frames]."""
+        """Return codes int64 [batch, codebooks, frames] of audio float32 [batch, 1, samples], −1..1."""
         return self.quantizer.encode(self.backbone(self.mel(audio)))
 
     def decode(self, codes: Tensor, carry: Carry | None = None) -> Tensor:
-        """codes int64 [batch, codebooks, frames] → audio float32 [batch, 1, frames·hop]. Only a causal codec can carry."""
+        """Return audio float32 [batch, 1, frames·hop] of codes int64 [batch, codebooks, frames]. Only a causal codec carries."""
         return cast(Tensor, self.head(self.quantizer.decode(codes, carry), carry))

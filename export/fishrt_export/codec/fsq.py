@@ -1,6 +1,6 @@
 """Grouped finite scalar quantisation: each group of channels becomes a few numbers, and each number one of a few levels.
 
-A code is the number whose digits are the levels, the first level being the lowest digit. There is no codebook to learn.
+The levels are the digits of a code, the first one the lowest. There is no learned codebook.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 
 class Projection(nn.Module):
-    """The channels of one group to and from as many numbers as there are levels."""
+    """Projections of one group's channels to its numbers and back."""
 
     def __init__(self, channels: int, numbers: int) -> None:
         super().__init__()
@@ -25,9 +25,9 @@ class Projection(nn.Module):
 
 
 class GroupedFSQ(nn.Module):
-    """[batch, dim, frames] ↔ codes int64 [batch, groups · residuals, frames], the residuals of a group next to each other.
+    """Features [batch, dim, frames] ↔ codes int64 [batch, groups · residuals, frames], with the residuals of a group adjacent.
 
-    With several residuals, each codes what the ones before left over, on a finer scale.
+    Each residual codes the rest of the ones before, on a finer scale.
     """
 
     spread: Tensor
@@ -60,16 +60,16 @@ class GroupedFSQ(nn.Module):
             self.register_buffer(name, torch.from_numpy(value.astype(np.float32)), persistent=False)
 
     def project(self, features: Tensor) -> Tensor:
-        """[batch, dim, frames] → [batch, groups, frames, numbers]."""
+        """Project features [batch, dim, frames] to [batch, groups, frames, numbers]."""
         chunks = features.transpose(1, 2).chunk(len(self.rvqs), dim=-1)
         return torch.stack([cast(Projection, rvq).project_in(chunk) for rvq, chunk in zip(self.rvqs, chunks, strict=True)], dim=1)
 
     def bound(self, z: Tensor) -> Tensor:
-        """Squeezes each number between its lowest and its highest level."""
+        """Map each number between its lowest and its highest level."""
         return torch.tanh(z + self.shift) * self.spread - self.offset
 
     def levels(self, features: Tensor) -> Tensor:
-        """What is rounded to levels: [batch, groups, residuals, frames, numbers]. The bound applies twice, as in training."""
+        """Return unrounded levels [batch, groups, residuals, frames, numbers]. The bound applies twice, as in training."""
         residual = self.bound(self.project(features))
         found = []
         for scale in self.scales:
@@ -78,12 +78,12 @@ class GroupedFSQ(nn.Module):
         return torch.stack(found, dim=2)
 
     def encode(self, features: Tensor) -> Tensor:
-        """[batch, dim, frames] → codes."""
+        """Return codes int64 [batch, groups · residuals, frames] of features [batch, dim, frames]."""
         digits = self.levels(features).round() + self.radius
         return (digits * self.basis).sum(dim=-1).to(torch.int64).flatten(1, 2)
 
     def decode(self, codes: Tensor) -> Tensor:
-        """Codes → [batch, dim, frames]. Codes past the end mean the last one, −1 means nothing."""
+        """Return features [batch, dim, frames] of codes. Codes past the end mean the last one, −1 means zeros."""
         found = F.embedding(codes.clamp(0, len(self.entries) - 1), self.entries) * (codes >= 0).unsqueeze(-1).to(torch.float32)
         batch, _, frames, count = found.shape
         grouped = found.reshape(batch, len(self.rvqs), self.residuals, frames, count)

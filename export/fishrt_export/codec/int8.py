@@ -1,14 +1,14 @@
-"""`fishrt export --codec-int8`: the codec's decoder with most convolutions in integers of 8 bits, beside the portable graph.
+"""`fishrt export --codec-int8`: an additional graph of the codec's decoder with most convolutions in integers of 8 bits.
 
     float ─► QuantizeLinear ─► QLinearConv ─► DequantizeLinear ─► float
 
-Those of all blocks of a DAC's decoder but the last: what rounding adds there is noise at the sample rate, heard in pauses.
-Weights are symmetric with a scale for each output; activations have one scale for a tensor. Its range is that which the float
-graph computes for random codes: no user's recordings are needed. A transposed convolution, for which ONNX has no integers,
-becomes one of two inputs with `stride` outputs for each of its own, which then stand side by side.
+They are the convolutions of all blocks of a DAC's decoder except the last, where rounding would be audible noise in pauses.
+Weights are symmetric with one scale for each output; activations have one scale for each tensor. Its range is the range of the
+float graph for random codes, so that no recordings are needed. ONNX has no transposed convolution of integers. It becomes a
+convolution over two inputs with `stride` outputs for each of its own, which are then interleaved.
 
-The weights that stay float are read from the file beside the portable graph. The report's figures come from exact products, on
-a CPU without VNNI too.
+The weights that stay float are read from the portable graph's data file. The report's figures come from exact products, on a CPU
+without VNNI too.
 """
 
 from __future__ import annotations
@@ -31,20 +31,21 @@ from ..errors import ExportError
 
 CALL_FRAMES = 16
 CALIBRATION_FRAMES = 128 * CALL_FRAMES
-"""Random frames that ranges are taken from. A few hundred miss extremes that speech reaches."""
+"""Random frames for the ranges. A few hundred frames miss extremes of speech."""
 TEST_FRAMES = 16 * CALL_FRAMES
 LEAST_SNR = 10.0
-"""Decibels below which something is wrong, rather than rounded: rounding weighs most in a decoder of random weights."""
+"""Least signal-to-error ratio in dB that rounding explains, even in a decoder of random weights, where it is largest."""
 _WEIGHT = re.compile(r"(?:.*\.)?decoder\.model\.(\d+)\.block\..*conv\.weight")
-"""Of a convolution of one of the decoder's blocks, which it counts from 1."""
+"""Name of a convolution's weight in one of the decoder's blocks, which are numbered from 1."""
 
 Floats = npt.NDArray[np.float32]
-Tell = Callable[[float], None]
+Progress = Callable[[float], None]
+"""Callback that receives the completed part, 0..1."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Range:
-    """Of an activation; 0 is in it."""
+    """Range of an activation; it includes 0."""
 
     low: float
     high: float
@@ -60,7 +61,7 @@ class _Range:
 
 @dataclass(frozen=True, slots=True)
 class _Convolution:
-    """A node that is to be replaced, and for a transposed convolution the Slice behind it."""
+    """A node to be replaced, and the Slice after it if it is a transposed convolution."""
 
     node: ir.Node
     trimmed: ir.Node | None
@@ -77,36 +78,39 @@ class _Convolution:
 
 
 def check_codec(kind: str) -> None:
-    """Raises ExportError for a kind of codec whose decoder is not known to bear it."""
+    """Check the kind of the codec. Raises ExportError for one whose loss of quality in 8 bits was not measured."""
     if kind != "dac":
         raise ExportError(
-            f"--codec-int8 is not for a codec of the kind {kind!r}: what 8 bits cost was measured for DACs only",
+            f"--codec-int8 is not for a codec of the kind {kind!r}: its loss of quality was measured for DACs only",
             hint="leave it out",
         )
 
 
-def write_int8(folder: Path, portable: GraphSpec, sizes: tuple[int, ...], tell: Tell = lambda _: None) -> None:
-    """Adds the graph and its `int8_codec.json` to the bundle in `folder`.
+def write_int8(folder: Path, portable: GraphSpec, sizes: tuple[int, ...], progress: Progress = lambda _: None) -> None:
+    """Add the graph and its `int8_codec.json` to the bundle in `folder`.
 
-    portable: codec_decode of the manifest. sizes: of the codebooks. `tell` is told the part that is done. Raises ExportError for
-    a decoder that has no such convolutions, and for one that gives something else in integers.
+    portable: the manifest's codec_decode. sizes: the entries of each codebook. Raises ExportError for a decoder without such
+    convolutions, and for one that loses more than rounding explains.
     """
     rng = np.random.default_rng(0)
     model = ir.load(folder / portable.file)
     found = list(_convolutions(model.graph))
     if not found:
         raise ExportError("the codec's decoder has no blocks that could run in 8 bits", hint="leave --codec-int8 out")
-    ranges = _calibrated(folder, portable, found, _codes(rng, sizes, CALIBRATION_FRAMES), tell)
+    ranges = _calibrated(folder, portable, found, _codes(rng, sizes, CALIBRATION_FRAMES), progress)
     store = _Store(folder / f"{Path(portable.file).stem}_int8.onnx")
     for n, convolution in enumerate(found):
         _replace(model.graph, convolution, ranges, store, n)
     store.finish(model)
     ratios = _measured(folder, portable, model, _codes(rng, sizes, TEST_FRAMES))
     if min(ratios) < LEAST_SNR:
-        raise ExportError(f"the codec in 8 bits has {min(ratios):.1f} dB between sound and error, at least", hint="leave it out")
+        raise ExportError(
+            f"the codec in 8 bits has {min(ratios):.1f} dB between signal and error; at least {LEAST_SNR:g} dB are expected",
+            hint="leave --codec-int8 out",
+        )
     report = Int8Codec(store.path.name, len(found), CALIBRATION_FRAMES, float(np.mean(ratios)), min(ratios))
     (folder / INT8_CODEC).write_text(report.to_json(), encoding="utf-8")
-    tell(1.0)
+    progress(1.0)
 
 
 def _convolutions(graph: ir.Graph) -> Iterator[_Convolution]:
@@ -124,7 +128,7 @@ def _convolutions(graph: ir.Graph) -> Iterator[_Convolution]:
 
 
 def _source(value: ir.Value | None) -> ir.Value:
-    """The weight that is cast to float, or is float already."""
+    """Return the stored weight of a value: the input of its cast to float, or the value itself."""
     assert value is not None
     producer = value.producer()
     return value if producer is None else _source(producer.inputs[0])
@@ -137,7 +141,7 @@ def _weight(value: ir.Value | None) -> Floats:
 
 
 def _codes(rng: np.random.Generator, sizes: tuple[int, ...], frames: int) -> list[npt.NDArray[np.int64]]:
-    """Random ones, in streams of eight calls each."""
+    """Return random codes int64 [1, codebooks, frames] in streams of eight calls each."""
     shape = (1, len(sizes), 8 * CALL_FRAMES)
     return [rng.integers(0, np.array(sizes)[:, None], shape) for _ in range(frames // shape[-1])]
 
@@ -154,9 +158,9 @@ def _decoded(engine: Engine, codes: npt.NDArray[np.int64]) -> Floats:
 
 
 def _calibrated(
-    folder: Path, portable: GraphSpec, found: list[_Convolution], streams: list[npt.NDArray[np.int64]], tell: Tell
+    folder: Path, portable: GraphSpec, found: list[_Convolution], streams: list[npt.NDArray[np.int64]], progress: Progress
 ) -> Mapping[str, _Range]:
-    """The ranges of what the convolutions read and make, by name."""
+    """Return the ranges of the convolutions' inputs and outputs by name."""
     wanted = sorted({str(value.name) for c in found for value in (c.read, c.made)})
     model = ir.load(folder / portable.file)
     by_name = {value.name: value for node in model.graph for value in node.outputs}
@@ -172,7 +176,7 @@ def _calibrated(
     engine = open_engine(folder / spec.file, spec, provider="cpu")
     lows, highs = dict.fromkeys(wanted, 0.0), dict.fromkeys(wanted, 0.0)
     for n, codes in enumerate(streams):
-        tell(0.8 * n / len(streams))
+        progress(0.8 * n / len(streams))
         state = engine.new_state(batch=1)
         for feeds in _calls(codes):
             results = engine.run(feeds, state)
@@ -184,7 +188,7 @@ def _calibrated(
 
 
 def _measured(folder: Path, portable: GraphSpec, model: ir.Model, streams: list[npt.NDArray[np.int64]]) -> list[float]:
-    """Return the portable graph's sound over the difference of `model`, in dB, for each stream. Changes `model`."""
+    """Return the ratio of the portable graph's signal to the error of `model`, in dB, for each stream. Changes `model`."""
     make_exact(model)
     spec = replace(portable, file=f"{Path(portable.file).stem}_exact.onnx")
     ir.save(model, folder / spec.file)
@@ -209,7 +213,7 @@ def make_exact(model: ir.Model) -> None:
 
 
 class _Store:
-    """The graph's file, and that of its integers beside it."""
+    """The file of the graph and the data file of its integers."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -217,7 +221,7 @@ class _Store:
         self._data.write_bytes(b"")
 
     def weight(self, graph: ir.Graph, name: str, array: npt.NDArray[np.int8]) -> ir.Value:
-        """An initializer whose numbers lie in the file."""
+        """Write a weight to the data file. Return its initialiser."""
         with self._data.open("ab") as file:
             offset = file.tell()
             file.write(array.tobytes() + bytes(-array.nbytes % 64))
@@ -233,7 +237,7 @@ class _Store:
         return _register(graph, name, tensor)
 
     def finish(self, model: ir.Model) -> None:
-        """Writes the graph."""
+        """Write the graph."""
         ir.passes.common.RemoveUnusedNodesPass()(model)
         ir.save(model, self.path)
 
@@ -289,7 +293,10 @@ def _replace(graph: ir.Graph, convolution: _Convolution, ranges: Mapping[str, _R
 
 
 def _of_two(weight: Floats, stride: int) -> tuple[Floats, int]:
-    """A transposed convolution [in, out, 2·stride] as one of the input before and the input itself: [out·stride, in, 2]."""
+    """Return the weight [in, out, 2·stride] of a transposed convolution as that of a convolution, [out·stride, in, 2].
+
+    It reads the input before and the input itself.
+    """
     inputs, outputs, kernel = weight.shape
     assert kernel == 2 * stride
     pairs = np.stack([weight[:, :, stride:], weight[:, :, :stride]], axis=-1)

@@ -14,12 +14,12 @@ from .carry import Carry, Carrying, Chain, through
 
 
 class CausalConv1d(Carrying):
-    """Convolution that sees no future: zeros of length (k−1)·dilation − (stride−1) stand before the first sample.
+    """Causal convolution: [batch, in, n] → [batch, out, ⌈n / stride⌉].
 
-    Input [batch, in, n], output [batch, out, ⌈n / stride⌉]: zeros behind the last sample complete its stride. Carries the last
-    (k−1)·dilation inputs, if its stride is 1.
+    (k−1)·dilation − (stride−1) zeros before the first sample pad it, and zeros after the last sample complete its stride. With
+    stride 1 it carries the last (k−1)·dilation inputs.
 
-    by_rows: where there is a carry, it is computed as `_convolve_rows` does, for layers that get few positions in a call.
+    by_rows: with a carry, compute it with `_convolve_rows`, for layers with few positions in a call.
     """
 
     def __init__(
@@ -47,9 +47,9 @@ class CausalConv1d(Carrying):
 
 
 class CausalConvTranspose1d(Carrying):
-    """Transposed convolution with the last kernel − stride outputs dropped: [batch, in, n] → [batch, out, stride·n].
+    """Transposed convolution without its last kernel − stride outputs: [batch, in, n] → [batch, out, stride·n].
 
-    Carries the inputs that reach beyond their own stride: one where the kernel is twice the stride, none where it is the stride.
+    It carries the inputs that reach beyond their own stride: one if the kernel is twice the stride, none if it is the stride.
     """
 
     def __init__(self, inputs: int, outputs: int, kernel: int, stride: int) -> None:
@@ -69,10 +69,10 @@ class CausalConvTranspose1d(Carrying):
 
 
 def _convolve_rows(x: Tensor, conv: nn.Conv1d) -> Tensor:
-    """A convolution without padding, as a product of one row for each position: [batch, in, n + reach] → [batch, out, n].
+    """Return a convolution without padding as a matrix product, one row per position: [batch, in, n + reach] → [batch, out, n].
 
-    ONNX Runtime adds up such a product in the same order, however many rows there are, and a convolution of up to 64 positions
-    in longer runs than one of more: a stream would differ from the whole, and be less exact.
+    ONNX Runtime sums a matrix product in the same order for any number of rows. It sums a convolution of up to 64 positions in
+    longer runs than one of more positions, so that a stream would differ from the whole and be less exact.
     """
     (kernel,), (dilation,) = conv.kernel_size, conv.dilation
     reach, rows = (kernel - 1) * dilation, x.transpose(1, 2)
@@ -82,7 +82,10 @@ def _convolve_rows(x: Tensor, conv: nn.Conv1d) -> Tensor:
 
 
 def _spread_rows(x: Tensor, conv: nn.ConvTranspose1d) -> Tensor:
-    """A transposed convolution whose kernel is its stride, by rows as well: [batch, in, n] → [batch, out, stride·n]."""
+    """Return a transposed convolution whose kernel is its stride as a matrix product: [batch, in, n] → [batch, out, stride·n].
+
+    For the reason, see `_convolve_rows`.
+    """
     spread = x.transpose(1, 2) @ conv.weight.permute(0, 2, 1).flatten(1)
     y = spread.reshape(x.shape[0], -1, conv.out_channels) + cast(Tensor, conv.bias)
     return y.transpose(1, 2)
@@ -99,7 +102,10 @@ def conv1d(
     groups: int = 1,
     by_rows: bool = False,
 ) -> CausalConv1d | nn.Conv1d:
-    """Causal, or centred: zeros on both sides alike, none where kernel and stride are equal, so that a last part is left out."""
+    """Return a causal convolution, or a centred one with equal padding on both sides.
+
+    A centred one has no padding if kernel and stride are equal, so that an incomplete last stride is dropped.
+    """
     if causal:
         return CausalConv1d(inputs, outputs, kernel, stride=stride, dilation=dilation, groups=groups, by_rows=by_rows)
     padding = ((kernel - 1) * dilation + 1 - stride) // 2
@@ -109,7 +115,10 @@ def conv1d(
 def conv_transpose1d(
     inputs: int, outputs: int, kernel: int, stride: int, *, causal: bool
 ) -> CausalConvTranspose1d | nn.ConvTranspose1d:
-    """Causal, or centred: the outputs that are dropped are taken from both ends. [batch, in, n] → [batch, out, stride·n]."""
+    """Return a transposed convolution [batch, in, n] → [batch, out, stride·n], causal or centred.
+
+    A causal one drops outputs at the end, a centred one at both ends.
+    """
     if causal:
         return CausalConvTranspose1d(inputs, outputs, kernel, stride)
     return nn.ConvTranspose1d(inputs, outputs, kernel, stride, (kernel - stride) // 2)
@@ -171,21 +180,21 @@ class LayerScale(nn.Module):
 
 
 _HIDDEN = -30000.0
-"""Added to the score of a key that is not seen: far below any score, and still a number in float16."""
+"""Added to the scores of masked keys: far below any score, and finite in float16."""
 
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """What all layers of a windowed transformer look at in one call."""
+    """The inputs of one call that all layers of a windowed transformer share."""
 
     cos: Tensor
     sin: Tensor
     position_ids: Tensor
     """int64 [batch, length]."""
     mask: Tensor
-    """bool, broadcast to [batch, heads, length, past + length]: which keys a position sees, those carried standing first."""
+    """bool, broadcast to [batch, heads, length, past + length]: the keys that a position attends to, the carried ones first."""
     past: int
-    """Keys and values that are carried."""
+    """Number of carried keys and values."""
     carry: Carry | None
 
 
@@ -212,17 +221,17 @@ class SelfAttention(nn.Module):
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """Attention that rounds alike in a stream and in the whole: its sums run over the keys one by one, and of a key that is not
-    seen, which adds zeros, nothing is left.
+    """Return the attention with the same rounding in a stream and in the whole sequence.
 
-    A softmax adds up its rows in as many parts as a processor's registers have places, and to which of them a key belongs depends
-    on the keys before it. The first query comes twice, since products of a single row are added up in another way.
+    Its sums are matrix products, to which a masked key adds exact zeros. A softmax would sum a row in as many parts as a vector
+    register has lanes, and the keys before a key decide its lane. The first query is computed twice, since ONNX Runtime sums
+    products of a single row in another order.
     """
     bias = torch.where(mask, torch.zeros((), dtype=q.dtype), torch.full((), _HIDDEN, dtype=q.dtype))
     q, bias = (torch.cat([rows, rows[..., :1, :]], dim=-2) for rows in (q, bias))
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2) + bias
     weights = torch.exp(scores - scores.amax(dim=-1, keepdim=True))
-    ones = v * 0 + 1  # of floats alone: CoreML computes no sizes
+    ones = v * 0 + 1  # without shapes, which CoreML does not compute
     return ((weights @ v) / (weights @ ones))[..., :-1, :]
 
 
@@ -257,9 +266,9 @@ class TransformerLayer(nn.Module):
 
 
 class WindowTransformer(Carrying):
-    """Causal transformer in which position i sees positions i − window + 1 … i. [batch, dim, length] in and out.
+    """Causal transformer in which position i attends to positions i − window + 1 … i. [batch, dim, length] in and out.
 
-    Carries the last window − 1 keys, already rotated to their absolute positions, and values of each layer.
+    It carries the last window − 1 keys and values of each layer; the keys are already rotated to their absolute positions.
     """
 
     cos: Tensor
@@ -299,7 +308,7 @@ class WindowTransformer(Carrying):
             before = position_ids[:, :1] + torch.arange(-self.past, 0, device=x.device)
             keys = torch.cat([before, position_ids], dim=1).unsqueeze(1)
             distance = position_ids.unsqueeze(2) - keys
-            # What the state holds for positions below 0 stands before the stream.
+            # Positions below 0 are before the stream: the state has no keys for them.
             mask = (distance >= 0) & (distance < self.window) & (keys >= 0)
             view = View(self.cos, self.sin, position_ids, mask.unsqueeze(1), self.past, carry)
         for layer in self.layers:

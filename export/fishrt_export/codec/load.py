@@ -1,4 +1,4 @@
-"""Reads a codec: its tensors, whose names tell its kind, and its sizes, which are the official ones if no file gives them."""
+"""The tensors of a codec, whose names identify its kind, and its sizes: the official ones, unless a file has others."""
 
 from __future__ import annotations
 
@@ -48,11 +48,11 @@ OFFICIAL: dict[str, Any] = {
         "post_module": _MODULE,
     },
 }
-"""S1 and S2, in the originals' field names."""
+"""Sizes of the codec of S1 and S2, in the originals' field names."""
 
 
 def official_firefly(*, causal: bool) -> dict[str, Any]:
-    """1.4 and 1.5, or 1.2, whose codec is the centred one."""
+    """Return the sizes of the codec of 1.4 and 1.5, which is causal, or of 1.2, which is centred."""
     return {
         "spec_transform": {"sample_rate": 44100, "n_mels": 160, "n_fft": 2048, "hop_length": 512, "win_length": 2048},
         "backbone": {"input_channels": 160, "depths": [3, 3, 9, 3], "dims": [128, 256, 384, 512], "kernel_size": 7},
@@ -81,12 +81,15 @@ _DAC, _FIREFLY = ("encoder.", "decoder."), ("backbone.", "head.")
 _BOTH = ("quantizer.",)
 _CAUSAL = "head.conv_pre.conv."
 _IGNORED_ENDINGS = (".causal_mask", ".freqs_cis", ".inited", ".cluster_size", ".embed_avg")
-"""Buffers that are computed here (S1-era files carry them), and leftovers of training."""
+"""Buffers that are computed here but also stored in files of the time of S1, and leftovers of training."""
 _IGNORED_STARTS = ("quantizer.semantic_predictor_module.", "head.noise_convs.")
 
 
 def read_stored_codec(files: CodecFiles) -> dict[str, Tensor]:
-    """The tensors that inference needs, as stored, by the names of `Dac` or `Firefly` but for weight norm. Raises ExportError."""
+    """Return the tensors that inference needs, before weight norm is fused, by the names of `Dac` or `Firefly`.
+
+    Raises ExportError.
+    """
     data = read_tensors(files.weights)
     if any("generator" in name for name in data):
         data = {name.replace("generator.", ""): value for name, value in data.items() if "generator." in name}
@@ -103,7 +106,7 @@ def read_stored_codec(files: CodecFiles) -> dict[str, Tensor]:
 
 
 def read_codec_config(files: CodecFiles, stored: Mapping[str, Tensor]) -> CodecConfig:
-    """Raises ExportError for a `codec_config.json` with missing, mistyped, contradictory or unknown fields."""
+    """Return the codec's sizes. Raises ExportError for missing, mistyped, contradictory or unknown fields of its config."""
     if any(name.startswith(_DAC) for name in stored):
         return DacConfig.from_json(OFFICIAL if files.config is None else files.config)
     causal = any(name.startswith(_CAUSAL) for name in stored)
@@ -111,9 +114,9 @@ def read_codec_config(files: CodecFiles, stored: Mapping[str, Tensor]) -> CodecC
 
 
 def fingerprint(fused: Mapping[str, Tensor], config: CodecConfig) -> str:
-    """Hex SHA-256 over the config and the names, dtypes, shapes and bytes of the weights, weight norm multiplied out.
+    """Return the hex SHA-256 of the config and of the names, dtypes, shapes and bytes of the weights with fused weight norm.
 
-    Codecs that sound the same have equal fingerprints, however their weight norm was stored.
+    Equal codecs have equal fingerprints, however their weight norm is stored.
     """
     digest = hashlib.sha256(json.dumps(asdict(config), sort_keys=True).encode())
     for name in sorted(fused):

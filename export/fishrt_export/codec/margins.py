@@ -1,4 +1,4 @@
-"""How clear each choice of a quantiser was: what a differing code must be judged by."""
+"""Margins of a quantiser's codes, which decide whether a differing code is a rounding error."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from .dac import Dac
 from .firefly import Firefly, Quantizer
 
 COSINE_MARGIN = 1e-4
-"""Codebook rows whose cosine similarity is closer than this to the best may be chosen instead of it."""
+"""Rounding may choose a codebook row whose cosine is this close to the best."""
 LEVEL_MARGIN = 1e-3
-"""A number may be rounded to either of two levels if it is closer than this to the middle between them."""
+"""Rounding may choose either of two levels for a number this close to the middle between them."""
 
 
 def code_margins(codec: nn.Module) -> Margins:
-    """For a Dac or a Firefly."""
+    """Return the margins of the codes of a Dac or a Firefly."""
     if isinstance(codec, Firefly):
         return Margins(
             lambda audio: level_margins(codec.quantizer, codec.backbone(codec.mel(audio))), LEVEL_MARGIN, codec.config.residuals
@@ -29,7 +29,7 @@ def code_margins(codec: nn.Module) -> Margins:
 
 
 def cosine_margins(dac: Dac, audio: Tensor) -> Tensor:
-    """audio [batch, 1, samples] → gap of best and second-best cosine, [batch, codebooks, frames]."""
+    """Return the gap between best and second-best cosine, [batch, codebooks, frames], of audio [batch, 1, samples]."""
     quantizer = dac.quantizer
     residual = quantizer.pre_module(quantizer.downsample(dac.encoder(audio)))
     gaps = []
@@ -42,6 +42,9 @@ def cosine_margins(dac: Dac, audio: Tensor) -> Tensor:
 
 
 def level_margins(quantizer: Quantizer, features: Tensor) -> Tensor:
-    """[batch, dim, n] → distance of a code's least clear number from the middle of two levels, [batch, codebooks, frames]."""
+    """Return the least distance of a code's numbers from the middle of two levels, [batch, codebooks, frames].
+
+    features: [batch, dim, n].
+    """
     levels = quantizer.residual_fsq.levels(quantizer.downsample(features))
     return (levels - levels.floor() - 0.5).abs().amin(dim=-1).flatten(1, 2)

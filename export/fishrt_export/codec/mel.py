@@ -1,8 +1,8 @@
-"""Log-mel spectrogram by convolutions, so that it becomes ordinary operators of a graph.
+"""Log-mel spectrogram by convolutions, which are ordinary operators in a graph.
 
-The Fourier transform is taken in two steps, as n = 64·a + b: over a, with the window, then over b. Sums of 32 and 64 numbers are
-ten times less work than those of 2048, and lose less to rounding. Kernels and filters are computed in float64 and rounded once;
-no checkpoint holds them.
+The Fourier transform has two steps, for n = 64·a + b: a sum over a, with the window, then one over b. Sums of 32 and 64 numbers
+are a tenth of the work of sums of 2048, with smaller rounding errors. Kernels and filters are computed in float64 and rounded
+once; no checkpoint holds them.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ Floats = npt.NDArray[np.float64]
 class LogMel(nn.Module):
     """audio [batch, 1, samples] → [batch, bands, ⌊samples / hop⌋].
 
-    The ends are mirrored without their last sample, so that the first window is centred on the first hop; the end is a sample
-    longer where window − hop is odd. There must be more samples than (window − hop) / 2, rounded up.
+    Both ends have reflection padding, so that the first window is centred on the first hop; the end has one more sample if
+    window − hop is odd. There must be more samples than (window − hop) / 2, rounded up.
     """
 
     first: Tensor
@@ -44,7 +44,7 @@ class LogMel(nn.Module):
         return (self.filters @ magnitude).clamp(min=1e-5).log()
 
     def _spectrum(self, audio: Tensor) -> Tensor:
-        """audio [batch, 1, samples] → real and imaginary parts [batch, 2, window / 2 + 1, windows]."""
+        """Return real and imaginary parts [batch, 2, window / 2 + 1, windows] of audio [batch, 1, samples]."""
         batch, inner, outer = audio.shape[0], self.inner, self.window // self.inner
         count = audio.shape[-1] // inner
         rows = audio[:, 0].narrow(1, 0, count * inner).reshape(batch, count, inner).transpose(1, 2)
@@ -55,10 +55,10 @@ class LogMel(nn.Module):
 
 
 def _fourier_kernels(window: int, inner: int) -> tuple[Floats, Floats]:
-    """For sample n = inner·a + b and frequency f = outer·d + c, where n·f = inner·a·c + b·f but for whole windows.
+    """Return the kernels of both steps, for sample n = inner·a + b and frequency f = outer·d + c.
 
-    First [b · (real, imaginary) · c, 1, a], under a periodic Hann window.
-    Second [c · (real, imaginary) · d, (real, imaginary) · b, 1].
+    Modulo the window, n·f = inner·a·c + b·f. The first kernel is [b · (real, imaginary) · c, 1, a], with a periodic Hann window;
+    the second is [c · (real, imaginary) · d, (real, imaginary) · b, 1].
     """
     outer = window // inner
     a, b, d = np.arange(outer), np.arange(inner), np.arange(inner // 2 + 1)
@@ -76,13 +76,13 @@ def _fourier_kernels(window: int, inner: int) -> tuple[Floats, Floats]:
 
 
 def _turn(steps: npt.NDArray[np.int64], period: int) -> npt.NDArray[np.complex128]:
-    """exp(−2πi·steps / period); whole numbers modulo the period keep their full precision."""
+    """Return exp(−2πi·steps / period). Steps are reduced modulo the period first, which keeps full precision."""
     turned: npt.NDArray[np.complex128] = np.exp(-2j * np.pi * (steps % period) / period)
     return turned
 
 
 def _mel_filters(sample_rate: int, bands: int, window: int) -> Floats:
-    """Triangles of equal area [bands, window / 2 + 1], evenly spaced on Slaney's mel scale from 0 Hz to half the sample rate."""
+    """Return triangles of equal area, [bands, window / 2 + 1], evenly spaced on Slaney's mel scale up to half the sample rate."""
     edges = _mel_to_hz(np.linspace(0, _hz_to_mel(sample_rate / 2), bands + 2))
     frequencies = np.linspace(0, sample_rate / 2, window // 2 + 1)
     left, centre, right = (edges[i : bands + i, None] for i in range(3))
@@ -90,7 +90,7 @@ def _mel_filters(sample_rate: int, bands: int, window: int) -> Floats:
     return np.maximum(0, np.minimum(rising, falling)) * (2 / (right - left))
 
 
-# Slaney's scale: linear up to 1 kHz, which is mel 15, and 27 steps for each factor of 6.4 above.
+# Slaney's scale is linear up to 1 kHz, which is mel 15, and has 27 steps for each factor of 6.4 above.
 
 
 def _hz_to_mel(hz: float) -> float:

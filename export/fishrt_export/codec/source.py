@@ -1,4 +1,4 @@
-"""The codec half of a checkpoint: opens it, checks all of it, and says how its two graphs are made."""
+"""The codec half of a checkpoint: its files, its checks and the jobs of its two graphs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ AUDIO_TOLERANCE = 1e-4
 
 @dataclass(frozen=True, slots=True)
 class CodecSource:
-    """A codec of either kind, with weights by the names of its module."""
+    """A codec of any kind, with weights by the names of its module."""
 
     config: CodecConfig
     weights: Mapping[str, Tensor]
@@ -36,7 +36,7 @@ class CodecSource:
 
     @property
     def kind(self) -> str:
-        """ "dac", "firefly" or "centred firefly": as the names of the tensors tell."""
+        """Return "dac", "firefly" or "centred firefly", recognised by the names of the tensors."""
         return self.config.kind
 
     def problems(self) -> list[str]:
@@ -44,7 +44,7 @@ class CodecSource:
         return find_problems(expected_shapes(self._empty()), self.weights)
 
     def describe(self) -> Codec:
-        """The manifest's entry."""
+        """Return the manifest's entry."""
         config = self.config
         return Codec(
             sample_rate=config.sample_rate,
@@ -58,11 +58,11 @@ class CodecSource:
         )
 
     def module(self) -> Dac | Firefly:
-        """In float32."""
+        """Return the module with its weights, in float32."""
         return load(self._empty(), self.weights)
 
     def jobs(self) -> list[GraphJob]:
-        """codec_encode and codec_decode. "samples" is hop · "frames" where the codec takes whole frames only."""
+        """Return the jobs of codec_encode and codec_decode. "samples" is hop · "frames" if the codec takes whole frames only."""
         config = self.config
         codes = TensorSpec("codes", "int64", ("batch", len(config.codebook_sizes), "frames"))
         audio = TensorSpec("audio", "float32", ("batch", 1, "samples"))
@@ -95,7 +95,7 @@ class CodecSource:
 
 
 def open_codec(folder: Path) -> CodecSource:
-    """Reads the codec. Raises ExportError for what is missing or unreadable; `problems` tells the rest."""
+    """Read the codec. Raises ExportError for missing or unreadable files. `CodecSource.problems` returns the other faults."""
     files = find_codec(folder)
     stored = read_stored_codec(files)
     config = read_codec_config(files, stored)

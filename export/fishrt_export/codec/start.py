@@ -1,7 +1,7 @@
-"""Whether a codec's streams begin with a tick, and the state that spares them it; see `fishrt.codec_start`.
+"""The start state of a codec whose streams would begin with a tick from zeros; see `fishrt.codec_start`.
 
-Decided by what the exported graphs give for silence: official codecs learned to begin from zeros, since every crop of their
-training began so. Then nothing is written, and streams begin as upstream's do.
+The exported graphs decide it with silence. Official codecs have no tick, since every crop of their training began from zeros. No
+state is then written, and streams begin as upstream's do.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from fishrt_engines.spec import GraphSpec
 from .decoding import COLUMNS
 
 AUDIBLE = 10 ** (-50 / 20)
-"""Peak from which on the first moment of silence is a tick: 50 dB below full scale."""
+"""Least peak that counts as a tick in the first MOMENT_S of silence: 50 dB below full scale."""
 MOMENT_S = 0.02
 _FRAMES = 16
-"""Of silence; the state has settled long before."""
+"""Frames of silence, far more than the state needs to settle."""
 
 
 def write_start(folder: Path, graphs: Mapping[str, GraphSpec], codec: Codec) -> None:
-    """Write `codec_start.npz` into a bundle's folder where silence begins with a tick from zeros, and without one after silence.
+    """Write `codec_start.npz` into a bundle's folder if silence begins with a tick from zeros, but without one after silence.
 
-    Only layers that look back at columns get that state. Attention does not need it: it masks what was not there.
+    It has the state of convolutions only. Attention masks the positions before the stream.
     """
     spec = graphs["codec_decode"]
     columns = [tensor.name for tensor in spec.state_tensors if tensor.name.startswith(COLUMNS)]

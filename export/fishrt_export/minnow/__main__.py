@@ -24,12 +24,12 @@ STEPS = {"tokens": 2500, "decoder": 5500, "encoder": 2500, "lm": 5000}
 @click.option("--steps", type=int, help="Training steps of this stage, if not the recipe's own: " + str(STEPS))
 @click.option("--out", type=click.Path(path_type=Path), help="Checkpoint folder that `package` writes.")
 def main(stage: str, folder: Path, threads: int, steps: int | None, out: Path | None) -> None:
-    """Runs one STAGE in FOLDER.
+    """Run one STAGE in FOLDER.
 
-    In order: synth, tokens, encode, then decoder, encoder and lm side by side or in turn, then package.
+    The order is: synth, tokens, encode, then decoder, encoder and lm in parallel or in turn, then package.
 
-    synth needs Debian's packages flite, fortunes, fortunes-min and scowl, and about 4 GB. Every training stage saves itself
-    every two minutes, continues where it was stopped, and logs to FOLDER/STAGE.jsonl.
+    synth needs Debian's packages flite, fortunes, fortunes-min and scowl, and about 4 GB. Every training stage saves its state
+    every two minutes, resumes from it, and logs to FOLDER/STAGE.jsonl.
     """
     if threads:
         torch.set_num_threads(threads)

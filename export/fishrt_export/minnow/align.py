@@ -1,7 +1,7 @@
-"""Which letter of a sentence is spoken when: phones aligned to letters by Viterbi training.
+"""Alignment of phones to letters by Viterbi training.
 
-flite tells the phones of a sentence and their times, but not the letters they come from. Each symbol of the text says a few
-phones or none, in order; how likely a symbol is to say so many phones, and which, is counted from the best alignments so far.
+flite prints the phones of a sentence and their times, but not their letters. Each symbol of the text stands for a few phones or
+none, in order. The probabilities of their number and of each phone are counted from the best alignments so far.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ from collections.abc import Sequence
 import numpy as np
 
 SAYS_AT_MOST = {"letter": 3, "digit": 16, "other": 1}
-"""Phones that a symbol of each kind may stand for: "x" says two, "7" in "74" says seven, a comma says one silence."""
+"""Most phones of a symbol of each kind: "x" has two, "7" in "74" has seven, a comma has one silence."""
 START = "^"
 """A symbol before each text, for the silence before the first word."""
 EVEN_SPREAD = 3.0
-"""In symbols: how far off an even pace the first guess may be."""
+"""Standard deviation of the first guess from an even pace, in symbols."""
 
 
 class Aligner:
-    """Learns from sentences, then aligns any of them. `sentences` are pairs of a text and its phones."""
+    """An aligner that is trained on `sentences`, pairs of a text and its phones, and then aligns any of them."""
 
     def __init__(self, sentences: Sequence[tuple[str, Sequence[str]]], *, rounds: int) -> None:
         self.symbols = {s: n for n, s in enumerate(sorted({c for text, _ in sentences for c in START + text.lower()}))}
@@ -45,7 +45,7 @@ class Aligner:
         self._set(spoken, counts, allowed)
 
     def __call__(self, text: str, phones: Sequence[str]) -> np.ndarray:
-        """For each phone, the index of the symbol of `text` that it comes from: int64 [phones], never falling."""
+        """Return for each phone the index of its symbol in `text`: int64 [phones], never decreasing."""
         return np.asarray(np.maximum(self._best(*self._ids(text, phones)) - 1, 0))
 
     def _ids(self, text: str, phones: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -58,7 +58,7 @@ class Aligner:
             self.log_count = np.log(np.where(allowed > 0, counts, 0.0) / counts.sum(1, keepdims=True))
 
     def _best(self, ids: np.ndarray, said: np.ndarray) -> np.ndarray:
-        """The likeliest owner of each phone. Raises ValueError where the phones are too many for the text."""
+        """Return the likeliest symbol of each phone. Raises ValueError for more phones than the text can have."""
         scores = np.full(len(said) + 1, -np.inf)
         scores[0] = 0.0
         taken: list[np.ndarray] = []

@@ -7,9 +7,9 @@ from typing import Any
 SAMPLE_RATE = 16_000
 HOP = 640
 FEATURE_HOP = 160
-"""Samples per step at the rate of the encoder's output: four steps a frame."""
+"""Samples per step of the encoder's output: four steps per frame."""
 DELAY = 320
-"""Samples by which the codec's output lags its input: causal layers need this much future to place a sound."""
+"""Lag of the codec's output in samples: causal layers need this much of the future to place a sound."""
 
 
 def _transformer(layers: int) -> dict[str, Any]:
@@ -98,7 +98,7 @@ DEFAULTS: dict[str, Any] = {
         "repetition_aware": None,
         "repetition_penalty": None,
     },
-    # The corpus has digits, too few of them: "4 7 2" is read well, "12" mostly not.
+    # The corpus has too few digits: "4 7 2" is read well, "12" mostly not.
     "reads": {"languages": ["en"], "characters": "abcdefghijklmnopqrstuvwxyz", "tags": []},
 }
-"""What the voice sounds best with, and reads well; written as the checkpoint's `fishrt.json`."""
+"""The content of the checkpoint's `fishrt.json`: the best settings for the voice, and the text that it reads well."""

@@ -1,8 +1,8 @@
-"""Text for the embedded voice: sentences from Debian's `fortunes` and `scowl` packages and from templates of our own.
+"""Text for the embedded voice: sentences from Debian's `fortunes` and `scowl` packages and from the templates below.
 
-Three sources, all freely licensed: sentences cut out of the fortune files, sentences filled in from the templates below,
-and short lists of common words, which teach the spelling of words that the sentences do not hold. A sentence belongs to the
-held-out set when its own hash says so, so a longer corpus never moves a held-out sentence into training.
+There are three sources, all freely licensed: sentences of the fortune files, templates with random words, and short lists of
+words, which teach the spelling of words that no sentence has. The hash of a sentence decides whether it is held out, so that a
+longer corpus never moves a held-out sentence into training.
 """
 
 from __future__ import annotations
@@ -163,13 +163,13 @@ class Sentence:
 
     @property
     def held_out(self) -> bool:
-        """True when this text is kept from training, by its own SHA-256."""
+        """Return whether the text's SHA-256 keeps it out of training."""
         digest = hashlib.sha256(self.text.lower().encode()).digest()
         return int.from_bytes(digest[:8], "big") % HELD_OUT_ONE_IN == 0
 
 
 def build_corpus(*, templates: int, word_lists: int, seed: int) -> list[Sentence]:
-    """All sentences, without repeats, in a seeded random order. Raises FileNotFoundError without the Debian packages."""
+    """Return all sentences, without repeats, in a seeded random order. Raises FileNotFoundError without the Debian packages."""
     rng = random.Random(seed)
     common = _words((10, 20, 35, 40, 50))
     sentences = [Sentence(text, "fortune") for text in _fortunes(common)]
@@ -187,7 +187,7 @@ def build_corpus(*, templates: int, word_lists: int, seed: int) -> list[Sentence
 
 
 def _words(levels: tuple[int, ...]) -> set[str]:
-    """Lower-case words of the given SCOWL sizes (10 = the commonest)."""
+    """Return the lower-case words of the given SCOWL sizes (10 = the commonest)."""
     found: set[str] = set()
     for level in levels:
         for kind in ("english-words", "american-words"):
@@ -200,7 +200,7 @@ def _words(levels: tuple[int, ...]) -> set[str]:
 
 
 def _fortunes(common: set[str]) -> list[str]:
-    """Sentences of the fortune files that hold only common words, so that no markup or foreign text is spoken."""
+    """Return the sentences of the fortune files that have only common words, and so no markup or foreign text."""
     if not FORTUNES.is_dir():
         raise FileNotFoundError(f"{FORTUNES}: install the Debian packages fortunes and fortunes-min")
     out = []

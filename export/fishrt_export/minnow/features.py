@@ -1,4 +1,4 @@
-"""Log-mel spectra: the input of the codec's teacher and the measure of its losses."""
+"""Log-mel spectra, for the input of the codec's teacher and for the losses."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 FLOOR = 3e-2
-"""Added to a magnitude before the logarithm, so that digital silence does not rule the loss."""
+"""Added to a magnitude before the logarithm, so that digital silence does not dominate the loss."""
 
 
 def mel_filters(sample_rate: int, n_fft: int, mels: int) -> Tensor:
-    """Triangles of height one, evenly spaced on the HTK mel scale: float32 [n_fft/2 + 1, mels]."""
+    """Return triangles of height one, evenly spaced on the HTK mel scale: float32 [n_fft/2 + 1, mels]."""
     top = 2595.0 * np.log10(1.0 + sample_rate / 2 / 700.0)
     edges = 700.0 * (10.0 ** (np.linspace(0.0, top, mels + 2) / 2595.0) - 1.0)
     bins = np.linspace(0.0, sample_rate / 2, n_fft // 2 + 1)[:, None]
-    # A triangle narrower than a bin would catch nothing: keep every side at least one bin wide.
+    # A triangle narrower than a bin could be empty, so every side is at least one bin wide.
     width = sample_rate / n_fft
     rising = (bins - edges[:-2]) / np.maximum(edges[1:-1] - edges[:-2], width)
     falling = (edges[2:] - bins) / np.maximum(edges[2:] - edges[1:-1], width)
@@ -43,10 +43,10 @@ class LogMel(nn.Module):
         return self.log(self.magnitude(padded))
 
     def log(self, magnitude: Tensor) -> Tensor:
-        """Magnitudes [batch, frames, bins] → log-mels [batch, frames, mels]."""
+        """Return log-mels [batch, frames, mels] of magnitudes [batch, frames, bins]."""
         return torch.log(magnitude @ self.filters + FLOOR)
 
     def magnitude(self, audio: Tensor) -> Tensor:
-        """Hann-windowed magnitude spectra, scaled so that a full-scale sine is about `window`/4 high, [batch, frames, bins]."""
+        """Return Hann-windowed magnitude spectra [batch, frames, bins]. The peak of a full-scale sine is about `window`/4."""
         pieces = audio.unfold(-1, self.length, self.hop) * self.window
         return torch.view_as_real(torch.fft.rfft(pieces)).square().sum(-1).add(1e-9).sqrt()

@@ -1,4 +1,4 @@
-"""The dual-AR model in the form that trains: whole sequences at once, no caches. Parameter names are the checkpoint's."""
+"""The dual-AR model for training: whole sequences at once, without caches. Parameter names are the checkpoint's."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from ..rope import apply_rope, rope_table
 
 GUIDED_LAYER = 2
 GUIDED_LETTERS = (0.0, 2.0)
-"""The first attention heads of this layer of the slow AR are guided along the text: one each to the letter that is about to be
-spoken, and so many letters ahead of it, as what follows decides how a letter sounds."""
+"""Targets of the first attention heads of GUIDED_LAYER in the slow AR, in letters ahead of the letter to be spoken next. The
+letters that follow decide how a letter sounds."""
 GUIDED_WIDTH = 1.5
-"""In letters: how far off a guided head may look."""
+"""Standard deviation of a guided head's target, in letters."""
 HEARD_LAYER = 3
-"""What this layer puts out is asked for the phone about to be spoken."""
+"""Layer whose output predicts the phone to be spoken next."""
 
 
 class Attention(nn.Module):
@@ -36,7 +36,7 @@ class Attention(nn.Module):
             self.k_norm = nn.RMSNorm(self.head_dim, eps=config["norm_eps"])
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """The output, and the attention weights [batch, heads, length, length]."""
+        """Return the output and the attention weights [batch, heads, length, length]."""
         widths = [n * self.head_dim for n in (self.heads, self.kv_heads, self.kv_heads)]
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in self.wqkv(x).split(widths, dim=-1))
         if self.normed:
@@ -48,14 +48,14 @@ class Attention(nn.Module):
 
 
 def _norm(x: Tensor, norm: nn.RMSNorm) -> Tensor:
-    # A weight of the input's own dtype reaches the fused kernel; mixed dtypes are several times slower.
+    # The fused kernel needs a weight of the input's dtype; mixed dtypes are several times slower.
     return F.rms_norm(x, norm.normalized_shape, norm.weight.to(x.dtype), norm.eps)
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Causal attention, each [batch, heads, length, head_dim].
+    """Return causal attention, and its weights, of q, k and v, each [batch, heads, length, head_dim].
 
-    Spelled out, because in bfloat16 on a CPU it trains faster than the fused kernel.
+    In bfloat16 on a CPU, this trains faster than the fused kernel.
     """
     length, dtype = q.shape[2], q.dtype
     bias = torch.full((length, length), float("-inf"), dtype=dtype).triu(1)
@@ -116,10 +116,10 @@ class DualAr(nn.Module):
                     nn.init.normal_(out.weight, std=0.02 / (2 * len(layers)) ** 0.5)  # type: ignore[union-attr, arg-type]
 
     def slow(self, prompt: Tensor, letter: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Normed hidden, what HEARD_LAYER puts out, both [batch, length, dim], and how far the guided heads look astray.
+        """Return normed hidden and the output of HEARD_LAYER, both [batch, length, dim], and the guided heads' error.
 
-        `prompt` is int64 [batch, 1+codebooks, length]; `letter` float32 [batch, length] the column of the letter that is spoken
-        next, 0 where no frame follows. Astray is the mean share of attention, softly, that lies off the letters of a head.
+        prompt: int64 [batch, 1+codebooks, length]. letter: float32 [batch, length], the column of the letter to be spoken next, 0
+        if no frame follows. The error is the mean share of a head's attention outside a Gaussian around its target.
         """
         main, codes = prompt[:, 0], prompt[:, 1:].transpose(1, 2)
         audio = ((main >= self.semantic_begin) & (main < self.semantic_begin + self.width)).unsqueeze(-1)
@@ -141,11 +141,11 @@ class DualAr(nn.Module):
         return cast(Tensor, self.norm(x)), heard, astray
 
     def main_logits(self, hidden: Tensor) -> Tensor:
-        """[..., dim] → logits [..., 1+width]: the end token, then the semantic codes."""
+        """Return logits [..., 1+width] of hidden [..., dim]: the end token, then the semantic codes."""
         return F.linear(hidden, self.embeddings(cast(Tensor, self.head_ids)))
 
     def fast(self, hidden: Tensor, codes: Tensor) -> Tensor:
-        """hidden [frames, dim] and codes int64 [frames, codebooks] → logits [frames, codebooks − 1, width] of codes 1…"""
+        """Return logits [frames, codebooks − 1, width] of codes 1… from hidden [frames, dim], codes int64 [frames, codebooks]."""
         known = self.fast_embeddings(codes[:, :-1])
         x = torch.cat((self.fast_project_in(hidden).unsqueeze(1), known.to(hidden.dtype)), dim=1)
         cos, sin = cast(Tensor, self.fast_rope)

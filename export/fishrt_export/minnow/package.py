@@ -20,9 +20,9 @@ from .train_encoder import EncodeModel
 from .train_lm import vocab_size
 
 REFERENCE = "Please call my brother, and ask him to bring the big blue bag from the kitchen."
-"""Spoken by each flite voice as the reference of the built-in voice of that name."""
+"""Text of the reference recording of each built-in voice, spoken by the flite voice of the same name."""
 DEFAULT_VOICE = "awb"
-"""A recogniser understands it best."""
+"""The voice that a speech recogniser understands best."""
 NOTICE = """\
 minnow, the embedded voice of fishrt, is licensed like fishrt itself under the Apache License 2.0.
 
@@ -33,7 +33,7 @@ recordings behind them are the CMU ARCTIC databases, free for any use), from sen
 
 
 def write_checkpoint(folder: Path, out: Path) -> None:
-    """Gathers what the stages left in `folder` into the checkpoint folder `out`. Raises FileExistsError if that is not empty."""
+    """Write the checkpoint folder `out` from the stages' results in `folder`. Raises FileExistsError if `out` is not empty."""
     if out.exists() and any(out.iterdir()):
         raise FileExistsError(f"{out} is not empty")
     out.mkdir(parents=True, exist_ok=True)
@@ -76,14 +76,14 @@ def _write_language_model(folder: Path, out: Path) -> None:
 
 
 def _official_name(name: str) -> str:
-    """A flat parameter name as the S2-Pro files spell it."""
+    """Return the name of a flat parameter in the files of S2-Pro."""
     if name.startswith("fast_"):
         return "audio_decoder." + name.removeprefix("fast_")
     return f"audio_decoder.{name}" if name.startswith("codebook_embeddings.") else f"text_model.model.{name}"
 
 
 def trained_codec(folder: Path) -> Dac:
-    """The codec put together: stage 1's codebooks, stage 2's decoding half, stage 4's encoding half."""
+    """Return the codec from stage 1's codebooks, stage 2's decoding half and stage 4's encoding half."""
     codec = Dac(DacConfig.from_json(CODEC), max_frames=1)
     quantizer = load_tokens(folder).quantizer
     decoding, encoding = DecodeModel(quantizer), EncodeModel(quantizer)
@@ -98,9 +98,9 @@ def trained_codec(folder: Path) -> Dac:
 
 
 def weight_normed(codec: Dac) -> dict[str, Tensor]:
-    """The codec's weights as the official files spell them, in float16: magnitude and direction apart wherever they do so.
+    """Return the codec's weights in float16 under the names of the official files, with their weight norm.
 
-    The convolutions of encoder and decoder carry the newer spelling, the projections of the codebooks the older one.
+    The convolutions of encoder and decoder have the newer names of weight norm, the projections of the codebooks the older ones.
     """
     state: dict[str, Tensor] = {}
     for name, tensor in codec.state_dict().items():

@@ -1,4 +1,4 @@
-"""Speaks the corpus with flite: one flat file of 16 kHz PCM beside an index, both rebuilt alike from the same seed.
+"""The corpus spoken by flite: one flat file of 16 kHz PCM and an index, both reproducible from the seed.
 
 The voices are flite's `slt`, `rms` and `awb`, which Carnegie Mellon University distributes under a BSD-style licence.
 """
@@ -33,11 +33,11 @@ class Utterance:
     start: int
     length: int
     phones: list[tuple[str, float]]
-    """What is spoken when: each phone with the time of its end, in seconds; `pau` is silence."""
+    """Each phone with the time of its end, in seconds; `pau` is silence."""
 
 
 def flite(text: str, voice: str) -> tuple[np.ndarray, list[tuple[str, float]]]:
-    """`text` spoken by a flite voice: int16 [samples] at 16 kHz, mono; and each phone with the time of its end, in seconds."""
+    """Return `text` spoken by a flite voice, int16 [samples] at 16 kHz, mono, and each phone with its end in seconds."""
     with tempfile.NamedTemporaryFile(suffix=".wav") as wav:
         command = ["flite", "-voice", voice, "-psdur", "-t", text, "-o", wav.name]
         printed = subprocess.run(command, capture_output=True, check=True, text=True).stdout
@@ -57,13 +57,13 @@ class SpeechData:
         self.pcm = np.memmap(folder / "audio.i16", dtype=np.int16, mode="r")
 
     def audio(self, utterance: Utterance) -> np.ndarray:
-        """float32 [samples] in -1..1."""
+        """Return the audio of an utterance: float32 [samples], -1..1."""
         piece = self.pcm[utterance.start : utterance.start + utterance.length]
         return piece.astype(np.float32) / 32768.0
 
 
 def synthesise(folder: Path, *, templates: int, word_lists: int, seed: int, workers: int = 2) -> None:
-    """Speaks the whole corpus into `folder`; each sentence by one voice, in turn. The index is written last."""
+    """Speak the whole corpus into `folder`, each sentence with one voice, in turn. The index is written last."""
     folder.mkdir(parents=True, exist_ok=True)
     corpus = build_corpus(templates=templates, word_lists=word_lists, seed=seed)
     start = 0

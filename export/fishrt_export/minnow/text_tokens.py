@@ -1,6 +1,6 @@
-"""The tokenizer of the embedded voice: one token a byte, one a control string, one a long fixed phrase of the prompt.
+"""The tokenizer of the embedded voice: one token for each byte, control string and long fixed phrase of the prompt.
 
-Bytes, because a small model learns to read from letters; phrases, because a prompt spells the same words out every time.
+A small model learns to read from single letters. Every prompt has the same phrases, so each is one token.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ PHRASES = (
 
 
 def build_tokenizer() -> Tokenizer:
-    """Ids: 0–255 bytes, then PHRASES, CONTROL, and one token for each entry of the semantic codebook."""
+    """Return the tokenizer. Its ids are 256 bytes, then PHRASES, CONTROL and the entries of the semantic codebook."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={symbol: n for n, symbol in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -43,7 +43,7 @@ def build_tokenizer() -> Tokenizer:
 
 
 def token_id(tokenizer: Tokenizer, name: str) -> int:
-    """The id of a token that must be there."""
+    """Return the id of a token. Raises KeyError if there is none."""
     found: int | None = tokenizer.token_to_id(name)
     if found is None:
         raise KeyError(name)

@@ -1,6 +1,6 @@
-"""Stage 2: codes → waveform. Fits the codec's post_module, upsample and decoder to codes that stage 1 made final.
+"""Stage 2: codes → waveform. Fits the codec's post_module, upsample and decoder to the final codes of stage 1.
 
-The loss compares magnitude spectra at several window lengths, so the phase is free. The output lags the input by DELAY samples.
+The loss compares magnitude spectra at several window lengths, and ignores the phase. The output lags the input by DELAY samples.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ LOSS_SPECTRA = ((1024, 96), (512, 64), (256, 40), (128, 24))
 BATCH = 8
 CROP_FRAMES = 34
 WARM_UP_FRAMES = 6
-"""Frames at the start of a crop that stand for what came before: decoded, but not judged. See `codec.start` for what follows."""
+"""Frames at the start of a crop that are context: decoded, but not in the loss. `codec.start` removes the resulting tick."""
 
 
 class DecodeModel(nn.Module):
-    """The decoding half of the codec. Codebooks and the encoding half stay as stage 1 left them."""
+    """The decoding half of the codec, with the codebooks and the encoding half of stage 1 frozen."""
 
     def __init__(self, quantizer: Quantizer) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class DecodeModel(nn.Module):
             parameter.requires_grad_(name.startswith(("post_module", "upsample")))
 
     def forward(self, codes: Tensor) -> Tensor:
-        """codes int64 [batch, codebooks, frames] → audio float32 [batch, frames·HOP]."""
+        """Return audio float32 [batch, frames·HOP] of codes int64 [batch, codebooks, frames]."""
         with torch.autocast("cpu", torch.bfloat16):
             features = self.quantizer.decode(codes)
         audio: Tensor = self.decoder(features.float())
@@ -65,7 +65,7 @@ class SpectralLoss(nn.Module):
 
 @torch.no_grad()
 def encode_corpus(folder: Path, data: SpeechData) -> None:
-    """Codes of every utterance, held-out ones too: folder/codes.npz with `codes` uint8 [codebooks, total] and `starts`."""
+    """Write folder/codes.npz: `codes` uint8 [codebooks, total] and `starts` of every utterance, also of held-out ones."""
     model = load_tokens(folder)
     parts: list[np.ndarray] = []
     for n, utterance in enumerate(data.utterances):
@@ -79,14 +79,14 @@ def encode_corpus(folder: Path, data: SpeechData) -> None:
 
 
 def load_tokens(folder: Path) -> TokenModel:
-    """The teacher and quantiser of stage 1."""
+    """Return the teacher and the quantiser of stage 1."""
     model = TokenModel()
     model.load_state_dict(torch.load(folder / "tokens.pt", weights_only=True)["modules"])
     return model.eval()
 
 
 def train_decoder(folder: Path, data: SpeechData, *, steps: int, seed: int = 2) -> None:
-    """Trains on all utterances that are not held out."""
+    """Train on all utterances that are not held out."""
     torch.manual_seed(seed)
     model = DecodeModel(load_tokens(folder).quantizer).train()
     loss = SpectralLoss()

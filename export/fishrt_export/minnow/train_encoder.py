@@ -1,6 +1,6 @@
-"""Stage 4: waveform → codes. Fits the codec's real encoder to give what the teacher of log-mels gave before quantisation.
+"""Stage 4: waveform → codes. Fits the codec's real encoder to the features of the teacher, before quantisation.
 
-The downsampling and pre_module of the teacher are the starting point and follow along; the codebooks stay as they are.
+Training starts from stage 1's downsampling and pre_module and changes them too. The codebooks are frozen.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ class EncodeModel(nn.Module):
         self.pre_module = copy.deepcopy(quantizer.pre_module)
 
     def forward(self, audio: Tensor) -> tuple[Tensor, Tensor]:
-        """audio float32 [batch, samples] → features at the encoder's rate and at the frame rate."""
+        """Return features at the encoder's rate and at the frame rate, of audio float32 [batch, samples]."""
         features = self.encoder(audio.unsqueeze(1))
         return features, self.pre_module(self.downsample(features))
 
 
 def train_encoder(folder: Path, data: SpeechData, *, steps: int, hours: float = 8.0, seed: int = 4) -> None:
-    """Trains on the first `hours` of the corpus that are not held out."""
+    """Train on the first `hours` of the corpus that are not held out."""
     torch.manual_seed(seed)
     tokens = load_tokens(folder)
     for parameter in tokens.parameters():
@@ -53,7 +53,7 @@ def train_encoder(folder: Path, data: SpeechData, *, steps: int, hours: float = 
 
     def step(_: int, rng: torch.Generator) -> dict[str, Tensor]:
         batch = crops(audio, BATCH, CROP_FRAMES * HOP, rng)
-        # Users' recordings are louder or softer than flite: the codes should tell, but not break.
+        # Users' recordings are louder or softer than flite. The codes should show it, but not break.
         batch = batch * torch.empty(BATCH, 1).uniform_(0.5, 1.5, generator=rng)
         quantizer = tokens.quantizer
         with torch.no_grad():

@@ -1,7 +1,7 @@
-"""Stage 3: the dual-AR language model, trained on prompts of the very form that the runtime builds.
+"""Stage 3: the dual-AR language model, trained on prompts in the form that the runtime builds.
 
-Each example is a prompt with its answer: mostly one reference of the same speaker, sometimes several speakers with tagged turns,
-sometimes none, sometimes a turn of history. Every audio frame is a target, those of the references too: nothing is wasted.
+Each example is a prompt with its answer. Most have one reference of the same speaker; others have several speakers with tagged
+turns, no reference, or a turn of history. Every audio frame is a target, also in the references.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ from .trainer import train
 
 BATCH = 24
 POOL = 8
-"""Batches whose examples are sorted by length together, so that little is padded."""
+"""Number of batches whose examples are sorted by length together, to reduce padding."""
 FAST_SHARE = 0.3
-"""Share of the frames on which the fast AR is trained in each step; all would cost more than they teach."""
+"""Share of the frames on which the fast AR is trained in each step. All frames would cost more than they teach."""
 GUIDE_WEIGHT = 0.5
-"""Two attention heads are told to look at the letters that are being spoken. Without this the model takes long to find out that
-the text matters."""
+"""Weight of the loss that guides two attention heads to the letters to be spoken. Without it, the model learns late that the text
+matters."""
 PHONE_WEIGHT = 0.5
-"""A layer in the middle is asked for the phone that is about to be spoken, and for the one after it: spelling is learned faster
-from forty phones than from the many codes that each may be spoken as."""
+"""Weight of the loss by which a middle layer predicts the next two phones. Spelling is learned faster from forty phones than from
+the many codes of each phone."""
 ALIGN_SENTENCES, ALIGN_ROUNDS = 6000, 4
 SIZE_STEP = 32
-"""Lengths and counts are multiples of this: the matrix library compiles a kernel for every new shape and keeps it for ever."""
+"""Divisor of lengths and counts: the matrix library compiles a kernel for every new shape and never frees it."""
 NOISE = 0.04
 FRAME_NOISE = 0.06
 SPAN_NOISE, SPAN = 0.02, 5
-"""Shares of input codes, of whole frames, and of frames at which a span of them begins, replaced at random, so that the model
-learns to recover from its own slips, and to read rather than to carry on."""
+"""Shares of codes, of frames, and of frames that begin a span of SPAN frames, which random codes replace in the input. The model
+learns to recover from its own errors, and to read instead of continuing a sound."""
 REFERENCE_FRAMES = range(30, 111)
 MAX_COLUMNS = 640
 SYSTEM = "convert the provided text to speech"
@@ -47,7 +47,7 @@ SYSTEM = "convert the provided text to speech"
 
 @dataclass(frozen=True, slots=True)
 class Spoken:
-    """An utterance: its text, its codes uint8 [codebooks, frames], and of each frame the letter and the phones.
+    """An utterance: its text, its codes uint8 [codebooks, frames], and the letter and the phones of each frame.
 
     `letters` int64 [frames] are indices into the text; `phones` int64 [2, frames] are the phone of the frame and the next one.
     """
@@ -60,25 +60,25 @@ class Spoken:
 
 @dataclass(frozen=True, slots=True)
 class Sound:
-    """The codes of an utterance, where a prompt holds them; its text stands further in front."""
+    """The codes of an utterance as a part of a prompt. Its text is an earlier part."""
 
     of: Spoken
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A prompt with its answer, and what is said in each frame."""
+    """A prompt with its answer, and the letter and phones of each frame."""
 
     prompt: np.ndarray
-    """int64 [1+codebooks, length]"""
+    """int64 [1+codebooks, length]."""
     letter: np.ndarray
-    """int64 [length]: the column of the letter that the next column speaks; 0 where that is no frame."""
+    """int64 [length]: the column of the letter that the next column speaks; 0 if that column is no frame."""
     phones: np.ndarray
-    """int64 [2, length]: the phone that the next column speaks, and the one after it; −1 where that is no frame."""
+    """int64 [2, length]: the phone that the next column speaks, and the one after it; −1 if that column is no frame."""
 
 
 class Examples:
-    """Draws training examples."""
+    """Random training examples from the utterances that are not held out."""
 
     def __init__(self, folder: Path, data: SpeechData) -> None:
         self.tokenizer = build_tokenizer()
@@ -101,7 +101,7 @@ class Examples:
         }
 
     def text(self, text: str) -> np.ndarray:
-        """Columns of a piece of text; tokenisation never crosses the pieces of a prompt."""
+        """Return the columns int64 [1+codebooks, tokens] of a piece of text. Each piece of a prompt is tokenised alone."""
         ids = self.tokenizer.encode(text, add_special_tokens=False).ids
         columns = np.zeros((1 + 8, len(ids)), dtype=np.int64)
         columns[0] = ids
@@ -111,7 +111,7 @@ class Examples:
         return np.concatenate((codes[:1].astype(np.int64) + self.begin, codes.astype(np.int64)))
 
     def draw(self, rng: np.random.Generator) -> Example:
-        """One example. Too long ones are drawn again."""
+        """Return a random example of at most MAX_COLUMNS columns."""
         while True:
             parts = self._parts(rng)
             columns: list[np.ndarray] = []
@@ -137,7 +137,7 @@ class Examples:
                 return example
 
     def _parts(self, rng: np.random.Generator) -> list[str | Spoken | Sound]:
-        """What kind of prompt, who speaks, and what: texts and sounds in the order of the prompt."""
+        """Return random texts and sounds in the order of the prompt."""
         kind = rng.random()
         voices = [VOICES[n] for n in rng.permutation(len(VOICES))[: int(rng.integers(2, 4)) if kind < 0.15 else 1]]
         parts: list[str | Spoken | Sound] = ["<|im_start|>system\n"]
@@ -165,18 +165,18 @@ class Examples:
         return parts
 
     def _turn(self, voice: str, rng: np.random.Generator) -> list[Spoken]:
-        """One sentence, or now and then two or three in one breath."""
+        """Return one sentence, in one case of five two or three."""
         count = 1 if rng.random() < 0.8 else int(rng.integers(2, 4))
         return [self._pick(self.by_voice[voice], rng) for _ in range(count)]
 
     @staticmethod
     def _pick(spoken: list[Spoken], rng: np.random.Generator) -> Spoken:
-        # A copy, so that the same sentence twice in a prompt is two things.
+        # A copy: `draw` tells parts apart by identity, and a prompt may have a sentence twice.
         return replace(spoken[int(rng.integers(len(spoken)))])
 
 
 def train_lm(folder: Path, data: SpeechData, *, steps: int, seed: int = 3) -> None:
-    """Trains on all utterances that are not held out."""
+    """Train on all utterances that are not held out."""
     torch.manual_seed(seed)
     examples = Examples(folder, data)
     model = DualAr(LANGUAGE_MODEL, vocab_size=vocab_size(), semantic_begin=examples.begin, end_id=examples.end)
@@ -250,14 +250,14 @@ def train_lm(folder: Path, data: SpeechData, *, steps: int, seed: int = 3) -> No
 
 
 def some(mask: Tensor, share: float, rng: torch.Generator) -> Tensor:
-    """Indices of a random `share` of the true entries, their number rounded down to a multiple of SIZE_STEP."""
+    """Return the indices of a random `share` of the true entries. Their number is rounded down to a multiple of SIZE_STEP."""
     indices = torch.nonzero(mask)[:, 0]
     count = int(share * len(indices)) // SIZE_STEP * SIZE_STEP
     return indices[torch.randperm(len(indices), generator=rng)[:count]]
 
 
 def corrupt(prompts: Tensor, model: DualAr, rng: torch.Generator) -> Tensor:
-    """Replaces codes, frames and spans of frames by random ones; the main token follows code 0."""
+    """Replace codes, frames and spans of frames by random ones. The main token follows code 0."""
     audio = (prompts[:, :1] >= model.semantic_begin) & (prompts[:, :1] < model.semantic_begin + model.width)
     codes = prompts[:, 1:]
     spans = (torch.rand(audio.shape, generator=rng) < SPAN_NOISE).float()
@@ -270,5 +270,5 @@ def corrupt(prompts: Tensor, model: DualAr, rng: torch.Generator) -> Tensor:
 
 
 def vocab_size() -> int:
-    """Rows of the embedding table: the tokenizer's size, rounded up to 32."""
+    """Return the rows of the embedding table: the tokenizer's size, rounded up to a multiple of 32."""
     return -(-build_tokenizer().get_vocab_size() // 32) * 32

@@ -1,8 +1,8 @@
-"""Stage 1: learns the codes. A teacher of log-mels stands in for the codec's encoder, a linear layer for its decoder.
+"""Stage 1: training of the codes. A teacher with log-mels replaces the codec's encoder, and a linear layer its decoder.
 
-The quantiser in between (downsample, pre_module, codebooks, post_module, upsample) is the real one, so its codes are final after
-this stage, although no layer has yet run at the sample rate: minutes instead of hours. Stages 2 and 3 fit the decoder and the
-encoder to it, and the language model can be trained meanwhile.
+The quantiser between them (downsample, pre_module, codebooks, post_module, upsample) is the real one, so that its codes are final
+after this stage. No layer runs at the sample rate, which takes minutes instead of hours. The decoder, the language model and the
+encoder are then trained independently.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from .synth import SpeechData
 from .trainer import train
 
 SPECTRA = ((1024, 80), (640, 80), (256, 40))
-"""Window in samples and mel bands: long windows tell the pitch, short ones place the onsets."""
+"""Window in samples and mel bands. Long windows resolve the pitch, short ones the onsets."""
 CROP_FRAMES = 50
 BATCH = 32
 PLAIN_STEPS = 300
-"""Steps without quantisation before the codebooks are filled from what the teacher gives."""
+"""Steps without quantisation before the codebooks are filled from the teacher's output."""
 RESEED_EVERY = 40
 
 
 class Teacher(nn.Module):
-    """audio [batch, frames·HOP] → features [batch, latent_dim, 4·frames], causal; and log-mels to be predicted from codes."""
+    """Causal network from audio [batch, frames·HOP] to features [batch, latent_dim, 4·frames], and log-mels as targets."""
 
     def __init__(self, config: DacConfig) -> None:
         super().__init__()
@@ -46,7 +46,10 @@ class Teacher(nn.Module):
         nn.init.constant_(self.head.bias, -2.0)  # type: ignore[arg-type]
 
     def mels(self, audio: Tensor, *, ends: bool) -> Tensor:
-        """[batch, bands, steps]: windows that end with their step (input), or are centred DELAY before its end (target)."""
+        """Return log-mels [batch, bands, steps] of audio [batch, samples].
+
+        Windows end with their step (input), or have their centre DELAY samples before its end (target).
+        """
         steps = audio.shape[-1] // FEATURE_HOP
         parts = []
         for module in self.spectra:
@@ -73,12 +76,12 @@ class TokenModel(nn.Module):
             nn.init.zeros_(quantizer.out_proj.bias)  # type: ignore[arg-type]
 
     def encode(self, audio: Tensor) -> Tensor:
-        """audio float32 [batch, frames·HOP] → codes int64 [batch, codebooks, frames]."""
+        """Return codes int64 [batch, codebooks, frames] of audio float32 [batch, frames·HOP]."""
         return self.quantizer.encode(self.teacher.features(self.teacher.mels(audio, ends=True)))
 
 
 def straight_through(quantizer: VectorQuantizer, z: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Quantised features with the gradient passed through, the codebook losses, and the indices."""
+    """Return the quantised features with a straight-through gradient, the codebook loss and the indices."""
     e = quantizer.project(z)
     indices = quantizer.nearest(e)
     if (step - PLAIN_STEPS) % RESEED_EVERY == 0:
@@ -91,7 +94,7 @@ def straight_through(quantizer: VectorQuantizer, z: Tensor, step: int) -> tuple[
 
 @torch.no_grad()
 def _reseed(quantizer: VectorQuantizer, e: Tensor, indices: Tensor, *, everything: bool) -> None:
-    """Moves codebook rows that this batch did not use onto vectors of the batch."""
+    """Set codebook rows that this batch did not use, or all, to random vectors of the batch."""
     used = torch.bincount(indices.flatten(), minlength=quantizer.codebook.num_embeddings)
     dead = torch.nonzero(used == 0)[:, 0] if not everything else torch.arange(len(used))
     pool = e.transpose(1, 2).flatten(0, 1)
@@ -99,7 +102,7 @@ def _reseed(quantizer: VectorQuantizer, e: Tensor, indices: Tensor, *, everythin
 
 
 def train_tokens(folder: Path, data: SpeechData, *, steps: int, hours: float, seed: int = 1) -> None:
-    """Trains on the first `hours` of the corpus that are not held out."""
+    """Train on the first `hours` of the corpus that are not held out."""
     torch.manual_seed(seed)
     model = TokenModel()
     audio = training_audio(data, hours)
@@ -116,7 +119,7 @@ def train_tokens(folder: Path, data: SpeechData, *, steps: int, hours: float, se
         if n < PLAIN_STEPS:
             total = z
         else:
-            # Some rows stop after a few codebooks, so that the first ones learn to carry the most.
+            # Some rows use only the first codebooks, so that these learn to carry most of the information.
             depth = torch.randint(1, len(quantizer.codebooks) + 1, (BATCH,), generator=rng)
             depth[torch.rand(BATCH, generator=rng) < 0.6] = len(quantizer.codebooks)
             for i, codebook in enumerate(quantizer.codebooks):
@@ -133,7 +136,7 @@ def train_tokens(folder: Path, data: SpeechData, *, steps: int, hours: float, se
 
 
 def training_audio(data: SpeechData, hours: float) -> Tensor:
-    """int16 samples of the utterances that are not held out, one after another, up to `hours`."""
+    """Return the int16 samples of the utterances that are not held out, one after another, up to `hours`."""
     limit, pieces, total = int(hours * 3600 * SAMPLE_RATE), [], 0
     for u in data.utterances:
         if not u.held_out and total < limit:
@@ -143,6 +146,6 @@ def training_audio(data: SpeechData, hours: float) -> Tensor:
 
 
 def crops(audio: Tensor, count: int, length: int, rng: torch.Generator) -> Tensor:
-    """Random stretches of the training audio: float32 [count, length]."""
+    """Return random stretches of the training audio: float32 [count, length]."""
     starts = torch.randint(0, len(audio) - length, (count,), generator=rng)
     return torch.stack([audio[s : s + length] for s in starts.tolist()]).float() / 32768.0

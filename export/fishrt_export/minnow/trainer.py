@@ -1,4 +1,4 @@
-"""The training loop that every stage shares: seeded by step, resumable, logged as JSON lines."""
+"""The training loop of every stage: seeded by step, resumable, logged as JSON lines."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ def train(
     log_every: int = 25,
     seed: int = 1,
 ) -> None:
-    """Minimises `step(...)["loss"]` over the parameters of `modules`; continues from `folder/name.pt` where it exists.
+    """Minimise `step(...)["loss"]` over the parameters of `modules`. Resumes from `folder/name.pt` if it exists.
 
-    The learning rate stays where it is, then falls by a cosine over the last `decay` share of the steps. Of the parameters,
-    `matrices` are left to Muon and the rest to AdamW. `step` is given the step number and a generator seeded from it, so that a
-    resumed run sees the data an unbroken one would.
+    The learning rate is constant after `warmup` steps, and falls as a cosine over the last `decay` share of the steps. Muon
+    trains `matrices`, and AdamW the other parameters. `step` receives the step number and a generator seeded from it, so that a
+    resumed run has the same data as an unbroken one.
     """
     parameters = [p for p in modules.parameters() if p.requires_grad]
     chosen = {id(p) for p in matrices}
@@ -81,7 +81,7 @@ def train(
 
 
 def save(path: Path, state: object) -> None:
-    """Writes aside and renames, so that an interrupted save never replaces a good file."""
+    """Write a temporary file and rename it, so that an interrupted save never replaces a good file."""
     aside = path.with_suffix(".tmp")
     torch.save(state, aside)
     aside.replace(path)
