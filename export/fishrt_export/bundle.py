@@ -12,7 +12,7 @@ import shutil
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -33,7 +33,7 @@ from .codec.start import write_start
 from .errors import ExportError
 from .files import TOKENIZER, checkpoint_name
 from .graphs import LanguageModelSource, open_language_model
-from .job import GraphJob, Made
+from .job import GraphJob, Made, Progress
 from .licence import copy_licence
 from .lora import Lora
 from .recipe import Recipe, Storage, main_precision
@@ -48,9 +48,6 @@ BASE_MEMORY = 300_000_000
 
 _TRACING = {"codec_encode": 60_000_000, "codec_decode": 150_000_000, "slow_ar": 80_000_000, "fast_ar": 40_000_000}
 """Time to trace each graph of any size, as the number of weights that are written and verified in that time."""
-
-Progress = Callable[[str, float], None]
-"""Callback that receives the name of a stage as it begins, and the completed part of the export, 0..1."""
 
 
 def export_bundle(
@@ -117,7 +114,7 @@ def export_bundle(
     try:
         draft.check()
     except BundleError as error:
-        raise ExportError(f"{checkpoint} cannot become a bundle: {error}", hint="are all files of one checkpoint?") from None
+        raise ExportError(f"{checkpoint} cannot become a bundle: {error}", hint="take all files from one checkpoint") from None
     decode = next(job for job in jobs if job.role == "codec_decode")
     check_target(static, decode.spec)
     if codec_int8:
@@ -205,7 +202,9 @@ def _written_aside(out: Path) -> Iterator[Path]:
         except BaseException as error:
             shutil.rmtree(aside, ignore_errors=True)
             if isinstance(error, OSError) and not isinstance(error, FishrtError):
-                raise ExportError(f"{out} cannot be written: {error}", hint="is there room, and may you write there?") from error
+                raise ExportError(
+                    f"{out} cannot be written: {error}", hint="check the free space and your permissions"
+                ) from error
             raise
 
 

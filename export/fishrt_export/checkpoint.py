@@ -140,10 +140,12 @@ def read_tensors(path: Path) -> Mapping[str, Any]:
     if isinstance(data, Mapping) and isinstance(data.get("state_dict"), Mapping):
         data = data["state_dict"]
     if not isinstance(data, Mapping) or not data:
-        raise ExportError(f"{path} holds {type(data).__name__}, not named tensors", hint="is this the right file?")
+        raise ExportError(f"{path} holds {type(data).__name__}, not named tensors", hint="take the publisher's file instead")
     for name in data:
         if not isinstance(name, str):
-            raise ExportError(f"{path} holds an entry named {name!r}, which is not text", hint="is this the right file?")
+            raise ExportError(
+                f"{path} holds an entry named {name!r}, which is not text", hint="take the publisher's file instead"
+            )
     return data
 
 
@@ -185,7 +187,7 @@ def _renamed(tensors: Mapping[str, Any], names: Mapping[str, str], path: Path) -
         return tensors
     if len(set(names.values())) < len(names):
         twice = sorted({new for new in names.values() if list(names.values()).count(new) > 1})
-        raise ExportError(f"{path} holds several tensors for one name: {listed(twice)}", hint="which of them is meant?")
+        raise ExportError(f"{path} holds several tensors for one name: {listed(twice)}", hint="keep one of them")
     if isinstance(tensors, Lazy):
         found = makers(tensors)
         return Lazy({new: found[name] for name, new in names.items()})
@@ -195,7 +197,9 @@ def _renamed(tensors: Mapping[str, Any], names: Mapping[str, str], path: Path) -
 def only_tensors(data: Mapping[str, Any], source: str) -> dict[str, Tensor]:
     """Return the entries, float64 as float32. Raises ExportError that lists all that are not dense tensors."""
     if others := [str(name) for name, value in data.items() if not isinstance(value, Tensor) or value.layout != torch.strided]:
-        raise ExportError(f"{source} holds entries that are not tensors: {listed(others)}", hint="is this the right file?")
+        raise ExportError(
+            f"{source} holds entries that are not tensors: {listed(others)}", hint="take the publisher's file instead"
+        )
     return {name: _narrow(value) for name, value in data.items()}
 
 

@@ -63,7 +63,7 @@ def reading(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise ExportError(
-            f"{path} cannot be read: {error.strerror or error}", hint="does it still exist, and may you read it?"
+            f"{path} cannot be read: {error.strerror or error}", hint="check that it still exists and that you may read it"
         ) from None
 
 

@@ -139,12 +139,12 @@ def find_ids(config: Mapping[str, Any], vocabulary: Mapping[str, int], vocab_siz
     """
     semantic = _one_id(vocabulary) if family.one_semantic else _many_ids(config, vocabulary)
     if END not in vocabulary:
-        raise ExportError(f"the tokenizer has no {END}", hint="is it the tokenizer of this checkpoint?")
+        raise ExportError(f"the tokenizer has no {END}", hint="take the tokenizer of this checkpoint")
     largest = max(*vocabulary.values(), semantic[-1])
     if largest >= vocab_size:
         raise ExportError(
             f"the tokenizer has {len(vocabulary)} tokens and ids up to {largest}, but config.json a vocab_size of {vocab_size}",
-            hint="is it the tokenizer of this checkpoint?",
+            hint="take the tokenizer of this checkpoint",
         )
     if vocab_size - len(vocabulary) > max(SPARE_TOKENS, vocab_size // 10):
         log.warning(
@@ -158,7 +158,7 @@ def find_ids(config: Mapping[str, Any], vocabulary: Mapping[str, int], vocab_siz
 
 def _one_id(vocabulary: Mapping[str, int]) -> range:
     if SEMANTIC not in vocabulary:
-        raise ExportError(f"the tokenizer has no {SEMANTIC}", hint="is it the tokenizer of this checkpoint?")
+        raise ExportError(f"the tokenizer has no {SEMANTIC}", hint="take the tokenizer of this checkpoint")
     return range(vocabulary[SEMANTIC], vocabulary[SEMANTIC] + 1)
 
 

@@ -21,7 +21,7 @@ from .verify import Case, Margins, verify
 from .weights import load
 
 Progress = Callable[[str, float], None]
-"""Callback that receives the name of the stage and the completed part of the job, 0..1."""
+"""Callback that receives the name of the stage and the completed part of the job or of the export, 0..1."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,7 +45,7 @@ class Lora:
 
 
 def merge(weights: Mapping[str, Tensor], lora: Lora) -> Mapping[str, Tensor]:
-    """The weights, by flat names, with those of the trained modules changed; these become float32, as rounding would undo them.
+    """Return the weights by flat names with the LoRA merged. Those of the trained modules are float32, so that no change is lost.
 
     Raises one ExportError that lists everything in which the LoRA does not fit the model.
     """

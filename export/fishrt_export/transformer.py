@@ -46,7 +46,7 @@ class Attention(nn.Module):
         self.q_norm, self.k_norm = norms
 
     def forward(self, x: Tensor, step: Step, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns the output and the updated caches."""
+        """Return the output and the updated caches."""
         heads = self.wqkv(x).unflatten(-1, (-1, self.head_dim)).split([self.heads, self.kv_heads, self.kv_heads], dim=2)
         q, k, v = (part.transpose(1, 2) for part in (self.q_norm(heads[0]), self.k_norm(heads[1]), heads[2]))
         q, k = (apply_rope(part, step.cos, step.sin, step.position_ids) for part in (q, k))
@@ -66,7 +66,7 @@ class Block(nn.Module):
         self.attention_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
 
     def forward(self, x: Tensor, step: Step, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns the output and the updated caches."""
+        """Return the output and the updated caches."""
         y, keys, values = self.attention(self.attention_norm(x), step, keys, values)
         x = x + y
         return x + cast(Tensor, self.feed_forward(self.ffn_norm(x))), keys, values

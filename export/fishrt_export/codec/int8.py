@@ -82,7 +82,7 @@ def check_codec(kind: str) -> None:
     if kind != "dac":
         raise ExportError(
             f"--codec-int8 is not for a codec of the kind {kind!r}: its loss of quality was measured for DACs only",
-            hint="leave it out",
+            hint="leave --codec-int8 out",
         )
 
 

@@ -98,8 +98,8 @@ def read_stored_codec(files: CodecFiles) -> dict[str, Tensor]:
     if len(parts) != 1:
         raise ExportError(
             f"{files.weights} holds {'parts of two codecs' if parts else 'no codec'}: "
-            "it has encoder.*, quantizer.* and decoder.*, or backbone.*, quantizer.* and head.*",
-            hint="is this the right file?",
+            "a codec has encoder.*, quantizer.* and decoder.*, or backbone.*, quantizer.* and head.*",
+            hint="give the publisher's file of the codec",
         )
     kept = {name: value for name, value in data.items() if name.startswith(parts[0] + _BOTH) and not _is_ignored(name)}
     return only_tensors(kept, str(files.weights))
