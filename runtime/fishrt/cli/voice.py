@@ -159,7 +159,7 @@ def list_voices(voice_dir: Path | None, bundle: Path | None, as_json: bool) -> N
 @bundle_option
 @json_option
 def show(name: str, voice_dir: Path | None, bundle: Path | None, as_json: bool) -> None:
-    """Show the codec, the length and the transcript of voice NAME: yours, else the bundle's."""
+    """Show the codec, the length and the transcript of voice NAME. Yours is shown if the bundle has one of that name, too."""
     loaded = _bundle_if_any(bundle)
     store = find_voice(name, user_store(voice_dir), loaded)
     # A recording of another program has no codes yet; without a bundle `load` says so.
