@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import synthetic
-from fishrt_export.checkpoint import LANGUAGE_MODEL_PARTS, find_codec, find_language_model, read_weights, unwrap
+from fishrt_export.checkpoint import LANGUAGE_MODEL_PARTS, find_codec, find_language_model, read_tensors, read_weights, unwrap
 from fishrt_export.config import read_config
 from fishrt_export.errors import ExportError
 from fishrt_export.families import S2
@@ -518,3 +518,22 @@ def test_only_weights_are_read_from_the_flat_form(tmp_path: Path) -> None:
     weights = random_weights(PLAIN)
     write_flat(tmp_path, PLAIN, weights)
     assert read_weights(tmp_path / "model.pth").keys() == weights.keys()
+
+
+@pytest.mark.parametrize("length", [0x3C, 0x3C20])
+def test_a_header_length_that_looks_like_a_web_page(tmp_path: Path, length: int) -> None:
+    """The first bytes of a safetensors file are a number, which may begin with "<", or with a space before it."""
+    table = json.dumps({"layers.a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}, separators=(",", ":"))
+    header = table.replace("layers.a", "a").ljust(length) if length < 100 else table.ljust(length)
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(length.to_bytes(8, "little") + header.encode() + bytes(4))
+    assert path.read_bytes().lstrip().startswith(b"<")
+    assert [tensor.tolist() for tensor in read_tensors(path).values()] == [[0.0]]
+
+
+def test_names_that_are_too_long(tmp_path: Path) -> None:
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"layers.a": "x" * 300}}), encoding="utf-8")
+    for read in (lambda: read_weights(index), lambda: find_codec(Path("x" * 300))):
+        with pytest.raises(ExportError, match="File name too long"):
+            read()

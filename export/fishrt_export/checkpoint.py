@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .content import DAMAGED, is_safetensors, read_json
+from .content import DAMAGED, is_safetensors, read_json, reading
 from .errors import ExportError, listed
 from .files import CODEC, CODEC_CONFIG, CONFIG, FIREFLY, INDEX, PICKLE, SINGLE, TIKTOKEN, TOKENIZER, read_places
 from .lazy import Lazy, Maker, makers
@@ -209,8 +209,10 @@ def _narrow(tensor: Tensor) -> Tensor:
 
 
 def _require_folder(folder: Path) -> None:
-    if not folder.is_dir():
-        fault = "is a file, not a folder" if folder.exists() else "does not exist"
+    with reading(folder):
+        there, exists = folder.is_dir(), folder.exists()
+    if not there:
+        fault = "is a file, not a folder" if exists else "does not exist"
         raise ExportError(f"{folder} {fault}", hint="give the folder of an official checkpoint, or OWNER/NAME of the Hub")
 
 
@@ -228,7 +230,9 @@ def _find_in_shards(index: Path) -> dict[str, Maker]:
     shards = sorted(set(places.values()))
     if outside := [name for name in shards if PurePath(name).name != name]:
         raise ExportError(f"{index} names shards outside its folder: {listed(outside)}")
-    if missing := [name for name in shards if not (index.parent / name).is_file()]:
+    with reading(index.parent):
+        missing = [name for name in shards if not (index.parent / name).is_file()]
+    if missing:
         raise ExportError(f"{index.parent} lacks shards that {INDEX} names: {listed(missing)}", hint="download them too")
     tensors: dict[str, Maker] = {}
     for shard in shards:

@@ -6,6 +6,7 @@ The latter are git-lfs pointers, web pages, messages of a server and weights of 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -48,12 +49,17 @@ def is_safetensors(path: Path) -> bool:
     """Return whether a file of weights is in the safetensors format; if not, it is torch's. Raises ExportError for others."""
     with reading(path), path.open("rb") as file:
         start = file.read(_START)
+        size = file.seek(0, os.SEEK_END)
+    # The JSON header follows its own length, 8 bytes. The first of these may be a space or "<", but as the length that 8 bytes of
+    # text stand for, it would be beyond the size of any file.
+    if start[8:9] == b"{" and int.from_bytes(start[:8], "little") < size:
+        return True
     _refuse_stand_ins(path, start)
     if start.startswith(b"GGUF"):
         raise ExportError(f"{path} is a GGUF file, which is not supported", hint="export the checkpoint that it was made from")
     if line := _first_line(start):
         raise ExportError(f"{path} cannot be read: it is text, not weights: {line[:80]!r}", hint=DAMAGED)
-    return start[8:9] == b"{"  # the JSON header follows its own length, 8 bytes
+    return start[8:9] == b"{"  # cut off
 
 
 @contextmanager
