@@ -1,8 +1,8 @@
-"""Audio files as bytes: where one ends and the next of a joined file begins, and lengths that a header states wrongly.
+"""Audio files as bytes: the borders of joined files, and headers that state a wrong length.
 
-Streams are written before anybody knows their length, recorders stop half-way, and `cat a.mp3 b.mp3` is a common way to join
-recordings. libsndfile believes the header in all of these cases and gives no more samples than it names. So every length that
-could be too small is replaced by "unknown" before libsndfile sees it, and joined files are read part by part.
+Streams are written before their length is known, recorders stop half-way, and `cat a.mp3 b.mp3` is a common way to join
+recordings. In all of these cases, libsndfile reads no more samples than the header states. So every length that could be too
+small is replaced by "unknown" before libsndfile sees it, and joined files are read part by part.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _ID3 = re.compile(rb"ID3..[\x00-\xff]([\x00-\x7f]{4})", re.DOTALL)
 _BEGINNINGS = [
     re.compile(pattern, re.DOTALL) for pattern in (rb"RIFF.{4}WAVE", rb"FORM.{4}AIF[FC]", rb"fLaC[\x00\x80]\x00\x00\x22")
 ]
-"""Apart, since each begins with letters that are found ten times as fast as one of several."""
+"""Separate patterns: a search for fixed first letters is ten times as fast as one for alternatives."""
 _OGG_PAGE = re.compile(rb"OggS\x00(.).{20}(.)", re.DOTALL)
 _OGG_BEGINS = 2
 """The flag of a page that begins a stream."""
@@ -26,17 +26,17 @@ _MP3_KBITS = (
     (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
     (0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),
 )
-"""Bit rates of layer III by their index: of MPEG 2 and 2.5, and of MPEG 1 (ISO/IEC 11172-3 and 13818-3)."""
+"""Bit rates of layer III in kbit/s by index: MPEG 2 and 2.5, then MPEG 1 (ISO/IEC 11172-3 and 13818-3)."""
 _MP3_COUNT = re.compile(rb"Xing|Info|VBRI")
 _MP3_COUNT_WITHIN = 4096
-"""Bytes from the first frame within which a count of all frames stands, if there is one."""
+"""Bytes from the first frame within which a file has its count of frames, if it has one."""
 _MP3_COUNT_BYTES = 156
 
 
 def split_joined(data: memoryview) -> list[memoryview]:
-    """The files that `data` joins, one after the other; most often one. The borders of chained Ogg streams are among them.
+    """Return the files that `data` joins, most often one. Chained Ogg streams are separate files.
 
-    MP3 files of one rate and number of channels stay together: decoders read on.
+    MP3 files of one rate and number of channels stay together: decoders read all of them.
     """
     if bytes(data[:4]) == b"OggS":
         starts = list(_ogg_chains(data))
@@ -47,7 +47,7 @@ def split_joined(data: memoryview) -> list[memoryview]:
 
 
 def forget_length(data: memoryview) -> memoryview:
-    """Change the header of one wav, FLAC or AU file in place, so that it is read to its end. Returns the part to read."""
+    """Change the header of one wav, FLAC or AU file in place, so that it is read to its end. Return the part to read."""
     start = after_id3(data)
     if bytes(data[:4]) == b"RIFF" and bytes(data[8:12]) == b"WAVE":
         _forget_wav_length(data)
@@ -57,7 +57,7 @@ def forget_length(data: memoryview) -> memoryview:
             return data
         data[start + 21] &= 0xF0
         data[start + 22 : start + 26] = bytes(4)
-        if bytes(data[-128:-125]) == b"TAG":  # ID3v1, which the decoder takes for a damaged frame
+        if bytes(data[-128:-125]) == b"TAG":  # ID3v1, which the decoder mistakes for a damaged frame
             return data[:-128]
     elif bytes(data[:4]) in (b".snd", b"dns.") and len(data) >= 12:
         data[8:12] = _UNKNOWN
@@ -65,7 +65,7 @@ def forget_length(data: memoryview) -> memoryview:
 
 
 def after_id3(data: memoryview, start: int = 0) -> int:
-    """Where the ID3v2 tags end that stand at `start`, in front of a file."""
+    """Return the offset after the ID3v2 tags at `start`; `start` if there are none."""
     end = start
     while match := _ID3.match(data, end):
         size = 0
@@ -76,10 +76,10 @@ def after_id3(data: memoryview, start: int = 0) -> int:
 
 
 def take_mp3_count(data: memoryview) -> tuple[int, slice, bytes] | None:
-    """Make an MP3 file forget how many frames it has. None where it does not tell.
+    """Clear the count of frames in the header of an MP3 file; return None if there is no such header.
 
-    Returns the count (0 for a header without one), and place and bytes of what was cleared: with these back in place, decoders
-    also cut off the silence that the encoder added at both ends.
+    Return the count (0 for a header without one), and the place and the bytes that were cleared. With these bytes restored,
+    decoders also cut off the silence that the encoder added at both ends.
     """
     start = after_id3(data)
     match = _MP3_COUNT.search(data, start, start + _MP3_COUNT_WITHIN)
@@ -87,8 +87,8 @@ def take_mp3_count(data: memoryview) -> tuple[int, slice, bytes] | None:
         return None
     place = slice(match.end(), min(match.end() + _MP3_COUNT_BYTES, len(data)))
     kept = bytes(data[place])
-    # Xing: flags, of which 1 stands for a count of frames, then the count. VBRI: version, delay and quality in 2 bytes each, a
-    # size in 4, then the count.
+    # Xing: flags, of which 1 means a count of frames, then the count. VBRI: version, delay and quality in 2 bytes each, a size in
+    # 4, then the count.
     counted = match.group() == b"VBRI" or bool(kept[3:4] and kept[3] & 1)
     at = 10 if match.group() == b"VBRI" else 4
     data[place] = bytes(len(kept))
@@ -96,7 +96,7 @@ def take_mp3_count(data: memoryview) -> tuple[int, slice, bytes] | None:
 
 
 def _ogg_chains(data: memoryview) -> Iterator[int]:
-    """Where a page begins a stream and the page before it did not: streams that play at the same time begin together."""
+    """Yield the offset of each page that begins a stream after one that does not: simultaneous streams begin together."""
     began, at = False, 0
     while match := _OGG_PAGE.search(data, at):
         begins = bool(match.group(1)[0] & _OGG_BEGINS)
@@ -108,14 +108,14 @@ def _ogg_chains(data: memoryview) -> Iterator[int]:
 
 
 def _mp3_streams(data: memoryview) -> Iterator[int]:
-    """Where the MP3 frames of another rate or number of channels begin: decoders stop there. Nothing for other files."""
+    """Yield the offsets at which MP3 frames change rate or number of channels: decoders stop there. None for other files."""
     at, kind = 0, None
     if _mp3_frame(data, after_id3(data)) is None:
         return
     while match := _MP3_SYNC.search(data, frames := after_id3(data, at)):
         begins = match.start()
         frame = _mp3_frame(data, begins)
-        # Two bytes of sound or of a tag can look like the begin of a frame, but hardly like that of two.
+        # Two bytes of sound or of a tag can look like a frame header; a second header in the right place is unlikely.
         if frame and (begins != frames or frame[0] != kind):
             after = _mp3_frame(data, begins + frame[1])
             frame = frame if after and after[0] == frame[0] else None
@@ -129,7 +129,7 @@ def _mp3_streams(data: memoryview) -> Iterator[int]:
 
 
 def _mp3_frame(data: memoryview, at: int) -> tuple[tuple[int, bool], int] | None:
-    """The rate in Hz and whether it is mono, and the size in bytes, of the layer III frame at `at`; None if there is none."""
+    """Return ((rate in Hz, whether it is mono), size in bytes) of the layer III frame at `at`; None if there is none."""
     header = bytes(data[at : at + 4])
     if len(header) < 4 or not _MP3_SYNC.match(header):
         return None
@@ -142,7 +142,7 @@ def _mp3_frame(data: memoryview, at: int) -> tuple[tuple[int, bool], int] | None
 
 
 def _forget_wav_length(data: memoryview) -> None:
-    """Chunks behind the sound stay chunks."""
+    """Make the length of the data chunk unknown, unless other chunks follow it."""
     at = 12
     while at + 8 <= len(data):
         name, size = struct.unpack_from("<4sI", data, at)

@@ -54,7 +54,7 @@ class Rules:
 
 
 class Drawer(Protocol):
-    """Draws columns."""
+    """A drawer of columns."""
 
     resident: tuple[str, ...]
     """Names of the slow AR's results that may stay on the device."""

@@ -25,7 +25,7 @@ class Reporter:
 
     INTERVAL_S = 5.0
     STILL_S = 15.0
-    """Seconds between two lines about a stage that stands still."""
+    """Seconds between two lines about a stage without progress."""
 
     def __init__(self, *, quiet: bool) -> None:
         self._quiet = quiet
