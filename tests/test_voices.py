@@ -10,7 +10,8 @@ import pytest
 import soundfile
 
 from fishrt.bundle import Bundle
-from fishrt.errors import AudioError, OutputError, PromptError, VoiceError
+from fishrt.errors import ArgumentError, AudioError, OutputError, PromptError, VoiceError
+from fishrt.features import Reads
 from fishrt.loudness import Loudness, measure
 from fishrt.recordings import doubts
 from fishrt.voice_store import VoiceStore, find_voice
@@ -200,6 +201,20 @@ def test_doubts(pcm, text, says):
     lm = language_model(voice_seconds=(2.0, 5.0))
     found = list(doubts(pcm, RATE, text, lm))
     assert [says in doubt for doubt in found] == ([] if says is None else [True])
+
+
+def test_a_transcript_that_the_model_does_not_read_well_is_doubted():
+    lm = language_model(voice_seconds=(2.0, 5.0), reads=Reads(("en",), None, ()))
+    said = "Маленькая собака бежит."
+    assert [
+        doubt.startswith("has a transcript that this model does not read well") for doubt in doubts(SPEECH, RATE, said, lm)
+    ] == [True]
+    assert not list(doubts(SPEECH, RATE, SAID, lm))
+
+
+def test_audio_of_another_type_is_named():
+    with pytest.raises(ArgumentError, match="audio is a ndarray"):
+        Voice.from_audio(FakeTts(manifest()), tone(1.0), "x")
 
 
 def test_the_length_that_suits_the_model_is_told():

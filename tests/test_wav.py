@@ -92,7 +92,7 @@ def test_only_wav_and_bare_samples_can_grow(fake):  # noqa: F811
 
 def test_what_was_not_spoken_is_told(fake):  # noqa: F811
     fake.stop_reason = "max_frames"
-    assert "cut off by the limit of frames" in run("speak", "Hi.", "--stream", "-o", "a.wav").stderr
+    assert "cut off by the limit of its length" in run("speak", "Hi.", "--stream", "-o", "a.wav").stderr
 
 
 def test_a_listener_who_leaves_ends_the_work(fake, monkeypatch):  # noqa: F811

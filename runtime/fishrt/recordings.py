@@ -11,6 +11,7 @@ from .arrays import Pcm
 from .errors import AudioError, VoiceError
 from .features import Codec, LanguageModel
 from .loudness import measure
+from .reading import unread
 
 MIN_SECONDS = 0.2
 SILENCE = 1e-3
@@ -72,6 +73,8 @@ def doubts(pcm: Pcm, rate: int, transcript: str, lm: LanguageModel) -> Iterator[
     if not _SLOWEST <= sum(map(_letters, transcript)) / seconds <= _FASTEST:
         letters = sum(char.isalnum() for char in transcript)
         yield f"has {seconds:.1f} s for {letters:,} letters of transcript; is every word of it there, and no other?"
+    if lm.reads is not None and (found := unread(transcript, lm.reads)):
+        yield f"has a transcript that this model does not read well: {'; '.join(found)}"
 
 
 def _letters(char: str) -> float:

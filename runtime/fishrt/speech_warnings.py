@@ -29,7 +29,7 @@ def piece_warnings(pieces: Sequence[PieceInfo], of: int) -> list[str]:
     of: number of all pieces of text.
     """
     ways = {
-        "cut off by the limit of frames (max_frames)": [p.frames > 0 and p.stop_reason == "max_frames" for p in pieces],
+        "cut off by the limit of its length": [p.frames > 0 and p.stop_reason == "max_frames" for p in pieces],
         "cut off at the end of the model's context (max_seq_len)": [
             p.frames > 0 and p.stop_reason == "max_seq_len" for p in pieces
         ],

@@ -14,7 +14,7 @@ import numpy as np
 from .arrays import Ints, Pcm
 from .bundle import Bundle, Manifest, embedded_bundle
 from .codec import check_entries, check_integers
-from .errors import FishrtError, VoiceError
+from .errors import ArgumentError, FishrtError, VoiceError
 from .loudness import Loudness
 from .recordings import check_recording, doubts, most_seconds
 from .text import check_unicode, speakable
@@ -71,10 +71,12 @@ class Voice:
         recording are logged as warnings.
         Raises AudioError for a recording that cannot be read, is no such array or rate, has samples that are not numbers or far
         outside −1..1, is shorter than 0.2 s or is longer than the model takes; VoiceError for silence, or a transcript with
-        nothing to speak; PromptError for a transcript that the model cannot read.
+        nothing to speak; PromptError for a transcript that the model cannot read; ArgumentError for audio of another type.
         """
         from .audio import read_audio
 
+        if not isinstance(audio, (str, Path, tuple)):
+            raise ArgumentError(f"audio is a {type(audio).__name__}", hint="give a file, or samples with their rate: (pcm, rate)")
         _check_transcript(transcript, name)
         tts.check_transcript(transcript, f"the transcript of voice {name!r}")
         manifest = tts.bundle.manifest
