@@ -51,7 +51,7 @@ def on_page_markdown(markdown: str, config: MkDocsConfig, **_: Any) -> str:
 
 def help_texts(command: click.Command, path: str, parent: click.Context | None = None) -> Iterator[tuple[str, str]]:
     """Yield the path of a command and its help, then those of its subcommands, in the order of the help."""
-    settings = {**command.context_settings, "terminal_width": 100}
+    settings = {**command.context_settings, "terminal_width": 80}
     context = click.Context(command, info_name=path.split()[-1], parent=parent, **settings)
     yield path, command.get_help(context)
     if isinstance(command, click.Group):

@@ -236,8 +236,8 @@ def test_the_report_judges() -> None:
         ("fast_ar.d", "fp32", None, 0.0, ""),
     )
     assert usual.summary() == [
-        "int4: 2 of 5 layers, error 10.0% on average, 12.0% at most (slow_ar.b): usual, which is up to 13%",
-        "int8: 1 of 5 layers, error 1.0% on average, 1.0% at most (fast_ar.c): usual, which is up to 2%",
+        "int4: 2 of 5 layers, error 10.0% on average, 12.0% at most (slow_ar.b), within the usual 13%",
+        "int8: 1 of 5 layers, error 1.0% on average, 1.0% at most (fast_ar.c), within the usual 2%",
         "left in fp16: 1 of 5 layers, tables",
         "left in fp32: 1 of 5 layers",
     ]

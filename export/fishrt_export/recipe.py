@@ -67,7 +67,7 @@ class Recipe:
                 linear = isinstance(part, nn.Linear)
                 precision, reason = self._usual(role, path), ""
                 if precision in BITS and not linear:
-                    reason = "tables of embeddings, which are looked up in"
+                    reason = "embedding tables, of which only single rows are read"
                     precision = "fp16" if weights[role][f"{path}.weight"].dtype == torch.float32 else "fp32"
                 for pattern, kept in self.keep.items():
                     if fnmatchcase(f"{role}.{path}", pattern.removesuffix(".weight")) and (linear or kept not in BITS):

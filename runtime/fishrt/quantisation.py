@@ -65,7 +65,7 @@ class Quantisation:
                 better = "int8" if precision == "int4" else "fp16"
                 lines.append(f"  more than the usual {USUAL[precision]:.0%}: {names}{more}; --keep NAME={better} helps")
             elif precision in USUAL:
-                lines[-1] += f": usual, which is up to {USUAL[precision]:.0%}"
+                lines[-1] += f", within the usual {USUAL[precision]:.0%}"
         kept = Counter((layer.precision, layer.reason) for layer in self.layers if not layer.block)
         lines += [
             f"left in {precision}: {count} of {len(self.layers)} layers" + (f", {reason}" if reason else "")

@@ -48,7 +48,7 @@ def _audio_formats() -> str:
     known: dict[str, Any] = soundfile.available_formats()
     return (
         ", ".join(name for name in ("WAV", "FLAC", "OGG", "MP3", "AIFF") if name in known)
-        + f" ({soundfile.__libsndfile_version__})"
+        + f" (libsndfile {soundfile.__libsndfile_version__})"
     )
 
 

@@ -75,8 +75,8 @@ def _parse_keep(_ctx: click.Context, _param: click.Parameter, values: tuple[str,
     metavar="NAME=PRECISION",
     multiple=True,
     callback=_parse_keep,
-    help="Store some layers in another precision: 'slow_ar.layers.0.*=int8', fast_ar.output=fp32. May be given several times; of "
-    "those that match a layer the last one counts.",
+    help="Store some layers in another precision: 'slow_ar.layers.0.*=int8', fast_ar.output=fp32. May be given several times: "
+    "the last one that matches a layer counts.",
 )
 @click.option(
     "--static",

@@ -75,7 +75,7 @@ def _describe(bundle: Bundle) -> list[str]:
     if ras := s.repetition_aware:
         sampling += f"; repeats within {ras.window} frames drawn again at temperature {ras.temperature:g}, top-p {ras.top_p:g}"
     if penalty := s.repetition_penalty:
-        sampling += f"; tokens of the last {penalty.window} frames penalised by {penalty.penalty:g}"
+        sampling += f"; repetition penalty {penalty.penalty:g} over the last {penalty.window} frames"
     report = read_quantisation(bundle)
     stored = {role: (report and report.precisions(role)) or precision for role, precision in m.precision.items()}
     lines = [
@@ -83,7 +83,7 @@ def _describe(bundle: Bundle) -> list[str]:
         f"family        {m.family or 'not stated: the bundle is of an earlier version'}",
         f"recipe        {m.recipe or 'not stated'}",
         f"path          {bundle.path}",
-        f"size          {size(m.total_bytes)} in {len(m.files)} files",
+        f"size          {size(m.total_bytes)} in {len(m.files)} files, without manifest.json",
         f"exported by   {m.exported_by} (schema {m.schema})",
         f"memory        {size(need.speaking)} of weights to speak, {size(need.encoding)} more to make voices",
         f"              {size(need.cache)} for {CACHE_POSITIONS:,} positions of context, {size(need.state)} for other state",
@@ -130,5 +130,5 @@ def _tensorrt(findings: Mapping[str, list[Finding]]) -> list[str]:
         alike: dict[Finding, list[Finding]] = {}
         for finding in found:
             alike.setdefault(dataclasses.replace(finding, node=""), []).append(finding)
-        lines += [f"    {first}" + (f", and {len(others)} alike" if others else "") for first, *others in alike.values()]
+        lines += [f"    {first}" + (f", and {len(others)} more like it" if others else "") for first, *others in alike.values()]
     return lines

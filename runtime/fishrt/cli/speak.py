@@ -75,7 +75,8 @@ _NOTES = 5
     "names",
     multiple=True,
     metavar="NAME",
-    help="A voice of yours or of the bundle; see `fishrt voice list`. Repeat it for speakers 1, 2, …",
+    help="A voice of yours or of the bundle; see `fishrt voice list`. The first one is speaker 0; repeat the "
+    "option for speakers 1, 2, …",
 )
 @voice_dir_option
 @click.option(

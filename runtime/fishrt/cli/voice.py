@@ -186,7 +186,7 @@ def remove(name: str, voice_dir: Path | None, as_json: bool) -> None:
     if as_json:
         print_json({"name": name})
     else:
-        say(f"removed {name} from {store.folder}")
+        say(f"Removed voice {name} from {store.folder}")
 
 
 def _bundle_if_any(path: Path | None) -> Bundle | None:
