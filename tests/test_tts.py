@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 from fakes import FakeEngine, expected_codes, fake_bundle, fake_engines
 from fishrt import TTS, FishrtError, Sampling, Voice
 from fishrt.bundle import embedded_bundle
+from fishrt.context import ContextStore
 from fishrt.errors import AudioError, BundleError, GraphError, PromptError, ProviderError, SamplingError, VoiceError
 from fishrt.features import RepetitionPenalty
 from fishrt.sampling import audio_ids
@@ -378,3 +380,14 @@ def test_a_repetition_penalty_is_the_bundles_or_the_requests(tts: TTS, tmp_path:
     own = fake_tts(tmp_path / "own", language_model=replace(LM, sampling=rules))
     assert own.speak("Hello!").info.sampling.repetition_penalty == 1.3
     assert own.speak("Hello!", sampling=Sampling(repetition_penalty=1.1)).info.sampling.repetition_penalty == 1.1
+
+
+def test_reading_a_voice_counts_as_work_of_the_language_model(tts: TTS, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = ContextStore.context
+
+    def slow(store: ContextStore, *args: Any) -> Any:
+        time.sleep(0.05)
+        return read(store, *args)
+
+    monkeypatch.setattr(ContextStore, "context", slow)
+    assert tts.speak("Hi.", seed=1).info.timings.language_model_s > 0.05

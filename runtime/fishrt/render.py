@@ -98,6 +98,7 @@ def _draw(
     model = models.language_model
     rate, lm, noise = models.codec.frame_rate, model.language_model, SeededNoise(request.seed)
     total, begun = itertools.count(1), time.perf_counter()
+    started = begun  # reading the voices counts as drawing of the first chunk
     with memory_errors():
         context = models.contexts.context(model.slow, request.conversation.head)
 
@@ -111,7 +112,6 @@ def _draw(
             yield frame
 
     for piece, text in enumerate(request.pieces):
-        started = time.perf_counter()
         with memory_errors():
             generation = generate_frames(
                 model,
