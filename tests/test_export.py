@@ -25,11 +25,13 @@ from fishrt.errors import AudioError, BundleError, FishrtError, OutputError
 from fishrt.features import Reads, SamplingDefaults
 from fishrt_engines.trt_rules import Finding
 from fishrt_export import export_bundle
+from fishrt_export.bundle import warn_of_unknown_codes
 from fishrt_export.errors import ExportError
 from fishrt_export.families import S2
 from fishrt_export.files import DEFAULTS
 from fishrt_export.graphs import open_language_model
 from fishrt_export.job import Made, Progress
+from helpers_text import language_model
 from synthetic import EVERYTHING, random_weights, write_nested, write_reference
 
 ROLES = ("slow_ar", "fast_ar", "codec_encode", "codec_decode")
@@ -378,3 +380,10 @@ def skip_tracing(monkeypatch: pytest.MonkeyPatch, findings: dict[str, list[Findi
     monkeypatch.setattr(fishrt_export.job.GraphJob, "run", run)
     monkeypatch.setattr(fishrt_export.bundle, "write_start", lambda *_: None)
     monkeypatch.setattr(fishrt_export.bundle, "tensorrt_findings", lambda _bundle: findings or {})
+
+
+@pytest.mark.parametrize(("codes", "count"), [(160, 0), (161, 1)])
+def test_codes_that_the_model_has_no_tokens_for_are_a_warning(codes: int, count: int, caplog: pytest.LogCaptureFixture) -> None:
+    lm = replace(language_model(), semantic_begin_id=100, semantic_end_id=259)
+    warn_of_unknown_codes(lm, codes)
+    assert len(caplog.records) == count

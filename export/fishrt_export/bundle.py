@@ -20,6 +20,7 @@ from pathlib import Path
 from fishrt.bundle import MANIFEST, ROLES, SCHEMA, Bundle, Licence, Manifest, describe_files
 from fishrt.conformance import tensorrt_findings
 from fishrt.errors import BundleError, FishrtError
+from fishrt.features import LanguageModel
 from fishrt.files import check_place
 from fishrt.memory import check_memory
 from fishrt.quantisation import QUANTISATION, LayerReport, Quantisation
@@ -91,6 +92,7 @@ def export_bundle(
         )
     jobs = [*_planned_codec(codec, recipe), *_planned_language_model(language_model, head, recipe)]
     described, largest = language_model.describe(head), max(codec.config.codebook_sizes)
+    warn_of_unknown_codes(described, codec.config.codebook_sizes[0])
     tokenizer = language_model.tokenizer
     draft = Manifest(
         schema=SCHEMA,
@@ -175,6 +177,18 @@ def halves_fit(language_model: LanguageModelSource, codec: CodecSource) -> bool:
     """
     of_model, of_codec = language_model.config.num_codebooks, len(codec.config.codebook_sizes)
     return of_model == of_codec or (of_model < of_codec and not language_model.family.one_semantic)
+
+
+def warn_of_unknown_codes(lm: LanguageModel, codes: int) -> None:
+    """Log a warning if the codec's first codebook has more entries, `codes`, than the model has semantic tokens."""
+    tokens = lm.semantic_end_id - lm.semantic_begin_id + 1
+    if lm.code_zero == "main" and codes > tokens:
+        log.warning(
+            "the codec's first codebook has %d codes, and the language model has tokens for %d: a recording with other codes "
+            "cannot become a voice; are the two of one checkpoint?",
+            codes,
+            tokens,
+        )
 
 
 def check_out(out: Path) -> None:
