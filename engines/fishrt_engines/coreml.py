@@ -1,12 +1,12 @@
-"""CoreML through ONNX Runtime: how its sessions are set up, and one graph of open length as several of fixed lengths.
+"""CoreML through ONNX Runtime: options of sessions, and calls of any length by graphs of fixed lengths.
 
-CoreML compiles a graph for one set of sizes, so a graph with an open dimension comes as several, each for another size of it. A
-call of any size is cut into theirs, and the state goes along from one to the next:
+CoreML compiles a graph for one set of sizes, so a graph with an open dimension is exported several times, for several sizes. A
+call of any size is cut into these sizes, and the state is passed from one part to the next:
 
     11 frames ─► 4 ─► 4 ─► 1 ─► 1 ─► 1        of graphs for 1, 4 and 16 frames
 
-Nothing here has run on a Mac. Options and order of calls are tested with a stand-in for ONNX Runtime's provider; what CoreML
-makes of the graphs, how fast it is, and how far from float32 its numbers are, is not known.
+This has not run on a Mac. Tests check the options and the order of calls with a fake of ONNX Runtime's provider; speed and
+numerical error on CoreML are unknown.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ log = logging.getLogger(__name__)
 
 PROVIDER = "CoreMLExecutionProvider"
 CACHE_KEY = "COREML_CACHE_KEY"
-"""In the metadata of a graph's file: the name under which CoreML's compiled form of it is kept."""
+"""Metadata key in a graph's file: the name of CoreML's compiled form in the cache."""
 
 
 def coreml_options() -> dict[str, str]:
-    """Options of ONNX Runtime's CoreML provider. All that matter are given, since defaults have changed between versions.
+    """Return the options of ONNX Runtime's CoreML provider: all that matter, since defaults have changed between versions.
 
-    Compiled models are kept in our cache folder; without a folder to write to, they are compiled at every start, which a warning
-    tells.
+    Compiled models are kept in the cache folder. Without a folder to write to, a warning is logged, and they are compiled at
+    every start.
     """
     options = {
         "ModelFormat": "MLProgram",
@@ -54,15 +54,15 @@ def coreml_options() -> dict[str, str]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        log.warning("compiled CoreML models cannot be kept in %s: %s", folder, error)
+        log.warning("compiled CoreML models cannot be written to %s, and are made again at every start: %s", folder, error)
         return options
     return {**options, "ModelCacheDirectory": str(folder)}
 
 
 def open_coreml(path: Path, spec: GraphSpec, *, threads: int) -> Opened:
-    """A session of the graph file `path` on CoreML. Raises what ONNX Runtime raises for a graph that it cannot load.
+    """Open a session of the graph file `path` on CoreML. ONNX Runtime's errors for a graph that it cannot load go through.
 
-    threads: for what CoreML leaves to the CPU. Raises ProviderError for a graph of open sizes, and where CoreML does not start.
+    threads: for nodes that CoreML leaves to the CPU. Raises ProviderError for a graph of open sizes, or if CoreML does not start.
     """
     check_static(spec)
     ort = import_onnxruntime()
@@ -73,34 +73,34 @@ def open_coreml(path: Path, spec: GraphSpec, *, threads: int) -> Opened:
     if PROVIDER not in session.get_providers():
         raise ProviderError(
             f"ONNX Runtime did not start its CoreML provider for {path.name}, and would run it on the CPU",
-            hint='use provider "cpu"; `fishrt doctor` tells what is here',
+            hint='use provider "cpu"; `fishrt doctor` shows the installed providers',
         )
     return Opened(session)
 
 
 def check_static(spec: GraphSpec) -> None:
-    """Raises ProviderError for a graph with open dimensions: CoreML would leave all of it to the CPU, without a word."""
+    """Check that a graph has fixed sizes: CoreML would silently leave others to the CPU. Raises ProviderError otherwise."""
     if open_dims := sorted({d for t in (*spec.inputs, *spec.outputs) for d in t.shape if isinstance(d, str)}):
         raise ProviderError(
-            f"provider 'coreml' runs graphs of fixed sizes only, and {spec.file} leaves open: {', '.join(open_dims)}",
+            f"provider 'coreml' runs only graphs of fixed sizes; {spec.file} has the open dimensions {', '.join(open_dims)}",
             hint='export with `fishrt export --static coreml` and speak from that bundle, or use provider "cpu"',
         )
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """The graph for one size: what integers go into, on the CPU, and the rest, which carries the state."""
+    """The two graphs for one size: the one that takes integers, on the CPU, and the rest, which carries the state."""
 
     front: Engine
     back: Engine
 
     def run(self, feeds: Mapping[str, Array], state: State) -> dict[str, Array]:
-        """As `Engine.run`."""
+        """See `base.Engine.run`."""
         return self.back.run(self.front.run(feeds), state)
 
 
 class StaticState:
-    """The state of a `StaticEngine`: that of the part which ran last. See `base.State`."""
+    """The state of a `StaticEngine`: the state of the part that ran last. See `base.State`."""
 
     def __init__(self, owner: StaticEngine, size: int) -> None:
         self.owner = owner
@@ -113,7 +113,7 @@ class StaticState:
         return {"batch": 1}
 
     def of(self, size: int) -> State:
-        """For the part of this size, with all that the part before left."""
+        """Return the state for the part of this size, with the values of the part that ran last."""
         if size != self._last:
             state = self._states.setdefault(size, self.owner.part(size).back.new_state())
             for tensor in self.owner.spec.state_tensors:
@@ -131,18 +131,20 @@ class StaticState:
 
     def grow(self, **dims: int) -> None:
         """Raises ValueError: sizes are fixed."""
-        raise ValueError(f"{self.owner.spec.file} is of fixed sizes; its state cannot grow to {dims}")
+        raise ValueError(f"{self.owner.spec.file} has fixed sizes; its state cannot grow to {dims}")
 
 
 class StaticEngine:
-    """A graph whose calls are run by graphs of fixed sizes. See `base.Engine`, and the module.
+    """An engine that runs each call by graphs of fixed sizes. See `base.Engine`, and the module.
 
-    All feeds have the open dimension, and all results have one, which grows with it: they are cut and joined there.
+    Feeds are cut along the open dimension. Results are joined along theirs, which must be proportional to it.
     """
 
     def __init__(self, spec: GraphSpec, dimension: str, sizes: Iterable[int], open_part: Callable[[int], Part]) -> None:
-        """spec: of the portable graph, whose other open dimension is "batch", here always 1. sizes: of `dimension`; 1 is among
-        them. open_part: opens what is for one of them, when it is first needed.
+        """Open no part yet; `open_part(size)` opens one at its first use.
+
+        spec: of the portable graph. Its only other open dimension is "batch", here always 1. sizes: of `dimension`, with 1.
+        Raises GraphError for other sizes, or without state.
         """
         self.spec = spec
         self.provider = "coreml"
@@ -153,13 +155,13 @@ class StaticEngine:
             raise GraphError(f"{spec.file} has static graphs of {self._sizes} {dimension}; 1 must be among them")
 
     def part(self, size: int) -> Part:
-        """The graphs for one size."""
+        """Return the graphs for one size."""
         if size not in self._parts:
             self._parts[size] = self._open_part(size)
         return self._parts[size]
 
     def new_state(self, **dims: int) -> StaticState:
-        """See `base.Engine`. Raises ValueError for more rows than one."""
+        """See `base.Engine`. Raises ValueError for a batch other than 1."""
         check_state_dims(self.spec, dims)
         if dims != {"batch": 1}:
             raise ValueError(f"state dimensions are {dims}; the static graphs of {self.spec.file} have batch = 1")
@@ -168,7 +170,7 @@ class StaticEngine:
     def run(
         self, feeds: Mapping[str, Array | Resident], state: State | None = None, resident: Collection[str] = ()
     ) -> dict[str, Any]:
-        """See `base.Engine`. Residents are arrays, as on every CPU."""
+        """See `base.Engine`. Resident results are arrays, as on the CPU."""
         if not isinstance(state, StaticState) or state.owner is not self:
             raise ValueError(f"{self.spec.file} needs a state that its own new_state made")
         count = check_feeds(self.spec, feeds, state.dims)[self._dimension]
@@ -188,5 +190,5 @@ def _part(array: Any, axis: int, start: int, size: int) -> Array:
 
 
 def _open_axis(tensor: TensorSpec) -> int:
-    """The one that is neither fixed nor the batch."""
+    """Return the axis that is neither fixed nor the batch."""
     return next(n for n, d in enumerate(tensor.shape) if isinstance(d, str) and d != "batch")

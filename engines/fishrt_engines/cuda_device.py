@@ -1,7 +1,7 @@
-"""One NVIDIA device through cuda-bindings: memory, copies, one stream, captured graphs. No torch, and no code of its own there.
+"""One NVIDIA device through cuda-bindings: memory, copies, one stream, captured graphs. No torch, and no kernels of our own.
 
-Everything runs on one created stream, in the order in which it is asked for, and asynchronously: `synchronize` waits for it. A
-thread that asks for something holds `Device.lock` meanwhile, since a capture takes in all that comes to the stream.
+All work runs asynchronously on one created stream, in the order of the calls; `synchronize` waits for it. A thread holds
+`Device.lock` during its calls, since a capture records all work that reaches the stream.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _NO_DRIVER, _NO_DEVICE = 35, 100
 
 
 class DeviceBuffer:
-    """Memory on the device, freed with the last reference."""
+    """Memory on the device, freed with the last reference to it."""
 
     def __init__(self, runtime: Any, address: int, nbytes: int) -> None:
         self.address, self.nbytes = address, nbytes
@@ -33,40 +33,40 @@ class DeviceBuffer:
 
 
 class Graph:
-    """Work that was captured, to be launched as one."""
+    """A captured CUDA graph."""
 
     def __init__(self, device: Device, handle: Any) -> None:
         self._device, self._handle = device, handle
         weakref.finalize(self, device.runtime.cudaGraphExecDestroy, handle)
 
     def launch(self) -> None:
-        """Does the work once more: on the same addresses, whatever they hold now."""
+        """Run the captured work again, on the present contents of the same addresses."""
         self._device.ask(self._device.runtime.cudaGraphLaunch(self._handle, self._device.stream), "a graph cannot be launched")
 
 
 class Device:
-    """The first device that this process may use; CUDA_VISIBLE_DEVICES tells which that is."""
+    """The first visible device; CUDA_VISIBLE_DEVICES chooses it."""
 
     def __init__(self, runtime: Any) -> None:
-        """runtime: the module cuda.bindings.runtime. Raises ProviderError where there is no driver or no device."""
+        """runtime: the module cuda.bindings.runtime. Raises ProviderError if there is no driver or no device."""
         self.runtime = runtime
         self.lock = threading.RLock()
         self.waits = 0
-        """How often `synchronize` has waited: what was asked for before is done."""
+        """Number of finished `synchronize` calls: work from before the last of them is done."""
         count = self.ask(runtime.cudaGetDeviceCount(), "no device can be used")
         if count < 1:
             raise _no_device("CUDA shows no device")
         self.ask(runtime.cudaSetDevice(0), "the device cannot be used")
-        properties = self.ask(runtime.cudaGetDeviceProperties(0), "the device does not tell what it is")
+        properties = self.ask(runtime.cudaGetDeviceProperties(0), "the properties of the device cannot be read")
         name = properties.name
         self.name: str = name.decode() if isinstance(name, bytes) else name
         self.compute_capability: tuple[int, int] = (properties.major, properties.minor)
-        # On the default stream TensorRT would wait for the device more often.
+        # On the default stream, TensorRT synchronises more often.
         stream = runtime.cudaStreamCreateWithFlags(runtime.cudaStreamNonBlocking)
         self.stream: int = int(self.ask(stream, "no stream can be made"))
 
     def ask(self, result: tuple[Any, ...], failed: str) -> Any:
-        """What a call of cuda-bindings gives behind its error code. Raises FishrtError, which begins with `failed`."""
+        """Return the value behind the error code of a call of cuda-bindings. Raises FishrtError, which begins with `failed`."""
         code, *values = result
         if int(code) == 0:
             return values[0] if len(values) == 1 else tuple(values)
@@ -77,12 +77,12 @@ class Device:
         raise FishrtError(f"{failed}: CUDA says {said!r} ({int(code)})")
 
     def memory(self) -> tuple[int, int]:
-        """Free and total bytes."""
-        free, total = self.ask(self.runtime.cudaMemGetInfo(), "the device does not tell its memory")
+        """Return free and total bytes."""
+        free, total = self.ask(self.runtime.cudaMemGetInfo(), "the memory of the device cannot be read")
         return int(free), int(total)
 
     def check_room(self, need: int, what: str) -> None:
-        """Raises FishrtError where `what` needs more bytes than are free."""
+        """Check that `need` bytes are free. Raises FishrtError, which names `what`, otherwise."""
         free, total = self.memory()
         if need > free:
             raise FishrtError(
@@ -92,14 +92,14 @@ class Device:
             )
 
     def allocate(self, nbytes: int, what: str) -> DeviceBuffer:
-        """Memory of zeros. Raises FishrtError where there is not so much."""
+        """Return memory of zeros. Raises FishrtError if too little is free."""
         self.check_room(nbytes, what)
         buffer = DeviceBuffer(self.runtime, int(self.ask(self.runtime.cudaMalloc(nbytes), f"no memory for {what}")), nbytes)
         self.ask(self.runtime.cudaMemsetAsync(buffer.address, 0, nbytes, self.stream), f"{what} cannot be cleared")
         return buffer
 
     def pinned(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
-        """An array in memory of the host that the device copies from and to by itself. Freed with the last view of it."""
+        """Return an array in a pinned host buffer, freed with the last view of it."""
         nbytes = max(int(np.prod(shape)) * dtype.itemsize, 1)
         address = int(self.ask(self.runtime.cudaMallocHost(nbytes), "no memory of the host for copies"))
         memory = (ctypes.c_ubyte * nbytes).from_address(address)
@@ -107,26 +107,26 @@ class Device:
         return np.ndarray(shape, dtype, memoryview(memory))
 
     def upload(self, array: Array, address: int) -> None:
-        """Copies a contiguous array to the device. It must not change until `synchronize` has waited."""
+        """Copy a contiguous array to the device. The array must not change before `synchronize` returns."""
         self._copy(address, array.ctypes.data, array.nbytes, self.runtime.cudaMemcpyKind.cudaMemcpyHostToDevice)
 
     def download(self, address: int, array: Array) -> None:
-        """Copies from the device into a contiguous array, which holds it when `synchronize` has waited."""
+        """Copy from the device into a contiguous array, which is filled when `synchronize` returns."""
         self._copy(array.ctypes.data, address, array.nbytes, self.runtime.cudaMemcpyKind.cudaMemcpyDeviceToHost)
 
     def copy(self, source: int, target: int, nbytes: int) -> None:
-        """Copies from one place on the device to another."""
+        """Copy bytes within the device."""
         self._copy(target, source, nbytes, self.runtime.cudaMemcpyKind.cudaMemcpyDeviceToDevice)
 
     def synchronize(self) -> None:
-        """Waits for all that was asked for."""
+        """Wait for all work on the stream."""
         self.ask(self.runtime.cudaStreamSynchronize(self.stream), "the device failed")
         self.waits += 1
 
     def capture(self, work: Callable[[], None]) -> Graph:
-        """What `work` asks of the stream, as a graph; nothing of it is done yet. Raises FishrtError if it cannot be captured."""
+        """Return the work that `work` puts on the stream as a graph, without running it. Raises FishrtError if that fails."""
         runtime = self.runtime
-        # Relaxed: Python may free memory of other objects at any moment, which a stricter capture would not survive.
+        # Relaxed: Python may free other device memory at any moment, which would break a stricter capture.
         mode = runtime.cudaStreamCaptureMode.cudaStreamCaptureModeRelaxed
         self.ask(runtime.cudaStreamBeginCapture(self.stream, mode), "no capture can be begun")
         try:
@@ -145,7 +145,7 @@ class Device:
 
 @cache
 def open_device() -> Device:
-    """The device. Raises ProviderError where cuda-bindings is not installed, or there is no driver or device."""
+    """Return the device. Raises ProviderError if cuda-bindings is not installed, or if there is no driver or device."""
     try:
         runtime = importlib.import_module("cuda.bindings.runtime")
     except ImportError as error:
@@ -154,4 +154,4 @@ def open_device() -> Device:
 
 
 def _no_device(what: str) -> ProviderError:
-    return ProviderError(what, hint="is an NVIDIA driver installed, and a device in CUDA_VISIBLE_DEVICES? see `fishrt doctor`")
+    return ProviderError(what, hint="check the NVIDIA driver and CUDA_VISIBLE_DEVICES; `fishrt doctor` shows both")

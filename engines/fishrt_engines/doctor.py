@@ -1,4 +1,4 @@
-"""What `fishrt doctor` tells: this machine, what is installed, which providers can be used, and what to do about the others."""
+"""The report of `fishrt doctor`: this machine, the installed packages, usable providers, and remedies for the others."""
 
 from __future__ import annotations
 
@@ -31,33 +31,33 @@ class Cpu:
 
     name: str
     threads: int
-    """Used for a graph by default."""
+    """Default threads of a graph."""
     logical: int
     """Logical CPUs that this process may use."""
     features: tuple[str, ...]
-    """Instruction sets that ONNX Runtime makes use of."""
+    """Instruction sets that ONNX Runtime uses."""
 
 
 @dataclass(frozen=True, slots=True)
 class ProviderState:
-    """Whether one provider can be used here."""
+    """A provider, and whether it can be used here."""
 
     name: str
     obstacle: str | None
-    """Why not; None if it can be used."""
+    """The reason why it cannot be used; None if it can."""
     hint: str | None
 
 
 @dataclass(frozen=True, slots=True)
 class TensorRt:
-    """The binding, which is Python's part of it, and the library that does the work."""
+    """TensorRT's Python binding and its library."""
 
     binding: str | None
-    """Version of the distribution; None if it is not installed."""
+    """Version of the Python distribution; None if it is not installed."""
     library: str | None
-    """Version that the loaded library tells; None if it cannot be loaded."""
+    """Version of the loaded library; None if it cannot be loaded."""
     error: str | None
-    """Why it cannot be loaded."""
+    """The reason why it cannot be loaded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,37 +67,37 @@ class Cache:
     folder: str | None
     """None for a user without a home, unless FISHRT_CACHE names a folder."""
     bytes: int
-    """The sum over its files."""
+    """Size of its files."""
     error: str | None
-    """Why nothing can be written there."""
+    """The reason why nothing can be written there."""
 
 
 @dataclass(frozen=True, slots=True)
 class Diagnosis:
-    """All of it."""
+    """The whole report."""
 
     system: str
     python: str
     cpu: Cpu
     memory_bytes: int | None
     packages: dict[str, str | None]
-    """Version by distribution; None for one that is not installed."""
+    """Version by distribution; None if it is not installed."""
     driver_error: str | None
-    """Why NVIDIA's driver cannot be loaded; None if it is there."""
+    """The reason why NVIDIA's driver cannot be loaded; None if it can."""
     gpus: tuple[Gpu, ...] | None
-    """None: nothing tells."""
+    """None if the devices cannot be listed."""
     cuda_libraries: tuple[Library, ...]
-    """Of an onnxruntime-gpu; empty for other builds."""
+    """The libraries of onnxruntime-gpu; empty for other builds."""
     tensorrt: TensorRt
     providers: tuple[ProviderState, ...]
     auto: Choice | None
-    """None where no provider can be used."""
+    """None if no provider can be used."""
     cache: Cache
     telemetry: bool
     """Whether ONNX Runtime's telemetry is on."""
 
     def lines(self) -> list[str]:
-        """As text, each line a name and what there is to say."""
+        """Return the report as text: lines of a name and its value."""
         return [f"{name}: {text}" for name, text in self._lines()]
 
     def _lines(self) -> Iterator[tuple[str, str]]:
@@ -137,7 +137,7 @@ class Diagnosis:
 
 
 def examine() -> Diagnosis:
-    """Looks at this machine. Takes seconds where there are devices; opens no session, and downloads nothing."""
+    """Examine this machine. Takes seconds if it has devices; opens no session, and downloads nothing."""
     driver_error = machine.driver_error()
     return Diagnosis(
         system=platform.platform(),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class FishrtError(Exception):
-    """Base of every error that fishrt raises for something a user can mend."""
+    """Base class of every error that a user can fix."""
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
         super().__init__(message)

@@ -1,4 +1,4 @@
-"""Do the arrays of a call fit its graph? The same answer for every engine."""
+"""Checks of the arrays of a call against the description of its graph, the same for every engine."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from .spec import GraphSpec
 
 
 def check_feeds(spec: GraphSpec, feeds: Mapping[str, Any], known: Mapping[str, int]) -> dict[str, int]:
-    """The size of every symbolic dimension of the feeds and the state. Raises ValueError for feeds that do not fit.
+    """Return the size of every symbolic dimension of the feeds and the state. Raises ValueError for feeds that do not fit.
 
-    feeds: arrays, or what else has `dtype` and `shape`. known: sizes of the state's dimensions.
+    feeds: arrays, or other objects with `dtype` and `shape`. known: sizes of the state's dimensions.
     """
     wanted = [t.name for t in spec.feeds]
     if feeds.keys() != set(wanted):
@@ -35,12 +35,12 @@ def check_feeds(spec: GraphSpec, feeds: Mapping[str, Any], known: Mapping[str, i
 
 
 def is_constant(feed: object) -> bool:
-    """Whether a feed never changes, so that a device needs it once: an array that owns its memory and cannot be written."""
+    """Return whether a feed never changes, so that a device needs it once: a read-only array that owns its memory."""
     return isinstance(feed, np.ndarray) and feed.base is None and not feed.flags.writeable
 
 
 def check_state_dims(spec: GraphSpec, dims: Mapping[str, int]) -> None:
-    """Raises ValueError for other dimensions than those of the state tensors, and for sizes below 1."""
+    """Check that `dims` names the dimensions of the state tensors, each at least 1. Raises ValueError otherwise."""
     wanted = {d for t in spec.state_tensors for d in t.shape if isinstance(d, str)}
     if dims.keys() != wanted:
         raise ValueError(f"state dimensions are {names(dims)}; {spec.file} needs {names(wanted)}")
@@ -49,17 +49,17 @@ def check_state_dims(spec: GraphSpec, dims: Mapping[str, int]) -> None:
 
 
 def check_growth(now: Mapping[str, int], dims: Mapping[str, int]) -> None:
-    """Raises ValueError for state dimensions that are unknown or would shrink."""
+    """Check that state dimensions are known and do not shrink. Raises ValueError otherwise."""
     if bad := [f"{name} = {size}" for name, size in dims.items() if size < now.get(name, size + 1)]:
         raise ValueError(f"state dimensions cannot become {', '.join(bad)}; they are {dict(now)}")
 
 
 def check_written(tensor_name: str, dtype: str, shape: tuple[int, ...], array: Any) -> None:
-    """Raises ValueError for an array that does not fit into a state tensor."""
+    """Check that an array fits into a state tensor. Raises ValueError otherwise."""
     if array.dtype != dtype or array.ndim != len(shape) or any(a > b for a, b in zip(array.shape, shape, strict=True)):
         raise ValueError(f"{tensor_name} is {dtype} {list(shape)}; {array.dtype} {list(array.shape)} does not fit into it")
 
 
 def names(of: Iterable[str]) -> str:
-    """For messages."""
+    """Return names as one text for messages."""
     return ", ".join(sorted(of)) or "none"

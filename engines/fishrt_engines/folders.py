@@ -1,4 +1,4 @@
-"""The user's folders: for caches, which may be deleted at any time, and for data; and how an entry of a cache is written.
+"""The user's folders: caches, which may be deleted at any time, and data. Writing of a cache entry.
 
 A process may have no home: a numeric user id without an entry in /etc/passwd, and no HOME. Then there is no such folder.
 """
@@ -16,7 +16,7 @@ from pathlib import Path
 
 _ASIDE = ".aside-"
 _ABANDONED_S = 24 * 3600
-"""Age from which on a folder that is being written is one of a process that was killed."""
+"""Age in seconds at which an unfinished folder counts as left by a killed process."""
 
 
 def cache_folder() -> Path | None:
@@ -40,17 +40,17 @@ def data_folder() -> Path | None:
 
 @contextmanager
 def written_aside(folder: Path) -> Iterator[Path]:
-    """Yield a new folder beside `folder` to write into and to rename. If it is still there at the end, it is removed.
+    """Yield a new folder next to `folder` to write into and to rename. If it is still there at the end, it is removed.
 
-    Gigabytes may be left by processes that were killed: folders of that kind are removed a day later. Raises OSError.
+    Unfinished folders of killed processes, which may hold gigabytes, are removed after a day. Raises OSError.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     for left in folder.parent.glob(f"{_ASIDE}*"):
-        with suppress(OSError):  # another process removes it, too
+        with suppress(OSError):  # another process removes it at the same time
             if time.time() - left.stat().st_mtime > _ABANDONED_S:
                 shutil.rmtree(left)
     aside = folder.with_name(f"{_ASIDE}{secrets.token_hex(8)}")
-    aside.mkdir()  # readable for all whom the umask lets: an entry may be made by one user and read by another
+    aside.mkdir()  # with the umask's permissions: one user may write an entry that another reads
     try:
         yield aside
     finally:

@@ -1,12 +1,12 @@
-"""Graphs as ONNX Runtime has optimised and packed them for this machine, kept on disk.
+"""Disk cache of graphs that ONNX Runtime has optimised and packed for this machine.
 
-Packing the weights of a large graph takes seconds and holds them in memory twice. A kept graph is mapped into memory as it is, in
-a fraction of a second, and shared between processes. It fits one machine and one version only, so all of that is in its key:
+Packing the weights of a large graph takes seconds and holds them in memory twice. A cached graph is memory-mapped in a fraction
+of a second and shared between processes. It fits one CPU model and one version only, so its key contains both:
 
     folders.cache_folder() / key / graph.onnx, graph.onnx.data, entry.json
 
-An entry is written aside and renamed when complete. One that is damaged is made again. Nothing here is needed: without a folder
-to write to, graphs are optimised at every start.
+An entry is written to a temporary folder and renamed when complete. A damaged one is made again. Without a folder to write to,
+graphs are optimised at every start.
 """
 
 from __future__ import annotations
@@ -29,30 +29,30 @@ log = logging.getLogger(__name__)
 
 GRAPH, DATA, ENTRY = "graph.onnx", "graph.onnx.data", "entry.json"
 _LAYOUT = 1
-"""Number of this form of the cache; part of the key."""
+"""Version of the cache's layout; part of the key."""
 _ALIGNMENT = 4096
-"""Packed weights are read with wide loads, and find their parts relative to an aligned start: they must lie as in memory."""
+"""Bytes. Packed weights are read with aligned loads, and locate their parts relative to an aligned start."""
 _SAMPLE, _STRIDE = 4096, 1 << 20
-"""Of the data, so many bytes in every so many are hashed at a start: enough to notice damage, and little to read."""
+"""At a start, _SAMPLE bytes of every _STRIDE bytes of the data are hashed: enough to notice damage, and quick."""
 _BLOCK = 1 << 24
 
 
 @dataclass(frozen=True, slots=True)
 class CachedGraph:
-    """A complete entry."""
+    """A complete entry of the cache."""
 
     path: Path
     columns: ColumnInputs | None
-    """As `specialise` gave them."""
+    """The result of `specialise`."""
 
 
 def cache_key(identity: str, *parts: str) -> str:
-    """Name of an entry: hex of a hash over what the graph is and all that its optimised form depends on."""
+    """Return the name of an entry: hex of a hash over the graph's identity and all that its optimised form depends on."""
     return hashlib.sha256(json.dumps([_LAYOUT, identity, *parts]).encode()).hexdigest()[:32]
 
 
 def find(folder: Path) -> CachedGraph | None:
-    """Return the entry that is this folder; None if there is none. A damaged one is removed, with a warning."""
+    """Return the entry in this folder; None if there is none. A damaged one is removed, with a warning."""
     if not folder.is_dir():
         return None
     try:
@@ -69,14 +69,14 @@ def find(folder: Path) -> CachedGraph | None:
 
 def discard(folder: Path, why: str) -> None:
     """Remove an entry that cannot be used."""
-    log.warning("the kept graph %s %s; it is made again", folder, why)
+    log.warning("the cached graph %s %s; it is made again", folder, why)
     shutil.rmtree(folder, ignore_errors=True)
 
 
 def keep(folder: Path, columns: ColumnInputs | None, save: Callable[[Path, str], None]) -> CachedGraph | None:
-    """Make the entry that is this folder; None, with a warning, without the right to write or room on the disk.
+    """Write the entry in this folder and return it; None, with a warning, if it cannot be written or the disk is full.
 
-    save: writes an optimised graph to a path, with its weights in a file of the given name beside it.
+    save: writes an optimised graph to a path, and its weights to a file of the given name in the same folder.
     """
     try:
         with written_aside(folder) as aside:
@@ -86,18 +86,18 @@ def keep(folder: Path, columns: ColumnInputs | None, save: Callable[[Path, str],
                 (aside / name).unlink()
             entry = {"graph": digest(aside / GRAPH), "data": digest(aside / DATA), "columns": columns and asdict(columns)}
             (aside / ENTRY).write_text(json.dumps(entry), encoding="utf-8")
-            with suppress(OSError):  # another process was faster: its entry is as good
+            with suppress(OSError):  # another process was faster; its entry is the same
                 aside.rename(folder)
     except OSError as error:
-        why = error.strerror or error  # the same for all graphs of a bundle, so that it is told once
-        log.warning("optimised graphs cannot be kept in %s, and are made again at every start: %s", folder.parent, why)
+        why = error.strerror or error  # without the path: the same text for all graphs of a bundle is shown once
+        log.warning("optimised graphs cannot be written to %s, and are made again at every start: %s", folder.parent, why)
     return find(folder)
 
 
 def _align(graph: Path, data: Path, folder: Path) -> None:
-    """Copies a graph that ONNX Runtime saved, with everything at an aligned place.
+    """Copy a graph that ONNX Runtime saved, with all weights at aligned offsets.
 
-    ONNX Runtime 1.31 aligns tensors of more than a megabyte only, and reads packed ones from other places wrongly.
+    ONNX Runtime 1.31 aligns only tensors of more than a megabyte, and reads packed ones at other offsets wrongly.
     """
     model = message("Model").FromString(graph.read_bytes())
     with data.open("rb") as source, (folder / DATA).open("wb") as target:
@@ -115,7 +115,7 @@ def _align(graph: Path, data: Path, folder: Path) -> None:
 
 
 def _move_packed(entry: Any, source: BinaryIO, target: BinaryIO) -> None:
-    """Moves the buffers of one packed weight: "kernel+hash|offset;length;checksum|…"."""
+    """Copy the buffers of one packed weight and update its entry: "kernel+hash|offset;length;checksum|…"."""
     name, *buffers = entry.value.split("|")
     moved = []
     for buffer in buffers:
@@ -125,21 +125,21 @@ def _move_packed(entry: Any, source: BinaryIO, target: BinaryIO) -> None:
 
 
 def _copy(source: BinaryIO, offset: int, length: int, target: BinaryIO) -> int:
-    """Appends bytes at the next aligned place, which it returns."""
+    """Append bytes at the next aligned offset, and return the offset."""
     start = -(-target.tell() // _ALIGNMENT) * _ALIGNMENT
     target.write(bytes(start - target.tell()))
     source.seek(offset)
     while length > 0:
         block = source.read(min(length, _BLOCK))
         if not block:
-            raise OSError("the saved graph is shorter than it says")
+            raise OSError("the saved graph is shorter than its description")
         target.write(block)
         length -= len(block)
     return start
 
 
 def digest(path: Path) -> list[int | str]:
-    """Size of a file and a hash of samples of it."""
+    """Return the size of a file and a hash of samples of it."""
     size = path.stat().st_size
     digest = hashlib.blake2b(digest_size=16)
     with path.open("rb") as file:

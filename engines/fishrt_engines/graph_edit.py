@@ -1,4 +1,4 @@
-"""Rewriting a graph: who makes and who reads each of its values, and the way back into a file that is in order."""
+"""Rewriting of a graph: the producer and the readers of each value, and the way back into a valid file."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Any
 
 
 class GraphEditor:
-    """One graph of a Model message; see `onnx_proto`. Weights are untouched: they stay in the file beside the graph.
+    """One graph of a Model message; see `onnx_proto`. Weights are untouched: they stay in their own file.
 
-    Nodes may be changed in place, or `nodes` replaced; `index` then finds makers and readers anew, and `finish` writes all back.
+    Nodes may be changed in place, or `nodes` replaced; then `index` finds producers and readers anew. `finish` writes all back.
     """
 
     def __init__(self, model: Any) -> None:
@@ -24,7 +24,7 @@ class GraphEditor:
         self.index()
 
     def index(self) -> None:
-        """Finds who makes and who reads each value."""
+        """Find the producer and the readers of each value."""
         self._makers = {name: node for node in self.nodes for name in node.output if name}
         self._readers = {}
         for node in self.nodes:
@@ -32,40 +32,40 @@ class GraphEditor:
                 self._readers.setdefault(name, []).append(node)
 
     def made_by(self, name: str, op_type: str | None = None) -> Any:
-        """The node that gives a value; None if none does, or one of another operator."""
+        """Return the node that produces a value; None if there is none, or if it is another operator."""
         maker = self._makers.get(name)
         return maker if maker is not None and op_type in (None, maker.op_type) else None
 
     def readers(self, name: str) -> list[Any]:
-        """The nodes that take a value, once for each time they do."""
+        """Return the nodes that read a value, each as often as it reads it."""
         return self._readers.get(name, [])
 
     def only_reader(self, name: str, op_type: str, perm: list[int] | None = None) -> Any:
-        """The node that takes a value, if no other does, it is of this operator, and transposes so; else None."""
+        """Return the only node that reads a value, if it is this operator (with this `perm`); else None."""
         readers = self.readers(name)
         fits = len(readers) == 1 and readers[0].op_type == op_type and name not in self.outputs
         return readers[0] if fits and (perm is None or ints(readers[0], "perm") == perm) else None
 
     def is_constant(self, name: str) -> bool:
-        """Whether a value is an initializer, perhaps one that is stored in another type."""
+        """Return whether a value is an initializer, or one cast or dequantised."""
         maker = self.made_by(name)
         if maker is not None and maker.op_type in ("Cast", "DequantizeLinear"):
             return maker.input[0] in self.constants
         return name in self.constants
 
     def constant(self, tensor: Any) -> str:
-        """Adds an initializer, unless one of its name is there. Returns the name."""
+        """Add an initializer, unless one of its name exists. Return the name."""
         if tensor.name not in self.constants:
             self.constants[tensor.name] = tensor
         return str(tensor.name)
 
     def use_opset(self, domain: str, version: int) -> None:
-        """Makes operators of a domain available."""
+        """Declare an operator set, unless its domain is declared."""
         if not any(opset.domain == domain for opset in self.model.opset_import):
             self.model.opset_import.add(domain=domain, version=version)
 
     def finish(self) -> bytes:
-        """The file: without nodes and initializers that nobody needs, in an order in which values are made before their use."""
+        """Return the bytes of the file, without unused nodes and initializers, in topological order."""
         wanted, kept = set(self.outputs), []
         for node in reversed(_sorted(self.nodes)):
             if wanted.intersection(node.output):
@@ -81,7 +81,7 @@ class GraphEditor:
 
 
 def attribute(node: Any, name: str, default: Any) -> Any:
-    """A number that a node has as attribute."""
+    """Return a node's attribute that is a number."""
     for found in node.attribute:
         if found.name == name:
             return found.f if found.type == 1 else found.i
@@ -89,12 +89,12 @@ def attribute(node: Any, name: str, default: Any) -> Any:
 
 
 def ints(node: Any, name: str) -> list[int]:
-    """A list of integers that a node has as attribute; empty if it has none."""
+    """Return a node's attribute that is a list of integers; empty if it has none."""
     return next((list(found.ints) for found in node.attribute if found.name == name), [])
 
 
 def _sorted(nodes: Iterable[Any]) -> list[Any]:
-    """In topological order: each node after the makers of its inputs. Raises ValueError for a cycle."""
+    """Return the nodes in topological order. Raises ValueError for a cycle."""
     waiting = list(nodes)
     makers = {name for node in waiting for name in node.output if name}
     made: set[str] = set()

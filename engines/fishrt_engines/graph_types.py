@@ -1,7 +1,7 @@
-"""Element types and shapes of the values of a graph, as far as the file alone tells them.
+"""Inference of the element types and shapes of a graph's values.
 
-Enough for the graphs that fishrt exports: an operator that is not in the tables below has results of which nothing is known, and
-what depends on them is unknown, too. Nothing is guessed: what is told here holds for every run of the graph.
+It covers the operators of graphs that fishrt exports. The results of other operators, and values that depend on them, are
+unknown. Nothing is guessed: each inferred fact holds for every run of the graph.
 """
 
 from __future__ import annotations
@@ -15,27 +15,27 @@ from .graph_edit import attribute, ints
 from .onnx_proto import DTYPES, TENSOR_INT64, int64_values
 
 Shape = tuple[int | None, ...]
-"""None is a size that is known only when the graph runs."""
+"""Sizes; None if a size is known only when the graph runs."""
 
 
 @dataclass(frozen=True, slots=True)
 class Value:
-    """What is known of one value."""
+    """The known facts of one value."""
 
     dtype: str | None = None
-    """As in onnx_proto.DTYPES."""
+    """A name of onnx_proto.DTYPES."""
     shape: Shape | None = None
     content: Shape | None = None
-    """The elements of a small tensor of int64 that has one axis or none, each of which may be unknown."""
+    """The elements of a small int64 tensor of rank 0 or 1; None for an unknown element."""
 
 
 UNKNOWN = Value()
 _SMALL = 64
-"""Elements up to which the content of an initializer is looked at."""
+"""Largest number of elements of an initializer whose content is read."""
 
 
 def infer(graph: Any, outer: Mapping[str, Value] | None = None) -> dict[str, Value]:
-    """All values of a graph, by name, given those of the graph `outer` of which it is a part. Its nodes must be in order."""
+    """Return all values of a graph, by name. outer: values of the enclosing graph. The nodes must be in topological order."""
     values = dict(outer or {})
     for given in graph.input:
         values[given.name] = declared(given)
@@ -50,37 +50,37 @@ def infer(graph: Any, outer: Mapping[str, Value] | None = None) -> dict[str, Val
 
 
 def declared(value_info: Any) -> Value:
-    """An input or output as the file describes it."""
+    """Return an input or output as the file describes it."""
     tensor = value_info.type.tensor_type
     shape = tuple(dim.dim_value or None for dim in tensor.shape.dim)
     return Value(dtype_name(tensor.elem_type), shape)
 
 
 def of_tensor(tensor: Any) -> Value:
-    """An initializer."""
+    """Return the value of an initializer."""
     shape = tuple(tensor.dims)
     small = tensor.data_type == TENSOR_INT64 and len(shape) < 2 and not tensor.external_data and sum(shape) <= _SMALL
     return Value(dtype_name(tensor.data_type), shape, tuple(int64_values(tensor)) if small else None)
 
 
 def dtype_name(code: int) -> str:
-    """The name of an element type, also of one that onnx_proto does not list."""
+    """Return the name of an element type, also of one that onnx_proto does not list."""
     return DTYPES.get(code, f"element type {code}")
 
 
 def broadcast(*shapes: Shape | None) -> Shape | None:
-    """The shape of what is computed element by element from values of these shapes."""
+    """Return the shape of an elementwise result of values of these shapes."""
     known = [shape for shape in shapes if shape is not None]
     if len(known) < len(shapes):
         return None
     rank = max(map(len, known))
     axes = zip(*((1,) * (rank - len(shape)) + shape for shape in known), strict=True)
-    # A size above 1 is that of the result. Of 1 and an unknown one, the unknown one is.
+    # A size above 1 decides. Of 1 and an unknown size, the unknown one decides.
     return tuple(next((d for d in axis if d not in (1, None)), None if None in axis else 1) for axis in axes)
 
 
 def _elements(value: Value) -> Shape | None:
-    """Those of a vector, even if no more is known of it than how many they are."""
+    """Return the elements of a vector; unknown ones if only its length is known."""
     if value.content is None and value.dtype == "int64" and value.shape is not None and len(value.shape) == 1:
         size = value.shape[0]
         return None if size is None or size > _SMALL else (None,) * size
@@ -148,14 +148,14 @@ def _reshape(node: Any, inputs: Inputs) -> Inputs:
         else:
             shape.append(None if size == -1 else size)
     if target.count(-1) == 1 and shape.count(None) == 1 and data.shape is not None and None not in data.shape:
-        # One size is what is left.
+        # The size -1 takes the remaining elements.
         whole, others = (prod(size for size in sizes if size is not None) for sizes in (data.shape, shape))
         shape[target.index(-1)] = whole // others if others else None
     return [Value(data.dtype, tuple(shape), data.content if len(shape) < 2 else None)]
 
 
 def _axes(node: Any, inputs: Inputs) -> list[int] | None:
-    """The axes that a node is told, by its second input or, before opset 13, by an attribute; None where they are not known."""
+    """Return a node's axes: its second input or, before opset 13, its attribute; None if they are unknown."""
     if len(inputs) < 2:
         return ints(node, "axes")
     content = inputs[1].content
@@ -258,7 +258,7 @@ def _expand(_node: Any, inputs: Inputs) -> Inputs:
 
 
 def _keep_rank(_node: Any, inputs: Inputs) -> Inputs:
-    """Of Pad, Tile and pooling: the number of axes only."""
+    """Return the rank only, for Pad, Tile and pooling."""
     shape = inputs[0].shape
     return [Value(inputs[0].dtype, None if shape is None else (None,) * len(shape))]
 

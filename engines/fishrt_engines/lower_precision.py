@@ -1,12 +1,14 @@
-"""A graph that computes in float32 → the same graph in float16 or bfloat16, for devices that are made for them.
+"""Conversion of a graph from float32 to float16 or bfloat16, for devices with products in 16 bits.
 
-    feeds, results    as before: only the state, which nobody but the engine looks at, is stored in the new type
-    matrix products, attention, rotary positions, caches, and what is done between them: in the new type
-    all else (embedding sums, sampling): in float32
+    feeds and results                                        unchanged
+    state                                                    stored in the new type
+    matrix products, attention, rotary positions, caches,
+    and the operators between them                           in the new type
+    all else (embedding sums, sampling)                      in float32
 
-In bfloat16 the residual stream is, too, as the models were trained. In float16 it stays in float32 with its norms: it can exceed
-65,504, the largest float16. Weights stay in their file: a Cast widens or rounds them once, when the graph is loaded. The scales
-of quantised ones are rounded here, since the type of a scale is that of what is computed with it.
+In bfloat16, the residual stream is in the new type, too, as the models were trained. In float16, it stays in float32 with its
+norms: it can exceed 65,504, the largest float16. Weights stay in their file: a Cast widens or rounds them once, when the graph is
+loaded. The scales of quantised weights are rounded here, since the type of a scale is that of the computation.
 """
 
 from __future__ import annotations
@@ -24,24 +26,24 @@ from .tensors import to_bytes
 
 _ALWAYS = ("Attention", "Gemm", "MatMul", "RotaryEmbedding", "TensorScatter")
 _MOVE = ("Concat", "Expand", "Gather", "Identity", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze")
-"""What changes no number."""
+"""Operators that only move values."""
 _FOLLOW = (*_MOVE, "Mul", "RMSNormalization", "Sigmoid")
-"""Computed in the type of what they take. A norm sums in float32 whatever that is: its stash_type."""
+"""Operators that are computed in the type of their input. A norm always sums in float32, its stash_type."""
 
 
 def compute_in(model: bytes, dtype: str, folder: Path) -> bytes:
-    """The bytes of a graph file whose weights are in `folder`, so that it computes in `dtype`: float16 or bfloat16.
+    """Return the bytes of a graph file that computes in `dtype`, float16 or bfloat16.
 
-    Raises GraphError for another dtype.
+    folder: of the weights. Raises GraphError for another dtype.
     """
     if dtype not in ("float16", "bfloat16"):
-        raise GraphError(f"graphs are not computed in {dtype!r}", hint="choose float16 or bfloat16")
+        raise GraphError(f"graphs cannot be computed in {dtype!r}", hint="choose float16 or bfloat16")
     editor = GraphEditor(parse_model(model, "the graph"))
     return _Lowering(editor, dtype, folder).run()
 
 
 class _Lowering:
-    """One graph on its way. `self._low` holds the values that are in the new type, by their old names."""
+    """The conversion of one graph. `self._low` holds the names of values that are in the new type."""
 
     def __init__(self, editor: GraphEditor, dtype: str, folder: Path) -> None:
         self._edit, self._dtype, self._folder = editor, dtype, folder
@@ -79,7 +81,7 @@ class _Lowering:
         if n.op_type == "Transpose" and self._edit.is_constant(n.input[0]):
             return all(reader.op_type in _ALWAYS for reader in self._edit.readers(n.output[0]))
         if n.op_type == "Add":
-            # Residual sums and biases. A bias belongs to its product in either type.
+            # A bias has the type of its product; a residual sum stays in float32 with float16.
             activations = [name for name in floats if not self._edit.is_constant(name)]
             if self._dtype == "float16" and len(activations) > 1:
                 return False
@@ -87,13 +89,13 @@ class _Lowering:
         return n.op_type in _FOLLOW and any(name in self._low for name in floats)
 
     def _in(self, name: str, dtype: str) -> str:
-        """The name of a value of float32 in the file, in this type."""
+        """Return the name of a float32 value of the file after a cast to `dtype`. Adds the Cast node if it is new."""
         is_low = name in self._low
         if is_low == (dtype == self._dtype):
             return name
         maker = self._edit.made_by(name, "Cast")
         if not is_low and maker is not None and maker.input[0] in self._edit.constants:
-            source = str(maker.input[0])  # from how it is stored, at once
+            source = str(maker.input[0])  # one cast from the stored type, not two
             if self._values[source].dtype == dtype:
                 return source
         else:
@@ -105,7 +107,7 @@ class _Lowering:
         return cast
 
     def _restore_results(self, states: set[str]) -> None:
-        """States are given back as they are; every other output in float32."""
+        """Declare the outputs of states in the new type, and cast all other outputs to float32."""
         for name in self._edit.outputs.keys() & self._low:
             if name in states:
                 self._declare(self._edit.outputs[name])

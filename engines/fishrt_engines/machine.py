@@ -1,6 +1,6 @@
 """Facts about this machine: its CPU, its NVIDIA devices and their driver, the libraries that ONNX Runtime's CUDA provider loads.
 
-Asked without torch and without a session. Nothing here decides anything; `providers` does.
+Found without torch and without a session. The choice of a provider is in `providers`.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ log = logging.getLogger(__name__)
 
 _MIB = 1 << 20
 _SMI_SECONDS = 20.0
-"""How long `nvidia-smi` may take: without a resident driver it wakes every device up first."""
+"""Time limit of `nvidia-smi`: without a resident driver it initialises every device first."""
 _NO_DEVICE = 100
-"""The code of CUDA's driver and runtime where no device is shown."""
+"""The error code of CUDA's driver and runtime if no device is visible."""
 
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """One NVIDIA device that CUDA programs of this process may use, in their order."""
+    """One NVIDIA device that is visible to this process."""
 
     name: str
     compute_capability: tuple[int, int]
     driver: str
-    """Version of the driver, or of the CUDA that it knows where only that is told."""
+    """Version of the driver, or, where only that is known, of CUDA as the driver supports it."""
     total_bytes: int
     free_bytes: int
-    """At the moment of asking."""
+    """Free memory when this was read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,20 +51,20 @@ class Library:
 
     name: str
     error: str | None
-    """Why it cannot be loaded; None if it is loaded now."""
+    """The reason why it cannot be loaded; None if it is loaded."""
 
 
 def default_threads() -> int:
-    """Threads for one graph: the physical cores that this process may use, and no more than its container's share of time.
+    """Return the threads for one graph: the physical cores that this process may use, at most its container's CPU quota.
 
-    A second thread on the same core gains nothing in matrix products, and threads beyond the share make every call wait.
+    A second thread on a core does not speed up matrix products; threads beyond the quota make every call wait.
     """
     cores = {_siblings(cpu) for cpu in allowed_cpus()}
     return max(1, min(len(cores), _container_share() or len(cores)))
 
 
 def usable_threads(threads: int | None) -> int:
-    """Return the threads for one graph: the default for None, and at most one for each logical CPU, with a warning.
+    """Return the threads for one graph: the default for None, else at most one for each logical CPU, with a warning.
 
     More threads than CPUs wait for each other at every operator. Raises ProviderError below 1.
     """
@@ -79,35 +79,35 @@ def usable_threads(threads: int | None) -> int:
 
 @functools.cache  # once for all graphs of a bundle
 def _warn_of_threads(threads: int, most: int) -> None:
-    log.warning("%d threads are asked for, and this process may use %d logical CPUs: %d threads are used", threads, most, most)
+    log.warning("%d threads are requested, but this process may use %d logical CPUs: %d threads are used", threads, most, most)
 
 
 def allowed_cpus() -> list[int]:
-    """The logical CPUs that this process may use."""
+    """Return the logical CPUs that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return sorted(os.sched_getaffinity(0))
     return list(range(os.cpu_count() or 1))
 
 
 def cpu_name() -> str:
-    """The model, or the architecture where the system does not say more."""
+    """Return the model of the CPU, or the architecture if the system does not name the model."""
     return _cpu_field("model name") or platform.processor() or platform.machine()
 
 
 def cpu_features() -> list[str]:
-    """The instruction sets that ONNX Runtime's kernels make use of."""
+    """Return the CPU's instruction sets that ONNX Runtime's kernels use."""
     wanted = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "amx_bf16", "asimd", "asimddp", "i8mm", "sve")
     present = set((_cpu_field("flags") or _cpu_field("Features")).split())
     return [name for name in wanted if name in present]
 
 
 def cpu_identity() -> str:
-    """What kernels and packed weights depend on: architecture, model and instruction sets of the CPU."""
+    """Return all that kernels and packed weights depend on: architecture, model and instruction sets of the CPU."""
     return f"{platform.machine()} {cpu_name()} {_cpu_field('flags') or _cpu_field('Features')}"
 
 
 def total_memory() -> int | None:
-    """Bytes of physical memory; None where the system does not tell."""
+    """Return the bytes of physical memory; None if the system does not report them."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
@@ -115,7 +115,7 @@ def total_memory() -> int | None:
 
 
 def peak_memory() -> int | None:
-    """Return the largest resident size of this process so far, in bytes; None where the system does not tell.
+    """Return the largest resident size of this process so far, in bytes; None if the system does not report it.
 
     Linux counts a parent's memory into `ru_maxrss` of a process that it started, so its own status file is read.
     """
@@ -131,12 +131,12 @@ def peak_memory() -> int | None:
 
 
 def driver_error() -> str | None:
-    """Why NVIDIA's driver cannot be loaded; None if it is there."""
+    """Return why NVIDIA's driver cannot be loaded; None if it can."""
     return load_library(_driver_name())
 
 
 def load_library(name: str) -> str | None:
-    """Loads a shared library for good. Returns why that is not possible, or None."""
+    """Load a shared library, which stays loaded. Return why it cannot be loaded, or None."""
     try:
         ctypes.CDLL(name)
     except OSError as error:
@@ -145,21 +145,21 @@ def load_library(name: str) -> str | None:
 
 
 def gpus() -> tuple[Gpu, ...] | None:
-    """The devices, asked of `nvidia-smi`, or of cuda-bindings where that does not tell. None if neither does.
+    """Return the visible devices by `nvidia-smi`, or else by cuda-bindings; None if neither reports them.
 
-    Which they are and in what order only the driver knows, who reads CUDA_VISIBLE_DEVICES and CUDA_DEVICE_ORDER: `nvidia-smi`
-    lists all, in the order of the bus.
+    Visibility and order are the driver's, which reads CUDA_VISIBLE_DEVICES and CUDA_DEVICE_ORDER: `nvidia-smi` lists all devices
+    in the order of the bus.
     """
-    shown, listed = _shown(), _from_smi()
-    if shown == ():
+    visible, listed = _visible(), _from_smi()
+    if visible == ():
         return ()
-    if shown is None or listed is None or not listed.keys() >= set(shown):
+    if visible is None or listed is None or not listed.keys() >= set(visible):
         return _from_bindings()
-    return tuple(listed[name] for name in shown)
+    return tuple(listed[name] for name in visible)
 
 
 def device_memory(index: int = 0) -> tuple[int, int] | None:
-    """Free and total bytes of one of the devices of `gpus`; None where nothing tells."""
+    """Return free and total bytes of one of the devices of `gpus`; None if they are unknown."""
     found = gpus()
     return (found[index].free_bytes, found[index].total_bytes) if found and index < len(found) else None
 
@@ -169,12 +169,12 @@ def _driver_name() -> str:
 
 
 def _driver() -> Any:
-    """NVIDIA's driver, as ctypes has it. Raises OSError where there is none."""
+    """Return NVIDIA's driver as a ctypes library. Raises OSError if there is none."""
     return ctypes.CDLL(_driver_name())
 
 
-def _shown() -> tuple[str, ...] | None:
-    """The devices that the driver shows to this process: their UUIDs, in its order. None if it cannot be asked."""
+def _visible() -> tuple[str, ...] | None:
+    """Return the UUIDs of the devices visible to this process, in the driver's order; None if they cannot be read."""
     try:
         driver = _driver()
         if (code := driver.cuInit(0)) == _NO_DEVICE:
@@ -191,7 +191,7 @@ def _shown() -> tuple[str, ...] | None:
 
 
 def _from_smi() -> dict[str, Gpu] | None:
-    """All devices by UUID."""
+    """Return all devices by UUID."""
     fields = "uuid,name,compute_cap,driver_version,memory.total,memory.free"
     command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
     try:
@@ -210,19 +210,19 @@ def _smi_gpu(name: str, capability: str, driver: str, total: str, free: str) -> 
 def _from_bindings() -> tuple[Gpu, ...] | None:
     try:
         runtime: Any = importlib.import_module("cuda.bindings.runtime")
-        known = _told(runtime.cudaDriverGetVersion())
+        known = _checked(runtime.cudaDriverGetVersion())
         code, count = runtime.cudaGetDeviceCount()
         if int(code) == _NO_DEVICE:
             return ()
-        return tuple(_bindings_gpu(runtime, index, known) for index in range(_told((code, count))))
+        return tuple(_bindings_gpu(runtime, index, known) for index in range(_checked((code, count))))
     except (ImportError, RuntimeError):
         return None
 
 
 def _bindings_gpu(runtime: Any, index: int, known: int) -> Gpu:
-    properties = _told(runtime.cudaGetDeviceProperties(index))
-    _told(runtime.cudaSetDevice(index))
-    free, total = _told(runtime.cudaMemGetInfo())
+    properties = _checked(runtime.cudaGetDeviceProperties(index))
+    _checked(runtime.cudaSetDevice(index))
+    free, total = _checked(runtime.cudaMemGetInfo())
     name = properties.name
     return Gpu(
         name.decode() if isinstance(name, bytes) else name,
@@ -233,8 +233,8 @@ def _bindings_gpu(runtime: Any, index: int, known: int) -> Gpu:
     )
 
 
-def _told(result: tuple[Any, ...]) -> Any:
-    """What a call of cuda-bindings gives behind its error code. Raises RuntimeError for an error."""
+def _checked(result: tuple[Any, ...]) -> Any:
+    """Return the value behind the error code of a call of cuda-bindings. Raises RuntimeError for an error."""
     code, *values = result
     if int(code) != 0:
         raise RuntimeError(str(code))
@@ -242,28 +242,28 @@ def _told(result: tuple[Any, ...]) -> Any:
 
 
 def cuda_libraries(ort: Any) -> tuple[Library, ...]:
-    """Loads the libraries that the CUDA provider of an onnxruntime-gpu on Linux needs, and tells which could not be.
+    """Load the libraries that the CUDA provider of onnxruntime-gpu needs on Linux, and return each with its error, if any.
 
-    ort: the onnxruntime module; of another build, or another system, there is nothing to tell. Those that pip installed are
-    found, too, since ONNX Runtime's own search goes first.
+    ort: the onnxruntime module; empty for another build or system. ONNX Runtime's own search runs first, so that libraries
+    installed by pip are found.
     """
     major = str(getattr(ort, "cuda_version", "") or "").partition(".")[0]
     if not major or sys.platform != "linux":
         return ()
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does not find
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints every library that it does not find
         ort.preload_dlls()
-    # Convolutions need cuDNN, which the provider opens only when it meets one.
+    # Convolutions need cuDNN, which the provider loads only for the first of them.
     names = (f"libcudart.so.{major}", f"libcublasLt.so.{major}", f"libcublas.so.{major}", "libcurand.so.10", "libcudnn.so.9")
     return tuple(Library(name, load_library(name)) for name in names)
 
 
 def _siblings(cpu: int) -> str:
-    """A key that is the same for the hardware threads of one core; each is its own core where the system does not say."""
+    """Return a key that is the same for the hardware threads of one core; if the system has none, each counts as a core."""
     return _read(Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")) or str(cpu)
 
 
 def _container_share() -> int | None:
-    """CPUs' worth of time that the control group grants, rounded up; None without a limit."""
+    """Return the CPU quota of the control group in CPUs, rounded up; None without a limit."""
     quota, _, period = (_read(Path("/sys/fs/cgroup/cpu.max")) or "").partition(" ")
     return -(-int(quota) // int(period)) if quota.isdigit() and period.isdigit() else None
 

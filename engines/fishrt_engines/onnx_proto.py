@@ -1,8 +1,8 @@
-"""The part of the ONNX file format that rewriting a graph, and checking one, reads and writes.
+"""The part of the ONNX file format that is needed to rewrite and check graphs.
 
-A graph's file without its weights is small protobuf. ONNX Runtime brings the protobuf library but not the `onnx` package, which
-would add a fifth to an installation; so the messages that are needed are declared here, with the field numbers of `onnx.proto`.
-Whatever else a file holds is kept as it is: protobuf passes unknown fields through.
+A graph's file without its weights is a small protobuf message. ONNX Runtime depends on protobuf but not on the `onnx` package,
+which would add a fifth to an installation. The messages in use are therefore declared here, with the field numbers of
+`onnx.proto`. protobuf keeps unknown fields unchanged.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ _MESSAGES: dict[str, dict[str, tuple[int, str]]] = {
     "Shape": {"dim": (1, "*Dimension")},
     "Dimension": {"dim_value": (1, "int64"), "dim_param": (2, "string")},
 }
-"""Message → field → its number and type; a star marks a repeated field."""
+"""Number and type of each field, by message and field name; a star marks a repeated field."""
 
 ATTRIBUTE_FLOAT, ATTRIBUTE_INT, ATTRIBUTE_STRING, ATTRIBUTE_INTS = 1, 2, 3, 7
 TENSOR_INT32, TENSOR_INT64 = 6, 7
@@ -86,20 +86,20 @@ DTYPES = {
     23: "float4e2m1",
     24: "float8e8m0",
 }
-"""numpy's, or ml_dtypes', name of an element type, by the number that a file has for it."""
+"""Name of an element type in numpy or ml_dtypes, by its number in a file."""
 CODES = {name: code for code, name in DTYPES.items()}
-"""The way back."""
+"""Number of an element type by its name."""
 _WIDTHS = {"int4": 4, "uint4": 4, "int8": 8, "uint8": 8, "bool": 8, "float16": 16, "bfloat16": 16, "int64": 64, "float64": 64}
-"""Bits of one value, by element type; 32 for the others that weights have."""
+"""Bits of one value, by element type; other types of weights have 32."""
 
 
 def message(name: str) -> Any:
-    """The class of one of the messages above. Raises ProviderError where protobuf is not installed."""
+    """Return the class of one of the messages above. Raises ProviderError if protobuf is not installed."""
     return _classes()[f"fishrt_onnx.{name}"]
 
 
 def parse_model(data: bytes, name: str) -> Any:
-    """The Model message of a graph file, whose `name` is for errors. Raises GraphError where the bytes are none."""
+    """Return the Model message of a graph file. name: of the file, for errors. Raises GraphError for other bytes."""
     model_type = message("Model")
     from google.protobuf.message import DecodeError
 
@@ -110,9 +110,9 @@ def parse_model(data: bytes, name: str) -> Any:
 
 
 def external_places(model: Any) -> list[Any]:
-    """Return the entries of a Model message that name the files of its weights, beside the graph's file.
+    """Return the entries of a Model message that name the files of its weights, in the folder of the graph.
 
-    Raises GraphError for a name that leads out of the folder. A file of the folder may be a link: that is the user's choice.
+    Raises GraphError for a name that leads out of the folder. A file of the folder may be a link.
     """
     places = [entry for tensor in model.graph.initializer for entry in tensor.external_data if entry.key == "location"]
     for name in {entry.value for entry in places}:
@@ -145,7 +145,7 @@ def _classes() -> dict[str, Any]:
 
 
 def node(op_type: str, inputs: list[str], outputs: list[str], *, domain: str = "", **attributes: float | int | list[int]) -> Any:
-    """A Node with attributes that are integers, lists of them, or floats. An empty name leaves an optional input out."""
+    """Return a Node. An attribute is an integer, a list of integers or a float; an empty name omits an optional input."""
     made = message("Node")(op_type=op_type, name=f"{op_type}.{outputs[0]}", domain=domain, input=inputs, output=outputs)
     for key, value in attributes.items():
         if isinstance(value, float):
@@ -158,17 +158,17 @@ def node(op_type: str, inputs: list[str], outputs: list[str], *, domain: str = "
 
 
 def int64_tensor(name: str, values: list[int], *, scalar: bool = False) -> Any:
-    """A Tensor of int64, of rank 1, or 0 for a `scalar`."""
+    """Return an int64 Tensor of rank 1, or of rank 0 for a `scalar`."""
     return message("Tensor")(name=name, data_type=TENSOR_INT64, dims=[] if scalar else [len(values)], int64_data=values)
 
 
 def array_tensor(name: str, array: np.ndarray[Any, Any]) -> Any:
-    """A Tensor that holds an array of one of DTYPES, of any rank, in the file itself."""
+    """Return a Tensor that stores an array in the graph's file. Its dtype is one of DTYPES."""
     return message("Tensor")(name=name, data_type=CODES[array.dtype.name], dims=array.shape, raw_data=array.tobytes())
 
 
 def value_info(name: str, dtype: str, shape: Sequence[int | str]) -> Any:
-    """An input or output of a graph. A string stands for a size that is known when the graph runs."""
+    """Return an input or output of a graph. A string is the name of a symbolic dimension."""
     made = message("ValueInfo")(name=name)
     tensor = made.type.tensor_type
     tensor.elem_type = CODES[dtype]
@@ -179,7 +179,7 @@ def value_info(name: str, dtype: str, shape: Sequence[int | str]) -> Any:
 
 
 def int64_values(tensor: Any) -> list[int]:
-    """The values of a Tensor of int64 that lies in the file itself."""
+    """Return the values of an int64 Tensor stored in the graph's file."""
     if tensor.raw_data:
         raw = tensor.raw_data
         return [int.from_bytes(raw[n : n + 8], "little", signed=True) for n in range(0, len(raw), 8)]
@@ -187,15 +187,15 @@ def int64_values(tensor: Any) -> list[int]:
 
 
 def stored_size(tensor: Any) -> int:
-    """Bytes of the values of a Tensor."""
+    """Return the bytes that the values of a Tensor occupy."""
     bits: int = prod(tensor.dims) * _WIDTHS.get(DTYPES.get(tensor.data_type, ""), 32)
     return (bits + 7) // 8
 
 
 def stored_bytes(tensor: Any, folder: Path) -> bytes:
-    """The values of a Tensor as they are stored, little-endian: in the file itself, or in one beside it, in `folder`.
+    """Return the values of a Tensor as stored, little-endian: in the graph's file, or in another file of `folder`.
 
-    Raises GraphError where the file beside it is missing or too short.
+    Raises GraphError if that file is missing or too short.
     """
     if not tensor.external_data:
         return np.array(tensor.float_data, np.float32).tobytes() if tensor.float_data else bytes(tensor.raw_data)

@@ -1,19 +1,18 @@
-"""ONNX Runtime: a session, state that stays where it is, and input and output buffers bound once for each set of shapes.
+"""ONNX Runtime engine: a session, state updated in place, and input and output buffers bound once for each set of shapes.
 
-The token loop calls `run` about ten times a frame with the same few shapes, so a call must cost little beside the graph itself.
-A state therefore keeps, for each combination of input shapes that it has met, a `_Plan`: tensors of those shapes in the memory in
-which the session works, bound together with the state. A later call with the same shapes copies its feeds into them and runs.
+The token loop calls `run` about ten times a frame with the same few shapes, so the overhead of a call must be small.
+A state therefore keeps a `_Plan` for each recent combination of input shapes: tensors of those shapes in the session's memory,
+bound together with the state. A later call with the same shapes copies its feeds into them and runs.
 
     feeds ──copy──► plan's tensors ─► session ─► plan's tensors ──► results (overwritten by the next call with these shapes)
                           state ─►            ─► the same state, written in place
 
 The same tensor is bound as a state's input and output. A graph must therefore not read a state input after it has written that
-state's output; a TensorScatter whose result feeds the attention is of that kind, and then copies nothing.
+state's output. A TensorScatter whose result feeds the attention meets this condition, and then copies nothing.
 
-On a device, results are copied to the host, or stay there for another engine. A plan whose launches are captured as one (a CUDA
-graph) stays good since its addresses do: what another engine left on the device is copied into the plan's own tensors, too, which
-costs microseconds. The first call of such a plan runs the graph several times, which gives the same as once for a graph that
-writes what it was fed, at the place that it was fed; see `Opened.captures`.
+On a device, results are copied to the host, or stay there for another engine. A captured plan (a CUDA graph) needs fixed
+addresses: feeds that are already on the device are therefore copied into the plan's own tensors, too, which costs microseconds.
+The first call of such a plan runs the graph several times; see `Opened.run_options` for the graphs that permit this.
 """
 
 from __future__ import annotations
@@ -48,11 +47,11 @@ from .tensors import HostMemory, HostTensor, Place, Tensor, item_size
 log = logging.getLogger(__name__)
 
 _PLANS_KEPT = 4
-"""Sets of shapes a state remembers. A loop has two or three; a prefill's is never met again and is the first to go."""
+"""Plans that a state keeps, least recently used first out. A loop uses two or three; a prefill's is not used again."""
 _IDLE_KEPT = 4
-"""States of a device whose memory and captured calls wait for the next of their size. One that grows leaves two or three."""
+"""Released states of a device kept for the next state of their size, with their captured calls. Growth releases two or three."""
 _NOT_CAPTURED = -1
-"""ONNX Runtime's graph id for a run of a capturing session that is to be neither captured nor replayed."""
+"""ONNX Runtime's graph id for a run that is neither captured nor replayed."""
 
 
 def open_engine(
@@ -65,16 +64,16 @@ def open_engine(
     identity: str | None = None,
     build: Callable[[bytes], bytes] | None = None,
 ) -> Engine:
-    """Loads the graph file `path` and checks that it is what `spec` says.
+    """Open the graph file `path` and check that it is the one that `spec` describes.
 
     provider: "auto" or one of the names in `providers.PROVIDERS`. threads: None means the physical cores; see `usable_threads`.
-    specialise: run what is fastest here in place of the operators in the file; see `specialise.py`. Calls must then write
+    specialise: replace the file's operators by the fastest ones of this provider; see `specialise.py`. Calls must then write
     consecutive columns at their own positions. On a CPU, quantised weights are multiplied in integers; on a CUDA device, a
     language model is computed in 16 bits, see `ort_cuda`.
-    identity: a hash that stands for graph and weights; what was specialised is kept on disk under it, see `graph_cache`.
-    build: makes the graph from the file's bytes; its weights stay where the file has them.
-    Raises ProviderError for a provider that is unknown or not here, GraphError for a file that is missing, damaged or different,
-    FishrtError where memory does not suffice.
+    identity: a hash of graph and weights, under which the specialised graph is cached on disk; see `graph_cache`.
+    build: makes the graph from the file's bytes; its weights stay in the files of the original.
+    Raises ProviderError for a provider that is unknown or cannot be used, GraphError for a missing, damaged or different file,
+    FishrtError if memory does not suffice.
     """
     name = resolve_provider(provider)
     count = usable_threads(threads)
@@ -94,7 +93,7 @@ def open_engine(
         raise GraphError(f"{path} cannot be loaded: {error}", hint="copy or export the bundle again") from None
     added = [opened.columns.rows] if opened.columns is not None and opened.columns.rows else []
     if found := [*inconsistencies(spec), *differences(spec, opened.session, added, opened.state_type)]:
-        raise GraphError(f"{path} is not the graph that was described: " + "; ".join(found), hint="export it again")
+        raise GraphError(f"{path} differs from its description: " + "; ".join(found), hint="export it again")
     return OrtEngine(opened, spec, name)
 
 
@@ -123,27 +122,27 @@ class _Plan:
     binding: Any
     feeds: list[tuple[str, Tensor]]
     results: list[tuple[str, Tensor]]
-    shown: dict[str, Array]
-    """The results, if they are arrays on the host, which are the same in every call."""
+    host_results: dict[str, Array]
+    """The results of every call, if they are arrays on the host."""
     allocated: list[tuple[int, str]]
-    """Outputs (position in the binding, name) of a size that no input tells: ONNX Runtime allocates them anew in each run."""
+    """Outputs (position in the binding, name) whose size the inputs do not determine: ONNX Runtime allocates them in each run."""
     rows: Array | None
-    """`ColumnInputs.rows`, int32 [], where it is an input. All rows of the cache, unless a call says otherwise."""
+    """`ColumnInputs.rows`, int32 [], if it is an input. All rows of the cache, unless a call sets another number."""
     graph: int
-    """Id under which it is captured, or _NOT_CAPTURED."""
+    """Id of the captured graph, or _NOT_CAPTURED."""
     constants: dict[str, Any]
-    """Feeds that a device holds already, and that will not change."""
+    """Constant feeds that are already on the device."""
 
 
 class _Carried:
-    """What calls bind beside feeds and results, and the plans made with it."""
+    """The places of a state's tensors, and the plans bound to them."""
 
     def __init__(self, dims: Mapping[str, int], places: Mapping[str, Place]) -> None:
         self.dims, self.places = dict(dims), dict(places)
         self.plans: OrderedDict[tuple[tuple[int, ...], ...], _Plan] = OrderedDict()
 
     def row(self, n: int) -> _Carried:
-        """That of one row of the batch."""
+        """Return the same for one row of the batch."""
         return _Carried({**self.dims, "batch": 1}, {name: place.row(n) for name, place in self.places.items()})
 
 
@@ -162,7 +161,7 @@ class OrtState:
         return self.carried.dims
 
     def read(self, name: str) -> Array:
-        """A copy of one state tensor, by its input name."""
+        """See `base.State.read`."""
         return self.tensors[name].numpy()
 
     def write(self, name: str, array: Array) -> None:
@@ -178,7 +177,7 @@ class OrtState:
         larger = self.owner.new_state(**{**self.dims, **dims})
         for name, tensor in self.tensors.items():
             larger.tensors[name].lead(tensor)
-        # What was outgrown goes with `larger`.
+        # `larger` takes the old tensors, and returns them to the owner when it is deleted.
         self.tensors, larger.tensors = larger.tensors, self.tensors
         self.carried, larger.carried = larger.carried, self.carried
 
@@ -199,17 +198,17 @@ class OrtEngine:
         self._graph_ids = itertools.count(1)
         self._idle: deque[tuple[dict[str, Tensor], _Carried]] = deque(maxlen=_IDLE_KEPT)
         self._dropped: list[int] = []
-        """Ids of captured graphs whose plans are gone."""
+        """Ids of captured graphs whose plans were deleted."""
         self._lock = None if isinstance(self._memory, HostMemory) else threading.Lock()
-        """A device's session is used by one thread at a time: plans without state are for all. ONNX Runtime captures anew
-        for each thread, so a server does best with one that speaks."""
+        """A device's session is used by one thread at a time: all threads share the plans without state. ONNX Runtime captures
+        anew for each thread, so a server should speak from one thread only."""
 
     def new_state(self, **dims: int) -> OrtState:
-        """State of zeros. `dims` gives every symbolic dimension of the state tensors; ValueError for any other set of names."""
+        """See `base.Engine.new_state`. Raises ValueError if `dims` does not name exactly the state's symbolic dimensions."""
         check_state_dims(self.spec, dims)
         for idle in list(self._idle):
             if idle[1].dims == dims:
-                with contextlib.suppress(ValueError):  # another thread was faster
+                with contextlib.suppress(ValueError):  # another thread has taken it
                     self._idle.remove(idle)
                     for tensor in idle[0].values():
                         tensor.clear()
@@ -222,8 +221,9 @@ class OrtEngine:
         return OrtState(self, made, _Carried(dims, {name: tensor.place for name, tensor in made.items()}))
 
     def take_back(self, tensors: dict[str, Tensor], carried: _Carried) -> None:
-        """Keeps what a state with captured calls leaves, for the next of its size: capturing takes longer than many calls, and
-        ONNX Runtime frees no capture before the session.
+        """Keep the tensors and captured calls of a deleted state for the next one of its size.
+
+        A capture takes longer than many calls, and ONNX Runtime frees none before the session ends.
         """
         if any(plan.graph != _NOT_CAPTURED for plan in carried.plans.values()):
             self._idle.append((tensors, carried))
@@ -233,7 +233,7 @@ class OrtEngine:
     ) -> dict[str, Any]:
         """See `base.Engine.run`. Results of a call with a state live in tensors that its next call may overwrite.
 
-        A resident result of a size that no input tells is given as an array all the same.
+        A result whose size the inputs do not determine is an array, even if it is named in `resident`.
         """
         if resident and (unknown := set(resident) - set(self._result_names)):
             raise ValueError(f"{names(unknown)} cannot stay on the device; the results are {names(self._result_names)}")
@@ -249,7 +249,7 @@ class OrtEngine:
 
     @contextlib.contextmanager
     def allocating(self, what: str) -> Iterator[None]:
-        """Turns what numpy and ONNX Runtime say where memory lacks into one error for users."""
+        """Raise FishrtError for the various errors of numpy and ONNX Runtime for too little memory."""
         try:
             yield
         except Exception as error:  # ONNX Runtime's exceptions have no common base
@@ -287,7 +287,7 @@ class OrtEngine:
             self._call(self._session.run_with_iobinding, plan.binding)
         else:
             self._launch(plan, self._options)
-        results = dict(plan.shown) if plan.shown else {n: t.shown(resident=n in resident) for n, t in plan.results}
+        results = dict(plan.host_results) or {name: t.result(resident=name in resident) for name, t in plan.results}
         if plan.allocated:
             outputs = plan.binding.get_outputs()
             results |= {name: outputs[n].numpy() for n, name in plan.allocated}
@@ -307,12 +307,12 @@ class OrtEngine:
         self._call(run, plan.binding, options(_NOT_CAPTURED))
 
     def _must_part(self, feeds: Mapping[str, Any], columns: ColumnInputs) -> bool:
-        """Whether this call is one that GroupQueryAttention refuses: several rows of several columns each, after others."""
+        """Return whether GroupQueryAttention refuses this call: several columns for several rows that already have some."""
         positions, index = feeds.get(columns.position_ids), feeds.get(columns.write_index)
         return positions is not None and index is not None and min(positions.shape) > 1 and bool(_array(index).any())
 
     def _row_by_row(self, feeds: Mapping[str, Any], carried: _Carried, resident: Collection[str]) -> dict[str, Any]:
-        """Each row of the batch by itself, on its part of the state. All feeds, states and results begin with the batch."""
+        """Run each row of the batch alone, on its part of the state. The batch is the first axis of all tensors."""
         self._check(feeds, carried.dims)
         arrays = {name: _array(feed) for name, feed in feeds.items()}
         parts = []
@@ -323,7 +323,7 @@ class OrtEngine:
         return {name: self._memory.upload(array) if name in resident else array for name, array in whole.items()}
 
     def _plan(self, feeds: Mapping[str, Any], carried: _Carried) -> _Plan:
-        """The plan for the shapes of `feeds`. Shapes that were met before were checked then; types are checked always."""
+        """Return the plan for the shapes of `feeds`. Shapes are checked once, for a new plan; types in every call."""
         try:
             given = [feeds[name] for name in self._dtypes]
             shapes = tuple([feed.shape for feed in given])
@@ -341,7 +341,7 @@ class OrtEngine:
         return plan
 
     def _bind(self, dims: Mapping[str, int], carried: _Carried) -> _Plan:
-        while self._dropped:  # ONNX Runtime 1.31 keeps a CUDA graph until its session ends all the same
+        while self._dropped:  # ONNX Runtime 1.31 nevertheless keeps a CUDA graph until its session ends
             self._session.release_captured_graph(self._dropped.pop())
         binding = self._session.io_binding()
         feeds = [(t.name, self._memory.zeros(t.resolve(dims), t.dtype, t.dtype)) for t in self.spec.feeds]
@@ -353,7 +353,7 @@ class OrtEngine:
                 results.append((t.name, self._memory.zeros(t.resolve(dims), t.dtype, t.dtype)))
                 results[-1][1].place.bind_output(binding, t.name)
             else:
-                binding.bind_output(t.name)  # gives it its position
+                binding.bind_output(t.name)  # reserves its position
                 allocated.append((n, t.name))
         for pair in self.spec.states:
             carried.places[pair.input].bind_input(binding, pair.input)
@@ -364,8 +364,8 @@ class OrtEngine:
             if self._columns.rows is not None and self._columns.cache is not None:
                 rows = np.array(carried.places[self._columns.cache].shape[2], np.int32)
                 HostTensor(rows).place.bind_input(binding, self._columns.rows)
-        shown = {} if self._lock else {name: tensor.shown(resident=False) for name, tensor in results}
-        plan = _Plan(binding, feeds, results, shown, allocated, rows, _NOT_CAPTURED, {})
+        host_results = {} if self._lock else {name: tensor.result(resident=False) for name, tensor in results}
+        plan = _Plan(binding, feeds, results, host_results, allocated, rows, _NOT_CAPTURED, {})
         if self._captures and step:
             plan.graph = next(self._graph_ids)
             weakref.finalize(plan, self._dropped.append, plan.graph).atexit = False
@@ -375,7 +375,7 @@ class OrtEngine:
         return (isinstance(feed, np.ndarray) or self._memory.holds(feed)) and feed.dtype == dtype
 
     def _check(self, feeds: Mapping[str, Any], known: Mapping[str, int]) -> dict[str, int]:
-        """As `check_feeds`; and each feed is where this engine can read it."""
+        """Call `check_feeds`, and check that this engine can read each feed. Raises ValueError otherwise."""
         dims = check_feeds(self.spec, feeds, known)
         if foreign := [name for name, dtype in self._dtypes.items() if not self._takes(feeds[name], dtype)]:
             raise ValueError(f"{names(foreign)} of {self.spec.file} must be arrays, or results that stayed on the same device")

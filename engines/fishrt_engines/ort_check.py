@@ -1,4 +1,4 @@
-"""Whether a session is what its description says."""
+"""Checks of a session against the description of its graph."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from typing import Any
 from .spec import GraphSpec, TensorSpec
 
 _DTYPES = {"float": "float32", "double": "float64"}
-"""ONNX Runtime's names of element types, where they are not numpy's."""
+"""Element types whose name in ONNX Runtime is not numpy's."""
 
 
 def element_type(node: Any) -> str:
-    """Of an input or output of a session, as numpy would name it."""
+    """Return numpy's name of the element type of a session's input or output."""
     name = str(node.type).removeprefix("tensor(").removesuffix(")")
     return _DTYPES.get(name, name)
 
 
 def inconsistencies(spec: GraphSpec) -> list[str]:
-    """What is wrong with the description itself."""
+    """Return the faults of the description itself."""
     inputs, outputs = ({t.name: t for t in tensors} for tensors in (spec.inputs, spec.outputs))
     wrong = []
     for pair in spec.states:
@@ -32,10 +32,10 @@ def inconsistencies(spec: GraphSpec) -> list[str]:
 
 
 def differences(spec: GraphSpec, session: Any, added: Collection[str], state_type: str | None) -> list[str]:
-    """How the session's tensors differ from the described ones.
+    """Return the differences between a session's tensors and the described ones.
 
-    added: inputs that rewriting the graph has added. state_type: the element type that it gave to all of the state, if it did.
-    The names of symbolic dimensions are not compared, since ONNX Runtime renames those that it computes; sizes are.
+    added: inputs that a rewrite of the graph added. state_type: the state's element type after the rewrite; None if unchanged.
+    Fixed sizes are compared. Names of symbolic dimensions are not, since ONNX Runtime renames those that it computes.
     """
     carried = {name for pair in spec.states for name in (pair.input, pair.output)}
     found = []

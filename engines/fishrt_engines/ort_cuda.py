@@ -1,16 +1,16 @@
-"""ONNX Runtime sessions on a CUDA device: how they are set up, and what becomes of a portable graph.
+"""ONNX Runtime sessions on a CUDA device: their options, and the steps from a portable graph to a session.
 
     portable file ─► [build] ─► 16 bits ─► specialise ─► ONNX Runtime's optimiser ─► session ─► captured, launch by launch
 
-A language model's graph is computed in bfloat16 where the device has it, else in float16; with quantised weights in float16, in
-which ONNX Runtime has kernels that multiply by them directly. A codec's stays in float32, whose products tensor cores round to 10
-bits of mantissa (TF32).
+A language model's graph is computed in bfloat16 if the device supports it, else in float16. With quantised weights it is computed
+in float16, for which ONNX Runtime has kernels that multiply by them directly. A codec's graph stays in float32; its products are
+rounded to 10 bits of mantissa (TF32) on tensor cores.
 
 ONNX Runtime runs nodes that compute sizes on the CPU, by its own choice, so `session.disable_cpu_ep_fallback` would refuse every
-graph of ours. What must not happen unseen is refused or told instead: a session that starts without the device raises an error,
-other nodes on the CPU are named in a warning, and ONNX Runtime's own fall back, when a run fails, is switched off.
+graph of fishrt. Three measures replace it: a session that starts without the device raises an error, other nodes on the CPU are
+named in a warning, and ONNX Runtime's fallback after a failed run is switched off.
 
-The device is the first that CUDA shows; CUDA_VISIBLE_DEVICES chooses it. Nothing in this file was run on a device by us.
+The device is the first visible one; CUDA_VISIBLE_DEVICES chooses it.
 """
 
 from __future__ import annotations
@@ -38,20 +38,20 @@ log = logging.getLogger(__name__)
 
 PROVIDER = "CUDAExecutionProvider"
 WORKSPACE = 1_000_000_000
-"""Bytes that a session needs beside its weights, as an estimate: the CUDA context, libraries' workspaces, activations."""
+"""Estimated bytes that a session needs in addition to its weights: the CUDA context, workspaces of libraries, activations."""
 _BFLOAT16_SINCE = (8, 0)
-"""The compute capability from which on devices multiply bfloat16."""
+"""The lowest compute capability with products in bfloat16."""
 _SIZE_OPERATORS = set("Shape Size Gather Slice Concat Squeeze Unsqueeze Reshape Cast Range Add Sub Mul Div Max Min Mod".split())
 _SIZE_OPERATORS |= set("Where Equal Greater Less Expand ConstantOfShape ReduceProd ReduceMax Identity Neg Floor".split())
-"""What ONNX Runtime runs on the CPU since it computes sizes, which are wanted there."""
+"""Operators that compute sizes: ONNX Runtime runs them on the CPU, where the sizes are needed."""
 
 
 def open_cuda(path: Path, *, threads: int, specialised: bool, build: Callable[[bytes], bytes] | None) -> Opened:
-    """A session of the graph file `path` on the device. Raises what ONNX Runtime raises for a graph that it cannot load.
+    """Open a session of the graph file `path` on the device. ONNX Runtime's errors for a graph that it cannot load go through.
 
     specialised: compute a language model in 16 bits, in the fastest operators, and capture its calls of one column.
     build: makes the graph from the file's bytes; such a graph is a language model's, and all its calls are captured.
-    Raises FishrtError where the device has too little memory, ProviderError where ONNX Runtime does not start there.
+    Raises FishrtError if the device has too little memory, ProviderError if ONNX Runtime does not start on it.
     """
     ort = import_onnxruntime("cuda")
     _preload(ort)
@@ -74,36 +74,36 @@ def open_cuda(path: Path, *, threads: int, specialised: bool, build: Callable[[b
                 log.warning("%s runs in float32 and node by node: its attention has no fast operator here", path.name)
     _check_room(path, model, gpu)
     options = session_options(ort, threads)
-    # Without it, weights in 4 and 8 bits would be expanded in every run.
+    # Without this, weights in 4 and 8 bits would be expanded in every run.
     options.add_session_config_entry("session.enable_dq_matmulnbits_fusion", "1")
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     model = find_weights(model, path, options)
     session, captures = _session(ort, model, options, path.name, captures)
-    _tell_cpu_nodes(session, path.name)
+    _warn_of_cpu_nodes(session, path.name)
     run_options = (lambda graph: _run_options(ort, graph)) if captures else None
     return Opened(session, columns, device_memory(ort), state_type, run_options)
 
 
 def computed_in(model: bytes, gpu: machine.Gpu | None) -> str:
-    """The element type in which a language model's graph runs on a device."""
+    """Return the element type in which a language model's graph is computed on a device."""
     graph = message("Model").FromString(model).graph
     if any(node.op_type == "DequantizeLinear" for node in graph.node):
         return "float16"
     if gpu is None:
-        log.warning("nothing tells what device this is; computing in float16, as every one can")
+        log.warning("the device cannot be identified; computing in float16, which every device supports")
         return "float16"
     return "bfloat16" if gpu.compute_capability >= _BFLOAT16_SINCE else "float16"
 
 
 def provider_options(*, captures: bool) -> dict[str, str]:
-    """What ONNX Runtime's CUDA provider is told; all that matters, since its defaults are made for fixed sizes.
+    """Return the options of ONNX Runtime's CUDA provider: all that matter, since the defaults are made for fixed sizes.
 
-    Not the device, which is the first by itself: with its number, ONNX Runtime 1.31 prints a warning for every session.
+    `device_id` is left at its default, the first device: if it is given, ONNX Runtime 1.31 prints a warning for every session.
     """
     return {
-        # The other strategy takes up to twice what is needed, and weights come in few large pieces.
+        # The default strategy allocates up to twice the need; weights come in few large pieces.
         "arena_extend_strategy": "kSameAsRequested",
-        # A codec's input has another length in every call; a search would be done for each.
+        # The length of a codec's input varies, and each new length would start an exhaustive search.
         "cudnn_conv_algo_search": "HEURISTIC",
         "do_copy_in_default_stream": "1",
         "use_tf32": "1",
@@ -112,7 +112,7 @@ def provider_options(*, captures: bool) -> dict[str, str]:
 
 
 def _session(ort: Any, model: bytes, options: Any, name: str, captures: bool) -> tuple[Any, bool]:
-    """A session on the device, and whether it captures its runs."""
+    """Return a session on the device, and whether it captures its runs."""
     providers = [(PROVIDER, provider_options(captures=captures)), "CPUExecutionProvider"]
     try:
         session = ort.InferenceSession(model, options, providers=providers, enable_fallback=0)
@@ -123,17 +123,17 @@ def _session(ort: Any, model: bytes, options: Any, name: str, captures: bool) ->
         return _session(ort, model, options, name, False)
     if session.get_providers()[0] != PROVIDER:
         obstacle = find_obstacle("cuda")
-        why = obstacle.what if obstacle else "its own messages, above, say why"
+        why = obstacle.what if obstacle else "its own messages above give the reason"
         raise ProviderError(
             f"ONNX Runtime could not start its CUDA provider for {name}: {why}",
-            hint=(obstacle and obstacle.hint) or "`fishrt doctor` tells what is here",
+            hint=(obstacle and obstacle.hint) or "run `fishrt doctor` for details",
         )
     session.disable_fallback()
     return session, captures
 
 
-def _tell_cpu_nodes(session: Any, name: str) -> None:
-    """Warns of nodes that run on the CPU, but for those that compute sizes."""
+def _warn_of_cpu_nodes(session: Any, name: str) -> None:
+    """Warn of nodes that run on the CPU, except those that compute sizes."""
     found = Counter(
         node.op_type
         for part in session.get_provider_graph_assignment_info()
@@ -147,10 +147,10 @@ def _tell_cpu_nodes(session: Any, name: str) -> None:
 
 
 def _check_room(path: Path, model: bytes, gpu: machine.Gpu | None) -> None:
-    """Raises FishrtError where the weights of a graph and what a session needs beside them are more than the device has free."""
+    """Check that the device has free memory for the weights of a graph and WORKSPACE. Raises FishrtError otherwise."""
     weights = sum(stored_size(tensor) for tensor in message("Model").FromString(model).graph.initializer)
     if gpu is None:
-        log.info("%s has %s of weights; nothing tells how much memory the device has free", path.name, _gigabytes(weights))
+        log.info("%s has %s of weights; the free memory of the device is unknown", path.name, _gigabytes(weights))
     elif weights + WORKSPACE > gpu.free_bytes:
         raise FishrtError(
             f"{path.name} needs about {_gigabytes(weights + WORKSPACE)} of the device's memory, {_gigabytes(weights)} of it for "
@@ -172,12 +172,12 @@ def _run_options(ort: Any, graph: int) -> Any:
 
 @cache
 def device_memory(ort: Any) -> DeviceMemory:
-    """The device's, one for all sessions."""
+    """Return the device's memory, one object for all sessions."""
     return DeviceMemory(ort, "cuda", [(PROVIDER, provider_options(captures=False))])
 
 
 @cache
 def _preload(ort: Any) -> None:
-    """Loads CUDA's libraries from where pip puts them. What is missing, `find_obstacle` has told before."""
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does not find
+    """Load CUDA's libraries as installed by pip. `find_obstacle` has already reported missing ones."""
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints every library that it does not find
         ort.preload_dlls()

@@ -1,9 +1,10 @@
-"""Tensors in the memory of a device, through ONNX Runtime alone: no library of the device's maker is called.
+"""Tensors in the memory of a device, through ONNX Runtime alone: no library of the device's vendor is called.
 
-ONNX Runtime can allocate device memory and copy whole tensors to it, from it and within it. What else is needed is done by graphs
-of one node, run on the device: zeros, and rows put before other rows. Memory is taken as bytes, since bfloat16 has no numpy type.
+ONNX Runtime can allocate device memory and copy whole tensors to it, from it and within it. Two further operations are graphs of
+one node, run on the device: filling with zeros, and copying rows over the first rows of another tensor. Memory is allocated as
+bytes, since bfloat16 has no numpy type.
 
-Everything here works on any device that ONNX Runtime has tensors on. Tests run it with "cpu"; "cuda" was not run by us.
+The code works on every device for which ONNX Runtime has tensors. Tests run it with "cpu".
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from .onnx_proto import CODES, message, node
 from .tensors import Place, from_bytes, item_size, to_bytes
 
 _WORD = 4
-"""Bytes of the values that the graphs move and clear. Memory is allocated in multiples of it."""
+"""Bytes of a value of these graphs. Memory is allocated in multiples of it."""
 
 
 class DeviceTensor:
@@ -34,7 +35,7 @@ class DeviceTensor:
 
     @property
     def place(self) -> Place:
-        """Where it lies."""
+        """Return the place of this tensor."""
         return Place(self.memory.device, self._value.data_ptr(), self._element, self.shape, self._nbytes, self._value)
 
     def put(self, value: Array | DeviceTensor) -> None:
@@ -46,7 +47,7 @@ class DeviceTensor:
         self._value.update_inplace(np.pad(raw, (0, -raw.size % _WORD)) if raw.size % _WORD else raw)
 
     def lead(self, value: Array | DeviceTensor) -> None:
-        """See `Tensor.lead`. Where one dimension is smaller, as in a cache, nothing but `value` itself is copied."""
+        """See `Tensor.lead`. If only one dimension is smaller, as in a cache, only `value` itself is copied."""
         differ = [n for n, (small, large) in enumerate(zip(value.shape, self.shape, strict=True)) if small != large]
         row = prod(self.shape[differ[0] + 1 :]) * item_size(self._element) if differ else 0
         if not differ:
@@ -64,19 +65,19 @@ class DeviceTensor:
             self.put(whole)
 
     def clear(self) -> None:
-        """Makes all of it zeros."""
+        """Fill it with zeros."""
         self.memory.clear(self._words(self._value.tensor_size_in_bytes() // _WORD))
 
     def numpy(self) -> Array:
         """See `Tensor.numpy`."""
         return from_bytes(self._value.numpy()[: self._nbytes], self._element, self.dtype, self.shape)
 
-    def shown(self, *, resident: bool) -> Array | DeviceTensor:
-        """See `Tensor.shown`."""
+    def result(self, *, resident: bool) -> Array | DeviceTensor:
+        """See `Tensor.result`."""
         return self if resident else self.numpy()
 
     def _rows(self, blocks: int, row: int) -> Place:
-        """All of it as float32 [blocks, 1, rows, words of a row]."""
+        """Return the place of the whole tensor as float32 [blocks, 1, rows, words of a row]."""
         return self._words(blocks, 1, self._nbytes // blocks // row, row // _WORD)
 
     def _words(self, *shape: int) -> Place:
@@ -86,7 +87,7 @@ class DeviceTensor:
 class DeviceMemory:
     """The memory of one device. See `tensors.Memory`.
 
-    device: ONNX Runtime's name, "cuda" for one. providers: how to run a graph there, as InferenceSession takes it.
+    device: ONNX Runtime's name, such as "cuda". providers: the `providers` of an InferenceSession on this device.
     """
 
     def __init__(self, ort: Any, device: str, providers: Sequence[Any]) -> None:
@@ -110,11 +111,11 @@ class DeviceMemory:
         return isinstance(value, DeviceTensor) and value.memory.device == self.device
 
     def allocate(self, nbytes: int) -> Any:
-        """An OrtValue uint8 [nbytes], not cleared."""
+        """Return an OrtValue uint8 [nbytes], uninitialised."""
         return self._ort.OrtValue.ortvalue_from_shape_and_type([nbytes], np.uint8, self.device, 0)
 
     def clear(self, words: Place) -> None:
-        """Writes zeros over a place of float32 [words]."""
+        """Write zeros to a place of float32 [words]."""
         size = np.array(words.shape, np.int64)
         binding = self._clear.io_binding()
         binding.bind_cpu_input("size", size)
@@ -122,7 +123,7 @@ class DeviceMemory:
         self._clear.run_with_iobinding(binding)
 
     def put_first(self, target: Place, rows: Place) -> None:
-        """Copies float32 [blocks, 1, n, words] over the first n rows of every block of a larger one."""
+        """Copy float32 [blocks, 1, n, words] over the first n rows of every block of a larger tensor."""
         binding = self._put_first.io_binding()
         target.bind_input(binding, "target")
         rows.bind_input(binding, "rows")
@@ -139,7 +140,7 @@ class DeviceMemory:
         return self._session(scatter, {"target": ("float32", 4), "rows": ("float32", 4)}, {"result": ("float32", 4)})
 
     def _session(self, only: Any, inputs: dict[str, tuple[str, int]], outputs: dict[str, tuple[str, int]]) -> Any:
-        """A session of one node. Inputs and outputs: element type and rank by name."""
+        """Return a session of one node. Inputs and outputs: element type and rank by name."""
         model = message("Model")(ir_version=10)
         model.opset_import.add(domain="", version=24)
         model.graph.node.append(only)

@@ -1,4 +1,4 @@
-"""ONNX Runtime sessions on a CPU: how they are set up, and the way from a portable graph to an optimised one.
+"""ONNX Runtime sessions on a CPU: their options, and the steps from a portable graph to a session.
 
 portable file ─► specialise ─► ONNX Runtime's optimiser and packing ─► session
                                         └─► graph_cache ─► the next start maps it
@@ -25,43 +25,43 @@ from .tensors import HostMemory, Memory
 log = logging.getLogger(__name__)
 
 WORTH_KEEPING = 32_000_000
-"""Bytes of weights from which an optimised graph is kept on disk. Smaller ones are ready in a moment anyway."""
+"""Bytes of weights from which an optimised graph is cached on disk. Smaller graphs are optimised quickly."""
 SPIN_US = "20"
 """Microseconds that an idle thread spins before it sleeps: the next product of the same step may come sooner than a sleeping
-thread wakes. A compromise: spinning makes an idle machine faster and a busy one slower, and for as long as ONNX Runtime would
-spin by itself, idle threads slow down the loop's other session."""
+thread wakes. Spinning makes an idle machine faster and a busy one slower; with ONNX Runtime's longer default, idle threads also
+slow down the loop's other session."""
 
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """A session, and what was made of its graph."""
+    """A session, and facts about its graph after rewriting."""
 
     session: Any
     columns: ColumnInputs | None = None
-    """As `specialise` gave them."""
+    """The result of `specialise`."""
     memory: Memory = field(default_factory=HostMemory)
-    """Where its tensors lie."""
+    """The memory of its tensors."""
     state_type: str | None = None
-    """The element type of its state tensors, where it is not the described one."""
+    """The element type of its state tensors, if it is not the described one."""
     run_options: Callable[[int], Any] | None = None
-    """Options of a run whose launches are captured under an id, or not captured for -1. None for a session that captures nothing.
+    """Return the options of a run that is captured as a CUDA graph of this id, or not captured for -1. None: nothing is captured.
 
-    A captured run may be done several times over at first. That must give the same as once, as it does for a graph without state
-    and for one that writes columns at the positions it is fed."""
+    The first run of a capture may repeat the graph, so the graph must be idempotent. It is without state, and also if it writes
+    its columns at positions that it is fed."""
 
 
 def open_session(
     path: Path, *, threads: int, specialised: bool, identity: str | None, build: Callable[[bytes], bytes] | None
 ) -> Opened:
-    """A session of the graph file `path` on the CPU. Raises what ONNX Runtime raises, which has no common base.
+    """Open a session of the graph file `path` on the CPU. ONNX Runtime's errors, which have no common base, go through.
 
-    specialised: rewrite it for this machine. identity: says what graph and weights are, as a hash; the optimised graph is kept
-    under it. build: makes the graph from the file's bytes; such a graph is not kept.
+    specialised: rewrite it for this machine. identity: a hash of graph and weights, under which the optimised graph is cached.
+    build: makes the graph from the file's bytes; such a graph is not cached.
     """
     ort = import_onnxruntime()
     if not specialised:
         options = session_options(ort, threads)
-        # In float32, as the file has it. ONNX Runtime's own choice for quantised weights is to round activations to 8 bits.
+        # In float32, as in the file. By default, ONNX Runtime rounds the activations of quantised products to 8 bits.
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
         if build is None:
             return Opened(_session(ort, graph_source(path, options), options))
@@ -85,7 +85,7 @@ def open_session(
 
 
 def session_options(ort: Any, threads: int) -> Any:
-    """Options that every session has."""
+    """Return the options common to all sessions."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
@@ -96,10 +96,10 @@ def session_options(ort: Any, threads: int) -> Any:
 
 
 def find_weights(model: bytes, path: Path, options: Any) -> bytes:
-    """Return a graph made from the file `path` that finds its weights, and name their folder in the options of its session.
+    """Return the graph of the file `path` with resolved paths of its weights, and name their folder in the session's options.
 
-    ONNX Runtime refuses weights behind a link that leaves the folder, as in the cache of a model hub: links are resolved here.
-    Raises GraphError for weights that the graph itself places outside of its folder.
+    ONNX Runtime refuses weights behind a link out of the folder, as in the cache of a model hub, so links are resolved.
+    model: the graph's bytes. Raises GraphError for weights that the graph itself places outside of its folder.
     """
     parsed, folder = parse_model(model, path.name), path.parent.resolve()
     places = external_places(parsed)
@@ -114,21 +114,21 @@ def find_weights(model: bytes, path: Path, options: Any) -> bytes:
 
 
 def graph_source(path: Path, options: Any) -> str | bytes:
-    """Return a graph file as a session takes it: its name, or a graph in memory where its weights are behind links."""
+    """Return the argument of a session for a graph file: its path, or the graph's bytes if its weights are behind links."""
     portable = path.read_bytes()
     found = find_weights(portable, path, options)
     return str(path) if found is portable else found
 
 
 def is_memory_error(error: Exception) -> bool:
-    """ONNX Runtime reports memory that it cannot get by exceptions with one of these texts."""
+    """Return whether an error reports too little memory, which ONNX Runtime does by exceptions with one of these texts."""
     text = str(error).lower()
-    told = ("bad_alloc", "failed to allocate", "bad allocation", "out of memory", "smaller than requested", "alloc_failed")
-    return isinstance(error, MemoryError) or any(words in text for words in told)
+    texts = ("bad_alloc", "failed to allocate", "bad allocation", "out of memory", "smaller than requested", "alloc_failed")
+    return isinstance(error, MemoryError) or any(words in text for words in texts)
 
 
 def out_of_memory(what: str, provider: str) -> FishrtError:
-    """The error for users."""
+    """Return the error for users."""
     where, larger = ("", "a machine") if provider == "cpu" else (" of the device", "a device")
     return FishrtError(f"not enough memory{where} for {what}", hint=f"use smaller inputs, or {larger} with more memory")
 
@@ -137,7 +137,7 @@ def _keep(ort: Any, path: Path, entry: Path) -> graph_cache.CachedGraph | None:
     rewritten, columns = specialise(path.read_bytes())
 
     def save(target: Path, weights: str) -> None:
-        log.info("optimising %s for this machine, once; it is kept in %s", path.name, entry.parent)
+        log.info("optimising %s for this machine, once; the result is cached in %s", path.name, entry.parent)
         options = session_options(ort, 1)
         options.optimized_model_filepath = str(target)
         options.add_session_config_entry("session.optimized_model_external_initializers_file_name", weights)
@@ -158,8 +158,8 @@ def _optimised(ort: Any, path: Path, threads: int, build: Callable[[bytes], byte
 
 
 def _from_bytes(ort: Any, model: bytes, path: Path, options: Any) -> Any:
-    """A session of a specialised graph in memory whose weights lie beside `path`."""
-    # Products with quantised weights in integers: activations are rounded to 8 bits, block by block.
+    """Return a session of a specialised graph in memory, whose weights are in the folder of `path`."""
+    # Products with quantised weights are computed in integers: activations are rounded to 8 bits in blocks.
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "4")
     return _session(ort, find_weights(model, path, options), options)
 

@@ -1,6 +1,6 @@
-"""The execution providers: which there are, whether this machine can use them, and which one "auto" takes.
+"""The execution providers: their names, whether this machine can use them, and the choice of "auto".
 
-An asked-for provider is used or refused with the reason, never replaced: only "auto" may choose, and it says why.
+A requested provider is used, or an error gives the reason; it is never replaced. Only "auto" chooses, and it logs why.
 """
 
 from __future__ import annotations
@@ -19,32 +19,32 @@ from .errors import ProviderError
 log = logging.getLogger(__name__)
 
 LEAST_TENSORRT = 11
-"""The first major version in which every network takes its types from the graph, as our plans do."""
+"""The first major version in which every network is strongly typed, as our plans are."""
 NEVER_BY_ITSELF = {
     "tensorrt": "its plans must be built first, by `fishrt build-trt`",
     "coreml": "it runs the codec of a bundle with static graphs only, and the language model on the CPU",
 }
-"""Providers that "auto" does not choose, and why."""
+"""Providers that "auto" does not choose, and the reason."""
 _WHEELS = ("onnxruntime", "onnxruntime-gpu")
-"""Distributions that install the same package."""
+"""Distributions that install the same Python package."""
 _NO_TELEMETRY = "ORT_DISABLE_TELEMETRY"
-"""ONNX Runtime from 1.29 on keeps a device id and a queue in the home folder, and uploads it after some seconds. It reads this
-variable once, when it is imported: `disable_telemetry_events` comes too late."""
-os.environ.setdefault(_NO_TELEMETRY, "1")  # here, so that it is set before any import of onnxruntime in this project
+"""From 1.29 on, ONNX Runtime stores a device id and a queue in the home folder and uploads the queue after some seconds. It reads
+this variable once, at import: `disable_telemetry_events` comes too late."""
+os.environ.setdefault(_NO_TELEMETRY, "1")  # at module level: before every import of onnxruntime in this project
 _SYSTEMS = {"linux": "Linux", "win32": "Windows", "darwin": "macOS"}
 
 
 @dataclass(frozen=True, slots=True)
 class Provider:
-    """One way to run a graph."""
+    """A provider that runs graphs, and its requirements."""
 
     name: str
     extra: str
     """The pip extra of fishrt that installs its libraries."""
     ort_name: str | None
-    """What ONNX Runtime calls it; None for an engine of its own."""
+    """ONNX Runtime's name of it; None for TensorRT, which runs without ONNX Runtime."""
     systems: tuple[str, ...] = ()
-    """The values of `sys.platform` that it exists on; empty for all."""
+    """The values of `sys.platform` on which it exists; empty for all."""
 
 
 _PROVIDERS = (
@@ -54,12 +54,12 @@ _PROVIDERS = (
     Provider("coreml", "cpu", "CoreMLExecutionProvider", ("darwin",)),
 )
 PROVIDERS = {provider.name: provider for provider in _PROVIDERS}
-"""By the name that a user gives, in the order of `fishrt doctor`."""
+"""Providers by name, in the order of `fishrt doctor`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Obstacle:
-    """Why a provider cannot be used here, and what to do about it."""
+    """The reason why a provider cannot be used here, and the remedy."""
 
     what: str
     hint: str | None
@@ -67,14 +67,14 @@ class Obstacle:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What "auto" takes."""
+    """The provider that "auto" chooses, and the reason."""
 
     name: str
     reason: str
 
 
 def resolve_provider(name: str) -> str:
-    """The provider that will run: `name` itself, or the choice that "auto" makes, which is logged. Raises ProviderError."""
+    """Return `name`, or the provider that "auto" chooses, which is logged. Raises ProviderError if it cannot be used."""
     if name == "auto":
         choice = choose_provider()
         log.info('provider "auto" chose "%s": %s', choice.name, choice.reason)
@@ -89,13 +89,13 @@ def resolve_provider(name: str) -> str:
 
 
 _usable: set[str] = set()
-"""Providers without an obstacle: looking takes up to a second, and every graph of a bundle asks."""
+"""Providers found to be usable: the check takes up to a second, and every graph of a bundle needs it."""
 
 
 def choose_provider() -> Choice:
-    """cuda where ONNX Runtime has it and a device is there, else cpu; see NEVER_BY_ITSELF for the others.
+    """Return cuda if ONNX Runtime has it and there is a device, else cpu; see NEVER_BY_ITSELF for the others.
 
-    Raises ProviderError where not even the CPU can be used.
+    Raises ProviderError if the CPU cannot be used either.
     """
     if obstacle := find_obstacle("cpu"):
         raise ProviderError(f"no provider can be used: {obstacle.what}", hint=obstacle.hint)
@@ -105,7 +105,7 @@ def choose_provider() -> Choice:
 
 
 def find_obstacle(name: str) -> Obstacle | None:
-    """What keeps one of PROVIDERS from being used on this machine; None if nothing does, as far as can be told in advance."""
+    """Return why one of PROVIDERS cannot be used on this machine; None if no obstacle can be found before a session opens."""
     provider = PROVIDERS[name]
     if provider.systems and sys.platform not in provider.systems:
         return Obstacle(f"it exists on {' and '.join(_SYSTEMS[s] for s in provider.systems)} only", "use another provider")
@@ -121,7 +121,7 @@ def find_obstacle(name: str) -> Obstacle | None:
 
 
 def import_onnxruntime(extra: str = "cpu") -> ModuleType:
-    """The onnxruntime module. Raises ProviderError where it is missing or broken, naming the pip extra that brings it."""
+    """Return the onnxruntime module. Raises ProviderError, with the pip extra that installs it, if it is missing or broken."""
     check_wheels()
     try:
         import onnxruntime
@@ -136,9 +136,9 @@ def telemetry() -> bool:
 
 
 def check_wheels() -> None:
-    """Raises ProviderError where two distributions of ONNX Runtime were installed over each other.
+    """Check that no two distributions of ONNX Runtime are installed into one folder. Raises ProviderError otherwise.
 
-    In folders of their own they do not disturb each other: the first one on the path counts.
+    In separate folders they do not conflict: Python imports the first one on its path.
     """
     folders = []
     for name in _WHEELS:
@@ -148,14 +148,14 @@ def check_wheels() -> None:
             return
     if folders[0] == folders[1]:
         raise ProviderError(
-            f"{' and '.join(_WHEELS)} are installed over each other, and each has lost files to the other",
+            f"{' and '.join(_WHEELS)} are installed into one folder and overwrite each other's files",
             hint=f"pip uninstall -y {' '.join(_WHEELS)}, and then "
             'pip install "fishrt[cuda]" for NVIDIA devices, or pip install "fishrt[cpu]" for none',
         )
 
 
 def version(distribution: str) -> str | None:
-    """Of an installed distribution; None if it is not installed."""
+    """Return the version of a distribution; None if it is not installed."""
     try:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
@@ -163,7 +163,7 @@ def version(distribution: str) -> str | None:
 
 
 def _replacement(provider: Provider) -> str:
-    """How to get the ONNX Runtime that has a provider: another build must go first."""
+    """Return the commands that install the build of ONNX Runtime with this provider. They remove another build first."""
     installed = version("onnxruntime") if provider.name == "cuda" else None
     first = "pip uninstall -y onnxruntime, then " if installed else ""
     return f'{first}pip install "fishrt[{provider.extra}]"'

@@ -1,10 +1,10 @@
-"""Products with quantised weights that several of them read, as in the frame graph, in ONNX Runtime's one operator for that.
+"""Fusion of products that share quantised weights, as in the frame graph, into MatMulNBits.
 
-ONNX Runtime makes MatMulNBits of DequantizeLinear and MatMul by itself, but only where nothing else reads the weights. What is
-left it expands in every run, and on a CUDA device it has no kernel that expands blocks of 8 bits. Here, all products with the
-same weights share one packed copy of them:
+ONNX Runtime fuses DequantizeLinear and MatMul into MatMulNBits itself, but only if nothing else reads the weights. It expands
+shared weights in every run, and has no CUDA kernel that expands blocks of 8 bits. Here, all products with the same weights share
+one packed copy of them:
 
-    [K, N], blocks along K ─► uint8 [N, blocks, bytes of a block], as far above 0 as the least integer is below it
+    [K, N], blocks along K ─► uint8 [N, blocks, bytes of a block], shifted from signed to unsigned
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ _BITS = {CODES["int4"]: 4, CODES["int8"]: 8}
 
 
 def share_weights(model: bytes, folder: Path) -> bytes:
-    """The bytes of a graph file whose weights are in `folder`, with those that are packed here in the file itself.
+    """Return the bytes of a graph file with shared products fused; packed weights are in the file, the others in `folder`.
 
-    Weights with zero points, or with scales of another form than ours, stay as they are.
+    Weights with zero points, or with scales of another form than fishrt's exports, stay unchanged.
     """
     editor = GraphEditor(message("Model").FromString(model))
     for dequantize in [n for n in editor.nodes if n.op_type == "DequantizeLinear"]:
@@ -38,7 +38,7 @@ def share_weights(model: bytes, folder: Path) -> bytes:
 
 
 def _is_ours(dequantize: Any, editor: GraphEditor) -> bool:
-    """Signed integers [K, N] with a scale for each of `block_size` rows."""
+    """Return whether weights are signed integers [K, N] with one scale for `block_size` rows, without zero points."""
     weights, scales = (editor.constants.get(name) for name in dequantize.input[:2])
     block = attribute(dequantize, "block_size", 0)
     return (
@@ -78,7 +78,7 @@ def _replace(editor: GraphEditor, dequantize: Any, products: list[Any], folder: 
 
 
 def _packed(raw: bytes, inputs: int, outputs: int, bits: int) -> Array:
-    """Integers [inputs, outputs] as stored → uint8 [outputs, inputs · bits / 8]. Of two in a byte, the lower is first."""
+    """Return stored integers [inputs, outputs] as uint8 [outputs, inputs · bits / 8]. The lower half of a byte is first."""
     stored = np.frombuffer(raw, np.uint8)
     if bits == 8:
         return stored.reshape(inputs, outputs).T ^ np.uint8(0x80)

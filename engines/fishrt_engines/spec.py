@@ -1,4 +1,4 @@
-"""What a graph takes and gives: names, dtypes, shapes with symbolic dimensions, and the state carried between calls.
+"""Description of a graph: names, dtypes and symbolic shapes of its inputs and outputs, and the state carried between calls.
 
 One `GraphSpec` drives the export call, the manifest entry, the check when a graph is opened, and the engine's binding.
 """
@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 Dim = int | str
-"""A fixed size, or the name of a dimension that is known when the graph runs."""
+"""A fixed size, or the name of a dimension whose size is known when the graph runs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,13 +21,13 @@ class TensorSpec:
     shape: tuple[Dim, ...]
 
     def resolve(self, dims: Mapping[str, int]) -> tuple[int, ...]:
-        """The shape with every symbolic dimension replaced. Raises KeyError for a name that `dims` lacks."""
+        """Return the shape with every symbolic dimension replaced. Raises KeyError for a name that `dims` lacks."""
         return tuple(dims[d] if isinstance(d, str) else d for d in self.shape)
 
 
 @dataclass(frozen=True, slots=True)
 class StatePair:
-    """A tensor that the graph reads under one name and gives back, updated, under another."""
+    """Input name and output name of a tensor that the graph updates."""
 
     input: str
     output: str
@@ -44,18 +44,18 @@ class GraphSpec:
 
     @property
     def feeds(self) -> tuple[TensorSpec, ...]:
-        """The inputs that a caller gives: all but the state."""
+        """Return the inputs that a caller gives: all but the state."""
         carried = {pair.input for pair in self.states}
         return tuple(t for t in self.inputs if t.name not in carried)
 
     @property
     def results(self) -> tuple[TensorSpec, ...]:
-        """The outputs that a caller gets: all but the state."""
+        """Return the outputs that a caller gets: all but the state."""
         carried = {pair.output for pair in self.states}
         return tuple(t for t in self.outputs if t.name not in carried)
 
     @property
     def state_tensors(self) -> tuple[TensorSpec, ...]:
-        """The state, as inputs, in the order of `states`."""
+        """Return the inputs that carry state, in the order of `states`."""
         by_name = {t.name: t for t in self.inputs}
         return tuple(by_name[pair.input] for pair in self.states)

@@ -1,14 +1,14 @@
-"""A portable graph → the same graph in the operators that ONNX Runtime is fastest with, on a CPU and on a CUDA device.
+"""Rewriting of a portable graph into ONNX Runtime's fastest operators, for a CPU and for a CUDA device.
 
-Attention over a fixed-length cache costs time for every row of the cache in the standard operators, used or not, and copies heads
-about. One GroupQueryAttention takes the place of
+In the standard operators, attention over a fixed-length cache computes every row of the cache, used or not, and transposes heads.
+One GroupQueryAttention replaces
 
     linear ─ Reshape ─ Split ┬ [RMSNorm] ─ Transpose ─ RotaryEmbedding ─────────────────┐
                              ├ [RMSNorm] ─ Transpose ─ RotaryEmbedding ─ TensorScatter ─┼ Attention ─ Transpose ─ Reshape ─
                              └──────────── Transpose ─────────────────── TensorScatter ─┘
 
-and reads only rows that are written. Columns must then follow each other: position_ids[b] = write_index[b], write_index[b] + 1, …
-Residual sums and the norms behind them become one operator, too. Weights are untouched: they stay in the file beside the graph.
+and reads only written rows. Columns must then be consecutive: position_ids[b] = write_index[b], write_index[b] + 1, …
+A residual sum and the norm after it are fused, too. Weights are untouched: they stay in their own file.
 """
 
 from __future__ import annotations
@@ -21,32 +21,32 @@ from .onnx_proto import TENSOR_INT32, int64_tensor, int64_values, message, node
 
 MICROSOFT = "com.microsoft"
 _HEAD_MULTIPLE = 16
-"""GroupQueryAttention with rotary positions takes heads of such widths only."""
+"""With rotary positions, GroupQueryAttention requires the width of a head to be a multiple of this."""
 _SWAP_HEADS = [0, 2, 1, 3]
 _ROWS = "specialised.rows"
 
 
 @dataclass(frozen=True, slots=True)
 class ColumnInputs:
-    """The inputs that tell where the columns of a call go, by name, of a graph whose attention was replaced."""
+    """Names of the inputs of a rewritten graph that give the positions of a call's columns."""
 
     write_index: str
     """int64 [batch]"""
     position_ids: str
     """int64 [batch, length]"""
     rows: str | None = None
-    """int32 [], an input that rewriting added: rows of the cache that are filled after a call, in the fullest row of the batch.
-    More, up to all there are, gives the same values; only a batch of prompts needs the number itself. Read on the CPU."""
+    """int32 [], an added input: filled cache rows after a call, the largest number in the batch. A larger number, up to the
+    cache's length, gives the same values; only a batch of prompts needs the exact one. Read on the CPU."""
     cache: str | None = None
-    """With `rows`: one of the caches, [batch, heads, all rows, width]."""
+    """With `rows`: one of the caches, [batch, heads, rows, width]."""
 
 
 def specialise(model_bytes: bytes, *, feed_rows: bool = False) -> tuple[bytes, ColumnInputs | None]:
-    """The bytes of a graph file, rewritten, and, if attention was replaced, the inputs on which it now depends.
+    """Return the bytes of the rewritten graph file, and the inputs of its new attention; None if no attention was replaced.
 
-    A graph without such attention, or with another form of it, comes back with what else could be replaced.
-    feed_rows: leave `ColumnInputs.rows` to the caller. A device would have to wait for the CPU to compute it, and a CUDA graph
-    could not hold that.
+    Attention of another form stays unchanged; other operators are rewritten nevertheless.
+    feed_rows: leave `ColumnInputs.rows` to the caller. Computed in the graph, it would make a device wait for the CPU, which a
+    CUDA graph cannot contain.
     """
     editor = GraphEditor(message("Model").FromString(model_bytes))
     columns = _Attention(editor, feed_rows).replace()
@@ -56,7 +56,7 @@ def specialise(model_bytes: bytes, *, feed_rows: bool = False) -> tuple[bytes, C
 
 
 class _Attention:
-    """Replaces the attention of one graph; see the module."""
+    """The replacement of attention in one graph; see the module."""
 
     def __init__(self, editor: GraphEditor, feed_rows: bool) -> None:
         self._edit = editor
@@ -65,7 +65,7 @@ class _Attention:
         self._columns: ColumnInputs | None = None
 
     def replace(self) -> ColumnInputs | None:
-        """The inputs that tell where columns go; None if nothing was replaced."""
+        """Replace all attention of the known form. Return its inputs; None if there is none."""
         replaced = []
         for n in self._edit.nodes:
             made = self._grouped_query_attention(n) if n.op_type == "Attention" else None
@@ -77,7 +77,7 @@ class _Attention:
         return self._columns
 
     def _grouped_query_attention(self, attention: Any) -> list[Any] | None:
-        """What takes the place of an Attention node; None where its surroundings are not as expected."""
+        """Return the nodes that replace an Attention node; None if the nodes around it have another form."""
         query = self._edit.made_by(attention.input[0], "RotaryEmbedding")
         keys, values = (self._edit.made_by(name, "TensorScatter") for name in attention.input[1:3])
         rotated = keys and self._edit.made_by(keys.input[1], "RotaryEmbedding")
@@ -118,13 +118,13 @@ class _Attention:
             do_rotary=1,
             rotary_interleaved=attribute(query, "interleaved", 0),
         )
-        # Their outputs now come from the new node.
+        # The new node produces these outputs.
         for old in (keys, values, reshape):
             old.output[0] = f"{old.output[0]}.replaced"
         return [*before, grouped]
 
     def _is_causal(self, mask: str, position_ids: str) -> bool:
-        """Whether the mask is: rows of the cache up to the position of a column."""
+        """Return whether the mask admits exactly the cache rows up to the position of each column."""
         compare = self._edit.made_by(mask, "LessOrEqual")
         inner = compare and self._edit.made_by(compare.input[1], "Unsqueeze")
         while inner and inner.input[0] != position_ids:
@@ -133,7 +133,7 @@ class _Attention:
         return bool(inner and rows)
 
     def _lengths(self, columns: ColumnInputs) -> list[Any]:
-        """int32 "specialised.last_row" [batch]: the last row that a call fills; "specialised.rows": one more, of the fullest."""
+        """Return nodes for int32 "specialised.last_row" [batch], the last row that a call fills, and its maximum + 1."""
         self._edit.constant(int64_tensor("specialised.end", [-1], scalar=True))
         last = [
             node("Gather", [columns.position_ids, "specialised.end"], ["specialised.last"], axis=1),
@@ -153,7 +153,7 @@ class _Attention:
         ]
 
     def _source_split(self, heads: list[str | None]) -> Any:
-        """The one Split from which queries, keys and values come, perhaps through a norm."""
+        """Return the one Split that produces queries, keys and values, directly or through a norm; None if there is none."""
         found = []
         for name in heads:
             norm = name and self._edit.made_by(name, "RMSNormalization")
@@ -169,13 +169,13 @@ class _Attention:
 
 
 def _fuse_residual_norms(editor: GraphEditor) -> None:
-    """Add, RMSNormalization → one operator that gives both the sum and its norm."""
+    """Fuse each Add and the RMSNormalization after it into one operator that returns both the sum and its norm."""
     for at, n in enumerate(editor.nodes):
         if n.op_type != "RMSNormalization":
             continue
         added = editor.made_by(n.input[0], "Add")
         if attribute(n, "axis", -1) != -1 or added is None or any(editor.is_constant(name) for name in added.input):
-            continue  # the operator adds two activations; it does not spread out a bias
+            continue  # the fused operator adds two activations; it does not broadcast a bias
         total = added.output[0]
         editor.nodes[at] = node(
             "SkipSimplifiedLayerNormalization",

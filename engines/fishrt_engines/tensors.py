@@ -1,7 +1,7 @@
 """Memory that a session reads and writes in place: numpy arrays here, a device's memory in `ort_device`.
 
 Sessions are bound to addresses, so that one row of a tensor can be bound like a whole one. Both kinds of tensor have the same
-methods, and a plan does not know which it holds.
+methods.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from .base import Array
 from .onnx_proto import CODES
 
 _STORED = {"bfloat16": "uint16"}
-"""Element types that numpy lacks, and those that hold their bits."""
+"""Element types that numpy lacks, and the numpy type that holds their bits."""
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a tensor lies, as a session is told it."""
+    """Address, type and shape of a tensor, as a session binds it."""
 
     device: str
     """ONNX Runtime's name: "cpu", "cuda"."""
@@ -32,19 +32,19 @@ class Place:
     shape: tuple[int, ...]
     nbytes: int
     owner: object
-    """What keeps the memory alive."""
+    """The object that keeps the memory alive."""
 
     def row(self, n: int) -> Place:
-        """Where the n-th part along the first dimension lies, as a tensor of one row."""
+        """Return the place of the n-th part along the first dimension, as a tensor of one row."""
         step = self.nbytes // self.shape[0]
         return Place(self.device, self.pointer + n * step, self.element, (1, *self.shape[1:]), step, self.owner)
 
     def bind_input(self, binding: Any, name: str) -> None:
-        """Makes a session read this place."""
+        """Bind a session's input to this place."""
         binding.bind_input(name, self.device, 0, CODES[self.element], list(self.shape), self.pointer)
 
     def bind_output(self, binding: Any, name: str) -> None:
-        """Makes a session write to this place."""
+        """Bind a session's output to this place."""
         binding.bind_output(name, self.device, 0, CODES[self.element], list(self.shape), self.pointer)
 
 
@@ -53,77 +53,77 @@ class Tensor(Protocol):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Sizes."""
+        """Return the shape."""
         ...
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """What callers see: values are converted on the way in and out where the graph's element type is another."""
+        """Return the dtype that callers see. Copies convert values where the graph's element type differs."""
         ...
 
     @property
     def place(self) -> Place:
-        """Where it lies."""
+        """Return the place of this tensor."""
         ...
 
     def put(self, value: Any) -> None:
-        """Copies a whole array, or a tensor of the same memory, into it."""
+        """Copy a whole array, or a tensor of the same memory, into it."""
         ...
 
     def lead(self, value: Any) -> None:
-        """Copies a smaller array, or tensor of the same memory, into its leading part."""
+        """Copy a smaller array, or tensor of the same memory, into its leading part."""
         ...
 
     def clear(self) -> None:
-        """Makes all of it zeros."""
+        """Fill it with zeros."""
         ...
 
     def numpy(self) -> Array:
-        """A copy of what it holds."""
+        """Return a copy as an array."""
         ...
 
-    def shown(self, *, resident: bool) -> Any:
-        """What a caller of `run` is given: an array, or, on a device, for a `resident` result, the tensor itself."""
+    def result(self, *, resident: bool) -> Any:
+        """Return the value for a caller of `run`: an array, or the tensor itself if it is `resident` on a device."""
         ...
 
 
 class Memory(Protocol):
-    """Where the tensors of a session lie."""
+    """The memory of a session's tensors."""
 
     device: str
 
     def zeros(self, shape: Sequence[int], dtype: str, element: str) -> Tensor:
-        """A new tensor. Raises what numpy or ONNX Runtime raises where there is not enough memory."""
+        """Return a new tensor of zeros. Errors of numpy or ONNX Runtime for too little memory go through."""
         ...
 
     def upload(self, array: Array) -> Any:
-        """What a caller of `run` is given for a resident result that was made on the host."""
+        """Return an array of the host as a resident result."""
         ...
 
     def holds(self, value: object) -> bool:
-        """Whether a feed is a tensor of this memory."""
+        """Return whether a feed is a tensor of this memory."""
         ...
 
 
 class HostTensor:
-    """A numpy array. See `Tensor`."""
+    """A numpy array as a `Tensor`."""
 
     def __init__(self, array: Array) -> None:
         self.array = array
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Sizes."""
+        """Return the shape."""
         return self.array.shape
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """The array's."""
+        """Return the array's dtype."""
         return self.array.dtype
 
     @property
     def place(self) -> Place:
-        """Where it lies."""
+        """Return the place of this tensor."""
         a = self.array
         return Place("cpu", a.ctypes.data, a.dtype.name, a.shape, a.nbytes, a)
 
@@ -144,22 +144,22 @@ class HostTensor:
         """See `Tensor.numpy`."""
         return self.array.copy()
 
-    def shown(self, *, resident: bool) -> Array:
-        """The array itself."""
+    def result(self, *, resident: bool) -> Array:
+        """Return the array itself."""
         return self.array
 
 
 class HostMemory:
-    """See `Memory`."""
+    """The host's memory. See `Memory`."""
 
     device = "cpu"
 
     def zeros(self, shape: Sequence[int], dtype: str, element: str) -> HostTensor:
-        """See `Memory.zeros`. `element` must be `dtype`: a CPU converts nothing."""
+        """See `Memory.zeros`. `element` must be `dtype`: on the CPU, nothing is converted."""
         assert element == dtype
         try:
             return HostTensor(np.zeros(tuple(shape), dtype))
-        except ValueError as error:  # numpy's word for a size beyond the address space
+        except ValueError as error:  # numpy raises it for a size beyond the address space
             raise MemoryError(str(error)) from None
 
     def upload(self, array: Array) -> Array:
@@ -172,12 +172,12 @@ class HostMemory:
 
 
 def item_size(element: str) -> int:
-    """Bytes of one value."""
+    """Return the bytes of one value."""
     return np.dtype(_STORED.get(element, element)).itemsize
 
 
 def to_bytes(array: Array, element: str) -> npt.NDArray[np.uint8]:
-    """The values as a device holds them, uint8 [bytes]: rounded to the nearest of `element`, ties to even."""
+    """Return the values as stored on a device, uint8 [bytes]: rounded to the nearest of `element`, ties to even."""
     if element == "bfloat16":
         stored: Array = _bfloat16_bits(np.ascontiguousarray(array, np.float32))
     else:
@@ -186,7 +186,7 @@ def to_bytes(array: Array, element: str) -> npt.NDArray[np.uint8]:
 
 
 def from_bytes(raw: npt.NDArray[np.uint8], element: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Array:
-    """The inverse: a new array of `dtype`."""
+    """Return a new array of `dtype`: the inverse of `to_bytes`."""
     stored = raw.view(_STORED.get(element, element)).reshape(shape)
     if element == "bfloat16":
         return (stored.astype(np.uint32) << np.uint32(16)).view(np.float32).astype(dtype, copy=False)
@@ -194,8 +194,8 @@ def from_bytes(raw: npt.NDArray[np.uint8], element: str, dtype: np.dtype[Any], s
 
 
 def _bfloat16_bits(array: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
-    """A bfloat16 is the upper half of a float32."""
+    """Return the bits of the nearest bfloat16, which is the upper half of a float32."""
     bits = array.reshape(-1).view(np.uint32)
     nearest = bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
-    quiet = bits | np.uint32(0x400000)  # adding to a NaN could make it an infinity
+    quiet = bits | np.uint32(0x400000)  # rounding could turn a NaN into an infinity
     return (np.where(np.isnan(array.reshape(-1)), quiet, nearest) >> np.uint32(16)).astype(np.uint16)
