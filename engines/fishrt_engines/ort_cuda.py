@@ -10,7 +10,7 @@ ONNX Runtime runs nodes that compute sizes on the CPU, by its own choice, so `se
 graph of fishrt. Three measures replace it: a session that starts without the device raises an error, other nodes on the CPU are
 named in a warning, and ONNX Runtime's fallback after a failed run is switched off.
 
-The device is the first visible one; CUDA_VISIBLE_DEVICES chooses it.
+The device is the first visible one; CUDA_VISIBLE_DEVICES chooses it. Tests run this file with a simulation of CUDA only.
 """
 
 from __future__ import annotations

@@ -1,16 +1,16 @@
-"""TensorRT: plans that `trt_build` made, run with state, feeds and results in buffers of the device that are allocated once.
+"""TensorRT engine: runs a plan of `trt_build` with state, feeds and results in device buffers that are allocated once.
 
-    feeds ──copy──► buffers of these shapes ─► context, or captured graph ─► buffers ──copy──► results, or they stay there
+    feeds ──copy──► buffers of these shapes ─► context, or captured graph ─► buffers ──copy──► results, or resident results
                                       state ─►                            ─► the same state, in place
 
-Each profile of a plan has its own context, so that a graph that was captured from the step stays good while prompts are read.
-All contexts of all engines work on the one stream of `cuda_device`, one run after the other: a result that stays on the device
-can be fed to another engine without waiting for it.
+Each profile of a plan has its own context, so that the captured graph of the step stays valid during a prefill. All contexts of
+all engines use the one stream of `cuda_device`, one run after the other: a resident result can be fed to another engine without
+synchronisation.
 
-The first run after shapes in a context have changed is a plain one, since TensorRT does some work only then. The second is
-captured as a CUDA graph, which later ones launch until the shapes change again.
+The first run after a change of shapes is not captured, since TensorRT does some work only then. The second is captured as a CUDA
+graph, which later runs launch until the shapes change again.
 
-Driven end to end by tests with a simulation of TensorRT and CUDA only: neither library nor device was at hand.
+Tests run this file end to end with a simulation of TensorRT and CUDA only.
 """
 
 from __future__ import annotations
@@ -36,21 +36,21 @@ from .trt_state import Call, DeviceArray, Kept, Tensor, TrtState
 log = logging.getLogger(__name__)
 
 _CALLS_KEPT = 4
-"""Combinations of shapes that a state remembers. A loop has two or three; a prefill's is rarely met again: it goes first."""
+"""Calls that a state keeps, least recently used first out. A loop uses two or three; a prefill's is rarely used again."""
 _DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT64": "int64", "INT32": "int32", "INT8": "int8"}
 _DTYPES |= {"BOOL": "bool", "UINT8": "uint8"}
-"""Names of element types: TensorRT's, and those of specs."""
-_REBUILD = "remove its folder, and run fishrt build-trt again"
+"""Name of an element type in specs, by TensorRT's name."""
+_REBUILD = "remove its folder, and run `fishrt build-trt` again"
 
 
 def open_plan(
     path: Path, spec: GraphSpec, *, identity: str | None = None, build: Callable[[bytes], bytes] | None = None
 ) -> TrtEngine:
-    """The plan that `fishrt build-trt` made of a graph, on the device.
+    """Open the plan that `fishrt build-trt` made of a graph.
 
-    identity: a hash that stands for the file and its weights. build: makes the graph from the file's bytes.
-    Raises ProviderError where TensorRT, a device, or a plan for this machine is missing; GraphError for a plan that cannot be
-    loaded or is not what `spec` says; FishrtError where the device's memory does not suffice.
+    identity: a hash of the file and its weights. build: makes the graph from the file's bytes.
+    Raises ProviderError if TensorRT, a device, or a plan for this machine is missing; GraphError for a plan that cannot be loaded
+    or differs from `spec`; FishrtError if the device's memory does not suffice.
     """
     trt, device = load_tensorrt(), open_device()
     plan = find_built(path, spec, identity=identity, build=build)
@@ -65,7 +65,7 @@ def open_plan(
 def find_built(
     path: Path, spec: GraphSpec, *, identity: str | None = None, build: Callable[[bytes], bytes] | None = None
 ) -> Plan:
-    """The plan that `open_plan` would load. Raises ProviderError if there is none for this machine."""
+    """Return the plan that `open_plan` would load. Raises ProviderError if there is none for this machine."""
     trt, device = load_tensorrt(), open_device()
     portable = read_portable(path, build)
     weights = identity or weights_identity(portable, path.parent)
@@ -73,24 +73,24 @@ def find_built(
 
 
 class _Context:
-    """One profile of an engine."""
+    """The execution context of one profile of an engine."""
 
     def __init__(self, trt: TensorRT, device: Device, engine: CudaEngine, profile: int, scratch: DeviceBuffer) -> None:
-        """scratch: memory for what layers hand on."""
+        """Create the context. scratch: memory for activations. Raises GraphError if TensorRT fails."""
         self._trt, self._device, self._scratch = trt, device, scratch
         strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
         self._context = checked(trt, "making a context", lambda: engine.create_execution_context(strategy))
         self._shapes: dict[str, tuple[int, ...]] = {}
         self.changes = 0
-        """How often the shapes were changed."""
+        """Number of changes of shapes so far."""
         self._ran = 0
-        """That number at the last run."""
+        """`changes` at the last run."""
         context = self._context
         self._set("the device memory", lambda: context.set_device_memory(scratch.address, scratch.nbytes) is not False)
         self._set(f"profile {profile}", lambda: context.set_optimization_profile_async(profile, device.stream))
 
     def set_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Of all inputs."""
+        """Set the shapes of all inputs. Raises GraphError for shapes that the profile does not allow."""
         if shapes == self._shapes:
             return
         self._shapes = {}
@@ -102,16 +102,16 @@ class _Context:
         self.changes += 1
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Of an output, now that all inputs have theirs."""
+        """Return the shape of an output, after `set_shapes`."""
         return tuple(self._context.get_tensor_shape(name))
 
     @property
     def warm(self) -> bool:
-        """Whether it ran with its present shapes."""
+        """Return whether it has run with its present shapes."""
         return self._ran == self.changes
 
     def enqueue(self, addresses: Mapping[str, int]) -> None:
-        """Asks for one run on these buffers."""
+        """Start one run on buffers at these addresses, by tensor name."""
         for name, address in addresses.items():
             self._set(f"the address of {name}", partial(self._context.set_tensor_address, name, address))
         checked(self._trt, "running", lambda: self._context.execute_async_v3(self._device.stream))
@@ -122,37 +122,37 @@ class _Context:
 
 
 class TrtEngine:
-    """One plan. See `base.Engine`."""
+    """A loaded plan. See `base.Engine`."""
 
     provider = "tensorrt"
 
     def __init__(self, trt: TensorRT, device: Device, engine: CudaEngine, spec: GraphSpec, plan: Plan) -> None:
-        """spec: of the portable graph. Raises GraphError for a plan of other tensors, FishrtError where memory is too small."""
+        """spec: of the portable graph. Raises GraphError for a plan with other tensors, FishrtError for too little memory."""
         if wrong := sorted(_differences(trt, engine, spec, plan)):
-            raise GraphError(f"{plan.path} is not what its description says: {'; '.join(wrong)}", hint=_REBUILD)
+            raise GraphError(f"{plan.path} differs from its description: {'; '.join(wrong)}", hint=_REBUILD)
         self.spec = spec
         self._device, self._plan, self._engine = device, plan, engine
         in_place = {pair.input for pair in spec.states if engine.get_aliased_input_tensor(pair.output) == pair.input}
         self._kept = Kept(device, spec, plan, in_place)
         self._results = [t.name for t in spec.results]
         self._captures = True
-        """Whether its runs can be captured, as far as is known."""
+        """Whether runs are captured; False after a capture has failed."""
         with device.lock:
-            # Contexts work one after the other, so that all may use the same memory.
+            # Contexts run one after the other, so all share this memory.
             scratch = device.allocate(max(engine.device_memory_size_v2, 1), f"running {spec.file}")
             self._contexts = [_Context(trt, device, engine, n, scratch) for n in range(engine.num_optimization_profiles)]
         self._shared = None if spec.states else TrtState(self._kept, {})
-        """Buffers of a graph that carries no state."""
+        """The buffers of a graph without state."""
 
     @property
     def limits(self) -> Mapping[str, int]:
-        """The greatest size of each symbolic dimension that the plan was built for."""
+        """Return the largest size of each symbolic dimension in the plan's profiles."""
         return self._kept.limits
 
     def new_state(self, **dims: int) -> TrtState:
-        """State of zeros. `dims` gives every symbolic dimension of the state tensors; ValueError for any other set of names.
+        """See `base.Engine.new_state`. Raises ValueError if `dims` does not name exactly the state's symbolic dimensions.
 
-        Raises FishrtError for more than the plan was built for, or than fits into memory.
+        Raises FishrtError for sizes beyond the plan's profiles or the device's memory.
         """
         return TrtState(self._kept, dims)
 
@@ -178,7 +178,7 @@ class TrtEngine:
             return self._take(call, resident)
 
     def _check_writes(self, feeds: Mapping[str, Array | Resident], dims: Mapping[str, int], state: TrtState) -> None:
-        """Raises ValueError for columns behind the end of a cache: TensorRT would write them wherever that is."""
+        """Check that columns fit into the cache: TensorRT would write beyond its end. Raises ValueError otherwise."""
         writes = self._plan.writes
         if writes is None:
             return
@@ -187,10 +187,10 @@ class TrtEngine:
         cache = next(t for t in self.spec.state_tensors if t.name == writes.cache)
         rows, more = cache.resolve(state.dims)[-2], dims[writes.length]
         if int(index.min()) < 0 or int(index.max()) + more > rows:
-            raise ValueError(f"{self.spec.file}: {more} more from {index.tolist()} on do not fit into {rows} rows of cache")
+            raise ValueError(f"{self.spec.file}: {more} columns at {index.tolist()} do not fit into a cache of {rows} rows")
 
     def _call(self, feeds: Mapping[str, Array | Resident], dims: Mapping[str, int], state: TrtState) -> Call:
-        """The buffers for the shapes of `feeds`. They are made when these are met for the first time."""
+        """Return the buffers for the shapes of `feeds`, which are allocated at their first use."""
         shapes = tuple(feeds[t.name].shape for t in self.spec.feeds)
         call = state.calls.get(shapes)
         if call is None:
@@ -218,7 +218,7 @@ class TrtEngine:
         return Tensor(self._device.allocate(host.nbytes, f"{spec.name} of {self.spec.file}"), host)
 
     def _give(self, feeds: Mapping[str, Array | Resident], call: Call) -> None:
-        """Copies feeds to where the run reads them."""
+        """Copy feeds into the buffers of a call."""
         if call.waits == self._device.waits:
             self._device.synchronize()
         for name, tensor in call.feeds.items():
@@ -254,7 +254,7 @@ class TrtEngine:
         state.turn()
 
     def _captured(self, context: _Context, addresses: Mapping[str, int]) -> Graph | None:
-        """One run as a graph; None, with a warning the first time, where that does not work."""
+        """Return one run as a CUDA graph; None, with one warning, if it cannot be captured."""
         if not self._captures:
             return None
         try:
@@ -285,7 +285,7 @@ class TrtEngine:
 
 
 def _differences(trt: TensorRT, engine: CudaEngine, spec: GraphSpec, plan: Plan) -> Iterator[str]:
-    """How an engine's tensors differ from the described ones."""
+    """Yield the differences between an engine's tensors and the described ones."""
     tensors_of = [[[t.name for t in kind] for kind in (s.inputs, s.outputs)] for s in (spec, plan.spec)]
     if tensors_of[0] != tensors_of[1] or spec.states != plan.spec.states:
         yield "its tensors are not those of the bundle"

@@ -1,7 +1,7 @@
-"""TensorRT's Python API, as far as fishrt uses it, as types; and the log that keeps what TensorRT says.
+"""Types of the part of TensorRT's Python API that fishrt uses, and a logger that keeps its error messages.
 
-The library brings no stubs and cannot be imported without NVIDIA's libraries, so `load_tensorrt` is the only place that does.
-Names and meanings are those of TensorRT 11.4, from its documentation and its bindings; `tests/fake_tensorrt.py` has the same.
+The library has no type stubs, and its import needs NVIDIA's libraries, so only `load_tensorrt` imports it.
+Names and meanings are those of TensorRT 11.4, from its documentation and bindings; `tests/fake_tensorrt.py` has the same.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ T = TypeVar("T")
 Shape = tuple[int, ...]
 
 _ERRORS_KEPT = 12
-"""Of TensorRT's error messages, the last ones are told. The first of a failure is often the cause, and rarely further back."""
+"""The number of TensorRT's last error messages that an error shows. The first message of a failure is often its cause."""
 _ERROR, _WARNING = 1, 2
 """`ILogger.Severity` as numbers: INTERNAL_ERROR 0, ERROR 1, WARNING 2, INFO 3, VERBOSE 4."""
 
 
 class ParserError(Protocol):
-    """One thing that the importer of ONNX files does not take."""
+    """One error of the importer of ONNX files."""
 
     def desc(self) -> str: ...
     def node_name(self) -> str: ...
@@ -36,7 +36,7 @@ class ParserError(Protocol):
 
 
 class OnnxParser(Protocol):
-    """ONNX file → network."""
+    """The importer: makes a network from an ONNX file."""
 
     num_errors: int
 
@@ -45,19 +45,19 @@ class OnnxParser(Protocol):
 
 
 class OptimizationProfile(Protocol):
-    """The shapes that an engine takes."""
+    """The range of shapes of an engine's inputs."""
 
     def set_shape(self, name: str, least: Shape, usual: Shape, most: Shape) -> bool | None: ...
 
 
 class TimingCache(Protocol):
-    """What kernels took, so that they are not timed again."""
+    """Measured times of kernels, reused by later builds."""
 
     def serialize(self) -> Any: ...
 
 
 class BuilderConfig(Protocol):
-    """How an engine is built."""
+    """The options of a build."""
 
     progress_monitor: Any
 
@@ -69,7 +69,7 @@ class BuilderConfig(Protocol):
 
 
 class Builder(Protocol):
-    """Network → plan."""
+    """The builder: makes a plan from a network."""
 
     def create_network(self, flags: int) -> Any: ...
     def create_builder_config(self) -> BuilderConfig: ...
@@ -78,7 +78,7 @@ class Builder(Protocol):
 
 
 class ExecutionContext(Protocol):
-    """One use of an engine at a time."""
+    """An engine's shapes, addresses and scratch memory for one run at a time."""
 
     def set_device_memory(self, address: int, size: int) -> bool | None: ...
     def set_optimization_profile_async(self, index: int, stream: int) -> bool: ...
@@ -90,7 +90,7 @@ class ExecutionContext(Protocol):
 
 
 class CudaEngine(Protocol):
-    """A plan on the device."""
+    """A plan loaded on the device."""
 
     num_io_tensors: int
     num_optimization_profiles: int
@@ -105,13 +105,13 @@ class CudaEngine(Protocol):
 
 
 class Runtime(Protocol):
-    """Plan → engine."""
+    """The runtime: loads a plan as an engine."""
 
     def deserialize_cuda_engine(self, serialized: Any) -> CudaEngine | None: ...
 
 
 class TensorRT(Protocol):
-    """The module."""
+    """The module `tensorrt`."""
 
     __version__: str
     ILogger: Any
@@ -126,28 +126,28 @@ class TensorRT(Protocol):
 
 
 class Log(Protocol):
-    """What TensorRT reports to; it may do so from several threads."""
+    """A logger that TensorRT may call from several threads."""
 
     def take_errors(self) -> list[str]:
-        """The errors since they were last taken, oldest first, without repetitions."""
+        """Return and clear the error messages, oldest first, without repetitions."""
         ...
 
 
 def load_tensorrt() -> TensorRT:
-    """The tensorrt module. Raises ProviderError where it, or what it needs, is missing, broken or too old."""
+    """Return the tensorrt module. Raises ProviderError if it or a library it needs is missing, broken or too old."""
     resolve_provider("tensorrt")
     return cast(TensorRT, importlib.import_module("tensorrt"))
 
 
 def log_of(trt: TensorRT) -> Log:
-    """The one log of this process: TensorRT's objects keep a reference to theirs."""
-    module: Any = trt  # which can be hashed, though its protocol does not say so
+    """Return the one logger of this process: TensorRT's objects keep references to it."""
+    module: Any = trt  # hashable for the cache, unlike the protocol's type
     return _log_of(module)
 
 
 @cache
 def _log_of(trt: Any) -> Log:
-    class Kept(trt.ILogger):  # type: ignore[misc]  # known only now
+    class Logger(trt.ILogger):  # type: ignore[misc]  # the base class is known only at run time
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
             self._errors: deque[str] = deque(maxlen=_ERRORS_KEPT)
@@ -166,20 +166,20 @@ def _log_of(trt: Any) -> Log:
                 self._errors.clear()
             return errors
 
-    return cast(Log, Kept())
+    return cast(Log, Logger())
 
 
 def checked(trt: TensorRT, what: str, call: Callable[[], T | None], hint: str | None = None) -> T:
-    """What a call of TensorRT's gives. It reports a failure as None, False or an exception, and the reason to its log only.
+    """Return the result of a call of TensorRT, which reports failures as None, False or an exception and logs the reason.
 
-    what: names what failed. Raises GraphError with what the log has.
+    what: names the call. Raises GraphError, with the messages of the log, for a failure.
     """
     kept = log_of(trt)
-    kept.take_errors()  # of what failed before, and was told then
+    kept.take_errors()  # drop messages of earlier failures
     raised = ""
     try:
         result = call()
-    except (RuntimeError, ValueError, TypeError) as error:  # as pybind11 turns C++ exceptions
+    except (RuntimeError, ValueError, TypeError) as error:  # pybind11 converts C++ exceptions to these
         result, raised = None, str(error)
     if result is None or result is False:
         reasons = [*kept.take_errors(), *([raised] if raised else [])]

@@ -1,9 +1,9 @@
-"""Building plans: portable graph ─► lowering ─► TensorRT's importer ─► its builder ─► `trt_plans`.
+"""Building of plans: portable graph ─► lowering ─► TensorRT's importer ─► its builder ─► `trt_plans`.
 
-What was built is kept, so that a second call with the same graph, options, TensorRT and device takes no time. Timings of kernels
-are kept beside the plans, so that a similar graph is built faster.
+Plans are kept: a second call with the same graph, options, TensorRT and device builds nothing. Timings of kernels are kept in the
+same folder, so that a similar graph is built faster.
 
-Driven end to end by tests with a simulation of TensorRT only: the library itself was not at hand.
+Tests run this file end to end with a simulation of TensorRT only.
 """
 
 from __future__ import annotations
@@ -41,19 +41,19 @@ from .trt_plans import (
 
 log = logging.getLogger(__name__)
 
-Told = Callable[[str, float], None]
-"""Is told what TensorRT does, and which part of it is done, 0 to 1."""
+Progress = Callable[[str, float], None]
+"""Called with the name of a stage and the fraction of it that is done, 0 to 1."""
 
 _LEAST_CAPABILITY = {"fp32": (7, 5), "fp16": (7, 5), "bf16": (8, 0)}
-"""By the dtype that a plan computes in. TensorRT 11 knows no older devices than 7.5."""
+"""Lowest compute capability, by precision. TensorRT 11 supports no older devices than 7.5."""
 _LEAST_WORKSPACE = 1 << 30
-"""Bytes that the estimate takes for kernels where the user sets no limit."""
+"""Estimated bytes for kernels if the user sets no limit."""
 _FAILED_HINT = "fishrt build-trt --primitive-attention asks less of TensorRT; --debug shows all that it says"
 
 
 @dataclass(frozen=True, slots=True)
 class PlanRequest:
-    """One graph to be built."""
+    """The graph and the options of one build."""
 
     path: Path
     """The file of the portable graph."""
@@ -61,18 +61,18 @@ class PlanRequest:
     lowering: LoweringOptions
     profiles: tuple[Profile, ...]
     workspace: int | None = None
-    """Bytes that kernels may use, at most. None: all that the device has."""
+    """Largest workspace of kernels in bytes; None: all the device's memory."""
     identity: str | None = None
-    """A hash that stands for the file and its weights; None computes one."""
+    """A hash of the file and its weights; None: compute it."""
     build: Callable[[bytes], bytes] | None = None
     """Makes the graph from the file's bytes."""
 
 
-def build_plan(request: PlanRequest, told: Told = lambda stage, part: None) -> tuple[Plan, bool]:
-    """The plan of a graph for this machine, and whether it was built now: it may be kept already.
+def build_plan(request: PlanRequest, progress: Progress = lambda stage, part: None) -> tuple[Plan, bool]:
+    """Build the plan of a graph for this machine, unless it is kept already. Return the plan, and whether it was built now.
 
-    Raises ProviderError for what is not here or what the device cannot compute in, GraphError with all that TensorRT says for a
-    graph that it does not take, FishrtError where memory or disk do not suffice. An interrupt ends the build at its next step.
+    Raises ProviderError if TensorRT or the device is missing or lacks the precision, GraphError with all of TensorRT's messages
+    for a graph that it rejects, FishrtError if memory or disk do not suffice. An interrupt ends the build at its next step.
     """
     trt, device = load_tensorrt(), open_device()
     check_precision(request.lowering.precision, device)
@@ -90,14 +90,14 @@ def build_plan(request: PlanRequest, told: Told = lambda stage, part: None) -> t
         return kept, False
     device.check_room(weights + (request.workspace or _LEAST_WORKSPACE), f"building {request.spec.file}")
     _check_disk(weights)
-    told("lowering", 0.0)
+    progress("lowering", 0.0)
     lowered, spec = lower_for_tensorrt(portable, request.spec, request.lowering, folder)
-    serialized = _serialize(trt, lowered_model(lowered, request.profiles), spec, request, _TimingFile(key), told)
+    serialized = _serialize(trt, lowered_model(lowered, request.profiles), spec, request, _TimingFile(key), progress)
     return keep_plan(key, spec, column_writes(portable, request.spec), serialized), True
 
 
 def check_precision(precision: str, device: Device) -> None:
-    """Raises ProviderError where the device does not compute in this dtype."""
+    """Check that the device computes in this precision. Raises ProviderError otherwise."""
     needed, has = _LEAST_CAPABILITY[precision], device.compute_capability
     if has < needed:
         raise ProviderError(
@@ -107,7 +107,7 @@ def check_precision(precision: str, device: Device) -> None:
 
 
 def lowered_model(model: bytes, profiles: Iterable[Profile]) -> bytes:
-    """The graph with a number in place of each dimension that has but one size in all profiles: TensorRT does best with those."""
+    """Return the graph with fixed sizes for dimensions of one size in all profiles, with which TensorRT is fastest."""
     fixed = _fixed(profiles)
     parsed = parse_model(model, "the graph")
     for value in (*parsed.graph.input, *parsed.graph.output):
@@ -120,7 +120,7 @@ def lowered_model(model: bytes, profiles: Iterable[Profile]) -> bytes:
 
 
 def _fixed(profiles: Iterable[Profile]) -> dict[str, int]:
-    """The dimensions that have but one size."""
+    """Return the dimensions with one size in all profiles."""
     ranges: dict[str, set[int]] = {}
     for profile in profiles:
         for name, sizes in profile.dims.items():
@@ -129,7 +129,7 @@ def _fixed(profiles: Iterable[Profile]) -> dict[str, int]:
 
 
 def column_writes(model: bytes, spec: GraphSpec) -> ColumnWrites | None:
-    """How a portable graph tells where in its caches it writes; None if it does not, or works it out by itself."""
+    """Return the inputs that place a portable graph's writes to its caches; None if no input places them."""
     feeds = {t.name: t for t in spec.feeds}
     states = {t.name: t for t in spec.state_tensors}
     in_states = {d for t in spec.state_tensors for d in t.shape}
@@ -141,7 +141,7 @@ def column_writes(model: bytes, spec: GraphSpec) -> ColumnWrites | None:
 
 
 def _weight_bytes(model: bytes, folder: Path) -> int:
-    """Of the files beside a graph."""
+    """Return the bytes of a graph's files of weights."""
     try:
         return sum((folder / name).stat().st_size for name in external_files(model))
     except OSError as error:
@@ -149,7 +149,7 @@ def _weight_bytes(model: bytes, folder: Path) -> int:
 
 
 def _check_disk(need: int) -> None:
-    """A plan is about as large as the weights; a build takes many minutes, which should not end with a full disk."""
+    """Check that there is room for a plan before a build of many minutes. Raises FishrtError otherwise."""
     root = next(folder for folder in (plan_folder(), *plan_folder().parents) if folder.is_dir())
     free = shutil.disk_usage(root).free
     if need > free:
@@ -159,14 +159,16 @@ def _check_disk(need: int) -> None:
         )
 
 
-def _serialize(trt: TensorRT, model: bytes, spec: GraphSpec, request: PlanRequest, timing: _TimingFile, told: Told) -> Any:
-    """What TensorRT makes of a lowered graph: a buffer."""
+def _serialize(
+    trt: TensorRT, model: bytes, spec: GraphSpec, request: PlanRequest, timing: _TimingFile, progress: Progress
+) -> Any:
+    """Return a lowered graph as TensorRT's serialised plan, a buffer."""
     kept = log_of(trt)
     builder = checked(trt, "making a builder", lambda: trt.Builder(kept))
     network = checked(trt, "making a network", lambda: builder.create_network(0))
-    told("parsing", 0.0)
+    progress("parsing", 0.0)
     parser = checked(trt, "making a parser", lambda: trt.OnnxParser(network, kept))
-    # It looks for weights beside the path. Nothing is written there: the lowered graph is in memory, and small.
+    # The path only locates the weights: the lowered graph is in memory and small.
     if not parser.parse(model, str(request.path)):
         raise _parse_error(trt, parser, request.spec.file)
     config = checked(trt, "making a configuration", builder.create_builder_config)
@@ -176,7 +178,7 @@ def _serialize(trt: TensorRT, model: bytes, spec: GraphSpec, request: PlanReques
     for profile in request.profiles:
         _add_profile(trt, builder, config, spec, profile, _fixed(request.profiles))
     timing.use(trt, config)
-    monitor = _monitor(trt, told)
+    monitor = _monitor(trt, progress)
     config.progress_monitor = monitor
     serialized: Any = None
     try:
@@ -185,7 +187,7 @@ def _serialize(trt: TensorRT, model: bytes, spec: GraphSpec, request: PlanReques
         )
     finally:
         if monitor.raised is not None:
-            raise monitor.raised  # such as the user's interrupt, for which the build was ended
+            raise monitor.raised  # such as the user's interrupt
     timing.update(config)
     return serialized
 
@@ -200,7 +202,7 @@ def _add_profile(
     for tensor in spec.inputs:
         if any(isinstance(d, str) and d not in fixed for d in tensor.shape):
             set_shape = partial(shapes.set_shape, tensor.name, *(tensor.resolve(dims) for dims in sizes))
-            # It tells by raising; the setters of other objects, by False.
+            # It fails by raising; the setters of other objects return False.
             checked(trt, f"setting {tensor.name} in profile {profile.name}", lambda f=set_shape: f() is not False)  # type: ignore[misc]
     checked(trt, f"adding profile {profile.name}", lambda: config.add_optimization_profile(shapes) >= 0)
 
@@ -210,12 +212,12 @@ def _parse_error(trt: TensorRT, parser: Any, name: str) -> GraphError:
     found = [f"{error.node_operator()} {error.node_name()}: {error.desc()}" for error in errors]
     reasons = found or log_of(trt).take_errors() or ["it gave no reason"]
     return GraphError(
-        f"TensorRT cannot import {name}: {'; '.join(reasons)}", hint="fishrt inspect --trt lists what it does not take"
+        f"TensorRT cannot import {name}: {'; '.join(reasons)}", hint="`fishrt inspect --trt` lists unsupported nodes"
     )
 
 
 class _TimingFile:
-    """Timings of kernels, kept for one TensorRT on one device."""
+    """The file of kernel timings of one TensorRT on one device."""
 
     def __init__(self, key: PlanKey) -> None:
         machine = key.machine
@@ -223,17 +225,17 @@ class _TimingFile:
         self._path = plan_folder() / ("-".join(("timing", *words)).replace(" ", "_").replace("/", "_") + ".cache")
 
     def use(self, trt: TensorRT, config: BuilderConfig) -> None:
-        """Gives the builder what is kept; nothing, if it is not taken."""
+        """Give the builder the kept timings, or empty ones if it rejects them."""
         blob = self._path.read_bytes() if self._path.is_file() else b""
         cache = config.create_timing_cache(blob)
         if cache is not None and config.set_timing_cache(cache, False):
             return
-        log.warning("the timings in %s are of another TensorRT or device, or damaged; they are made anew", self._path)
+        log.warning("the timings in %s are from another TensorRT or device, or damaged; they are measured again", self._path)
         empty = checked(trt, "making a timing cache", lambda: config.create_timing_cache(b""))
         checked(trt, "setting a timing cache", lambda: config.set_timing_cache(empty, False))
 
     def update(self, config: BuilderConfig) -> None:
-        """Keeps what the builder has measured. Nothing depends on it."""
+        """Write the builder's timings to the file. A failure is only a warning."""
         cache = config.get_timing_cache()
         if cache is None:
             return
@@ -243,43 +245,43 @@ class _TimingFile:
             aside.write_bytes(memoryview(cache.serialize()))
             aside.replace(self._path)
         except OSError as error:
-            log.warning("the timings cannot be kept in %s: %s", self._path, error)
+            log.warning("the timings cannot be written to %s: %s", self._path, error)
             aside.unlink(missing_ok=True)
 
 
-def _monitor(trt: TensorRT, told: Told) -> Any:
-    """What TensorRT reports its progress to, from several threads. Phases have a number of steps, and lie in each other."""
+def _monitor(trt: TensorRT, progress: Progress) -> Any:
+    """Return a progress monitor that TensorRT calls from several threads. A phase has a number of steps, and nested phases."""
 
-    class Monitor(trt.IProgressMonitor):  # type: ignore[misc, name-defined]  # known only now
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc, name-defined]  # known only at run time
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
             self.raised: BaseException | None = None
-            """What `told` raised. It must not go through TensorRT, so the build is ended first."""
+            """The exception of `progress`. It must not pass through TensorRT, so the build is ended first."""
             self._lock = threading.Lock()
             self._running: dict[str, tuple[str | None, int, int]] = {}
 
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
             with self._lock:
                 self._running[phase_name] = (parent_phase, num_steps, 0)
-            self._tell(phase_name)
+            self._report(phase_name)
 
         def step_complete(self, phase_name: str, step: int) -> bool:
             with self._lock:
                 parent, steps, _ = self._running.get(phase_name, (None, 1, 0))
                 self._running[phase_name] = (parent, steps, step + 1)
-            self._tell(phase_name)
+            self._report(phase_name)
             return self.raised is None
 
         def phase_finish(self, phase_name: str) -> None:
             with self._lock:
                 self._running.pop(phase_name, None)
 
-        def _tell(self, phase: str) -> None:
+        def _report(self, phase: str) -> None:
             try:
                 with self._lock:
                     part = self._part(next((name for name, (parent, _, _) in self._running.items() if parent is None), phase))
-                told(phase, part)
-            except BaseException as error:  # the user's interrupt is one
+                progress(phase, part)
+            except BaseException as error:  # also the user's interrupt
                 self.raised = self.raised or error
 
         def _part(self, phase: str) -> float:

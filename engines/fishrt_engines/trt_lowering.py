@@ -1,17 +1,17 @@
-"""A portable graph → the same graph in a form that TensorRT's importer takes, and computes well.
+"""Lowering of a portable graph to a form that TensorRT's importer accepts and computes well.
 
-    KV caches      of a fixed number of rows: TensorRT updates in place only what has a static length
-    precision      float16 or bfloat16, where asked for; see lower_precision. Inputs and results keep their types, caches do not
-    attention      in float32 where asked for, whatever the rest computes in: float16 was seen to err by 0.16 behind a long
-                   prefix. As one operator, which needs a fused kernel for its shapes, or in primitive ones, which need none
-    masks          of 4 axes
+    KV caches      get a fixed number of rows: TensorRT updates only tensors of static length in place
+    precision      float16 or bfloat16 by option; see lower_precision. Feeds and results keep their types, caches do not
+    attention      stays in float32 by option, since float16 was seen to err by 0.16 after a long prefix. It stays one operator,
+                   which needs a fused kernel for its shapes, or is decomposed into primitive operators, which need none
+    masks          get 4 axes
     Clip           of integers becomes Max and Min
-    TensorScatter  into what is no input of the graph becomes Slice and Concat
-    float64        becomes float32, as TensorRT would have it, so that a lowered graph computes elsewhere what it will there
+    TensorScatter  into a tensor that is no input of the graph becomes Slice and Concat
+    float64        becomes float32, as in TensorRT, so that ONNX Runtime computes the same from a lowered graph
 
-Weights are untouched: a lowered graph refers to the same files beside the original one. What is stored in integers stays so: int4
-has fused kernels; int8 is documented for size, not for speed. TensorRT itself cannot be had everywhere: that lowered graphs keep
-to its documented rules is checked by trt_rules, that they compute the same by running them in ONNX Runtime; the rest needs a GPU.
+Weights are untouched: a lowered graph refers to the files of the original one. Weights in integers stay so: int4 has fused
+kernels; int8 is documented for size, not for speed. Without TensorRT, trt_rules checks that lowered graphs follow its documented
+rules, and tests run them in ONNX Runtime; all else needs a GPU.
 """
 
 from __future__ import annotations
@@ -30,37 +30,37 @@ from .onnx_proto import CODES, array_tensor, int64_tensor, int64_values, node, p
 from .spec import Dim, GraphSpec, TensorSpec
 
 LOWERING = 1
-"""Number of this form of lowered graphs; part of what a plan is known by."""
+"""Version of the lowering; part of a plan's key."""
 PRECISIONS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
-"""What can be computed in, and the element type of that."""
+"""Precisions by name, and their element types."""
 
 _MASKED = -30000.0
-"""Added to what is not seen: no more than zero behind a softmax, and in the range of float16."""
+"""Added to masked scores: zero after a softmax, and in the range of float16."""
 _FOLDED = ("Cast", "Concat", "Constant", "Gather", "Range", "Reshape", "Shape", "Squeeze", "Unsqueeze")
-"""Operators that shapes are computed with."""
+"""Operators of shape computations, replaced by constants where possible."""
 _FORMS = ("is_causal", "softcap", "softmax_precision")
-"""Attributes of attention that primitive operators do not follow."""
+"""Attributes of Attention that the primitive form does not implement."""
 
 
 @dataclass(frozen=True, slots=True)
 class LoweringOptions:
-    """How a graph is lowered."""
+    """The options of a lowering."""
 
     max_len: int | None
-    """Rows of KV caches, for graphs that leave their number open."""
+    """Rows of KV caches whose number the graph leaves open."""
     precision: str
-    """Of the computation: a key of PRECISIONS."""
+    """A key of PRECISIONS."""
     fp32_attention: bool
-    """Whether attention is computed in float32 all the same. Meant to be on with fp16."""
+    """Whether attention is computed in float32 nevertheless. Recommended with fp16."""
     primitive_attention: bool
-    """Whether attention is made of primitive operators: where no fused kernel fits, nothing else can be built."""
+    """Whether attention is decomposed into primitive operators: necessary if no fused kernel has its shapes."""
 
 
 def lower_for_tensorrt(model: bytes, spec: GraphSpec, options: LoweringOptions, folder: Path) -> tuple[bytes, GraphSpec]:
-    """The bytes of the graph file `spec.file`, whose weights are in `folder`, lowered, and what it takes and gives then.
+    """Return the bytes of a lowered graph file, and its description.
 
-    Raises GraphError for a graph that leaves the length of its caches open where `options` do not give one, and for what cannot
-    be taken apart.
+    model: bytes of the graph file `spec.file`, whose weights are in `folder`. Raises GraphError if neither graph nor options give
+    the length of its caches, and for operators that cannot be decomposed.
     """
     editor = GraphEditor(parse_model(_computed_in(model, options.precision, folder), spec.file))
     rows = _fix_cache(editor, spec, options.max_len)
@@ -76,7 +76,7 @@ def lower_for_tensorrt(model: bytes, spec: GraphSpec, options: LoweringOptions, 
 
 def _computed_in(model: bytes, precision: str, folder: Path) -> bytes:
     if precision not in PRECISIONS:
-        raise GraphError(f"nothing computes in {precision!r}", hint=f"choose one of: {', '.join(PRECISIONS)}")
+        raise GraphError(f"unknown precision {precision!r}", hint=f"choose one of: {', '.join(PRECISIONS)}")
     if precision == "fp32":
         return model
     from .lower_precision import compute_in
@@ -85,14 +85,14 @@ def _computed_in(model: bytes, precision: str, folder: Path) -> bytes:
 
 
 def _fix_cache(editor: GraphEditor, spec: GraphSpec, max_len: int | None) -> dict[Dim, int]:
-    """Gives caches their number of rows; returns the name of the dimension that had none, and its size."""
+    """Give caches their number of rows. Return the size of the dimension that was open, by its name."""
     caches = {n.input[0] for n in editor.nodes if n.op_type == "TensorScatter"}
     open_rows: set[Dim] = {t.shape[2] for t in spec.state_tensors if t.name in caches and isinstance(t.shape[2], str)}
     if not open_rows:
         return {}
     if max_len is None or max_len < 1:
         raise GraphError(
-            f"{spec.file} leaves open how many positions its caches hold, which TensorRT must know: {max_len} cannot be",
+            f"{spec.file} leaves the length of its caches open, and TensorRT needs a fixed one; max_len is {max_len}",
             hint="give the largest number of positions as max_len",
         )
     rows = dict.fromkeys(open_rows, max_len)
@@ -105,7 +105,7 @@ def _fix_cache(editor: GraphEditor, spec: GraphSpec, max_len: int | None) -> dic
 
 
 def _fold_shapes(editor: GraphEditor, values: dict[str, Value]) -> None:
-    """What is known of shapes becomes a constant, such as the positions of a cache of known length."""
+    """Replace shape computations of known values by constants, such as the positions of a cache of known length."""
     kept = []
     for n in editor.nodes:
         value = values[n.output[0]]
@@ -136,7 +136,7 @@ def _take_integer_clips_apart(editor: GraphEditor, values: dict[str, Value]) -> 
 
 
 def _take_inner_scatters_apart(editor: GraphEditor, values: dict[str, Value]) -> None:
-    """Caches that live within one run, as those of a frame do: all sequences are written to at the same, known rows."""
+    """Replace each TensorScatter into a cache inside the graph, as in the frame graph, by Slice and Concat at known rows."""
     nodes = []
     for n in editor.nodes:
         if n.op_type != "TensorScatter" or n.input[0] in editor.inputs:
@@ -146,9 +146,7 @@ def _take_inner_scatters_apart(editor: GraphEditor, values: dict[str, Value]) ->
         start = _everywhere(editor, n.input[2]) if len(n.input) > 2 else 0
         rows, length = (_sizes(values, name)[2] for name in (cache, new))
         if start is None or rows is None or length is None or attribute(n, "axis", -2) not in (-2, 2):
-            raise GraphError(
-                f"{n.name or result} writes to rows that are not known; TensorRT takes that for inputs and outputs only"
-            )
+            raise GraphError(f"{n.name or result} writes to unknown rows; TensorRT supports that only for inputs of the graph")
         parts = [new]
         for place, (first, end) in enumerate(((0, start), (start + length, rows))):
             if first < end:
@@ -162,13 +160,13 @@ def _take_inner_scatters_apart(editor: GraphEditor, values: dict[str, Value]) ->
 
 
 def _sizes(values: dict[str, Value], name: str) -> Shape:
-    """Of a value of four axes; unknown ones if it has others."""
+    """Return the sizes of a value of four axes; unknown ones for another rank."""
     shape = values.get(name, UNKNOWN).shape
     return shape if shape is not None and len(shape) == 4 else (None,) * 4
 
 
 def _everywhere(editor: GraphEditor, name: str) -> int | None:
-    """The number that all elements of a value are; None if it is not known, or they are several."""
+    """Return the number to which all elements of a value are equal; None if they differ or are unknown."""
     spread = editor.made_by(name, "Expand")
     tensor = editor.constants.get(spread.input[0] if spread is not None else name)
     found = set(int64_values(tensor)) if tensor is not None and tensor.data_type == CODES["int64"] else set()
@@ -186,14 +184,14 @@ def _narrow_doubles(editor: GraphEditor) -> None:
 
 
 class _Attention:
-    """Lowers the attention of one graph."""
+    """The lowering of attention in one graph."""
 
     def __init__(self, editor: GraphEditor, values: dict[str, Value], options: LoweringOptions) -> None:
         self._edit, self._values, self._options = editor, values, options
         self._nodes: list[Any] = []
 
     def lower(self) -> None:
-        """See the module."""
+        """Lower all Attention nodes; see the module."""
         for n in self._edit.nodes:
             if n.op_type == "Attention":
                 self._lower(n)
@@ -221,13 +219,13 @@ class _Attention:
             self._nodes.append(node("Cast", [computed], [result], to=CODES[outside]))
 
     def _primitive(self, attention: Any, query: str, keys: str, values: str, mask: str, result: str) -> None:
-        """MatMul, Add, Softmax, MatMul. The queries are scaled first: products might leave the range of float16."""
+        """Add MatMul, Add, Softmax, MatMul. Queries are scaled first, since products might leave the range of float16."""
         name, (q, k, v) = attention.name or result, (_sizes(self._values, given) for given in attention.input[:3])
         if any(attention.input[4:]) or any(attention.output[1:]) or any(attribute(attention, a, 0) for a in _FORMS):
-            raise GraphError(f"the attention {name} is of a form that is not taken apart")
+            raise GraphError(f"the attention {name} has a form that cannot be decomposed")
         heads, kv_heads, width, value_width = q[1], k[1], k[3], v[3]
         if heads is None or kv_heads is None or width is None or value_width is None:
-            raise GraphError(f"the attention {name} cannot be taken apart: the number and size of its heads are not known")
+            raise GraphError(f"the attention {name} cannot be decomposed: the number and size of its heads are unknown")
         dtype = self._dtype(query)
         if heads != kv_heads:
             keys, values = (self._repeat(*given, kv_heads, heads) for given in ((keys, width), (values, value_width)))
@@ -241,7 +239,7 @@ class _Attention:
         self._nodes.append(node("MatMul", [weights, values], [result]))
 
     def _repeat(self, name: str, width: int, kv_heads: int, heads: int) -> str:
-        """[batch, kv_heads, rows, width] → [batch, heads, rows, width]; query head j uses key head j // (heads / kv_heads)."""
+        """Repeat [batch, kv_heads, rows, width] to [batch, heads, rows, width]: head j is KV head j // (heads / kv_heads)."""
         dtype = self._dtype(name)
         axis = self._edit.constant(int64_tensor("lowered.axis_of_groups", [2]))
         groups = self._edit.constant(int64_tensor(f"{name}.groups", [1, 1, heads // kv_heads, 1, 1]))
@@ -258,7 +256,7 @@ class _Attention:
         return self._add("Unsqueeze", [mask, axes], f"{mask}.of_four_axes", self._dtype(mask))
 
     def _bias(self, mask: str, dtype: str) -> str:
-        """What is added to products under a mask."""
+        """Return the name of the additive form of a mask."""
         if self._dtype(mask) != "bool":
             return mask
         seen, hidden = self._scalar("lowered.seen", 0.0), self._scalar("lowered.hidden", _MASKED)
@@ -267,7 +265,7 @@ class _Attention:
     def _dtype(self, name: str) -> str:
         dtype = self._values.get(name, UNKNOWN).dtype
         if dtype is None:
-            raise GraphError(f"the type of {name}, which attention takes, is not known")
+            raise GraphError(f"the type of {name}, an input of attention, is unknown")
         return dtype
 
     def _scalar(self, name: str, value: float) -> str:
@@ -278,7 +276,7 @@ class _Attention:
         return name if self._dtype(name) == dtype else self._add("Cast", [name], f"{name}.in_{dtype}", dtype, to=CODES[dtype])
 
     def _add(self, op_type: str, inputs: list[str], result: str, dtype: str, **attributes: Any) -> str:
-        """Adds a node unless it is there: layers share a mask."""
+        """Add a node unless it exists, since layers share a mask. Return the name of its result."""
         if result not in self._values:
             self._values[result] = Value(dtype)
             self._nodes.append(node(op_type, inputs, [result], **attributes))

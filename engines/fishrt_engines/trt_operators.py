@@ -1,7 +1,7 @@
-"""The operators of TensorRT's ONNX importer, as its documentation of version 11.0 lists them, and the element types they take.
+"""The operators of TensorRT's ONNX importer and their element types, from the documentation of version 11.0.
 
-Not all that it lists: those that graphs of speech models are made of, and those that are known to be refused. Operators with
-rules beyond the types have them in trt_rules.
+The tables contain the operators of speech models, and those that the importer refuses. Further rules of operators are in
+trt_rules.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _BY_TYPES = {
     FLOATS | {"int8"}: "QuantizeLinear",
 }
 OPERATORS = {op_type: types for types, names in _BY_TYPES.items() for op_type in names.split()}
-"""What each operator takes as its data."""
+"""Element types of the data inputs, by operator."""
 
 _ALL_INPUTS = """
     Add And Clip Concat Conv ConvTranspose Div Equal Gemm Greater GreaterOrEqual LayerNormalization Less LessOrEqual MatMul Max
@@ -47,7 +47,7 @@ DATA = {
     "TensorScatter": slice(0, 2),
     "Where": slice(1, 3),
 }
-"""The inputs that are an operator's data, and must be of one type. Of those that are not here, it is the first."""
+"""Positions of an operator's data inputs, which must have one type. Default: the first input."""
 
 RANDOM = frozenset("RandomNormal RandomNormalLike RandomUniform RandomUniformLike".split())
 DATA_DEPENDENT = frozenset(("NonMaxSuppression", "NonZero"))

@@ -1,11 +1,11 @@
-"""Plans: engines that TensorRT has built, kept on disk.
+"""Disk cache of plans, the engines that TensorRT has built.
 
-A plan runs with one version of TensorRT on one model of GPU only, and holds one graph with its weights. All of that is in a file
-beside it, and compared before the plan is loaded:
+A plan holds one graph with its weights, and runs only with one version of TensorRT on one model of GPU. A file in the same folder
+describes all of that, and is compared before the plan is loaded:
 
     folders.cache_folder() / plans / key / engine.plan, entry.json
 
-A plan is written aside and renamed when complete. One that does not fit is never used, and never built anew without being asked.
+A plan is written to a temporary folder and renamed when complete. A plan that does not fit is neither used nor rebuilt.
 """
 
 from __future__ import annotations
@@ -31,33 +31,33 @@ from .trt_lowering import LOWERING, LoweringOptions
 
 PLAN, ENTRY = "engine.plan", "entry.json"
 _LAYOUT = 1
-"""Number of this form of the files; part of the key."""
+"""Version of the files' layout; part of the key."""
 _MEMORY_CLASS = 4 << 30
-"""Bytes of a device's memory in which its classes differ: a model of GPU comes with more and with less of it."""
+"""Bytes to which a device's memory is rounded: one model of GPU exists with different memory sizes."""
 _BLOCK = 1 << 24
 
 LARGER = "give less at once, or run fishrt build-trt with a larger --max-len or --max-batch"
 
 Range = tuple[int, int, int]
-"""Least, usual and greatest size of a symbolic dimension."""
+"""Smallest, usual and largest size of a symbolic dimension."""
 
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """Sizes that a plan was made for. A graph may have several, each fast in its own range."""
+    """A range of sizes that a plan is optimised for. A plan may have several."""
 
     name: str
     dims: Mapping[str, Range]
-    """By the name of the dimension."""
+    """Ranges by name of the dimension."""
 
     def holds(self, dims: Mapping[str, int]) -> bool:
-        """Whether these sizes are among them."""
+        """Return whether these sizes are in its ranges."""
         return all(least <= dims[name] <= most for name, (least, _, most) in self.dims.items() if name in dims)
 
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What a plan is tied to."""
+    """The machine and software that a plan is tied to."""
 
     tensorrt: str
     gpu: str
@@ -66,19 +66,19 @@ class Machine:
     """Bytes of the device's memory, rounded."""
     system: str
     lowering: int
-    """Version of the rules by which fishrt prepares graphs for TensorRT."""
+    """Version of fishrt's lowering."""
 
 
 @dataclass(frozen=True, slots=True)
 class ColumnWrites:
-    """How a graph tells where in its caches a call writes. TensorRT does not check that itself."""
+    """The names that place a call's writes to its caches. TensorRT does not check the bounds itself."""
 
     write_index: str
-    """The input with the first row of each sequence: int64 [batch]."""
+    """The input with the first written row of each sequence: int64 [batch]."""
     length: str
-    """The dimension that counts the rows of a call."""
+    """The dimension of a call's rows."""
     cache: str
-    """An input that is such a cache: [batch, heads, rows, head_dim]."""
+    """One of the caches, an input: [batch, heads, rows, head_dim]."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,31 +88,31 @@ class PlanKey:
     graph: str
     """SHA-256 of the portable graph, without its weights: hex."""
     weights: str
-    """A hash that stands for the weights."""
+    """A hash of the weights."""
     machine: Machine
     lowering: LoweringOptions
     workspace: int | None
-    """Bytes that kernels may use, at most; None is all that the device has."""
+    """Largest workspace of kernels in bytes; None: all the device's memory."""
     profiles: tuple[Profile, ...]
 
     @property
     def name(self) -> str:
-        """Of the folder."""
+        """Return the name of the plan's folder."""
         return hashlib.sha256(json.dumps([_LAYOUT, asdict(self)], sort_keys=True).encode()).hexdigest()[:32]
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A plan on disk that is whole, and its description."""
+    """A complete plan on disk, and its description."""
 
     path: Path
     key: PlanKey
     spec: GraphSpec
-    """Of the lowered graph: other dtypes of state, and no symbolic cache length."""
+    """Description of the lowered graph: its state may have other dtypes, and its cache length is fixed."""
     writes: ColumnWrites | None
 
     def profile_for(self, dims: Mapping[str, int]) -> int:
-        """Which profile takes a call of these sizes. Raises FishrtError if none does."""
+        """Return the index of the profile for a call of these sizes. Raises FishrtError if there is none."""
         profiles = self.key.profiles
         found = next((n for n, profile in enumerate(profiles) if profile.holds(dims)), None)
         if found is None:
@@ -133,7 +133,7 @@ def plan_folder() -> Path:
 
 
 def machine_of(version: str, device: Device) -> Machine:
-    """This machine, with this version of TensorRT."""
+    """Return this machine with this version of TensorRT."""
     _, total = device.memory()
     major, minor = device.compute_capability
     rounded = round(total / _MEMORY_CLASS) * _MEMORY_CLASS
@@ -141,7 +141,7 @@ def machine_of(version: str, device: Device) -> Machine:
 
 
 def read_portable(path: Path, build: Callable[[bytes], bytes] | None) -> bytes:
-    """The portable graph of a file, or what `build` makes of it. Raises GraphError for a file that is missing."""
+    """Return the portable graph of a file, or the one that `build` makes of it. Raises GraphError for an unreadable file."""
     try:
         model = path.read_bytes()
     except OSError as error:
@@ -150,12 +150,12 @@ def read_portable(path: Path, build: Callable[[bytes], bytes] | None) -> bytes:
 
 
 def external_files(model: bytes) -> list[str]:
-    """The files beside a graph that hold its weights, by name. Raises as `external_places`."""
+    """Return the names of a graph's files of weights. Raises GraphError as `external_places` does."""
     return sorted({entry.value for entry in external_places(parse_model(model, "the graph"))})
 
 
 def weights_identity(model: bytes, folder: Path) -> str:
-    """A hash over the files of weights of a graph. Takes seconds for gigabytes: a manifest knows it already."""
+    """Return a hash of a graph's files of weights. Takes seconds for gigabytes; a manifest stores it."""
     whole = hashlib.sha256()
     for name in external_files(model):
         with (folder / name).open("rb") as file:
@@ -165,15 +165,15 @@ def weights_identity(model: bytes, folder: Path) -> str:
 
 
 def graph_hash(model: bytes) -> str:
-    """Of a portable graph."""
+    """Return the hash of a portable graph."""
     return hashlib.sha256(model).hexdigest()
 
 
 def find_plan(graph: str, weights: str, machine: Machine, path: Path) -> Plan:
-    """The plan for a graph on this machine: of several, the one that was built or asked for last.
+    """Return the plan for a graph on this machine; of several, the one that was built or requested last.
 
-    path: of the graph file, for messages; it need not exist, but its folder is the bundle's. Raises ProviderError if there is no
-    plan, or none that fits, and says why not.
+    path: of the graph file in the bundle's folder, for messages; it need not exist. Raises ProviderError, with the reasons, if no
+    plan fits.
     """
     why = []
     for folder in _entries():
@@ -197,7 +197,7 @@ def find_plan(graph: str, weights: str, machine: Machine, path: Path) -> Plan:
 
 
 def kept_plan(key: PlanKey) -> Plan | None:
-    """The plan of exactly this key, which from now on counts as the newest; None if there is none, or it is damaged."""
+    """Return the plan of exactly this key, and mark it as the newest; None if it is missing or damaged."""
     folder = plan_folder() / key.name
     try:
         plan = _read(folder)
@@ -210,7 +210,7 @@ def kept_plan(key: PlanKey) -> Plan | None:
 
 
 def keep_plan(key: PlanKey, spec: GraphSpec, writes: ColumnWrites | None, serialized: Any) -> Plan:
-    """Writes a plan. serialized: a buffer. Raises FishrtError where that is not possible; nothing is left behind then."""
+    """Write a plan. serialized: a buffer. Raises FishrtError, and leaves no files, if it cannot be written."""
     folder = plan_folder() / key.name
     try:
         with written_aside(folder) as aside:
@@ -227,20 +227,20 @@ def keep_plan(key: PlanKey, spec: GraphSpec, writes: ColumnWrites | None, serial
             aside.rename(folder)
     except OSError as error:
         raise FishrtError(
-            f"the plan cannot be kept in {folder.parent}: {error.strerror or error}",
+            f"the plan cannot be written to {folder.parent}: {error.strerror or error}",
             hint="make room there, or set FISHRT_CACHE to another folder",
         ) from None
     return Plan(folder / PLAN, key, spec, writes)
 
 
 def _entries() -> list[Path]:
-    """Folders of plans, the newest first."""
+    """Return the folders of plans, the newest first."""
     found = [entry for entry in plan_folder().glob("*/" + ENTRY) if not entry.parent.name.startswith(".")]
     return [entry.parent for entry in sorted(found, key=lambda entry: entry.stat().st_mtime_ns, reverse=True)]
 
 
 def _read(folder: Path) -> Plan:
-    """Raises OSError, ValueError, KeyError or TypeError for what is not a description of a plan."""
+    """Read a plan's description. Raises OSError, ValueError, KeyError or TypeError for anything else."""
     entry = json.loads((folder / ENTRY).read_text(encoding="utf-8"))
     if entry["layout"] != _LAYOUT:
         raise ValueError(f"its layout is {entry['layout']}, not {_LAYOUT}")
@@ -261,7 +261,7 @@ def _spec(data: Mapping[str, Any]) -> GraphSpec:
 
 
 def _fault(folder: Path) -> str | None:
-    """What is wrong with the plan itself."""
+    """Return the fault of a plan's file, or None."""
     recorded = json.loads((folder / ENTRY).read_text(encoding="utf-8"))["digest"]
     if not (folder / PLAN).is_file():
         return "lacks its plan"
@@ -269,7 +269,7 @@ def _fault(folder: Path) -> str | None:
 
 
 def _differences(built: Machine, here: Machine) -> Iterator[str]:
-    """Why a plan cannot be used here."""
+    """Yield the reasons why a plan cannot be used here."""
     if built.tensorrt != here.tensorrt:
         yield f"was built by TensorRT {built.tensorrt}, and this is {here.tensorrt}"
     if (built.gpu, built.compute_capability) != (here.gpu, here.compute_capability):

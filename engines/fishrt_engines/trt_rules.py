@@ -1,9 +1,9 @@
-"""Does TensorRT take a graph? Checks one against the documented rules of its ONNX importer, with neither TensorRT nor a GPU.
+"""Checks of a graph against the documented rules of TensorRT's ONNX importer, with neither TensorRT nor a GPU.
 
-What is found names the node, the rule and where the rule is from. An "error" is something that the importer, or a later step of
-a build, refuses. A "note" is accepted, but not what it seems, or not documented to work. No errors do not prove that an engine
-can be built: this is the documentation of 11.0 read closely, not TensorRT. Where it leaves open which element types an operator
-takes, the narrower reading holds.
+A finding names the node, the rule and the source of the rule. The importer, or a later step of a build, refuses a node with an
+"error". It accepts a node with a "note", but the node may behave otherwise than expected or is not documented to work. A graph
+without errors may still fail to build: the checks follow the documentation of 11.0, not TensorRT itself. If the documentation
+leaves the element types of an operator open, the narrower reading applies.
 """
 
 from __future__ import annotations
@@ -25,33 +25,33 @@ QUANTISED = "documentation of the Dequantize layer"
 REPORTED = "reported by users of TensorRT 11"
 
 OPSETS = range(9, 25)
-"""Those that 11.0 reads; later releases read one more."""
+"""Opsets that 11.0 reads; later releases read one more."""
 TOP_K = 3840
-"""K must be less."""
+"""Exclusive upper bound of K."""
 INT4_BLOCKS = (64, 128)
-"""Those that are documented."""
+"""Documented block sizes of int4 weights."""
 
 _NETWORK = {*FLOATS, "int32", "int64", "bool", "uint8"}
-"""Types of inputs and outputs of a network."""
+"""Element types of a network's inputs and outputs."""
 _STORED = {"int8", "int4", "float8e4m3fn", "float4e2m1"}
-"""Types of values that a DequantizeLinear must read, or a QuantizeLinear give."""
+"""Element types that only DequantizeLinear may read and only QuantizeLinear may produce."""
 _SCALES = {*FLOATS, "float8e4m3fn", "float8e8m0"}
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing about a graph that TensorRT will not take, or will take otherwise than one might think."""
+    """A property of a graph that TensorRT refuses, or treats otherwise than expected."""
 
     severity: str
     """"error" or "note"."""
     node: str
-    """Its name; "" if it is about the whole graph."""
+    """Name of the node; "" for the whole graph."""
     operator: str
     rule: str
-    """A word for the rule."""
+    """Short name of the rule."""
     text: str
     source: str
-    """Where the rule is from."""
+    """Source of the rule."""
 
     def __str__(self) -> str:
         where = f"{self.operator} {self.node}: ".lstrip() if self.node else ""
@@ -59,9 +59,10 @@ class Finding:
 
 
 def check_for_tensorrt(model: bytes, spec: GraphSpec) -> list[Finding]:
-    """What TensorRT would say to the bytes of a graph file, whose description is `spec`, errors first.
+    """Return the findings on a graph, errors first.
 
-    A portable graph is meant to have errors: see trt_lowering. Raises GraphError for bytes that are no graph.
+    model: bytes of the graph file, described by `spec`. A portable graph has errors until it is lowered; see trt_lowering.
+    Raises GraphError for bytes that are no graph.
     """
     parsed = parse_model(model, spec.file)
     states = {pair.input: pair.output for pair in spec.states}
@@ -70,7 +71,7 @@ def check_for_tensorrt(model: bytes, spec: GraphSpec) -> list[Finding]:
 
 
 def errors(findings: list[Finding]) -> list[Finding]:
-    """Those because of which no engine can be built."""
+    """Return the errors among findings."""
     return [finding for finding in findings if finding.severity == "error"]
 
 
@@ -87,7 +88,7 @@ def _network(graph: Any) -> Iterator[Finding]:
     for value in (*graph.input, *graph.output):
         dtype = declared(value).dtype
         if value.name not in initializers and dtype not in _NETWORK:
-            yield Finding("error", value.name, "", "type", f"a network has no input or output of {dtype}", TYPES)
+            yield Finding("error", value.name, "", "type", f"an input or output of a network cannot be {dtype}", TYPES)
 
 
 class _Graph:
@@ -114,13 +115,13 @@ class _Graph:
                     yield from _Graph(body.g, self.states, self).check()
 
     def first_batch(self) -> bool:
-        """Whether this was not asked before: one remark about the batch is enough for all caches."""
+        """Return True in the first call only: one note about the batch is enough for all caches."""
         first, self._noted_batch = not self._noted_batch, True
         return first
 
 
 class _Node:
-    """One node and what is known of its inputs."""
+    """One node and the known facts of its inputs."""
 
     def __init__(self, graph: _Graph, node: Any) -> None:
         self.graph, self.node = graph, node
@@ -129,35 +130,35 @@ class _Node:
     def check(self) -> Iterator[Finding]:
         op_type = self.node.op_type
         if self.node.domain not in ("", "ai.onnx"):
-            yield self.error("operator", f"an operator of {self.node.domain}, which is in no table of the importer", IMPORTER)
+            yield self.error("operator", f"the importer does not document operators of {self.node.domain}", IMPORTER)
         elif op_type in RANDOM:
             yield self.error("operator", "seeds are ignored: feed random numbers as an input", IMPORTER)
         elif op_type in UNSUPPORTED:
             yield self.error("operator", "is not supported", IMPORTER)
         elif op_type not in OPERATORS:
-            yield self.error("operator", "is not in the importer's table, as far as it is written down here", IMPORTER)
+            yield self.error("operator", "is not in fishrt's table of the importer's operators", IMPORTER)
         else:
             if op_type in DATA_DEPENDENT:
-                yield self.note("shape", "its result has as many elements as the data say: no CUDA graph can hold it", IMPORTER)
+                yield self.note("shape", "the size of its result depends on the data: no CUDA graph can contain it", IMPORTER)
             yield from self._types()
             yield from _CHECKS.get(op_type, _nothing)(self)
 
     def _types(self) -> Iterator[Finding]:
-        """Element types of inputs and results."""
+        """Check element types of inputs and results."""
         op_type = self.node.op_type
         allowed, data = OPERATORS[op_type], self.inputs[DATA.get(op_type, slice(0, 1))]
         known = {value.dtype for value in data if value.dtype is not None}
         for refused in sorted(known - allowed - {"float64"}):
-            yield self.error("type", f"takes no {refused}", IMPORTER)
+            yield self.error("type", f"does not accept {refused}", IMPORTER)
         if len(known) > 1:
-            yield self.error("type", f"its inputs are of different types: {', '.join(sorted(known))}", TYPES)
+            yield self.error("type", f"its inputs have different types: {', '.join(sorted(known))}", TYPES)
         made = {name: self.graph.values[name].dtype for name in self.node.output if name}
         if "float64" in {*known, *made.values()}:
             yield self.note("type", "float64 becomes float32", IMPORTER)
         for name, dtype in made.items():
             inside = dtype == "uint8" and name not in self.graph.outputs
             if inside or not (dtype in (None, "uint8", "float64") or dtype in _NETWORK or dtype in _STORED):
-                yield self.error("type", f"gives {dtype}, which a network does not hold inside", TYPES)
+                yield self.error("type", f"produces {dtype}, which a network cannot hold internally", TYPES)
         if op_type not in ("DequantizeLinear", "Cast"):
             for value in data:
                 if value.dtype in _STORED:
@@ -174,26 +175,26 @@ class _Node:
         return Finding(severity, name, self.node.op_type, rule, text, source)
 
     def given(self, place: int) -> str:
-        """The name of an input; "" where it is left out."""
+        """Return the name of an input; "" if it is omitted."""
         return str(self.node.input[place]) if place < len(self.node.input) else ""
 
     def value(self, place: int) -> Value:
-        """What is known of an input."""
+        """Return the known facts of an input."""
         return self.inputs[place] if self.given(place) else UNKNOWN
 
     def ranks(self, place: int, *ranks: int) -> Iterator[Finding]:
-        """An input must have as many axes as one of these says."""
+        """Check that the rank of an input is one of `ranks`."""
         shape = self.value(place).shape
         if not self.given(place):
             return
         wanted = " or ".join(map(str, ranks))
         if shape is None:
-            yield self.error("rank", f"{self.given(place)} must have {wanted} axes, and how many it has is not known", IMPORTER)
+            yield self.error("rank", f"{self.given(place)} must have {wanted} axes; its rank is unknown", IMPORTER)
         elif len(shape) not in ranks:
             yield self.error("rank", f"{self.given(place)} has {len(shape)} axes instead of {wanted}", IMPORTER)
 
     def constant(self, place: int, what: str) -> Iterator[Finding]:
-        """An input must be known when the engine is built."""
+        """Check that an input is known when the engine is built."""
         if self.given(place) and self.given(place) not in self.graph.constants:
             yield self.error("constant", f"{what} must be an initializer", IMPORTER)
 
@@ -207,15 +208,15 @@ def _attention(node: _Node) -> Iterator[Finding]:
         yield from node.ranks(place, 4)
     for place, what in enumerate(("past_key", "past_value", "nonpad_kv_seqlen"), 4):
         if node.given(place):
-            yield node.error("input", f"{what} is not taken", IMPORTER)
+            yield node.error("input", f"{what} is not supported", IMPORTER)
     if any(node.node.output[1:]):
-        yield node.error("output", "present_key, present_value and qk_matmul_output are not given", IMPORTER)
+        yield node.error("output", "present_key, present_value and qk_matmul_output are not supported", IMPORTER)
     if attribute(node.node, "softcap", 0.0):
-        yield node.error("attribute", "softcap is not taken", IMPORTER)
+        yield node.error("attribute", "softcap is not supported", IMPORTER)
     if attribute(node.node, "softmax_precision", 0):
-        yield node.error("attribute", "softmax_precision is not taken", IMPORTER)
+        yield node.error("attribute", "softmax_precision is not supported", IMPORTER)
     if attribute(node.node, "is_causal", 0):
-        yield node.note("attribute", "is_causal counts from the first key in older builds: wrong behind a prefix", REPORTED)
+        yield node.note("attribute", "is_causal counts from the first key in older builds: wrong after a prefix", REPORTED)
     query, mask = node.value(0).dtype, node.value(3).dtype
     if mask not in (None, "bool", query):
         yield node.error("type", f"a mask is of bool or of the queries' type, {query}, not {mask}", TYPES)
@@ -250,22 +251,22 @@ def _tensor_scatter(node: _Node) -> Iterator[Finding]:
         if None in shape[1:]:
             yield node.error("cache", f"the cache {cache} must have a fixed number of rows", CACHE)
         if shape[0] is None and node.graph.first_batch():
-            yield node.note("cache", "a number of sequences that varies is neither documented nor ruled out", CACHE)
+            yield node.note("cache", "a variable batch size is neither documented nor excluded", CACHE)
     if result not in node.graph.outputs:
         yield node.error("cache", f"the updated cache {result} must be an output of the network", CACHE)
     elif shape is not None and node.graph.states.get(cache) != result:
-        yield node.error("cache", f"{cache} and {result} share their memory, but are not described as one state", CACHE)
+        yield node.error("cache", f"{cache} and {result} share memory, but are not described as one state", CACHE)
 
 
 def _dequantize(node: _Node) -> Iterator[Finding]:
     data, scale = node.value(0), node.value(1)
     if data.dtype is not None and data.dtype not in _STORED:
-        yield node.error("quantised", f"weights of {data.dtype}; there are int8, int4, fp8 and fp4", QUANTISED)
+        yield node.error("quantised", f"weights are {data.dtype}; supported are int8, int4, fp8 and fp4", QUANTISED)
     if scale.dtype is not None and scale.dtype not in _SCALES:
-        yield node.error("quantised", f"scales of {scale.dtype}", QUANTISED)
+        yield node.error("quantised", f"scales of {scale.dtype} are not supported", QUANTISED)
     made = node.graph.values[node.node.output[0]].dtype
     if scale.dtype in ("float16", "bfloat16") and made != scale.dtype:
-        yield node.error("quantised", f"scales of {scale.dtype} give {scale.dtype}, not {made}", QUANTISED)
+        yield node.error("quantised", f"scales of {scale.dtype} produce {scale.dtype}, not {made}", QUANTISED)
     yield from _no_zero_point(node)
     if data.shape is None or scale.shape is None or None in data.shape or None in scale.shape:
         yield node.error("quantised", "the sizes of weights and scales must be known", QUANTISED)
@@ -289,10 +290,10 @@ def _blocks(node: _Node, data: list[int], scale: list[int]) -> Iterator[Finding]
     if data[axis] % scale[axis] or block != attribute(node.node, "block_size", 0):
         yield node.error("quantised", f"blocks of {attribute(node.node, 'block_size', 0)} do not divide {data[axis]}", QUANTISED)
     elif axis != attribute(node.node, "axis", 1) % len(data):
-        yield node.error("quantised", "blocks lie along another axis than the node says", QUANTISED)
+        yield node.error("quantised", "blocks lie along another axis than the node's", QUANTISED)
     elif node.value(0).dtype == "int4" and block not in INT4_BLOCKS:
         known = " and ".join(map(str, INT4_BLOCKS))
-        yield node.note("quantised", f"int4 in blocks of {block}: documented are {known}", QUANTISED)
+        yield node.note("quantised", f"int4 in blocks of {block}; documented are {known}", QUANTISED)
     elif node.value(0).dtype == "int8":
         yield node.note("quantised", "int8 weights in blocks: a smaller file, but no faster kernel is documented", QUANTISED)
 
@@ -321,22 +322,22 @@ def _scatter_nd(node: _Node) -> Iterator[Finding]:
 
 def _layer_norm(node: _Node) -> Iterator[Finding]:
     if any(node.node.output[1:]):
-        yield node.error("output", "only the first output is given", IMPORTER)
+        yield node.error("output", "only the first output is supported", IMPORTER)
 
 
 def _loop(node: _Node) -> Iterator[Finding]:
     text = {
-        "If": "both branches must give values of the same rank under different names",
-        "Loop": "what is carried must keep its shape, and what is collected must have a constant length",
-        "Scan": "what is carried must keep its shape",
+        "If": "both branches must produce values of the same rank under different names",
+        "Loop": "carried values must keep their shape, and collected values must have a constant length",
+        "Scan": "carried values must keep their shape",
     }[node.node.op_type]
-    yield node.note("control flow", f"{text}, which is not checked; no CUDA graph can hold it", IMPORTER)
+    yield node.note("control flow", f"{text}, which is not checked; no CUDA graph can contain it", IMPORTER)
 
 
 def _cast(node: _Node) -> Iterator[Finding]:
     dtype = dtype_name(attribute(node.node, "to", 0))
     if node.value(0).dtype in ("int4", "float4e2m1") or dtype in ("int4", "float4e2m1"):
-        yield node.error("type", f"no cast between {node.value(0).dtype} and {dtype}", IMPORTER)
+        yield node.error("type", f"no cast between {node.value(0).dtype} and {dtype} is supported", IMPORTER)
 
 
 def _needs(place: int, what: str) -> Callable[[_Node], Iterator[Finding]]:

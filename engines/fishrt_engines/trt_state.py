@@ -1,4 +1,4 @@
-"""What stays on the device between runs of a plan: state tensors, and results that are fed to the next graph."""
+"""Tensors that stay on the device between runs of a plan: state, and results for the next graph."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from .trt_plans import LARGER, Plan
 
 
 class DeviceArray:
-    """A result that stayed on the device. See `base.Resident`."""
+    """A result on the device. See `base.Resident`."""
 
     def __init__(self, device: Device, buffer: DeviceBuffer, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
         self.device, self.buffer, self.shape, self.dtype = device, buffer, shape, dtype
 
     def numpy(self) -> Array:
-        """A copy on the host."""
+        """Return a copy on the host."""
         array = np.empty(self.shape, self.dtype)
         with self.device.lock:
             self.device.download(self.buffer.address, array)
@@ -36,7 +36,7 @@ class DeviceArray:
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """A feed or result: its place on the device, and in memory of the host that the device copies from and to."""
+    """A feed or result: its device buffer and its pinned host buffer."""
 
     device: DeviceBuffer
     host: Array
@@ -48,31 +48,31 @@ class Call:
 
     profile: int
     shapes: Mapping[str, tuple[int, ...]]
-    """Of all inputs, the state's too."""
+    """Shapes of all inputs, state included."""
     feeds: dict[str, Tensor]
     results: dict[str, Tensor]
     graphs: dict[bool, tuple[int, Graph]] = field(default_factory=dict)
-    """By `TrtState.turned`: how often the context's shapes had changed when it was captured, and the graph."""
+    """Captured graphs by `TrtState.turned`, each with the context's `changes` at its capture."""
     constants: dict[str, Any] = field(default_factory=dict)
-    """Feeds that the device holds already, and that will not change."""
+    """Constant feeds that are already on the device."""
     waits: int = -1
-    """`Device.waits` when it last ran: copies from its arrays may not be over while that is the same."""
+    """`Device.waits` at its last run: while it is unchanged, copies from its arrays may be unfinished."""
 
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """What all states of an engine have in common."""
+    """The facts common to all states of an engine."""
 
     device: Device
     spec: GraphSpec
-    """Of the portable graph: what callers see."""
+    """Description of the portable graph, as callers see it."""
     plan: Plan
     in_place: Collection[str]
-    """State tensors, by input name, that the plan itself updates where they are."""
+    """Input names of state tensors that the plan updates in place."""
 
     @property
     def limits(self) -> dict[str, int]:
-        """The greatest size of each symbolic dimension that the plan was built for."""
+        """Return the largest size of each symbolic dimension in the plan's profiles."""
         most: dict[str, int] = {}
         for profile in self.plan.key.profiles:
             most |= {name: max(high, most.get(name, 0)) for name, (_, _, high) in profile.dims.items()}
@@ -82,7 +82,7 @@ class Kept:
         return most
 
     def check_sizes(self, dims: Mapping[str, int]) -> None:
-        """Raises FishrtError for state that is larger than the plan."""
+        """Check that state fits into the plan's limits. Raises FishrtError otherwise."""
         limits = self.limits
         if beyond := [f"{name} of {size}, built for {limits[name]}" for name, size in dims.items() if size > limits[name]]:
             raise FishrtError(f"the TensorRT plan of {self.spec.file} is too small: {', '.join(beyond)}", hint=LARGER)
@@ -91,12 +91,12 @@ class Kept:
 class TrtState:
     """State tensors on the device. See `base.State`.
 
-    A cache has all the rows that the plan was built for from the start; `dims` says how many were asked for. Where a plan does
-    not update a tensor in place, there are two, which take turns.
+    A cache has the plan's full length from the start; `dims` holds the requested length. A tensor that the plan does not update
+    in place has two buffers, which alternate as input and output.
     """
 
     def __init__(self, kept: Kept, dims: Mapping[str, int]) -> None:
-        """Raises ValueError for other dimensions than the graph's, FishrtError beyond the plan or the device's memory."""
+        """Allocate zeros. Raises ValueError for other dimensions than the graph's, FishrtError beyond the plan or the memory."""
         check_state_dims(kept.spec, dims)
         kept.check_sizes(dims)
         self.kept, self.dims = kept, dict(dims)
@@ -105,7 +105,7 @@ class TrtState:
         self._buffers = self._allocate()
 
     def read(self, name: str) -> Array:
-        """A copy of one state tensor, by its input name."""
+        """See `base.State.read`."""
         device, tensor, stored = self.kept.device, *self._specs(name)
         shape = tensor.resolve(self.dims)
         raw = np.empty(math.prod(shape) * item_size(stored.dtype), np.uint8)
@@ -126,7 +126,7 @@ class TrtState:
             device.synchronize()
 
     def grow(self, **dims: int) -> None:
-        """See `base.State.grow`. Raises ValueError for a dimension that is unknown or shrinks, FishrtError beyond the plan."""
+        """See `base.State.grow`. Raises ValueError for unknown or smaller dimensions, FishrtError beyond the plan's limits."""
         check_growth(self.dims, dims)
         larger = {**self.dims, **dims}
         self.kept.check_sizes(larger)
@@ -139,12 +139,12 @@ class TrtState:
         self.dims = larger
 
     def address(self, name: str, *, after: bool = False) -> int:
-        """Where a state tensor is, by its input name; with `after`, where the next run leaves it."""
+        """Return the address of a state tensor, by its input name; with `after`, its address after the next run."""
         buffers = self._buffers[name]
         return buffers[(self.turned ^ after) % len(buffers)].address
 
     def turn(self) -> None:
-        """To be called after a run."""
+        """Swap alternating buffers after a run."""
         self.turned ^= any(len(buffers) > 1 for buffers in self._buffers.values())
 
     def _allocate(self) -> dict[str, tuple[DeviceBuffer, ...]]:
@@ -157,12 +157,12 @@ class TrtState:
             return {name: tuple(device.allocate(size, what) for _ in range(counts[name])) for name, size in sizes.items()}
 
     def _specs(self, name: str) -> tuple[TensorSpec, TensorSpec]:
-        """A tensor as callers see it, and as the plan has it. Raises KeyError for an unknown name."""
+        """Return the descriptions of a state tensor for callers and in the plan. Raises KeyError for an unknown name."""
         found = [{t.name: t for t in spec.state_tensors}[name] for spec in (self.kept.spec, self.kept.plan.spec)]
         return found[0], found[1]
 
     def _parts(self, stored: TensorSpec, shape: tuple[int, ...], raw: Array) -> Iterator[tuple[int, Array]]:
-        """The contiguous parts of the leading `shape` of a state tensor: where each begins, in bytes, and its part of `raw`."""
+        """Yield the contiguous parts of the leading `shape` of a state tensor: byte offset, and the part of `raw`."""
         whole = stored.resolve(self.dims)
         split = max((axis for axis, size in enumerate(whole) if shape[axis] != size), default=0)
         strides = [math.prod(whole[axis + 1 :]) * item_size(stored.dtype) for axis in range(split)]
