@@ -1,9 +1,9 @@
-"""Speed and memory on this machine's CPU, beside torch's: `python benchmarks/cpu.py` writes results/cpu.json and its plots.
+"""Speed and memory on this CPU, compared with torch: `python benchmarks/cpu.py` writes results/cpu.json and its plots.
 
-For each family a checkpoint of official size with random weights is exported by several recipes, and each bundle is measured by
-`fishrt bench` in a process of its own. Then the first recipe and the peers (the exporter's torch modules, eager, in float32 and
-bfloat16, in the same loop) take turns, each turn a fresh process, for as many rounds as asked for: ratios are of medians over the
-rounds. Needs the `dev` extra, an otherwise idle machine, and for S2 24 GB of memory and 40 GB of disk.
+For each family, a checkpoint of official size with random weights is exported by several recipes, and each bundle is measured by
+`fishrt bench` in its own process. Then the first recipe and the peers (the exporter's torch modules, eager, in float32 and
+bfloat16, in the same loop) alternate for `--rounds` rounds, each turn in a new process. Ratios are of medians over the rounds.
+Needs the `dev` extra, an otherwise idle machine, and for S2 24 GB of memory and 40 GB of disk.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ RECIPES = {
     "fp32": (),
 }
 USUAL_RECIPES = {"s1": ("int4", "int8", "int4-codec-int8"), "s2": ("int4", "all-int4")}
-"""Those of a family if none are asked for, where they are not int4 and int8."""
+"""Default recipes of families; int4 and int8 for the others."""
 PEERS = ("fp32", "bf16")
 PEER_FRAMES = {"s2": 8}
-"""Frames of each turn, where it is not `--frames`: a frame of S2's size takes torch about a second."""
+"""Frames of a peer's turn, if not `--frames`: torch takes about a second for a frame of S2's size."""
 PEER_MEMORY_SHARE = 0.75
-"""A peer whose weights take more of the machine's memory is left out."""
+"""Largest share of the machine's memory for a peer's weights; a larger peer is omitted."""
 HERE = Path(__file__).parent
 
 
@@ -70,7 +70,7 @@ def main(
     smoke: bool,
     out: Path | None,
 ) -> None:
-    """Exports, measures, compares, and writes the record."""
+    """Export, measure and compare, and write the record."""
     threads = None
     if smoke:
         families, recipes, rounds, frames, threads = families[:1], recipes[:1] or ("int4",), 1, 3, 1
@@ -102,7 +102,7 @@ def main(
 def measure_family(
     family: str, checkpoint: Path, bundles: Path, recipes: Sequence[str], rounds: int, frames: int, threads: int | None
 ) -> dict[str, Any]:
-    """Everything about one family. threads: None is each side's own choice."""
+    """Return all measurements of one family. threads: None means each side's default."""
     found: dict[str, Any] = {"export": {}, "recipes": {}}
     option = [f"--threads={threads}"] if threads else []
     for recipe in recipes:
@@ -123,7 +123,7 @@ def measure_family(
 
 
 def export(family: str, recipe: str, checkpoint: Path, bundle: Path) -> dict[str, Any]:
-    """Seconds and memory of the export: now, or when the bundle was made, which a file beside it tells."""
+    """Export, unless the bundle exists. Return seconds and memory of the export, from a file next to the bundle."""
     note = bundle.with_suffix(f"{bundle.suffix}.json")
     if not bundle.is_dir():
         tell(f"{family}: exporting {recipe}")
@@ -137,7 +137,7 @@ def export(family: str, recipe: str, checkpoint: Path, bundle: Path) -> dict[str
 def take_turns(
     family: str, bundle: Path, checkpoint: Path, rounds: int, frames: int, option: Sequence[str]
 ) -> dict[str, list[dict[str, Any]]]:
-    """ours, fp32, bf16, ours, fp32, …: what each process of a side measured, by side. A peer too large is left out."""
+    """Run ours, fp32, bf16, ours, fp32, …. Return the measurements of each process, by side. Too large a peer is omitted."""
     sides = ["ours", *(peer for peer in PEERS if fits(checkpoint, peer))]
     turns: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
     for n in range(rounds):
@@ -148,7 +148,7 @@ def take_turns(
 
 
 def fits(checkpoint: Path, peer: str) -> bool:
-    """Whether memory holds the weights of a peer. Those of the language model are of 16 bits on disk, the codec's of 32."""
+    """Return whether a peer's weights fit into memory. On disk, the language model's have 16 bits, the codec's 32."""
     sizes = {path.name: path.stat().st_size for path in checkpoint.iterdir() if path.suffix in (".pth", ".safetensors")}
     model = sum(size for name, size in sizes.items() if name.startswith("model"))
     needed = model * (2 if peer == "fp32" else 1) + sum(sizes.values()) - model
@@ -157,7 +157,7 @@ def fits(checkpoint: Path, peer: str) -> bool:
 
 
 def compare(recipe: str, turns: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """Medians over the rounds, and how many times faster ours is than the better of the peers."""
+    """Return medians over the rounds, and the speed-up of fishrt over the faster peer."""
     figures = {
         "frame_ms": lambda turn: turn["frame"]["median_ms"],
         "slow_step_ms": lambda turn: turn["slow_step"]["median_ms"],
@@ -175,7 +175,7 @@ def compare(recipe: str, turns: dict[str, list[dict[str, Any]]]) -> dict[str, An
 
 
 def run(*arguments: object) -> Any:
-    """The JSON object that a Python process prints. Raises SystemExit with what it said if it fails."""
+    """Return the JSON object that a Python process prints. Raises SystemExit with its output if it fails."""
     done = subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{' '.join(map(str, arguments))} ended with status {done.returncode}:\n{done.stderr}")

@@ -1,13 +1,13 @@
-"""Correctness, speed and memory on this machine's GPU, beside torch's: `python benchmarks/gpu.py` writes results/gpu.json.
+"""Correctness, speed and memory on this GPU, compared with torch: `python benchmarks/gpu.py` writes results/gpu.json.
 
-For each family a checkpoint of official size with random weights is made and exported. Each bundle's graphs are compared with
+For each family, a checkpoint of official size with random weights is made and exported. Each bundle's graphs are compared with
 torch on the device, run in batches of 1 to 64, and speak. Then fishrt and the peers (the exporter's torch modules in bfloat16,
-eager and compiled, in the same loop; see `torch_peer`) take turns, each turn a fresh process, for as many rounds as asked for:
-ratios are of medians over the rounds.
+eager and compiled, in the same loop; see `torch_peer`) alternate for `--rounds` rounds, each turn in a new process. Ratios are of
+medians over the rounds.
 
-Time on a rented machine is short: what fails or no longer fits leaves an error in its place in the record, the rest goes on, and
-the record is written after each part. `--resume` goes on with one. Needs the `dev` extra with the GPU's ONNX Runtime, a torch
-that knows the device, and for S2 25 GB of disk.
+Time on a rented machine is short: a part that fails, or for which no time is left, is recorded as an error; the next parts run
+nevertheless, and the record is written after each part. `--resume` continues a record. Needs the `dev` extra with the GPU's ONNX
+Runtime, a torch that supports the device, and for S2 25 GB of disk.
 """
 
 from __future__ import annotations
@@ -38,21 +38,21 @@ from record import RESULTS, environment, write_record
 from torch_peer import COMPILED
 
 RECIPES = {"fp32": (), "int8": ("--precision", "int8"), "int4": ("--precision", "int4")}
-"""fp32 keeps the checkpoint's bfloat16; the engine's own precision is what it computes in."""
+"""Options of `fishrt export` by recipe. fp32 keeps the checkpoint's bfloat16; the engine chooses the precision of products."""
 REAL_TIME = 0.5
-"""The real-time factor at which a batch is still served well."""
+"""The largest real-time factor of a batch that counts as served."""
 MEASURED, SMOKED = ("s2", "s1", "1.5"), "1.2"
-"""Families, if none are asked for; for `--smoke` that which is exported the fastest."""
+"""Default families; for `--smoke` the one with the fastest export."""
 HERE = Path(__file__).parent
-_TOLD_LINES = 40
-"""Of what a process said, at most."""
+_SHOWN_LINES = 40
+"""Largest number of lines of a process's output that are shown."""
 
 
 class _ProcessError(Exception):
-    """A process that ended badly."""
+    """The failure of a process."""
 
     found: Mapping[str, Any] = {}
-    """What it had found by then."""
+    """Its findings up to the failure."""
 
 
 @click.command(context_settings={"show_default": True})
@@ -91,7 +91,7 @@ def main(
     smoke: bool,
     out: Path | None,
 ) -> None:
-    """Makes what is lacking, measures, compares, and writes the record."""
+    """Make missing checkpoints and bundles, measure and compare, and write the record."""
     deadline = None if budget_s is None else time.monotonic() + budget_s
     try:
         resolve_provider(provider)
@@ -121,10 +121,10 @@ def main(
 
 
 class _Run:
-    """The record, which is written after every part, and the time that is left."""
+    """The record, which is written after every part, and the deadline of the run."""
 
     def __init__(self, work: Path, out: Path, head: Mapping[str, Any], deadline: float | None, *, resume: bool) -> None:
-        """head: what the record begins with, and must begin with to be resumed."""
+        """head: the first fields of the record; a record to be resumed must have the same."""
         self._work, self._out, self._deadline = work, out, deadline
         self._hidden: dict[str, str] = {str(work): "WORK"}
         self.record: dict[str, Any] = {**head, "families": {}}
@@ -136,11 +136,11 @@ class _Run:
             self.record = {name: value for name, value in before.items() if name not in ("benchmark", "environment")}
 
     def hide(self, folder: Path, name: str) -> None:
-        """Lets the record say `name` for a folder of this machine."""
+        """Replace a folder of this machine by `name` in the record."""
         self._hidden[str(folder)] = name
 
     def part(self, place: dict[str, Any], name: str, work: Callable[[], Any], of: str = "") -> bool:
-        """Puts what `work` returns, or why there is nothing, under a name, and returns whether it is there. of: of what it is."""
+        """Put the result of `work`, or its error, under a name. Return whether it succeeded. of: the subject, for messages."""
         if name in place and not _lacks(place[name]):
             return True
         if self._deadline is not None and time.monotonic() >= self._deadline:
@@ -160,7 +160,7 @@ class _Run:
         write_record("gpu", json.loads(self._without_folders(json.dumps(self.record))), self._out)
 
     def process(self, *arguments: object) -> None:
-        """Runs a Python process. Raises _ProcessError if it fails, or is not done when the time is over, and is ended then."""
+        """Run a Python process, and end it at the deadline. Raises _ProcessError if it fails or is ended."""
         left = None if self._deadline is None else max(1.0, self._deadline - time.monotonic())
         path = self._work / "said"
         with path.open("w") as said:
@@ -170,20 +170,20 @@ class _Run:
             except subprocess.TimeoutExpired:
                 status = None
             finally:
-                with suppress(ProcessLookupError):  # and the compiler's own processes, if there are any left
+                with suppress(ProcessLookupError):  # ends the compiler's processes, too
                     os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
         lines = path.read_text(errors="replace").strip().splitlines()
         if lines:
-            tell("\n".join(lines[-_TOLD_LINES:]))
+            tell("\n".join(lines[-_SHOWN_LINES:]))
         if status is None:
-            raise _ProcessError("it was not done when the time of the run was over")
+            raise _ProcessError("it was not finished at the deadline of the run")
         if status:
             why = next((line for line in lines if line.startswith("error:")), lines[-1] if lines else "it said nothing")
             raise _ProcessError(f"it ended with status {status}: {why}")
 
     def findings(self, part: str, *arguments: object) -> dict[str, Any]:
-        """Of a `gpu_process`. Raises _ProcessError with what it had found."""
+        """Return the findings of a `gpu_process`. Raises _ProcessError with those up to a failure."""
         path = self._work / "findings"
         path.unlink(missing_ok=True)
         begun = time.perf_counter()
@@ -201,7 +201,7 @@ class _Run:
 
 
 class _Made:
-    """A family's checkpoint, and its bundles."""
+    """A family's checkpoint and its bundles."""
 
     def __init__(self, family: str, checkpoint: Path, bundles: Path, *, tiny: bool) -> None:
         self.family, self.checkpoint = family, checkpoint
@@ -233,7 +233,7 @@ class _Made:
 
 
 def describe_device(provider: str) -> dict[str, Any]:
-    """What it is."""
+    """Return the properties of the device."""
     if provider == "cpu":
         return {"name": cpu_name()}
     gpu = next(iter(gpus() or ()), None)
@@ -277,7 +277,7 @@ def _measure_bundle(
 
 
 def reached(found: Mapping[str, Any], copy_gb_s: Any) -> dict[str, Any]:
-    """What a reader asks first, of all that was measured of one bundle; None where it was not."""
+    """Return the key figures of one bundle; None for those that were not measured."""
     batches = [row for name, row in found.get("batches", {}).items() if name.startswith("batch ") and "error" not in row]
     served = [row for row in batches if row["rtf"] < REAL_TIME]
     best = max(served, key=lambda row: row["acoustic_tokens_per_s"], default=None)
@@ -300,7 +300,7 @@ def reached(found: Mapping[str, Any], copy_gb_s: Any) -> dict[str, Any]:
 
 
 def _bandwidth(row: Mapping[str, Any], weights: Mapping[str, Any], copy_gb_s: Any) -> dict[str, Any]:
-    """Weights that are read ÷ time, and its share of the copy bandwidth, at a batch of 1."""
+    """Return read weights ÷ time in GB/s, and its share of the copy bandwidth, at a batch of 1."""
     parts = {
         "slow_step": weights["slow_bytes"],
         "frame_call": weights["fast_bytes"] * weights["fast_steps"],
@@ -316,7 +316,7 @@ def _bandwidth(row: Mapping[str, Any], weights: Mapping[str, Any], copy_gb_s: An
 
 
 def compare(turns: Mapping[str, Any]) -> dict[str, Any]:
-    """Medians over the rounds in milliseconds, and how many times faster ours is than the better of the peers."""
+    """Return medians over the rounds in milliseconds, and the speed-up of fishrt over the faster peer."""
     figures = {
         "frame_ms": ("frames", "frame", "median_ms"),
         "prefill_ms": ("prefill", "median_ms"),
@@ -336,14 +336,14 @@ def compare(turns: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _inner(found: Any, *path: str) -> Any:
-    """What is under these names; None if something is missing."""
+    """Return the value under nested names; None if one is missing."""
     for name in path:
         found = found.get(name) if isinstance(found, Mapping) else None
     return found
 
 
 def _lacks(found: Any) -> bool:
-    """Whether a part, or one of its measurements, was not done."""
+    """Return whether a part, or one of its measurements, is missing or failed."""
     if not isinstance(found, Mapping):
         return False
     whole = [found, *(value for name, value in found.items() if not name.startswith("batch "))]
@@ -351,7 +351,7 @@ def _lacks(found: Any) -> bool:
 
 
 def _lasting(section: Mapping[str, Any]) -> dict[str, Any]:
-    """What of an environment does not change by itself: some virtual machines are given memory as they use it."""
+    """Return an environment without its date and its memory, which grows with use on some virtual machines."""
     return {name: value for name, value in section.items() if name not in ("date", "memory_bytes")}
 
 

@@ -1,7 +1,7 @@
-"""How far a bundle's graphs on a device are from torch there, and whether the frame graph draws what the loop draws.
+"""Errors of a bundle's graphs against torch on a device, and a comparison of the frame graph's draws with the loop's.
 
-Torch in float32, without TF32, is the reference. Torch in bfloat16 beside it tells what 16 bits cost by themselves. A quantised
-bundle is compared with the checkpoint's own weights, so that its errors hold what rounding the weights costs.
+Torch in float32, without TF32, is the reference. Torch in bfloat16 shows the error of 16 bits alone. A quantised bundle is
+compared with the checkpoint's own weights, so that its errors include those of quantisation.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ from torch_peer import DTYPES, open_torch, open_torch_decoder
 STEPS = 8
 """Single columns after the prompt."""
 FRAMES = 32
-"""That are drawn by both ways of drawing."""
+"""Frames drawn by the frame graph and by the loop."""
 _CODEC_FRAMES = 64
 _NEUTRAL = 0.01
-"""A top_p with which the likeliest token alone is drawn, nearly always."""
+"""A top_p with which nearly always only the likeliest token can be drawn."""
 
 Outputs = dict[str, Array]
 
 
 def compare_slow_ar(tts: TTS, checkpoint: Path, device: str) -> dict[str, Any]:
-    """A prompt in one call, then single columns: logits, hidden, and the caches at the end."""
+    """Compare a prefill and single columns: logits, hidden, and the caches at the end."""
     lm, prompt = tts.bundle.manifest.language_model, bench_prompt(tts.bundle, TEXT)
     columns = _random_columns(lm, STEPS)
     return _compare(
@@ -50,7 +50,7 @@ def compare_slow_ar(tts: TTS, checkpoint: Path, device: str) -> dict[str, Any]:
 
 
 def compare_fast_ar(tts: TTS, checkpoint: Path, device: str) -> dict[str, Any]:
-    """The logits of every code of a frame whose codes are given."""
+    """Compare the logits of every code of a frame with given codes."""
     lm = tts.bundle.manifest.language_model
     width = next(t.shape[1] for t in tts.bundle.manifest.graphs["fast_ar"].feeds if t.name == "hidden")
     hidden = np.random.default_rng(1).standard_normal((1, int(width))).astype(np.float32)
@@ -62,10 +62,10 @@ def compare_fast_ar(tts: TTS, checkpoint: Path, device: str) -> dict[str, Any]:
 
 
 def compare_drawing(tts: TTS, frame: Engine) -> dict[str, Any]:
-    """Frames drawn by the frame graph and by the Python loop, from the same noise and the same output of the slow AR.
+    """Compare frames drawn by the frame graph and by the Python loop, from the same noise and the same output of the slow AR.
 
-    The loop's columns go on. With the usual settings; and with such that nearly always the likeliest is drawn, where only codes
-    that are as good as equal can differ.
+    The loop's columns continue the sequence. Settings are the defaults, and nearly greedy ones, with which only codes of nearly
+    equal probability can differ.
     """
     steps = open_steps(tts)
     return {
@@ -76,7 +76,7 @@ def compare_drawing(tts: TTS, frame: Engine) -> dict[str, Any]:
 
 
 def compare_codec(tts: TTS, checkpoint: Path, device: str) -> dict[str, Any]:
-    """Random codes to sound, and that sound to codes again."""
+    """Compare random codes decoded to audio, and the codes of that audio."""
     codec = tts.bundle.manifest.codec
     rng = np.random.default_rng(2)
     codes = np.stack([rng.integers(0, size, _CODEC_FRAMES) for size in codec.codebook_sizes])
@@ -93,7 +93,7 @@ def compare_codec(tts: TTS, checkpoint: Path, device: str) -> dict[str, Any]:
 
 
 def open_steps(tts: TTS) -> Engine:
-    """The fast AR of a step for each code; of TensorRT there is none, so that the CPU's is taken."""
+    """Return the fast AR with one call for each code; with TensorRT, which has none, the CPU's."""
     fast, provider = tts.engines["fast_ar"], tts.engines["slow_ar"].provider
     if fast.spec.states:
         return fast
@@ -102,7 +102,7 @@ def open_steps(tts: TTS) -> Engine:
 
 
 def difference(expected: Array, actual: Array) -> dict[str, float]:
-    """Largest absolute error, beside the largest value; root mean square of the error ÷ that of the values."""
+    """Return the largest absolute error, the largest value, and the RMS of the error ÷ the RMS of the values."""
     e, a = expected.astype(np.float64), actual.astype(np.float64)
     return {
         "max_abs_error": float(np.abs(e - a).max()),
@@ -112,7 +112,7 @@ def difference(expected: Array, actual: Array) -> dict[str, float]:
 
 
 def _compare(ours: Outputs, torch_outputs: Mapping[str, Outputs]) -> dict[str, Any]:
-    """Of each output, each pair of sides: the later one against the earlier."""
+    """Return the differences of each output between each pair of sides, the later one against the earlier."""
     sides = {**{f"torch {name}": outputs for name, outputs in torch_outputs.items()}, "ours": ours}
     return {
         f"{second} against {first}": {name: difference(sides[first][name], sides[second][name]) for name in ours}
@@ -121,7 +121,7 @@ def _compare(ours: Outputs, torch_outputs: Mapping[str, Outputs]) -> dict[str, A
 
 
 def _each_torch(checkpoint: Path, device: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Float32, then bfloat16: the first is gone before the second is loaded."""
+    """Yield torch's outputs in float32, then in bfloat16. The first model is freed before the second is loaded."""
     for name, dtype in DTYPES.items():
         with _strict():
             engines = open_torch(checkpoint, dtype, device)
@@ -133,7 +133,7 @@ def _each_torch(checkpoint: Path, device: str) -> Iterator[tuple[str, dict[str, 
 
 
 def _strict() -> Any:
-    """Convolutions in float32, which torch rounds to TF32 by itself. Matrix products it does not."""
+    """Compute convolutions in float32, which torch rounds to TF32 by default. Matrix products are not rounded."""
     return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
 
 
@@ -179,7 +179,7 @@ def _draw_both(tts: TTS, frame: Engine, steps: Engine, sampling: Sampling) -> di
         of_loop, of_frame = (drawer.draw(results, history).copy() for drawer in drawers)
         differ = of_loop != of_frame
         mains += int(differ[0])
-        # What follows another token or code is drawn from other logits.
+        # After a different token or code, the logits differ, too.
         if differ.any():
             codes += int(not differ[0])
             later += len(differ) - 1 - int(differ.argmax())
@@ -189,7 +189,7 @@ def _draw_both(tts: TTS, frame: Engine, steps: Engine, sampling: Sampling) -> di
 
 
 def _random_columns(lm: LanguageModel, count: int) -> Ints:
-    """Spoken columns int64 [1 + C, count]."""
+    """Return random audio columns int64 [1 + C, count]."""
     rng = np.random.default_rng(3)
     main = rng.integers(lm.semantic_begin_id, lm.semantic_end_id + 1, (1, count))
     codes = rng.integers(lm.code_offset, min(lm.fast_candidates, lm.codebook_width), (lm.num_codebooks, count))

@@ -1,7 +1,7 @@
-"""One part of `gpu.py`'s work in a process of its own: `python benchmarks/gpu_process.py PART FINDINGS …`.
+"""One part of `gpu.py` in its own process: `python benchmarks/gpu_process.py PART FINDINGS …`.
 
-What it finds is appended to the file FINDINGS, a JSON object in each line, as soon as it is known: if the process dies, what went
-before is there. A measurement that fails leaves its error in its place, and the others go on.
+Each finding is appended to the file FINDINGS at once, as a line with a JSON object: findings survive the death of the process. A
+measurement that fails is recorded as an error, and the others run nevertheless.
 """
 
 from __future__ import annotations
@@ -42,16 +42,16 @@ SIDES = ("ours", "eager", "compiled")
 CONTEXT = 512
 """Positions before the first measured step of a batch: a voice of ten seconds, a sentence, and some speech."""
 NOISES = 4
-"""Sets of noise that a batch takes turns with: drawing it is not measured, copying it to the device is."""
+"""Sets of noise that the frames of a batch use in turn: copying noise to the device is measured, drawing it is not."""
 WARM_UP = 4
 COPIED = 1 << 31
-"""Bytes of the copy that tells the device's bandwidth."""
+"""Bytes of the copy that measures the device's bandwidth."""
 _COPIES = 20
 TORCH_DTYPE = "bf16"
 
 
 class Findings:
-    """The file."""
+    """The file of findings."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -61,7 +61,7 @@ class Findings:
             file.write(json.dumps({name: value}) + "\n")
 
     def attempt(self, name: str, work: Callable[[], Any]) -> None:
-        """Puts what `work` returns, or its error."""
+        """Append the result of `work`, or its error."""
         try:
             self.put(name, work())
         except Exception as error:
@@ -70,7 +70,7 @@ class Findings:
 
 
 def read_findings(path: Path) -> dict[str, Any]:
-    """All of a file; its last line may be cut short. One that is not there holds nothing."""
+    """Return the findings of a file. An incomplete last line is ignored; a missing file has none."""
     found: dict[str, Any] = {}
     for line in path.read_text().splitlines() if path.is_file() else ():
         try:
@@ -91,8 +91,9 @@ def read_findings(path: Path) -> dict[str, Any]:
 def main(
     part: str, findings: Path, bundle: Path | None, checkpoint: Path | None, provider: str, frames: int, most_batch: int
 ) -> None:
-    """copies: how fast the device copies. graphs: correctness. batches: of 1, 2, 4, … speech: loading, whole requests, the codec.
+    """Measure one part.
 
+    copies: copy bandwidth of the device. graphs: correctness. batches: of 1, 2, 4, … speech: loading, whole requests, the codec.
     ours, eager, compiled: frames of one sequence, by fishrt or by torch.
     """
     memory, found, device = _Memory(), Findings(findings), "cpu" if provider == "cpu" else "cuda"
@@ -115,7 +116,7 @@ def main(
 
 
 def copy_bandwidth(device: str) -> float:
-    """Bytes a second, read and written, of copies within the device's memory; the best of several, since a limit is asked for."""
+    """Return bytes a second, read and written, of copies within the device's memory: the best of several, as an upper limit."""
     size = COPIED if device == "cuda" else COPIED >> 5
     source, target = (torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(2))
     best = float("inf")
@@ -129,7 +130,7 @@ def copy_bandwidth(device: str) -> float:
 
 
 def open_frame(tts: TTS) -> Engine:
-    """The frame graph, also where a provider's loop does without."""
+    """Open the frame graph, even if the provider's loop does not use it."""
     engine, manifest = tts.engines["fast_ar"], tts.bundle.manifest
     if not engine.spec.states:
         return engine
@@ -139,7 +140,7 @@ def open_frame(tts: TTS) -> Engine:
 
 
 def _libraries(provider: str) -> dict[str, Any]:
-    """Versions of what is loaded: beside each other, distributions may be installed that are not."""
+    """Return versions of the loaded libraries: of several installed distributions, only one is loaded."""
     loaded = {"torch": torch.__version__, "cuda of torch": torch.version.cuda, "cudnn of torch": torch.backends.cudnn.version()}
     if provider == "tensorrt":
         return {**loaded, "tensorrt": import_module("tensorrt").__version__}
@@ -148,7 +149,7 @@ def _libraries(provider: str) -> dict[str, Any]:
 
 
 class _Memory:
-    """Memory that this process takes, on the device too where one can be asked."""
+    """Memory of this process, and on the device if it can be read."""
 
     def __init__(self) -> None:
         self._before = device_memory()
@@ -169,7 +170,7 @@ def _graphs(found: Findings, bundle: Bundle, checkpoint: Path, provider: str, de
 
 
 def _precision(bundle: Bundle, provider: str) -> str:
-    """What the language model's products are computed in."""
+    """Return the precision of the language model's products."""
     path = bundle.file(bundle.manifest.graphs["slow_ar"].file)
     if provider == "cuda":
         return computed_in(path.read_bytes(), next(iter(gpus() or ()), None))
@@ -190,7 +191,7 @@ def _batches(found: Findings, bundle: Bundle, provider: str, frames: int, most: 
     found.put("load_s", round(time.perf_counter() - begun, 3))
     batch = 1
     while batch <= most:
-        # Larger ones would fail, too, and take their time over it.
+        # Larger batches would fail, too, after a long time.
         try:
             row = measure_batch(slow, frame, bundle, batch, frames)
         except Exception as error:
@@ -202,10 +203,10 @@ def _batches(found: Findings, bundle: Bundle, provider: str, frames: int, most: 
 
 
 def measure_batch(slow: Engine, frame: Engine, bundle: Bundle, batch: int, frames: int) -> dict[str, Any]:
-    """Frames of so many sequences at once, from position CONTEXT on, with a cache of the size that the loop would have.
+    """Measure frames of `batch` sequences at once, from position CONTEXT on, with a cache of the loop's size.
 
     frame: a step of the slow AR and a call of the frame graph, from the last frame's columns to the next on the host. slow_step,
-    frame_call: either by itself, with its results on the host.
+    frame_call: each alone, with its results on the host.
     """
     manifest = bundle.manifest
     lm, rate = manifest.language_model, manifest.codec.frame_rate
@@ -228,7 +229,7 @@ def measure_batch(slow: Engine, frame: Engine, bundle: Bundle, batch: int, frame
     def draw(results: Mapping[str, Any], n: int) -> Array:
         column = frame.run({**noises[n % NOISES], "logits": results["logits"], "hidden": results["hidden"]})["column"]
         if column.min() < 0:
-            raise ValueError("logits are not numbers")
+            raise ValueError("logits are not finite")
         return column
 
     whole, alone, calls = [], [], []
@@ -259,7 +260,7 @@ def measure_batch(slow: Engine, frame: Engine, bundle: Bundle, batch: int, frame
 
 
 def _noises(spec: GraphSpec, lm: LanguageModel, batch: int) -> tuple[list[dict[str, Array]], float]:
-    """Feeds of the frame graph but logits and hidden, with the usual settings; and the seconds that drawing one noise takes."""
+    """Return feeds of the frame graph with default settings, without logits and hidden, and the seconds to draw one noise."""
     sampling = Sampling().resolve(lm.sampling)
     assert sampling.temperature is not None
     settings: dict[str, Any] = {
@@ -289,7 +290,7 @@ def _noises(spec: GraphSpec, lm: LanguageModel, batch: int) -> tuple[list[dict[s
 
 
 def _weights(bundle: Bundle, provider: str) -> dict[str, int]:
-    """Bytes that a step of the slow AR, one of the fast AR, and a frame read."""
+    """Return the bytes of weights read by a step of the slow AR, a step of the fast AR, and a frame."""
     manifest = bundle.manifest
     width = 4.0 if provider == "cpu" else 2.0
     slow, fast = (bytes_read(bundle.file(manifest.graphs[role].file), width) for role in ("slow_ar", "fast_ar"))
@@ -315,14 +316,14 @@ def _turn(found: Findings, side: str, bundle: Bundle, checkpoint: Path, provider
         engines = {"slow_ar": TimedEngine(tts.engines["slow_ar"]), "fast_ar": TimedEngine(open_frame(tts))}
     else:
         dtype = DTYPES[TORCH_DTYPE]
-        # Without a device there is only the check that this works: no kernels are made.
+        # Without a device, only the code path is checked: no kernels are compiled.
         options = COMPILED if device == "cuda" else {"backend": "eager"}
         engines = open_torch_frames(load_torch(checkpoint, dtype, device), lm, options if side == "compiled" else None)
         decode = open_torch_decoder(checkpoint, dtype, device)
     found.attempt("frames", partial(_frames, bundle, engines, frames))
     found.attempt("prefill", lambda: measure_prefill(lm, engines["slow_ar"]))
     if side == "compiled":
-        # Each size of a cache would be compiled for minutes; its codec is the eager one.
+        # Each size of a cache would be compiled for minutes. The codec is eager here, too.
         found.put("compiler", _compiler())
         return
     found.attempt("contexts", lambda: measure_contexts(lm, engines["slow_ar"]))
@@ -330,7 +331,7 @@ def _turn(found: Findings, side: str, bundle: Bundle, checkpoint: Path, provider
 
 
 def _frames(bundle: Bundle, engines: Mapping[str, TimedEngine], frames: int) -> dict[str, Any]:
-    """Of the loop: what results that stay on the device take is told as a whole only, since torch does not wait for them."""
+    """Return times of the loop. Calls with resident results are only in the total, since torch does not wait for them."""
     begun = time.perf_counter()
     found = measure_frames(bundle, engines, TEXT, frames)
     kept = ("frame", "frames_per_s", "prompt_columns")
@@ -342,7 +343,7 @@ def _frames(bundle: Bundle, engines: Mapping[str, TimedEngine], frames: int) -> 
 
 
 def _compiler() -> dict[str, Any]:
-    """Graphs that were compiled, and how many of them the compiler would not capture: none, if all is well on a device."""
+    """Return the numbers of compiled graphs, and of those not captured, which should be 0 on a device."""
     from torch._dynamo.utils import counters
 
     return {

@@ -1,4 +1,4 @@
-"""Every measure of how well a voice speaks, defined once; those of speed are in `fishrt.metrics`."""
+"""Measures of speech quality; those of speed are in `fishrt.metrics`."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import numpy as np
 
 
 def words(text: str) -> list[str]:
-    """Lower-case words; a hyphen parts them, other punctuation but the apostrophe goes."""
+    """Return lower-case words. A hyphen separates words; other punctuation except the apostrophe is removed."""
     return re.sub(r"[^a-z' ]", " ", text.lower().replace("-", " ")).split()
 
 
 def word_errors(reference: str, heard: str) -> int:
-    """Substitutions, insertions and deletions that turn one text into the other (Levenshtein distance over words)."""
+    """Return the number of substitutions, insertions and deletions between two texts (Levenshtein distance over words)."""
     wanted, got = words(reference), words(heard)
     row = list(range(len(got) + 1))
     for i, want in enumerate(wanted, start=1):
@@ -24,7 +24,7 @@ def word_errors(reference: str, heard: str) -> int:
 
 
 def mfcc_summary(pcm: np.ndarray, sample_rate: int) -> np.ndarray:
-    """Mean and deviation over time of 19 mel-frequency cepstra of the louder frames: float64 [38]. pcm: float [samples]."""
+    """Return mean and deviation over time of 19 MFCCs of the louder frames: float64 [38]. pcm: float [samples]."""
     size, hop, bands = 512, 160, 32
     frames = np.lib.stride_tricks.sliding_window_view(pcm.astype(np.float64), size)[::hop] * np.hanning(size)
     power = np.abs(np.fft.rfft(frames)) ** 2
@@ -40,7 +40,7 @@ def mfcc_summary(pcm: np.ndarray, sample_rate: int) -> np.ndarray:
 
 
 class VoiceClassifier:
-    """Which of several known voices speaks: the nearest class mean under the pooled covariance of MFCC summaries."""
+    """A classifier of known voices: nearest class mean under the pooled covariance of MFCC summaries."""
 
     def __init__(self, examples: dict[str, list[np.ndarray]]) -> None:
         """examples: MFCC summaries by voice."""
@@ -51,6 +51,6 @@ class VoiceClassifier:
         self.precision = np.linalg.inv(covariance + 0.05 * np.diag(np.diag(covariance)))
 
     def __call__(self, summary: np.ndarray) -> str:
-        """The name of the voice."""
+        """Return the name of the voice of an MFCC summary."""
         off = summary - self.means
         return self.names[int(np.argmin(np.einsum("vi,ij,vj->v", off, self.precision, off)))]

@@ -1,8 +1,8 @@
-"""What each precision costs on the embedded voice: `python benchmarks/minnow_precision.py`.
+"""Word error rate of the embedded voice by precision: `python benchmarks/minnow_precision.py`.
 
-minnow is exported by each recipe, and speaks the same held-out sentences in all of its voices with the same seeds. Of the codec
-in 8 bits, which gets the codes of fp32, the sound is compared as well. Word error rates are pocketsphinx's: compare the recipes,
-do not take them for what a person hears. Needs the `dev` extra and Debian's package flite, by which voices are recognised; writes
+minnow is exported by each recipe, and speaks the same held-out sentences in all of its voices with the same seeds. The codec in 8
+bits gets the codes of fp32, and its audio is compared, too. Word error rates are pocketsphinx's: they compare recipes, and are no
+measure of a listener's errors. Needs the `dev` extra and Debian's package flite, for the recognition of voices; writes
 results/minnow-precision.json.
 """
 
@@ -34,7 +34,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "all-int4": {"precision": "int4", "keep": {"fast_ar.*": "int4", "slow_ar.output": "int4"}},
     "codec-int8": {"codec_int8": True},
 }
-"""Name → options of export_bundle. The first is what the others are compared with."""
+"""Options of export_bundle by name. The first recipe is the baseline."""
 _DRAWS = 2000
 _loaded: dict[Path, tuple[TTS, Recogniser]] = {}
 
@@ -45,7 +45,7 @@ _loaded: dict[Path, tuple[TTS, Recogniser]] = {}
 @click.option("--workers", default=os.cpu_count() or 1, help="Processes.")
 @click.option("--out", type=click.Path(path_type=Path), help="Record to write.  [default: results/minnow-precision.json]")
 def main(count: int, seeds: int, workers: int, out: Path | None) -> None:
-    """Exports, speaks, listens, and writes the record."""
+    """Export, speak and recognise, and write the record."""
     sentences = SENTENCES.read_text().splitlines()
     examples = {v: [mfcc_summary(*flite(s, v)) for s in sentences[-CLASSIFIER_SENTENCES:]] for v in VOICES}
     classify = VoiceClassifier(examples)
@@ -58,7 +58,7 @@ def main(count: int, seeds: int, workers: int, out: Path | None) -> None:
             sizes[name] = bundle.manifest.total_bytes
         jobs = [(Path(folder), s, v, seed) for s in spoken for v in VOICES for seed in range(seeds)]
         with click.progressbar(length=len(jobs), label="Speaking", file=sys.stderr) as bar:
-            for heard in pool.map(measure, jobs):  # all recipes of a sentence together: the machine's moods fall on all
+            for heard in pool.map(measure, jobs):  # all recipes of a sentence together: changes of the machine's speed affect all
                 for name, row in heard.items():
                     row["voice_heard"] = classify(np.array(row.pop("summary")))
                     rows.setdefault(name, []).append(row)
@@ -71,7 +71,7 @@ def main(count: int, seeds: int, workers: int, out: Path | None) -> None:
 
 
 def measure(job: tuple[Path, str, str, int]) -> dict[str, dict[str, Any]]:
-    """One sentence by each recipe."""
+    """Measure one sentence with each recipe."""
     folder, text, voice, seed = job
     rows: dict[str, dict[str, Any]] = {}
     sound = np.empty(0, np.float32)
@@ -96,7 +96,7 @@ def measure(job: tuple[Path, str, str, int]) -> dict[str, dict[str, Any]]:
 
 
 def summarise(rows: list[dict[str, Any]], baseline: list[dict[str, Any]]) -> dict[str, Any]:
-    """Word error rate, and its difference to the baseline with the interval in which 95 % of resampled differences lie."""
+    """Return the word error rate, and its difference to the baseline with the bootstrap interval of 95 %."""
     count, errors, others = (
         np.array([r[key] for r in of]) for of, key in ((rows, "words"), (rows, "errors"), (baseline, "errors"))
     )

@@ -1,7 +1,8 @@
-"""How well the embedded voice speaks, against flite, which it learned from: `python benchmarks/minnow_quality.py`.
+"""Word error rate of the embedded voice and of flite, its teacher: `python benchmarks/minnow_quality.py`.
 
-Each held-out sentence is spoken by flite and by minnow in the same voice. Word error rates are pocketsphinx's: compare them, do
-not take them for what a person hears. Needs the `dev` extra and Debian's package flite; writes results/minnow-quality.json.
+Each held-out sentence is spoken by flite and by minnow in the same voice. Word error rates are pocketsphinx's: they compare the
+two, and are no measure of a listener's errors. Needs the `dev` extra and Debian's package flite; writes
+results/minnow-quality.json.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from record import write_record
 SENTENCES = Path(__file__).parent / "held_out.txt"
 VOICES = ("slt", "rms", "awb")
 CLASSIFIER_SENTENCES = 30
-"""From the end of the list; they are not spoken by minnow."""
+"""Sentences from the end of the list for the classifier; minnow does not speak them."""
 
 
 @click.command(context_settings={"show_default": True})
@@ -36,7 +37,7 @@ CLASSIFIER_SENTENCES = 30
 @click.option("--workers", default=os.cpu_count() or 1, help="Processes.")
 @click.option("--out", type=click.Path(path_type=Path), help="Record to write.  [default: results/minnow-quality.json]")
 def main(bundle: Path | None, count: int, workers: int, out: Path | None) -> None:
-    """Speaks, listens, and writes the record."""
+    """Speak and recognise, and write the record."""
     sentences = SENTENCES.read_text().splitlines()
     if count > len(sentences) - CLASSIFIER_SENTENCES:
         raise click.UsageError(f"--count {count}: the list has {len(sentences) - CLASSIFIER_SENTENCES} sentences to speak")
@@ -62,7 +63,7 @@ def main(bundle: Path | None, count: int, workers: int, out: Path | None) -> Non
 
 
 def measure(job: tuple[Path | None, str, str, int]) -> dict[str, Any]:
-    """One sentence, by flite and by minnow."""
+    """Measure one sentence of flite and of minnow."""
     bundle, text, voice, seed = job
     tts, recognise = _tools(bundle)
     reference, rate = flite(text, voice)
@@ -87,7 +88,7 @@ def measure(job: tuple[Path | None, str, str, int]) -> dict[str, Any]:
 
 
 def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The figures that the README quotes."""
+    """Return the figures that the README quotes."""
     spoken = sum(r["words"] for r in rows)
     wer, flite_wer = (sum(r[key] for r in rows) / spoken for key in ("errors", "flite_errors"))
     ratios = np.array([r["seconds"] / r["flite_seconds"] for r in rows])
@@ -105,7 +106,7 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def flite(text: str, voice: str) -> tuple[np.ndarray, int]:
-    """float32 [samples] and Hz."""
+    """Return flite's audio: float32 [samples], and its sample rate in Hz."""
     done = subprocess.run(["flite", "-voice", voice, "-t", text, "-o", "/dev/stdout"], capture_output=True, check=True)
     pcm, rate = soundfile.read(io.BytesIO(done.stdout), dtype="float32")
     return pcm, rate
@@ -115,7 +116,7 @@ _loaded: dict[Path | None, tuple[TTS, Recogniser]] = {}
 
 
 def _tools(bundle: Path | None) -> tuple[TTS, Recogniser]:
-    """Loaded once in each process."""
+    """Return the TTS and the recogniser, loaded once in each process."""
     if bundle not in _loaded:
         _loaded[bundle] = TTS.load(bundle, threads=1), Recogniser()
     return _loaded[bundle]

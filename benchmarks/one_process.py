@@ -1,6 +1,6 @@
-"""One measurement in a process of its own, printed as JSON: `python benchmarks/one_process.py WHAT BUNDLE CHECKPOINT …`.
+"""One measurement in its own process, printed as JSON: `python benchmarks/one_process.py WHAT BUNDLE CHECKPOINT …`.
 
-`cpu.py` starts these, ours and the peer's in turn, so that neither meets the other's threads or memory.
+`cpu.py` starts fishrt's and the peers' in turn, so that none is affected by another's threads or memory.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from fishrt.tokenizer import Tokenizer
 from fishrt_engines.machine import peak_memory
 
 SECONDS_PER_BYTE = 0.065
-"""Of English, spoken at its usual speed: random weights do not know when to stop."""
+"""Seconds of English speech for a byte of text: random weights do not produce the end token in time."""
 
 
 @click.command()
@@ -36,8 +36,9 @@ SECONDS_PER_BYTE = 0.065
 @click.option("--codec/--no-codec", default=True)
 @click.option("--sentences", default="1,2,4,8", help="For `texts`.")
 def main(what: str, bundle: Path, checkpoint: Path, frames: int, threads: int | None, codec: bool, sentences: str) -> None:
-    """ours, fp32, bf16: the language model's frames, prefill and contexts, and the codec's decoding, by fishrt or by torch.
+    """Print one measurement.
 
+    ours, fp32, bf16: the language model's frames, prefill and contexts, and the codec's decoding, by fishrt or by torch.
     texts: RTF of whole requests of several lengths, by fishrt.
     """
     loaded = Bundle.load(bundle)

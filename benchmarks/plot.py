@@ -1,6 +1,6 @@
 """Plots of a record of `cpu.py`: `python benchmarks/plot.py [RECORD]` writes cpu-context.svg and cpu-frame.svg into its folder.
 
-cpu-context: RTF of the language model against the context. cpu-frame: where the time of a frame goes. Needs the `dev` extra.
+cpu-context: RTF of the language model against the context. cpu-frame: the parts of a frame's time. Needs the `dev` extra.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from record import RESULTS
 
 PARTS = ("slow AR", "fast AR", "loop", "codec")
 _METADATA = {"Date": None, "Creator": None}
-"""So that the same record gives the same file."""
+"""No metadata that changes, so that the same record gives the same file."""
 
 
 def write_plots(record: Path) -> list[Path]:

@@ -1,4 +1,4 @@
-"""Speech to text by pocketsphinx, with the acoustic and language model that its package carries."""
+"""Speech recognition by pocketsphinx, with the acoustic and language models of its package."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ SAMPLE_RATE = 16_000
 
 
 class Recogniser:
-    """Hears one utterance at a time."""
+    """A recogniser of single utterances."""
 
     def __init__(self) -> None:
         self._decoder = Decoder(loglevel="FATAL", samprate=SAMPLE_RATE)
 
     def __call__(self, pcm: np.ndarray, sample_rate: int) -> str:
-        """pcm float32 [samples], −1..1, mono → lower-case words."""
+        """Return lower-case words. pcm: float32 [samples], −1..1, mono. sample_rate: Hz."""
         heard = soxr.resample(pcm, sample_rate, SAMPLE_RATE)
         self._decoder.start_utt()
         self._decoder.process_raw((np.clip(heard, -1, 1) * 32767).astype(np.int16).tobytes(), full_utt=True)

@@ -1,4 +1,4 @@
-"""The frame of every JSON record: when, where and with what a measurement was made."""
+"""The common fields of every JSON record: date, machine, versions and commit of a measurement."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from typing import Any
 from fishrt.bench.machine import describe_machine
 
 PACKAGES = ("onnx", "torch", "pocketsphinx")
-"""Whose versions count beside those that the runtime itself depends on."""
+"""Packages whose versions are recorded in addition to the runtime's dependencies."""
 RESULTS = Path(__file__).parent / "results"
 
 
 def environment() -> dict[str, Any]:
-    """Machine, versions and commit."""
+    """Return machine, versions and commit."""
     machine = describe_machine()
     for name in PACKAGES:
         try:
@@ -28,7 +28,7 @@ def environment() -> dict[str, Any]:
 
 
 def write_record(name: str, measured: dict[str, Any], path: Path | None = None) -> Path:
-    """Writes results/<name>.json, or `path`; returns where."""
+    """Write results/<name>.json, or `path`. Return its path."""
     path = path or RESULTS / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"benchmark": name, "environment": environment(), **measured}, indent=1) + "\n")

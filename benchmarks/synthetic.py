@@ -1,6 +1,6 @@
-"""Writes a checkpoint of official size and layout with random weights: `python benchmarks/synthetic.py FAMILY OUT`.
+"""Writing of a checkpoint of official size and layout with random weights: `python benchmarks/synthetic.py FAMILY OUT`.
 
-It is for measuring size, memory and speed: what it says is noise. Its tokenizer tokenizes English, its codes decode to sound that
+It serves to measure size, memory and speed: its speech is noise. Its tokenizer tokenizes English, its codes decode to audio that
 is not clipped, and its end token is improbable. Needs the `dev` extra; 1 to 11 GB of disk.
 """
 
@@ -19,7 +19,7 @@ from full_size import FAMILIES, write_checkpoint
 @click.option("--seed", default=0, help="The same seed gives the same files.")
 @click.option("--tiny", is_flag=True, help="The same layout in a few MB.")
 def main(family: str, out: Path, seed: int, tiny: bool) -> None:
-    """Writes a checkpoint of FAMILY into the folder OUT."""
+    """Write a checkpoint of FAMILY into the folder OUT."""
     write_checkpoint(family, out, seed=seed, tiny=tiny, progress=lambda part: click.echo(f"writing {part}", err=True))
     size = sum(path.stat().st_size for path in out.iterdir() if path.is_file())
     click.echo(f"{size / 1e9:.2f} GB in {out}", err=True)

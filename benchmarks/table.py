@@ -38,7 +38,7 @@ def measured(record: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any], str]
 
 
 def speed_table(record: dict[str, Any]) -> str:
-    """The table of the page on speed: a row for each family and recipe."""
+    """Return the table of the page on speed: a row for each family and recipe."""
     head = (
         "weights",
         "frame",
@@ -70,7 +70,7 @@ def _speed_cells(bench: dict[str, Any], ratio: str) -> tuple[str, ...]:
 
 
 def short_table(record: dict[str, Any]) -> str:
-    """The table of the README."""
+    """Return the table of the README."""
     head = ("weights", "bundle", "memory", "text to speech, RTF", "first audio", "language model, times torch")
     cells = [
         (name, _size(bench), _memory(bench), f"{bench['speak']['rtf']:.2f}", _first_audio(bench), ratio)
@@ -81,7 +81,7 @@ def short_table(record: dict[str, Any]) -> str:
 
 
 def memory_table(record: dict[str, Any]) -> str:
-    """The table of the page on memory: what speaking takes, and what the export took."""
+    """Return the table of the page on memory: of speaking and of the export."""
     head = ("weights", "bundle on disk", "memory to speak", "first start", "export, time", "export, memory")
     cells = []
     for family, found in record["families"].items():
@@ -101,7 +101,7 @@ def memory_table(record: dict[str, Any]) -> str:
 
 
 def device_table(_: dict[str, Any]) -> str:
-    """The weights on a GPU, calculated from the official configs: language model in 16 bits, codec in float32."""
+    """Return the sizes of weights on a GPU, calculated from the official configs: language model in 16 bits, codec in float32."""
     from full_size import FAMILIES, count_parameters
 
     head = ("family", "language model, parameters", "codec, parameters", "weights on a GPU")
@@ -133,7 +133,7 @@ def _memory(bench: dict[str, Any]) -> str:
 
 
 def quality_table(record: dict[str, Any]) -> str:
-    """How well minnow speaks, beside the voices that it learned from."""
+    """Return the table of minnow's quality, compared with the voices that it learned from."""
     found = record["summary"]
     cells = [
         ("word error rate", f"{found['word_error_rate']:.1%}", f"{found['flite_word_error_rate']:.1%}"),
@@ -145,7 +145,7 @@ def quality_table(record: dict[str, Any]) -> str:
 
 
 def precision_table(record: dict[str, Any]) -> str:
-    """What each recipe costs on minnow: a row for each recipe."""
+    """Return the table of minnow's quality by recipe."""
     head = (
         "recipe",
         "bundle",
@@ -183,7 +183,7 @@ TABLES: dict[str, tuple[str, str, Table]] = {
     "minnow-precision": ("docs/export.md", "minnow-precision", precision_table),
     "minnow-quality": ("docs/verification.md", "minnow-quality", quality_table),
 }
-"""By the name of the markers: the page, the record, and the function that makes the table."""
+"""Page, record, and function of each table, by the name of its markers."""
 
 
 def filled(text: str, name: str, lines: str) -> str:

@@ -1,6 +1,6 @@
-"""The frame graph's work in torch: sampling and the fast AR at all of its positions, without the host in between.
+"""The frame graph in torch: sampling and the fast AR at all of its positions, without the host in between.
 
-It draws as `fishrt.sampling` does, and takes and gives what `fishrt.frame.frame_spec` describes, for logits that are numbers.
+It draws as `fishrt.sampling` does. Inputs and outputs are those of `fishrt.frame.frame_spec`, for finite logits.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from fishrt_export.fast_ar import FastAR
 
 Feeds = dict[str, Tensor]
 Ranked = tuple[Tensor, Tensor]
-"""Logits [1, n], the likeliest first, and their places, int64."""
+"""Logits [1, n] in descending order, and their indices, int64."""
 
 
 class TorchFrame(nn.Module):
-    """Feeds of the frame graph → column int64 [1, 1 + C]. The first position of each call of the fast AR is a plain number."""
+    """Module from feeds of the frame graph to a column int64 [1, 1 + C]. Positions of the fast AR are Python integers."""
 
     ids: Tensor
 
@@ -85,7 +85,7 @@ def rank(logits: Tensor) -> Ranked:
 
 
 def draw(ranked: Ranked, noise: Tensor, temperature: Tensor, top_p: Tensor, top_k: Tensor) -> Tensor:
-    """The place drawn, int64 [1, 1]. noise [1, n], settings [1, 1]. See `fishrt.sampling.filter_probs` and `draw`."""
+    """Return the drawn index, int64 [1, 1]. noise [1, n], settings [1, 1]. See `fishrt.sampling.filter_probs` and `draw`."""
     logits, places = ranked
     mass = torch.exp(logits - logits[:, :1]).double().cumsum(dim=1)
     n = torch.arange(logits.shape[1], device=logits.device)
@@ -97,6 +97,6 @@ def draw(ranked: Ranked, noise: Tensor, temperature: Tensor, top_p: Tensor, top_
 
 
 def penalised(logits: Tensor, places: Tensor, penalty: Tensor) -> Tensor:
-    """See `fishrt.sampling.penalised`. A place that is the number of logits is none."""
+    """See `fishrt.sampling.penalised`. An index equal to the number of logits is ignored."""
     hit = logits.new_zeros(1, logits.shape[1] + 1, dtype=torch.bool).scatter(1, places, value=True)[:, :-1]
     return torch.where(hit, torch.where(logits < 0, logits * penalty, logits / penalty), logits)

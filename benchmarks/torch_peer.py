@@ -1,12 +1,12 @@
-"""The exporter's own torch modules behind the interface of an engine: the peer that fishrt is measured against.
+"""The exporter's torch modules behind the interface of an engine: the peer of the benchmarks.
 
-They run in the same loop, with the same prompts, sampling and number of calls. The key/value cache is a fair one: columns are
-written in place, and attention reads the rows that are written, without a mask or copies of the keys for each query head.
+They run in the same loop, with the same prompts, sampling and number of calls. The KV cache is efficient: columns are written in
+place, and attention reads only written rows, without a mask and without copies of the keys for each query head.
 
-On a device the peer draws a whole column there, as fishrt does, by `torch_frame`, eager or compiled. Compiled means Inductor's
-kernels in a CUDA graph (mode "reduce-overhead"), one for a step of the slow AR and one for all positions of the fast AR: what
-fishrt's own launches are. The searching modes compile for many minutes, and without a graph the launches alone would decide. A
-compiled step has fixed shapes, so that its attention reads the whole cache under a mask; prompts are read eagerly.
+On a device, the peer draws a whole column there, as fishrt does, by `torch_frame`, eager or compiled. Compiled means Inductor's
+kernels in a CUDA graph (mode "reduce-overhead"), one for a step of the slow AR and one for all positions of the fast AR, as in
+fishrt. Modes with autotuning compile for many minutes; without a CUDA graph, launches would dominate the time. A compiled step
+has fixed shapes, so its attention reads the whole cache under a mask. Prefills are eager.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from torch_frame import TorchFrame
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 COMPILED = {"mode": "reduce-overhead"}
-"""How a device's peer is compiled: arguments of torch.compile."""
+"""Arguments of torch.compile for a device's peer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ class TorchModel:
 
 
 def load_torch(checkpoint: Path, dtype: torch.dtype, device: str = "cpu") -> TorchModel:
-    """Weights that have the dtype already, and are on the device, are not copied."""
+    """Load a checkpoint. Weights that already have the dtype and are on the device are not copied."""
     source = open_language_model(checkpoint, codec=open_codec(checkpoint).kind)
     head = len(source.audio_head)
     with torch.device("meta"):
@@ -62,7 +62,7 @@ def load_torch(checkpoint: Path, dtype: torch.dtype, device: str = "cpu") -> Tor
 
 
 def open_torch(checkpoint: Path, dtype: torch.dtype, device: str = "cpu") -> dict[str, TimedEngine]:
-    """slow_ar and fast_ar, eager, each called once for a column or a code."""
+    """Return slow_ar, called once for a column, and fast_ar, called once for a code. Both are eager."""
     model = load_torch(checkpoint, dtype, device)
     return {
         "slow_ar": TimedEngine(_TorchEngine(model.slow, model.slow_spec)),
@@ -71,7 +71,7 @@ def open_torch(checkpoint: Path, dtype: torch.dtype, device: str = "cpu") -> dic
 
 
 def open_torch_frames(model: TorchModel, lm: LanguageModel, compiled: Mapping[str, Any] | None = None) -> dict[str, TimedEngine]:
-    """slow_ar, and as fast_ar what draws a whole column, see `TorchFrame`; both compiled with these arguments, if any."""
+    """Return slow_ar, and as fast_ar a `TorchFrame`, which draws a whole column. compiled: arguments of torch.compile, if any."""
     spec = frame_spec(model.slow_spec, model.fast_spec, lm)
     frame = _FrameEngine(TorchFrame(model.fast, lm), spec, compiled)
     slow = _TorchEngine(model.slow, model.slow_spec) if compiled is None else _CompiledEngine(model, compiled)
@@ -79,7 +79,7 @@ def open_torch_frames(model: TorchModel, lm: LanguageModel, compiled: Mapping[st
 
 
 def open_torch_decoder(checkpoint: Path, dtype: torch.dtype, device: str = "cpu") -> Callable[[Array], Array]:
-    """codes int64 [codebooks, frames] → pcm [samples], in one call."""
+    """Return a function from codes int64 [codebooks, frames] to pcm [samples]."""
     codec = open_codec(checkpoint).module().to(device, dtype)
     for part in codec.modules():
         if isinstance(part, nn.Linear):
@@ -96,7 +96,7 @@ def _fill(module: Stack, weights: Mapping[str, Tensor], dtype: torch.dtype, devi
     module.load_state_dict({name: weights[name].to(device, dtype) for name in module.state_dict()}, assign=True)
     module.requires_grad_(False).eval()
     module.cos, module.sin = module.cos.to(device), module.sin.to(device)
-    # A plain list: the modules take slices of their layers, which costs time with one that keeps account of parameters.
+    # A plain list: the modules slice their layers, which is slow for a ModuleList.
     layers = list(module.layers)
     del module.layers
     module.layers = layers
@@ -104,7 +104,7 @@ def _fill(module: Stack, weights: Mapping[str, Tensor], dtype: torch.dtype, devi
 
 @dataclass(frozen=True, slots=True)
 class TorchResident:
-    """A result that stayed on the device. See `fishrt_engines.base.Resident`."""
+    """A result on the device. See `fishrt_engines.base.Resident`."""
 
     tensor: Tensor
 
@@ -121,7 +121,7 @@ class TorchResident:
 
 
 class _TorchState:
-    """Caches. See `fishrt_engines.State`."""
+    """KV caches. See `fishrt_engines.State`."""
 
     def __init__(self, owner: _TorchEngine, dims: Mapping[str, int]) -> None:
         self.owner, self.dims = owner, dict(dims)
@@ -148,7 +148,7 @@ class _TorchState:
 class _TorchEngine:
     """One module, eager, for a batch of one. See `fishrt_engines.Engine`.
 
-    Results that stay on the device are not waited for, as torch has it.
+    As usual in torch, a call does not wait for resident results.
     """
 
     def __init__(self, module: Stack, spec: GraphSpec) -> None:
@@ -161,7 +161,7 @@ class _TorchEngine:
         return _TorchState(self, dims)
 
     def zeros(self, dims: Mapping[str, int]) -> list[Tensor]:
-        """Caches of these sizes."""
+        """Return caches of zeros of these sizes."""
         return [torch.zeros(t.resolve(dims), dtype=self.dtype, device=self.device) for t in self.spec.state_tensors]
 
     def run(self, feeds: Mapping[str, Any], state: State | None = None, resident: Collection[str] = ()) -> dict[str, Any]:
@@ -171,19 +171,19 @@ class _TorchEngine:
             return _results(self.spec, [value.float() for value in outputs[: len(self.spec.results)]], resident)
 
     def outputs(self, feeds: Mapping[str, Any], caches: list[Tensor]) -> tuple[Tensor, ...]:
-        """Of the module, which writes into the caches."""
+        """Run the module, which writes into the caches. Return its outputs."""
         fed = [int(feeds[t.name][0]) if t.name == "write_index" else self.put(feeds[t.name]) for t in self.spec.feeds]
         with _in_place():
             return self.module(*fed, caches)
 
     def put(self, value: Any) -> Tensor:
-        """A feed on the device, floats in the module's dtype."""
+        """Return a feed on the device, floats in the module's dtype."""
         tensor = _tensor(value, self.device)
         return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
 
 
 class _CompiledEngine(_TorchEngine):
-    """The slow AR, its single columns compiled. There can be one state of each size at a time: its addresses are captured."""
+    """The slow AR with a compiled step. There can be one state of each size at a time, since its addresses are captured."""
 
     def __init__(self, model: TorchModel, options: Mapping[str, Any]) -> None:
         super().__init__(model.slow, model.slow_spec)
@@ -197,7 +197,7 @@ class _CompiledEngine(_TorchEngine):
         self._step = torch.compile(step, fullgraph=True, dynamic=False, **options)
 
     def zeros(self, dims: Mapping[str, int]) -> list[Tensor]:
-        """As before, or those that were made for these sizes, cleared."""
+        """Return caches of zeros of these sizes, at the same addresses in every call."""
         key = tuple(sorted(dims.items()))
         if key not in self._kept:
             self._kept[key] = super().zeros(dims)
@@ -247,46 +247,46 @@ def _tensor(value: Any, device: torch.device) -> Tensor:
 
 
 def _tensors(module: Stack) -> list[Tensor]:
-    """All that a module reads."""
+    """Return all parameters and buffers of a module."""
     parts = [module, *module.layers]
     return [module.cos, module.sin, *(tensor for part in parts for tensor in part.state_dict().values())]
 
 
 def _stay(tensors: list[Tensor]) -> None:
-    """Tells the compiler that these keep their addresses: they are then neither copied for a captured run nor refused in one."""
+    """Mark tensors as static for the compiler, which then neither copies them for a CUDA graph nor refuses to capture."""
     for tensor in tensors:
         torch._dynamo.mark_static_address(tensor)
 
 
 @contextmanager
 def _in_place() -> Iterator[None]:
-    """The caches of the blocks written in place and read as far as they are written."""
+    """Write the caches of blocks in place, and read only written rows."""
     with mock.patch.object(transformer, "scatter", _scatter), mock.patch.object(transformer, "attend", _attend):
         yield
 
 
 @contextmanager
 def _whole_cache() -> Iterator[None]:
-    """Single columns, at a position that only the device knows."""
+    """Run single columns at a position that only the device knows."""
     with mock.patch.object(transformer, "scatter", _scatter_one), mock.patch.object(transformer, "attend", _attend_masked):
         yield
 
 
 def _scatter(cache: Tensor, new: Tensor, start: int) -> Tensor:
-    """The rows of a cache [1, heads, rows, head_dim] up to the last of `new`, which were written into it from row `start` on."""
+    """Write `new` into a cache [1, heads, rows, head_dim] from row `start` on. Return the rows up to its last one."""
     end = start + new.shape[2]
     cache[:, :, start:end] = new
     return cache[:, :, :end]
 
 
 def _scatter_one(cache: Tensor, new: Tensor, write_index: Tensor) -> Tensor:
-    """The cache with `new` [1, heads, 1, head_dim] written into it."""
+    """Write `new` [1, heads, 1, head_dim] into the cache, and return the cache."""
     cache[:, :, write_index] = new
     return cache
 
 
 def _attend(q: Tensor, keys: Tensor, values: Tensor, _mask: Tensor) -> Tensor:
-    """A single column sees all rows, so that the query heads of a group can stand as its positions; several see those before."""
+    """Attend causally. A single column sees all rows, so the query heads of a group can be passed as its positions."""
     length = q.shape[2]
     if length == 1:
         return _ungrouped(F.scaled_dot_product_attention(_grouped(q, keys), keys, values))

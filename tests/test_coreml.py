@@ -263,7 +263,7 @@ def test_a_bundle_without_static_graphs_is_refused(tiny_bundle: Bundle, mac: Fak
 
 def test_an_open_graph_is_refused(tiny_bundle: Bundle, mac: FakeCoreMl) -> None:
     spec = tiny_bundle.manifest.graphs["codec_decode"]
-    with pytest.raises(ProviderError, match="leaves open: batch, frames, samples"):
+    with pytest.raises(ProviderError, match="has the open dimensions batch, frames, samples"):
         open_engine(tiny_bundle.file(spec.file), spec, provider="coreml")
 
 

@@ -317,7 +317,7 @@ def test_threads_beyond_the_processors_are_not_used(caplog: pytest.LogCaptureFix
     assert not caplog.messages
     assert [usable_threads(most + 1000) for _ in range(2)] == [most] * 2
     assert caplog.messages == [
-        f"{most + 1000} threads are asked for, and this process may use {most} logical CPUs: {most} threads are used"
+        f"{most + 1000} threads are requested, but this process may use {most} logical CPUs: {most} threads are used"
     ]
 
 

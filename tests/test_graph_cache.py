@@ -161,7 +161,7 @@ def test_a_folder_that_cannot_be_written_does_no_harm(
     assert (
         first
         == again
-        == f"optimised graphs cannot be kept in {tmp_path}/file/cache, and are made again at every start: "
+        == f"optimised graphs cannot be written to {tmp_path}/file/cache, and are made again at every start: "
         + (os.strerror(errno.ENOTDIR))
     )
 

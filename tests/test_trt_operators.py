@@ -76,9 +76,9 @@ def test_forms_of_attention(mask: str, attributes: str, primitive: bool) -> None
 @pytest.mark.parametrize(
     ("q", "call", "words"),
     [
-        ("float[B,6,S,8]", "<is_causal = 1> (q, k, k)", "of a form that is not taken apart"),
-        ("float[B,6,S,8]", "<softcap = 20.0> (q, k, k)", "of a form that is not taken apart"),
-        ("float[B,6,S,8]", "(q, k, k, , , , n)", "of a form that is not taken apart"),
+        ("float[B,6,S,8]", "<is_causal = 1> (q, k, k)", "has a form that cannot be decomposed"),
+        ("float[B,6,S,8]", "<softcap = 20.0> (q, k, k)", "has a form that cannot be decomposed"),
+        ("float[B,6,S,8]", "(q, k, k, , , , n)", "has a form that cannot be decomposed"),
         ("float[B,H,S,8]", "(q, k, k)", "the number and size of its heads are not known"),
     ],
 )

@@ -167,22 +167,25 @@ BROKEN = {
     "random": (graph("() => (float[4] y) { y = RandomNormal <shape = [4]> () }"), "feed random numbers as an input"),
     "unsupported": (unary("Det"), "is not supported"),
     "unknown": (unary("Acosh"), "not in the importer's table"),
-    "contrib": (graph("(float[N] x) => (float[N] y) { y = com.microsoft.QuickGelu (x) }"), "an operator of com.microsoft"),
+    "contrib": (
+        graph("(float[N] x) => (float[N] y) { y = com.microsoft.QuickGelu (x) }"),
+        "does not document operators of com.microsoft",
+    ),
     "sine of integers": (unary("Sin", "int64"), "takes no int64"),
     "bool arithmetic": (graph("(bool[N] x) => (bool[N] y) { y = Add (x, x) }"), "takes no bool"),
     "mixed types": (graph("(float[N] x, float16[N] z) => (float[N] y) { y = Mul (x, z) }"), "different types: float16, float32"),
     "uint8 inside": (
         graph("(float[N] x) => (float[N] y) { a = Cast <to = 2> (x) y = Cast <to = 1> (a) }"),
-        "gives uint8, which a network does not hold inside",
+        "produces uint8, which a network cannot hold internally",
     ),
     "int16 inside": (
         graph("(float[N] x) => (float[N] y) { a = Cast <to = 5> (x) y = Cast <to = 1> (a) }"),
-        "gives int16, which a network does not hold inside",
+        "produces int16, which a network cannot hold internally",
         "takes no int16",
     ),
     "raw integers": (
         graph("(float[N,4] x) => (int8[N,4] y) { y = Transpose (w) }", w=np.ones((4, 4), np.int8)),
-        "a network has no input or output of int8",
+        "an input or output of a network cannot be int8",
         "takes no int8",
         "reads int8 without a DequantizeLinear",
     ),
@@ -214,7 +217,7 @@ NOTED = {
         "in float16, a long masked prefix",
     ),
     "batch": (scatter(cache="float[B,2,32,8]"), "a number of sequences that varies"),
-    "small blocks": (dequantize("axis = 0, block_size = 32", (4, 8)), "int4 in blocks of 32: documented are 64 and 128"),
+    "small blocks": (dequantize("axis = 0, block_size = 32", (4, 8)), "int4 in blocks of 32; documented are 64 and 128"),
     "int8": (dequantize(kind="int8"), "no faster kernel is documented"),
     "double": (
         graph("(float[N] x) => (float[N] y) { a = Cast <to = 11> (x) y = Cast <to = 1> (a) }"),

@@ -1,4 +1,4 @@
-"""Checkpoints of official size and layout with random weights: what is measured when no real checkpoint is at hand."""
+"""Checkpoints of official size and layout with random weights, for measurements without the real ones."""
 
 from .checkpoint import count_parameters, write_checkpoint
 from .sizes import FAMILIES

@@ -1,4 +1,4 @@
-"""A checkpoint folder, written tensor by tensor where the format allows it."""
+"""Writing of a checkpoint folder, tensor by tensor if the format allows it."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ _TINY_TEXT_TOKENS = 1000
 _SPARE = 16
 
 Progress = Callable[[str], None]
-"""Told the name of each part as it begins."""
+"""Called with the name of each part at its start."""
 
 
 def write_checkpoint(
     family: str, out: str | Path, *, seed: int = 0, tiny: bool = False, progress: Progress = lambda _: None
 ) -> Path:
-    """Writes a checkpoint of `family` (a key of FAMILIES) into the new or existing folder `out`, and returns it.
+    """Write a checkpoint of `family` (a key of FAMILIES) into the new or existing folder `out`, and return the folder.
 
     The same seed gives the same files. tiny: the same layout with small widths, few layers and few text tokens, of a few MB.
-    The sharded family is written in little memory, the others in twice that of their largest file.
+    The sharded family needs little memory, the others twice the size of their largest file.
     Raises ValueError for an unknown family.
     """
     if family not in FAMILIES:
@@ -72,7 +72,7 @@ def count_parameters(family: str) -> tuple[int, int]:
 
 
 def _write_tokenizer(out: Path, release: Release, family: Family, text_tokens: int) -> tuple[range, int, int]:
-    """Ids of the semantic tokens and of the end token, and the number of ids."""
+    """Write the tokenizer. Return the ids of the semantic tokens, the id of the end token, and the number of ids."""
     path = out / release.tokenizer_file
     if family.control_tokens:
         tokenizer.write_tiktoken(path, text_tokens)
@@ -89,7 +89,7 @@ def _write_tokenizer(out: Path, release: Release, family: Family, text_tokens: i
 
 
 def _fit_vocabulary(raw: dict[str, Any], size: int, semantic: range) -> None:
-    """Gives the config the vocabulary of a small tokenizer."""
+    """Put the vocabulary of a small tokenizer into the config."""
     if "text_config" in raw:
         raw["text_config"]["vocab_size"] = size
         raw["eos_token_id"] = semantic.start - 33
@@ -99,7 +99,7 @@ def _fit_vocabulary(raw: dict[str, Any], size: int, semantic: range) -> None:
 
 
 def _write_shards(out: Path, weights: LanguageModelWeights, shapes: Mapping[str, tuple[int, ...]], progress: Progress) -> None:
-    """Safetensors by its format: the length of a JSON header in 8 bytes, the header, the tensors' bytes."""
+    """Write shards in the format of safetensors: the length of a JSON header in 8 bytes, the header, the tensors' bytes."""
     sizes = {name: 2 * math.prod(shape) for name, shape in shapes.items()}
     shards: list[list[str]] = [[]]
     for name in shapes:
@@ -132,7 +132,7 @@ def _write_shards(out: Path, weights: LanguageModelWeights, shapes: Mapping[str,
 
 
 def _nested(name: str) -> str:
-    """The name in S2's files."""
+    """Return the name of a tensor in S2's files."""
     if name.startswith("fast_"):
         return "audio_decoder." + name.removeprefix("fast_")
     return ("audio_decoder." if name.startswith("codebook") else "text_model.model.") + name

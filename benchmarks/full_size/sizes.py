@@ -122,18 +122,18 @@ _SMALL_DAC = {
 
 @dataclass(frozen=True, slots=True)
 class Release:
-    """What a checkpoint folder of one family holds beside its weights' values."""
+    """The configs and file names of one family's checkpoint folder."""
 
     config: dict[str, Any]
     """config.json."""
     tiny: dict[str, Any]
-    """What a small one has in its place."""
+    """Changes of config.json for a small checkpoint."""
     text_tokens: int
-    """Tokens below the control tokens of a `tokenizer.tiktoken` or of S2's `tokenizer.json`; all tokens of 1.2's and 1.4's."""
+    """Tokens below the control tokens of `tokenizer.tiktoken` or of S2's `tokenizer.json`; for 1.2 and 1.4, all tokens."""
     codec: str
     """File name of the codec."""
     tiny_codec: dict[str, Any]
-    """What a small codec's config has in place of the official values."""
+    """Changes of the codec's config for a small checkpoint."""
     tokenizer_file: str
 
 
@@ -158,7 +158,7 @@ FAMILIES = {
 
 
 def overlaid(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """A copy of a config with the values of `changes`, section by section."""
+    """Return a copy of a config with the values of `changes`, section by section."""
     found = copy.deepcopy(base)
     for name, value in changes.items():
         found[name] = overlaid(found[name], value) if isinstance(value, dict) and isinstance(found.get(name), dict) else value

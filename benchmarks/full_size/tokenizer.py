@@ -1,6 +1,6 @@
-"""Byte-level tokenizers of the official sizes and ids that cut English into whole words, as the official ones do.
+"""Byte-level tokenizers of the official sizes and ids that split English into whole words, as the official ones do.
 
-Ids 0 … are the 256 bytes and pieces of words, learned from sentences of the benchmark; fillers that no ASCII text holds follow.
+The first ids are the 256 bytes and pieces of words, learned from the benchmark's sentences. Fillers without ASCII follow.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ _FIRST_1_2 = ("begin_of_sequence", "end_of_sequence", "im_start", "im_sep", "im_
 _FIRST_S2 = ("endoftext", "im_start", "im_end")
 _LAST_S2 = ("pad", "phoneme_start", "phoneme_end", "text", "voice", "interleave", "audio_start", "audio_end", "audio_pad")
 _LAST_S2_ID = 151669
-"""Of <|pad|>; what stands between it and the first control tokens is Qwen's and unused."""
+"""Id of <|pad|>; the ids between it and the first control tokens are Qwen's and unused."""
 _OFFICIAL_TEXT = 151643
 _SEMANTIC_S2 = 4096
 
 
 def write_tiktoken(path: Path, text_tokens: int) -> None:
-    """`tokenizer.tiktoken` with that many ranks."""
+    """Write `tokenizer.tiktoken` with `text_tokens` ranks."""
     pieces, _ = _pieces(text_tokens)
     to_byte = _byte_of_name()
     with path.open("w") as file:
@@ -35,17 +35,17 @@ def write_tiktoken(path: Path, text_tokens: int) -> None:
 
 
 def write_special_tokens(path: Path, names: tuple[str, ...], text_tokens: int) -> None:
-    """`special_tokens.json`: name → id, behind the ranks."""
+    """Write `special_tokens.json`: ids after the ranks, by name."""
     path.write_text(json.dumps({name: text_tokens + n for n, name in enumerate(names)}, indent=1))
 
 
 def write_1_2(path: Path, text_tokens: int) -> None:
-    """`tokenizer.json` of 1.2 and 1.4: control tokens first, `text_tokens` with them."""
+    """Write `tokenizer.json` of 1.2 and 1.4: control tokens first; `text_tokens` includes them."""
     _write(path, [_control(name) for name in _FIRST_1_2], text_tokens - len(_FIRST_1_2), [])
 
 
 def write_s2(path: Path, text_tokens: int) -> int:
-    """`tokenizer.json` of S2: control tokens last. Returns the number of ids."""
+    """Write `tokenizer.json` of S2: control tokens last. Return the number of ids."""
     unused = [f"<|unused:{n}|>" for n in range(_LAST_S2_ID - _OFFICIAL_TEXT - len(_FIRST_S2))]
     last = [*map(_control, _FIRST_S2), *unused, *map(_control, _LAST_S2)]
     last += [f"<|semantic:{n}|>" for n in range(_SEMANTIC_S2)]
@@ -69,7 +69,7 @@ def _control(name: str) -> str:
 
 
 def _pieces(count: int) -> tuple[list[str], list[tuple[str, str]]]:
-    """That many tokens in the spelling of byte-level tokenizers, the bytes first, and the merges that make the others."""
+    """Return `count` tokens in the spelling of byte-level tokenizers, bytes first, and the merges of the others."""
     pieces, merges = (list(part) for part in _learned())
     fillers = _fillers()
     while len(pieces) < count:
@@ -91,7 +91,7 @@ def _learned() -> tuple[list[str], list[tuple[str, str]]]:
 
 
 def _fillers() -> Iterator[tuple[str, str]]:
-    """Pairs of bytes beyond ASCII, then each pair with one byte more: 2 million merges."""
+    """Yield pairs of bytes beyond ASCII, then each pair with one more byte: 2 million merges."""
     high = [name for name, byte in _byte_of_name().items() if byte >= 0x80]
     yield from product(high, high)
     for first, second, third in product(high, repeat=3):
@@ -100,7 +100,7 @@ def _fillers() -> Iterator[tuple[str, str]]:
 
 @cache
 def _byte_of_name() -> dict[str, int]:
-    """The character that byte-level tokenizers write for a byte → the byte: itself where it can be seen, else one from 256 on."""
+    """Return bytes by their character in byte-level tokenizers: the byte itself if it is printable, else one from 256 on."""
     seen = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     unseen = iter(range(256, 512))
     return {chr(byte) if byte in seen else chr(next(unseen)): byte for byte in range(256)}

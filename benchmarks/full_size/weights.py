@@ -1,7 +1,7 @@
-"""Random weights by name, the same for the same seed, in pieces of bounded size, and so scaled that activations stay sane.
+"""Random weights by name, reproducible by seed, in pieces of bounded size, scaled so that activations keep their range.
 
-A matrix has the deviation 1/√(inputs); what is added to the residual stream is further divided by √(2 · layers). Coordinate 0
-of the residual stream is left almost alone and says "audio": that makes the end token improbable, so that runs are long enough.
+A matrix has the deviation 1/√(inputs); those that write to the residual stream are further divided by √(2 · layers). Coordinate
+0 of the residual stream is kept almost constant as a feature "audio", which makes the end token improbable: runs are long enough.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from fishrt_export.fast_ar import FastAR
 from fishrt_export.slow_ar import SlowAR
 
 PIECE = 1 << 24
-"""Elements that are drawn at once."""
+"""Number of elements that are drawn at once."""
 _CONSTANT = 4.0
-"""Coordinate 0 of the embedding and of the head's row of an audio token; that of the end token is its negative."""
+"""Coordinate 0 of an audio token's embedding and head row; the end token has its negative."""
 _AFTER_SILU = 1.7
-"""Makes up for what SiLU takes from a signal of deviation 1."""
+"""Compensates the attenuation of a signal of deviation 1 by SiLU."""
 _LOUDNESS = {"decoder.model.6.conv.weight": 0.15, "head.conv_post.conv.weight": 0.5, "head.conv_post.weight": 0.5}
-"""Factor on a codec's last convolution: loud, but peaks stay below full scale, so that no sample is clipped."""
+"""Factor of a codec's last convolution: audio is loud, but no sample is clipped."""
 
 
 def language_model_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Flat names and shapes of every tensor."""
+    """Return the shape of every tensor by its flat name."""
     with torch.device("meta"):
         slow = SlowAR(config, range(1), None if config.tied_head else config.vocab_size)
         fast = FastAR(config)
@@ -51,13 +51,13 @@ class LanguageModelWeights:
     seed: int
 
     def pieces(self, name: str, shape: tuple[int, ...]) -> Iterator[Tensor]:
-        """bfloat16 rows of the tensor of this flat name, in order."""
+        """Yield bfloat16 rows of the tensor of this flat name, in order."""
         generator = _generator(self.seed, name)
         for start, stop in _row_ranges(shape):
             yield self._filled(name, (stop - start, *shape[1:]), start, generator).to(torch.bfloat16)
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """The tensor, bfloat16."""
+        """Return the tensor of this flat name, bfloat16."""
         return torch.cat(list(self.pieces(name, shape)))
 
     def _filled(self, name: str, shape: tuple[int, ...], start: int, generator: torch.Generator) -> Tensor:
@@ -79,13 +79,13 @@ class LanguageModelWeights:
 
 
 def empty_codec(config: CodecConfig) -> nn.Module:
-    """The modules of a codec, without memory for their weights."""
+    """Return the modules of a codec on the meta device."""
     with torch.device("meta"):
         return Dac(config) if isinstance(config, DacConfig) else Firefly(config)
 
 
 def codec_tensors(config: CodecConfig, seed: int) -> dict[str, Tensor]:
-    """float32, by the official names, with weight norm spelled as the official files have it."""
+    """Return float32 tensors by their official names, with weight norm in the official spelling."""
     codec = empty_codec(config)
     found: dict[str, Tensor] = {}
     modules = dict(codec.named_modules())
@@ -116,14 +116,14 @@ def _codec_tensor(name: str, kind: str, owner: nn.Module, shape: torch.Size, gen
         x /= math.sqrt(math.prod(shape[1:]))
     if name.startswith("head.ups."):
         x *= _AFTER_SILU
-    # The last convolution of a residual branch: so many branches follow each other that they would make it ever louder.
+    # The last convolution of a residual branch: without this, many successive branches would amplify the signal.
     if ".convs2." in name or ".block.3.conv." in name:
         x *= 0.3
     return _LOUDNESS.get(name, 1.0) * x
 
 
 def _weight_normed(name: str, weight: Tensor) -> Mapping[str, Tensor]:
-    """Magnitude and direction of a weight: new spelling in encoder, decoder and head, old one in the vector quantisers."""
+    """Return magnitude and direction of a weight: new names in encoder, decoder and head, old ones in the vector quantisers."""
     stem = name.removesuffix(".weight")
     magnitude = weight.square().sum(dim=tuple(range(1, weight.ndim)), keepdim=True).sqrt()
     if stem.endswith(("in_proj", "out_proj")):
@@ -135,7 +135,7 @@ def _weight_normed(name: str, weight: Tensor) -> Mapping[str, Tensor]:
 
 
 def _generator(seed: int, name: str) -> torch.Generator:
-    # Only 32 bits of a seed count. The odd factor spreads small seeds over all of them.
+    # Only 32 bits of a seed count; the odd factor spreads small seeds over all of them.
     return torch.Generator().manual_seed(zlib.crc32(name.encode()) ^ (seed * 0x9E3779B1 & 0xFFFFFFFF))
 
 
