@@ -23,17 +23,17 @@ CHOSEN = os.environ.get("FISHRT_GOLDEN")
 
 
 def golden_root(chosen: str | None) -> Path:
-    """The folder that holds one folder of vectors for each family."""
+    """Return the folder of golden vectors, with one folder for each family."""
     return Path(chosen) if chosen is not None else Path(__file__).parent / "golden"
 
 
 def present_families(chosen: str | None) -> list[str]:
-    """The families that there are vectors of."""
+    """Return the families with golden vectors."""
     return [family for family in FAMILIES if (golden_root(chosen) / family).is_dir()]
 
 
 def find_golden(chosen: str | None, family: str) -> Path:
-    """Skips where there are none of the family, but fails where they are not whole, or a `chosen` folder has none at all."""
+    """Return a family's vectors. Skip if there are none; fail if they are incomplete or a `chosen` folder has none at all."""
     folder = golden_root(chosen) / family
     if chosen is not None and not present_families(chosen):
         pytest.fail(f"no golden vectors in {golden_root(chosen)}, which FISHRT_GOLDEN names")
@@ -91,7 +91,7 @@ def golden(request: pytest.FixtureRequest) -> Path:
 
 @pytest.fixture(scope="session")
 def s2_golden() -> Path:
-    """Those of S2-Pro, for tests of what does not differ between families."""
+    """S2-Pro's, for tests of behaviour common to all families."""
     return find_golden(CHOSEN, "s2-pro")
 
 
@@ -117,13 +117,13 @@ def golden_model(models: Callable[[Path], GoldenModel], golden: Path) -> GoldenM
 
 @pytest.fixture(scope="session")
 def s2_model(models: Callable[[Path], GoldenModel], s2_golden: Path) -> GoldenModel:
-    """Those of S2-Pro, for tests of what does not differ between families."""
+    """S2-Pro's, for tests of behaviour common to all families."""
     return models(s2_golden)
 
 
 @pytest.fixture(scope="session")
 def tiny_checkpoint(models: Callable[[Path], GoldenModel], s2_golden: Path) -> Path:
-    """A whole checkpoint folder. Not to be written to: copy it."""
+    """A complete checkpoint folder. Do not write to it: copy it."""
     model = models(s2_golden)
     if not model.fits:
         pytest.skip("the golden language model and codec have numbers of codebooks that do not fit")
@@ -132,25 +132,25 @@ def tiny_checkpoint(models: Callable[[Path], GoldenModel], s2_golden: Path) -> P
 
 @pytest.fixture
 def checkpoint(tiny_checkpoint: Path, tmp_path: Path) -> Path:
-    """A copy of it, to be written to."""
+    """A writable copy of `tiny_checkpoint`."""
     return Path(shutil.copytree(tiny_checkpoint, tmp_path / "in/checkpoint"))
 
 
 @pytest.fixture(scope="session")
 def tiny_bundle(tiny_checkpoint: Path, s2_model: GoldenModel) -> Bundle:
-    """The bundle exported from the tiny checkpoint. Not to be written to: copy it."""
+    """The bundle exported from the tiny checkpoint. Do not write to it: copy it."""
     return s2_model.bundle
 
 
 @pytest.fixture(scope="session")
 def cuda_device() -> None:
-    """For tests marked `cuda`: skips where there is no device, and says what is missing."""
+    """Skip tests marked `cuda` if there is no device, with the reason."""
     if obstacle := find_obstacle("cuda"):
         pytest.skip(f"no CUDA here: {obstacle.what}")
 
 
 @pytest.fixture(scope="session")
 def tensorrt_device() -> None:
-    """For tests marked `trt`: skips where TensorRT or a device is missing, and says which."""
+    """Skip tests marked `trt` if TensorRT or a device is missing, with the reason."""
     if obstacle := find_obstacle("tensorrt"):
         pytest.skip(f"no TensorRT here: {obstacle.what}")

@@ -1,8 +1,8 @@
-"""onnxruntime-gpu and one device, played by ONNX Runtime's CPU provider.
+"""A simulation of onnxruntime-gpu and one device by ONNX Runtime's CPU provider.
 
-A simulation: sessions and tensors that are asked for on "cuda" are made on the CPU, and what was asked for is recorded. A run
-that is to be captured is done twice at first, as ONNX Runtime does it, so that a graph for which that is not the same as once
-gives other results. It shows that our code asks for the right things, and not that ONNX Runtime on a device does them.
+Sessions and tensors for "cuda" are made on the CPU, and the calls are recorded. A run that is captured runs twice at first, as in
+ONNX Runtime, so that a graph that is not idempotent gives other results. The simulation checks fishrt's calls, not the behaviour
+of ONNX Runtime on a device.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from fishrt_engines.machine import Gpu
 
 GB = 10**9
 OLD = Gpu("an old device", (7, 5), "580.65", 8 * GB, 8 * GB)
-"""Of a compute capability without bfloat16, which the CPU provider cannot compute in either."""
+"""A device without bfloat16, in which the CPU provider cannot compute either."""
 
 
 class FakeCuda:
-    """What is asked for, and how it is answered."""
+    """The recorded calls, and the simulated answers."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.devices: tuple[Gpu, ...] | None = (OLD,)
@@ -64,12 +64,12 @@ class FakeCuda:
 
     @property
     def graphs(self) -> list[FakeSession]:
-        """The sessions of graphs, without those that move and clear memory."""
+        """Return the sessions of graphs, without those that move and clear memory."""
         return [session for session in self.sessions if session.asked_for]
 
 
 class FakeSession:
-    """A session on the CPU that says it were on the device."""
+    """A session on the CPU that reports the CUDA provider."""
 
     def __init__(self, cuda: FakeCuda, model: bytes, options: Any, providers: dict[str, dict[str, str]]) -> None:
         self.cuda, self.model, self.options, self.providers = cuda, model, options, providers
@@ -116,12 +116,12 @@ class FakeSession:
         self._session.run_with_iobinding(binding.binding)
 
     def release_captured_graph(self, graph: int) -> None:
-        """As ONNX Runtime 1.31: what was captured stays."""
+        """Release nothing, as ONNX Runtime 1.31."""
         self.released.append(graph)
 
 
 class FakeBinding:
-    """A binding to memory of the CPU for one to memory of the device; what is read on the CPU anyway is bound as it is."""
+    """A binding to memory of the CPU that stands for the device's; inputs that are read on the CPU are bound unchanged."""
 
     def __init__(self, binding: Any) -> None:
         self.binding = binding

@@ -1,9 +1,9 @@
 """A simulation of cuda.bindings.runtime on memory of the host. It proves nothing about CUDA.
 
 It has the names that fishrt uses, with the arguments and results that cuda-bindings 13 documents: every call returns a tuple that
-begins with an error code. It is as lazy as a device is: what comes to a stream happens when somebody waits for it, so that code
-which forgets to wait, or changes a buffer too early, gives wrong numbers here too. Addresses outside of what was allocated are
-errors, and so is memory beyond the device's.
+begins with an error code. It is as asynchronous as a device: work on a stream runs only when it is waited for, so code that does
+not wait, or changes a buffer too early, gives wrong numbers here, too. Addresses outside of allocations are errors, and so are
+allocations beyond the device's memory.
 """
 
 # ruff: noqa: N801, N802, N815 - the names are CUDA's
@@ -43,7 +43,7 @@ class cudaStreamCaptureMode(IntEnum):
 
 
 class IllegalAddressError(Exception):
-    """What a kernel or copy does with memory that is not its own."""
+    """An access outside of the device's allocations."""
 
 
 class FakeCudaRuntime:
@@ -61,7 +61,7 @@ class FakeCudaRuntime:
         """devices: None is a machine without a driver."""
         self.total, self.name, self.capability, self.devices = memory, name, capability, devices
         self.reserved = 0
-        """Bytes that others than cudaMalloc have taken."""
+        """Bytes in use by others than cudaMalloc."""
         self.captures = self.launches = self.uploads = 0
         self.refuse_capture = False
         self._handles = itertools.count(1)
@@ -172,7 +172,7 @@ class FakeCudaRuntime:
     # What the simulation of TensorRT needs. Not part of CUDA.
 
     def enqueue(self, stream: int, work: Work) -> tuple[Any, ...]:
-        """Work for later."""
+        """Put work on a stream; it runs at the next synchronisation."""
         (self._capturing[stream] if stream in self._capturing else self._streams[stream]).append(work)
         return (cudaError_t.cudaSuccess,)
 
@@ -180,7 +180,7 @@ class FakeCudaRuntime:
         return stream in self._capturing
 
     def check(self, address: int, count: int) -> None:
-        """Raises for memory that is not in one allocation of the device's."""
+        """Check that memory lies in one allocation of the device. Raises IllegalAddressError otherwise."""
         if not any(start <= address and address + count <= start + len(memory) for start, memory in self._device.items()):
             raise IllegalAddressError
 

@@ -1,6 +1,6 @@
-"""A machine that is only said to be there: its system, ONNX Runtime build, driver, devices, libraries and installed wheels.
+"""A simulated machine: its system, ONNX Runtime build, driver, devices, libraries and installed wheels.
 
-A simulation: it shows what fishrt makes of such a machine, not that one behaves so.
+It shows how fishrt treats such a machine, not that one behaves so.
 """
 
 # ruff: noqa: N802 - the names are CUDA's
@@ -27,7 +27,7 @@ CUDA_LIBRARIES = ("libcudart.so.13", "libcublasLt.so.13", "libcublas.so.13", "li
 
 
 class FakeDriver:
-    """What of libcuda.so.1 tells which devices it shows."""
+    """The functions of libcuda.so.1 that list visible devices."""
 
     def __init__(self, *shown: uuid.UUID, code: int = 0) -> None:
         self._shown, self._code = shown, code
@@ -49,7 +49,7 @@ class FakeDriver:
 
 
 class FakeMachine:
-    """Linux with ONNX Runtime's CPU wheel, until something else is said."""
+    """Linux with ONNX Runtime's CPU wheel, unless a method changes it."""
 
     def __init__(self, patch: pytest.MonkeyPatch, site: Path) -> None:
         self._patch, self._site = patch, site
@@ -70,7 +70,7 @@ class FakeMachine:
         self.onnxruntime("CPUExecutionProvider")
 
     def onnxruntime(self, *names: str, cuda: str = "") -> None:
-        """The build that is imported: its providers, and the CUDA it was built with."""
+        """Set the imported build: its providers, and the CUDA it was built with."""
         built = SimpleNamespace(
             __version__="1.31.1",
             cuda_version=cuda,
@@ -80,7 +80,7 @@ class FakeMachine:
         self._patch.setitem(sys.modules, "onnxruntime", built)
 
     def gpu(self, *, driver: bool = True, devices: str = SMI, lacking: tuple[str, ...] = ()) -> None:
-        """onnxruntime-gpu, and what is there of a driver, its devices and CUDA's libraries."""
+        """Install onnxruntime-gpu, and set the driver, its devices and the missing CUDA libraries."""
         self.wheels = {"onnxruntime-gpu": self._site}
         self.onnxruntime("CUDAExecutionProvider", "CPUExecutionProvider", cuda="13.0")
         self.libraries = set(CUDA_LIBRARIES) - set(lacking)
@@ -89,7 +89,7 @@ class FakeMachine:
             self.smi = devices
 
     def tensorrt(self, version: str = "11.4.0.106") -> None:
-        """The binding, and what it is driven with."""
+        """Install TensorRT's binding, and cuda-bindings."""
         cuda = SimpleNamespace()
         self.modules |= {"tensorrt": SimpleNamespace(__version__=version), "cuda.bindings.runtime": cuda}
 

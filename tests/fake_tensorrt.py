@@ -1,10 +1,10 @@
 """A simulation of TensorRT's Python module, which runs "plans" in ONNX Runtime. It proves nothing about TensorRT.
 
-It has the names that fishrt uses, with the arguments, results and ways to fail that are documented for TensorRT 11: None, False
-and messages to the logger. What it does prove is that the builder and the runner call them in an order and with values that fit
-together: shapes within profiles, addresses of enough memory, updates of caches over their inputs, graphs captured after a first
-run and launched only while nothing that they hold has changed. Which graphs the real importer takes, what the real builder makes
-of them, their numbers in 16 bits and their speed are not in it.
+It has the names that fishrt uses, with the arguments, results and failures that are documented for TensorRT 11: None, False and
+messages to the logger. It checks that builder and runner call them in a consistent order and with consistent values: shapes
+within profiles, addresses of enough memory, caches updated in place, graphs captured after a first run and launched only while
+shapes and addresses are unchanged. It cannot check which graphs the real importer accepts, the results of the real builder, their
+numbers in 16 bits, or their speed.
 """
 
 # ruff: noqa: N802 - the names are TensorRT's
@@ -29,7 +29,7 @@ from fake_cuda_runtime import FakeCudaRuntime, IllegalAddressError
 
 MAGIC = b"simulated plan\n"
 UNSUPPORTED = {"Multinomial", "Bernoulli", "BitwiseAnd", "Unique", "Det"}
-"""Some operators that the importer is documented not to know."""
+"""Some operators that the importer is documented not to support."""
 SCRATCH = 4096
 
 DataType = Enum("DataType", ["FLOAT", "HALF", "BF16", "INT8", "INT32", "INT64", "BOOL", "UINT8"])
@@ -67,7 +67,7 @@ class IProgressMonitor:
 
 
 class FakeTensorRT:
-    """The module. `faults`: method names that shall fail, and what they then tell the logger. `builds` counts builds."""
+    """The module. faults: names of methods that fail, and their messages to the logger. `builds` counts builds."""
 
     ILogger, IProgressMonitor = ILogger, IProgressMonitor
     DataType, TensorIOMode, MemoryPoolType = DataType, TensorIOMode, MemoryPoolType
@@ -80,7 +80,7 @@ class FakeTensorRT:
         self.builds = 0
         self.configs: list[Any] = []
         self.interrupt: Callable[[], None] = lambda: None
-        """Is called in the middle of a build."""
+        """Called in the middle of a build."""
 
     def fails(self, method: str, logger: ILogger) -> bool:
         if method in self.faults:
@@ -124,7 +124,7 @@ class _Parser:
         return self._errors[index]
 
     def parse(self, model: bytes, path: str) -> bool:
-        """path: weights lie beside it."""
+        """Parse a model whose weights are in the folder of `path`."""
         if self._trt.fails("parse", self._logger):
             return False
         parsed = onnx.ModelProto.FromString(model)
@@ -310,7 +310,7 @@ class _Engine:
         return _TYPES[(self.inputs.get(name) or self.outputs[name]).type.tensor_type.elem_type]
 
     def _shapes_of(self, shapes: tuple[tuple[str, Shape], ...]) -> dict[str, Shape]:
-        """Those of the outputs, by a run with zeros."""
+        """Return the shapes of the outputs, from a run with zeros."""
         feeds = {name: np.zeros(shape, self.type(name)[1]) for name, shape in shapes}
         return {name: array.shape for name, array in zip(self.outputs, self.session.run(list(self.outputs), feeds), strict=True)}
 

@@ -1,6 +1,6 @@
 """Engines made of Python functions, and models made of such engines: the loop and everything above it run without a graph.
 
-A fake checks its feeds as strictly as a real engine does, so that a test with fakes also proves that the contract is kept.
+A fake checks its feeds as strictly as a real engine, so that a test with fakes also checks the calls.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from helpers_text import TINY_TOKENIZER, manifest
 
 HIDDEN = 3
 PEAK = np.float32(50)
-"""A logit so far above the others (0) that every sampling draws it."""
+"""A logit so far above the others (0) that it is always drawn."""
 
 
 class FakeState:
-    """State tensors that nobody reads, and a `memory` for the function."""
+    """Unused state tensors, and a `memory` for the engine's function."""
 
     def __init__(self, spec: GraphSpec, dims: Mapping[str, int]) -> None:
         self.dims = dict(dims)
@@ -48,7 +48,7 @@ class FakeState:
 
 
 class FakeEngine:
-    """`function(feeds, state)` gives the results. `calls` and `states` keep what was asked for."""
+    """An engine whose results are `function(feeds, state)`. `calls` and `states` record the calls."""
 
     def __init__(self, spec: GraphSpec, function: Callable[[Mapping[str, Array], Any], dict[str, Array]]) -> None:
         self.spec = spec
@@ -84,7 +84,7 @@ def check_fit(specs: Sequence[TensorSpec], arrays: Mapping[str, Array], dims: di
 
 
 def specs(lm: LanguageModel, codec: Codec) -> dict[str, GraphSpec]:
-    """The four graphs of a bundle, with one attention layer each."""
+    """Return the descriptions of a bundle's four graphs, with one attention layer each."""
     head = lm.vocab_size if lm.head == "full" else 2 + lm.semantic_end_id - lm.semantic_begin_id
     rows = len(codec.codebook_sizes)
 
@@ -129,7 +129,7 @@ def specs(lm: LanguageModel, codec: Codec) -> dict[str, GraphSpec]:
 
 
 def fake_engines(lm: LanguageModel, codec: Codec, main_tokens: Sequence[int] | None = None) -> dict[str, FakeEngine]:
-    """A model that speaks: frame i of every generation has the main token main_tokens[i] (the end token when they are used up),
+    """Return a model that speaks: frame i of every generation has the main token main_tokens[i] (the end token after the last),
     and the codes of `expected_codes`. Without `main_tokens` everything is equally likely.
 
     The codec's frame t is `sum of codes / 1000`, and encoding gives the codes `frame number + row`.
@@ -141,7 +141,7 @@ def fake_engines(lm: LanguageModel, codec: Codec, main_tokens: Sequence[int] | N
     def slow(feeds: Mapping[str, Array], state: FakeState) -> dict[str, Array]:
         length = feeds["prompt"].shape[2]
         start = state.memory.get("next", 0)
-        if length > 1:  # a prompt, or what of it was not read yet
+        if length > 1:  # a prompt, or the part of it that is not in the cache
             start = int(feeds["write_index"][0])
             state.memory["frame"] = -1
         assert feeds["write_index"].tolist() == [start]
@@ -192,18 +192,18 @@ def fake_engines(lm: LanguageModel, codec: Codec, main_tokens: Sequence[int] | N
 
 
 def fake_dual_ar(lm: LanguageModel, main_tokens: Sequence[int] | None = None) -> DualAR:
-    """Its `slow` and `fast` are FakeEngines."""
+    """Return a dual-AR model of FakeEngines."""
     engines = fake_engines(lm, manifest().codec, main_tokens)
     return DualAR(engines["slow_ar"], engines["fast_ar"], lm)
 
 
 def next_code(lm: LanguageModel, main: int, previous: int, position: int) -> int:
-    """What the fake fast AR draws at a position, from what it was fed there and at position 0; never padding."""
+    """Return the code that the fake fast AR draws at a position, from its feeds there and at position 0; never padding."""
     return lm.code_offset + (7 * main + 3 * previous + position) % (lm.fast_candidates - lm.code_offset)
 
 
 def expected_codes(lm: LanguageModel, main: int) -> list[int]:
-    """The frame that the fake model draws for a main token."""
+    """Return the frame that the fake model draws for a main token."""
     first = min(max(main - lm.semantic_begin_id, 0), lm.codebook_width - 1)
     drawn = [first if lm.code_zero == "main" else next_code(lm, main, 0, 0)]
     while len(drawn) < lm.num_codebooks:
@@ -212,7 +212,7 @@ def expected_codes(lm: LanguageModel, main: int) -> list[int]:
 
 
 def fake_bundle(folder: Path, voices: Sequence[Voice] = (), **changes: Any) -> Bundle:
-    """A bundle that loads, with all four graphs described but none that runs. `changes` go into the manifest."""
+    """Write a bundle that loads, with descriptions of all four graphs but no graph that runs. changes: of the manifest."""
     (folder / "voices").mkdir(parents=True)
     (folder / "tokenizer.json").write_bytes(TINY_TOKENIZER.read_bytes())
     for voice in voices:

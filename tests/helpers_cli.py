@@ -1,4 +1,4 @@
-"""For the tests of commands: a TTS that only says what it was asked, and a runner that keeps the streams apart."""
+"""Helpers for tests of commands: a TTS that records its requests, and a runner that separates stdout and stderr."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ RATE, HOP = 16000, 640
 
 
 class FakeTts:
-    """Speaks a second of tone, and remembers what it was asked."""
+    """A TTS that speaks a second of tone, and records its requests."""
 
     def __init__(self, bundle):
         self.bundle = bundle
@@ -73,7 +73,7 @@ class FakeTts:
         return Speech(tone(1.0), RATE, np.zeros((4, 25), np.int64), info)
 
     def stream(self, text, **request):
-        """The same in chunks of a quarter, of which `given` counts those asked for."""
+        """Yield the tone in chunks of a quarter; `given` counts them."""
         speech = self.speak(text, **request)
 
         def chunks():
@@ -113,7 +113,7 @@ def tone(seconds: float) -> np.ndarray:
 
 @pytest.fixture
 def fake(tmp_path, monkeypatch):
-    """In place of every TTS: `loads` counts how often one was loaded, and with which arguments."""
+    """A FakeTts that replaces every TTS; `loads` records the arguments of each load."""
     bundle = bundle_folder(tmp_path / "bundle", voices={"minna": voice("minna"), "otto": voice("otto")})
     made = FakeTts(bundle)
     made.loads = []
@@ -146,7 +146,7 @@ def files() -> list[str]:
 
 
 def refused(result, *words, kind=2) -> str:
-    """The command failed as it should: exit status, an error line, no traceback."""
+    """Check that a command failed with an exit status, an error line and no traceback. Return stderr."""
     assert result.exit_code == kind, result.output
     assert "error: " in result.stderr.lower()
     assert "Traceback" not in result.stderr

@@ -1,4 +1,4 @@
-"""For the tests of text, prompts, voices and commands: golden vectors, a small tokenizer, bundles whose graphs cannot run."""
+"""Helpers for tests of text, prompts, voices and commands: golden vectors, a small tokenizer, bundles without real graphs."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ FINGERPRINT = "a1b2c3d4" * 8
 
 
 def golden(tag: str = "s2-pro") -> tuple[Path, dict[str, Any], Any]:
-    """Folder, meta and arrays of the language model's vectors."""
+    """Return folder, meta and arrays of the language model's vectors."""
     folder = Path(os.environ.get("FISHRT_GOLDEN", OWN_GOLDEN)) / tag / "lm"
     return folder, json.loads((folder / "meta.json").read_text(encoding="utf-8")), np.load(folder / "vectors.npz")
 
 
 def language_model(**changes: Any) -> LanguageModel:
-    """Sizes that suit the small tokenizer."""
+    """Return a language model with the sizes of the small tokenizer."""
     tokenizer = Tokenizer.load(TINY_TOKENIZER)
     values: dict[str, Any] = {
         "num_codebooks": 4,
@@ -58,7 +58,7 @@ def language_model(**changes: Any) -> LanguageModel:
 
 
 def drawn(codes: np.ndarray, lm: LanguageModel) -> np.ndarray:
-    """The columns int64 [1 + C, frames + 1] that a model draws for codes and an end token behind them."""
+    """Return the columns int64 [1 + C, frames + 1] that a model draws for codes and the end token after them."""
     main = lm.semantic_begin_id + (codes[:1] if lm.code_zero == "main" else 0 * codes[:1])
     columns = np.concatenate((main, codes + lm.code_offset)).astype(np.int64)
     end = np.full((len(columns), 1), lm.code_offset + 1)
@@ -114,7 +114,7 @@ def manifest(**changes: Any) -> Manifest:
 
 
 def bundle_folder(folder: Path, *, voices: dict[str, Voice] | None = None) -> Bundle:
-    """A bundle that loads and verifies, although its graphs cannot run."""
+    """Write a bundle that loads and verifies, although its graphs cannot run."""
     from fishrt.voice_store import VoiceStore
 
     folder.mkdir(parents=True)
@@ -140,7 +140,7 @@ def voice(name: str = "anna", transcript: str = "The quick brown fox.", frames: 
 
 
 def filtered(logits: np.ndarray, temperature: float, top_p: float, top_k: int | None) -> np.ndarray:
-    """Probabilities float32 [n], 0 for entries that `sample` does not draw even with noise that favours nothing else."""
+    """Return probabilities float32 [n]: 0 for entries that `sample` never draws, even with noise in their favour."""
     sampling, drawn = Sampling(temperature, top_p, top_k), np.zeros(len(logits), bool)
     for n in range(len(logits)):
         noise = np.full(len(logits), 1e30, np.float32)

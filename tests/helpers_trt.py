@@ -39,7 +39,7 @@ SPEC = GraphSpec(
     ),
     (StatePair("key_cache.0", "key_cache_out.0"), StatePair("columns.0", "columns_out.0")),
 )
-"""Vectors of tokens are written into the cache. total: their sum so far, and what `columns` carries: the sum of the last call."""
+"""A graph that writes tokens' vectors into its cache. total: sum over the cache plus `columns`, the sum of the previous call."""
 STATELESS = GraphSpec(
     "double.onnx",
     (TensorSpec("x", "float32", ("batch", WIDTH)),),
@@ -48,7 +48,7 @@ STATELESS = GraphSpec(
 
 
 def write_small(folder: Path, *, op_type: str = "Identity") -> Path:
-    """The graph of SPEC with its weights in a file beside it. op_type: of one more node on the way."""
+    """Write the graph of SPEC, with its weights in their own file. op_type: of one more node in the graph."""
     folder.mkdir(parents=True, exist_ok=True)
     table = np.random.default_rng(3).normal(size=(VOCABULARY, WIDTH)).astype(np.float32)
     nodes = [
@@ -60,7 +60,7 @@ def write_small(folder: Path, *, op_type: str = "Identity") -> Path:
         helper.make_node("Add", ["sum", "before"], ["summed"]),
         helper.make_node(op_type, ["summed"], ["total"], name="the_node"),
         helper.make_node("ReduceSum", ["heads", "axis"], ["now"], keepdims=0),
-        # Written after `columns.0` was read: on the CPU both are in one place.
+        # Written after `columns.0` is read: on the CPU, both share memory.
         helper.make_node("Sub", ["before", "before"], ["nothing"]),
         helper.make_node("Unsqueeze", ["nothing", "one"], ["nothing_more"]),
         helper.make_node("Add", ["now", "nothing_more"], ["columns_out.0"]),
@@ -70,7 +70,7 @@ def write_small(folder: Path, *, op_type: str = "Identity") -> Path:
 
 
 def write_double(folder: Path) -> Path:
-    """The graph of STATELESS: y = 2 x."""
+    """Write the graph of STATELESS: y = 2 x."""
     folder.mkdir(parents=True, exist_ok=True)
     return _write(folder, STATELESS, [helper.make_node("Add", ["x", "x"], ["y"])], {})
 
@@ -108,7 +108,7 @@ def request_for(path: Path, *, max_len: int = 12, precision: str = "fp32", **cha
 
 @dataclass
 class Simulated:
-    """What simulates the machine."""
+    """The parts of a simulated machine."""
 
     cuda: FakeCudaRuntime
     trt: FakeTensorRT
@@ -118,7 +118,7 @@ class Simulated:
 def simulated(
     folder: Path, monkeypatch: pytest.MonkeyPatch, *, version: str = "11.4.0.106", **device: Any
 ) -> Iterator[Simulated]:
-    """A machine whose caches are in `folder`. Arguments: of FakeTensorRT and FakeCudaRuntime."""
+    """Simulate a machine whose caches are in `folder`. Arguments: of FakeTensorRT and FakeCudaRuntime."""
     cuda = FakeCudaRuntime(**device)
     trt = FakeTensorRT(cuda, version)
     modules: dict[str, Any] = {"tensorrt": trt, "cuda.bindings.runtime": cuda}

@@ -1,7 +1,6 @@
-"""The language model once more, in plain numpy and float64: no cache, one sequence, every position at once.
+"""A reference of the language model in plain numpy and float64: no cache, one sequence, every position at once.
 
-Written from the rules of the models, not from our modules, so that tests of configurations which no golden vectors cover have
-something to compare with.
+It is written from the rules of the models, not from fishrt's modules, for tests of configurations without golden vectors.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ Weights = Mapping[str, np.ndarray]
 def slow_forward(
     config: Mapping[str, Any], weights: Weights, prompt: np.ndarray, begin: int, end: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """prompt int64 [1 + C, T] → logits [T, vocabulary], hidden for the fast AR [T, fast_dim]. `config` has the flat names."""
+    """Return logits [T, vocabulary] and hidden for the fast AR [T, fast_dim] of prompt int64 [1 + C, T]. config: flat names."""
     main, codes = prompt[0], prompt[1:]
     x = weights["embeddings.weight"][main]
     for i, row in enumerate(codes):
@@ -36,7 +35,7 @@ def slow_forward(
 
 
 def fast_forward(config: Mapping[str, Any], weights: Weights, hidden: np.ndarray, codes: np.ndarray) -> np.ndarray:
-    """hidden [fast_dim] and the codes before the last, int64 [C − 1] → logits [C, codebook_size]."""
+    """Return logits [C, codebook_size] of hidden [fast_dim] and all codes but the last, int64 [C − 1]."""
     x = np.concatenate([hidden[None], weights["fast_embeddings.weight"][codes]])
     for i in range(config["n_fast_layer"]):
         x = _block(config, weights, f"fast_layers.{i}.", x, "fast_")
@@ -79,7 +78,7 @@ def _rms(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
 
 
 def _rotate(x: np.ndarray, base: float) -> np.ndarray:
-    """x [T, heads, width], pairs side by side."""
+    """Return x [T, heads, width] with rotary positions, of interleaved pairs."""
     length, _, width = x.shape
     angle = np.arange(length)[:, None] * base ** (-2.0 * np.arange(width // 2) / width)
     cos, sin = (_bfloat16(f(angle))[:, None] for f in (np.cos, np.sin))

@@ -23,11 +23,11 @@ Trace = Callable[..., ir.Model]
 
 
 def make_once(path: Path, make: Callable[[Path], object]) -> Path:
-    """Return `path`, a file or folder, which `make` writes under another name first, so that a half-made one is never seen."""
+    """Return `path`, a file or folder. `make` writes it under another name first, so that it is never seen incomplete."""
     with FileLock(path.with_name(f".{path.name}.lock")):
         if not path.exists():
             aside = path.with_name(f".{path.name}.partial")
-            shutil.rmtree(aside, ignore_errors=True)  # that of a test that failed
+            shutil.rmtree(aside, ignore_errors=True)  # left by a failed test
             make(aside)
             aside.rename(path)
     return path

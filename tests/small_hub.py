@@ -13,48 +13,48 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 LFS_BYTES = 10_000
-"""Files of this size and more have a SHA-256, as those that git keeps elsewhere."""
+"""Size in bytes from which a file is an LFS file, with a SHA-256."""
 
 
 @dataclass
 class SmallHub:
-    """What it serves, how it misbehaves, and what it was asked."""
+    """The served folders, the simulated faults, and the recorded requests."""
 
     url: str = ""
     repositories: dict[str, Path] = field(default_factory=dict)
     """Folders by OWNER/NAME. Every change of a file is a new commit of the branch `main`."""
     gated: set[str] = field(default_factory=set)
-    """Repositories whose files nobody may read."""
+    """Repositories whose files cannot be read by anybody."""
     token: str | None = None
-    """The one token that is good; None: anybody may read."""
+    """The one valid token; None: anybody may read."""
     break_off: dict[str, list[int]] = field(default_factory=dict)
-    """By file name, after how many bytes the next answers break off."""
+    """Number of bytes after which the next answers break off, by file name."""
     corrupt: set[str] = field(default_factory=set)
-    """Files that come with another content than was announced."""
+    """Files served with other content than announced."""
     down: bool = False
     asked: list[tuple[str, str, str | None]] = field(default_factory=list)
-    """Method, path and Range of every request."""
+    """Method, path and Range header of every request."""
     agents: set[str] = field(default_factory=set)
 
     def downloads(self) -> list[tuple[str, str | None]]:
-        """File names and ranges of the files whose content was asked for."""
+        """Return names and ranges of the files whose content was requested."""
         return [(path.rpartition("/")[2], sent) for method, path, sent in self.asked if method == "GET" and "/resolve/" in path]
 
     def commit(self, name: str) -> str:
-        """Hash over all files."""
+        """Return a hash of all files as the commit."""
         digest = hashlib.sha1(name.encode())
         for path in self.files(name):
             digest.update(path.name.encode() + path.read_bytes())
         return digest.hexdigest()
 
     def files(self, name: str) -> list[Path]:
-        """All of a repository."""
+        """Return all files of a repository."""
         return sorted(path for path in self.repositories[name].rglob("*") if path.is_file())
 
 
 @contextmanager
 def serving() -> Iterator[SmallHub]:
-    """Runs a hub in a thread."""
+    """Run a hub in a thread."""
     hub = SmallHub()
 
     class Handler(_Handler):

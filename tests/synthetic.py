@@ -1,4 +1,4 @@
-"""Language model checkpoints of any configuration, with seeded random weights, in every form that is read; and recordings."""
+"""Language model checkpoints of any configuration, with seeded random weights, in every supported form; and recordings."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ PLAIN: dict[str, Any] = {
     "scale_codebook_embeddings": False,
     "norm_fastlayer_input": False,
 }
-"""Flat, with every switch off."""
+"""A flat config with every switch off."""
 
 EVERYTHING: dict[str, Any] = {
     **PLAIN,
@@ -70,11 +70,11 @@ EVERYTHING: dict[str, Any] = {
     "scale_codebook_embeddings": True,
     "norm_fastlayer_input": True,
 }
-"""Every switch on, and all sizes different."""
+"""A flat config with every switch on, and all sizes different."""
 
 
 def shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the flat form."""
+    """Return the shape of each tensor by its flat name."""
     dim, fast, width, vocabulary = (config[key] for key in ("dim", "fast_dim", "codebook_size", "vocab_size"))
     found = {"embeddings.weight": (vocabulary, dim), "codebook_embeddings.weight": (config["num_codebooks"] * width, dim)}
     if not config["tie_word_embeddings"]:
@@ -117,7 +117,7 @@ def _block_shapes(config: dict[str, Any], half: str) -> dict[str, tuple[int, ...
 
 
 def random_weights(config: dict[str, Any], seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
-    """Norms near 1, everything else near 0."""
+    """Return random weights: norms near 1, everything else near 0."""
     generator = torch.Generator().manual_seed(seed)
     return {
         name: (0.3 * torch.randn(shape, generator=generator) + ("norm" in name)).to(dtype)
@@ -126,7 +126,7 @@ def random_weights(config: dict[str, Any], seed: int = 0, dtype: torch.dtype = t
 
 
 def write_tokenizer(folder: Path, *, end: int = TEXT, semantic: bool = True, one: bool = False) -> None:
-    """One token a word; `end` is the id of <|im_end|>. Ids between the named ones are filled up.
+    """Write a tokenizer with one token a word; `end` is the id of <|im_end|>. Unnamed ids get filler tokens.
 
     one: a single semantic token stands for every frame.
     """
@@ -142,7 +142,7 @@ def write_tokenizer(folder: Path, *, end: int = TEXT, semantic: bool = True, one
 
 
 def write_tiktoken(folder: Path, control: list[str] | None) -> None:
-    """One token a byte, and the control tokens of a `special_tokens.json`; None: there is no such file."""
+    """Write a tokenizer with one token a byte. control: the tokens of a `special_tokens.json`; None: no such file."""
     lines = "\n".join(f"{b64encode(bytes([byte])).decode()} {byte}" for byte in range(256))
     (folder / "tokenizer.tiktoken").write_text(lines, encoding="utf-8")
     if control is not None:
@@ -150,7 +150,7 @@ def write_tiktoken(folder: Path, control: list[str] | None) -> None:
 
 
 def write_flat(folder: Path, config: dict[str, Any], weights: dict[str, Any]) -> Path:
-    """`dual_ar` config and model.pth."""
+    """Write a `dual_ar` config and model.pth."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     torch.save(weights, folder / "model.pth")
@@ -159,7 +159,7 @@ def write_flat(folder: Path, config: dict[str, Any], weights: dict[str, Any]) ->
 
 
 def nested_config(config: dict[str, Any]) -> dict[str, Any]:
-    """S2-Pro's form, in which scaled embeddings and a normed fast input go without saying."""
+    """Return a config in S2-Pro's form, which implies scaled embeddings and a normed fast input."""
     text = {
         key: value
         for key, value in config.items()
@@ -176,7 +176,7 @@ def nested_config(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def nested_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The names that S2-Pro's files use."""
+    """Return weights under the names of S2-Pro's files."""
 
     def nested(name: str) -> str:
         if name == "output.weight":
@@ -189,7 +189,7 @@ def nested_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def write_nested(folder: Path, config: dict[str, Any], weights: dict[str, Tensor], *, shards: int = 0) -> Path:
-    """S2-Pro's form, in one file or in shards; `weights` has flat names."""
+    """Write S2-Pro's form, in one file or in shards. weights: by flat names."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(nested_config(config)), encoding="utf-8")
     write_tokenizer(folder)
@@ -198,7 +198,7 @@ def write_nested(folder: Path, config: dict[str, Any], weights: dict[str, Tensor
 
 
 def write_safetensors(folder: Path, tensors: dict[str, Tensor], *, shards: int = 0) -> None:
-    """One file, or shards and their index."""
+    """Write one safetensors file, or shards and their index."""
     if not shards:
         save_file(tensors, folder / "model.safetensors")
         return
@@ -211,7 +211,7 @@ def write_safetensors(folder: Path, tensors: dict[str, Tensor], *, shards: int =
 
 
 def write_reference(checkpoint: Path, name: str, seconds: float = 0.5) -> None:
-    """A built-in voice of a checkpoint: seeded noise at 16 kHz and its words."""
+    """Write a built-in voice of a checkpoint: seeded noise at 16 kHz and its transcript."""
     folder = checkpoint / "references" / name
     folder.mkdir(parents=True)
     samples = np.random.default_rng(len(name)).uniform(-0.4, 0.4, int(16000 * seconds))
@@ -220,5 +220,5 @@ def write_reference(checkpoint: Path, name: str, seconds: float = 0.5) -> None:
 
 
 def millions(*modules: torch.nn.Module) -> float:
-    """Number of parameters in millions, to two places."""
+    """Return the number of parameters in millions, to two places."""
     return round(sum(p.numel() for module in modules for p in module.parameters()) / 1e6, 2)

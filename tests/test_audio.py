@@ -117,13 +117,13 @@ def test_encodings_that_cannot_be_seeked_are_read(container: str, encoding: str)
 
 
 VOICED = np.random.default_rng(1).standard_normal(RATE * 2).astype(np.float32) * np.repeat([0.001, 0.2], RATE)
-"""Quiet, then loud: the first frame of variable bit rate says little of the rest."""
+"""Quiet, then loud: with a variable bit rate, the first frame does not predict the length."""
 
 
 def test_mp3_of_variable_bit_rate_without_a_count_is_read_to_its_end() -> None:
     data = encoded("MP3", "MPEG_LAYER_III", VOICED, bitrate_mode="VARIABLE", compression_level=0.5)
     assert len(read_bytes(data)) == len(VOICED)
-    assert len(soundfile.read(io.BytesIO(data.replace(b"Xing", bytes(4))))[0]) != len(VOICED)  # the fault this is about
+    assert len(soundfile.read(io.BytesIO(data.replace(b"Xing", bytes(4))))[0]) != len(VOICED)  # libsndfile's estimate
     for tag in (b"", b"TAG" + bytes(125)):
         pcm = read_bytes(data.replace(b"Xing", bytes(4)) + tag)
         assert len(VOICED) <= len(pcm) <= len(VOICED) + 3 * 1152
@@ -264,7 +264,7 @@ def test_resampling_refuses_nonsense() -> None:
 
 @pytest.mark.parametrize(("rate", "target", "samples"), [(48000, 8000, 1), (8000, 44100, 1), (44101, 44100, 7), (3, 2, 100)])
 def test_resampling_takes_any_rates_and_lengths(rate: int, target: int, samples: int) -> None:
-    """Each new sample stands inside the old ones, rounded up; a constant stays one in the middle."""
+    """The number of samples is scaled and rounded up; a constant stays constant away from the ends."""
     flat = resample(np.full(samples, 0.5, np.float32), rate, target)
     assert len(flat) == -(-samples * target // rate)
     if samples == 100:

@@ -1,4 +1,4 @@
-"""`fishrt bench` on the embedded voice. No test asserts a time: a busy machine has none to rely on."""
+"""`fishrt bench` on the embedded voice. No test asserts a time, which a busy machine would change."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ ENTRIES = {
 
 @pytest.fixture(scope="module")
 def measured() -> dict[str, Any]:
-    """By the command, which is how everybody measures."""
+    """The JSON result of the command."""
     result = run("bench", "--json", "--frames", "3", "--threads", "1")
     assert result.exit_code == 0, result.output
     return json.loads(result.stdout)
@@ -106,7 +106,7 @@ def test_the_table_has_units():
 
 
 def test_tables_are_not_read_whole():
-    """Embeddings are most of what lies beside the small slow AR, in 16 bits; steps compute in 32."""
+    """Only some rows of embedding tables count as read. The file stores weights in 16 bits; products read 32 bits."""
     bundle = Bundle.load(embedded_bundle())
     graph = bundle.file(bundle.manifest.graphs["slow_ar"].file)
     assert 0 < bytes_read(graph) < 2 * graph.with_name(f"{graph.name}.data").stat().st_size

@@ -1,4 +1,4 @@
-"""benchmarks/gpu.py on a CPU: all of it runs, the record is whole, and it outlives what fails. No test asserts a time."""
+"""benchmarks/gpu.py on a CPU: all parts run, the record is complete, and failures do not end it. No test asserts a time."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def run_gpu(*arguments: object) -> Any:
 
 @pytest.fixture(scope="module")
 def folders(tiny_checkpoint, tiny_bundle, tmp_path_factory) -> tuple[Path, Path]:
-    """Checkpoint and bundle where the program looks for them."""
+    """Checkpoint and bundle in the folders where the program looks for them."""
     checkpoints, bundles = tmp_path_factory.mktemp("checkpoints"), tmp_path_factory.mktemp("bundles")
     (checkpoints / "s2").symlink_to(tiny_checkpoint)
     (bundles / "s2-fp32").symlink_to(tiny_bundle.path)
@@ -57,7 +57,7 @@ def folders(tiny_checkpoint, tiny_bundle, tmp_path_factory) -> tuple[Path, Path]
 
 @pytest.fixture(scope="module")
 def smoke(folders, tmp_path_factory) -> dict[str, Any]:
-    """The record of `--smoke`, which is the whole program on a CPU. The bundle is there: making one takes most of a minute."""
+    """The record of `--smoke`, the whole program on a CPU. The bundle exists already, since an export takes most of a minute."""
     out = tmp_path_factory.mktemp("out") / "gpu.json"
     checkpoints, bundles = folders
     options = ("--smoke", "--provider", "cpu", "--family", "s2", "--out", out)
@@ -158,7 +158,7 @@ def test_figures_agree_with_each_other(bundle_record, tiny_bundle):
 def test_the_compiler_takes_the_peer_whole(bundle_record):
     compiler = bundle_record["turns"]["compiled"]["1"]["compiler"]
     assert compiler["graph_breaks"] == 0
-    assert compiler["graphs"] == 2  # a step and a frame; more would mean that something was compiled anew
+    assert compiler["graphs"] == 2  # a step and a frame; more would mean a recompilation
 
 
 @pytest.mark.skipif(find_obstacle("cuda") is None, reason="there is a device here")
@@ -170,7 +170,7 @@ def test_without_a_device_it_says_so(tmp_path):
 
 
 class FakeProcesses:
-    """In place of `_Run.findings` and `_Run.process`: counts, and fails where it is told to."""
+    """A replacement of `_Run.findings` and `_Run.process` that counts calls, and fails on request."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, fails: tuple[str, ...] = (), interrupted: str | None = None) -> None:
         self.fails, self.interrupted, self.asked = fails, interrupted, list[str]()
@@ -328,7 +328,7 @@ def test_a_difference_is_told(tiny_bundle, monkeypatch):
 
 
 def test_results_that_stay_on_a_device_are_measured(tiny_bundle, tiny_checkpoint, tmp_path, monkeypatch):
-    """On a simulated device, see fake_cuda: a language model in float16, the frame graph, captured runs."""
+    """The device is simulated (see fake_cuda): a language model in float16, the frame graph, captured runs."""
     fake = FakeCuda(monkeypatch)
     monkeypatch.setattr("fishrt.tts.resolve_provider", lambda name: name)
     monkeypatch.setattr(gpu_process, "gpus", lambda: fake.devices)

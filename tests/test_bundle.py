@@ -1,4 +1,4 @@
-"""Bundles that are not what they should be are refused, and the error says where."""
+"""Faulty bundles are refused, and the error names the place."""
 
 from __future__ import annotations
 
@@ -186,7 +186,7 @@ def test_a_manifest_that_is_not_text(folder: Path) -> None:
 
 
 def test_a_path_that_is_no_bundle(tmp_path: Path) -> None:
-    """Without Python's words for it, and with the next step."""
+    """The error has no text of Python's exceptions, and a hint."""
     checkpoint, file = tmp_path / "my checkpoint", tmp_path / "file"
     checkpoint.mkdir()
     (checkpoint / "config.json").touch()

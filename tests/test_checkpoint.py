@@ -1,4 +1,4 @@
-"""Every form of a checkpoint is read to the same weights, and what does not fit is refused, all of it at once."""
+"""Every form of a checkpoint is read to the same weights; an error lists all faults at once."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ NESTED = {**EVERYTHING, "tie_word_embeddings": True}
 
 
 def open_flat(folder: Path) -> LanguageModelSource:
-    """Without regard to fields that this family's own config would have."""
+    """Open a flat checkpoint as S2, without identification by its config."""
     return open_language_model(folder, family="s2")
 
 
@@ -153,7 +153,7 @@ def test_tensors_of_no_part_are_left_out(tmp_path: Path, caplog: pytest.LogCaptu
 @pytest.mark.parametrize("single", ["model.safetensors", None])
 @pytest.mark.parametrize("pickled", ["model.pth", None])
 def test_several_sets_of_weights_are_named(tmp_path: Path, single: str | None, pickled: str | None) -> None:
-    """Of which the first was taken once, whichever of them the user had trained."""
+    """The user must choose: an arbitrary choice could ignore the trained weights."""
     weights = random_weights(NESTED)
     write_nested(tmp_path, NESTED, weights, shards=2)
     if single:
@@ -404,7 +404,7 @@ def put(path: Path, content: Any) -> None:
 
 
 def refusal(folder: Path, **options: Any) -> str:
-    """The message and the hint of an error. No words of torch or of the system are passed on."""
+    """Return the message and the hint of an error, which contain no words of torch or of the system."""
     with pytest.raises(ExportError) as caught:
         open_language_model(folder, **options)
     text = f"{caught.value} {caught.value.hint}"

@@ -1,4 +1,4 @@
-"""Every form of a codec file is read to the same weights, and what does not fit is refused."""
+"""Every form of a codec file is read to the same weights, and faulty ones are refused."""
 
 from __future__ import annotations
 
@@ -54,12 +54,12 @@ def edit_config(folder: Path, edit: Callable[[dict[str, Any]], object]) -> None:
 
 
 def copied(source: CodecSource) -> dict[str, torch.Tensor]:
-    """The weights as they are now: a source maps the file, which these tests write again."""
+    """Return a copy of the weights: a source maps the file, which these tests overwrite."""
     return {name: tensor.clone() for name, tensor in source.weights.items()}
 
 
 def with_strays(weights: dict[str, Any]) -> dict[str, Any]:
-    """What the originals' files have held besides the codec."""
+    """Add tensors that official files contain in addition to the codec."""
     of_template = {"head.noise_convs.0.weight": torch.ones(1)} if "backbone.norm.weight" in weights else {}
     return {
         **weights,

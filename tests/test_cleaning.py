@@ -1,4 +1,4 @@
-"""Cleaning and punctuation splitting on rules small enough to follow by hand; the originals' are in test_parity_prompt.py."""
+"""Cleaning and punctuation splitting with small rules; the originals' rules are in test_parity_prompt.py."""
 
 from __future__ import annotations
 

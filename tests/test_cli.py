@@ -444,7 +444,7 @@ def test_a_piece_that_was_cut_off_is_a_warning(fake):
 
 
 def run_in_shell(line: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    """A line of sh in which `$fishrt` is the command, with a TTS that only says what it was asked."""
+    """Run a line of sh in which `$fishrt` is the command with a FakeTts."""
     script = folder / "fake_fishrt.py"
     script.write_text(
         "import sys\n"
@@ -526,7 +526,7 @@ FULL = "/dev/full"
     ],
 )
 def test_a_standard_output_that_is_full(fake, recording, monkeypatch, capsys, command):
-    """Whatever is written there: audio, codes, JSON, text, help."""
+    """The error is the same for audio, codes, JSON, text and help."""
     np.save("codes.npy", np.ones((4, 3), np.int64))
     with Path(FULL).open("w") as full:
         monkeypatch.setattr(sys, "stdout", full)
@@ -625,7 +625,7 @@ def test_a_signal_that_ends_the_process_leaves_no_partial_file(tmp_path, name):
 
 
 ODD = os.fsdecode("dé😀".encode() + b"\xff")
-"""A path that is not UTF-8, and that few encodings have."""
+"""A path that is not UTF-8, with characters that few encodings have."""
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "latin-1", "ascii"])
@@ -647,7 +647,7 @@ ODD = os.fsdecode("dé😀".encode() + b"\xff")
     ],
 )
 def test_paths_that_no_encoding_has(fake, recording, encoding, command, status):
-    """JSON objects and messages, of success and failure, repeat them; none of them ends in an error of its own."""
+    """JSON objects and messages contain such paths without a further error, on success and on failure."""
     odd_bundle = fake.bundle.path.with_name(ODD)
     fake.bundle.path.rename(odd_bundle)
     fake.bundle = replace(fake.bundle, path=odd_bundle)
@@ -659,7 +659,7 @@ def test_paths_that_no_encoding_has(fake, recording, encoding, command, status):
 
 
 def test_json_of_a_process_has_a_path_that_is_not_utf8(tmp_path):
-    """The runner above is not what users start."""
+    """In a real process: the runner of the other tests replaces the streams."""
     line = "PYTHONIOENCODING=utf-8:strict $fishrt speak Hi. --json -o \"$(printf 'a\\377.wav')\""
     done = run_in_shell(line, tmp_path)
     assert (done.returncode, done.stderr) == (0, "")

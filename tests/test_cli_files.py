@@ -431,7 +431,7 @@ def test_doctor_reports_a_broken_audio_library():
 
 
 def test_looking_at_a_bundle_loads_no_engine(tmp_path):
-    """In a process of its own, with the engines' libraries made impossible to import."""
+    """In its own process, in which the engines' libraries cannot be imported."""
     folder = bundle_folder(tmp_path / "b").path
     code = (
         "import sys; sys.modules.update(torch=None, onnxruntime=None, onnx=None)\n"

@@ -1,4 +1,4 @@
-"""What export and inspect say: time left, errors in words, a graph for some CPUs only."""
+"""Texts of export and inspect: time left, errors in words, a graph for some CPUs only."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ progress = sys.modules["fishrt.cli.progress"]
 
 
 class Clock:
-    """Stands for the module `time`."""
+    """A replacement of the module `time`."""
 
     now = 100.0
 

@@ -1,4 +1,4 @@
-"""The codec's decoder with convolutions in 8 bits: what is made, how near it is, and when it is used."""
+"""The codec's decoder with convolutions in 8 bits: its graph, its error, and its use."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ FILE = "codec_decode_int8.onnx"
 
 @pytest.fixture(scope="module")
 def bundle(tiny_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """S2's, with the graph."""
+    """S2's bundle with the graph in 8 bits."""
     folder = Path(shutil.copytree(tiny_bundle.path, tmp_path_factory.mktemp("int8") / "bundle"))
     manifest = tiny_bundle.manifest
     int8.write_int8(folder, manifest.graphs["codec_decode"], manifest.codec.codebook_sizes)
@@ -47,7 +47,7 @@ def bundle(tiny_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Bun
 
 @pytest.fixture(scope="module")
 def exact(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """The same, with products that are exact on this CPU, whether it has VNNI or not."""
+    """The same bundle, with exact products on every CPU, with VNNI or without."""
     folder = Path(shutil.copytree(bundle.path, tmp_path_factory.mktemp("exact") / "bundle"))
     model = ir.load(folder / FILE)
     int8.make_exact(model)
@@ -56,7 +56,7 @@ def exact(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 
 def listed(folder: Path, bundle: Bundle) -> Bundle:
-    """With the files that are there now."""
+    """Return the bundle with a manifest of its present files."""
     manifest = replace(bundle.manifest, files=dict(describe_files(folder)))
     (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
     return Bundle.load(folder)
@@ -100,7 +100,7 @@ def test_all_blocks_but_the_last_are_in_integers(bundle: Bundle, s2_model: Golde
 
 
 def test_floats_are_those_of_the_portable_graph(bundle: Bundle) -> None:
-    """In its file, not once more."""
+    """They stay in its file, and are not stored again."""
     graph = onnx.load(bundle.file(FILE), load_external_data=False).graph
     places = {t.name: {e.key: e.value for e in t.external_data}["location"] for t in graph.initializer if t.external_data}
     assert set(places.values()) == {"codec_decode.onnx.data", f"{FILE}.data"}
@@ -111,7 +111,7 @@ def test_floats_are_those_of_the_portable_graph(bundle: Bundle) -> None:
 
 @pytest.mark.usefixtures("vnni")
 def test_the_sound_is_as_near_as_the_report_says(exact: Bundle, tiny_bundle: Bundle) -> None:
-    """On every CPU: the exporter's figures do not come from products that saturate."""
+    """On every CPU: the report is not measured with saturating products."""
     report = report_of(exact)
     assert 20 < report.least_snr_db <= report.snr_db < 60
     ratios = []
@@ -128,7 +128,7 @@ def test_exact_products_are_those_of_vnni(bundle: Bundle, exact: Bundle) -> None
 
 
 def test_products_are_exact(tmp_path: Path) -> None:
-    """Of the largest numbers, two of which do not fit into 16 bits: 64 · 3 · 255 · 127 = 31,090 · 200."""
+    """Products of the largest numbers, whose sum of two does not fit into 16 bits: 64 · 3 · 255 · 127 = 31,090 · 200."""
     weight, sizes = np.full((8, 64, 3), 127, np.int8), {"x": (1, 64, 8), "y": (1, 8, 6)}
     inputs = {"scale": np.float32(1), "zero": np.uint8(0), "weight": weight, "weights": np.float32(1), "zeros": np.int8(0)}
     inputs |= {"made": np.float32(64 * 3 * 255 * 127 / 200), "none": np.uint8(0)}
@@ -147,7 +147,7 @@ def test_products_are_exact(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("vnni")
 def test_any_chunks_are_as_near(exact: Bundle) -> None:
-    """Where the float parts round otherwise, an integer may be the next one, so that they are not equal."""
+    """Results are not equal, since other roundings in float parts can change an integer by 1."""
     codes, engine = random_codes(exact, 40, 9), decoder(exact)
     whole = decoded(engine, exact, codes)
     for chunks in ((4, 16, 16, 4), (1, 2, 30, 7), (1,) * 40):

@@ -148,10 +148,10 @@ WINDOWED = replace(CODEC, max_frames=30, context=DecodeContext(LEFT, AHEAD))
 
 
 def windowed_engine() -> FakeEngine:
-    """Decodes each frame to a number that only it, the LEFT frames before it and the AHEAD frames after it make."""
+    """Return an engine whose result for a frame depends on it, the LEFT frames before and the AHEAD frames after it only."""
 
     def decode(feeds: Mapping[str, np.ndarray], state: None) -> dict[str, np.ndarray]:
-        first = feeds["codes"][0, 0] + 1.0  # past the ends is something else than code 0
+        first = feeds["codes"][0, 0] + 1.0  # distinguishes code 0 from frames past the ends
         around = np.pad(first, (LEFT, AHEAD))
         weights = 10.0 ** np.arange(LEFT + 1 + AHEAD)
         frames = [around[t : t + len(weights)] @ weights for t in range(len(first))]
@@ -163,7 +163,7 @@ def windowed_engine() -> FakeEngine:
 @settings(deadline=None)
 @given(st.lists(st.integers(1, 9), max_size=8))
 def test_a_stream_gives_what_decoding_gives(chunks: list[int]) -> None:
-    """Exactly, for every way to cut; each frame as soon as those ahead of it are there; and it keeps only what it needs."""
+    """Results are equal for every cut; a frame is decoded once AHEAD frames follow; and only needed frames are kept."""
     codes = np.random.default_rng(1).integers(0, 8, (3, sum(chunks)))
     engine, heard, given_frames = windowed_engine(), 0, []
     stream = OverlapStream(engine, WINDOWED)
@@ -205,7 +205,7 @@ def test_missing_rows_are_absent_in_a_stream_too() -> None:
 
 
 def test_long_codes_are_decoded_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Never more frames at once than pay, whatever is pushed; and the last part needs no other call to be flushed."""
+    """No call decodes more frames than the limit, and flushing needs no further call."""
     monkeypatch.setattr("fishrt.codec._MOST_FRAMES", 10)
     long = replace(WINDOWED, max_frames=70)
     codes, engine = np.random.default_rng(2).integers(0, 8, (3, 70)), windowed_engine()
@@ -218,7 +218,7 @@ def test_long_codes_are_decoded_in_parts(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def counting_engine(*, positions: bool) -> FakeEngine:
-    """Decodes each frame to the sum of the codes of its first row so far in the state; and checks the positions."""
+    """Return an engine that decodes a frame to the running sum of first-row codes, and checks the positions."""
     spec = fake_engines(language_model(), CODEC)["codec_decode"].spec
     total = TensorSpec("columns.0", "float32", ("batch", 1, 1))
     position_ids = (TensorSpec("position_ids", "int64", ("batch", "frames")),) if positions else ()

@@ -51,7 +51,7 @@ def test_upstreams_behaviour_begins_from_zeros(tts: TTS) -> None:
     literal = tts.decode(said.codes, upstream_compat=True)
     assert level(literal, tts.sample_rate) > -30
     assert level(tts.speak("Good morning.", seed=1, max_frames=4, upstream_compat=True).pcm, tts.sample_rate) > -30
-    # The same sound otherwise.
+    # The rest of the audio is equal.
     hop = tts.bundle.manifest.codec.hop
     np.testing.assert_allclose(literal[2 * hop :], ours[2 * hop :], rtol=0, atol=1e-3)
 
@@ -62,7 +62,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def replaced(folder: Path) -> Bundle:
-    """The bundle, with the file that lies there now listed."""
+    """Return the bundle with a manifest of its present file."""
     data = json.loads((folder / MANIFEST).read_text())
     file = folder / CODEC_START
     data["files"][CODEC_START] = {"bytes": file.stat().st_size, "sha256": sha256(file)}
@@ -106,6 +106,6 @@ def test_export_writes_it_where_there_is_a_tick(folder: Path, tiny_bundle: Bundl
         for name, array in shipped.items():
             np.testing.assert_allclose(written[name], array, rtol=1e-3, atol=1e-3)
 
-    noisy = Path(shutil.copytree(tiny_bundle.path, tmp_path / "noisy"))  # its silence is noise, and begins as it goes on
+    noisy = Path(shutil.copytree(tiny_bundle.path, tmp_path / "noisy"))  # its silence is noise from the first sample on
     write_start(noisy, tiny_bundle.manifest.graphs, tiny_bundle.manifest.codec)
     assert not (noisy / CODEC_START).exists()

@@ -1,4 +1,4 @@
-"""Decoding while codes come, through exported graphs: nothing but rounding differs from decoding them at once."""
+"""Streamed decoding through exported graphs: only rounding differs from decoding at once."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def random_codes(codec: Codec, frames: int, seed: int) -> np.ndarray:
 
 
 def decoded_at_once(engine: Engine, codes: np.ndarray) -> np.ndarray:
-    """By one call of the graph."""
+    """Return the audio of one call of the graph."""
     feeds = {"codes": codes[None], "position_ids": np.arange(codes.shape[1])[None]}
     state = engine.new_state(batch=1) if engine.spec.states else None
     return engine.run({t.name: feeds[t.name] for t in engine.spec.feeds}, state)["audio"][0, 0].copy()
@@ -54,7 +54,7 @@ def test_any_chunks_give_the_whole(engine: Engine, codec: Codec, chunks: list[in
 
 
 def test_frames_one_by_one_give_the_whole(engine: Engine, codec: Codec) -> None:
-    """For longer than any layer looks back."""
+    """The codes are longer than any layer's context."""
     codes = random_codes(codec, 60, 7)
     stream = CodecDecoder(engine, codec).stream()
     pcm = np.concatenate([*(stream.push(codes[:, t : t + 1]) for t in range(60)), stream.flush()])
@@ -62,7 +62,7 @@ def test_frames_one_by_one_give_the_whole(engine: Engine, codec: Codec) -> None:
 
 
 def test_decoding_is_a_stream(engine: Engine, codec: Codec) -> None:
-    """Of more frames than go into one call."""
+    """The codes have more frames than one call takes."""
     codes = random_codes(codec, 200, 8)
     decoder = CodecDecoder(engine, codec)
     assert codes.shape[1] > decoder.chunk_frames[1]
@@ -70,7 +70,7 @@ def test_decoding_is_a_stream(engine: Engine, codec: Codec) -> None:
 
 
 def test_a_state_that_is_lost_is_heard(engine: Engine, codec: Codec) -> None:
-    """The measure above can fail: for every tensor of the state."""
+    """The tests above can fail: without any one tensor of the state, the audio differs."""
     if not engine.spec.states:
         pytest.skip("this codec is decoded without a state")
     codes = random_codes(codec, 40, 8)
@@ -85,7 +85,7 @@ def test_a_state_that_is_lost_is_heard(engine: Engine, codec: Codec) -> None:
 
 
 def test_less_context_is_heard(engine: Engine, codec: Codec) -> None:
-    """The measure above can fail."""
+    """The tests above can fail: with less context, the audio differs."""
     if engine.spec.states:
         pytest.skip("this codec is decoded with a state")
     codes = random_codes(codec, 40, 8)
@@ -98,7 +98,7 @@ def test_less_context_is_heard(engine: Engine, codec: Codec) -> None:
 
 
 def test_rows_of_a_batch_may_stand_at_different_positions(engine: Engine, codec: Codec) -> None:
-    """The graph's own contract: a row that begins with the state of zeros beside one that is further on."""
+    """One row begins with a state of zeros, the other continues."""
     if "position_ids" not in {t.name for t in engine.spec.feeds}:
         pytest.skip("this codec has no positions")
     early, late = random_codes(codec, 30, 9), random_codes(codec, 50, 10)

@@ -1,4 +1,4 @@
-"""Checkpoints of any legal sizes, of every family: they are identified, and modules, graphs and bundles are as the rules say.
+"""Checkpoints of any legal sizes, of every family: they are identified, and modules, graphs and bundles follow the rules.
 
 The sizes are drawn from a seeded generator: odd widths, one layer, groups of heads, one codebook, padded vocabularies, fields
 that are absent or null.
@@ -49,7 +49,7 @@ FIRST = 256
 
 
 def random_config(name: str, rng: np.random.Generator) -> dict[str, Any]:
-    """The sizes of a language model of this family, in flat names, with a value for every field that counts or not."""
+    """Return random sizes of a language model of this family by flat names, with a value for every field."""
     old = "head_dim" not in FAMILIES[name].honours
 
     def flag() -> bool:
@@ -91,7 +91,7 @@ def random_config(name: str, rng: np.random.Generator) -> dict[str, Any]:
 
 
 def write_checkpoint(folder: Path, name: str, config: dict[str, Any], rng: np.random.Generator) -> dict[str, torch.Tensor]:
-    """The family's form: its files, the fields of its release, and those that are the slow AR's null, absent or spelled out.
+    """Write a checkpoint in the family's form. Fields that default to the slow AR's are null, absent or given.
 
     Sets the vocabulary of `config`, from as large as the tokenizer to four times as large. Returns the weights.
     """
@@ -114,7 +114,7 @@ def write_checkpoint(folder: Path, name: str, config: dict[str, Any], rng: np.ra
     if name == "s1":
         del written["share_codebook_embeddings"]
     else:
-        written["head_dim"] = 64  # which no code of that time reads
+        written["head_dim"] = 64  # ignored by the original code of this family
     for field in [field for field in written if field.startswith("fast_")]:
         if written[field] == config[field.removeprefix("fast_")] and rng.integers(2):
             written[field] = None
@@ -129,7 +129,7 @@ def write_checkpoint(folder: Path, name: str, config: dict[str, Any], rng: np.ra
 
 
 def expected_ids(name: str) -> tuple[range, int]:
-    """The semantic tokens and the end token of `write_checkpoint`."""
+    """Return the ids of the semantic tokens and of the end token in `write_checkpoint`."""
     if name == "1.5":
         return range(FIRST + 12, FIRST + 12 + 1024), FIRST + 4
     if name == "s1":
@@ -146,7 +146,7 @@ def random_prompt(config: dict[str, Any], semantic: range, length: int) -> np.nd
 
 
 def assert_as_the_rules_say(source: LanguageModelSource, config: dict[str, Any], weights: dict[str, torch.Tensor]) -> None:
-    """The torch modules against a plain numpy model that was written from the rules."""
+    """Compare the torch modules with `reference_lm`, a numpy model that is written from the rules."""
     assert source.problems() == []
     exact = {name: tensor.double().numpy() for name, tensor in weights.items()}
     if not config.get("share_codebook_embeddings", True):  # all codebooks look into the rows of the first
@@ -177,7 +177,7 @@ def assert_as_the_rules_say(source: LanguageModelSource, config: dict[str, Any],
 
 
 def error(found: torch.Tensor, expected: np.ndarray) -> float:
-    """The largest difference, in proportion where the numbers are larger than 1: random weights make some of hundreds."""
+    """Return the largest absolute difference for values up to 1, relative for larger ones: random weights give hundreds."""
     return float(np.abs(found.numpy() - expected).max() / max(1.0, np.abs(expected).max()))
 
 
@@ -224,7 +224,7 @@ def test_language_models_of_any_sizes(tmp_path: Path, name: str, seed: int) -> N
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "head"), [("s2", "audio"), ("s1", "full"), ("1.4", "audio")])
 def test_graphs_of_any_sizes(tmp_path: Path, name: str, head: str) -> None:
-    """Against the torch modules. The other families follow below, in whole bundles."""
+    """Graphs equal the torch modules. Whole bundles below cover the other families."""
     rng = np.random.default_rng([*name.encode()])
     write_checkpoint(tmp_path, name, random_config(name, rng) | {"n_layer": 1, "n_fast_layer": 1}, rng)
     for job in open_language_model(tmp_path, codec=FAMILIES[name].codec).jobs(head):
@@ -236,7 +236,7 @@ def test_graphs_of_any_sizes(tmp_path: Path, name: str, head: str) -> None:
 
 
 def random_dac(rng: np.random.Generator) -> dict[str, Any]:
-    """The sizes of a DAC codec: channels that cannot be halved evenly, codebooks of any size."""
+    """Return random sizes of a DAC codec: odd channels, codebooks of any size."""
     rates = [int(rate) for rate in rng.integers(2, 5, int(rng.integers(1, 4)))]
     width = int(rng.integers(3, 7))
     dim = width * 2 ** len(rates)
@@ -275,7 +275,7 @@ def random_dac(rng: np.random.Generator) -> dict[str, Any]:
 
 
 def random_firefly(rng: np.random.Generator, *, causal: bool) -> dict[str, Any]:
-    """The sizes of a Firefly codec: channels that cannot be halved evenly, windows and kernels of any size that works."""
+    """Return random sizes of a Firefly codec: odd channels, windows and kernels of any valid size."""
     rates = [int(rate) for rate in rng.integers(2, 5, int(rng.integers(1, 4)))]
     groups, hop = int(rng.integers(1, 4)), math.prod(rates)
     levels = [int(level) for level in rng.integers(2, 7, int(rng.integers(1, 4)))]
@@ -313,7 +313,7 @@ def random_firefly(rng: np.random.Generator, *, causal: bool) -> dict[str, Any]:
 
 
 def write_codec(folder: Path, kind: str, config: dict[str, Any], dtype: torch.dtype = torch.float32) -> CodecSource:
-    """With random weights, in the official layout."""
+    """Write a codec with random weights in the official layout."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "codec_config.json").write_text(json.dumps(config), encoding="utf-8")
     torch.manual_seed(0)
@@ -329,7 +329,7 @@ def write_codec(folder: Path, kind: str, config: dict[str, Any], dtype: torch.dt
 @pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize("kind", ["dac", "firefly", "centred firefly"])
 def test_codecs_of_any_sizes(tmp_path: Path, kind: str, seed: int) -> None:
-    """Every frame of codes is one hop of samples, and a stream is the whole; where every layer is causal, so are its prefixes."""
+    """A frame is one hop of samples, and a stream equals the whole. In a causal codec, audio of a prefix is a prefix."""
     rng = np.random.default_rng([seed, len(kind)])
     config = random_dac(rng) if kind == "dac" else random_firefly(rng, causal=kind == "firefly")
     source = write_codec(tmp_path, kind, config)
@@ -365,7 +365,7 @@ def test_codecs_of_any_sizes(tmp_path: Path, kind: str, seed: int) -> None:
     [("dac", 72, [36, 18, 9, 4]), ("firefly", 80, [40, 20, 10, 5, 2])],
 )
 def test_channels_are_halved_rounding_down(kind: str, channels: int, widths: list[int]) -> None:
-    """As the original does where they are odd."""
+    """Odd channels are halved as in the original."""
     rng = np.random.default_rng(0)
     rates = [2] * len(widths)
     if kind == "dac":
@@ -389,7 +389,7 @@ def test_channels_are_halved_rounding_down(kind: str, channels: int, widths: lis
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "kind", "head"), [("1.5", "firefly", "audio"), ("1.2", "centred firefly", "full")])
 def test_bundles_of_any_sizes_speak(tmp_path: Path, name: str, kind: str, head: str) -> None:
-    """The export verifies every graph against its module; the manifest is checked where the bundle is loaded."""
+    """The export verifies every graph against its module, and loading checks the manifest."""
     rng = np.random.default_rng([*name.encode()])
     folder, out = tmp_path / "checkpoint", tmp_path / "bundle"
     source = write_codec(folder, kind, random_firefly(rng, causal=kind == "firefly"), dtype=torch.float16)

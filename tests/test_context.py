@@ -1,4 +1,4 @@
-"""What the slow AR has read is not read again, and gives what reading it all gives."""
+"""The slow AR does not read a known context again, and gives the same results."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ROWS = 1 + LM.num_codebooks
 
 @pytest.fixture
 def engine() -> FakeEngine:
-    """Writes main tokens into its cache. `hidden` is what the cache holds up to the last column: sum, weighted sum, rows."""
+    """Return an engine that caches main tokens. `hidden` is their sum, weighted sum and number up to the last column."""
     spec = specs(LM, manifest().codec)["slow_ar"]
 
     def run(feeds: Mapping[str, Array], state: FakeState) -> dict[str, Array]:
@@ -126,7 +126,7 @@ def test_keys_and_values_of_another_graph_are_refused(engine: FakeEngine) -> Non
 
 
 def test_real_keys_and_values_are_restored(s2_model: GoldenModel) -> None:
-    """They give what reading the head gave, bit for bit, and what reading all at once gives, but for rounding."""
+    """Results equal those after reading the head bit for bit, and those of reading all at once up to rounding."""
     engine, codebooks = s2_model.engine("slow_ar", specialise=True), s2_model.lm.config.num_codebooks
     rng = np.random.default_rng(5)
     head, rest = (np.zeros((1 + codebooks, length), np.int64) for length in (9, 4))

@@ -1,6 +1,6 @@
-"""Graphs for CoreML: equal to the portable ones, counted by ONNX Runtime's checker, and run as provider coreml would run them.
+"""Graphs for CoreML: equal to the portable ones, accepted by ONNX Runtime's checker, and run as by provider coreml.
 
-There is no Mac here: FakeCoreMl takes what ONNX Runtime's provider would be given, and runs it on the CPU. A simulation.
+FakeCoreMl simulates ONNX Runtime's provider: it takes the same arguments, and runs graphs on the CPU.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ COREML = "CoreMLExecutionProvider"
 
 
 class FakeCoreMl:
-    """ONNX Runtime on a Mac, as far as its Python tells: sessions remember their providers, and run on the CPU."""
+    """A simulation of ONNX Runtime on a Mac: sessions record their providers, and run on the CPU."""
 
     def __init__(self, *, starts: bool = True) -> None:
         self.asked: dict[str, Any] = {}
@@ -90,12 +90,12 @@ def pretend(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fake: FakeCoreMl) -
 
 @pytest.fixture(scope="module")
 def static_bundle(tiny_bundle: Bundle, s2_model: GoldenModel, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """S2's, with static graphs. Not to be written to."""
+    """S2's bundle with static graphs. Do not write to it."""
     return with_static(s2_model, tmp_path_factory.mktemp("static") / "bundle")
 
 
 def static_engine(bundle: Bundle) -> StaticEngine:
-    """Its codec_decode in fixed lengths, without a provider that is called CoreML."""
+    """Return codec_decode in fixed lengths on the CPU."""
     found = read_static(bundle)
     assert found is not None
     specs = {graph.frames: (graph.front, graph.back) for graph in found.codec_decode}
@@ -108,7 +108,7 @@ def static_engine(bundle: Bundle) -> StaticEngine:
 
 
 def feeds_of(spec: GraphSpec, frames: int, start: int, seed: int) -> dict[str, Array]:
-    """Random codes of 1024 entries or fewer, with one that is none and one past the end."""
+    """Return random codes below 1024, with one of −1 and one past the end of its codebook."""
     books = spec.feeds[0].shape[1]
     assert isinstance(books, int)
     codes = np.random.default_rng(seed).integers(0, 16, (1, books, frames))
@@ -150,7 +150,7 @@ def test_so_do_those_of_a_firefly(models: Any, tmp_path: Path) -> None:
 
 
 def with_static(model: GoldenModel, folder: Path) -> Bundle:
-    """A copy of the bundle, with static graphs."""
+    """Return a copy of the bundle with static graphs."""
     shutil.copytree(model.bundle.path, folder)
     job = next(job for job in model.codec.jobs() if job.role == "codec_decode")
     manifest = model.bundle.manifest
@@ -159,7 +159,7 @@ def with_static(model: GoldenModel, folder: Path) -> Bundle:
 
 
 def listed(folder: Path, bundle: Bundle) -> Bundle:
-    """With all files that are there in the manifest."""
+    """Return the bundle with a manifest of its present files."""
     manifest = replace(bundle.manifest, files=dict(describe_files(folder)))
     (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
     return Bundle.load(folder)
@@ -197,7 +197,7 @@ def is_external(value: ir.Value) -> bool:
 
 
 def test_the_checker_counts_what_coreml_lacks(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With one replacement missing."""
+    """It reports the operators of a graph with one replacement left out."""
     monkeypatch.delitem(primitives._REPLACEMENTS, "RMSNormalization")
     model = ir.load(tiny_bundle.file("codec_decode.onnx"))
     to_primitives(model, {"batch": 1, "frames": 4})
@@ -306,7 +306,7 @@ def test_a_damaged_description_is_refused(static_bundle: Bundle, tmp_path: Path,
 
 
 def test_export_adds_them(tiny_checkpoint: Path, tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """To graphs that were traced before."""
+    """Static graphs are added to traced ones."""
 
     def made_before(jobs: list[GraphJob], folder: Path, _progress: object) -> dict[str, Made]:
         for job in jobs:
@@ -348,7 +348,7 @@ def test_a_centred_codec_and_an_unknown_target_are_refused_at_once(models: Any, 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["s2-pro", "fish-1.5"])
 def test_steps_of_the_language_model_in_primitives_are_the_portable_ones(models: Any, tmp_path: Path, family: str) -> None:
-    """Both kinds of attention heads, and norms of queries and keys, are among them."""
+    """The families cover both kinds of attention heads, and norms of queries and keys."""
     model: GoldenModel = models(find_golden(None, family))
     for role, dims in (("slow_ar", {"batch": 1, "cache": 12}), ("fast_ar", {"batch": 1})):
         portable = model.engine(role)
@@ -367,7 +367,7 @@ def test_steps_of_the_language_model_in_primitives_are_the_portable_ones(models:
 
 
 class Lowered:
-    """A graph in primitives, both of its parts, on the CPU."""
+    """Both parts of a graph in primitive operators, on the CPU."""
 
     def __init__(self, file: Path, sizes: Mapping[str, int], folder: Path) -> None:
         model = ir.load(file)
@@ -388,7 +388,7 @@ class Lowered:
 
 
 def fed(tensor: TensorSpec, step: int, rng: np.random.Generator) -> Array:
-    """What a step takes."""
+    """Return the feed of a step."""
     shape = tensor.resolve({"batch": 1, "length": 1})
     if tensor.name in ("position_ids", "write_index"):
         return np.full(shape, step)

@@ -1,4 +1,4 @@
-"""A model's graphs on a CUDA device: driven with a simulation of one; and what only a device can show."""
+"""A model's graphs on a CUDA device: tests with a simulation, and tests that need a device."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
 
 @pytest.fixture
 def exactly(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Computes in float32, so that nothing but the way in which graphs are run can make a difference."""
+    """Compute in float32, so that only the way in which graphs are run can change results."""
     monkeypatch.setattr(ort_cuda, "computed_in", lambda model, gpu: "float32")
     monkeypatch.setattr(ort_cuda, "compute_in", lambda model, dtype, folder: model)
 
@@ -62,7 +62,7 @@ def on_device(exported: Exported, role: str = "slow_ar") -> OrtEngine:
 
 
 def calls(exported: Exported, role: str) -> list[Case]:
-    """Those with which the export verifies a graph, but for one that puts columns elsewhere than at their positions."""
+    """Return the export's verification calls, except one that writes columns at other rows than their positions."""
     return exported.jobs[role].cases[:2]
 
 
@@ -109,7 +109,7 @@ def test_calls_of_one_column_are_captured(cuda: FakeCuda, exported: Exported) ->
     step(5)
     step(6)
     assert session.runs == [-1, 1, 1, 2, 2]
-    # Another state of a size that was there uses what was captured for it, and knows nothing of what was.
+    # A new state of an earlier size reuses its captured graphs, and begins with zeros.
     del state
     assert session.released == []
     state = engine.new_state(batch=1, cache=16)
@@ -118,7 +118,7 @@ def test_calls_of_one_column_are_captured(cuda: FakeCuda, exported: Exported) ->
     small, state = state, engine.new_state(batch=1, cache=8)
     np.testing.assert_array_equal(step(0), first)
     assert session.runs[5:] == [2, 1]
-    # Two of one size at a time are two.
+    # Two states of one size at a time have separate captures.
     other, state = state, engine.new_state(batch=1, cache=8)
     step(0)
     assert session.runs[7:] == [3]
@@ -139,7 +139,7 @@ def test_few_states_wait_for_others(cuda: FakeCuda, exported: Exported, monkeypa
 
 @pytest.mark.usefixtures("exactly")
 def test_a_captured_call_is_told_of_all_rows_and_a_prompt_of_its_own(cuda: FakeCuda, exported: Exported) -> None:
-    """What is read on the CPU cannot change in a captured graph; but a batch of prompts is only taken with its true length."""
+    """A value read on the CPU cannot change in a captured graph, but a batch of prompts needs its true length."""
     engine = on_device(exported)
     assert engine._columns == ColumnInputs("write_index", "position_ids", "specialised.rows", "key_cache.0")
     state = engine.new_state(batch=2, cache=10)
@@ -164,7 +164,7 @@ def test_a_device_without_bfloat16_computes_in_float16(cuda: FakeCuda, exported:
 
 
 def assert_nearly_the_same(engine: Engine, portable: Engine, cases: Iterable[Case], share: float) -> None:
-    """Of every result, up to this share of its largest value."""
+    """Check that every result is near, within a share of its largest value."""
     for case in cases:
         states = [e.new_state(**case.dims) if e.spec.states else None for e in (portable, engine)]
         for given in case.calls:
@@ -207,14 +207,14 @@ def test_attention_without_a_fast_operator_is_told(
 
 
 def frame_of(exported: Exported) -> tuple[GraphSpec, Callable[[bytes], bytes]]:
-    """What the frame graph takes and gives, and what makes it from the file of the fast AR."""
+    """Return the description of the frame graph, and the function that makes it from the file of the fast AR."""
     lm, fast = exported.source.describe("audio"), exported.jobs["fast_ar"].spec
     spec = frame_spec(exported.jobs["slow_ar"].spec, fast, lm)
     return spec, partial(frame_model, fast=fast, spec=spec, lm=lm)
 
 
 def test_a_frame_in_float16_is_drawn(cuda: FakeCuda, exported: Exported) -> None:
-    """Whatever it draws, since its numbers differ from those in float32."""
+    """Any code may be drawn, since numbers differ from those in float32."""
     lm = exported.source.describe("audio")
     spec, build = frame_of(exported)
     frame = open_engine(exported.file("fast_ar"), spec, provider="cuda", specialise=True, build=build)
@@ -249,7 +249,7 @@ def test_a_frame_of_quantised_weights_expands_none_of_them(
 
 
 def test_a_frame_brings_to_the_device_what_is_new(cuda: FakeCuda, exported: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A column, its place, noise and windows; the settings of a request come once, the slow AR's results are there."""
+    """A frame copies a column, its position, noise and windows. Settings are copied once; the slow AR's results stay."""
     lm = exported.source.describe("audio")
     spec, build = frame_of(exported)
     frame = open_engine(exported.file("fast_ar"), spec, provider="cuda", specialise=True, build=build)
@@ -302,7 +302,7 @@ def test_a_device_gives_nearly_the_same(exported: Exported, role: str, caplog: p
 @pytest.mark.cuda
 @pytest.mark.usefixtures("cuda_device")
 def test_a_captured_call_reads_what_it_is_fed(exported: Exported) -> None:
-    """A replay with other columns, at other rows, gives what a session that captures nothing gives."""
+    """A replay with other columns at other rows equals a session without captures."""
     engine = on_device(exported)
     plain = on_device(exported)
     plain._captures = False
@@ -317,7 +317,7 @@ def test_a_captured_call_reads_what_it_is_fed(exported: Exported) -> None:
 @pytest.mark.usefixtures("cuda_device")
 @pytest.mark.parametrize("role", ["codec_decode", "codec_encode"])
 def test_a_device_runs_a_codec(golden_model: GoldenModel, role: str, caplog: pytest.LogCaptureFixture) -> None:
-    """Codes may differ where two are nearly as good; audio may not."""
+    """Codes may differ between nearly equal choices; audio may not."""
     job = golden_model._job(role, "audio")
     engine = open_engine(golden_model.file(role), job.spec, provider="cuda", specialise=True)
     if role == "codec_decode":

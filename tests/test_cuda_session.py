@@ -1,4 +1,4 @@
-"""Sessions on a CUDA device: what they are told, what is captured, and what is refused. The device is a simulation."""
+"""Sessions on a simulated CUDA device: options, captures, and errors."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ def test_another_failure_of_a_session_is_not_taken_for_a_refused_capture(cuda: F
 def test_a_session_that_starts_without_the_device_is_an_error(
     cuda: FakeCuda, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, known: bool
 ) -> None:
-    """ONNX Runtime logs a line and takes the CPU."""
+    """ONNX Runtime itself only logs a line and uses the CPU."""
     cuda.starts = False
     if known:
         monkeypatch.setattr(ort_cuda, "find_obstacle", lambda name: Obstacle("libcublas.so.13 is missing", "install it"))

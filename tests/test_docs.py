@@ -1,4 +1,4 @@
-"""README and docs/: commands and programs work as they are written, links lead somewhere, the site needs no network."""
+"""README and docs/: commands and programs work as written, links are valid, the site needs no network."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The ONNX Runtime engine on graphs small enough to read: binding, state in place, checks at the door."""
+"""The ONNX Runtime engine on small graphs: binding, state in place, checks of feeds."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SUMS = GraphSpec(
     outputs=(TensorSpec("total", "float32", ("batch", WIDTH)), TensorSpec("cache_out", "float32", CACHE)),
     states=(StatePair("cache", "cache_out"),),
 )
-"""Writes x into the cache and gives the sum over the whole cache."""
+"""A graph that writes x into the cache and returns the sum over the whole cache."""
 
 
 def save(
@@ -38,7 +38,7 @@ def save(
     constants: dict[str, np.ndarray] | None = None,
     types: dict[str, int] | None = None,
 ) -> Path:
-    """types: ONNX's element types of tensors for which the description has another."""
+    """Write a graph. types: ONNX's element types of tensors for which the description has another."""
 
     def info(t: TensorSpec) -> onnx.ValueInfoProto:
         described = helper.np_dtype_to_tensor_dtype(np.dtype(t.dtype))
@@ -322,7 +322,7 @@ def test_threads_beyond_the_processors_are_not_used(caplog: pytest.LogCaptureFix
 
 
 def test_threads_without_work_sleep(tmp_path: Path) -> None:
-    """They spin for a moment only: else they would take the cores from the other graphs of a loop, and from everything else."""
+    """They spin only briefly, since spinning takes cores from the loop's other graphs and from other processes."""
     size = 512
     spec = GraphSpec(
         "product.onnx",

@@ -212,14 +212,14 @@ def test_a_bundle_that_does_not_load_is_not_left(checkpoint: Path, out: Path, mo
 
 
 def test_the_folder_around_the_output_must_be_there(checkpoint: Path, out: Path) -> None:
-    """As for every other result: a mistyped path makes no tree of folders."""
+    """A mistyped path must not create a tree of folders."""
     with pytest.raises(OutputError, match=r"there is no folder .*missing"):
         export_bundle(checkpoint, out.parent / "missing/bundle")
     assert not list(out.parent.iterdir())
 
 
 def test_a_checkpoint_that_vanishes(checkpoint: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is not the output that is to blame."""
+    """The error names the checkpoint, not the output."""
 
     def check(*_: object) -> None:
         shutil.rmtree(checkpoint)
@@ -265,7 +265,7 @@ def test_references_that_are_none(checkpoint: Path, out: Path, make: Any, error:
 
 @pytest.mark.parametrize("stage", ["slow_ar: tracing", "hashing the files"])
 def test_an_interruption_leaves_nothing(checkpoint: Path, out: Path, monkeypatch: pytest.MonkeyPatch, stage: str) -> None:
-    """The graphs themselves are left out: what matters is what lies on the disk at each stage."""
+    """Graphs are not traced: the test checks the files on the disk at each stage."""
     skip_tracing(monkeypatch)
     seen = []
 

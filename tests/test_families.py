@@ -1,4 +1,4 @@
-"""Each family is told by its files, and files of different families in one folder are found out before any graph is made."""
+"""Each family is identified by its files, and a mixed folder is refused before any graph is made."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_a_config_of_another_form_needs_the_name(folder_of: Callable[[str], Path
 
 
 def test_every_family_becomes_a_bundle_that_speaks(golden_model: GoldenModel, tmp_path: Path) -> None:
-    """By the two commands; the export is the one that the session's tests share."""
+    """The two commands work together. The export is the session's shared one."""
     if not golden_model.fits:
         pytest.skip("these vectors' language model and codec have numbers of codebooks that do not fit")
     bundle, out = golden_model.bundle, tmp_path / "speech.wav"
@@ -157,7 +157,7 @@ def test_a_tokenizer_of_another_generation(
 def test_a_tokenizer_of_another_generation_beside_a_config_that_tells_nothing(
     folder_of: Callable[[str], Path], model_of: ModelOf, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """By its fields the config could be 1.4's, whose codec is that of 1.5. All that is left is a warning."""
+    """The config could be 1.4's, whose codec is that of 1.5, so there is only a warning."""
     checkpoint = folder_of("fish-1.5")
     change_config(checkpoint, without=("scale_codebook_embeddings", "share_codebook_embeddings", "is_reward_model"))
     (checkpoint / "tokenizer.tiktoken").unlink()
@@ -167,7 +167,7 @@ def test_a_tokenizer_of_another_generation_beside_a_config_that_tells_nothing(
 
 
 def test_a_vocabulary_may_be_padded_freely(folder_of: Callable[[str], Path], caplog: pytest.LogCaptureFixture) -> None:
-    """But each token needs an embedding."""
+    """A padded vocabulary is allowed, but each token needs an embedding."""
     checkpoint = folder_of("s2-pro")
     source = open_language_model(checkpoint)
     tokens = len(json.loads(source.tokenizer)["model"]["vocab"]) + len(json.loads(source.tokenizer)["added_tokens"])
@@ -250,7 +250,7 @@ def test_scaled_embeddings_count_from_s1_on(folder_of: Callable[[str], Path], fo
 
 @pytest.mark.parametrize(("folder", "counts"), [("fish-1.4", False), ("fish-1.5", True)])
 def test_codebooks_that_share_rows(folder_of: Callable[[str], Path], model_of: ModelOf, folder: str, counts: bool) -> None:
-    """Where the flag counts, every codebook looks into the first one's rows."""
+    """In families that read the flag, every codebook uses the first one's rows."""
     checkpoint = folder_of(folder)
     change_config(checkpoint, share_codebook_embeddings=False)
     source, usual = open_language_model(checkpoint), model_of(folder).lm

@@ -1,4 +1,4 @@
-"""Results are written whole or not at all, and never in place of a device, a pipe or a link."""
+"""Results are written completely or not at all, and never replace a device, a pipe or a link."""
 
 from __future__ import annotations
 

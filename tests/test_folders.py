@@ -110,7 +110,7 @@ def test_what_killed_processes_left_is_removed_a_day_later(tmp_path: Path) -> No
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no umask")
 def test_an_entry_can_be_read_by_other_users(tmp_path: Path) -> None:
-    """One user makes an image of a container, another runs it."""
+    """A container's image may be built by one user and run by another."""
     before = os.umask(0o022)
     try:
         with written_aside(tmp_path / "entry") as aside:

@@ -1,4 +1,4 @@
-"""The frame graph draws what the loop draws, for every rule of sampling, and refuses what it cannot draw."""
+"""The frame graph draws the same as the loop, for every rule of sampling, and refuses unsupported rules."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def model_of(described: LanguageModel, rules: dict[str, Any], **changes: Any) ->
 
 
 def slow_results(golden_model: GoldenModel, head: str, seed: int = 0) -> Iterator[dict[str, np.ndarray]]:
-    """What a slow AR might give: a few tokens are likely, so that they come again and again; of odd seeds, below 0."""
+    """Yield plausible results of a slow AR: a few tokens are likely, so that they repeat; with odd seeds, logits are below 0."""
     rng = np.random.default_rng(seed)
     logits, hidden = golden_model.engine("slow_ar", head).spec.results
     width = (1, int(logits.shape[1]))
@@ -64,7 +64,7 @@ def slow_results(golden_model: GoldenModel, head: str, seed: int = 0) -> Iterato
 
 
 def drawn_by_both(golden_model: GoldenModel, lm: LanguageModel) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Columns [COLUMNS, 1 + C] from the same noise, drawn by steps and by frames, with each of the settings."""
+    """Yield columns [COLUMNS, 1 + C] drawn by steps and by the frame graph from the same noise, for each of the settings."""
     engines = golden_model.engine("fast_ar"), golden_model.frame(lm.head, lm)
     for seed, sampling in enumerate(SETTINGS):
         both = []
@@ -85,7 +85,7 @@ def test_both_draw_the_same(s2_model: GoldenModel, rules: dict[str, Any], head: 
     for stepped, fused in drawn_by_both(s2_model, lm):
         assert np.array_equal(stepped, fused)
         repeated += COLUMNS - len(np.unique(stepped[:, 0]))
-    assert repeated > 3  # so that windows had something to do
+    assert repeated > 3  # so that penalty windows matter
 
 
 @pytest.mark.parametrize("changes", [{"main_tokens": "any"}, {"code_zero": "fast"}, {"code_zero": "fast", "code_offset": 1}])
@@ -143,7 +143,7 @@ def test_more_candidates_than_are_ranked_are_an_error(s2_model: GoldenModel, mon
     with pytest.raises(SamplingError):
         drawn(Sampling(1.0, 0.99, 9))
     assert drawn(Sampling(1.0, 0.99, 8)).min() >= 0
-    # Few enough are within top_p: the same as where all are ranked.
+    # Few enough are within top_p: the result equals that of a full ranking.
     results["logits"][0, :5] = 50
     step = StepDrawer(s2_model.engine("fast_ar"), lm, Rules(Sampling(1.0, 0.9, 8), 0, None), SeededNoise(0))
     assert np.array_equal(step.draw(results, History(lm, SETTINGS[0])), drawn(Sampling(1.0, 0.9, 8)))

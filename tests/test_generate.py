@@ -153,7 +153,7 @@ def test_more_frames_leave_earlier_ones_alone() -> None:
 
 
 class RecordedNoise:
-    """Favours one entry in each slow draw and the first in each fast one, and remembers the order and widths of all draws."""
+    """Noise that favours one entry in each slow draw and the first in each fast one, and records order and width of draws."""
 
     def __init__(self, favoured: list[int]) -> None:
         self.favoured = favoured
@@ -236,7 +236,7 @@ def test_all_codes_may_be_the_fast_graphs(codebooks: int, offset: int) -> None:
     lm = replace(OWN_CODES, num_codebooks=codebooks, code_offset=offset)
     model = fake_dual_ar(lm, [BEGIN] * 3)
     assert frames(model)[0] == [expected_codes(lm, BEGIN)] * 3
-    # Nothing is drawn for the end token's column.
+    # No codes are drawn for the end token's column.
     assert [call["codes"].shape[1] for call in model.fast.calls] == [1] * 3 * codebooks  # type: ignore[attr-defined]
 
 

@@ -1,4 +1,4 @@
-"""Optimised graphs on disk: found again, made again when damaged, and never needed."""
+"""Optimised graphs on disk: found again, made again if damaged, and optional."""
 
 from __future__ import annotations
 
@@ -87,14 +87,14 @@ def test_a_kept_graph_gives_the_same(graph: Path) -> None:
 
 
 def test_the_kept_graph_is_what_runs(graph: Path) -> None:
-    """Not the portable one: it may be gone."""
+    """The cached graph runs without the portable one."""
     expected = spoken(opened(graph))
     graph.with_name(f"{graph.name}.data").write_bytes(b"gone")
     np.testing.assert_array_equal(spoken(opened(graph)), expected)
 
 
 def test_everything_kept_is_aligned(graph: Path) -> None:
-    """ONNX Runtime puts small packed weights anywhere, and reads them wrongly from there."""
+    """ONNX Runtime saves small packed weights unaligned, and reads unaligned ones wrongly."""
     opened(graph)
     model = onnx.load(entries()[0] / "graph.onnx", load_external_data=False)
     places = [{e.key: e.value for e in t.external_data} for t in model.graph.initializer if t.external_data]
@@ -126,7 +126,7 @@ def test_a_damaged_entry_is_made_again(graph: Path, name: str, damage: str, capl
 
 
 def test_an_entry_that_does_not_load_is_made_again(graph: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Its hashes may be right: those of what was written."""
+    """Its hashes may be right, since they are of the written files."""
     expected = spoken(opened(graph))
     (entry,) = entries()
     (entry / "graph.onnx").write_bytes(b"no graph")

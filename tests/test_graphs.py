@@ -121,7 +121,7 @@ def test_weights_keep_their_names_layout_and_type(s2_model: GoldenModel, graphs:
 
 @pytest.mark.parametrize("role", ["slow_ar", "fast_ar"])
 def test_onnxruntime_folds_the_casts_of_weights(tiny_bundle: Bundle, tmp_path: Path, role: str) -> None:
-    """What is left are the casts behind embedding tables, which stay in 16 bits."""
+    """Only the casts after embedding tables, which stay in 16 bits, remain."""
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
     options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
@@ -160,7 +160,7 @@ def random_prompts(s2_model: GoldenModel, *lengths: int) -> list[np.ndarray]:
 
 
 def results(engine: Engine, calls: list[dict[str, np.ndarray]], cache: int) -> dict[str, np.ndarray]:
-    """What the last of several calls gives."""
+    """Return the results of the last of several calls."""
     state = engine.new_state(batch=len(calls[0]["prompt"]), cache=cache)
     for feeds in calls:
         last = {name: value.copy() for name, value in engine.run(feeds, state).items()}
@@ -251,7 +251,7 @@ def test_codes_may_differ_only_on_the_margin_and_after_it() -> None:
     assert flipped_margin(expected, actual, margins, 3) == 0
     actual[0, 1:, 2] = 7
     assert flipped_margin(expected, actual, margins, 3) == np.float32(5e-5) <= COSINE_MARGIN
-    actual[0, 1, 2] = 0  # what comes after a choice on the margin is excused only if that choice differs
+    actual[0, 1, 2] = 0  # later differences are excused only if an earlier choice on the margin differs
     assert flipped_margin(expected, actual, margins, 3) == 0.5
     actual[0, :, 2] = 7
     assert flipped_margin(expected, actual, margins, 3) == 0.5
@@ -270,7 +270,7 @@ class Scale(torch.nn.Module):
 
 @pytest.mark.slow
 def test_errors_are_measured_as_recorded(tmp_path: Path) -> None:
-    """The graph of a module against one that is a little different: as it is for small outputs, in proportion for large."""
+    """A graph against a slightly different module: the error is absolute for small outputs, relative for large ones."""
     shape = ("batch", 4)
     spec = GraphSpec("scale.onnx", (TensorSpec("values", "float32", shape),), (TensorSpec("scaled", "float32", shape),))
     store(trace(Scale(1.0), spec, {}), tmp_path / spec.file, {}, {})

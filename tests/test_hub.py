@@ -1,4 +1,4 @@
-"""Downloads from a small hub on the loopback interface: nothing asks the network."""
+"""Downloads from a small hub on the loopback interface, without network."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ MODEL_BYTES = 897157
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SmallHub]:
-    """Serves a checkpoint and a bundle; the hub's library asks it, and keeps its files in a new folder."""
+    """A hub with a checkpoint and a bundle; the hub's library uses it, with its cache in a new folder."""
     checkpoint = tmp_path / "served/checkpoint"
     for half in ("lm", "codec"):
         shutil.copytree(OWN_GOLDEN / "fish-1.5" / half / "checkpoint", checkpoint, dirs_exist_ok=True)
@@ -87,7 +87,7 @@ def names(folder: Path) -> set[str]:
 
 
 def assert_same(folder: Path, hub: SmallHub, name: str = CHECKPOINT) -> None:
-    """Every file has the content that is served."""
+    """Check that every file has the served content."""
     for file in names(folder):
         assert (folder / file).read_bytes() == (hub.repositories[name] / file).read_bytes(), file
 
@@ -216,7 +216,7 @@ def test_a_revision_is_one_commit(hub: SmallHub) -> None:
 
 
 def test_no_network(hub: SmallHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    """The copy in the cache serves; without one, the error says why."""
+    """The cached copy is used; without one, the error gives the reason."""
     found = fetch()
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     assert fetch() == found

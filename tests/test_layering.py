@@ -28,9 +28,9 @@ NEVER = {
     "fishrt": {"fishrt_export", "torch", "onnx", "onnxscript", "safetensors", "onnxruntime"},
     "fishrt_export": set[str](),
 }
-"""What a layer must not import, not even inside a function."""
+"""Modules that a layer must not import, not even inside a function."""
 EXCEPTIONS = {("fishrt", "cli", "fishrt_export")}
-"""The export command imports the exporter, inside a function, so that nobody needs torch who does not export."""
+"""The export command imports the exporter inside a function, so that only exports need torch."""
 HEAVY = {"torch", "onnx", "onnxruntime", "onnxscript", "safetensors"}
 
 
@@ -42,7 +42,7 @@ def package_folder(package: str) -> Path:
 
 
 def imports(tree: ast.AST) -> Iterator[str]:
-    """Top-level packages of absolute imports, those by a function's call with a literal included."""
+    """Yield top-level packages of absolute imports, also those imported by a call with a literal."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name.split(".")[0] for alias in node.names)
@@ -96,7 +96,7 @@ def test_every_way_to_import_is_seen(line: str) -> None:
 
 
 def test_the_layers_have_files() -> None:
-    """A wrong path would make the test above empty and green."""
+    """With a wrong path, the test above would pass without checking anything."""
     assert {package for package, _ in files()} == set(NEVER)
     assert len(files()) > 15
 
@@ -147,7 +147,7 @@ def test_importing_loads_nothing_heavy(module: str) -> None:
 
 
 def test_speaking_needs_no_torch(tiny_bundle: Bundle) -> None:
-    """In a process of its own, where what only the export needs cannot be imported."""
+    """In its own process, in which packages of the export cannot be imported."""
     code = f"""
 import sys
 sys.modules.update(dict.fromkeys({sorted(NEVER["fishrt"] - {"onnxruntime"})}))

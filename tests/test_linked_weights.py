@@ -53,7 +53,7 @@ def with_linked_graphs(bundle: Path, out: Path) -> Path:
 
 
 def linked_file_by_file(bundle: Path, out: Path) -> Path:
-    """As `cp -rs` makes it."""
+    """Link every file, as `cp -rs` does."""
     return Path(shutil.copytree(bundle, out / "bundle", copy_function=lambda file, link: Path(link).symlink_to(file)))
 
 
@@ -68,7 +68,7 @@ LAYOUTS = (in_a_hub_cache, with_linked_weights, with_linked_graphs, linked_file_
 
 @pytest.fixture(params=LAYOUTS, ids=lambda layout: layout.__name__)
 def linked(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bundle:
-    """minnow, in each layout."""
+    """The bundle of minnow in each layout."""
     monkeypatch.setenv("FISHRT_CACHE", str(tmp_path / "cache"))
     layout: Callable[[Path, Path], Path] = request.param
     return Bundle.load(layout(embedded_bundle(), tmp_path))
@@ -87,7 +87,7 @@ def test_every_graph_opens_and_is_kept(linked: Bundle, specialise: bool, monkeyp
     monkeypatch.setattr(ort_session, "WORTH_KEEPING", 0)
     for role, spec in linked.manifest.graphs.items():
         identity = linked.manifest.identity(role)
-        for _ in range(2):  # the second time, what was kept
+        for _ in range(2):  # the second time, from the cache
             open_engine(
                 linked.file(spec.file), spec, provider="cpu", threads=1, specialise=specialise, identity=identity, build=None
             )
@@ -102,7 +102,7 @@ def test_so_it_does_on_a_device(linked: Bundle, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_so_it_does_for_other_providers(linked: Bundle) -> None:
-    """CoreML's sessions are made in this way."""
+    """CoreML's sessions use this function."""
     for spec in linked.manifest.graphs.values():
         options = onnxruntime.SessionOptions()
         onnxruntime.InferenceSession(graph_source(linked.file(spec.file), options), options, ["CPUExecutionProvider"])

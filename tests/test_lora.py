@@ -1,4 +1,4 @@
-"""A LoRA is merged by its rules, and every way in which it does not fit the model is named at once."""
+"""A LoRA is merged by its rules, and an error lists all differences to the model."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_other_modules_stay_as_they_are(tmp_path: Path) -> None:
 
 
 def test_the_rows_of_the_audio_head_are_merged(tmp_path: Path) -> None:
-    """A tied head is the merged embedding."""
+    """With a tied head, they are the merged embedding."""
     weights = random_weights(PLAIN)
     lora = Lora(write(tmp_path, random_lora(weights, "embeddings")), alpha=6)
     source = open_language_model(write_flat(tmp_path / "checkpoint", PLAIN, weights), family="s2", lora=lora)

@@ -1,6 +1,6 @@
-"""Graphs that compute in 16 bits: what is, what is not, and what it costs.
+"""Graphs that compute in 16 bits: which parts do, and the error.
 
-ONNX Runtime's CPU provider emulates float16 and has no bfloat16: of that, only the types can be looked at here.
+ONNX Runtime's CPU provider emulates float16 and has no bfloat16, of which only types are checked.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ def test_name_and_features_of_a_cpu(kind: str, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_cpus_of_other_features_have_other_identities(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Packed weights are kept under it."""
+    """The cache of packed weights uses the identity as key."""
     found = set()
     for text, *_ in CPUS.values():
         monkeypatch.setattr(machine, "_read", lambda path, text=text: text)

@@ -1,4 +1,4 @@
-"""What a bundle needs of memory, what a machine has, and that too little is found out before the work."""
+"""Memory that a bundle needs, memory of a machine, and errors before the work if it is too little."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_what_the_system_can_free(tmp_path: Path) -> None:
 
 
 def test_limits_of_control_groups(tmp_path: Path) -> None:
-    """The least of a group and those around it; files in memory can be dropped."""
+    """The smallest limit of a group and its parents counts; the page cache can be dropped."""
     files = {
         "proc/self/cgroup": "0::/user/work\n",
         "sys/fs/cgroup/user/memory.max": "3000000\n",
@@ -97,7 +97,7 @@ def test_limits_of_control_groups(tmp_path: Path) -> None:
 
 
 def test_limits_inside_a_container(tmp_path: Path) -> None:
-    """The group's path is that outside of the container; the first version writes a large number for no limit."""
+    """The path of the group may be the host's; version 1 of control groups writes a large number for no limit."""
     files = {
         "proc/self/cgroup": "4:cpu,memory:/outside/x\n1:cpu:/\n",
         "sys/fs/cgroup/memory/memory.limit_in_bytes": "2000000\n",

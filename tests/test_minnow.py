@@ -1,4 +1,4 @@
-"""The embedded voice speaks, and a recogniser that has never met it understands."""
+"""The embedded voice speaks, and an independent recogniser understands it."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ def test_three_sentences_are_understood(tts: TTS, recognise: Recogniser) -> None
 
 @pytest.mark.slow
 def test_recogniser_hears_nothing_of_a_sentence_in_another(tts: TTS, recognise: Recogniser) -> None:
-    """The measure above can fail: what is said is not what is expected."""
+    """The test above can fail: another sentence has errors."""
     speech = tts.speak(SENTENCES["slt"], voice="slt", seed=1)
     wrong = SENTENCES["awb"]
     assert word_errors(wrong, recognise(speech.pcm, speech.sample_rate)) > 0.5 * len(words(wrong))
 
 
 def test_what_make_speak_says_is_understood(tts: TTS, recognise: Recogniser) -> None:
-    """With its seed, not a word is wrong where it was chosen; another CPU may round to another take."""
+    """With its seed, no word is wrong on the CPU where it was chosen; another CPU may round differently."""
     makefile = (Path(__file__).parents[1] / "Makefile").read_text(encoding="utf-8")
     text, seed = (re.search(rf"^{name} *\?= (.+)$", makefile, re.MULTILINE)[1] for name in ("TEXT", "SEED"))  # type: ignore[index]
     speech = tts.speak(text, seed=int(seed))
@@ -65,7 +65,7 @@ def test_same_seed_same_codes(tts: TTS) -> None:
 
 
 def test_speaker_tags_choose_the_voice(tts: TTS) -> None:
-    """Without a voice asked for, the built-in ones answer to tags in their order."""
+    """Without a given voice, the tags select the built-in voices in their order."""
     names = tts.bundle.manifest.voices.ordered  # type: ignore[union-attr]
     plain = tts.speak("<|speaker:1|>Good morning.", seed=3, sampling=Sampling(temperature=0.5, top_p=0.5, top_k=10))
     given = tts.speak(

@@ -1,4 +1,4 @@
-"""The recipe of the embedded voice: what it trains on is what the runtime will ask, and what it writes the exporter can read."""
+"""The recipe of the embedded voice: its examples have the runtime's prompts, and its checkpoint can be exported."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Tensors and engines in the memory of a device: the code that CUDA uses, here with memory that ONNX Runtime calls "cpu".
 
-Where there is a device, most of it runs there as well.
+If there is a device, most tests run on it, too.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def memory(request: pytest.FixtureRequest) -> DeviceMemory:
 
 @pytest.fixture
 def open_there(memory: DeviceMemory) -> Callable[[Path, GraphSpec], OrtEngine]:
-    """Opens a graph on the device, as it is."""
+    """Return a function that opens a graph on the device, without rewriting."""
 
     def opened(path: Path, spec: GraphSpec) -> OrtEngine:
         if memory is MEMORY:
@@ -76,7 +76,7 @@ def test_what_is_put_comes_back(memory: DeviceMemory) -> None:
 
 
 def test_new_memory_is_zeros(memory: DeviceMemory) -> None:
-    """Memory that was used before is taken again, so that zeros are no accident."""
+    """Used memory is allocated again, so that it is not zero by accident."""
     for _ in range(20):
         used = memory.zeros((64, 3), "float32", "bfloat16")
         assert not used.numpy().any()
@@ -87,7 +87,7 @@ def test_new_memory_is_zeros(memory: DeviceMemory) -> None:
 @pytest.mark.parametrize("part", [(2, 3, 2, 4), (1, 3, 5, 4), (2, 3, 5, 3), (2, 1, 4, 4), (2, 3, 5, 4)])
 @pytest.mark.parametrize("from_host", [True, False])
 def test_a_leading_part_is_replaced(memory: DeviceMemory, element: str, part: tuple[int, ...], from_host: bool) -> None:
-    """Along one dimension or several, of numbers of bytes that words fit into and of others."""
+    """Parts differ in one dimension or several, with sizes in bytes that are multiples of a word or not."""
     rng = np.random.default_rng(1)
     whole, lead = (rng.integers(-99, 99, shape).astype(np.float32) for shape in ((2, 3, 5, 4), part))
     target = tensor(memory, whole, element)
@@ -215,7 +215,7 @@ def test_a_result_stays_on_the_device_for_another_engine(
 
 
 def test_a_constant_is_copied_to_the_device_once(engine: OrtEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Others every time, also those that only this caller cannot write."""
+    """Other feeds are copied every time, also read-only views of writable memory."""
     copied: list[object] = []
     put = DeviceTensor.put
     monkeypatch.setattr(DeviceTensor, "put", lambda tensor, value: (copied.append(value), put(tensor, value)))
@@ -276,7 +276,7 @@ def test_results_of_a_size_that_no_input_tells(tmp_path: Path) -> None:
 
 
 def test_threads_may_share_an_engine_without_state(tmp_path: Path) -> None:
-    """They share its bound tensors, too, so that one must wait for the other."""
+    """They share its bound tensors, so one must wait for the other."""
     engine = on_device(double(tmp_path), DOUBLE)
     wrong: list[int] = []
 

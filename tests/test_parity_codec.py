@@ -24,11 +24,11 @@ from tolerances import TOLERANCES
 
 pytestmark = pytest.mark.parity
 
-# The vectors tell how far float32 was from float64 for most arrays; ten times that is allowed, and never less than this.
+# For most arrays, the vectors contain the error of float32 against float64. The tolerance is ten times that, at least this.
 SMALLEST_TOLERANCE = 1e-5
 
 ENCODER_INPUTS = {"wav_i16", "audio_lengths", "codes", "code_lengths", "feature_lengths", "margin"}
-"""What the vectors hold of a recording besides stages; its codes are compared with those of the graph."""
+"""Arrays of a recording that are not stages; its codes are compared with the graph's."""
 QUANTIZER_STAGES = {"latents", "zq", "sem_z"}
 
 
@@ -38,23 +38,23 @@ class Vectors:
     arrays: Any
 
     def cases(self, prefix: str, part: str) -> list[str]:
-        """enc_A, enc_B, … for which the vectors hold `part`."""
+        """Return the cases enc_A, enc_B, … with an array `part`."""
         names = (name.rpartition(".") for name in self.arrays)
         return sorted(case for case, _, key in names if key == part and case.startswith(prefix))
 
     def stages(self, case: str, *, inputs: set[str]) -> set[str]:
-        """Everything that the vectors hold of one case but its `inputs`."""
+        """Return the names of all arrays of a case except its `inputs`."""
         return {name.partition(".")[2] for name in self.arrays if name.startswith(f"{case}.")} - inputs
 
     def tolerance(self, name: str) -> float:
-        """Of one array; where the vectors do not say, that of the same part of the other cases."""
+        """Return the tolerance of an array; if the vectors have none, that of the same part of other cases."""
         part = name.partition(".")[2]
         described = self.meta["arrays"]
         alike = [entry["tol_f64"] for key, entry in described.items() if key.partition(".")[2] == part and "tol_f64" in entry]
         return max(SMALLEST_TOLERANCE, 10 * described[name].get("tol_f64", max(alike, default=0)))
 
     def assert_near(self, actual: torch.Tensor | np.ndarray, name: str, *, least: float = SMALLEST_TOLERANCE) -> None:
-        """Within the array's tolerance, or `least` if that is more."""
+        """Check that an array is within its tolerance, or within `least` if that is larger."""
         expected = self.arrays[name]
         assert tuple(actual.shape) == expected.shape, name
         error = np.abs(np.asarray(actual) - expected).max()
@@ -103,7 +103,7 @@ def recorded(modules: Any, x: torch.Tensor) -> list[torch.Tensor]:
 
 
 def test_encode_graph(golden_model: GoldenModel, vectors: Vectors) -> None:
-    """Codes of every recording, the batch among them, exactly but for choices on the margin."""
+    """Codes of every recording and of the batch are equal, except choices on the margin."""
     engine, config = golden_model.engine("codec_encode"), golden_model.codec.config
     margins = code_margins(golden_model.codec_module)
     cases = vectors.cases("enc_", "wav_i16")
@@ -122,9 +122,9 @@ def test_encode_graph(golden_model: GoldenModel, vectors: Vectors) -> None:
 
 
 def unmasked(vectors: Vectors, case: str, config: CodecConfig) -> list[int]:
-    """Frames of each row that do not show that the originals silence what is behind the end of a shorter row.
+    """Return the number of frames of each row that are unaffected by the originals' masking after the end of a shorter row.
 
-    A codec that looks ahead shows it everywhere: it looks further than these rows are long.
+    In a codec that looks ahead, all are affected: it looks further ahead than these rows are long.
     """
     batch, _, frames = vectors.arrays[f"{case}.codes"].shape
     if config.context is None or f"{case}.feature_lengths" not in vectors.arrays:
@@ -134,7 +134,7 @@ def unmasked(vectors: Vectors, case: str, config: CodecConfig) -> list[int]:
 
 
 def test_decode_graph(golden_model: GoldenModel, vectors: Vectors) -> None:
-    """All lengths, the batch, and where there are such vectors, codes past the end of a codebook and missing codebooks."""
+    """All lengths and the batch; with such vectors, also codes past the end of a codebook and missing codebooks."""
     engine, config = golden_model.engine("codec_decode"), golden_model.codec.config
     cases = vectors.cases("dec_", "audio")
     assert {"dec_A", "dec_batch", *(("dec_clamp", "dec_partial") if golden_model.codec.kind == "dac" else ())} <= set(cases)
@@ -167,7 +167,7 @@ def test_encoder_stages(dac: Dac, vectors: Vectors) -> None:
 
 
 def test_quantizer_stages(dac: Dac, vectors: Vectors) -> None:
-    """Along the vectors' own codes, so that a choice on the margin does not change what is compared."""
+    """Stages use the vectors' codes, so that a choice on the margin does not change later stages."""
     quantizer, compared = dac.quantizer, set()
     for case in vectors.cases("enc_", "pre"):
         codes = torch.from_numpy(vectors.arrays[f"{case}.codes"])
@@ -212,7 +212,7 @@ def test_decoder_stages(dac: Dac, golden_model: GoldenModel, vectors: Vectors) -
 
 
 def every_codebook(golden_model: GoldenModel, vectors: Vectors, case: str) -> np.ndarray:
-    """The case's codes, with −1 for codebooks that it leaves out."""
+    """Return the case's codes, with −1 for missing codebooks."""
     codes = vectors.arrays[f"{case}.codes"]
     absent = len(golden_model.codec.config.codebook_sizes) - codes.shape[1]
     return np.pad(codes, ((0, 0), (0, absent), (0, 0)), constant_values=-1)
@@ -226,7 +226,7 @@ def test_rotary_table(dac: Dac, vectors: Vectors) -> None:
 
 
 def test_rotary_tables_of_older_files(dac: Dac, golden: Path) -> None:
-    """Some files hold the tables, which are computed here instead."""
+    """The tables that some files contain are ignored, and computed."""
     stored = torch.load(golden / "codec/checkpoint/codec.pth", weights_only=True)
     for name in (name for name in stored if name.endswith(".freqs_cis")):
         module, table = dac.get_submodule(name.removesuffix(".freqs_cis")), stored[name].float()
@@ -264,7 +264,7 @@ def test_firefly_encoder_stages(firefly: Firefly, vectors: Vectors) -> None:
 
 
 def test_firefly_batches_are_masked_alike(firefly: Firefly, vectors: Vectors) -> None:
-    """With the masks of the originals between the modules, also rows of a batch that are shorter give what they give."""
+    """With the originals' masks between the modules, shorter rows of a batch equal the originals', too."""
     config, lengths = firefly.config, vectors.tensor("enc_batch.audio_lengths") // firefly.config.mel_hop
     codes, frames = vectors.tensor("dec_batch.codes"), vectors.tensor("dec_batch.feature_lengths")
 
@@ -348,7 +348,7 @@ def test_resampling(firefly: Firefly, vectors: Vectors) -> None:
 
 @pytest.mark.parametrize("rate", [16_000, 32_000, 48_000])
 def test_resampling_rounds_no_times(rate: int) -> None:
-    """Ours is the formula in float64, so that the difference above is the originals'."""
+    """fishrt's resampling equals the formula in float64, so the difference above is the originals' rounding."""
     pcm, target = np.random.default_rng(5).uniform(-1, 1, rate).astype(np.float32), 44_100
     taps, weights = sinc_kernel(rate, target, np.float64)
     period = rate // math.gcd(rate, target)

@@ -76,7 +76,7 @@ def test_slow_ar_module(whole_forward: dict[str, torch.Tensor], vectors: Vectors
 
 @pytest.mark.parametrize("head", HEADS)
 def test_slow_ar_graph_with_cache(golden_model: GoldenModel, vectors: Vectors, head: str) -> None:
-    """Prefill and single steps: logits, the fast AR's input, and what lies in the caches at the end."""
+    """Prefill and single steps: logits, the fast AR's input, and the caches at the end."""
     engine, prompt = golden_model.engine("slow_ar", head), vectors.prompt("slow/input")
     length = prompt.shape[1]
     state = engine.new_state(batch=1, cache=length)
@@ -89,7 +89,7 @@ def test_slow_ar_graph_with_cache(golden_model: GoldenModel, vectors: Vectors, h
 
 
 def run_steps(engine: Engine, state: Any, prompt: np.ndarray, prefill: int) -> dict[str, np.ndarray]:
-    """Outputs after a prefill of so many columns, and after each column that follows."""
+    """Return the outputs after a prefill of `prefill` columns, and after each later column."""
     calls = [prefill_feeds([prompt[:, :prefill]])]
     calls += [chunk_feeds(prompt[None, :, t : t + 1], np.array([t])) for t in range(prefill, prompt.shape[1])]
     results = [{name: value[0].copy() for name, value in engine.run(feeds, state).items()} for feeds in calls]
@@ -97,12 +97,12 @@ def run_steps(engine: Engine, state: Any, prompt: np.ndarray, prefill: int) -> d
 
 
 def rows_of(source: LanguageModelSource, head: str) -> Any:
-    """The tokens whose logits a head gives."""
+    """Return the tokens whose logits a head computes."""
     return source.audio_head if head == "audio" else slice(None)
 
 
 def assert_last_logits(model: GoldenModel, source: LanguageModelSource, head: str, vectors: Vectors, name: str) -> None:
-    """Those at the last four positions of the slow AR's input."""
+    """Check the logits at the last four positions of the slow AR's input."""
     assert source.problems() == []
     engine, prompt = model.engine_of(source, "slow_ar", head, name), vectors.prompt("slow/input")
     length = prompt.shape[1]
@@ -193,7 +193,7 @@ def test_fast_ar_module(golden_model: GoldenModel, vectors: Vectors) -> None:
 
 
 class RecordedNoise:
-    """Noise as the originals drew it: slow_draws [frames, draws, vocabulary], fast_draws [frames, draws, width]."""
+    """The originals' noise: slow_draws [frames, draws, vocabulary], fast_draws [frames, draws, width]."""
 
     def __init__(self, ids: np.ndarray, slow_draws: np.ndarray, fast_draws: np.ndarray) -> None:
         self._slow, self._fast = (
@@ -213,7 +213,7 @@ class RecordedNoise:
 
 
 class NoNoise:
-    """For greedy runs, where one token is left to draw from."""
+    """Noise of greedy runs, in which only one token can be drawn."""
 
     def slow(self, width: int) -> np.ndarray:
         return np.ones(width, np.float32)
@@ -222,7 +222,7 @@ class NoNoise:
 
 
 def prompt_of(vectors: Vectors, case: str) -> np.ndarray:
-    """A case's note begins with the name of its prompt."""
+    """Return the prompt of a case, whose note begins with the prompt's name."""
     return vectors.prompt(vectors.meta["generation"][case]["note"].split()[0].rstrip(";,"))
 
 
@@ -231,7 +231,7 @@ def is_greedy(case: dict[str, Any]) -> bool:
 
 
 def noise_of(model: DualAR, vectors: Vectors, name: str) -> Any:
-    """The recorded noise; a case without is greedy."""
+    """Return the recorded noise; a case without it is greedy."""
     if f"gen/{name}/q_slow" not in vectors.arrays:
         assert is_greedy(vectors.meta["generation"][name])
         return NoNoise()
@@ -240,8 +240,10 @@ def noise_of(model: DualAR, vectors: Vectors, name: str) -> Any:
 
 
 def same_candidates(golden_model: GoldenModel, head: str, case: dict[str, Any], raw: np.ndarray) -> bool:
-    """Whether this head can draw what was recorded. Where the original draws from all tokens, the audio head leaves most out: the
-    likeliest is then the same if it is spoken, but other probabilities are not.
+    """Return whether this head can draw the recorded tokens.
+
+    If the original draws from all tokens, the audio head lacks most of them: the likeliest token is then the same if it is an
+    audio token, but probabilities differ.
     """
     described = golden_model.lm.describe("full")
     if head == "full" or described.main_tokens == "audio":
@@ -256,7 +258,7 @@ def columns_of(model: DualAR, prompt: np.ndarray, case: dict[str, Any], noise: A
 
 
 def assert_enough(compared: int, total: int, head: str, least: int) -> None:
-    """All of the full head, and `least` of the audio head in our own vectors: others may draw what it does not have."""
+    """Check that all cases of the full head were compared, and `least` of the audio head, which lacks some tokens."""
     if head == "audio" and CHOSEN and not compared:
         pytest.skip("the audio head lacks a token of each of these runs")
     assert compared == total if head == "full" else compared >= (0 if CHOSEN else least)
@@ -265,7 +267,7 @@ def assert_enough(compared: int, total: int, head: str, least: int) -> None:
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("fused", [False, True], ids=["steps", "frames"])
 def test_generation(golden_model: GoldenModel, vectors: Vectors, head: str, fused: bool) -> None:
-    """Every case, greedy, with repetition penalty, or with recorded noise; drawn here and by the frame graph."""
+    """Every case: greedy, with repetition penalty, or with recorded noise; drawn by the loop and by the frame graph."""
     model, described, compared = golden_model.dual_ar(head, fused=fused), vectors.meta["generation"], 0
     assert described.keys() == {name.split("/")[1] for name in vectors.arrays if name.startswith("gen/")}
     for name, case in described.items():
@@ -302,7 +304,7 @@ def test_long_generation(golden_model: GoldenModel, vectors: Vectors, head: str)
 
 
 def test_codes_of_a_run(golden_model: GoldenModel, vectors: Vectors) -> None:
-    """The codes as upstream returns them, of every case for which the vectors hold them; of ours, one at least ends by itself."""
+    """Every case with codes as upstream returns them; in the repository's vectors, at least one ends with the end token."""
     model, reasons = golden_model.dual_ar("full"), []
     for name, case in vectors.meta["generation"].items():
         if f"gen/{name}/codes" not in vectors.arrays:

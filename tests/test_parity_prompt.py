@@ -1,4 +1,4 @@
-"""Tokenizer, cleaning, splitting, prompts and what is remembered between pieces, against the original implementations."""
+"""Tokenizer, cleaning, splitting, prompts and the history between pieces, against the original implementations."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.parity
 
 
 class Vectors:
-    """The language model's vectors of one family, and what its checkpoint says of prompts."""
+    """The language model's vectors of one family, and the prompt rules of its checkpoint."""
 
     def __init__(self, folder: Path, model: LanguageModel, tokenizer: Tokenizer) -> None:
         self.meta: dict[str, Any] = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
@@ -41,15 +41,15 @@ class Vectors:
         return [Voice(f"ref{n}", self.ints(c), t, None) for n, (t, c) in enumerate(zip(texts, codes, strict=True))]
 
     def builder(self, case: dict[str, Any]) -> PromptBuilder:
-        """For a case that shrinks the window, with that window."""
+        """Return a prompt builder; for a case with a smaller window, with that window."""
         model = self.model
         return PromptBuilder(
             self.tokenizer, replace(model, history_window=case["max_length"] - 1024) if "max_length" in case else model
         )
 
     def opening(self, case: dict[str, Any]) -> int:
-        """Columns that the case's prompt lacks: where there are no lists of references, not even empty ones, there is no system
-        message either, which no user can ask for.
+        """Return the number of columns that the case's prompt lacks: the original omits the system message if the lists of
+        references are missing instead of empty, which fishrt never does.
         """
         absent = self.model.prompt_dialect == "instruction" and case.get("prompt_text") is None
         return self.builder(case).encode(self.builder(case).dialect.opening).shape[1] if absent else 0
@@ -103,7 +103,7 @@ def test_speaker_turns_and_their_packing(vectors: Vectors) -> None:
 
 
 def test_every_prompt(vectors: Vectors) -> None:
-    """Those of later pieces with what was drawn for the earlier ones."""
+    """Prompts of later pieces contain the frames of earlier ones."""
     compared = []
     for name, case in vectors.meta["prompt_cases"].items():
         builder, opening = vectors.builder(case), vectors.opening(case)
@@ -125,7 +125,7 @@ def test_every_prompt(vectors: Vectors) -> None:
 
 
 def test_codes_of_columns(vectors: Vectors) -> None:
-    """What upstream's trimming leaves of the columns that were drawn."""
+    """Codes are the drawn columns after upstream's trimming."""
     compared = 0
     for key in vectors.arrays:
         if key.endswith("/raw") and f"{key[:-4]}/codes" in vectors.arrays:
@@ -137,8 +137,8 @@ def test_codes_of_columns(vectors: Vectors) -> None:
 
 
 def read_alike(text: str, rules: TextCleaning | None) -> bool:
-    """Whether the default changes nothing in a text: it refuses letters that the rules would drop, tags and control tokens, joins
-    lines and keeps words apart.
+    """Return whether fishrt's default treats a text as upstream does: the default refuses letters that the rules would drop, tags
+    and control tokens, joins lines and keeps words apart.
     """
     if "<|" in text:
         return False
@@ -146,7 +146,7 @@ def read_alike(text: str, rules: TextCleaning | None) -> bool:
 
 
 def test_short_prompts_are_the_same_by_default(vectors: Vectors) -> None:
-    """The default differs from upstream only where upstream is wrong, and not for one piece that ends like a sentence."""
+    """The default corrects faults of upstream, but equals it for one piece that ends like a sentence."""
     builder, rules = PromptBuilder(vectors.tokenizer, vectors.model), vectors.model.cleaning
     compared = 0
     for name, case in vectors.meta["prompt_cases"].items():

@@ -53,7 +53,7 @@ def test_penalty_filters_and_draw_equal_the_recorded_ones(golden: Path) -> None:
 
 
 def inclusive_cumulative(logits: np.ndarray) -> np.ndarray:
-    """For each entry, the probability of itself and all likelier ones, in float64."""
+    """Return, for each entry, the sum of the probabilities of itself and all likelier ones, in float64."""
     order = np.argsort(-logits, kind="stable")
     weights = np.exp(logits.astype(np.float64) - logits.max())
     cumulative = np.empty(len(logits))

@@ -1,4 +1,4 @@
-"""What the slow AR makes of a voice, kept beside it."""
+"""Prepared voices: keys and values of the slow AR, stored with the voice."""
 
 from __future__ import annotations
 

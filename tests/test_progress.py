@@ -1,4 +1,4 @@
-"""Lines of progress: a bar, per cent, and the time left. The clock of these tests is made up."""
+"""Lines of progress: a bar, per cent, and the time left. The clock is simulated."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which provider is used, and why another is not; the facts about devices. Machines are simulated; see fake_machine."""
+"""The choice of providers, their obstacles, and the facts about devices. Machines are simulated; see fake_machine."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeMachine:
 
 
 def refusal(name: str) -> tuple[str, str]:
-    """Message and hint."""
+    """Return message and hint of the error."""
     with pytest.raises(ProviderError) as caught:
         resolve_provider(name)
     return str(caught.value), caught.value.hint or ""
@@ -194,7 +194,7 @@ def test_memory_of_a_device(fake: FakeMachine) -> None:
 
 
 def test_devices_that_cuda_bindings_list(fake: FakeMachine) -> None:
-    """With the names of cuda-bindings 13; where there is no nvidia-smi."""
+    """Without nvidia-smi; the names are those of cuda-bindings 13."""
     fake.gpu()
     fake.smi = None
     used = []

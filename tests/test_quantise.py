@@ -1,4 +1,4 @@
-"""Integers for the weights of linear layers: how exact, in which layout, and how it is chosen for each layer."""
+"""Quantised weights of linear layers: error, layout, and the choice for each layer."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ WIDE = {
     **{"dim": 64, "n_head": 4, "n_local_heads": 2, "head_dim": 16, "intermediate_size": 160},
     **{"fast_dim": 32, "fast_n_head": 2, "fast_n_local_heads": 1, "fast_head_dim": 12, "fast_intermediate_size": 48},
 }
-"""Blocks of 64, 32 and 16 all occur, and one layer that none divides: the fast AR's wo, of 24 inputs."""
+"""Sizes with blocks of 64, 32 and 16, and one layer that no block divides: the fast AR's wo, of 24 inputs."""
 
 
 @pytest.mark.parametrize(("inputs", "block"), [(2560, 128), (192, 64), (96, 32), (48, 16), (24, None), (128 * 3, 128)])
@@ -84,7 +84,7 @@ def test_packing(shape: tuple[int, int]) -> None:
 
 
 class Layers(nn.Module):
-    """Layers as they occur: behind a sequence, with a bias, and behind vectors, which the exporter makes a Gemm of."""
+    """Layers of all kinds: on a sequence, with a bias, and on vectors, which become a Gemm in the export."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -227,7 +227,7 @@ def report(*layers: tuple[str, str, int | None, float, str]) -> Quantisation:
 
 
 def test_the_report_judges() -> None:
-    """Whether an error is usual, which layers were left out and why, and what helps."""
+    """It judges the error, lists layers left out with the reason, and gives advice."""
     usual = report(
         ("slow_ar.a", "int4", 32, 0.08, ""),
         ("slow_ar.b", "int4", 32, 0.12, ""),

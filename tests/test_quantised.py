@@ -1,4 +1,4 @@
-"""Checkpoints of upstream's quantiser: int8 is read to the weights it stands for, int4 is refused."""
+"""Checkpoints of upstream's quantiser: int8 is dequantised, int4 is refused."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from synthetic import EVERYTHING, PLAIN, random_weights, write_flat
 
 
 def int8(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """As upstream does it: every linear layer, symmetric by rows, without its bias."""
+    """Quantise as upstream does: every linear layer, symmetric by rows, without its bias."""
     result = {}
     for name, weight in weights.items():
         if name.endswith(".bias"):

@@ -1,4 +1,4 @@
-"""What a model does not read well is named: letters, digits, signs and tags."""
+"""Warnings about text that a model does not read well: letters, digits, signs and tags."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Filters, draws and the second draw, on cases small enough to work out by hand."""
+"""Filters, draws and the second draw, on small cases with calculated results."""
 
 from __future__ import annotations
 
@@ -172,7 +172,7 @@ ONE = np.ones(5, np.float32)
 
 
 def favour(index: int) -> np.ndarray:
-    """Noise with which the entry is drawn from equal probabilities."""
+    """Return noise with which the entry is drawn from equal probabilities."""
     noise = ONE.copy()
     noise[index] = 0.01
     return noise
@@ -201,7 +201,7 @@ def test_a_penalty_makes_less_likely_and_counts_once() -> None:
 
 
 def window(main: str, *columns: list[int]) -> PenaltyWindow:
-    """Of three columns, each a main token and two codes; a penalty of 2."""
+    """Return a penalty window of three columns, each a main token and two codes, with a penalty of 2."""
     result = PenaltyWindow(RepetitionPenalty(penalty=1.1, window=3, main=main), 2.0, 2)
     for column in columns:
         result.add(np.array(column))
@@ -209,7 +209,7 @@ def window(main: str, *columns: list[int]) -> PenaltyWindow:
 
 
 def halved(logits: np.ndarray) -> list[int]:
-    """Indices of logits that were 8 and are 4."""
+    """Return the indices of logits that were halved from 8 to 4."""
     assert set(logits.tolist()) <= {8, 4}
     return np.flatnonzero(logits == 4).tolist()
 
@@ -239,7 +239,7 @@ def test_no_penalty_on_main_tokens_leaves_that_on_codes() -> None:
 
 
 def test_tokens_of_the_window_that_the_head_lacks_do_nothing() -> None:
-    """Codes and the zeros are token ids here, below and between the five of the head; 19 is above them."""
+    """Codes and zeros count as token ids here, below and between the five of the head; 19 is above them."""
     assert halved(window("row", *COLUMNS[:2]).main(EIGHTS[:5], IDS)) == [2, 3]
     assert halved(window("oldest_column", [19, 5, 6]).main(EIGHTS[:5], IDS)) == [0]
     assert halved(window("oldest_column", [9, 0, 7]).main(EIGHTS[:5], IDS)) == []

@@ -1,4 +1,4 @@
-"""The tests' own sharing of traces: the same module has the same key, and one that computes something else has another."""
+"""Sharing of traces between tests: equal modules have the same key, different ones have different keys."""
 
 from __future__ import annotations
 

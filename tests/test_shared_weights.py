@@ -1,4 +1,4 @@
-"""Quantised weights that several products read: the same numbers, from one packed copy."""
+"""Quantised weights that several products read: the same results, from one packed copy."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LOCATION = "g.onnx.data"
 
 
 def quantised(folder: Path, bits: int, readers: int = 2, zero_points: bool = False) -> bytes:
-    """x @ W + x @ W …, with the integers of W in a file beside the graph, behind other bytes."""
+    """Return the graph x @ W + x @ W …, with the integers of W in their own file, after other bytes."""
     rng = np.random.default_rng(bits)
     low, high = (-8, 8) if bits == 4 else (-128, 128)
     integers = rng.integers(low, high, (INPUTS, OUTPUTS)).astype(np.int8)
@@ -72,7 +72,7 @@ def test_products_share_one_packed_copy(tmp_path: Path, bits: int) -> None:
 
 @pytest.mark.parametrize(("readers", "zero_points"), [(1, False), (2, True)])
 def test_others_stay(tmp_path: Path, readers: int, zero_points: bool) -> None:
-    """ONNX Runtime makes one operator of a weight that is read once."""
+    """ONNX Runtime itself fuses a weight that is read once."""
     model = quantised(tmp_path, 8, readers, zero_points)
     graph = onnx.ModelProto.FromString(share_weights(model, tmp_path)).graph
     assert Counter(node.op_type for node in graph.node) == {"DequantizeLinear": 1, "MatMul": readers}

@@ -1,4 +1,4 @@
-"""Graphs rewritten for ONNX Runtime on a CPU: what is replaced, and that nothing else changes."""
+"""Graphs rewritten for ONNX Runtime on a CPU: the replaced operators, and unchanged results."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ EVERYTHING_WIDE = {**EVERYTHING, "head_dim": 32, "fast_head_dim": 16}
 
 
 class Exported:
-    """Both graphs of a random model."""
+    """The slow AR and the fast AR of a random model."""
 
     def __init__(self, folder: Path, config: dict[str, Any]) -> None:
         write_flat(folder, config, random_weights(config))
@@ -55,7 +55,7 @@ class Exported:
         return self.folder / self.jobs[role].spec.file
 
     def engines(self, role: str) -> list[Engine]:
-        """Portable and specialised."""
+        """Return the portable and the specialised engine."""
         spec = self.jobs[role].spec
         return [open_engine(self.file(role), spec, provider="cpu", specialise=choice) for choice in (False, True)]
 
@@ -75,13 +75,13 @@ def test_every_attention_is_replaced(exported: Exported, role: str) -> None:
     assert columns == ColumnInputs("write_index", "position_ids")
     assert after["GroupQueryAttention"] == before["Attention"] == layers
     assert not after.keys() & {"Attention", "TensorScatter", "RotaryEmbedding"}
-    # Two norms a layer stand behind a residual sum, but for the first; the one after the last layer sees one column of many.
+    # Two norms a layer follow a residual sum, except the first; the last norm gets only one of many columns.
     assert after["SkipSimplifiedLayerNormalization"] == 2 * layers - 1
 
 
 @pytest.mark.parametrize("role", ["slow_ar", "fast_ar"])
 def test_the_results_are_the_same(exported: Exported, role: str) -> None:
-    """Over several calls, several rows, and ragged lengths; caches included, but for the rows of padding."""
+    """Results and caches are equal over several calls, rows and ragged lengths, except cache rows of padding."""
     source = exported.source
     cases = slow_ar_cases(source.config, source.ids)[:2] if role == "slow_ar" else fast_ar_cases(source.config)
     engines = exported.engines(role)
@@ -111,7 +111,7 @@ def test_rows_of_a_batch_go_on_together(exported: Exported) -> None:
 
 
 def test_the_families_give_the_same(golden_model: GoldenModel) -> None:
-    """Whatever could be replaced in them: heads of some sizes are left alone."""
+    """Results are equal, although heads of some sizes are not replaced."""
     source = golden_model.lm
     for feeds in slow_ar_cases(source.config, source.ids)[0].calls[:1]:
         portable, specialised = (golden_model.engine("slow_ar", specialise=choice) for choice in (False, True))
@@ -136,7 +136,7 @@ def test_another_graph_is_left_as_it_is(s2_model: GoldenModel) -> None:
 
 
 def test_attention_under_another_mask_is_left_alone(exported: Exported) -> None:
-    """A window, say: the operator that would take its place knows no masks."""
+    """GroupQueryAttention supports no other masks, such as a window."""
     model = onnx.load(exported.file("slow_ar"), load_external_data=False)
     masks = {node.input[3] for node in model.graph.node if node.op_type == "Attention"}
     (compare,) = (node for node in model.graph.node if node.output[0] in masks)
@@ -160,7 +160,7 @@ def test_a_bias_before_a_norm_is_not_taken_for_a_residual_sum() -> None:
 
 
 def test_what_the_rewriter_does_not_know_is_kept(s2_model: GoldenModel, tmp_path: Path) -> None:
-    """Fields of the format that its declarations leave out, such as the version and where weights lie."""
+    """Undeclared fields of the format, such as the version, are kept."""
     portable = onnx.load(s2_model.file("slow_ar"), load_external_data=False)
     rewritten = onnx.ModelProto.FromString(specialise(portable.SerializeToString())[0])
     assert (rewritten.ir_version, rewritten.producer_name) == (portable.ir_version, portable.producer_name)

@@ -1,4 +1,4 @@
-"""Exports of models that do not fit in memory: verified stretch by stretch, with tensors read one at a time."""
+"""Exports of models larger than memory: verified stretch by stretch, with tensors read one at a time."""
 
 from __future__ import annotations
 

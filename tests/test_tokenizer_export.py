@@ -28,7 +28,7 @@ PIECES = (
 
 
 def random_text(rng: random.Random) -> str:
-    """Pieces on which patterns differ, letters that merge, and any character there may be."""
+    """Return random text of pieces on which patterns differ, letters that merge, and any other characters."""
     parts = []
     for _ in range(rng.randint(0, 14)):
         kind = rng.random()
@@ -43,7 +43,7 @@ def random_text(rng: random.Random) -> str:
 
 
 def random_ranks(rng: random.Random, alphabet: str, count: int) -> list[bytes]:
-    """All bytes in any order, and random tokens: most have parts that are no tokens, and some are no whole characters."""
+    """Return all bytes in random order and random tokens: most have parts that are no tokens, and some split characters."""
     tokens = [bytes([byte]) for byte in rng.sample(range(256), 256)]
     while len(tokens) < 256 + count:
         token = "".join(rng.choices(alphabet, k=rng.randint(2, 6))).encode()[: rng.randint(2, 8)]
@@ -88,7 +88,7 @@ def test_ids_of_every_recorded_text(golden_model: GoldenModel, tmp_path: Path) -
 
 @pytest.fixture
 def ranks(tmp_path: Path) -> Path:
-    """The ranks of the tiny S1, beside no other file."""
+    """The ranks of the tiny S1, in a folder without other files."""
     return Path(shutil.copy(find_golden(None, "s1-mini") / "lm/checkpoint/tokenizer.tiktoken", tmp_path))
 
 

@@ -1,4 +1,4 @@
-"""The torch peer that draws whole columns draws those of the loop, for every rule of sampling, eager and compiled."""
+"""The torch peer that draws whole columns draws the same as the loop, for every rule of sampling, eager and compiled."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SETTINGS = (Sampling(0.7, 0.8), Sampling(1.0, 0.9, 30), Sampling(1.9, 1e-6))
 
 
 def outputs_of_a_slow_ar(spec: Any, seed: int) -> Iterator[dict[str, np.ndarray]]:
-    """A few tokens are likely, so that they come again and again; of odd seeds, all logits are below 0."""
+    """Yield outputs with few likely tokens, which therefore repeat; with odd seeds, all logits are below 0."""
     rng = np.random.default_rng(seed)
     logits, hidden = ((1, int(t.shape[1])) for t in spec.results)
     likely = 6 * (rng.random(logits) < 4 / logits[1]) - 20 * (seed % 2)
@@ -64,7 +64,7 @@ def test_torch_draws_whole_frames_as_the_loop_does(golden_model, rules):
 
 
 def test_compiled_torch_says_the_same(s2_model):
-    """Made of its own operators, not of kernels: with a static cache under a mask, and what stays on the device."""
+    """Compiled without kernels, with a static cache under a mask and resident results."""
     source = s2_model.lm
     lm, model = source.describe("audio"), load_torch(s2_model.checkpoint, torch.float32)
     prompt = random_prompt(source.config, source.ids, (1, 9), np.random.default_rng(0))[0]

@@ -295,7 +295,7 @@ def test_a_description_that_was_altered_is_refused(gpu, small, tmp_path, change)
     if isinstance(change, str):
         entry.write_text(change)
     else:
-        content["key"]["machine"]["tensorrt"] = "12.0.0.0"  # what a foreign plan would need to look right
+        content["key"]["machine"]["tensorrt"] = "12.0.0.0"  # a description that matches another machine
         entry.write_text(json.dumps({**content, **change}))
     with pytest.raises(ProviderError, match="is damaged"):
         opened(small)

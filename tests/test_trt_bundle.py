@@ -1,4 +1,4 @@
-"""Bundles on TensorRT: which plans they need, the command that builds them, and the same speech as on the CPU.
+"""Bundles on TensorRT: their plans, the command that builds them, and the same speech as on the CPU.
 
 TensorRT and CUDA are simulated; see fake_tensorrt and fake_cuda_runtime.
 """
@@ -46,7 +46,7 @@ def engine(bundle: Bundle, role: str, provider: str, request: PlanRequest | None
 
 
 def exactly(bundle: Bundle, options: PlanOptions = OPTIONS) -> dict[str, PlanRequest]:
-    """In float32, so that results can be compared."""
+    """Return requests in float32, so that results can be compared."""
     requests = plan_requests(bundle, options, SM89)
     return {role: replace(r, lowering=replace(r.lowering, precision="fp32")) for role, r in requests.items()}
 
@@ -67,7 +67,7 @@ def test_the_same_codes_as_on_the_cpu(gpu, tiny_bundle):
     codes = [list(generate_frames(model, prompt, sampling, SeededNoise(5), max_frames=24)) for model in (on_gpu, on_cpu)]
     assert len(codes[0]) > 3
     np.testing.assert_array_equal(*codes)
-    assert gpu.cuda.launches > 2 * (len(codes[0]) - 4)  # of the slow AR's step, and of the frame graph
+    assert gpu.cuda.launches > 2 * (len(codes[0]) - 4)  # the slow AR's step and the frame graph
 
 
 def test_the_same_sound_as_on_the_cpu(gpu, tiny_bundle):
@@ -227,7 +227,7 @@ def test_the_command_tells_what_tensorrt_said(gpu, tiny_bundle):
 
 
 def test_speaking(gpu, tiny_bundle):
-    """The whole way, from text to sound; numbers are those of float16, so that only their kind is looked at."""
+    """From text to audio. Numbers are those of float16, so only shapes and types are checked."""
     with pytest.raises(ProviderError, match="there is no TensorRT plan"):
         TTS.load(tiny_bundle, provider="tensorrt")
     assert run("build-trt", tiny_bundle.path, "--precision", "fp16", "--max-len", 600).exit_code == 0

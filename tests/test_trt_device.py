@@ -1,6 +1,6 @@
-"""What only TensorRT itself, on a device, can show. Everything around it is tested with simulations.
+"""Tests that need TensorRT on a device. Simulations test all else.
 
-None of this has run yet. Start with: FISHRT_CACHE=/tmp/fishrt-plans pytest -m trt
+These tests have not run yet. Start with: FISHRT_CACHE=/tmp/fishrt-plans pytest -m trt
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from fishrt_engines.trt_build import build_plan
 from helpers_trt import request_for, write_small
 
 TOLERANCES = {"fp32": 2e-3, "fp16": 1e-2, "bf16": 8e-2}
-"""Largest difference from the CPU, relative to the largest value: guesses from the width of the mantissa, TF32's for fp32."""
+"""Largest difference from the CPU, relative to the largest value: estimates from the width of the mantissa, TF32's for fp32."""
 
 
 @pytest.fixture
@@ -87,7 +87,7 @@ def test_the_device_copies_and_launches_graphs(tensorrt_device: None) -> None:
 @pytest.mark.trt
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
 def test_a_small_graph(cache: Path, precision: str, caplog: pytest.LogCaptureFixture) -> None:
-    """Caches in place, state in turns, captured steps."""
+    """Caches in place, alternating state buffers, captured steps."""
     path = write_small(cache / "bundle")
     request = request_for(path, precision=precision)
     build_plan(request)
@@ -106,7 +106,7 @@ def test_a_small_graph(cache: Path, precision: str, caplog: pytest.LogCaptureFix
 @pytest.mark.parametrize("primitive", [False, True], ids=["attention", "primitive"])
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
 def test_a_bundle(cache: Path, tiny_bundle: Any, precision: str, primitive: bool) -> None:
-    """All graphs: logits behind a prompt and behind steps, whole frames, sound and codes of sound."""
+    """All graphs: logits after a prompt and after steps, whole frames, audio, and codes of audio."""
     options = PlanOptions(max_len=256, primitive_attention=primitive)
     requests = plan_requests(tiny_bundle, options, open_device().compute_capability)
     for role in ("slow_ar", "fast_ar"):
@@ -138,7 +138,7 @@ def test_a_bundle(cache: Path, tiny_bundle: Any, precision: str, primitive: bool
         speakers = [DualAR(engine["slow_ar"], engine["fast_ar"], lm) for engine in (ours, cpu)]
         sampling = Sampling().resolve(lm.sampling)
         spoken = [list(generate_frames(model, columns, sampling, SeededNoise(5), max_frames=8)) for model in speakers]
-        np.testing.assert_array_equal(spoken[0][:4], spoken[1][:4])  # TF32 may tip a later draw
+        np.testing.assert_array_equal(spoken[0][:4], spoken[1][:4])  # TF32 may change a later draw
     codes = rng.integers(0, min(codec.codebook_sizes), (len(codec.codebook_sizes), 37))
     sound = [CodecDecoder(engine["codec_decode"], codec).decode(codes) for engine in (ours, cpu)]
     assert_close(*sound, "fp32")

@@ -1,4 +1,4 @@
-"""The runner, against ONNX Runtime on the CPU. TensorRT and CUDA are simulated; see fake_tensorrt and fake_cuda_runtime."""
+"""The TensorRT engine, compared with ONNX Runtime. TensorRT and CUDA are simulated; see fake_tensorrt and fake_cuda_runtime."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def small(tmp_path: Path) -> Path:
 
 
 def engines(path: Path, **changes: Any) -> tuple[TrtEngine, Engine]:
-    """The same graph on TensorRT and on the CPU."""
+    """Return engines of the same graph on TensorRT and on the CPU."""
     spec = request_for(path).spec
     build_plan(request_for(path, **changes))
     made = open_engine(path, spec, provider="tensorrt")
@@ -41,7 +41,7 @@ def feeds(tokens: list[list[int]], at: int) -> dict[str, np.ndarray]:
 
 
 def speak(engine: Engine, state: Any, tokens: list[int], at: int = 0) -> list[np.ndarray]:
-    """A prompt of the first three tokens, then one by one."""
+    """Run a prompt of the first three tokens, then the others one by one."""
     totals = [engine.run(feeds([tokens[:3]], at), state)["total"].copy()]
     for n, token in enumerate(tokens[3:], at + 3):
         totals.append(engine.run(feeds([[token]], n), state)["total"].copy())
@@ -66,7 +66,7 @@ def test_the_step_is_captured_after_one_plain_run_for_each_half_of_the_state(gpu
     for at, token in enumerate([3, 1, 4, 1, 5]):
         ours.run(feeds([[token]], at), state)
         counts.append((gpu.cuda.captures, gpu.cuda.launches))
-    assert counts == [(0, 0), (1, 1), (2, 2), (2, 3), (2, 4)]  # `columns` takes turns: two sets of addresses
+    assert counts == [(0, 0), (1, 1), (2, 2), (2, 3), (2, 4)]  # `columns` alternates: two sets of addresses
 
 
 def test_prompts_between_steps_do_not_void_the_captured_step(gpu, small):
@@ -97,7 +97,7 @@ def test_a_constant_is_copied_to_the_device_once(gpu, small):
 
 
 def test_states_do_not_disturb_each_other(gpu, small):
-    """They share contexts, captured graphs are their own; another batch changes the shapes that a graph was captured with."""
+    """States share contexts but not captured graphs; another batch changes the shapes of a context, which ends its captures."""
     ours, cpu = engines(small, profiles=profiles(batch=2))
     captures = []
 
@@ -113,7 +113,7 @@ def test_states_do_not_disturb_each_other(gpu, small):
 
     for mine, theirs in zip(totals(ours), totals(cpu), strict=True):
         np.testing.assert_allclose(mine, theirs, rtol=1e-6)
-    # Twice two graphs, and again after every change of the batch, once there was a plain run.
+    # Twice two graphs, and again after every change of the batch, after a run without capture.
     assert captures[:12] == [0, 1, 2, 2, 2, 2, 2, 3, 4, 4, 5, 6]
 
 
@@ -201,7 +201,7 @@ def test_results_stay_on_the_device_and_are_fed_to_another_graph(gpu, small, tmp
         want = cpu.run(feeds([[at + 1]], at), expected)["total"]
         np.testing.assert_allclose(kept[-1], 2 * want, rtol=1e-6)
         np.testing.assert_allclose(results["total"].numpy(), want, rtol=1e-6)
-    assert len({array.tobytes() for array in kept}) == 6  # a graph without state gives arrays of their own
+    assert len({array.tobytes() for array in kept}) == 6  # a graph without state returns new arrays
 
 
 def test_residents_of_a_graph_without_state_are_their_own(gpu, tmp_path):
@@ -213,7 +213,7 @@ def test_residents_of_a_graph_without_state_are_their_own(gpu, tmp_path):
 
 
 def test_feeds_may_change_as_soon_as_a_run_returns(gpu, small):
-    """Also where nothing waited for the device: the copies of the run before may still be under way."""
+    """Also without synchronisation: copies of the previous run may be unfinished."""
     ours, cpu = engines(small)
     states = [engine.new_state(batch=1, cache=12) for engine in (ours, cpu)]
     fed = feeds([[0]], 0)
@@ -267,7 +267,7 @@ def test_a_plan_that_cannot_be_loaded_is_an_error(gpu, small, call):
 
 
 def test_a_plan_of_other_tensors_is_refused(gpu, small, tmp_path):
-    """What the plan holds is compared with its description, and that with the bundle's."""
+    """The plan is compared with its description, and its description with the bundle's."""
     build_plan(request_for(small))
     other = SPEC.__class__(SPEC.file, SPEC.inputs[::-1], SPEC.outputs, SPEC.states)
     with pytest.raises(GraphError, match="its tensors are not those of the bundle"):
@@ -287,7 +287,7 @@ def test_memory_is_looked_at_before_it_is_taken(gpu, small):
 
 
 def test_the_whole_of_a_state_is_looked_at(gpu, small):
-    """Before its first tensor is allocated."""
+    """The check precedes the allocation of the first tensor."""
     ours, _ = engines(small, max_len=1_000_000)
     gpu.cuda.reserved += gpu.cuda.free - 16_000_010
     with pytest.raises(FishrtError, match=r"the state of small\.onnx needs about 0\.02 GB"):

@@ -1,6 +1,6 @@
-"""Graphs lowered for TensorRT: they keep to its importer's rules and, in ONNX Runtime, compute what the portable ones do.
+"""Graphs lowered for TensorRT: they follow its importer's rules and, in ONNX Runtime, equal the portable ones.
 
-TensorRT itself is not here. Nor does ONNX Runtime compute in bfloat16 on a CPU: of that form, types are checked only.
+TensorRT is not needed. ONNX Runtime does not compute in bfloat16 on a CPU, so only its types are checked.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from tiny import GoldenModel, chunk_feeds, prefill_feeds
 from tolerances import TOLERANCES
 
 ROWS = 12
-"""Of the caches: the most that an engine would be built for."""
+"""Rows of the caches: the limit for which an engine is built."""
 LM = ("slow_ar", "fast_ar")
 CODECS = ("codec_encode", "codec_decode")
 PLAIN_FORM = LoweringOptions(ROWS, "fp32", fp32_attention=False, primitive_attention=False)
@@ -49,11 +49,11 @@ FORMS = [
     if (name := f"{precision}{'-fp32 attention' * fp32}{'-primitive' * primitive}")
 ]
 WIDE = {"dim": 64, "intermediate_size": 96, "fast_dim": 64, "fast_intermediate_size": 32, "head_dim": 16, "fast_head_dim": 16}
-"""Blocks of 64, 32 and 16 occur when it is quantised."""
+"""Sizes with blocks of 64, 32 and 16 if quantised."""
 
 
 class Exported:
-    """Both graphs of a random model, with its weights as a recipe stores them."""
+    """The slow AR and the fast AR of a random model, with weights as a recipe stores them."""
 
     def __init__(self, folder: Path, config: dict[str, Any], precision: str = "fp32") -> None:
         write_flat(folder, config, random_weights(config))
@@ -73,7 +73,7 @@ class Exported:
 
 @pytest.fixture(scope="module")
 def exports(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Exported]:
-    """Each is made once, in whatever order tests run."""
+    """A cache of exports, each made once."""
 
     def export(name: str) -> Exported:
         integers = name in ("int8", "int4")
@@ -85,7 +85,7 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Exporte
 
 @pytest.fixture(params=["plain", "everything", "int8", "int4"])
 def exported(request: pytest.FixtureRequest, exports: Callable[[str], Exported]) -> Exported:
-    """Heads that share keys and that do not, biases, norms and a projection; and integer weights."""
+    """Models with shared keys and without, with biases, norms and a projection, and with integer weights."""
     return exports(request.param)
 
 
@@ -95,7 +95,7 @@ def lowered(path: Path, spec: GraphSpec, options: LoweringOptions) -> tuple[onnx
 
 
 def opened(path: Path, spec: GraphSpec, options: LoweringOptions, folder: Path) -> Engine:
-    """The lowered graph in ONNX Runtime; it is written into an empty folder, with the weights."""
+    """Write the lowered graph with its weights into an empty folder. Return its engine in ONNX Runtime."""
     model, described = lowered(path, spec, options)
     data = path.with_name(f"{path.name}.data")
     shutil.copy(data, folder / data.name)
@@ -104,7 +104,7 @@ def opened(path: Path, spec: GraphSpec, options: LoweringOptions, folder: Path) 
 
 
 def slow_calls(source: LanguageModelSource, lengths: tuple[int, ...]) -> Iterator[dict[str, Array]]:
-    """A prefill of so many columns, then single ones up to the end of the cache, but three at most."""
+    """Yield a prefill of these lengths, then at most three single columns within the cache."""
     config, ids, rng = source.config, source.ids, np.random.default_rng(5)
     yield prefill_feeds([random_prompt(config, ids, (1, length), rng)[0] for length in lengths])
     for step in range(min(ROWS - max(lengths), 3)):
@@ -112,7 +112,7 @@ def slow_calls(source: LanguageModelSource, lengths: tuple[int, ...]) -> Iterato
 
 
 def fast_calls(source: LanguageModelSource, batch: int) -> Iterator[dict[str, Array]]:
-    """Positions 0 and 1, then the others one by one."""
+    """Yield positions 0 and 1 in one call, then the others one by one."""
     config, rng = source.config, np.random.default_rng(6)
     hidden = rng.standard_normal((batch, config.fast.dim)).astype(np.float32)
     for start, stop in ((0, 2), *((n, n + 1) for n in range(2, config.num_codebooks))):
@@ -125,13 +125,13 @@ def fast_calls(source: LanguageModelSource, batch: int) -> Iterator[dict[str, Ar
 
 
 def new_state(engine: Engine, dims: Mapping[str, int]) -> State | None:
-    """Of those of these sizes that the engine leaves open."""
+    """Return a state with those of `dims` that the engine leaves open; None without state."""
     names = {d for tensor in engine.spec.state_tensors for d in tensor.shape}
     return engine.new_state(**{name: size for name, size in dims.items() if name in names}) if engine.spec.states else None
 
 
 def largest_error(ours: Engine, portable: Engine, calls: list[dict[str, Array]], **dims: int) -> float:
-    """Of all results and, at the end, the states; in proportion to the largest number, where that is above 1."""
+    """Return the largest error of all results and final states, relative to the largest number if that is above 1."""
     states, worst = [new_state(engine, dims) for engine in (ours, portable)], 0.0
 
     def compare(found: Array, expected: Array) -> None:
@@ -196,7 +196,7 @@ def test_float16_is_near(exported: Exported, tmp_path: Path, options: LoweringOp
 
 @pytest.mark.parametrize("primitive", [False, True], ids=["attention", "primitive"])
 def test_the_language_models_give_the_same(golden_model: GoldenModel, tmp_path: Path, primitive: bool) -> None:
-    """Of each family, on the prompt of its vectors, which fills the cache to the last row."""
+    """Each family is compared on the prompt of its vectors, which fills the cache to the last row."""
     vectors = np.load(golden_model.golden / "lm/vectors.npz")
     meta = json.loads((golden_model.golden / "lm/meta.json").read_text(encoding="utf-8"))
     prompt, prefill = vectors["slow/input"].astype(np.int64), meta["slow_prefill_len"]
@@ -213,7 +213,7 @@ def test_the_language_models_give_the_same(golden_model: GoldenModel, tmp_path: 
 
 @pytest.mark.parametrize("primitive", [False, True], ids=["attention", "primitive"])
 def test_the_codecs_give_the_same(golden_model: GoldenModel, tmp_path: Path, primitive: bool) -> None:
-    """Of each family: as little and as much as a graph is verified with, one row and two, with the state carried along."""
+    """Each family is compared at the smallest and largest verified sizes, with one row and two, over calls with state."""
     config = golden_model.codec.config
     options = LoweringOptions(None, "fp32", fp32_attention=True, primitive_attention=primitive)
     for role in CODECS:
@@ -228,7 +228,7 @@ def test_the_codecs_give_the_same(golden_model: GoldenModel, tmp_path: Path, pri
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 @pytest.mark.parametrize("primitive", [False, True], ids=["attention", "primitive"])
 def test_a_frame_is_the_same(golden_model: GoldenModel, tmp_path: Path, precision: str, primitive: bool) -> None:
-    """Whole columns, drawn with the same noise. In float16, other codes may be drawn, but not other main tokens."""
+    """Columns are drawn with the same noise. In float16, codes may differ, but not main tokens."""
     if not golden_model.fits:
         pytest.skip("the golden language model and codec have numbers of codebooks that do not fit")
     path, spec, model = frame(golden_model)
@@ -262,7 +262,7 @@ def frame(golden_model: GoldenModel) -> tuple[Path, GraphSpec, bytes]:
 
 
 def frame_feeds(spec: GraphSpec, batch: int, rng: np.random.Generator) -> dict[str, Array]:
-    """Noise, and settings at random."""
+    """Return noise and random settings."""
     spec_of = {tensor.name: tensor for tensor in spec.feeds}
     settings = {
         "temperature": rng.uniform(0.5, 1.5),
@@ -277,7 +277,7 @@ def frame_feeds(spec: GraphSpec, batch: int, rng: np.random.Generator) -> dict[s
             return np.full(shape, settings[name])
         if name.endswith("noise"):
             return rng.standard_exponential(shape)
-        if spec_of[name].dtype == "int64":  # places in the logits, or one past the last
+        if spec_of[name].dtype == "int64":  # indices of logits, or one past the last
             noise = spec_of["code_noise" if name == "penalised_codes" else "main_noise"].resolve({"batch": batch})
             return rng.integers(0, noise[-1] + 1, shape)
         return rng.standard_normal(shape)
@@ -290,7 +290,7 @@ def frame_feeds(spec: GraphSpec, batch: int, rng: np.random.Generator) -> dict[s
 
 @pytest.mark.parametrize("options", FORMS)
 def test_no_family_breaks_a_rule(golden_model: GoldenModel, options: LoweringOptions) -> None:
-    """And of all values, element types are known, without which the rules would find nothing."""
+    """The element types of all values are known: without them, the rules would find nothing."""
     specs = {job.role: job.spec for job in (*golden_model.lm.jobs("audio"), *golden_model.codec.jobs())}
     graphs = [(golden_model.file(role), specs[role], golden_model.file(role).read_bytes()) for role in LM]
     if golden_model.fits:
@@ -324,7 +324,7 @@ def assert_fits(model: bytes, spec: GraphSpec) -> None:
 @pytest.mark.parametrize("fp32", [False, True], ids=["", "fp32 attention"])
 @pytest.mark.parametrize("primitive", [False, True], ids=["attention", "primitive"])
 def test_what_computes_in_which_type(exported: Exported, precision: str, fp32: bool, primitive: bool) -> None:
-    """Matrix products and caches in the new type, attention as it is wanted, results as before."""
+    """Matrix products and caches are in the new type, attention follows the option, results keep their type."""
     options = LoweringOptions(ROWS, {"float16": "fp16", "bfloat16": "bf16"}[precision], fp32, primitive)
     for role in LM:
         spec = exported.jobs[role].spec
@@ -346,7 +346,7 @@ def test_what_computes_in_which_type(exported: Exported, precision: str, fp32: b
 
 
 def test_caches_have_a_fixed_length(exported: Exported) -> None:
-    """In the graph as in its description; nothing is left of the sizes that were asked for."""
+    """The length is fixed in the graph and in its description."""
     model, spec = lowered(exported.file("slow_ar"), exported.jobs["slow_ar"].spec, PLAIN_FORM)
     config = exported.source.config.slow
     outer = {v.name: v.type.tensor_type.shape.dim for v in (*model.graph.input, *model.graph.output)}
@@ -360,7 +360,7 @@ def test_caches_have_a_fixed_length(exported: Exported) -> None:
 
 
 def test_weights_stay_where_they_are(s2_model: GoldenModel) -> None:
-    """And so does what lowering does not know: the version, and who made the file."""
+    """Unknown fields, such as the version and the producer, are kept, too."""
     path = s2_model.file("slow_ar")
     portable = onnx.load(path, load_external_data=False)
     spec = next(job.spec for job in s2_model.lm.jobs("audio") if job.role == "slow_ar")

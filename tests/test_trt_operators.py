@@ -1,4 +1,4 @@
-"""Single operators, lowered for TensorRT, give what they gave: in ONNX Runtime, since TensorRT is not here."""
+"""Single operators lowered for TensorRT have the same results in ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_clips_of_integers(bounds: str) -> None:
 
 @pytest.mark.parametrize("start", [0, 2, 4])
 def test_caches_within_a_graph(start: int) -> None:
-    """Written to at the start, in the middle and at the end."""
+    """The caches are written at the start, in the middle and at the end."""
     model = built(
         "(float[B,1,6,2] given, float[B,1,2,2] new) => (float[B,1,6,2] y) { cache = Neg (given) "
         "b = Shape <start = 0, end = 1> (new) at = Expand (first, b) y = TensorScatter <axis = -2> (cache, new, at) }",

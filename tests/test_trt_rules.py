@@ -1,4 +1,4 @@
-"""The documented rules of TensorRT's importer: each is found broken where it is, and nothing else is."""
+"""The documented rules of TensorRT's importer: each violation is found, and nothing else."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ STATES = (StatePair("cache", "cache_out"),)
 
 
 def graph(text: str, opset: int = 24, **constants: np.ndarray) -> bytes:
-    """A model from the text form of a graph, and some initializers."""
+    """Return a model from the text form of a graph and some initializers."""
     model = parser.parse_model(f'<ir_version: 10, opset_import: ["" : {opset}, "com.microsoft" : 1]> g {text}')
     model.graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in constants.items())
     return model.SerializeToString()
@@ -56,7 +56,7 @@ def dequantize(
     zero: int | None = None,
     kind: str = "int4",
 ) -> bytes:
-    """Of weights [128, 8]."""
+    """Return a model with a DequantizeLinear of weights [128, 8]."""
     result = "float16" if dtype is np.float16 else "float"
     third = ", z" if zero is not None else ""
     model = onnx.ModelProto.FromString(
@@ -202,7 +202,7 @@ BROKEN = {
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_what_is_refused(name: str) -> None:
-    """Every error is one of those that are expected, and every expected one is found."""
+    """The findings are exactly the expected ones."""
     model, *expected = BROKEN[name]
     found = [str(finding) for finding in errors(checked(model))]
     for text in expected:
@@ -259,7 +259,7 @@ def test_what_is_no_graph() -> None:
 
 @pytest.mark.parametrize("role", ["slow_ar", "fast_ar", "codec_encode", "codec_decode"])
 def test_types_and_shapes_are_those_that_onnx_infers(golden_model: GoldenModel, role: str) -> None:
-    """Of every value that a graph makes: the type, the number of axes, and each size that both know."""
+    """Every value of a graph has the same type, rank and known sizes."""
     data = golden_model.file(role).read_bytes()
     found = infer(message("Model").FromString(data).graph)
     inferred = onnx.shape_inference.infer_shapes(onnx.ModelProto.FromString(data), data_prop=True).graph

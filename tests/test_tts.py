@@ -1,4 +1,4 @@
-"""TTS over fake engines: what goes into the prompt, what comes out, what is reported, what is refused."""
+"""TTS over fake engines: prompts, results, reports and errors."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def tts(tmp_path: Path) -> TTS:
 
 
 def prompts(tts: TTS) -> list[np.ndarray]:
-    """Whole prompts, each with what of it was read before: a voice by itself, or an earlier piece."""
+    """Return whole prompts, each with its cached head: a voice alone, or an earlier piece."""
     engine = tts._engines["slow_ar"]
     assert isinstance(engine, FakeEngine)
     read, found, end = np.zeros((1 + LM.num_codebooks, 0), np.int64), [], -1
@@ -196,7 +196,7 @@ def test_a_model_that_says_nothing_is_an_error(tmp_path: Path) -> None:
 
 
 def test_a_piece_that_is_not_spoken_is_a_warning(tmp_path: Path) -> None:
-    """The second piece ends at once: the speech of the first is given, and the text of the second not missing without a word."""
+    """The second piece ends at once: the first is spoken, and a warning names the text of the second."""
     tts = fake_tts(tmp_path)
     slow = tts._engines["slow_ar"]
     assert isinstance(slow, FakeEngine)
@@ -340,7 +340,7 @@ def test_the_embedded_bundle_is_found_or_its_absence_told(tmp_path: Path, monkey
 
 
 def test_codes_are_raw_and_the_history_holds_them_as_they_are_drawn(tmp_path: Path) -> None:
-    """One token for every frame, codes of the fast AR stored + 1, each piece remembered as a voice is."""
+    """The model has one token for every frame and codes of the fast AR + 1; the history holds pieces in the form of voices."""
     lm = language_model(
         prompt_dialect="segments", code_zero="fast", code_offset=1, semantic_end_id=LM.semantic_begin_id, chunk_bytes=60
     )

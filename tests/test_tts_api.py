@@ -1,4 +1,4 @@
-"""What users of the library hold in their hands: speech that is saved and shown, warnings, async streams, a TTS that closes."""
+"""The Python API: saving and display of speech, warnings, async streams, and closing a TTS."""
 
 from __future__ import annotations
 
@@ -179,7 +179,7 @@ def test_only_where_nothing_was_said_it_is_an_error(tmp_path: Path) -> None:
 
 
 def test_speech_before_an_error_is_not_lost(tts: TTS) -> None:
-    """The slow AR gives no numbers in the second piece."""
+    """The slow AR fails with NaN in the second piece."""
     whole = tts.speak(TEXT, seed=1)
     slow = tts.engines["slow_ar"]
     assert isinstance(slow, FakeEngine)
@@ -281,7 +281,7 @@ def test_an_async_stream_says_what_a_stream_says(tts: TTS) -> None:
 
 
 def held(tts: TTS, at: int) -> tuple[threading.Event, threading.Event, list[int]]:
-    """Lets the slow AR wait in its call `at`: events that are set when it waits, and that let it go on; all calls."""
+    """Block the slow AR in its call `at`. Return the event of its waiting, the event that releases it, and all calls."""
     slow = tts.engines["slow_ar"]
     assert isinstance(slow, FakeEngine)
     waits, goes_on, calls, function = threading.Event(), threading.Event(), [], slow._function

@@ -1,4 +1,4 @@
-"""Speech in chunks while it is made: their sizes, what they add up to, and that nothing is done that nobody asked for."""
+"""Streamed speech: sizes of chunks, their sum, and no work ahead of demand."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TEXT = "The first sentence is about a fox. The second sentence is about a dog. T
 
 
 def talkative(folder: Path, frames: int = 50, **changes: Any) -> TTS:
-    """Says so many frames for every piece of text."""
+    """Return a TTS that speaks `frames` frames for every piece of text."""
     content = fake_bundle(folder / "bundle", **changes)
     spoken = [LM.semantic_begin_id + n % 160 for n in range(frames)]
     return TTS(content, fake_engines(content.manifest.language_model, content.manifest.codec, spoken))
@@ -46,7 +46,7 @@ def test_chunks_grow_slowly_enough_for_what_was_given_to_last() -> None:
 
 
 def test_chunks_of_a_stream(tmp_path: Path) -> None:
-    """The schedule goes on from piece to piece, and the last chunk of a piece is what is left."""
+    """The schedule continues over pieces, and the last chunk of a piece is the remainder."""
     chunks = list(talkative(tmp_path).stream(TEXT, voice=[]))
     assert [(c.piece, c.codes.shape[1]) for c in chunks] == [
         *((0, n) for n in (4, 4, 4, 4, 8, 8, 8, 8, 2)),

@@ -1,4 +1,4 @@
-"""Voices by name, and their loudness: where a TTS finds them, and what it makes of them."""
+"""Voices by name, and their loudness."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ RATE = 16000
 
 
 class FakeTts:
-    """Encodes a recording to as many frames as it has."""
+    """A TTS that encodes a recording to its number of frames."""
 
     def __init__(self, content=None):
         self.bundle = Bundle(Path("some bundle"), content or manifest())

@@ -1,4 +1,4 @@
-"""Wav that grows, and `fishrt speak --stream`, which writes it."""
+"""Streamed wav files, and `fishrt speak --stream`, which writes them."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_what_was_not_spoken_is_told(fake):  # noqa: F811
 
 
 def test_a_listener_who_leaves_ends_the_work(fake, monkeypatch):  # noqa: F811
-    """Quietly: no more is asked of the model, and there is no traceback."""
+    """The model is not called further, and there is no traceback."""
     write = WavWriter.write
 
     def leave(self, pcm):

@@ -1,4 +1,4 @@
-"""Tiny models in the official layout, exported: the golden checkpoints, whatever their sizes.
+"""Tiny models in the official layout, and their exports: the golden checkpoints.
 
 Tests reach these through the fixtures of conftest.py, so that each graph is exported once in a session.
 """
@@ -32,10 +32,9 @@ from tolerances import TOLERANCES
 
 
 class GoldenModel:
-    """The modules, the graphs and the vectors of one golden folder; each is made when it is first asked for, and what lies in
-    `folder` is shared by all processes of the session.
+    """The modules, graphs and vectors of a golden folder, each made at its first use. All processes of a session share `folder`.
 
-    The halves are kept apart: vectors of other sizes need not fit each other.
+    Language model and codec are separate, since vectors of other sizes may not fit each other.
     """
 
     def __init__(self, golden: Path, folder: Path) -> None:
@@ -64,12 +63,12 @@ class GoldenModel:
 
     @cached_property
     def fits(self) -> bool:
-        """Whether the halves can be one model."""
+        """Return whether language model and codec can form one model."""
         return halves_fit(self.lm, self.codec)
 
     @cached_property
     def checkpoint(self) -> Path:
-        """One checkpoint folder, as the publisher ships it, of the two halves."""
+        """Return a checkpoint folder in the official layout, of language model and codec."""
 
         def join(folder: Path) -> None:
             for half in ("lm", "codec"):
@@ -82,14 +81,14 @@ class GoldenModel:
         return Bundle.load(make_once(self.folder / "bundle", lambda folder: export_bundle(self.checkpoint, folder)))
 
     def file(self, role: str, head: str = "audio") -> Path:
-        """The exported graph: that of the bundle, where there is one."""
+        """Return the file of the exported graph: the bundle's, if there is a bundle."""
         job = self._job(role, head)
         if head == "audio" and self.fits:
             return self.bundle.file(job.spec.file)
         return self._exported(job, f"{role}-{head}")
 
     def engine(self, role: str, head: str = "audio", *, specialise: bool = False) -> Engine:
-        """The exported graph in ONNX Runtime on the CPU, as it is or specialised for it."""
+        """Return an engine of the exported graph on the CPU, portable or specialised."""
         key = role, head, specialise
         if key not in self._engines:
             spec = self._job(role, head).spec
@@ -97,7 +96,7 @@ class GoldenModel:
         return self._engines[key]
 
     def engine_of(self, source: LanguageModelSource, role: str, head: str, name: str) -> Engine:
-        """A graph of other weights, which has this `name`."""
+        """Return an engine of a graph of other weights. name: of its file."""
         job = next(job for job in source.jobs(head) if job.role == role)
         return open_engine(self._exported(job, f"{role}-{head}-{name}"), job.spec, provider="cpu")
 
@@ -113,7 +112,7 @@ class GoldenModel:
         return DualAR(self.engine("slow_ar", head), fast, self.lm.describe(head))
 
     def frame(self, head: str, lm: LanguageModel | None = None) -> Engine:
-        """The frame graph, with the rules of `lm` in place of the family's."""
+        """Return an engine of the frame graph, with the rules of `lm` instead of the family's."""
         slow, fast, lm = self._job("slow_ar", head).spec, self._job("fast_ar", head).spec, lm or self.lm.describe(head)
         spec = frame_spec(slow, fast, lm)
         build = partial(frame_model, fast=fast, spec=spec, lm=lm)
@@ -125,19 +124,19 @@ class GoldenModel:
 
 
 def assert_same_table(actual: torch.Tensor, expected: np.ndarray) -> None:
-    """Rotary tables, of bfloat16 values: rare entries may be rounded the other way."""
+    """Check that rotary tables of bfloat16 values are equal, except rare entries that are rounded the other way."""
     difference = np.abs(actual.numpy() - expected)
     assert difference.max() <= TOLERANCES["rope"]
     assert (difference > 0).sum() <= 1 + difference.size // 1000
 
 
 def caches(spec_states: Any, **dims: int) -> list[torch.Tensor]:
-    """Empty caches for a torch module, from a spec's state tensors."""
+    """Return caches of zeros for a torch module, from a spec's state tensors."""
     return [torch.zeros(tensor.resolve(dims)) for tensor in spec_states]
 
 
 def prefill_feeds(prompts: list[np.ndarray]) -> dict[str, np.ndarray]:
-    """Feeds of slow_ar for prompts int64 [1 + C, length] of any lengths, padded on the right with zeros."""
+    """Return feeds of slow_ar for prompts int64 [1 + C, length] of any lengths, padded on the right with zeros."""
     lengths = np.array([prompt.shape[1] for prompt in prompts])
     longest = int(lengths.max())
     return {
@@ -149,7 +148,7 @@ def prefill_feeds(prompts: list[np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def chunk_feeds(columns: np.ndarray, starts: np.ndarray) -> dict[str, np.ndarray]:
-    """Feeds of slow_ar for columns int64 [batch, 1 + C, length] that go on at the positions `starts` [batch]."""
+    """Return feeds of slow_ar for columns int64 [batch, 1 + C, length] at the positions from `starts` [batch] on."""
     length = columns.shape[2]
     return {
         "prompt": np.ascontiguousarray(columns),

@@ -36,7 +36,7 @@ TOLERANCES = {
     "lowered to float16": 6e-3,
     # Of graphs of 2 layers computed in float16, as a share of the largest value. Measured: 4.7e-4.
     "float16": 2e-3,
-    # On a CUDA device, in bfloat16 or with TF32, as a share of the largest value. Not measured: no device was at hand.
+    # On a CUDA device, in bfloat16 or with TF32, as a share of the largest value. Not measured on a device.
     "on a device": 5e-2,
     # Audio and state of static graphs, in primitive operators, against the portable graph, both on the CPU with random codes.
     # Measured: 1.04e-5, in a state of a DAC.
