@@ -254,7 +254,7 @@ def bare_run(folder: Path, deadline: float | None = None) -> Any:
 def test_a_process_that_hangs_is_ended(tmp_path):
     run = bare_run(tmp_path, time.monotonic() + 0.5)
     begun = time.monotonic()
-    with pytest.raises(gpu._ProcessError, match="not done when the time"):
+    with pytest.raises(gpu._ProcessError, match="not finished at the deadline"):
         run.process("-c", "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])")
     assert time.monotonic() - begun < 30
 

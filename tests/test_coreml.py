@@ -251,7 +251,7 @@ def test_a_folder_that_cannot_be_written_to_is_told(
     (tmp_path / "file").touch()
     monkeypatch.setenv("FISHRT_CACHE", str(tmp_path / "file/cache"))
     TTS.load(static_bundle, provider="coreml").decode(np.zeros((1, 1), np.int64))
-    assert "compiled CoreML models cannot be kept" in caplog.text
+    assert "compiled CoreML models cannot be written" in caplog.text
     assert "ModelCacheDirectory" not in mac.asked["codec_decode_1.onnx"][0][1]
 
 

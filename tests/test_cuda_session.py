@@ -65,7 +65,7 @@ def test_the_type_is_what_device_and_weights_are_made_for(caplog: pytest.LogCapt
     quantised = graph(helper.make_node("DequantizeLinear", ["x", "s"], ["y"]))
     new = replace(OLD, compute_capability=(8, 0))
     assert [ort_cuda.computed_in(plain, gpu) for gpu in (new, OLD, None)] == ["bfloat16", "float16", "float16"]
-    assert "nothing tells what device" in caplog.text
+    assert "the device cannot be identified" in caplog.text
     assert ort_cuda.computed_in(quantised, new) == "float16"
 
 
@@ -184,7 +184,7 @@ def test_where_nothing_tells_of_memory_it_is_said(cuda: FakeCuda, tmp_path: Path
     cuda.devices = None
     with caplog.at_level(logging.INFO, "fishrt_engines"):
         open_engine(sums(tmp_path), SUMS, provider="cuda")
-    assert "nothing tells how much memory the device has free" in caplog.text
+    assert "the free memory of the device is unknown" in caplog.text
 
 
 @pytest.mark.parametrize(

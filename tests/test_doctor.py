@@ -81,7 +81,7 @@ def test_both_wheels(fake: FakeMachine, tmp_path: Path) -> None:
     fake.gpu()
     fake.wheels = {"onnxruntime": tmp_path, "onnxruntime-gpu": tmp_path}
     told = text()
-    assert "provider cpu: onnxruntime and onnxruntime-gpu are installed over each other" in told
+    assert "provider cpu: onnxruntime and onnxruntime-gpu are installed into one folder" in told
     assert "pip uninstall -y onnxruntime onnxruntime-gpu" in told
     assert "provider auto: none" in told
 

@@ -110,10 +110,10 @@ def test_two_wheels_over_each_other_are_refused(fake: FakeMachine, tmp_path: Pat
     fake.gpu()
     fake.wheels = {"onnxruntime": tmp_path, "onnxruntime-gpu": tmp_path}
     message, hint = refusal(name)
-    assert "onnxruntime and onnxruntime-gpu are installed over each other" in message
+    assert "onnxruntime and onnxruntime-gpu are installed into one folder" in message
     assert hint.startswith("pip uninstall -y onnxruntime onnxruntime-gpu, and then ")
     assert 'pip install "fishrt[cuda]"' in hint
-    with pytest.raises(ProviderError, match="over each other"):
+    with pytest.raises(ProviderError, match="into one folder"):
         import_onnxruntime()
     fake.wheels["onnxruntime-gpu"] = tmp_path / "own"
     assert resolve_provider("cuda") == "cuda"

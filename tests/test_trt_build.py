@@ -122,7 +122,7 @@ def test_timings_of_kernels_are_kept(gpu, small, tmp_path, caplog):
         kept.write_bytes(spoilt)
         build_plan(request_for(small, max_len=30 + len(spoilt)))
         assert kept.read_bytes() == first
-        assert "they are made anew" in caplog.text
+        assert "they are measured again" in caplog.text
 
 
 def test_what_the_importer_does_not_take_is_told_in_full(gpu, tmp_path):
@@ -176,7 +176,7 @@ def test_a_plan_that_cannot_be_written_is_an_error_and_leaves_nothing(gpu, small
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(trt_plans, "digest", full)
-    with pytest.raises(FishrtError, match=r"cannot be kept in .*: No space left on device"):
+    with pytest.raises(FishrtError, match=r"cannot be written to .*: No space left on device"):
         build_plan(request_for(small))
     assert not list((tmp_path / "cache").rglob("*.plan"))
     monkeypatch.undo()

@@ -155,7 +155,7 @@ def test_columns_beyond_the_cache_are_refused_before_anything_is_written(gpu, sm
     ours, _ = engines(small)
     state = ours.new_state(batch=1, cache=4)
     for tokens, at in (([[1, 2]], 3), ([[1]], 4), ([[1]], -1)):
-        with pytest.raises(ValueError, match="do not fit into 4 rows"):
+        with pytest.raises(ValueError, match="do not fit into a cache of 4 rows"):
             ours.run(feeds(tokens, at), state)
     assert not state.read("key_cache.0").any()
 

@@ -373,7 +373,7 @@ def test_weights_stay_where_they_are(s2_model: GoldenModel) -> None:
 def test_a_cache_of_unknown_length_is_refused(exported: Exported) -> None:
     for length in (None, 0):
         options = LoweringOptions(length, "fp32", fp32_attention=False, primitive_attention=False)
-        with pytest.raises(GraphError, match=r"slow_ar\.onnx leaves open how many positions") as caught:
+        with pytest.raises(GraphError, match=r"slow_ar\.onnx leaves the length of its caches open") as caught:
             lowered(exported.file("slow_ar"), exported.jobs["slow_ar"].spec, options)
         assert "max_len" in str(caught.value.hint)
 

@@ -79,7 +79,7 @@ def test_forms_of_attention(mask: str, attributes: str, primitive: bool) -> None
         ("float[B,6,S,8]", "<is_causal = 1> (q, k, k)", "has a form that cannot be decomposed"),
         ("float[B,6,S,8]", "<softcap = 20.0> (q, k, k)", "has a form that cannot be decomposed"),
         ("float[B,6,S,8]", "(q, k, k, , , , n)", "has a form that cannot be decomposed"),
-        ("float[B,H,S,8]", "(q, k, k)", "the number and size of its heads are not known"),
+        ("float[B,H,S,8]", "(q, k, k)", "the number and size of its heads are unknown"),
     ],
 )
 def test_attention_that_cannot_be_taken_apart(q: str, call: str, words: str) -> None:
@@ -118,7 +118,7 @@ def test_a_cache_within_a_graph_that_is_written_to_anywhere_is_refused() -> None
         "(float[B,1,6,2] given, float[B,1,2,2] new, int64[B] at) => (float[B,1,6,2] y) "
         "{ cache = Neg (given) y = TensorScatter <axis = -2> (cache, new, at) }"
     )
-    with pytest.raises(GraphError, match="writes to rows that are not known"):
+    with pytest.raises(GraphError, match="writes to unknown rows"):
         lowered_text(model)
 
 

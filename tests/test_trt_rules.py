@@ -103,8 +103,8 @@ def test_nothing_is_found_in_what_fits(name: str) -> None:
 
 
 BROKEN = {
-    "past": (attention("(q, k, v, m, past, past)"), "past_key is not taken", "past_value is not taken"),
-    "lengths": (attention("(q, k, v, m, , , lengths)"), "nonpad_kv_seqlen is not taken"),
+    "past": (attention("(q, k, v, m, past, past)"), "past_key is not supported", "past_value is not supported"),
+    "lengths": (attention("(q, k, v, m, , , lengths)"), "nonpad_kv_seqlen is not supported"),
     "softcap": (attention("<softcap = 30.0> (q, k, v, m)"), "softcap"),
     "softmax_precision": (attention("<softmax_precision = 1> (q, k, v, m)"), "softmax_precision"),
     "scores": (attention("(q, k, v, m)", results="y, , , scores"), "qk_matmul_output"),
@@ -126,13 +126,13 @@ BROKEN = {
         "not described as one state",
     ),
     "zero points": (dequantize(zero=1), "zero points must be zero"),
-    "unsigned": (dequantize(kind="uint4"), "weights of uint4", "takes no uint4"),
+    "unsigned": (dequantize(kind="uint4"), "weights are uint4", "does not accept uint4"),
     "uneven blocks": (dequantize("axis = 0, block_size = 48", (3, 8)), "blocks of 48 do not divide 128"),
     "blocks of another size": (dequantize("axis = 0, block_size = 32"), "blocks of 32 do not divide 128"),
     "blocks along two axes": (dequantize("axis = 0, block_size = 64", (2, 4)), "scales may differ from the weights in one size"),
     "half scales to float32": (
         dequantize("axis = 0, block_size = 64, output_dtype = 1", dtype=np.float16),
-        "give float16",
+        "produce float16",
         "different types",
     ),
     "scale for each channel": (dequantize("axis = 0", (8,)), "one scale for each channel"),
@@ -166,13 +166,13 @@ BROKEN = {
     ),
     "random": (graph("() => (float[4] y) { y = RandomNormal <shape = [4]> () }"), "feed random numbers as an input"),
     "unsupported": (unary("Det"), "is not supported"),
-    "unknown": (unary("Acosh"), "not in the importer's table"),
+    "unknown": (unary("Acosh"), "not in fishrt's table"),
     "contrib": (
         graph("(float[N] x) => (float[N] y) { y = com.microsoft.QuickGelu (x) }"),
         "does not document operators of com.microsoft",
     ),
-    "sine of integers": (unary("Sin", "int64"), "takes no int64"),
-    "bool arithmetic": (graph("(bool[N] x) => (bool[N] y) { y = Add (x, x) }"), "takes no bool"),
+    "sine of integers": (unary("Sin", "int64"), "does not accept int64"),
+    "bool arithmetic": (graph("(bool[N] x) => (bool[N] y) { y = Add (x, x) }"), "does not accept bool"),
     "mixed types": (graph("(float[N] x, float16[N] z) => (float[N] y) { y = Mul (x, z) }"), "different types: float16, float32"),
     "uint8 inside": (
         graph("(float[N] x) => (float[N] y) { a = Cast <to = 2> (x) y = Cast <to = 1> (a) }"),
@@ -181,19 +181,19 @@ BROKEN = {
     "int16 inside": (
         graph("(float[N] x) => (float[N] y) { a = Cast <to = 5> (x) y = Cast <to = 1> (a) }"),
         "produces int16, which a network cannot hold internally",
-        "takes no int16",
+        "does not accept int16",
     ),
     "raw integers": (
         graph("(float[N,4] x) => (int8[N,4] y) { y = Transpose (w) }", w=np.ones((4, 4), np.int8)),
         "an input or output of a network cannot be int8",
-        "takes no int8",
+        "does not accept int8",
         "reads int8 without a DequantizeLinear",
     ),
     "string": (
         graph("(string[N] x) => (string[N] y) { y = Identity (x) }"),
-        "no input or output of string",
-        "takes no string",
-        "gives string",
+        "an input or output of a network cannot be string",
+        "does not accept string",
+        "produces string",
     ),
     "opset": (graph("(float[N] x) => (float[N] y) { y = Neg (x) }", opset=26), "opset 26; 9 to 24 are read"),
     "body": (branch("Det"), "Det p: is not supported"),
@@ -216,16 +216,16 @@ NOTED = {
         graph("(float16[B,2,S,8] q, float16[B,2,9,8] k) => (float16[B,2,S,8] y) { y = Attention (q, k, k) }"),
         "in float16, a long masked prefix",
     ),
-    "batch": (scatter(cache="float[B,2,32,8]"), "a number of sequences that varies"),
+    "batch": (scatter(cache="float[B,2,32,8]"), "a variable batch size"),
     "small blocks": (dequantize("axis = 0, block_size = 32", (4, 8)), "int4 in blocks of 32; documented are 64 and 128"),
     "int8": (dequantize(kind="int8"), "no faster kernel is documented"),
     "double": (
         graph("(float[N] x) => (float[N] y) { a = Cast <to = 11> (x) y = Cast <to = 1> (a) }"),
         "float64 becomes float32",
     ),
-    "branch": (branch("Abs"), "both branches must give values of the same rank"),
+    "branch": (branch("Abs"), "both branches must produce values of the same rank"),
     "opset": (graph("(float[N] x) => (float[N] y) { y = Neg (x) }", opset=25), "opset 25; 9 to 24 are read"),
-    "data-dependent": (graph("(float[N] x) => (int64[1,M] y) { y = NonZero (x) }"), "as many elements as the data say"),
+    "data-dependent": (graph("(float[N] x) => (int64[1,M] y) { y = NonZero (x) }"), "depends on the data"),
 }
 
 
