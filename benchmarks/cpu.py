@@ -51,15 +51,15 @@ HERE = Path(__file__).parent
     "recipes",
     multiple=True,
     type=click.Choice(list(RECIPES)),
-    help="The first is the one that takes turns with the peers.  [default: int4 and int8; for s1 also int4-codec-int8; int4 "
+    help="The first one alternates with the peers.  [default: int4 and int8; for s1 also int4-codec-int8; int4 "
     "and all-int4 for s2]",
 )
-@click.option("--checkpoints", type=click.Path(path_type=Path), help="Folder with a checkpoint for each family, made if lacking.")
-@click.option("--bundles", type=click.Path(path_type=Path), help="Folder of bundles, FAMILY-RECIPE, made if lacking.")
+@click.option("--checkpoints", type=click.Path(path_type=Path), help="Folder with a checkpoint for each family, made if missing.")
+@click.option("--bundles", type=click.Path(path_type=Path), help="Folder of bundles, FAMILY-RECIPE, made if missing.")
 @click.option("--rounds", default=3, help="Turns of fishrt and of each peer.")
 @click.option("--frames", default=32, help="Frames of each turn, and of `fishrt bench`.")
-@click.option("--smoke", is_flag=True, help="One tiny checkpoint, everything once, to see that it works. Times mean nothing.")
-@click.option("--out", type=click.Path(path_type=Path), help="Record to write; plots go beside it.  [default: results/cpu.json]")
+@click.option("--smoke", is_flag=True, help="One tiny checkpoint, each part once, as a test. Times are meaningless.")
+@click.option("--out", type=click.Path(path_type=Path), help="Record; plots go into its folder.  [default: results/cpu.json]")
 def main(
     families: Sequence[str],
     recipes: Sequence[str],

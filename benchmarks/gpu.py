@@ -63,19 +63,17 @@ class _ProcessError(Exception):
     multiple=True,
     type=click.Choice(list(RECIPES)),
     default=("fp32",),
-    help="The first takes turns with torch.",
+    help="The first one alternates with torch.",
 )
-@click.option("--checkpoints", type=click.Path(path_type=Path), help="Folder with a checkpoint for each family, made if lacking.")
-@click.option("--bundles", type=click.Path(path_type=Path), help="Folder of bundles, FAMILY-RECIPE, made if lacking.")
+@click.option("--checkpoints", type=click.Path(path_type=Path), help="Folder with a checkpoint for each family, made if missing.")
+@click.option("--bundles", type=click.Path(path_type=Path), help="Folder of bundles, FAMILY-RECIPE, made if missing.")
 @click.option("--provider", type=click.Choice(["cuda", "tensorrt", "cpu"]), default="cuda")
 @click.option("--rounds", type=click.IntRange(min=1), default=3, help="Turns of fishrt and of each peer.")
 @click.option("--frames", type=click.IntRange(min=2), default=64, help="Frames of each measurement.")
 @click.option("--most-batch", type=click.IntRange(min=1), default=64, help="The largest batch.")
-@click.option("--budget-s", type=float, help="Seconds that the run may take; what is left then is skipped.")
-@click.option(
-    "--resume", is_flag=True, help="Go on with the record in OUT: what it holds without an error is not measured again."
-)
-@click.option("--smoke", is_flag=True, help="One tiny checkpoint, everything once, to see that it works. Times mean nothing.")
+@click.option("--budget-s", type=float, help="Time limit in seconds; parts after it are skipped.")
+@click.option("--resume", is_flag=True, help="Continue the record in OUT: parts without an error are not measured again.")
+@click.option("--smoke", is_flag=True, help="One tiny checkpoint, each part once, as a test. Times are meaningless.")
 @click.option("--out", type=click.Path(path_type=Path), help="Record to write.  [default: results/gpu.json]")
 def main(
     families: Sequence[str],

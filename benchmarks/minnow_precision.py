@@ -41,7 +41,7 @@ _loaded: dict[Path, tuple[TTS, Recogniser]] = {}
 
 @click.command(context_settings={"show_default": True})
 @click.option("--count", default=130, help="Held-out sentences, each spoken in every voice.")
-@click.option("--seeds", default=1, help="Times that each is spoken.")
+@click.option("--seeds", default=1, help="Seeds of each sentence.")
 @click.option("--workers", default=os.cpu_count() or 1, help="Processes.")
 @click.option("--out", type=click.Path(path_type=Path), help="Record to write.  [default: results/minnow-precision.json]")
 def main(count: int, seeds: int, workers: int, out: Path | None) -> None:

@@ -32,7 +32,7 @@ CLASSIFIER_SENTENCES = 30
 
 
 @click.command(context_settings={"show_default": True})
-@click.option("--bundle", type=click.Path(path_type=Path), help="Bundle to judge; the embedded one if not given.")
+@click.option("--bundle", type=click.Path(path_type=Path), help="Bundle to measure.  [default: the embedded one]")
 @click.option("--count", default=120, help="Held-out sentences, spoken by the three voices in turn.")
 @click.option("--workers", default=os.cpu_count() or 1, help="Processes.")
 @click.option("--out", type=click.Path(path_type=Path), help="Record to write.  [default: results/minnow-quality.json]")

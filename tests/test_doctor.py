@@ -42,8 +42,8 @@ def test_a_machine_without_devices(fake: FakeMachine) -> None:
     assert "libcudnn" not in told
     assert "tensorrt: no binding, no library (No module named 'tensorrt')" in told
     assert 'provider tensorrt: tensorrt is not installed; pip install "fishrt[trt]"' in told
-    assert "provider coreml: it exists on macOS only" in told
-    assert "provider auto: cpu, since cuda cannot be used: the ONNX Runtime that is installed" in told
+    assert "provider coreml: it exists only on macOS" in told
+    assert "provider auto: cpu, since cuda cannot be used: the installed ONNX Runtime" in told
     assert "provider auto: never tensorrt, since its plans must be built first" in told
     assert "provider auto: never coreml" in told
 
@@ -51,7 +51,7 @@ def test_a_machine_without_devices(fake: FakeMachine) -> None:
 def test_devices_without_a_driver(fake: FakeMachine) -> None:
     fake.gpu(driver=False)
     told = text()
-    assert "provider cuda: NVIDIA's driver is not here" in told
+    assert "provider cuda: NVIDIA's driver cannot be loaded" in told
     assert "libcudnn.so.9: loads" in told
     assert "provider auto: cpu" in told
 
@@ -91,7 +91,7 @@ def test_a_mac(fake: FakeMachine, monkeypatch: pytest.MonkeyPatch) -> None:
     fake.onnxruntime("CoreMLExecutionProvider", "CPUExecutionProvider")
     told = text()
     assert "provider coreml: ready" in told
-    assert "provider cuda: it exists on Linux and Windows only" in told
+    assert "provider cuda: it exists only on Linux and Windows" in told
     assert "provider auto: cpu" in told
 
 
@@ -122,7 +122,7 @@ def test_what_it_tells_of_privacy(fake: FakeMachine, monkeypatch: pytest.MonkeyP
     assert f"voices: {tmp_path}/voices\n" in told
     assert "telemetry: off\n" in told
     monkeypatch.setenv("ORT_DISABLE_TELEMETRY", "0")
-    assert "telemetry: on, since ORT_DISABLE_TELEMETRY says so" in text()
+    assert "telemetry: on, by ORT_DISABLE_TELEMETRY" in text()
     data = json.loads(CliRunner().invoke(main, ["doctor", "--json"]).stdout)
     assert data["telemetry"] is True
     assert data["cache"] == {"folder": str(tmp_path / "cache"), "bytes": 3_000_000, "error": None}

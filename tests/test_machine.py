@@ -60,7 +60,7 @@ def test_cpus_of_other_features_have_other_identities(monkeypatch: pytest.Monkey
 def test_the_peak_of_a_process_is_not_that_of_its_parent() -> None:
     peak = machine.peak_memory()
     if peak is None:
-        pytest.skip("this system does not tell")
+        pytest.skip("this system does not report its memory")
     held = np.ones(50_000_000, np.float32)  # 200 MB
     assert machine.peak_memory() > held.nbytes  # type: ignore[operator]
     code = "from fishrt_engines.machine import peak_memory; print(peak_memory())"

@@ -38,12 +38,12 @@ def test_nvidia_is_not_looked_for_on_macos(fake: FakeMachine, monkeypatch: pytes
     assert resolve_provider(name) == name
     monkeypatch.setattr("fishrt_engines.providers._usable", set())
     monkeypatch.setattr("sys.platform", "darwin")
-    assert "exists on Linux and Windows only" in refusal(name)[0]
+    assert "exists only on Linux and Windows" in refusal(name)[0]
 
 
 def test_coreml_is_of_macos_only(fake: FakeMachine, monkeypatch: pytest.MonkeyPatch) -> None:
     fake.onnxruntime("CoreMLExecutionProvider", "CPUExecutionProvider")
-    assert "exists on macOS only" in refusal("coreml")[0]
+    assert "exists only on macOS" in refusal("coreml")[0]
     monkeypatch.setattr("sys.platform", "darwin")
     assert resolve_provider("coreml") == "coreml"
     assert choose_provider().name == "cpu"
@@ -60,10 +60,10 @@ def test_cuda_without_its_wheel_names_the_extra(fake: FakeMachine) -> None:
 def test_cuda_without_a_driver(fake: FakeMachine) -> None:
     fake.gpu(driver=False)
     message, hint = refusal("cuda")
-    assert "NVIDIA's driver is not here (libcuda.so.1: no such file)" in message
+    assert "NVIDIA's driver cannot be loaded (libcuda.so.1: no such file)" in message
     assert "install the driver" in hint
     assert choose_provider().name == "cpu"
-    assert "driver is not here" in choose_provider().reason
+    assert "driver cannot be loaded" in choose_provider().reason
 
 
 def test_cuda_without_a_device(fake: FakeMachine) -> None:
@@ -102,7 +102,7 @@ def test_a_driver_of_which_nothing_tells_more_is_believed(fake: FakeMachine) -> 
 def test_auto_says_why_it_is_the_cpu(fake: FakeMachine, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "fishrt_engines"):
         assert resolve_provider("auto") == "cpu"
-    assert 'provider "auto" chose "cpu": cuda cannot be used: the ONNX Runtime that is installed' in caplog.text
+    assert 'provider "auto" chose "cpu": cuda cannot be used: the installed ONNX Runtime' in caplog.text
 
 
 @pytest.mark.parametrize("name", ["auto", "cpu", "cuda"])
@@ -140,7 +140,7 @@ def test_tensorrt_tells_what_is_missing(fake: FakeMachine) -> None:
     assert "cuda.bindings.runtime is not installed" in refusal("tensorrt")[0]
     fake.tensorrt()
     fake.libraries.remove("libcuda.so.1")
-    assert "driver is not here" in refusal("tensorrt")[0]
+    assert "driver cannot be loaded" in refusal("tensorrt")[0]
 
 
 def test_a_usable_provider_is_looked_for_once(fake: FakeMachine) -> None:

@@ -109,9 +109,9 @@ class Diagnosis:
         yield "memory", "unknown" if self.memory_bytes is None else _gib(self.memory_bytes)
         for name, found in self.packages.items():
             yield name, found or "not installed"
-        yield "nvidia driver", "there" if self.driver_error is None else f"none ({self.driver_error})"
+        yield "nvidia driver", "found" if self.driver_error is None else f"none ({self.driver_error})"
         if self.driver_error is None and not self.gpus:
-            yield "nvidia device", "nothing tells" if self.gpus is None else "none"
+            yield "nvidia device", "cannot be listed" if self.gpus is None else "none"
         for gpu in self.gpus or ():
             yield "nvidia device", _describe(gpu)
         for library in self.cuda_libraries:
@@ -127,7 +127,7 @@ class Diagnosis:
         else:
             writable = "can be written to" if self.cache.error is None else f"cannot be written to ({self.cache.error})"
             yield "cache", f"{self.cache.folder} {writable}; it holds {self.cache.bytes / 1e6:,.0f} MB"
-        yield "telemetry", "on, since ORT_DISABLE_TELEMETRY says so" if self.telemetry else "off"
+        yield "telemetry", "on, by ORT_DISABLE_TELEMETRY" if self.telemetry else "off"
 
     def _tensorrt(self) -> str:
         binding = f"binding {self.tensorrt.binding}" if self.tensorrt.binding else "no binding"

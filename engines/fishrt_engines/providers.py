@@ -19,10 +19,10 @@ from .errors import ProviderError
 log = logging.getLogger(__name__)
 
 LEAST_TENSORRT = 11
-"""The first major version in which every network is strongly typed, as our plans are."""
+"""The first major version in which every network is strongly typed, as fishrt's plans are."""
 NEVER_BY_ITSELF = {
     "tensorrt": "its plans must be built first, by `fishrt build-trt`",
-    "coreml": "it runs the codec of a bundle with static graphs only, and the language model on the CPU",
+    "coreml": "it runs only the codec of a bundle with static graphs, and the language model on the CPU",
 }
 """Providers that "auto" does not choose, and the reason."""
 _WHEELS = ("onnxruntime", "onnxruntime-gpu")
@@ -101,14 +101,14 @@ def choose_provider() -> Choice:
         raise ProviderError(f"no provider can be used: {obstacle.what}", hint=obstacle.hint)
     if obstacle := find_obstacle("cuda"):
         return Choice("cpu", f"cuda cannot be used: {obstacle.what}")
-    return Choice("cuda", "ONNX Runtime has its CUDA provider, and a device with a driver is there")
+    return Choice("cuda", "ONNX Runtime has its CUDA provider, and there is a device with a driver")
 
 
 def find_obstacle(name: str) -> Obstacle | None:
     """Return why one of PROVIDERS cannot be used on this machine; None if no obstacle can be found before a session opens."""
     provider = PROVIDERS[name]
     if provider.systems and sys.platform not in provider.systems:
-        return Obstacle(f"it exists on {' and '.join(_SYSTEMS[s] for s in provider.systems)} only", "use another provider")
+        return Obstacle(f"it exists only on {' and '.join(_SYSTEMS[s] for s in provider.systems)}", "use another provider")
     if provider.ort_name is None:
         return _tensorrt_obstacle(provider) or _device_obstacle()
     try:
@@ -116,7 +116,7 @@ def find_obstacle(name: str) -> Obstacle | None:
     except ProviderError as error:
         return Obstacle(str(error), error.hint)
     if provider.ort_name not in ort.get_available_providers():
-        return Obstacle(f"the ONNX Runtime that is installed here has no {provider.ort_name}", _replacement(provider))
+        return Obstacle(f"the installed ONNX Runtime has no {provider.ort_name}", _replacement(provider))
     return (_device_obstacle() or _library_obstacle(ort)) if name == "cuda" else None
 
 
@@ -172,11 +172,11 @@ def _replacement(provider: Provider) -> str:
 def _device_obstacle() -> Obstacle | None:
     if error := machine.driver_error():
         return Obstacle(
-            f"NVIDIA's driver is not here ({error})",
+            f"NVIDIA's driver cannot be loaded ({error})",
             "install the driver; start a container with its devices, such as `docker run --gpus all`",
         )
     if machine.gpus() == ():
-        return Obstacle("NVIDIA's driver shows no device", "is CUDA_VISIBLE_DEVICES right? does nvidia-smi list one?")
+        return Obstacle("NVIDIA's driver shows no device", "check CUDA_VISIBLE_DEVICES, and the list of nvidia-smi")
     return None
 
 
