@@ -127,6 +127,7 @@ def export(family: str, recipe: str, checkpoint: Path, bundle: Path) -> dict[str
     note = bundle.with_suffix(f"{bundle.suffix}.json")
     if not bundle.is_dir():
         tell(f"{family}: exporting {recipe}")
+        bundle.parent.mkdir(parents=True, exist_ok=True)
         begun = time.perf_counter()
         exported = run("-m", "fishrt", "export", "--json", *RECIPES[recipe], checkpoint, bundle)
         seconds = round(time.perf_counter() - begun, 1)

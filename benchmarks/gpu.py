@@ -220,6 +220,7 @@ class _Made:
         bundle = self.bundle(recipe)
         if bundle.is_dir():
             return {"made": "before"}
+        bundle.parent.mkdir(parents=True, exist_ok=True)
         begun = time.perf_counter()
         run.process("-m", "fishrt", "export", "-q", *RECIPES[recipe], self.checkpoint, bundle)
         return {"seconds": round(time.perf_counter() - begun, 1)}

@@ -272,7 +272,7 @@ def test_a_quantised_bundle(checkpoint: Path, tmp_path: Path) -> None:
     )
     assert layers["fast_ar.output"].precision == "int4"
     assert any(line.startswith(f"int4: 11 of {len(layers)} layers, error ") for line in report.summary())
-    assert any("layers, tables of embeddings" in line for line in report.summary())
+    assert any("layers, embedding tables" in line for line in report.summary())
     shown = CliRunner().invoke(main, ["inspect", str(bundle.path)]).stdout
     for words in (
         "family        Fish Audio S2-Pro\n",
