@@ -34,7 +34,7 @@ from fishrt.metrics import Summary, frame_bytes, per_second, rtf
 from fishrt.sampling import Sampling, SeededNoise, main_ids
 from fishrt_engines import Array, Engine, GraphSpec, open_engine
 from fishrt_engines.machine import device_memory, gpus, peak_memory
-from fishrt_engines.ort_cuda import computed_in
+from fishrt_engines.ort.cuda import computed_in
 from fishrt_engines.providers import import_onnxruntime
 from torch_peer import COMPILED, DTYPES, load_torch, open_torch_decoder, open_torch_frames
 
@@ -175,7 +175,7 @@ def _precision(bundle: Bundle, provider: str) -> str:
     if provider == "cuda":
         return computed_in(path.read_bytes(), next(iter(gpus() or ()), None))
     if provider == "tensorrt":
-        from fishrt_engines.trt import find_built
+        from fishrt_engines.trt.engine import find_built
 
         spec = bundle.manifest.graphs["slow_ar"]
         return find_built(path, spec, identity=bundle.manifest.identity("slow_ar")).key.lowering.precision

@@ -104,7 +104,7 @@ def _fill(module: Stack, weights: Mapping[str, Tensor], dtype: torch.dtype, devi
 
 @dataclass(frozen=True, slots=True)
 class TorchResident:
-    """A result on the device. See `fishrt_engines.base.Resident`."""
+    """A result on the device. See `fishrt_engines.engine.Resident`."""
 
     tensor: Tensor
 

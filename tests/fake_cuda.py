@@ -13,8 +13,10 @@ from typing import Any
 import onnxruntime
 import pytest
 
-from fishrt_engines import machine, ort, ort_cuda
+from fishrt_engines import machine
 from fishrt_engines.machine import Gpu
+from fishrt_engines.ort import cuda as ort_cuda
+from fishrt_engines.ort import engine as ort
 
 GB = 10**9
 OLD = Gpu("an old device", (7, 5), "580.65", 8 * GB, 8 * GB)

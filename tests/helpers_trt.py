@@ -17,10 +17,10 @@ from onnx import TensorProto, helper, numpy_helper
 from fake_cuda_runtime import FakeCudaRuntime
 from fake_tensorrt import FakeTensorRT
 from fishrt_engines import GraphSpec, StatePair, TensorSpec, machine, providers
-from fishrt_engines.cuda_device import open_device
-from fishrt_engines.trt_build import PlanRequest
-from fishrt_engines.trt_lowering import LoweringOptions
-from fishrt_engines.trt_plans import Profile
+from fishrt_engines.rewrite.tensorrt import LoweringOptions
+from fishrt_engines.rewrite.tensorrt_build import PlanRequest
+from fishrt_engines.trt.device import open_device
+from fishrt_engines.trt.plans import Profile
 
 WIDTH, VOCABULARY = 4, 16
 SPEC = GraphSpec(

@@ -30,7 +30,7 @@ from fishrt.cli import main
 from fishrt.errors import BundleError
 from fishrt.static import STATIC, read_static
 from fishrt_engines import Array, Engine, ProviderError, open_engine
-from fishrt_engines.coreml import CACHE_KEY, Part, StaticEngine
+from fishrt_engines.ort.coreml import CACHE_KEY, Part, StaticEngine
 from fishrt_engines.spec import GraphSpec, TensorSpec
 from fishrt_export import export_bundle, primitives
 from fishrt_export.errors import ExportError

@@ -18,11 +18,13 @@ from fake_cuda import FakeCuda
 from fishrt.frame import frame_model, frame_spec
 from fishrt.generate import DualAR, generate_frames
 from fishrt.sampling import Sampling, SeededNoise
-from fishrt_engines import Engine, GraphSpec, open_engine, ort, ort_cuda
-from fishrt_engines.lower_precision import compute_in
-from fishrt_engines.ort import OrtEngine
-from fishrt_engines.ort_device import DeviceTensor
-from fishrt_engines.specialise import ColumnInputs, specialise
+from fishrt_engines import Engine, GraphSpec, open_engine
+from fishrt_engines.ort import cuda as ort_cuda
+from fishrt_engines.ort import engine as ort
+from fishrt_engines.ort.device import DeviceTensor
+from fishrt_engines.ort.engine import OrtEngine
+from fishrt_engines.rewrite.attention import ColumnInputs, specialise
+from fishrt_engines.rewrite.precision import compute_in
 from tiny import GoldenModel, chunk_feeds, prefill_feeds
 from tolerances import TOLERANCES
 

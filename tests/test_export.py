@@ -23,7 +23,7 @@ import fishrt_export.job
 from fishrt.bundle import Bundle
 from fishrt.errors import AudioError, BundleError, FishrtError, OutputError
 from fishrt.features import Reads, SamplingDefaults
-from fishrt_engines.trt_rules import Finding
+from fishrt_engines.rewrite.tensorrt_rules import Finding
 from fishrt_export import export_bundle
 from fishrt_export.bundle import warn_of_unknown_codes
 from fishrt_export.errors import ExportError

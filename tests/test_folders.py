@@ -13,9 +13,10 @@ from click.testing import CliRunner
 from fishrt.cli import main
 from fishrt.errors import VoiceError
 from fishrt.voice_store import VoiceStore, user_folder
-from fishrt_engines import FishrtError, ort_session
+from fishrt_engines import FishrtError
 from fishrt_engines.folders import cache_folder, data_folder, written_aside
-from fishrt_engines.trt_plans import plan_folder
+from fishrt_engines.ort import session as ort_session
+from fishrt_engines.trt.plans import plan_folder
 
 VARIABLES = ("HOME", "USERPROFILE", "XDG_CACHE_HOME", "XDG_DATA_HOME", "LOCALAPPDATA", "FISHRT_CACHE", "FISHRT_VOICE_DIR")
 

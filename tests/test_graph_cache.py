@@ -17,8 +17,10 @@ from click.testing import CliRunner
 from onnx import TensorProto, helper, numpy_helper
 
 from fishrt.cli import main
-from fishrt_engines import Engine, FishrtError, GraphSpec, TensorSpec, graph_cache, open_engine, ort_session
+from fishrt_engines import Engine, FishrtError, GraphSpec, TensorSpec, open_engine
+from fishrt_engines import cache as graph_cache
 from fishrt_engines.folders import cache_folder
+from fishrt_engines.ort import session as ort_session
 
 WIDTHS = (256, 96, 160, 32)
 SPEC = GraphSpec(

@@ -14,9 +14,10 @@ import pytest
 from fake_cuda import FakeCuda
 from fishrt import TTS
 from fishrt.bundle import MANIFEST, Bundle, embedded_bundle, sha256
-from fishrt_engines import GraphError, open_engine, ort_session
-from fishrt_engines.onnx_proto import message
-from fishrt_engines.ort_session import graph_source
+from fishrt_engines import GraphError, open_engine
+from fishrt_engines.ort import session as ort_session
+from fishrt_engines.ort.session import graph_source
+from fishrt_engines.rewrite.onnx_proto import message
 
 pytestmark = pytest.mark.slow
 

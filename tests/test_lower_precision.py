@@ -17,9 +17,9 @@ import pytest
 from fishrt.frame import frame_model, frame_spec
 from fishrt_engines import GraphSpec
 from fishrt_engines.errors import GraphError
-from fishrt_engines.graph_types import infer
-from fishrt_engines.lower_precision import compute_in
-from fishrt_engines.onnx_proto import parse_model
+from fishrt_engines.rewrite.graph_types import infer
+from fishrt_engines.rewrite.onnx_proto import parse_model
+from fishrt_engines.rewrite.precision import compute_in
 from fishrt_export.recipe import Recipe
 from tiny import GoldenModel, prefill_feeds
 

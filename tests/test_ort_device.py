@@ -15,11 +15,12 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper
 
-from fishrt_engines import Array, GraphSpec, StatePair, TensorSpec, open_engine, ort_cuda
-from fishrt_engines.ort import OrtEngine
-from fishrt_engines.ort_device import DeviceMemory, DeviceTensor
-from fishrt_engines.ort_session import open_session
-from fishrt_engines.tensors import HostTensor, from_bytes, to_bytes
+from fishrt_engines import Array, GraphSpec, StatePair, TensorSpec, open_engine
+from fishrt_engines.ort import cuda as ort_cuda
+from fishrt_engines.ort.device import DeviceMemory, DeviceTensor
+from fishrt_engines.ort.engine import OrtEngine
+from fishrt_engines.ort.session import open_session
+from fishrt_engines.ort.tensors import HostTensor, from_bytes, to_bytes
 from test_engine import SUMS, WIDTH, feeds, save, sums
 
 MEMORY = DeviceMemory(onnxruntime, "cpu", ["CPUExecutionProvider"])

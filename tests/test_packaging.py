@@ -40,7 +40,12 @@ def sdist() -> dict[str, int]:
 
 def test_the_wheel_holds_the_packages_and_the_embedded_voice(wheel):
     assert {name.split("/")[0] for name in wheel} == PACKAGES
-    assert {"fishrt/tts.py", "fishrt_engines/ort.py", "fishrt_export/bundle.py", "fishrt/minnow/manifest.json"} <= wheel.keys()
+    assert {
+        "fishrt/tts.py",
+        "fishrt_engines/ort/engine.py",
+        "fishrt_export/bundle.py",
+        "fishrt/minnow/manifest.json",
+    } <= wheel.keys()
     assert {f"{package}/py.typed" for package in PACKAGES} <= wheel.keys()
     voice = {
         path.relative_to(ROOT / "runtime").as_posix() for path in (ROOT / "runtime/fishrt/minnow").rglob("*") if path.is_file()

@@ -12,7 +12,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from fishrt_engines.errors import GraphError
-from fishrt_engines.shared_weights import share_weights
+from fishrt_engines.rewrite.shared_weights import share_weights
 
 INPUTS, OUTPUTS, BLOCK = 64, 24, 32
 LOCATION = "g.onnx.data"

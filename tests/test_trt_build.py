@@ -13,9 +13,12 @@ import numpy as np
 import pytest
 
 from fake_cuda_runtime import FakeCudaRuntime
-from fishrt_engines import FishrtError, GraphError, ProviderError, open_engine, trt_api, trt_build, trt_plans
-from fishrt_engines.cuda_device import Device
-from fishrt_engines.trt_build import build_plan
+from fishrt_engines import FishrtError, GraphError, ProviderError, open_engine
+from fishrt_engines.rewrite import tensorrt_build as trt_build
+from fishrt_engines.rewrite.tensorrt_build import build_plan
+from fishrt_engines.trt import api as trt_api
+from fishrt_engines.trt import plans as trt_plans
+from fishrt_engines.trt.device import Device
 from helpers_trt import SPEC, Simulated, profiles, request_for, simulated, write_small
 
 

@@ -24,7 +24,7 @@ from fishrt.plans import PlanOptions, plan_requests, with_positions, within_plan
 from fishrt.sampling import Sampling, SeededNoise
 from fishrt.tts import TTS
 from fishrt_engines import Engine, open_engine
-from fishrt_engines.trt_build import PlanRequest, build_plan
+from fishrt_engines.rewrite.tensorrt_build import PlanRequest, build_plan
 from helpers_cli import refused, run
 from helpers_trt import Simulated, simulated
 

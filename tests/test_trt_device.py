@@ -18,9 +18,10 @@ from fishrt.codec import CodecDecoder, CodecEncoder
 from fishrt.generate import DualAR, generate_frames
 from fishrt.plans import PlanOptions, plan_requests, within_plans
 from fishrt.sampling import Sampling, SeededNoise
-from fishrt_engines import open_engine, trt_api
-from fishrt_engines.cuda_device import open_device
-from fishrt_engines.trt_build import build_plan
+from fishrt_engines import open_engine
+from fishrt_engines.rewrite.tensorrt_build import build_plan
+from fishrt_engines.trt import api as trt_api
+from fishrt_engines.trt.device import open_device
 from helpers_trt import request_for, write_small
 
 TOLERANCES = {"fp32": 2e-3, "fp16": 1e-2, "bf16": 8e-2}

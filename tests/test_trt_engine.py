@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from fishrt_engines import Engine, FishrtError, GraphError, open_engine
-from fishrt_engines.cuda_device import open_device
-from fishrt_engines.trt import TrtEngine, open_plan
-from fishrt_engines.trt_build import build_plan
+from fishrt_engines.rewrite.tensorrt_build import build_plan
+from fishrt_engines.trt.device import open_device
+from fishrt_engines.trt.engine import TrtEngine, open_plan
 from helpers_trt import SPEC, STATELESS, Simulated, profiles, request_for, simulated, write_double, write_small
 
 

@@ -1,8 +1,8 @@
 """Runs named graphs on named arrays. Knows nothing of speech."""
 
-from .base import Array, Engine, State
+from .engine import Array, Engine, State
 from .errors import FishrtError, GraphError, ProviderError
-from .ort import open_engine
+from .ort.engine import open_engine
 from .spec import GraphSpec, StatePair, TensorSpec
 
 __all__ = [

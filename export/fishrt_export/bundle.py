@@ -26,7 +26,7 @@ from fishrt.memory import check_memory
 from fishrt.quantisation import QUANTISATION, LayerReport, Quantisation
 from fishrt.tokenizer import Tokenizer
 from fishrt.version import __version__
-from fishrt_engines.trt_rules import errors
+from fishrt_engines.rewrite.tensorrt_rules import errors
 
 from .codec.int8 import check_codec, write_int8
 from .codec.source import CodecSource, open_codec

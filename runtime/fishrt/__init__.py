@@ -40,9 +40,9 @@ __all__ = ["TTS", "AudioChunk", "Bundle", "FishrtError", "Sampling", "Speech", "
 _HOMES = {
     "TTS": "tts",
     "AudioChunk": "speech",
-    "Bundle": "bundle",
+    "Bundle": "bundle.folder",
     "FishrtError": "errors",
-    "Sampling": "sampling",
+    "Sampling": "language_model.sampling",
     "Speech": "speech",
     "Voice": "voices",
     "VoiceStore": "voice_store",

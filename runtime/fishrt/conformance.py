@@ -1,6 +1,6 @@
 """Checks of a bundle against TensorRT's documented rules: each graph is lowered as for a plan, then checked.
 
-They need neither TensorRT nor a GPU. See fishrt_engines.trt_rules for the limits of such a proof.
+They need neither TensorRT nor a GPU. See fishrt_engines.rewrite.tensorrt_rules for the limits of such a proof.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from fishrt_engines import GraphError
-from fishrt_engines.onnx_proto import parse_model
+from fishrt_engines.rewrite.onnx_proto import parse_model
+from fishrt_engines.rewrite.tensorrt import PRECISIONS, LoweringOptions, lower_for_tensorrt
+from fishrt_engines.rewrite.tensorrt_rules import Finding, check_for_tensorrt
 from fishrt_engines.spec import GraphSpec
-from fishrt_engines.trt_lowering import PRECISIONS, LoweringOptions, lower_for_tensorrt
-from fishrt_engines.trt_rules import Finding, check_for_tensorrt
 
 from .bundle import Bundle
 from .frame import frame_model, frame_spec

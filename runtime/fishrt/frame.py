@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from fishrt_engines.graph_edit import GraphEditor
-from fishrt_engines.onnx_proto import CODES, array_tensor, node, parse_model, value_info
+from fishrt_engines.rewrite.graph_edit import GraphEditor
+from fishrt_engines.rewrite.onnx_proto import CODES, array_tensor, node, parse_model, value_info
 from fishrt_engines.spec import Dim, GraphSpec, TensorSpec
 
 from .features import LanguageModel

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from fishrt_engines.rewrite.tensorrt import LoweringOptions
+from fishrt_engines.rewrite.tensorrt_build import PlanRequest
 from fishrt_engines.spec import GraphSpec
-from fishrt_engines.trt import find_built
-from fishrt_engines.trt_build import PlanRequest
-from fishrt_engines.trt_lowering import LoweringOptions
-from fishrt_engines.trt_plans import Profile
+from fishrt_engines.trt.engine import find_built
+from fishrt_engines.trt.plans import Profile
 
 from .bundle import Bundle, Manifest
 from .codec import chunk_frames

@@ -11,7 +11,7 @@ import logging
 from dataclasses import asdict, dataclass
 
 from fishrt_engines import Engine, ProviderError, open_engine
-from fishrt_engines.coreml import Part, StaticEngine
+from fishrt_engines.ort.coreml import Part, StaticEngine
 from fishrt_engines.spec import GraphSpec
 
 from .bundle import AGAIN, Bundle, Parity, read_listed

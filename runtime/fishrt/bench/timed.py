@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fishrt_engines import Array, Engine, GraphSpec, State
-from fishrt_engines.base import Resident
+from fishrt_engines.engine import Resident
 
 from ..bundle import Bundle
 from ..tts import TTS

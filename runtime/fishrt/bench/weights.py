@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from fishrt_engines.onnx_proto import message
+from fishrt_engines.rewrite.onnx_proto import message
 
 # Bytes of an element during the computation, by ONNX's number of the type; `float_bytes` for all types that are not here.
 _BYTES = {3: 1.0, 2: 1.0, 21: 0.5, 22: 0.5, 7: 8.0, 6: 4.0, 9: 1.0, 11: 8.0}

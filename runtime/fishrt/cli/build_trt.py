@@ -70,9 +70,9 @@ def build_trt(
     It takes minutes for each graph; nothing else should use the GPU meanwhile. Graphs that were built before with the same
     options are not built again. Then: fishrt speak --provider tensorrt.
     """
-    from fishrt_engines.cuda_device import open_device
-    from fishrt_engines.trt_api import load_tensorrt
-    from fishrt_engines.trt_build import build_plan
+    from fishrt_engines.rewrite.tensorrt_build import build_plan
+    from fishrt_engines.trt.api import load_tensorrt
+    from fishrt_engines.trt.device import open_device
 
     loaded, reporter = load_bundle(bundle), Reporter(quiet=quiet or as_json)
     load_tensorrt()

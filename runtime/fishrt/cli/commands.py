@@ -160,7 +160,7 @@ _HELP: Any = getattr(click.exceptions, "NoArgsIsHelpError", ())
 """The exception of click 8.2 and later that shows the help of a group without a command."""
 
 
-_OPTIMISING = "fishrt_engines.ort_session"
+_OPTIMISING = "fishrt_engines.ort.session"
 """The logger that explains why the first start of a bundle takes longer."""
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from fishrt_engines.trt_rules import Finding, errors
+from fishrt_engines.rewrite.tensorrt_rules import Finding, errors
 
 from ..bundle import Bundle, Manifest
 from ..conformance import tensorrt_findings

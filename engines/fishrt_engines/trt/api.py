@@ -14,8 +14,8 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, Protocol, TypeVar, cast
 
-from .errors import GraphError
-from .providers import resolve_provider
+from ..errors import GraphError
+from ..providers import resolve_provider
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")

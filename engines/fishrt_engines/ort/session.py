@@ -13,13 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from . import graph_cache
-from .errors import FishrtError
-from .folders import cache_folder
-from .machine import cpu_identity
-from .onnx_proto import external_places, parse_model
-from .providers import import_onnxruntime
-from .specialise import ColumnInputs, specialise
+from .. import cache as graph_cache
+from ..errors import FishrtError
+from ..folders import cache_folder
+from ..machine import cpu_identity
+from ..providers import import_onnxruntime
+from ..rewrite.attention import ColumnInputs, specialise
+from ..rewrite.onnx_proto import external_places, parse_model
 from .tensors import HostMemory, Memory
 
 log = logging.getLogger(__name__)

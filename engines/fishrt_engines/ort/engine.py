@@ -31,17 +31,17 @@ from typing import Any
 
 import numpy as np
 
-from .base import Array, Engine, Resident, State
+from ..engine import Array, Engine, Resident, State
+from ..errors import FishrtError, GraphError, ProviderError
+from ..feeds import check_feeds, check_growth, check_state_dims, check_written, is_constant, names
+from ..machine import usable_threads
+from ..providers import resolve_provider
+from ..rewrite.attention import ColumnInputs
+from ..spec import GraphSpec
+from .check import differences, inconsistencies
 from .coreml import open_coreml
-from .errors import FishrtError, GraphError, ProviderError
-from .feeds import check_feeds, check_growth, check_state_dims, check_written, is_constant, names
-from .machine import usable_threads
-from .ort_check import differences, inconsistencies
-from .ort_cuda import open_cuda
-from .ort_session import Opened, is_memory_error, open_session, out_of_memory
-from .providers import resolve_provider
-from .spec import GraphSpec
-from .specialise import ColumnInputs
+from .cuda import open_cuda
+from .session import Opened, is_memory_error, open_session, out_of_memory
 from .tensors import HostMemory, HostTensor, Place, Tensor, item_size
 
 log = logging.getLogger(__name__)
@@ -78,7 +78,7 @@ def open_engine(
     name = resolve_provider(provider)
     count = usable_threads(threads)
     if name == "tensorrt":
-        from .trt import open_plan
+        from ..trt.engine import open_plan
 
         return open_plan(path, spec, identity=identity, build=build)
     if not path.is_file():

@@ -24,14 +24,14 @@ from typing import Any
 
 import numpy as np
 
-from .base import Array, Resident, State
-from .cuda_device import Device, DeviceBuffer, Graph, open_device
-from .errors import FishrtError, GraphError
-from .feeds import check_feeds, is_constant, names
-from .spec import GraphSpec, TensorSpec
-from .trt_api import CudaEngine, TensorRT, checked, load_tensorrt, log_of
-from .trt_plans import Plan, find_plan, graph_hash, machine_of, read_portable, weights_identity
-from .trt_state import Call, DeviceArray, Kept, Tensor, TrtState
+from ..engine import Array, Resident, State
+from ..errors import FishrtError, GraphError
+from ..feeds import check_feeds, is_constant, names
+from ..spec import GraphSpec, TensorSpec
+from .api import CudaEngine, TensorRT, checked, load_tensorrt, log_of
+from .device import Device, DeviceBuffer, Graph, open_device
+from .plans import Plan, find_plan, graph_hash, machine_of, read_portable, weights_identity
+from .state import Call, DeviceArray, Kept, Tensor, TrtState
 
 log = logging.getLogger(__name__)
 

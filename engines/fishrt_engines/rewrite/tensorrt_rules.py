@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..spec import GraphSpec
 from .graph_edit import attribute
 from .graph_types import UNKNOWN, Value, declared, dtype_name, infer
 from .onnx_proto import parse_model
-from .spec import GraphSpec
-from .trt_operators import DATA, DATA_DEPENDENT, FLOATS, OPERATORS, RANDOM, UNSUPPORTED
+from .tensorrt_operators import DATA, DATA_DEPENDENT, FLOATS, OPERATORS, RANDOM, UNSUPPORTED
 
 IMPORTER = "operator table of the ONNX importer, 11.0"
 TYPES = "strong typing, TensorRT 11"

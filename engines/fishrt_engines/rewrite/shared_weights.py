@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from .base import Array
+from ..engine import Array
+from .attention import MICROSOFT
 from .graph_edit import GraphEditor, attribute
 from .onnx_proto import CODES, array_tensor, message, node, stored_bytes
-from .specialise import MICROSOFT
 
 _BITS = {CODES["int4"]: 4, CODES["int8"]: 8}
 

@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from .base import Array
-from .errors import FishrtError, ProviderError
+from ..engine import Array
+from ..errors import FishrtError, ProviderError
 
 _OUT_OF_MEMORY = 2
 _NO_DRIVER, _NO_DEVICE = 35, 100

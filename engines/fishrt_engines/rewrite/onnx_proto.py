@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from .errors import GraphError, ProviderError
+from ..errors import GraphError, ProviderError
 
 _MESSAGES: dict[str, dict[str, tuple[int, str]]] = {
     "Model": {"ir_version": (1, "int64"), "graph": (7, "Graph"), "opset_import": (8, "*OperatorSet")},

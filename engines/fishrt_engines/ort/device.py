@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from .base import Array
-from .onnx_proto import CODES, message, node
+from ..engine import Array
+from ..rewrite.onnx_proto import CODES, message, node
 from .tensors import Place, from_bytes, item_size, to_bytes
 
 _WORD = 4

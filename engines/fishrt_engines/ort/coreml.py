@@ -19,13 +19,13 @@ from typing import Any
 
 import numpy as np
 
-from .base import Array, Engine, Resident, State
-from .errors import GraphError, ProviderError
-from .feeds import check_feeds, check_state_dims
-from .folders import cache_folder
-from .ort_session import Opened, graph_source, session_options
-from .providers import import_onnxruntime
-from .spec import GraphSpec, TensorSpec
+from ..engine import Array, Engine, Resident, State
+from ..errors import GraphError, ProviderError
+from ..feeds import check_feeds, check_state_dims
+from ..folders import cache_folder
+from ..providers import import_onnxruntime
+from ..spec import GraphSpec, TensorSpec
+from .session import Opened, graph_source, session_options
 
 log = logging.getLogger(__name__)
 

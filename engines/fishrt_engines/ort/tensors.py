@@ -13,8 +13,8 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from .base import Array
-from .onnx_proto import CODES
+from ..engine import Array
+from ..rewrite.onnx_proto import CODES
 
 _STORED = {"bfloat16": "uint16"}
 """Element types that numpy lacks, and the numpy type that holds their bits."""

@@ -24,15 +24,15 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from . import machine
-from .errors import FishrtError, ProviderError
-from .lower_precision import compute_in
-from .onnx_proto import message, stored_size
-from .ort_device import DeviceMemory
-from .ort_session import Opened, find_weights, session_options
-from .providers import find_obstacle, import_onnxruntime
-from .shared_weights import share_weights
-from .specialise import specialise
+from .. import machine
+from ..errors import FishrtError, ProviderError
+from ..providers import find_obstacle, import_onnxruntime
+from ..rewrite.attention import specialise
+from ..rewrite.onnx_proto import message, stored_size
+from ..rewrite.precision import compute_in
+from ..rewrite.shared_weights import share_weights
+from .device import DeviceMemory
+from .session import Opened, find_weights, session_options
 
 log = logging.getLogger(__name__)
 

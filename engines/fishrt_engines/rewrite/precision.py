@@ -18,11 +18,11 @@ from typing import Any
 
 import numpy as np
 
-from .errors import GraphError
+from ..errors import GraphError
+from ..ort.tensors import to_bytes
 from .graph_edit import GraphEditor
 from .graph_types import UNKNOWN, Value, infer
 from .onnx_proto import CODES, message, node, parse_model, stored_bytes
-from .tensors import to_bytes
 
 _ALWAYS = ("Attention", "Gemm", "MatMul", "RotaryEmbedding", "TensorScatter")
 _MOVE = ("Concat", "Expand", "Gather", "Identity", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze")

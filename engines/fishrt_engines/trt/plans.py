@@ -21,13 +21,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .cuda_device import Device
-from .errors import FishrtError, GraphError, ProviderError
-from .folders import cache_folder, written_aside
-from .graph_cache import digest
-from .onnx_proto import external_places, parse_model
-from .spec import GraphSpec, StatePair, TensorSpec
-from .trt_lowering import LOWERING, LoweringOptions
+from ..cache import digest
+from ..errors import FishrtError, GraphError, ProviderError
+from ..folders import cache_folder, written_aside
+from ..rewrite.onnx_proto import external_places, parse_model
+from ..rewrite.tensorrt import LOWERING, LoweringOptions
+from ..spec import GraphSpec, StatePair, TensorSpec
+from .device import Device
 
 PLAN, ENTRY = "engine.plan", "entry.json"
 _LAYOUT = 1

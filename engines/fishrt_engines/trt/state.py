@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from .base import Array
-from .cuda_device import Device, DeviceBuffer, Graph
-from .errors import FishrtError
-from .feeds import check_growth, check_state_dims, check_written
-from .spec import GraphSpec, TensorSpec
-from .tensors import from_bytes, item_size, to_bytes
-from .trt_plans import LARGER, Plan
+from ..engine import Array
+from ..errors import FishrtError
+from ..feeds import check_growth, check_state_dims, check_written
+from ..ort.tensors import from_bytes, item_size, to_bytes
+from ..spec import GraphSpec, TensorSpec
+from .device import Device, DeviceBuffer, Graph
+from .plans import LARGER, Plan
 
 
 class DeviceArray:

@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
-from .spec import GraphSpec, TensorSpec
+from ..spec import GraphSpec, TensorSpec
 
 _DTYPES = {"float": "float32", "double": "float64"}
 """Element types whose name in ONNX Runtime is not numpy's."""

@@ -23,11 +23,11 @@ from typing import Any
 
 import numpy as np
 
-from .errors import GraphError
+from ..errors import GraphError
+from ..spec import Dim, GraphSpec, TensorSpec
 from .graph_edit import GraphEditor, attribute
 from .graph_types import UNKNOWN, Shape, Value, declared, infer
 from .onnx_proto import CODES, array_tensor, int64_tensor, int64_values, node, parse_model
-from .spec import Dim, GraphSpec, TensorSpec
 
 LOWERING = 1
 """Version of the lowering; part of a plan's key."""
@@ -79,7 +79,7 @@ def _computed_in(model: bytes, precision: str, folder: Path) -> bytes:
         raise GraphError(f"unknown precision {precision!r}", hint=f"choose one of: {', '.join(PRECISIONS)}")
     if precision == "fp32":
         return model
-    from .lower_precision import compute_in
+    from .precision import compute_in
 
     return compute_in(model, PRECISIONS[precision], folder)
 

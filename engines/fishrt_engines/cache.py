@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from .folders import written_aside
-from .onnx_proto import message
-from .specialise import ColumnInputs
+from .rewrite.attention import ColumnInputs
+from .rewrite.onnx_proto import message
 
 log = logging.getLogger(__name__)
 

@@ -18,13 +18,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .cuda_device import Device, open_device
-from .errors import FishrtError, GraphError, ProviderError
-from .onnx_proto import parse_model
-from .spec import GraphSpec
-from .trt_api import Builder, BuilderConfig, TensorRT, checked, load_tensorrt, log_of
-from .trt_lowering import LoweringOptions, lower_for_tensorrt
-from .trt_plans import (
+from ..errors import FishrtError, GraphError, ProviderError
+from ..spec import GraphSpec
+from ..trt.api import Builder, BuilderConfig, TensorRT, checked, load_tensorrt, log_of
+from ..trt.device import Device, open_device
+from ..trt.plans import (
     ColumnWrites,
     Plan,
     PlanKey,
@@ -38,6 +36,8 @@ from .trt_plans import (
     read_portable,
     weights_identity,
 )
+from .onnx_proto import parse_model
+from .tensorrt import LoweringOptions, lower_for_tensorrt
 
 log = logging.getLogger(__name__)
 

@@ -1,0 +1,1 @@
+"""Engines that ONNX Runtime runs: on the CPU, CUDA and CoreML."""

@@ -1,0 +1,1 @@
+"""Graphs rewritten for a provider when they are opened."""

@@ -1,0 +1,1 @@
+"""Engines that TensorRT runs, and the plans that are kept for them."""
