@@ -25,7 +25,7 @@ from fishrt.features import LanguageModel
 from fishrt.frame import drawn_codes
 from fishrt.sampling import Sampling, SeededNoise
 from fishrt_engines import Array, Engine, open_engine
-from fishrt_export.codec.source import open_codec
+from fishrt_export.sources.codec import open_codec
 from torch_peer import DTYPES, open_torch, open_torch_decoder
 
 STEPS = 8

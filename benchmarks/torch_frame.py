@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fishrt.features import LanguageModel
 from fishrt.frame import drawn_codes
 from fishrt.sampling import main_ids
-from fishrt_export.fast_ar import FastAR
+from fishrt_export.models.fast_ar import FastAR
 
 Feeds = dict[str, Tensor]
 Ranked = tuple[Tensor, Tensor]

@@ -27,12 +27,12 @@ from fishrt.bench.timed import TimedEngine
 from fishrt.features import LanguageModel
 from fishrt.frame import frame_spec
 from fishrt_engines import Array, GraphSpec, State
-from fishrt_export import transformer
-from fishrt_export.codec.source import open_codec
-from fishrt_export.fast_ar import FastAR, fast_ar_spec
-from fishrt_export.graphs import open_language_model
-from fishrt_export.slow_ar import SlowAR, slow_ar_spec
-from fishrt_export.transformer import Stack
+from fishrt_export.models import transformer
+from fishrt_export.models.fast_ar import FastAR, fast_ar_spec
+from fishrt_export.models.slow_ar import SlowAR, slow_ar_spec
+from fishrt_export.models.transformer import Stack
+from fishrt_export.sources.codec import open_codec
+from fishrt_export.sources.language_model import open_language_model
 from torch_frame import TorchFrame
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -72,7 +72,7 @@ def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session", autouse=True)
 def _traces(shared_folder: Path, pytestconfig: pytest.Config) -> None:
     """Each module is traced once in the session. Only tests marked `slow` may: `make quick` relies on it."""
-    if "fishrt_export.job" not in sys.modules:  # of the tests chosen, none exports: torch stays out
+    if "fishrt_export.graph.job" not in sys.modules:  # of the tests chosen, none exports: torch stays out
         return
     from shared import share_traces
 

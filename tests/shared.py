@@ -16,8 +16,8 @@ import onnx_ir as ir
 import torch
 from filelock import FileLock
 
-import fishrt_export.job
-import fishrt_export.trace
+import fishrt_export.graph.job
+import fishrt_export.graph.trace
 
 Trace = Callable[..., ir.Model]
 
@@ -39,7 +39,7 @@ def share_traces(folder: Path, check: Callable[[], None]) -> None:
     `check` runs before each trace, shared or not.
     """
     folder.mkdir(exist_ok=True)
-    trace, low = fishrt_export.trace.trace, fishrt_export.trace._trace
+    trace, low = fishrt_export.graph.trace.trace, fishrt_export.graph.trace._trace
 
     def checked(*arguments: Any) -> ir.Model:
         check()
@@ -52,7 +52,7 @@ def share_traces(folder: Path, check: Callable[[], None]) -> None:
             return trace(*arguments)
         return ir.load(make_once(folder / f"{key}.onnx", lambda aside: ir.save(trace(*arguments), aside)))
 
-    fishrt_export.trace._trace, fishrt_export.job.trace = checked, shared
+    fishrt_export.graph.trace._trace, fishrt_export.graph.job.trace = checked, shared
 
 
 def identity(value: object) -> str | None:

@@ -21,8 +21,8 @@ from fishrt.bench.weights import bytes_read
 from fishrt.generate import DualAR, generate_frames
 from fishrt.sampling import Sampling, SeededNoise
 from fishrt.tokenizer import Tokenizer
-from fishrt_export.codec.source import open_codec
-from fishrt_export.graphs import open_language_model
+from fishrt_export.sources.codec import open_codec
+from fishrt_export.sources.language_model import open_language_model
 from full_size import FAMILIES, write_checkpoint
 from full_size.tokenizer import write_s2, write_special_tokens
 from full_size.weights import LanguageModelWeights, language_model_shapes

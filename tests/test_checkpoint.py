@@ -13,15 +13,22 @@ import pytest
 import torch
 
 import synthetic
-from fishrt_export.checkpoint import LANGUAGE_MODEL_PARTS, find_codec, find_language_model, read_tensors, read_weights, unwrap
-from fishrt_export.config import read_config
+from fishrt_export.checkpoint.config import read_config
+from fishrt_export.checkpoint.families import S2
+from fishrt_export.checkpoint.files import (
+    LANGUAGE_MODEL_PARTS,
+    find_codec,
+    find_language_model,
+    read_tensors,
+    read_weights,
+    unwrap,
+)
+from fishrt_export.checkpoint.lora import Lora
+from fishrt_export.checkpoint.weights import listing, raise_if_any
 from fishrt_export.errors import ExportError
-from fishrt_export.families import S2
-from fishrt_export.fast_ar import FastAR
-from fishrt_export.graphs import LanguageModelSource, open_language_model
-from fishrt_export.lora import Lora
-from fishrt_export.slow_ar import SlowAR
-from fishrt_export.weights import listing, raise_if_any
+from fishrt_export.models.fast_ar import FastAR
+from fishrt_export.models.slow_ar import SlowAR
+from fishrt_export.sources.language_model import LanguageModelSource, open_language_model
 from synthetic import BEGIN, EVERYTHING, PLAIN, SEMANTIC, TEXT, millions, random_weights, write_flat, write_nested
 
 NESTED = {**EVERYTHING, "tie_word_embeddings": True}

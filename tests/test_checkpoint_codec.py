@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from conftest import CHOSEN, find_golden
-from fishrt_export.checkpoint import CodecFiles, find_codec
-from fishrt_export.codec.dac import Dac
-from fishrt_export.codec.firefly import Firefly
-from fishrt_export.codec.load import fingerprint, read_codec_config, read_stored_codec
-from fishrt_export.codec.source import CodecSource, open_codec
+from fishrt_export.checkpoint.files import CodecFiles, find_codec
 from fishrt_export.errors import ExportError
+from fishrt_export.models.codec.dac import Dac
+from fishrt_export.models.codec.firefly import Firefly
+from fishrt_export.models.codec.load import fingerprint, read_codec_config, read_stored_codec
+from fishrt_export.sources.codec import CodecSource, open_codec
 from synthetic import millions
 
 pytestmark = pytest.mark.slow

@@ -30,8 +30,8 @@ pytest.importorskip("torch", reason="needs the export extra")
 import torch
 
 from fishrt_export import export_bundle
-from fishrt_export.codec import int8
 from fishrt_export.errors import ExportError
+from fishrt_export.targets import codec_int8 as int8
 
 FILE = "codec_decode_int8.onnx"
 
@@ -194,7 +194,7 @@ def test_a_report_that_is_not_valid_is_an_error(bundle: Bundle, tmp_path: Path) 
 @pytest.mark.slow
 def test_the_exporter_adds_it(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    monkeypatch.setattr("fishrt_export.bundle.write_int8", lambda *arguments: asked.append(arguments[:3]))
+    monkeypatch.setattr("fishrt_export.export.write_int8", lambda *arguments: asked.append(arguments[:3]))
     made = export_bundle(checkpoint, tmp_path / "out", codec_int8=True)
     ((folder, spec, sizes),) = asked
     assert folder.parent == tmp_path

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from fishrt.codec import CodecDecoder, OverlapStream, StatefulStream
 from fishrt.features import Codec, DecodeContext
 from fishrt_engines import Engine
-from fishrt_export.codec.firefly import Firefly, FireflyConfig
-from fishrt_export.codec.load import official_firefly
+from fishrt_export.models.codec.firefly import Firefly, FireflyConfig
+from fishrt_export.models.codec.load import official_firefly
 from tiny import GoldenModel
 from tolerances import TOLERANCES
 

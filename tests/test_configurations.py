@@ -19,13 +19,13 @@ from fishrt import TTS
 from fishrt.bundle import Bundle
 from fishrt_engines import open_engine
 from fishrt_export import export_bundle
-from fishrt_export.codec.carry import Carry
-from fishrt_export.codec.dac import Dac
-from fishrt_export.codec.dac_config import DacConfig
-from fishrt_export.codec.firefly import Firefly, FireflyConfig
-from fishrt_export.codec.source import CodecSource, open_codec
-from fishrt_export.families import FAMILIES
-from fishrt_export.graphs import LanguageModelSource, open_language_model
+from fishrt_export.checkpoint.families import FAMILIES
+from fishrt_export.models.codec.carry import Carry
+from fishrt_export.models.codec.dac import Dac
+from fishrt_export.models.codec.dac_config import DacConfig
+from fishrt_export.models.codec.firefly import Firefly, FireflyConfig
+from fishrt_export.sources.codec import CodecSource, open_codec
+from fishrt_export.sources.language_model import LanguageModelSource, open_language_model
 from reference_lm import fast_forward, slow_forward
 from synthetic import (
     BEGIN,

@@ -32,11 +32,12 @@ from fishrt.static import STATIC, read_static
 from fishrt_engines import Array, Engine, ProviderError, open_engine
 from fishrt_engines.ort.coreml import CACHE_KEY, Part, StaticEngine
 from fishrt_engines.spec import GraphSpec, TensorSpec
-from fishrt_export import export_bundle, primitives
+from fishrt_export import export_bundle
 from fishrt_export.errors import ExportError
-from fishrt_export.job import GraphJob, Made
-from fishrt_export.primitives import split_front, to_primitives
-from fishrt_export.static import LENGTHS, usability, write_static
+from fishrt_export.graph.job import GraphJob, Made
+from fishrt_export.targets import primitives
+from fishrt_export.targets.coreml import LENGTHS, usability, write_static
+from fishrt_export.targets.primitives import split_front, to_primitives
 from tiny import GoldenModel
 from tolerances import TOLERANCES
 
@@ -315,7 +316,7 @@ def test_export_adds_them(tiny_checkpoint: Path, tiny_bundle: Bundle, monkeypatc
         manifest = tiny_bundle.manifest
         return {job.role: Made(manifest.parity[job.role], manifest.memory[job.role], {}) for job in jobs}
 
-    monkeypatch.setattr("fishrt_export.bundle._run", made_before)
+    monkeypatch.setattr("fishrt_export.export._run", made_before)
     bundle = export_bundle(tiny_checkpoint, tmp_path / "bundle", static="coreml")
     found = read_static(bundle)
     assert found is not None

@@ -16,21 +16,21 @@ import pytest
 import torch
 
 import fishrt.memory
-import fishrt_export.bundle
-import fishrt_export.codec.source
-import fishrt_export.families
-import fishrt_export.job
+import fishrt_export.checkpoint.families
+import fishrt_export.export
+import fishrt_export.graph.job
+import fishrt_export.sources.codec
 from fishrt.bundle import Bundle
 from fishrt.errors import AudioError, BundleError, FishrtError, OutputError
 from fishrt.features import Reads, SamplingDefaults
 from fishrt_engines.rewrite.tensorrt_rules import Finding
 from fishrt_export import export_bundle
-from fishrt_export.bundle import warn_of_unknown_codes
+from fishrt_export.checkpoint.families import S2
+from fishrt_export.checkpoint.names import DEFAULTS
 from fishrt_export.errors import ExportError
-from fishrt_export.families import S2
-from fishrt_export.files import DEFAULTS
-from fishrt_export.graphs import open_language_model
-from fishrt_export.job import Made, Progress
+from fishrt_export.export import warn_of_unknown_codes
+from fishrt_export.graph.job import Made, Progress
+from fishrt_export.sources.language_model import open_language_model
 from helpers_text import language_model
 from synthetic import EVERYTHING, random_weights, write_nested, write_reference
 
@@ -51,7 +51,7 @@ def no_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     def run(*_: object) -> None:
         raise AssertionError("a graph was begun")
 
-    monkeypatch.setattr(fishrt_export.job.GraphJob, "run", run)
+    monkeypatch.setattr(fishrt_export.graph.job.GraphJob, "run", run)
 
 
 def assert_nothing_left(out: Path) -> None:
@@ -197,7 +197,7 @@ def test_a_layer_that_the_model_does_not_have(checkpoint: Path, out: Path) -> No
 
 @pytest.mark.usefixtures("no_graphs")
 def test_a_description_that_cannot_be(checkpoint: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(fishrt_export.families.FAMILIES, "s2", replace(S2, prompt_dialect="whistling"))
+    monkeypatch.setitem(fishrt_export.checkpoint.families.FAMILIES, "s2", replace(S2, prompt_dialect="whistling"))
     with pytest.raises(ExportError, match=r"cannot become a bundle: .*whistling"):
         export_bundle(checkpoint, out)
     assert_nothing_left(out)
@@ -205,7 +205,7 @@ def test_a_description_that_cannot_be(checkpoint: Path, out: Path, monkeypatch: 
 
 def test_a_bundle_that_does_not_load_is_not_left(checkpoint: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     skip_tracing(monkeypatch)
-    monkeypatch.setattr(fishrt_export.bundle, "describe_files", lambda _: {})
+    monkeypatch.setattr(fishrt_export.export, "describe_files", lambda _: {})
     with pytest.raises(BundleError, match="names files that it does not list"):
         export_bundle(checkpoint, out)
     assert_nothing_left(out)
@@ -224,7 +224,7 @@ def test_a_checkpoint_that_vanishes(checkpoint: Path, out: Path, monkeypatch: py
     def check(*_: object) -> None:
         shutil.rmtree(checkpoint)
 
-    monkeypatch.setattr(fishrt_export.bundle, "check_references", check)
+    monkeypatch.setattr(fishrt_export.export, "check_references", check)
     with pytest.raises(ExportError, match="checkpoint cannot be read"):
         export_bundle(checkpoint, out)
     assert_nothing_left(out)
@@ -349,9 +349,9 @@ def test_killing_the_process_leaves_nothing_that_loads(checkpoint: Path, out: Pa
 def export_and_send(number: signal.Signals, checkpoint: Path, out: Path) -> subprocess.CompletedProcess[bytes]:
     """Exports without graphs in a process that gets the signal when all but the manifest is written."""
     script = (
-        "import os, sys; from fishrt_export import export_bundle, bundle\n"
-        f"bundle.describe_files = lambda folder: os.kill(os.getpid(), {int(number)})\n"
-        "bundle.GraphJob.run = lambda *_: bundle.Made(None, 0, {}); bundle.write_start = lambda *_: None\n"
+        "import os, sys; from fishrt_export import export, export_bundle\n"
+        f"export.describe_files = lambda folder: os.kill(os.getpid(), {int(number)})\n"
+        "export.GraphJob.run = lambda *_: export.Made(None, 0, {}); export.write_start = lambda *_: None\n"
         "export_bundle(sys.argv[1], sys.argv[2])\n"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -359,8 +359,8 @@ def export_and_send(number: signal.Signals, checkpoint: Path, out: Path) -> subp
 
 
 def test_a_graph_that_differs_fails_and_leaves_nothing(checkpoint: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fishrt_export.codec.source, "AUDIO_TOLERANCE", 1e-12)
-    source = fishrt_export.codec.source.CodecSource
+    monkeypatch.setattr(fishrt_export.sources.codec, "AUDIO_TOLERANCE", 1e-12)
+    source = fishrt_export.sources.codec.CodecSource
     jobs = source.jobs
     monkeypatch.setattr(source, "jobs", lambda source: jobs(source)[::-1])  # codec_decode is soon done
     with pytest.raises(ExportError, match=r"codec_decode\.onnx is not the torch module: audio differs by"):
@@ -371,15 +371,15 @@ def test_a_graph_that_differs_fails_and_leaves_nothing(checkpoint: Path, out: Pa
 def skip_tracing(monkeypatch: pytest.MonkeyPatch, findings: dict[str, list[Finding]] | None = None) -> None:
     from fishrt.bundle import Parity
 
-    def run(job: fishrt_export.job.GraphJob, folder: Path, progress: Progress) -> Made:
+    def run(job: fishrt_export.graph.job.GraphJob, folder: Path, progress: Progress) -> Made:
         for part, name in enumerate(("tracing", "writing", "verifying")):
             progress(name, part / 3)
         (folder / job.spec.file).write_bytes(b"not a graph")
         return Made(Parity(0.0, 0.0, "cpu"), 1000, {})
 
-    monkeypatch.setattr(fishrt_export.job.GraphJob, "run", run)
-    monkeypatch.setattr(fishrt_export.bundle, "write_start", lambda *_: None)
-    monkeypatch.setattr(fishrt_export.bundle, "tensorrt_findings", lambda _bundle: findings or {})
+    monkeypatch.setattr(fishrt_export.graph.job.GraphJob, "run", run)
+    monkeypatch.setattr(fishrt_export.export, "write_start", lambda *_: None)
+    monkeypatch.setattr(fishrt_export.export, "tensorrt_findings", lambda _bundle: findings or {})
 
 
 @pytest.mark.parametrize(("codes", "count"), [(160, 0), (161, 1)])

@@ -13,9 +13,9 @@ from fishrt.errors import PromptError
 from fishrt.graphs import BundleGraphs
 from fishrt.tokenizer import Tokenizer
 from fishrt.voice_store import VoiceStore
-from fishrt_export.families import FAMILIES
-from fishrt_export.licence import copy_licence
-from fishrt_export.voices import References, check_references, encode_references
+from fishrt_export.checkpoint.families import FAMILIES
+from fishrt_export.checkpoint.licence import copy_licence
+from fishrt_export.checkpoint.references import References, check_references, encode_references
 from synthetic import write_reference
 
 

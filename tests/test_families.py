@@ -20,10 +20,10 @@ from conftest import CHOSEN, find_golden
 from fishrt import TTS, Voice
 from fishrt.cli import main
 from fishrt_export import export_bundle
+from fishrt_export.checkpoint.families import FAMILIES, Family
 from fishrt_export.errors import ExportError
-from fishrt_export.families import FAMILIES, Family
-from fishrt_export.graphs import open_language_model
-from fishrt_export.slow_ar import SlowAR
+from fishrt_export.models.slow_ar import SlowAR
+from fishrt_export.sources.language_model import open_language_model
 from tiny import GoldenModel
 
 FOLDERS = {"s2-pro": "s2", "s1-mini": "s1", "fish-1.5": "1.5", "fish-1.4": "1.4", "fish-1.2": "1.2"}

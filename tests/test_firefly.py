@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from fishrt_export.codec.fsq import GroupedFSQ
-from fishrt_export.codec.mel import LogMel
+from fishrt_export.models.codec.fsq import GroupedFSQ
+from fishrt_export.models.codec.mel import LogMel
 
 LEVELS = (8, 5, 4)
 

@@ -16,19 +16,19 @@ import torch
 from fishrt.bundle import Bundle
 from fishrt_engines import Engine
 from fishrt_engines.spec import GraphSpec, TensorSpec
-from fishrt_export.cases import codec_decode_cases, codec_encode_cases, random_prompt, slow_ar_cases
-from fishrt_export.codec.dac import Dac
-from fishrt_export.codec.dac_config import MAX_FRAMES, DacConfig
-from fishrt_export.codec.decoding import decode_spec
-from fishrt_export.codec.layers import WindowTransformer
-from fishrt_export.codec.load import OFFICIAL
-from fishrt_export.codec.margins import COSINE_MARGIN
-from fishrt_export.codec.source import AUDIO_TOLERANCE, open_codec
 from fishrt_export.errors import ExportError
-from fishrt_export.graphs import LANGUAGE_MODEL_TOLERANCE, open_language_model
-from fishrt_export.store import store
-from fishrt_export.trace import trace
-from fishrt_export.verify import PEAK, Case, flipped_margin, verify
+from fishrt_export.graph.store import store
+from fishrt_export.graph.trace import trace
+from fishrt_export.graph.verify import PEAK, Case, flipped_margin, verify
+from fishrt_export.models.codec.dac import Dac
+from fishrt_export.models.codec.dac_config import MAX_FRAMES, DacConfig
+from fishrt_export.models.codec.decoding import decode_spec
+from fishrt_export.models.codec.layers import WindowTransformer
+from fishrt_export.models.codec.load import OFFICIAL
+from fishrt_export.sources.cases import codec_decode_cases, codec_encode_cases, random_prompt, slow_ar_cases
+from fishrt_export.sources.codec import AUDIO_TOLERANCE, open_codec
+from fishrt_export.sources.language_model import LANGUAGE_MODEL_TOLERANCE, open_language_model
+from fishrt_export.sources.margins import COSINE_MARGIN
 from synthetic import PLAIN, random_weights, write_flat
 from tiny import GoldenModel, chunk_feeds, prefill_feeds
 from tolerances import TOLERANCES

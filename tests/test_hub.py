@@ -21,8 +21,8 @@ from fishrt.bundle import MANIFEST, Bundle
 from fishrt.cli import main
 from fishrt.errors import BundleError, HubError
 from fishrt.hub import PARTIAL, Repository, bundle_folder, download, names_repository
+from fishrt_export.checkpoint.names import checkpoint_name, choose_checkpoint
 from fishrt_export.errors import ExportError
-from fishrt_export.files import checkpoint_name, choose_checkpoint
 from helpers_text import OWN_GOLDEN, voice
 from helpers_text import bundle_folder as write_bundle
 from small_hub import SmallHub, serving

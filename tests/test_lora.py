@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from fishrt.features import Reads
+from fishrt_export.checkpoint.families import FAMILIES
+from fishrt_export.checkpoint.lora import Lora, merge
 from fishrt_export.errors import ExportError
-from fishrt_export.families import FAMILIES
-from fishrt_export.graphs import open_language_model
-from fishrt_export.lora import Lora, merge
+from fishrt_export.sources.language_model import open_language_model
 from synthetic import EVERYTHING, PLAIN, random_weights, write_flat
 
 RANK = 3

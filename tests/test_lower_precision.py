@@ -20,7 +20,7 @@ from fishrt_engines.errors import GraphError
 from fishrt_engines.rewrite.graph_types import infer
 from fishrt_engines.rewrite.onnx_proto import parse_model
 from fishrt_engines.rewrite.precision import compute_in
-from fishrt_export.recipe import Recipe
+from fishrt_export.graph.recipe import Recipe
 from tiny import GoldenModel, prefill_feeds
 
 DTYPES = ("float16", "bfloat16")

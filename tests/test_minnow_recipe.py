@@ -13,10 +13,7 @@ from fishrt.bundle import Bundle, Voices, embedded_bundle
 from fishrt.prompt import PromptBuilder
 from fishrt.tokenizer import Tokenizer
 from fishrt.voices import Voice
-from fishrt_export.codec.dac import Dac
-from fishrt_export.codec.dac_config import DacConfig
-from fishrt_export.codec.source import open_codec
-from fishrt_export.graphs import open_language_model
+from fishrt_export.checkpoint.weights import fuse_weight_norm
 from fishrt_export.minnow.align import Aligner
 from fishrt_export.minnow.config import CODEC, LANGUAGE_MODEL
 from fishrt_export.minnow.corpus import Sentence
@@ -25,7 +22,10 @@ from fishrt_export.minnow.package import weight_normed
 from fishrt_export.minnow.synth import VOICES, Utterance
 from fishrt_export.minnow.text_tokens import build_tokenizer, token_id
 from fishrt_export.minnow.train_lm import Examples, Sound, Spoken, corrupt
-from fishrt_export.weights import fuse_weight_norm
+from fishrt_export.models.codec.dac import Dac
+from fishrt_export.models.codec.dac_config import DacConfig
+from fishrt_export.sources.codec import open_codec
+from fishrt_export.sources.language_model import open_language_model
 from helpers_text import drawn, language_model
 
 CODEBOOKS = 8

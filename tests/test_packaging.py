@@ -43,7 +43,7 @@ def test_the_wheel_holds_the_packages_and_the_embedded_voice(wheel):
     assert {
         "fishrt/tts.py",
         "fishrt_engines/ort/engine.py",
-        "fishrt_export/bundle.py",
+        "fishrt_export/export.py",
         "fishrt/minnow/manifest.json",
     } <= wheel.keys()
     assert {f"{package}/py.typed" for package in PACKAGES} <= wheel.keys()

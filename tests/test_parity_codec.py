@@ -14,11 +14,11 @@ import torch
 from torch.nn import functional as F
 
 from fishrt.audio import resample
-from fishrt_export.codec.dac import Dac
-from fishrt_export.codec.firefly import Firefly
-from fishrt_export.codec.load import CodecConfig
-from fishrt_export.codec.margins import code_margins, level_margins
-from fishrt_export.verify import flipped_margin
+from fishrt_export.graph.verify import flipped_margin
+from fishrt_export.models.codec.dac import Dac
+from fishrt_export.models.codec.firefly import Firefly
+from fishrt_export.models.codec.load import CodecConfig
+from fishrt_export.sources.margins import code_margins, level_margins
 from tiny import GoldenModel, assert_same_table
 from tolerances import TOLERANCES
 

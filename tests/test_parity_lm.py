@@ -15,9 +15,9 @@ from conftest import CHOSEN, find_golden
 from fishrt.generate import Columns, DualAR, generate_frames
 from fishrt.sampling import Sampling, audio_ids, main_ids
 from fishrt_engines import Engine
-from fishrt_export.graphs import LanguageModelSource, open_language_model
-from fishrt_export.lora import Lora
-from fishrt_export.verify import run_module
+from fishrt_export.checkpoint.lora import Lora
+from fishrt_export.graph.verify import run_module
+from fishrt_export.sources.language_model import LanguageModelSource, open_language_model
 from tiny import GoldenModel, assert_same_table, caches, chunk_feeds, prefill_feeds
 from tolerances import TOLERANCES
 

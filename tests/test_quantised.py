@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fishrt_export.errors import ExportError
-from fishrt_export.graphs import LanguageModelSource, open_language_model
+from fishrt_export.sources.language_model import LanguageModelSource, open_language_model
 from synthetic import EVERYTHING, PLAIN, random_weights, write_flat
 
 

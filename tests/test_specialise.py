@@ -14,8 +14,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from fishrt_engines import Array, Engine, State, open_engine
 from fishrt_engines.rewrite.attention import ColumnInputs, specialise
-from fishrt_export.cases import fast_ar_cases, random_prompt, slow_ar_cases
-from fishrt_export.graphs import open_language_model
+from fishrt_export.sources.cases import fast_ar_cases, random_prompt, slow_ar_cases
+from fishrt_export.sources.language_model import open_language_model
 from synthetic import EVERYTHING, PLAIN, random_weights, write_flat
 from tiny import GoldenModel, chunk_feeds, prefill_feeds
 from tolerances import TOLERANCES

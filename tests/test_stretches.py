@@ -11,13 +11,13 @@ from pathlib import Path
 import onnx
 import pytest
 
-from fishrt_export.checkpoint import read_weights
+from fishrt_export.checkpoint.files import read_weights
 from fishrt_export.errors import ExportError
-from fishrt_export.graphs import open_language_model
-from fishrt_export.held import Held
-from fishrt_export.job import GraphJob
-from fishrt_export.stretches import BUDGET, split, verify_stack
-from fishrt_export.transformer import Stack
+from fishrt_export.graph.held import Held
+from fishrt_export.graph.job import GraphJob
+from fishrt_export.graph.stretches import BUDGET, split, verify_stack
+from fishrt_export.models.transformer import Stack
+from fishrt_export.sources.language_model import open_language_model
 from synthetic import EVERYTHING, PLAIN, random_weights, write_nested
 
 DEEP = {**EVERYTHING, "n_layer": 5, "n_fast_layer": 3}
@@ -119,9 +119,9 @@ MEASURE = """
 import sys
 from pathlib import Path
 from fishrt_engines.machine import peak_memory
-from fishrt_export.graphs import open_language_model
-from fishrt_export.recipe import Recipe
-from fishrt_export.stretches import verify_stack
+from fishrt_export.sources.language_model import open_language_model
+from fishrt_export.graph.recipe import Recipe
+from fishrt_export.graph.stretches import verify_stack
 from dataclasses import replace
 small, large, out = map(Path, sys.argv[1:])
 for n, checkpoint in enumerate((small, large)):

@@ -18,7 +18,7 @@ from fishrt.drawing import Drawer, FrameDrawer, History, Rules, StepDrawer
 from fishrt.features import RepetitionAware, RepetitionPenalty, SamplingDefaults
 from fishrt.generate import DualAR, generate_frames
 from fishrt.sampling import Sampling, SeededNoise
-from fishrt_export.cases import random_prompt
+from fishrt_export.sources.cases import random_prompt
 from torch_peer import load_torch, open_torch, open_torch_frames
 
 AWARE = RepetitionAware(window=3, temperature=1.8, top_p=0.99)

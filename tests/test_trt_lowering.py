@@ -28,10 +28,10 @@ from fishrt_engines.spec import GraphSpec
 
 pytest.importorskip("torch", reason="needs the export extra")
 
-from fishrt_export.cases import codec_decode_cases, codec_encode_cases, random_prompt
-from fishrt_export.graphs import LanguageModelSource, open_language_model
-from fishrt_export.job import GraphJob
-from fishrt_export.recipe import Recipe
+from fishrt_export.graph.job import GraphJob
+from fishrt_export.graph.recipe import Recipe
+from fishrt_export.sources.cases import codec_decode_cases, codec_encode_cases, random_prompt
+from fishrt_export.sources.language_model import LanguageModelSource, open_language_model
 from synthetic import EVERYTHING, PLAIN, random_weights, write_flat
 from tiny import GoldenModel, chunk_feeds, prefill_feeds
 from tolerances import TOLERANCES

@@ -19,14 +19,14 @@ from fishrt.frame import frame_model, frame_spec
 from fishrt.generate import DualAR
 from fishrt_engines import Engine, open_engine
 from fishrt_export import export_bundle
-from fishrt_export.bundle import halves_fit
-from fishrt_export.codec.dac import Dac
-from fishrt_export.codec.firefly import Firefly
-from fishrt_export.codec.source import CodecSource, open_codec
-from fishrt_export.fast_ar import FastAR
-from fishrt_export.graphs import LanguageModelSource, open_language_model
-from fishrt_export.job import GraphJob
-from fishrt_export.slow_ar import SlowAR
+from fishrt_export.export import halves_fit
+from fishrt_export.graph.job import GraphJob
+from fishrt_export.models.codec.dac import Dac
+from fishrt_export.models.codec.firefly import Firefly
+from fishrt_export.models.fast_ar import FastAR
+from fishrt_export.models.slow_ar import SlowAR
+from fishrt_export.sources.codec import CodecSource, open_codec
+from fishrt_export.sources.language_model import LanguageModelSource, open_language_model
 from shared import make_once
 from tolerances import TOLERANCES
 

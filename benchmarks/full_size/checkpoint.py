@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
-from fishrt_export.checkpoint import CODEC_CONFIG, CONFIG, INDEX, PICKLE
-from fishrt_export.codec.dac_config import DacConfig
-from fishrt_export.codec.firefly import FireflyConfig
-from fishrt_export.codec.load import OFFICIAL, CodecConfig, official_firefly
-from fishrt_export.config import read_config
-from fishrt_export.families import FAMILIES as KNOWN
-from fishrt_export.families import Family
+from fishrt_export.checkpoint.config import read_config
+from fishrt_export.checkpoint.families import FAMILIES as KNOWN
+from fishrt_export.checkpoint.families import Family
+from fishrt_export.checkpoint.files import CODEC_CONFIG, CONFIG, INDEX, PICKLE
+from fishrt_export.models.codec.dac_config import DacConfig
+from fishrt_export.models.codec.firefly import FireflyConfig
+from fishrt_export.models.codec.load import OFFICIAL, CodecConfig, official_firefly
 
 from . import tokenizer
 from .sizes import FAMILIES, Release, overlaid

@@ -14,13 +14,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fishrt_export.codec.dac import Dac
-from fishrt_export.codec.dac_config import DacConfig
-from fishrt_export.codec.firefly import Firefly
-from fishrt_export.codec.load import CodecConfig
-from fishrt_export.config import ModelConfig
-from fishrt_export.fast_ar import FastAR
-from fishrt_export.slow_ar import SlowAR
+from fishrt_export.checkpoint.config import ModelConfig
+from fishrt_export.models.codec.dac import Dac
+from fishrt_export.models.codec.dac_config import DacConfig
+from fishrt_export.models.codec.firefly import Firefly
+from fishrt_export.models.codec.load import CodecConfig
+from fishrt_export.models.fast_ar import FastAR
+from fishrt_export.models.slow_ar import SlowAR
 
 PIECE = 1 << 24
 """Number of elements that are drawn at once."""

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..codec.dac import Dac
-from ..codec.dac_config import DacConfig
+from ..models.codec.dac import Dac
+from ..models.codec.dac_config import DacConfig
 from .config import CODEC, DEFAULTS, LANGUAGE_MODEL
 from .synth import SAMPLE_RATE, VOICES, flite
 from .text_tokens import CONTROL, build_tokenizer, token_id

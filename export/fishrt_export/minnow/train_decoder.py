@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..codec.dac import Decoder, Quantizer
-from ..codec.dac_config import DacConfig
+from ..models.codec.dac import Decoder, Quantizer
+from ..models.codec.dac_config import DacConfig
 from .config import CODEC, DELAY, HOP, SAMPLE_RATE
 from .features import LogMel
 from .synth import SpeechData

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..codec.dac import Quantizer, VectorQuantizer
-from ..codec.dac_config import DacConfig
-from ..codec.layers import CausalConv1d, ConvNeXtBlock
+from ..models.codec.dac import Quantizer, VectorQuantizer
+from ..models.codec.dac_config import DacConfig
+from ..models.codec.layers import CausalConv1d, ConvNeXtBlock
 from .config import CODEC, DELAY, FEATURE_HOP, HOP, SAMPLE_RATE
 from .features import LogMel
 from .synth import SpeechData

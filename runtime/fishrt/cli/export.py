@@ -28,7 +28,7 @@ class _ExportCommand(click.Command):
     """A command whose help ends with a list of the official checkpoints."""
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        from fishrt_export.families import FAMILIES
+        from fishrt_export.checkpoint.families import FAMILIES
 
         with formatter.section("Official checkpoints on the Hugging Face Hub"):
             formatter.write_dl([(f.repository, f"{f.files} (--family {f.name})") for f in FAMILIES.values()])
@@ -157,7 +157,7 @@ def _located(checkpoint: Path, revision: str | None, *, quiet: bool) -> Path:
     """Return the checkpoint's folder; a repository of the hub is downloaded into its cache."""
     if not names_repository(checkpoint):
         return checkpoint
-    from fishrt_export.files import choose_checkpoint
+    from fishrt_export.checkpoint.names import choose_checkpoint
 
     reporter = Reporter(quiet=quiet)
     try:

@@ -37,7 +37,7 @@ def fetch(repository: str, folder: Path | None, revision: str | None, quiet: boo
     reporter, chosen = Reporter(quiet=quiet or as_json), list[str]()
 
     def choose(names: Sequence[str], read: Callable[[str], Path]) -> Sequence[str]:
-        from fishrt_export.files import choose_checkpoint, left_out
+        from fishrt_export.checkpoint.names import choose_checkpoint, left_out
 
         if MANIFEST in names:
             chosen[:] = choose_bundle(names, read)

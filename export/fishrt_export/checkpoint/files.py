@@ -1,0 +1,271 @@
+"""The files of a checkpoint and their tensors, under the names that the originals gave them.
+
+Only containers are interpreted here: safetensors shards and their index, and pickles. Wrappers are removed: an outer
+`state_dict`, and the prefixes that training frameworks put before all names.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+import zipfile
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..errors import ExportError, listed
+from .content import DAMAGED, is_safetensors, read_json, reading
+from .lazy import Lazy, Maker, makers
+from .names import CODEC, CODEC_CONFIG, CONFIG, FIREFLY, INDEX, PICKLE, SINGLE, TIKTOKEN, TOKENIZER, read_places
+
+LANGUAGE_MODEL_PARTS = (
+    *("embeddings", "codebook_embeddings", "layers", "norm", "output", "text_model", "audio_decoder"),
+    *("fast_project_in", "fast_embeddings", "fast_layers", "fast_norm", "fast_output"),
+)
+"""The first parts of the names of a language model's tensors, in any form."""
+_COMPILED = "_orig_mod."
+_SAFETENSORS = ".safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class LanguageModelFiles:
+    """The dual-AR half of a checkpoint."""
+
+    config: dict[str, Any]
+    weights: Path
+    """The index of the shards, the single safetensors file, or the pickle."""
+    tokenizer: Path
+    """tokenizer.json or tokenizer.tiktoken."""
+
+
+@dataclass(frozen=True, slots=True)
+class CodecFiles:
+    """The codec half of a checkpoint."""
+
+    weights: Path
+    config: dict[str, Any] | None
+    """None: the codec has its family's official sizes."""
+
+
+def find_language_model(folder: Path) -> LanguageModelFiles:
+    """Find the files of the language model and read its config.
+
+    Raises one ExportError that names every missing file, and ExportError for several sets of weights or two tokenizers.
+    """
+    _require_folder(folder)
+    weights = _find_weights(folder)
+    tokenizers = [folder / name for name in (TOKENIZER, TIKTOKEN) if (folder / name).is_file()]
+    missing = [] if (folder / CONFIG).is_file() else [CONFIG]
+    if not tokenizers:
+        missing.append(f"tokenizer ({TOKENIZER} or {TIKTOKEN})")
+    if not weights:
+        missing.append(f"weights ({INDEX}, {SINGLE} or {PICKLE})")
+    if missing:
+        raise ExportError(
+            f"{folder} is not a complete checkpoint: it lacks {', '.join(missing)}",
+            hint="give the folder of a checkpoint with all its files",
+        )
+    if len(weights) > 1:
+        raise ExportError(
+            f"{folder} has {len(weights)} sets of weights: {', '.join(path.name for path in weights)}",
+            hint="keep the one to export, and move the others out of the folder",
+        )
+    if len(tokenizers) > 1:
+        raise ExportError(f"{folder} has two tokenizers, {TOKENIZER} and {TIKTOKEN}", hint="keep the one of this model")
+    return LanguageModelFiles(read_json(folder / CONFIG), weights[0], tokenizers[0])
+
+
+def find_codec(folder: Path) -> CodecFiles:
+    """Find the codec by the file names of published codecs, and read its config. Raises ExportError unless there is one codec."""
+    _require_folder(folder)
+    found = [path for path in (folder / CODEC, *sorted(folder.glob(FIREFLY))) if path.is_file()]
+    if not found:
+        raise ExportError(
+            f"{folder} is not a complete checkpoint: it lacks a codec ({CODEC} or {FIREFLY})",
+            hint="put the codec into the folder of the model",
+        )
+    if len(found) > 1:
+        raise ExportError(
+            f"{folder} has more than one codec: {', '.join(path.name for path in found)}", hint="keep the one of this model"
+        )
+    config = folder / CODEC_CONFIG
+    return CodecFiles(found[0], read_json(config) if config.is_file() else None)
+
+
+def read_weights(path: Path) -> Mapping[str, Tensor]:
+    """Return every tensor of the language model by its name in the original; safetensors are read when they are looked up.
+
+    Raises ExportError for a damaged, missing or foreign file.
+    """
+    if path.name == INDEX:
+        return unwrap(Lazy(_find_in_shards(path)), LANGUAGE_MODEL_PARTS, path)
+    return read_model(path)
+
+
+def read_model(path: Path) -> Mapping[str, Tensor]:
+    """Return the tensors in one file of a language model or of its LoRA.
+
+    As upstream does, `model.` is removed if the first name of a pickle has it, and the audio input, which was never released, is
+    left out. Raises ExportError.
+    """
+    tensors = unwrap(read_tensors(path), LANGUAGE_MODEL_PARTS, path)
+    if isinstance(tensors, Lazy):
+        return tensors
+    if next(iter(tensors)).startswith("model."):
+        tensors = _renamed(tensors, {name: name.removeprefix("model.") for name in tensors}, path)
+    kept = {name: value for name, value in tensors.items() if "audio_" not in name or name.startswith("audio_decoder.")}
+    return only_tensors(kept, path.name)
+
+
+def read_tensors(path: Path) -> Mapping[str, Any]:
+    """Return the entries of a file of weights by name, those of its key `state_dict` if it has one.
+
+    A safetensors file is recognised by its content. Its tensors are a `Lazy`, which reads them at lookup. A pickle is loaded
+    without running code. Raises ExportError.
+    """
+    if is_safetensors(path) or path.suffix == _SAFETENSORS:
+        return Lazy(_find_tensors(path))
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of other formats, which are errors here
+            # Memory-mapped if the format allows it, so that unused tensors are not read.
+            data = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # a damaged file can make torch.load raise any exception
+        raise _unreadable_pickle(path, str(error)) from None
+    if isinstance(data, Mapping) and isinstance(data.get("state_dict"), Mapping):
+        data = data["state_dict"]
+    if not isinstance(data, Mapping) or not data:
+        raise ExportError(f"{path} holds {type(data).__name__}, not named tensors", hint="take the publisher's file instead")
+    for name in data:
+        if not isinstance(name, str):
+            raise ExportError(
+                f"{path} holds an entry named {name!r}, which is not text", hint="take the publisher's file instead"
+            )
+    return data
+
+
+def _unreadable_pickle(path: Path, reason: str) -> ExportError:
+    """Return the error for a pickle that torch does not load. Torch's own message is dropped: it advises an unsafe load."""
+    if match := re.search(r"\bGLOBAL (\S+)", reason):
+        return ExportError(
+            f"{path} cannot be read: it holds Python objects ({match[1]}), not only tensors, and loading them can run any code",
+            hint="save the state_dict of the model instead, or take the publisher's file",
+        )
+    if "TorchScript" in reason:
+        return ExportError(
+            f"{path} cannot be read: it is a TorchScript program, not named tensors", hint="take the publisher's file instead"
+        )
+    return ExportError(f"{path} cannot be read: it is damaged, or not a file of torch.save", hint=DAMAGED)
+
+
+def unwrap(tensors: Mapping[str, Any], parts: Collection[str], path: Path) -> Mapping[str, Any]:
+    """Return the tensors without the prefix that all names share before the name of a part of the model.
+
+    `torch.compile`, data parallelism and training frameworks put `_orig_mod.`, `module.` or `model.` before names. `_orig_mod.`
+    is also inside a name if a part was compiled. A prefix is removed only if one of `parts` follows it. Raises ExportError if
+    two names become one.
+    """
+    names = {name: name.replace(_COMPILED, "") for name in tensors}
+    split = [name.split(".") for name in names.values()]
+    for depth, shared in enumerate(zip(*split, strict=False)):
+        if not set(parts).isdisjoint(shared):
+            names = {name: ".".join(short.split(".")[depth:]) for name, short in names.items()}
+            break
+        if len(set(shared)) > 1:
+            break
+    return _renamed(tensors, names, path)
+
+
+def _renamed(tensors: Mapping[str, Any], names: Mapping[str, str], path: Path) -> Mapping[str, Any]:
+    """Return the tensors under their new names, without reading any. Raises ExportError if two names become one."""
+    if all(name == new for name, new in names.items()):
+        return tensors
+    if len(set(names.values())) < len(names):
+        twice = sorted({new for new in names.values() if list(names.values()).count(new) > 1})
+        raise ExportError(f"{path} holds several tensors for one name: {listed(twice)}", hint="keep one of them")
+    if isinstance(tensors, Lazy):
+        found = makers(tensors)
+        return Lazy({new: found[name] for name, new in names.items()})
+    return {new: tensors[name] for name, new in names.items()}
+
+
+def only_tensors(data: Mapping[str, Any], source: str) -> dict[str, Tensor]:
+    """Return the entries, float64 as float32. Raises ExportError that lists all that are not dense tensors."""
+    if others := [str(name) for name, value in data.items() if not isinstance(value, Tensor) or value.layout != torch.strided]:
+        raise ExportError(
+            f"{source} holds entries that are not tensors: {listed(others)}", hint="take the publisher's file instead"
+        )
+    return {name: _narrow(value) for name, value in data.items()}
+
+
+def _narrow(tensor: Tensor) -> Tensor:
+    """Return a float64 tensor as float32, the type of all computation, and any other as it is."""
+    return tensor.float() if tensor.dtype == torch.float64 else tensor
+
+
+def _require_folder(folder: Path) -> None:
+    with reading(folder):
+        there, exists = folder.is_dir(), folder.exists()
+    if not there:
+        fault = "is a file, not a folder" if exists else "does not exist"
+        raise ExportError(f"{folder} {fault}", hint="give the folder of an official checkpoint, or OWNER/NAME of the Hub")
+
+
+def _find_weights(folder: Path) -> list[Path]:
+    """Return the file of each set of weights. A single file that the index names is a shard, not another set."""
+    found = [path for name in (INDEX, SINGLE, PICKLE) if (path := folder / name).is_file()]
+    if len(found) > 1 and found[0].name == INDEX:
+        shards = set(read_places(found[0]).values())
+        found = [path for path in found if path.name not in shards]
+    return found
+
+
+def _find_in_shards(index: Path) -> dict[str, Maker]:
+    places = read_places(index)
+    shards = sorted(set(places.values()))
+    if outside := [name for name in shards if PurePath(name).name != name]:
+        raise ExportError(f"{index} names shards outside its folder: {listed(outside)}")
+    with reading(index.parent):
+        missing = [name for name in shards if not (index.parent / name).is_file()]
+    if missing:
+        raise ExportError(f"{index.parent} lacks shards that {INDEX} names: {listed(missing)}", hint="download them too")
+    tensors: dict[str, Maker] = {}
+    for shard in shards:
+        found = _find_tensors(index.parent / shard)
+        if lacking := sorted(name for name, place in places.items() if place == shard and name not in found):
+            raise ExportError(f"{shard} lacks tensors that {INDEX} places in it: {listed(lacking)}", hint=DAMAGED)
+        if twice := sorted(found.keys() & tensors.keys()):
+            raise ExportError(f"{shard} repeats tensors of another shard: {listed(twice)}", hint=DAMAGED)
+        tensors |= found
+    return tensors
+
+
+def _find_tensors(path: Path) -> dict[str, Maker]:
+    """Return a function for each tensor of a safetensors file that reads it. Opening the file checks its table and its size."""
+    if not is_safetensors(path):
+        raise ExportError(f"{path} cannot be read: it is damaged, or not a safetensors file", hint=DAMAGED)
+    with _opened(path) as file:
+        return {name: _reading(path, name) for name in file.keys()}  # noqa: SIM118 (not a dict: it has no iterator)
+
+
+def _reading(path: Path, name: str) -> Maker:
+    # The file is opened for each tensor: its pages count as this process's memory until it is closed.
+    def read() -> Tensor:
+        with _opened(path) as file:
+            return _narrow(file.get_tensor(name))
+
+    return read
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError):
+        raise ExportError(f"{path} cannot be read: it is damaged or incomplete", hint=DAMAGED) from None

@@ -1,0 +1,77 @@
+"""Names of the files of a checkpoint, and which of a published repository's files an export needs. Loads no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from ..errors import ExportError, listed
+from .content import DAMAGED, read_json
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+PICKLE = "model.pth"
+CONFIG = "config.json"
+TOKENIZER = "tokenizer.json"
+TIKTOKEN = "tokenizer.tiktoken"
+SPECIAL_TOKENS = "special_tokens.json"
+CODEC = "codec.pth"
+FIREFLY = "firefly-gan-vq-fsq-*-generator.pth"
+CODEC_CONFIG = "codec_config.json"
+REFERENCES = "references"
+DEFAULTS = "fishrt.json"
+"""fishrt's own file, optional in a checkpoint folder: defaults of this checkpoint that replace its family's."""
+
+_SMALL = (TOKENIZER, TIKTOKEN, SPECIAL_TOKENS, CODEC_CONFIG, DEFAULTS)
+_TERMS = ("license", "licence", "notice", "readme")
+
+
+def choose_checkpoint(names: Sequence[str], read: Callable[[str], Path]) -> list[str]:
+    """Return the files of a repository that an export needs, config.json last: a folder without it is no checkpoint yet.
+
+    Of several sets of weights the first counts, in this order: shards, one safetensors file, model.pth. `read` fetches the
+    index of the shards. Raises ExportError for a repository that lacks a part.
+    """
+    weights = next((name for name in (INDEX, SINGLE, PICKLE) if name in names), None)
+    codecs = [name for name in names if name == CODEC or fnmatchcase(name, FIREFLY)]
+    parts = {
+        CONFIG: CONFIG in names,
+        f"weights ({INDEX}, {SINGLE} or {PICKLE})": weights is not None,
+        f"a tokenizer ({TOKENIZER} or {TIKTOKEN})": TOKENIZER in names or TIKTOKEN in names,
+        f"a codec ({CODEC} or {FIREFLY})": bool(codecs),
+    }
+    if weights is None or not all(parts.values()):
+        lacking = ", ".join(part for part, there in parts.items() if not there)
+        raise ExportError(
+            f"the repository is not a checkpoint that can be exported: it lacks {lacking}; it has {listed(names) or 'no files'}",
+            hint="fishrt export --help lists the official repositories; put a fine-tuned model into one folder with the codec",
+        )
+    shards = sorted(set(read_places(read(INDEX)).values())) if weights == INDEX else []
+    rest = [name for name in names if name in _SMALL or name.startswith(f"{REFERENCES}/") or tells_terms(name)]
+    return [*rest, weights, *shards, *codecs, CONFIG]
+
+
+def left_out(names: Sequence[str]) -> list[str]:
+    """Return the sets of weights that `choose_checkpoint` leaves out."""
+    return [name for name in (INDEX, SINGLE, PICKLE) if name in names][1:]
+
+
+def tells_terms(name: str) -> bool:
+    """Return whether a file at the top of a checkpoint may state the licence of its weights."""
+    return name.lower().startswith(_TERMS) and "/" not in name
+
+
+def checkpoint_name(folder: Path) -> str:
+    """Return the name of a checkpoint folder, or of its repository if the folder is in the cache of the Hugging Face Hub."""
+    folder = folder.absolute()
+    storage = folder.parent.parent.name if folder.parent.name == "snapshots" else ""
+    return storage.split("--")[-1] if storage.startswith("models--") else folder.resolve().name
+
+
+def read_places(index: Path) -> dict[str, str]:
+    """Return the file name of each tensor's shard, from an index of shards. Raises ExportError."""
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
+        raise ExportError(f"{index} has no usable weight_map", hint=DAMAGED)
+    return places

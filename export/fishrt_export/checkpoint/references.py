@@ -1,0 +1,113 @@
+"""Built-in voices: recordings in the checkpoint's `references/<name>/`, encoded with the exported codec."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from fishrt.audio import resample
+from fishrt.bundle import Bundle, Voices
+from fishrt.codec import CodecDecoder, CodecEncoder
+from fishrt.loudness import Loudness, voice_loudness
+from fishrt.prompt import PromptBuilder
+from fishrt.tokenizer import Tokenizer
+from fishrt.voice_store import VoiceStore
+from fishrt_engines import open_engine
+
+from ..errors import ExportError
+from .content import read_text
+from .names import REFERENCES
+
+DEFAULT = "default.txt"
+FOLDER = "voices"
+
+
+@dataclass(frozen=True, slots=True)
+class References:
+    """The recordings of a checkpoint by name, and the default voice."""
+
+    store: VoiceStore
+    names: tuple[str, ...]
+    default: str
+
+
+def check_references(checkpoint: Path, bundle: Bundle, tokenizer: Tokenizer) -> References | None:
+    """Check all recordings before the export begins, and return them; None if there are none. Uses only the bundle's manifest.
+
+    Raises ExportError for a folder that is not a voice and for an unknown default, AudioError or VoiceError for a recording that
+    cannot be read, is too short or too long, or has no transcript, PromptError for a transcript that cannot be spoken.
+    """
+    folder = checkpoint / REFERENCES
+    if not folder.is_dir():
+        return None
+    store = VoiceStore(folder)
+    names = tuple(store.list())
+    if others := store.left_out():
+        raise ExportError(
+            f"{folder} holds folders that are not voices: {'; '.join(others.values())}",
+            hint="each needs a recording and its words in a .lab file of the same name",
+        )
+    if not names:
+        return None
+    named = folder / DEFAULT
+    default = read_text(named).strip() if named.is_file() else names[0]
+    if default not in names:
+        raise ExportError(f"{named} names {default!r}; the voices are: {', '.join(names)}")
+    for name in names:
+        store.load(name, _Listener(bundle, tokenizer))
+    return References(store, names, default)
+
+
+def encode_references(references: References | None, bundle: Bundle) -> Voices | None:
+    """Encode the voices into a bundle that has its codec graphs. Raises VoiceError for a voice that does not fit the bundle."""
+    if references is None:
+        return None
+    encoder = _Encoder(bundle)
+    target = VoiceStore(bundle.path / FOLDER)
+    for name in references.names:
+        target.add(replace(references.store.load(name, encoder), recording=None))
+    return Voices(references.default, references.names)
+
+
+class _Listener:
+    """Stand-in for a TTS during the check of recordings: checks transcripts, and takes every recording."""
+
+    def __init__(self, bundle: Bundle, tokenizer: Tokenizer) -> None:
+        self.bundle = bundle
+        self._prompts = PromptBuilder(tokenizer, bundle.manifest.language_model)
+
+    def encode(self, _pcm: npt.NDArray[np.float32], _rate: int) -> npt.NDArray[np.int64]:
+        """Return one frame of zeros."""
+        return np.zeros((len(self.bundle.manifest.codec.codebook_sizes), 1), np.int64)
+
+    def loudness(self, _codes: npt.NDArray[np.int64]) -> Loudness | None:
+        """Return None: nothing can be decoded yet."""
+        return None
+
+    def check_transcript(self, text: str, what: str) -> None:
+        """Check that the model can read a transcript. Raises PromptError."""
+        self._prompts.check_transcript(text, what)
+
+
+class _Encoder(_Listener):
+    """Stand-in for a TTS that encodes and decodes with the codec's graphs."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        manifest = bundle.manifest
+        super().__init__(bundle, Tokenizer.load(bundle.file(manifest.tokenizer)))
+        encode, decode = (
+            open_engine(bundle.file(spec.file), spec, provider="cpu")
+            for spec in (manifest.graphs["codec_encode"], manifest.graphs["codec_decode"])
+        )
+        self._encoder, self._decoder = CodecEncoder(encode, manifest.codec), CodecDecoder(decode, manifest.codec)
+
+    def encode(self, pcm: npt.NDArray[np.float32], rate: int) -> npt.NDArray[np.int64]:
+        """Return codes int64 [codebooks, frames] of pcm float32 [samples] at `rate` Hz."""
+        return self._encoder.encode(resample(pcm, rate, self.bundle.manifest.codec.sample_rate))
+
+    def loudness(self, codes: npt.NDArray[np.int64]) -> Loudness | None:
+        """Return the loudness of codes int64 [codebooks, frames], decoded."""
+        return voice_loudness(self._decoder, codes, self.bundle.manifest.codec)

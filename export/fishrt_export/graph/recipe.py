@@ -1,0 +1,104 @@
+"""Storage of a bundle's weights: one precision, and exceptions by name.
+
+    fp32    the checkpoint's own types
+    fp16    matrices, kernels and tables rounded to float16, except those with numbers beyond its range
+    int8    linear layers of the language model in 8 bits, its embeddings in float16 or bfloat16, the codec as with fp32
+    int4    as int8, except the slow AR's blocks, which have 4 bits
+
+Norms, biases and rotary tables are small and stay as they are.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor, nn
+
+from fishrt.bundle import PRECISIONS
+
+from ..errors import ExportError
+from .quantise import BITS, BLOCKS, block_size
+
+
+@dataclass(frozen=True, slots=True)
+class Storage:
+    """Storage of one weight."""
+
+    precision: str
+    """One of PRECISIONS."""
+    block: int | None = None
+    """Inputs that share a scale; None unless int8 or int4."""
+    reason: str = field(default="", compare=False)
+    """Why the recipe's integers are not used."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """The options of `fishrt export` for precision. Raises ExportError for an unknown precision."""
+
+    precision: str = "fp32"
+    keep: Mapping[str, str] = field(default_factory=dict)
+    """Precisions by patterns for the language model's matrices, such as `slow_ar.layers.0.*` or `fast_ar.output`. The last
+    pattern that matches counts. Embeddings take fp32 and fp16 only."""
+
+    def __post_init__(self) -> None:
+        for name in (self.precision, *self.keep.values()):
+            if name not in PRECISIONS:
+                raise ExportError(f"unknown precision {name!r}", hint=f"choose one of: {', '.join(PRECISIONS)}")
+
+    def plan(
+        self, modules: Mapping[str, nn.Module], weights: Mapping[str, Mapping[str, Tensor]]
+    ) -> dict[str, dict[str, Storage]]:
+        """Return the storage of each matrix of the language model, by role and name.
+
+        A layer whose inputs no block divides is not quantised. Raises one ExportError that lists all patterns without a match.
+        """
+        plans: dict[str, dict[str, Storage]] = {}
+        matched = set()
+        for role, module in modules.items():
+            plan = plans[role] = {}
+            for path, part in module.named_modules():
+                if not isinstance(part, nn.Linear | nn.Embedding):
+                    continue
+                linear = isinstance(part, nn.Linear)
+                precision, reason = self._usual(role, path), ""
+                if precision in BITS and not linear:
+                    reason = "embedding tables, of which only single rows are read"
+                    precision = "fp16" if weights[role][f"{path}.weight"].dtype == torch.float32 else "fp32"
+                for pattern, kept in self.keep.items():
+                    if fnmatchcase(f"{role}.{path}", pattern.removesuffix(".weight")) and (linear or kept not in BITS):
+                        matched.add(pattern)
+                        precision, reason = kept, "" if kept in BITS else "by --keep"
+                block = block_size(part.in_features) if isinstance(part, nn.Linear) and precision in BITS else None
+                if precision in BITS and block is None:
+                    precision, reason = "fp32", f"whose width is no multiple of {BLOCKS[-1]}"
+                plan[f"{path}.weight"] = Storage(precision, block, reason)
+        if lost := [pattern for pattern in self.keep if pattern not in matched]:
+            raise ExportError(
+                f"no layer that can be stored so matches: {', '.join(f'{name}={self.keep[name]}' for name in lost)}",
+                hint="names are such as slow_ar.layers.0.attention.wqkv, slow_ar.output, fast_ar.*; embeddings take fp32 or fp16",
+            )
+        return plans
+
+    def codec_plan(self, weights: Mapping[str, Tensor]) -> dict[str, Storage]:
+        """Return the storage of a codec's weights: fp16 applies to kernels and matrices, but not to vectors of any shape."""
+        if self.precision != "fp16":
+            return {}
+        return {name: Storage("fp16") for name, tensor in weights.items() if sum(size > 1 for size in tensor.shape) > 1}
+
+    def _usual(self, role: str, path: str) -> str:
+        if self.precision not in BITS:
+            return self.precision
+        return self.precision if role == "slow_ar" and path.startswith("layers.") else "int8"
+
+
+def main_precision(plan: Mapping[str, Storage], sizes: Mapping[str, int]) -> str:
+    """Return the precision of most of a graph's weights. sizes: the number of elements by name."""
+    counts = Counter[str]()
+    for name, storage in plan.items():
+        counts[storage.precision] += sizes[name]
+    return counts.most_common(1)[0][0] if counts else "fp32"

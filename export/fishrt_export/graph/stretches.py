@@ -1,0 +1,196 @@
+"""Verification of a language model's graph in stretches of a few blocks, of which only one is in memory.
+
+The graph is cut at the inputs of blocks, the residual stream. Each stretch is a graph of its own that refers to the same file of
+weights. It runs all calls of all cases before the next stretch is opened. The graph's stretches run on the graph's stream and the
+module's on the module's, so that the last results are those of the whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from torch import Tensor, nn
+
+from fishrt.bundle import Parity
+from fishrt_engines import Array, open_engine
+from fishrt_engines.spec import GraphSpec, TensorSpec
+
+from ..models.transformer import Stack
+from .verify import PROVIDER, Case, Report, compare
+
+BUDGET = 1 << 30
+"""Bytes of float32 weights in one stretch, unless a single part of the model is larger."""
+
+Progress = Callable[[float], None]
+
+
+def split(stack: Stack, budget: int) -> list[range]:
+    """Return stretches of at most `budget` bytes as ranges of parts.
+
+    Part 0 makes the stream, part i + 1 is block i, and the last part also makes the results.
+    """
+    parts = len(stack.layers) + 1
+    stretches, start = [], 0
+    for part in range(1, parts):
+        if stretch_bytes(stack, range(start, part + 1)) > budget:
+            stretches.append(range(start, part))
+            start = part
+    return [*stretches, range(start, parts)]
+
+
+def stretch_bytes(stack: Stack, parts: range) -> int:
+    """Return the bytes of a stretch's weights in float32."""
+    sizes = stack.state_dict()
+    return sum(4 * sizes[name].numel() for name in _names(stack, parts))
+
+
+def verify_stack(
+    build: Callable[[], Stack],
+    spec: GraphSpec,
+    folder: Path,
+    weights: Mapping[str, Tensor],
+    cases: Sequence[Case],
+    tolerance: float,
+    *,
+    budget: int = BUDGET,
+    progress: Progress = lambda _: None,
+) -> Parity:
+    """Verify a graph as verify.verify does, with the weights looked up for each stretch.
+
+    build: makes the module with arbitrary weights. progress receives the completed part, 0..1. Raises ExportError.
+    """
+    report = Report(spec.file, tolerance)
+    ours = theirs = list(cases)
+    stretches = split(build(), budget)
+    for parts in stretches:
+        progress(parts.start / stretches[-1].stop)
+        path = folder / f"{Path(spec.file).stem}.stretch.onnx"
+        stack = build()
+        try:
+            inner = _cut(folder / spec.file, path, spec, stack, parts)
+            module = _Stretch(stack, parts, inner)
+            stack.load_state_dict({name: weights[name] for name in _names(stack, parts)}, strict=False, assign=True)
+            stack.requires_grad_(False)
+            engine = open_engine(path, inner, provider=PROVIDER)
+            for n, (case, case_of_graph) in enumerate(zip(ours, theirs, strict=True)):
+                of_module, of_graph = compare(module, engine, _fed(case, inner), _fed(case_of_graph, inner), report)
+                ours[n], theirs[n] = _with(case, of_module), _with(case_of_graph, of_graph)
+        finally:
+            path.unlink(missing_ok=True)
+        del engine, module, stack
+    return report.parity()
+
+
+class _Stretch(nn.Module):
+    """Some parts of a stack as a module with the inputs and outputs of `spec`."""
+
+    def __init__(self, stack: Stack, parts: range, spec: GraphSpec) -> None:
+        super().__init__()
+        self.stack, self.parts, self.spec = stack, parts, spec
+
+    def forward(self, *arguments: Any) -> tuple[Tensor, ...]:
+        stack, parts = self.stack, self.parts
+        feeds = {tensor.name: value for tensor, value in zip(self.spec.feeds, arguments, strict=False)}
+        x = stack.enter(*(feeds[name] for name in stack.ENTERS)) if 0 in parts else feeds[self.spec.inputs[0].name]
+        updated: list[Tensor] = []
+        if layers := _layers(parts):
+            span = slice(layers.start, layers.stop)
+            x, updated = stack.run_layers(x, feeds["position_ids"], feeds["write_index"], arguments[-1], span)
+        results = stack.leave(x, *(feeds[name] for name in stack.LEAVES)) if _is_last(stack, parts) else (x,)
+        return *results, *updated
+
+
+def _layers(parts: range) -> range:
+    return range(max(parts.start - 1, 0), parts.stop - 1)
+
+
+def _is_last(stack: Stack, parts: range) -> bool:
+    return parts.stop == len(stack.layers) + 1
+
+
+def _parts_of(stack: Stack, name: str) -> tuple[int, ...]:
+    """Return the parts that use a weight."""
+    first, last = 0, len(stack.layers)
+    if name.startswith("layers."):
+        return (int(name.split(".")[1]) + 1,)
+    if isinstance(stack.get_submodule(name.rpartition(".")[0]), nn.Embedding):
+        tied = name == "embeddings.weight" and getattr(stack, "output", None) is None
+        return (first, last) if tied else (first,)
+    return (last,)
+
+
+def _names(stack: Stack, parts: range) -> list[str]:
+    return [name for name in stack.state_dict() if not set(parts).isdisjoint(_parts_of(stack, name))]
+
+
+def _cut(whole: Path, path: Path, spec: GraphSpec, stack: Stack, parts: range) -> GraphSpec:
+    """Write the graph of a stretch to `path`, in the folder of the whole graph, and return its spec."""
+    model = ir.load(whole)
+    streams = _streams(model.graph)
+    layers, last = _layers(parts), _is_last(stack, parts)
+    own = [pair for pair in spec.states if int(pair.input.rpartition(".")[2]) in layers]
+    result_names = [tensor.name for tensor in spec.results] if last else [streams[layers.stop].name or ""]
+    outputs = [*result_names, *(pair.output for pair in own)]
+    entry = None if 0 in parts else streams[layers.start]
+    inputs = _needed(model.graph, outputs, entry)
+    width = stack.norm.normalized_shape[0]
+    for value in streams.values():
+        value.type, value.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape(("batch", "length", width))
+    graph = ir.convenience.extract(model.graph, [value.name or "" for value in inputs], outputs)
+    ir.save(ir.Model(graph, ir_version=model.ir_version), path)
+    described = {tensor.name: tensor for tensor in (*spec.inputs, *spec.outputs)}
+
+    def described_as(name: str) -> TensorSpec:
+        return described.get(name) or TensorSpec(name, "float32", ("batch", "length", width))
+
+    return replace(
+        spec,
+        inputs=tuple(described_as(value.name or "") for value in inputs),
+        outputs=tuple(described_as(name) for name in outputs),
+        states=tuple(own),
+    )
+
+
+def _streams(graph: ir.Graph) -> dict[int, ir.Value]:
+    """Return by block the value that enters it, the input of its first norm."""
+    streams = {}
+    for node in graph:
+        if node.op_type == "RMSNormalization" and (scale := node.inputs[1]) is not None:
+            layer, _, rest = (scale.name or "").removeprefix("layers.").partition(".")
+            if layer.isdecimal() and rest.startswith("attention_norm.") and (value := node.inputs[0]) is not None:
+                streams[int(layer)] = value
+    return streams
+
+
+def _needed(graph: ir.Graph, outputs: Sequence[str], entry: ir.Value | None) -> list[ir.Value]:
+    """Return the values that the outputs depend on: `entry`, if it is given, and inputs of the graph in their order."""
+    values = ir.convenience.create_value_mapping(graph)
+    seen: set[ir.Value] = set()
+    left = [values[name] for name in outputs]
+    while left:
+        value = left.pop()
+        if value in seen:
+            continue
+        seen.add(value)
+        if value is not entry and (node := value.producer()) is not None:
+            left += [needed for needed in node.inputs if needed is not None]
+    return [*([entry] if entry is not None else []), *(value for value in graph.inputs if value in seen)]
+
+
+def _fed(case: Case, spec: GraphSpec) -> Case:
+    """Return the case with the feeds of a stretch. A cache of another stretch is zeros: only its size counts."""
+
+    def feed(tensor: TensorSpec, feeds: Mapping[str, Array]) -> Array:
+        return feeds[tensor.name] if tensor.name in feeds else np.zeros(tensor.resolve(case.dims), tensor.dtype)
+
+    return replace(case, calls=tuple({tensor.name: feed(tensor, feeds) for tensor in spec.feeds} for feeds in case.calls))
+
+
+def _with(case: Case, results: Sequence[Mapping[str, Array]]) -> Case:
+    """Return the case with the results of a stretch among its feeds, for the stretches after it."""
+    return replace(case, calls=tuple({**feeds, **given} for feeds, given in zip(case.calls, results, strict=True)))

@@ -1,0 +1,1 @@
+"""A language model or a codec of a checkpoint as graph jobs."""

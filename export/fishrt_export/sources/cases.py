@@ -1,0 +1,130 @@
+"""The cases that verify each graph: several lengths, state carried over several steps, and ragged batches."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise
+
+import numpy as np
+import numpy.typing as npt
+
+from fishrt_engines.spec import GraphSpec
+
+from ..checkpoint.config import ModelConfig
+from ..checkpoint.identify import AudioIds
+from ..graph.verify import Case, Feeds
+from ..models.codec.load import CodecConfig
+
+Ints = npt.NDArray[np.int64]
+STEPS = 3
+
+
+def slow_ar_cases(config: ModelConfig, ids: AudioIds) -> list[Case]:
+    """Return cases of prefill and single steps: one row, two rows of different lengths, and one row at the last positions.
+
+    Shorter rows are padded on the right. The last case writes to the start of a short cache although its positions are high: a
+    cache of all positions may not fit in memory. Its columns attend to the whole cache, in the graph as in the module.
+    """
+    rng = np.random.default_rng(1)
+    cases = [_slow_ar_case(config, ids, lengths, rng) for lengths in ((5,), (9, 4))]
+    last = _slow_ar_case(config, ids, (5,), rng)
+    end = max(int(feeds["position_ids"].max()) for feeds in last.calls) + 1
+    high = [{**feeds, "position_ids": feeds["position_ids"] + config.max_seq_len - end} for feeds in last.calls]
+    return [*cases, replace(last, calls=tuple(high))]
+
+
+def _slow_ar_case(config: ModelConfig, ids: AudioIds, lengths: tuple[int, ...], rng: np.random.Generator) -> Case:
+    lengths = tuple(min(length, max(config.max_seq_len - STEPS, 1)) for length in lengths)
+    batch, longest = len(lengths), max(lengths)
+    ends = np.array(lengths)
+    calls: list[Feeds] = [
+        {
+            "prompt": random_prompt(config, ids, (batch, longest), rng),
+            "position_ids": np.tile(np.arange(longest), (batch, 1)),
+            "write_index": np.zeros(batch, np.int64),
+            "last_index": ends - 1,
+        }
+    ]
+    for step in range(min(STEPS, config.max_seq_len - longest)):
+        calls.append(
+            {
+                "prompt": random_prompt(config, ids, (batch, 1), rng),
+                "position_ids": (ends + step)[:, None],
+                "write_index": ends + step,
+                "last_index": np.zeros(batch, np.int64),
+            }
+        )
+    return Case(tuple(calls), {"batch": batch, "cache": longest + STEPS})
+
+
+def random_prompt(config: ModelConfig, ids: AudioIds, shape: tuple[int, int], rng: np.random.Generator) -> Ints:
+    """Return a prompt int64 [batch, 1 + codebooks, length] whose columns are text or audio at random."""
+    batch, length = shape
+    codes = rng.integers(0, config.codebook_width, (batch, config.num_codebooks, length))
+    audio = rng.random((batch, length)) < 0.5
+    spoken = rng.integers(ids.semantic.start, ids.semantic.stop, (batch, length))
+    main = np.where(audio, spoken, rng.integers(0, config.vocab_size, (batch, length)))
+    return np.concatenate([main[:, None], codes * audio[:, None]], axis=1)
+
+
+def fast_ar_cases(config: ModelConfig) -> list[Case]:
+    """Return cases of two frames on one cache: one row with positions 0 and 1 in one call, and two rows position by position."""
+    rng = np.random.default_rng(2)
+    return [_fast_ar_case(config, batch, first, rng) for batch, first in ((1, 2), (2, 1))]
+
+
+def _fast_ar_case(config: ModelConfig, batch: int, first: int, rng: np.random.Generator) -> Case:
+    last = config.num_codebooks
+    calls: list[Feeds] = []
+    for _ in range(2):
+        hidden = rng.standard_normal((batch, config.fast.dim)).astype(np.float32)
+        codes = rng.integers(0, config.codebook_width, (batch, last))
+        edges = [0, *range(min(first, last), last + 1)]
+        for start, stop in pairwise(edges):
+            calls.append(
+                {
+                    "hidden": hidden,
+                    "codes": np.ascontiguousarray(codes[:, start:stop]),
+                    "position_ids": np.tile(np.arange(start, stop), (batch, 1)),
+                    "write_index": np.full(batch, start),
+                }
+            )
+    return Case(tuple(calls), {"batch": batch})
+
+
+def codec_encode_cases(config: CodecConfig) -> list[Case]:
+    """Return cases of noise: the shortest audio, two rows, and audio longer than the encoder's context.
+
+    Audio ends within a frame if the codec can encode that.
+    """
+    rng = np.random.default_rng(3)
+    sizes = ((1, config.min_samples), (2, 7 * config.hop - 1), (1, _longer_than(config) * config.hop - config.hop // 2))
+    whole = [(batch, 1, -(-samples // config.sample_multiple) * config.sample_multiple) for batch, samples in sizes]
+    return [Case(({"audio": rng.uniform(-0.5, 0.5, shape).astype(np.float32)},), {}) for shape in whole]
+
+
+def codec_decode_cases(config: CodecConfig, spec: GraphSpec) -> list[Case]:
+    """Return cases of random codes: three frames, two rows, and codes longer than the decoder's context.
+
+    One frame holds codes past the codebooks' ends, and another holds −1. A graph with a state takes them in three calls: one
+    frame, most of the others, and the rest.
+    """
+    rng = np.random.default_rng(4)
+    sizes = np.array(config.codebook_sizes)[:, None]
+    names = [tensor.name for tensor in spec.feeds]
+    cases = []
+    for batch, frames in ((1, 3), (2, 11), (1, _longer_than(config))):
+        codes = rng.integers(0, sizes, (batch, len(sizes), frames))
+        codes[0, :, -1] += sizes[:, 0]
+        codes[0, -1, 0] = -1
+        feeds = {"codes": codes, "position_ids": np.tile(np.arange(frames), (batch, 1))}
+        cuts = [1, 2 * frames // 3] if spec.states else []
+        chunks = zip(*(np.split(feeds[name], cuts, axis=-1) for name in names), strict=True)
+        calls = [dict(zip(names, map(np.ascontiguousarray, chunk), strict=True)) for chunk in chunks]
+        cases.append(Case(tuple(calls), {"batch": batch} if spec.states else {}))
+    return cases
+
+
+def _longer_than(config: CodecConfig) -> int:
+    """Return a number of frames of which about a third is outside the context of the last, so that even codes would differ."""
+    return min(config.sight * 3 // 2 + 3, config.max_frames)

@@ -1,0 +1,103 @@
+"""The codec half of a checkpoint: its files, its checks and the jobs of its two graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fishrt.features import Codec
+from fishrt_engines.spec import GraphSpec, TensorSpec
+
+from ..checkpoint.files import find_codec
+from ..checkpoint.weights import expected_shapes, find_problems, fuse_weight_norm, load
+from ..graph.job import GraphJob
+from ..models.codec.dac import Dac
+from ..models.codec.dac_config import DacConfig
+from ..models.codec.decoding import decode_spec, decoding, encoding
+from ..models.codec.firefly import Firefly
+from ..models.codec.load import CodecConfig, fingerprint, read_codec_config, read_stored_codec
+from .cases import codec_decode_cases, codec_encode_cases
+from .margins import code_margins
+
+AUDIO_TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True, slots=True)
+class CodecSource:
+    """A codec of any kind, with weights by the names of its module."""
+
+    config: CodecConfig
+    weights: Mapping[str, Tensor]
+    fingerprint: str
+
+    @property
+    def kind(self) -> str:
+        """Return "dac", "firefly" or "centred firefly", recognised by the names of the tensors."""
+        return self.config.kind
+
+    def problems(self) -> list[str]:
+        """Return all differences between weights and config."""
+        return find_problems(expected_shapes(self._empty()), self.weights)
+
+    def describe(self) -> Codec:
+        """Return the manifest's entry."""
+        config = self.config
+        return Codec(
+            sample_rate=config.sample_rate,
+            hop=config.hop,
+            codebook_sizes=config.codebook_sizes,
+            max_frames=config.max_frames,
+            min_samples=config.min_samples,
+            sample_multiple=config.sample_multiple,
+            context=config.context,
+            fingerprint=self.fingerprint,
+        )
+
+    def module(self) -> Dac | Firefly:
+        """Return the module with its weights, in float32."""
+        return load(self._empty(), self.weights)
+
+    def jobs(self) -> list[GraphJob]:
+        """Return the jobs of codec_encode and codec_decode. "samples" is hop · "frames" if the codec takes whole frames only."""
+        config = self.config
+        codes = TensorSpec("codes", "int64", ("batch", len(config.codebook_sizes), "frames"))
+        audio = TensorSpec("audio", "float32", ("batch", 1, "samples"))
+        whole = config.sample_multiple == config.hop
+        decode = decode_spec(self._empty())
+        return [
+            GraphJob(
+                role="codec_encode",
+                spec=GraphSpec(file="codec_encode.onnx", inputs=(audio,), outputs=(codes,)),
+                build=lambda: encoding(self.module()),
+                weights=self.weights,
+                cases=codec_encode_cases(config),
+                tolerance=AUDIO_TOLERANCE,
+                dims={"samples": (config.hop, "frames") if whole else config.min_samples},
+                margins=code_margins,
+            ),
+            GraphJob(
+                role="codec_decode",
+                spec=decode,
+                build=lambda: decoding(self.module()),
+                weights=self.weights,
+                cases=codec_decode_cases(config, decode),
+                tolerance=AUDIO_TOLERANCE,
+            ),
+        ]
+
+    def _empty(self) -> Dac | Firefly:
+        with torch.device("meta"):
+            return Dac(self.config) if isinstance(self.config, DacConfig) else Firefly(self.config)
+
+
+def open_codec(folder: Path) -> CodecSource:
+    """Read the codec. Raises ExportError for missing or unreadable files. `CodecSource.problems` returns the other faults."""
+    files = find_codec(folder)
+    stored = read_stored_codec(files)
+    config = read_codec_config(files, stored)
+    weights = fuse_weight_norm(stored)
+    return CodecSource(config, weights, fingerprint(weights, config))

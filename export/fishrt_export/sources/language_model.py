@@ -1,0 +1,180 @@
+"""The language-model half of a checkpoint: its files, its checks and the jobs of its two graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fishrt.features import LanguageModel
+from fishrt.sampling import audio_ids
+
+from ..checkpoint.config import ModelConfig, read_config
+from ..checkpoint.content import read_text
+from ..checkpoint.families import Family, with_defaults
+from ..checkpoint.files import find_language_model, read_weights
+from ..checkpoint.identify import AudioIds, Evidence, find_ids, identify
+from ..checkpoint.lazy import Lazy, makers
+from ..checkpoint.lora import Lora, merge
+from ..checkpoint.names import TIKTOKEN
+from ..checkpoint.quantised import dequantise
+from ..checkpoint.tokenizer import read_tokenizer, read_vocabulary
+from ..checkpoint.weights import expected_shapes, find_problems, flat_names, load, on_meta, raise_if_any
+from ..errors import ExportError
+from ..graph.job import GraphJob
+from ..models.fast_ar import FastAR, fast_ar_spec
+from ..models.slow_ar import SlowAR, slow_ar_spec
+from .cases import fast_ar_cases, slow_ar_cases
+
+HEADS = ("audio", "full")
+LANGUAGE_MODEL_TOLERANCE = 5e-4
+SPEECH_ROOM = 2048
+"""Positions that prompts leave for speech, as in the originals of S1 and S2; at most half of the model's positions."""
+
+_PROJECTION = "fast_project_in."
+
+
+@dataclass(frozen=True, slots=True)
+class LanguageModelSource:
+    """The dual-AR half of a checkpoint, with weights by flat names."""
+
+    config: ModelConfig
+    family: Family
+    ids: AudioIds
+    tokenizer: str
+    """The text of the `tokenizer.json`."""
+    weights: Mapping[str, Tensor]
+    """Tensors of safetensors files are read when they are looked up."""
+
+    def problems(self) -> list[str]:
+        """Return all differences between weights and config."""
+        return find_problems(_shapes(self.config), self.weights)
+
+    def describe(self, head: str) -> LanguageModel:
+        """Return the manifest's entry. head: one of HEADS."""
+        family, width, positions = self.family, self.config.codebook_width, self.config.max_seq_len
+        return LanguageModel(
+            num_codebooks=self.config.num_codebooks,
+            codebook_width=width,
+            max_seq_len=positions,
+            max_prompt=positions - min(SPEECH_ROOM, positions // 2),
+            history_window=family.history_window,
+            head=head,
+            main_tokens=family.main_tokens if head == "full" else "audio",
+            vocab_size=self.config.vocab_size,
+            semantic_begin_id=self.ids.semantic[0],
+            semantic_end_id=self.ids.semantic[-1],
+            end_id=self.ids.end,
+            code_zero=family.code_zero,
+            code_offset=family.code_offset,
+            fast_candidates=width if family.fast_candidates is None else min(family.fast_candidates, width),
+            zero_codes_off_audio=family.zero_codes_off_audio,
+            prompt_dialect=family.prompt_dialect,
+            cleaning=family.cleaning,
+            splitting=family.splitting,
+            chunk_bytes=family.chunk_bytes,
+            upstream_trim=family.upstream_trim,
+            sampling=family.sampling,
+            voice_seconds=family.voice_seconds,
+            reads=family.reads,
+        )
+
+    @property
+    def audio_head(self) -> list[int]:
+        """Return the token id of each row of the audio head."""
+        return [int(token) for token in audio_ids(self.describe("audio"))]
+
+    def jobs(self, head: str) -> list[GraphJob]:
+        """Return the jobs of slow_ar and fast_ar. Raises ExportError for an unknown head."""
+        if head not in HEADS:
+            raise ExportError(f"unknown head {head!r}", hint=f"choose one of: {', '.join(HEADS)}")
+        slow, fast = self.slow_weights(head), self.fast_weights()
+        head_size = self.config.vocab_size if head == "full" else len(self.audio_head)
+        return [
+            GraphJob(
+                role="slow_ar",
+                spec=slow_ar_spec(self.config, head_size),
+                build=lambda: on_meta(self._slow_module(head)),
+                weights=slow,
+                cases=slow_ar_cases(self.config, self.ids),
+                tolerance=LANGUAGE_MODEL_TOLERANCE,
+            ),
+            GraphJob(
+                role="fast_ar",
+                spec=fast_ar_spec(self.config),
+                build=lambda: on_meta(self._fast_module()),
+                weights=fast,
+                cases=fast_ar_cases(self.config),
+                tolerance=LANGUAGE_MODEL_TOLERANCE,
+            ),
+        ]
+
+    def slow_ar(self, head: str) -> SlowAR:
+        """Return the slow AR's module with its weights, in float32."""
+        return load(self._slow_module(head), self.slow_weights(head))
+
+    def fast_ar(self) -> FastAR:
+        """Return the fast AR's module with its weights, in float32."""
+        return load(self._fast_module(), self.fast_weights())
+
+    def slow_weights(self, head: str) -> Mapping[str, Tensor]:
+        """Return the tensors under the names of SlowAR. The audio head has the rows of the tokens that can be spoken."""
+        weights = {name: make for name, make in makers(self.weights).items() if not _is_fast(name)}
+        if head == "audio":
+            table = weights["embeddings.weight"] if self.config.tied_head else weights["output.weight"]
+            weights["output.weight"] = lambda: table()[self.audio_head]
+        return Lazy(weights)
+
+    def fast_weights(self) -> Mapping[str, Tensor]:
+        """Return the tensors under the names of FastAR."""
+        return Lazy({name.removeprefix("fast_"): make for name, make in makers(self.weights).items() if _is_fast(name)})
+
+    def _slow_module(self, head: str) -> SlowAR:
+        if head == "audio":
+            size: int | None = len(self.audio_head)
+        else:
+            size = None if self.config.tied_head else self.config.vocab_size
+        with torch.device("meta"):
+            return SlowAR(self.config, self.ids.semantic, size)
+
+    def _fast_module(self) -> FastAR:
+        with torch.device("meta"):
+            return FastAR(self.config)
+
+
+def open_language_model(
+    folder: Path, *, family: str | None = None, codec: str | None = None, lora: Lora | None = None
+) -> LanguageModelSource:
+    """Read config, tokenizer and weights, and merge the LoRA.
+
+    family: a key of FAMILIES; None identifies it. codec: the kind of the checkpoint's codec, see CodecSource.kind.
+    Raises ExportError for files that are missing, unreadable or of several families. `problems` returns the other faults.
+    """
+    files = find_language_model(folder)
+    vocabulary = None if files.tokenizer.name == TIKTOKEN else read_vocabulary(read_text(files.tokenizer), files.tokenizer)
+    known = with_defaults(identify(Evidence(files.config, vocabulary, codec), family), folder)
+    tokenizer = read_tokenizer(files.tokenizer, known)
+    config = read_config(files.config, known)
+    ids = find_ids(files.config, read_vocabulary(tokenizer, files.tokenizer), config.vocab_size, known)
+    shapes = _shapes(config)
+    weights = dequantise(flat_names(read_weights(files.weights), tied_head=config.tied_head), shapes)
+    if lora is not None:
+        raise_if_any(find_problems(shapes, weights))  # merging would hide them
+        weights = merge(weights, lora)
+        # Which languages it was made for, nobody says.
+        known = replace(known, reads=replace(known.reads, languages=(), characters=None))
+    return LanguageModelSource(config, known, ids, tokenizer, weights)
+
+
+def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every tensor of the language model, by flat names."""
+    with torch.device("meta"):
+        slow = SlowAR(config, range(1), None if config.tied_head else config.vocab_size)
+        return expected_shapes(slow) | expected_shapes(FastAR(config), "fast_")
+
+
+def _is_fast(name: str) -> bool:
+    return name.startswith("fast_") and not name.startswith(_PROJECTION)
