@@ -19,11 +19,11 @@ from fishrt import TTS
 from fishrt.arrays import Ints
 from fishrt.bench.measure import TEXT
 from fishrt.bench.voice import bench_prompt
-from fishrt.context import SlowContext
-from fishrt.drawing import FrameDrawer, History, Rules, StepDrawer
-from fishrt.features import LanguageModel
-from fishrt.frame import drawn_codes
-from fishrt.sampling import Sampling, SeededNoise
+from fishrt.bundle.features import LanguageModel
+from fishrt.language_model.context import SlowContext
+from fishrt.language_model.drawing import FrameDrawer, History, Rules, StepDrawer
+from fishrt.language_model.frame import drawn_codes
+from fishrt.language_model.sampling import Sampling, SeededNoise
 from fishrt_engines import Array, Engine, open_engine
 from fishrt_export.sources.codec import open_codec
 from torch_peer import DTYPES, open_torch, open_torch_decoder

@@ -26,12 +26,12 @@ from fishrt.bench.language_model import measure_contexts, measure_frames, measur
 from fishrt.bench.measure import TEXT, BenchRequest, measure_codec, measure_requests
 from fishrt.bench.timed import SPEAKING, TimedEngine
 from fishrt.bench.weights import bytes_read
-from fishrt.bundle import Bundle
-from fishrt.context import FIRST_FRAMES
-from fishrt.features import LanguageModel
-from fishrt.frame import drawn_codes, frame_graph
+from fishrt.bundle.features import LanguageModel
+from fishrt.bundle.folder import Bundle
+from fishrt.language_model.context import FIRST_FRAMES
+from fishrt.language_model.frame import drawn_codes, frame_graph
+from fishrt.language_model.sampling import Sampling, SeededNoise, main_ids
 from fishrt.metrics import Summary, frame_bytes, per_second, rtf
-from fishrt.sampling import Sampling, SeededNoise, main_ids
 from fishrt_engines import Array, Engine, GraphSpec, open_engine
 from fishrt_engines.machine import device_memory, gpus, peak_memory
 from fishrt_engines.ort.cuda import computed_in

@@ -17,10 +17,10 @@ from fishrt.bench.language_model import measure_contexts, measure_frames, measur
 from fishrt.bench.measure import TEXT, measure_codec
 from fishrt.bench.timed import open_timed
 from fishrt.bench.voice import bench_voice
-from fishrt.bundle import Bundle
+from fishrt.bundle.folder import Bundle
+from fishrt.language_model.prompt import PromptBuilder
 from fishrt.metrics import rtf
-from fishrt.prompt import PromptBuilder
-from fishrt.tokenizer import Tokenizer
+from fishrt.text.tokenizer import Tokenizer
 from fishrt_engines.machine import peak_memory
 
 SECONDS_PER_BYTE = 0.065

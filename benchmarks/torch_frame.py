@@ -1,6 +1,7 @@
 """The frame graph in torch: sampling and the fast AR at all of its positions, without the host in between.
 
-It draws as `fishrt.sampling` does. Inputs and outputs are those of `fishrt.frame.frame_spec`, for finite logits.
+It draws as `fishrt.language_model.sampling` does. Inputs and outputs are those of
+`fishrt.language_model.frame.frame_spec`, for finite logits.
 """
 
 from __future__ import annotations
@@ -8,9 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fishrt.features import LanguageModel
-from fishrt.frame import drawn_codes
-from fishrt.sampling import main_ids
+from fishrt.bundle.features import LanguageModel
+from fishrt.language_model.frame import drawn_codes
+from fishrt.language_model.sampling import main_ids
 from fishrt_export.models.fast_ar import FastAR
 
 Feeds = dict[str, Tensor]
@@ -85,7 +86,10 @@ def rank(logits: Tensor) -> Ranked:
 
 
 def draw(ranked: Ranked, noise: Tensor, temperature: Tensor, top_p: Tensor, top_k: Tensor) -> Tensor:
-    """Return the drawn index, int64 [1, 1]. noise [1, n], settings [1, 1]. See `fishrt.sampling.filter_probs` and `draw`."""
+    """Return the drawn index, int64 [1, 1]. noise [1, n], settings [1, 1].
+
+    See `fishrt.language_model.sampling.filter_probs` and `draw`.
+    """
     logits, places = ranked
     mass = torch.exp(logits - logits[:, :1]).double().cumsum(dim=1)
     n = torch.arange(logits.shape[1], device=logits.device)
@@ -97,6 +101,6 @@ def draw(ranked: Ranked, noise: Tensor, temperature: Tensor, top_p: Tensor, top_
 
 
 def penalised(logits: Tensor, places: Tensor, penalty: Tensor) -> Tensor:
-    """See `fishrt.sampling.penalised`. An index equal to the number of logits is ignored."""
+    """See `fishrt.language_model.sampling.penalised`. An index equal to the number of logits is ignored."""
     hit = logits.new_zeros(1, logits.shape[1] + 1, dtype=torch.bool).scatter(1, places, value=True)[:, :-1]
     return torch.where(hit, torch.where(logits < 0, logits * penalty, logits / penalty), logits)

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fishrt.bench.timed import TimedEngine
-from fishrt.features import LanguageModel
-from fishrt.frame import frame_spec
+from fishrt.bundle.features import LanguageModel
+from fishrt.language_model.frame import frame_spec
 from fishrt_engines import Array, GraphSpec, State
 from fishrt_export.models import transformer
 from fishrt_export.models.fast_ar import FastAR, fast_ar_spec

@@ -15,7 +15,7 @@ import pytest
 from fishrt_engines.providers import find_obstacle
 
 if TYPE_CHECKING:
-    from fishrt.bundle import Bundle
+    from fishrt.bundle.folder import Bundle
     from tiny import GoldenModel
 
 FAMILIES = ("s2-pro", "s1-mini", "fish-1.5", "fish-1.4", "fish-1.2")

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from fishrt.bundle import Bundle, Voices, describe_files
-from fishrt.features import Codec, LanguageModel
-from fishrt.generate import DualAR
+from fishrt.bundle.features import Codec, LanguageModel
+from fishrt.bundle.folder import Bundle, Voices, describe_files
+from fishrt.language_model.generate import DualAR
 from fishrt.voice_store import VoiceStore
 from fishrt.voices import Voice
 from fishrt_engines import Array, GraphSpec, StatePair, TensorSpec
@@ -134,7 +134,7 @@ def fake_engines(lm: LanguageModel, codec: Codec, main_tokens: Sequence[int] | N
 
     The codec's frame t is `sum of codes / 1000`, and encoding gives the codes `frame number + row`.
     """
-    from fishrt.sampling import audio_ids
+    from fishrt.language_model.sampling import audio_ids
 
     ids = audio_ids(lm)
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from fishrt.bundle import ROLES, SCHEMA, Bundle, Licence, Manifest, Voices, describe_files
-from fishrt.features import Codec, DecodeContext, LanguageModel, SamplingDefaults
-from fishrt.sampling import Sampling, sample
-from fishrt.tokenizer import Tokenizer
+from fishrt.bundle.features import Codec, DecodeContext, LanguageModel, SamplingDefaults
+from fishrt.bundle.folder import ROLES, SCHEMA, Bundle, Licence, Manifest, Voices, describe_files
+from fishrt.language_model.sampling import Sampling, sample
+from fishrt.text.tokenizer import Tokenizer
 from fishrt.voices import Voice
 from fishrt_engines.spec import GraphSpec, StatePair, TensorSpec
 

@@ -16,8 +16,8 @@ import soundfile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fishrt.audio import check_pcm, read_audio, resample
-from fishrt.encode import write_audio
+from fishrt.audio.encode import write_audio
+from fishrt.audio.files import check_pcm, read_audio, resample
 from fishrt.errors import AudioError
 
 RATE = 16000
@@ -235,7 +235,7 @@ def test_standard_input_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_pipe_that_never_ends_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fishrt.audio.MAX_PIPED_BYTES", 1000)
+    monkeypatch.setattr("fishrt.audio.files.MAX_PIPED_BYTES", 1000)
     with pytest.raises(AudioError, match="does not end"):
         read_bytes(encoded("WAV", "PCM_16"))
 
@@ -273,5 +273,5 @@ def test_resampling_takes_any_rates_and_lengths(rate: int, target: int, samples:
 
 def test_resampling_in_blocks_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = resample(TONE, RATE, 44100)
-    monkeypatch.setattr("fishrt.audio._BLOCK", 1000)
+    monkeypatch.setattr("fishrt.audio.files._BLOCK", 1000)
     np.testing.assert_array_equal(resample(TONE, RATE, 44100), whole)

@@ -18,7 +18,7 @@ from fishrt.bench.machine import describe_machine, read_bandwidth
 from fishrt.bench.timed import open_timed
 from fishrt.bench.voice import made_up_voice
 from fishrt.bench.weights import bytes_read
-from fishrt.bundle import Bundle, embedded_bundle
+from fishrt.bundle.folder import Bundle, embedded_bundle
 from fishrt.errors import FishrtError, PromptError, SamplingError
 from helpers_cli import refused, run
 

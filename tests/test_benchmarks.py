@@ -18,9 +18,9 @@ import table as tables
 from fishrt.bench.timed import open_timed
 from fishrt.bench.voice import bench_prompt
 from fishrt.bench.weights import bytes_read
-from fishrt.generate import DualAR, generate_frames
-from fishrt.sampling import Sampling, SeededNoise
-from fishrt.tokenizer import Tokenizer
+from fishrt.language_model.generate import DualAR, generate_frames
+from fishrt.language_model.sampling import Sampling, SeededNoise
+from fishrt.text.tokenizer import Tokenizer
 from fishrt_export.sources.codec import open_codec
 from fishrt_export.sources.language_model import open_language_model
 from full_size import FAMILIES, write_checkpoint

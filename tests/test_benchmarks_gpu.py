@@ -20,8 +20,8 @@ import gpu_graphs
 import gpu_process
 from fake_cuda import FakeCuda
 from fishrt.bench.weights import bytes_read
-from fishrt.drawing import FrameDrawer
-from fishrt.sampling import SeededNoise
+from fishrt.language_model.drawing import FrameDrawer
+from fishrt.language_model.sampling import SeededNoise
 from fishrt.tts import TTS
 from fishrt_engines.providers import find_obstacle
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from fishrt.bundle import AGAIN, MANIFEST, SCHEMA, Bundle, Manifest
+from fishrt.bundle.folder import AGAIN, MANIFEST, SCHEMA, Bundle, Manifest
 from fishrt.errors import BundleError
 from helpers_text import bundle_folder, manifest, voice
 

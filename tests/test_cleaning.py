@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fishrt.cleaning import clean_text, lost_letters, spaced, unwrap
-from fishrt.features import PunctuationSplit, TextCleaning
-from fishrt.punctuation import split_punctuation
+from fishrt.bundle.features import PunctuationSplit, TextCleaning
+from fishrt.text.clean import clean_text, lost_letters, spaced, unwrap
+from fishrt.text.punctuation import split_punctuation
 
 
 def rules(**changes: Any) -> TextCleaning:

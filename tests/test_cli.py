@@ -22,10 +22,10 @@ from click.testing import CliRunner
 
 import fishrt
 import helpers_cli
+from fishrt.audio.encode import pcm16
 from fishrt.cli import main
-from fishrt.encode import pcm16
 from fishrt.errors import FishrtError, GraphError, ProviderError, UnfinishedError
-from fishrt.sampling import Sampling
+from fishrt.language_model.sampling import Sampling
 from helpers_cli import RATE, files, refused, run, tone
 
 fake = helpers_cli.fake
@@ -553,7 +553,7 @@ def test_a_standard_error_that_is_full(tmp_path):
 
 
 def test_a_terminal_gets_nothing_binary(fake, recording, monkeypatch):
-    monkeypatch.setattr("fishrt.files._is_terminal", lambda: True)
+    monkeypatch.setattr("fishrt.audio.output._is_terminal", lambda: True)
     for command in (["speak", "Hi."], ["speak", "Hi.", "--stream"], ["codec", "encode", recording], ["codec", "decode", "a.npy"]):
         result = run(*command, "-o", "-", "--json")
         refused(result, "standard output is a terminal", "> FILE")

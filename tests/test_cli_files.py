@@ -408,7 +408,7 @@ def test_a_bug_in_export_is_not_called_a_missing_package(fake, monkeypatch):
     import fishrt_export
 
     def broken(*_, **__):
-        raise ImportError("cannot import name 'x'", name="fishrt.bundle")
+        raise ImportError("cannot import name 'x'", name="fishrt.bundle.folder")
 
     monkeypatch.setattr(fishrt_export, "export_bundle", broken, raising=False)
     refused(run("export", "ckpt", "out"), "fishrt has a fault: ImportError: cannot import name 'x'", kind=1)

@@ -10,9 +10,9 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from fishrt.bundle import MANIFEST, Parity, describe_files
+from fishrt.bundle.folder import MANIFEST, Parity, describe_files
+from fishrt.bundle.int8_codec import INT8_CODEC, Int8Codec
 from fishrt.cli import main
-from fishrt.int8_codec import INT8_CODEC, Int8Codec
 from fishrt_engines.spec import GraphSpec, TensorSpec
 from helpers_text import bundle_folder
 

@@ -13,12 +13,12 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from fishrt import int8_codec
-from fishrt.bundle import MANIFEST, Bundle, describe_files
+from fishrt.bundle import int8_codec
+from fishrt.bundle.folder import MANIFEST, Bundle, describe_files
+from fishrt.bundle.graphs import BundleGraphs
+from fishrt.bundle.int8_codec import INT8_CODEC, NEEDED, Int8Codec, read_int8_codec
 from fishrt.codec import CodecDecoder
 from fishrt.errors import BundleError
-from fishrt.graphs import BundleGraphs
-from fishrt.int8_codec import INT8_CODEC, NEEDED, Int8Codec, read_int8_codec
 from fishrt.metrics import signal_over_error
 from fishrt_engines import Engine, open_engine
 from fishrt_engines.machine import cpu_features

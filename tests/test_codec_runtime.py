@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fakes import FakeEngine, FakeState, fake_engines
+from fishrt.bundle.features import Codec, DecodeContext
 from fishrt.codec import CodecDecoder, CodecEncoder, OverlapStream, StatefulStream, check_codes, clamp_codes
 from fishrt.errors import AudioError, GraphError, VoiceError
-from fishrt.features import Codec, DecodeContext
 from fishrt_engines import GraphSpec, StatePair, TensorSpec
 from helpers_text import language_model
 

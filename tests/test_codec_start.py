@@ -12,8 +12,8 @@ import pytest
 
 from fishrt import TTS
 from fishrt.arrays import Pcm
-from fishrt.bundle import MANIFEST, Bundle, embedded_bundle, sha256
-from fishrt.codec_start import CODEC_START, read_codec_start
+from fishrt.bundle.codec_start import CODEC_START, read_codec_start
+from fishrt.bundle.folder import MANIFEST, Bundle, embedded_bundle, sha256
 from fishrt.errors import BundleError
 
 TEXT = "Good morning. " * 12

@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fishrt.bundle.features import Codec, DecodeContext
 from fishrt.codec import CodecDecoder, OverlapStream, StatefulStream
-from fishrt.features import Codec, DecodeContext
 from fishrt_engines import Engine
 from fishrt_export.models.codec.firefly import Firefly, FireflyConfig
 from fishrt_export.models.codec.load import official_firefly

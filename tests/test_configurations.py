@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from fishrt import TTS
-from fishrt.bundle import Bundle
+from fishrt.bundle.folder import Bundle
 from fishrt_engines import open_engine
 from fishrt_export import export_bundle
 from fishrt_export.checkpoint.families import FAMILIES

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from fakes import FakeEngine, FakeState, specs
-from fishrt import context
-from fishrt.context import ContextStore, SlowContext
+from fishrt.language_model import context
+from fishrt.language_model.context import ContextStore, SlowContext
 from fishrt_engines import Array, Engine
 from helpers_text import language_model, manifest
 from tiny import GoldenModel

@@ -25,10 +25,10 @@ import onnx_ir as ir
 
 from conftest import find_golden
 from fishrt import TTS
-from fishrt.bundle import MANIFEST, Bundle, describe_files
+from fishrt.bundle.folder import MANIFEST, Bundle, describe_files
+from fishrt.bundle.static import STATIC, read_static
 from fishrt.cli import main
 from fishrt.errors import BundleError
-from fishrt.static import STATIC, read_static
 from fishrt_engines import Array, Engine, ProviderError, open_engine
 from fishrt_engines.ort.coreml import CACHE_KEY, Part, StaticEngine
 from fishrt_engines.spec import GraphSpec, TensorSpec

@@ -15,9 +15,9 @@ import pytest
 from onnx import TensorProto
 
 from fake_cuda import FakeCuda
-from fishrt.frame import frame_model, frame_spec
-from fishrt.generate import DualAR, generate_frames
-from fishrt.sampling import Sampling, SeededNoise
+from fishrt.language_model.frame import frame_model, frame_spec
+from fishrt.language_model.generate import DualAR, generate_frames
+from fishrt.language_model.sampling import Sampling, SeededNoise
 from fishrt_engines import Engine, GraphSpec, open_engine
 from fishrt_engines.ort import cuda as ort_cuda
 from fishrt_engines.ort import engine as ort

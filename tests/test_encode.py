@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import soundfile
 
-from fishrt.audio import read_audio, resample
-from fishrt.encode import check_writable, encode_audio, pcm16, write_audio
+from fishrt.audio.encode import check_writable, encode_audio, pcm16, write_audio
+from fishrt.audio.files import read_audio, resample
 from fishrt.errors import AudioError, OutputError
 
 RATE = 16000

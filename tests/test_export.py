@@ -15,14 +15,14 @@ from typing import Any
 import pytest
 import torch
 
-import fishrt.memory
+import fishrt.bundle.memory
 import fishrt_export.checkpoint.families
 import fishrt_export.export
 import fishrt_export.graph.job
 import fishrt_export.sources.codec
-from fishrt.bundle import Bundle
+from fishrt.bundle.features import Reads, SamplingDefaults
+from fishrt.bundle.folder import Bundle
 from fishrt.errors import AudioError, BundleError, FishrtError, OutputError
-from fishrt.features import Reads, SamplingDefaults
 from fishrt_engines.rewrite.tensorrt_rules import Finding
 from fishrt_export import export_bundle
 from fishrt_export.checkpoint.families import S2
@@ -182,7 +182,7 @@ def test_an_output_that_cannot_be_written(checkpoint: Path, tmp_path: Path) -> N
 def test_too_little_memory_is_found_out_before_anything_is_written(
     checkpoint: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fishrt.memory, "available_memory", lambda: 200_000_000)
+    monkeypatch.setattr(fishrt.bundle.memory, "available_memory", lambda: 200_000_000)
     with pytest.raises(FishrtError, match=r"exporting .* needs about 0\.3\d GB of memory, and 0\.20 GB are free"):
         export_bundle(checkpoint, out)
     assert_nothing_left(out)
@@ -369,7 +369,7 @@ def test_a_graph_that_differs_fails_and_leaves_nothing(checkpoint: Path, out: Pa
 
 
 def skip_tracing(monkeypatch: pytest.MonkeyPatch, findings: dict[str, list[Finding]] | None = None) -> None:
-    from fishrt.bundle import Parity
+    from fishrt.bundle.folder import Parity
 
     def run(job: fishrt_export.graph.job.GraphJob, folder: Path, progress: Progress) -> Made:
         for part, name in enumerate(("tracing", "writing", "verifying")):

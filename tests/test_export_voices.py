@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from fishrt import TTS
-from fishrt.bundle import Bundle
+from fishrt.bundle.folder import Bundle
+from fishrt.bundle.graphs import BundleGraphs
 from fishrt.errors import PromptError
-from fishrt.graphs import BundleGraphs
-from fishrt.tokenizer import Tokenizer
+from fishrt.text.tokenizer import Tokenizer
 from fishrt.voice_store import VoiceStore
 from fishrt_export.checkpoint.families import FAMILIES
 from fishrt_export.checkpoint.licence import copy_licence

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from fishrt.audio.output import check_folder, check_place, make_folder, write_whole
 from fishrt.errors import OutputError
-from fishrt.files import check_folder, check_place, make_folder, write_whole
 
 
 def test_a_file_is_written_and_nothing_else(tmp_path: Path) -> None:

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fishrt import drawing, frame
-from fishrt.drawing import Drawer, FrameDrawer, History, Rules, StepDrawer
+from fishrt.bundle.features import LanguageModel, RepetitionAware, RepetitionPenalty, SamplingDefaults
 from fishrt.errors import GraphError, SamplingError
-from fishrt.features import LanguageModel, RepetitionAware, RepetitionPenalty, SamplingDefaults
-from fishrt.sampling import Sampling, SeededNoise, main_ids
+from fishrt.language_model import drawing, frame
+from fishrt.language_model.drawing import Drawer, FrameDrawer, History, Rules, StepDrawer
+from fishrt.language_model.sampling import Sampling, SeededNoise, main_ids
 from tiny import GoldenModel
 
 COLUMNS = 12

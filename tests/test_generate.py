@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from fakes import expected_codes, fake_dual_ar
-from fishrt import context
+from fishrt.bundle.features import RepetitionAware, RepetitionPenalty
 from fishrt.errors import FishrtError, PromptError, SamplingError
-from fishrt.features import RepetitionAware, RepetitionPenalty
-from fishrt.generate import Columns, DualAR, generate_frames
-from fishrt.sampling import Sampling, SeededNoise
+from fishrt.language_model import context
+from fishrt.language_model.generate import Columns, DualAR, generate_frames
+from fishrt.language_model.sampling import Sampling, SeededNoise
 from helpers_text import language_model
 
 LM = language_model()

@@ -13,7 +13,7 @@ import onnxruntime
 import pytest
 import torch
 
-from fishrt.bundle import Bundle
+from fishrt.bundle.folder import Bundle
 from fishrt_engines import Engine
 from fishrt_engines.spec import GraphSpec, TensorSpec
 from fishrt_export.errors import ExportError

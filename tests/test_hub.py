@@ -17,10 +17,10 @@ import huggingface_hub.constants
 import pytest
 from click.testing import CliRunner, Result
 
-from fishrt.bundle import MANIFEST, Bundle
+from fishrt.bundle.folder import MANIFEST, Bundle
+from fishrt.bundle.hub import PARTIAL, Repository, bundle_folder, download, names_repository
 from fishrt.cli import main
 from fishrt.errors import BundleError, HubError
-from fishrt.hub import PARTIAL, Repository, bundle_folder, download, names_repository
 from fishrt_export.checkpoint.names import checkpoint_name, choose_checkpoint
 from fishrt_export.errors import ExportError
 from helpers_text import OWN_GOLDEN, voice

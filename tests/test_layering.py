@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from fishrt.bundle import Bundle
+from fishrt.bundle.folder import Bundle
 
 NEVER = {
     "fishrt_engines": {

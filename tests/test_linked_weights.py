@@ -13,7 +13,7 @@ import pytest
 
 from fake_cuda import FakeCuda
 from fishrt import TTS
-from fishrt.bundle import MANIFEST, Bundle, embedded_bundle, sha256
+from fishrt.bundle.folder import MANIFEST, Bundle, embedded_bundle, sha256
 from fishrt_engines import GraphError, open_engine
 from fishrt_engines.ort import session as ort_session
 from fishrt_engines.ort.session import graph_source

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fishrt.features import Reads
+from fishrt.bundle.features import Reads
 from fishrt_export.checkpoint.families import FAMILIES
 from fishrt_export.checkpoint.lora import Lora, merge
 from fishrt_export.errors import ExportError

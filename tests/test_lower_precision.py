@@ -14,7 +14,7 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from fishrt.frame import frame_model, frame_spec
+from fishrt.language_model.frame import frame_model, frame_spec
 from fishrt_engines import GraphSpec
 from fishrt_engines.errors import GraphError
 from fishrt_engines.rewrite.graph_types import infer

@@ -9,9 +9,9 @@ import pytest
 
 import fishrt.tts
 from fishrt import TTS
-from fishrt.bundle import ROLES
+from fishrt.bundle.folder import ROLES
+from fishrt.bundle.memory import available_memory, check_memory, estimate
 from fishrt.errors import BundleError, FishrtError
-from fishrt.memory import available_memory, check_memory, estimate
 from helpers_cli import run
 from helpers_text import bundle_folder, manifest
 

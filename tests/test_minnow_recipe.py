@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from fishrt.bundle import Bundle, Voices, embedded_bundle
-from fishrt.prompt import PromptBuilder
-from fishrt.tokenizer import Tokenizer
+from fishrt.bundle.folder import Bundle, Voices, embedded_bundle
+from fishrt.language_model.prompt import PromptBuilder
+from fishrt.text.tokenizer import Tokenizer
 from fishrt.voices import Voice
 from fishrt_export.checkpoint.weights import fuse_weight_norm
 from fishrt_export.minnow.align import Aligner

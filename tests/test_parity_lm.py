@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from conftest import CHOSEN, find_golden
-from fishrt.generate import Columns, DualAR, generate_frames
-from fishrt.sampling import Sampling, audio_ids, main_ids
+from fishrt.language_model.generate import Columns, DualAR, generate_frames
+from fishrt.language_model.sampling import Sampling, audio_ids, main_ids
 from fishrt_engines import Engine
 from fishrt_export.checkpoint.lora import Lora
 from fishrt_export.graph.verify import run_module

@@ -13,13 +13,13 @@ import pytest
 import tokenizers
 
 from conftest import CHOSEN
-from fishrt.cleaning import clean_text, lost_letters, spaced, unwrap
-from fishrt.features import LanguageModel, TextCleaning
-from fishrt.generate import Generation
-from fishrt.prompt import PromptBuilder
-from fishrt.punctuation import split_punctuation
-from fishrt.text import pack_turns, speaker_turns, with_end
-from fishrt.tokenizer import Tokenizer
+from fishrt.bundle.features import LanguageModel, TextCleaning
+from fishrt.language_model.generate import Generation
+from fishrt.language_model.prompt import PromptBuilder
+from fishrt.text.clean import clean_text, lost_letters, spaced, unwrap
+from fishrt.text.punctuation import split_punctuation
+from fishrt.text.split import pack_turns, speaker_turns, with_end
+from fishrt.text.tokenizer import Tokenizer
 from fishrt.voices import Voice
 
 pytestmark = pytest.mark.parity

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from conftest import CHOSEN
-from fishrt.features import LanguageModel, RepetitionAware
-from fishrt.sampling import Sampling, audio_ids, penalised, sample, sample_main
+from fishrt.bundle.features import LanguageModel, RepetitionAware
+from fishrt.language_model.sampling import Sampling, audio_ids, penalised, sample, sample_main
 from helpers_text import filtered, language_model
 from tolerances import TOLERANCES
 

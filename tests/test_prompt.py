@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fishrt import features
+from fishrt.bundle import features
+from fishrt.bundle.features import PunctuationSplit, TextCleaning
 from fishrt.errors import PromptError, VoiceError
-from fishrt.features import PunctuationSplit, TextCleaning
-from fishrt.prompt import DIALECTS, PromptBuilder
-from fishrt.tokenizer import Tokenizer
+from fishrt.language_model.prompt import DIALECTS, PromptBuilder
+from fishrt.text.tokenizer import Tokenizer
 from helpers_text import TINY_TOKENIZER, drawn, language_model, voice
 
 TOKENIZER = Tokenizer.load(TINY_TOKENIZER)

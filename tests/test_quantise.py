@@ -12,10 +12,10 @@ import torch
 from click.testing import CliRunner
 from torch import nn
 
-from fishrt.bundle import Bundle
+from fishrt.bundle.folder import Bundle
+from fishrt.bundle.quantisation import QUANTISATION, LayerReport, Quantisation, read_quantisation
 from fishrt.cli import main
 from fishrt.errors import BundleError
-from fishrt.quantisation import QUANTISATION, LayerReport, Quantisation, read_quantisation
 from fishrt_engines import open_engine
 from fishrt_engines.spec import GraphSpec, TensorSpec
 from fishrt_export import export_bundle

@@ -7,11 +7,11 @@ import unicodedata
 import pytest
 
 from fishrt import TTS, Bundle
-from fishrt.bundle import Manifest, embedded_bundle
+from fishrt.bundle.features import Reads
+from fishrt.bundle.folder import Manifest, embedded_bundle
 from fishrt.errors import BundleError
-from fishrt.features import Reads
-from fishrt.reading import unread
-from fishrt.scripts import script, scripts_of
+from fishrt.text.reading import unread
+from fishrt.text.scripts import script, scripts_of
 from helpers_text import language_model, manifest
 
 ENGLISH = Reads(("en",), "abcdefghijklmnopqrstuvwxyz", ())

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fishrt.bundle.features import LanguageModel, RepetitionAware, RepetitionPenalty, SamplingDefaults
 from fishrt.errors import GraphError, SamplingError
-from fishrt.features import LanguageModel, RepetitionAware, RepetitionPenalty, SamplingDefaults
-from fishrt.sampling import (
+from fishrt.language_model.sampling import (
     PenaltyWindow,
     Sampling,
     SeededNoise,

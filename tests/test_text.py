@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fishrt.errors import PromptError
-from fishrt.text import (
+from fishrt.text.split import (
     before_first_turn,
     check_text,
     excerpt,

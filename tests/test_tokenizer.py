@@ -4,7 +4,7 @@ import pytest
 import tokenizers
 
 from fishrt.errors import BundleError
-from fishrt.tokenizer import Tokenizer
+from fishrt.text.tokenizer import Tokenizer
 from helpers_text import TINY_TOKENIZER
 
 

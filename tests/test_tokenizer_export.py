@@ -13,7 +13,7 @@ import tiktoken
 import tokenizers
 
 from conftest import CHOSEN, find_golden
-from fishrt.tokenizer import Tokenizer
+from fishrt.text.tokenizer import Tokenizer
 from fishrt_export.checkpoint.families import FISH_1_5, S1
 from fishrt_export.checkpoint.tokenizer import PATTERN, convert_tiktoken, read_ranks, read_tokenizer
 from fishrt_export.errors import ExportError

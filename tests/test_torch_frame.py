@@ -14,10 +14,10 @@ pytest.importorskip("torch", reason="needs the export extra")
 
 import torch
 
-from fishrt.drawing import Drawer, FrameDrawer, History, Rules, StepDrawer
-from fishrt.features import RepetitionAware, RepetitionPenalty, SamplingDefaults
-from fishrt.generate import DualAR, generate_frames
-from fishrt.sampling import Sampling, SeededNoise
+from fishrt.bundle.features import RepetitionAware, RepetitionPenalty, SamplingDefaults
+from fishrt.language_model.drawing import Drawer, FrameDrawer, History, Rules, StepDrawer
+from fishrt.language_model.generate import DualAR, generate_frames
+from fishrt.language_model.sampling import Sampling, SeededNoise
 from fishrt_export.sources.cases import random_prompt
 from torch_peer import load_torch, open_torch, open_torch_frames
 

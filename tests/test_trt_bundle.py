@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fishrt.bundle import Bundle
+from fishrt.bundle.folder import Bundle
+from fishrt.bundle.plans import PlanOptions, plan_requests, with_positions, within_plans
 from fishrt.codec import CodecDecoder, CodecEncoder, chunk_frames
 from fishrt.errors import FishrtError, PromptError, ProviderError
-from fishrt.frame import frame_graph
-from fishrt.generate import DualAR, generate_frames
-from fishrt.plans import PlanOptions, plan_requests, with_positions, within_plans
-from fishrt.sampling import Sampling, SeededNoise
+from fishrt.language_model.frame import frame_graph
+from fishrt.language_model.generate import DualAR, generate_frames
+from fishrt.language_model.sampling import Sampling, SeededNoise
 from fishrt.tts import TTS
 from fishrt_engines import Engine, open_engine
 from fishrt_engines.rewrite.tensorrt_build import PlanRequest, build_plan

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 
 from fake_cuda_runtime import FakeCudaRuntime
+from fishrt.bundle.plans import PlanOptions, plan_requests, within_plans
 from fishrt.codec import CodecDecoder, CodecEncoder
-from fishrt.generate import DualAR, generate_frames
-from fishrt.plans import PlanOptions, plan_requests, within_plans
-from fishrt.sampling import Sampling, SeededNoise
+from fishrt.language_model.generate import DualAR, generate_frames
+from fishrt.language_model.sampling import Sampling, SeededNoise
 from fishrt_engines import open_engine
 from fishrt_engines.rewrite.tensorrt_build import build_plan
 from fishrt_engines.trt import api as trt_api

@@ -18,7 +18,7 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from fishrt.frame import frame_model, frame_spec
+from fishrt.language_model.frame import frame_model, frame_spec
 from fishrt_engines import Array, Engine, GraphError, State, open_engine
 from fishrt_engines.rewrite.graph_types import infer
 from fishrt_engines.rewrite.onnx_proto import parse_model

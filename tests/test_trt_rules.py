@@ -10,8 +10,8 @@ import onnx
 import pytest
 from onnx import helper, numpy_helper, parser
 
-import fishrt.conformance
-from fishrt.bundle import Bundle
+import fishrt.bundle.conformance
+from fishrt.bundle.folder import Bundle
 from fishrt_engines import GraphError
 from fishrt_engines.rewrite.graph_types import dtype_name, infer
 from fishrt_engines.rewrite.onnx_proto import message
@@ -291,7 +291,7 @@ def test_what_cannot_be_lowered_is_found(tiny_bundle: Bundle, monkeypatch: pytes
     def refuse(*_: object) -> None:
         raise GraphError("no")
 
-    monkeypatch.setattr(fishrt.conformance, "lower_for_tensorrt", refuse)
+    monkeypatch.setattr(fishrt.bundle.conformance, "lower_for_tensorrt", refuse)
     shown = run("inspect", tiny_bundle.path, "--trt").stdout
     assert shown.count("errors: 1") == 5
     assert shown.count("error: no (lowering; fishrt)") == 5

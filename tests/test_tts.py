@@ -13,11 +13,11 @@ import pytest
 
 from fakes import FakeEngine, expected_codes, fake_bundle, fake_engines
 from fishrt import TTS, FishrtError, Sampling, Voice
-from fishrt.bundle import embedded_bundle
-from fishrt.context import ContextStore
+from fishrt.bundle.features import RepetitionPenalty
+from fishrt.bundle.folder import embedded_bundle
 from fishrt.errors import AudioError, BundleError, GraphError, PromptError, ProviderError, SamplingError, VoiceError
-from fishrt.features import RepetitionPenalty
-from fishrt.sampling import audio_ids
+from fishrt.language_model.context import ContextStore
+from fishrt.language_model.sampling import audio_ids
 from fishrt.speech import PieceInfo, Progress
 from helpers_text import language_model, manifest, voice
 
@@ -332,7 +332,7 @@ def test_a_folder_that_is_no_bundle_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_embedded_bundle_is_found_or_its_absence_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fishrt.bundle.__file__", str(tmp_path / "bundle.py"))
+    monkeypatch.setattr("fishrt.bundle.folder.__file__", str(tmp_path / "bundle" / "folder.py"))
     with pytest.raises(BundleError, match="no embedded voice"):
         embedded_bundle()
     (tmp_path / "minnow").mkdir()

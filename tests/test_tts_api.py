@@ -24,8 +24,8 @@ import soundfile
 import fishrt
 from fakes import FakeEngine, fake_bundle, fake_engines
 from fishrt import TTS, AudioChunk, Bundle, FishrtError, Sampling, Speech, Voice
+from fishrt.bundle.features import Reads
 from fishrt.errors import ArgumentError, AudioError, GraphError, OutputError, PromptError, UnfinishedError
-from fishrt.features import Reads
 from fishrt.speech import PieceInfo, Progress, SpeechInfo, Timings
 from fishrt.speech_warnings import piece_warnings
 from helpers_text import language_model, manifest, voice
@@ -209,8 +209,8 @@ def test_the_log_tells_what_is_done(tts: TTS, caplog: pytest.LogCaptureFixture) 
         tts.speak("Hello!", seed=1)
         tts.speak("Hello!", seed=1)
     told = [(record.name, record.getMessage()) for record in caplog.records]
-    assert [name for name, _ in told] == ["fishrt.context", "fishrt.stream"] * 2
-    assert [text.rpartition(" ")[2] for name, text in told if name == "fishrt.context"] == ["read", "known"]
+    assert [name for name, _ in told] == ["fishrt.language_model.context", "fishrt.stream"] * 2
+    assert [text.rpartition(" ")[2] for name, text in told if name == "fishrt.language_model.context"] == ["read", "known"]
     assert told[1][1].startswith("spoke 1 pieces: 1.00 s of speech in ")
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from fakes import FakeEngine, fake_bundle, fake_engines
 from fishrt import TTS
-from fishrt.features import DecodeContext
+from fishrt.bundle.features import DecodeContext
 from fishrt.stream import growing_chunks
 from helpers_text import language_model, manifest
 

@@ -12,7 +12,7 @@ import soundfile
 
 from fakes import fake_bundle, fake_engines
 from fishrt import TTS, Voice, VoiceStore
-from fishrt.bundle import embedded_bundle
+from fishrt.bundle.folder import embedded_bundle
 from fishrt.errors import SamplingError, VoiceError
 from fishrt.loudness import MOST_GAIN, MOST_PEAK, TARGET_LUFS, Loudness, measure
 from fishrt.voice_store import bundle_store

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import soundfile
 
-from fishrt.bundle import Bundle
+from fishrt.bundle.features import Reads
+from fishrt.bundle.folder import Bundle
 from fishrt.errors import ArgumentError, AudioError, OutputError, PromptError, VoiceError
-from fishrt.features import Reads
 from fishrt.loudness import Loudness, measure
 from fishrt.recordings import doubts
 from fishrt.voice_store import VoiceStore, find_voice

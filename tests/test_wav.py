@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import soundfile
 
+from fishrt.audio.wav import UNKNOWN, WavWriter, growing_wav
 from fishrt.errors import OutputError
-from fishrt.wav import UNKNOWN, WavWriter, growing_wav
 from helpers_cli import RATE, fake, files, refused, run, tone  # noqa: F401
 
 

@@ -17,14 +17,14 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from fishrt.bundle import MANIFEST, ROLES, SCHEMA, Bundle, Licence, Manifest, describe_files
-from fishrt.conformance import tensorrt_findings
+from fishrt.audio.output import check_place
+from fishrt.bundle.conformance import tensorrt_findings
+from fishrt.bundle.features import LanguageModel
+from fishrt.bundle.folder import MANIFEST, ROLES, SCHEMA, Bundle, Licence, Manifest, describe_files
+from fishrt.bundle.memory import check_memory
+from fishrt.bundle.quantisation import QUANTISATION, LayerReport, Quantisation
 from fishrt.errors import BundleError, FishrtError
-from fishrt.features import LanguageModel
-from fishrt.files import check_place
-from fishrt.memory import check_memory
-from fishrt.quantisation import QUANTISATION, LayerReport, Quantisation
-from fishrt.tokenizer import Tokenizer
+from fishrt.text.tokenizer import Tokenizer
 from fishrt.version import __version__
 from fishrt_engines.rewrite.tensorrt_rules import errors
 

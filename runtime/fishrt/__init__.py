@@ -27,9 +27,9 @@ from typing import TYPE_CHECKING
 from .version import __version__
 
 if TYPE_CHECKING:
-    from .bundle import Bundle
+    from .bundle.folder import Bundle
     from .errors import FishrtError
-    from .sampling import Sampling
+    from .language_model.sampling import Sampling
     from .speech import AudioChunk, Speech
     from .tts import TTS
     from .voice_store import VoiceStore

@@ -15,8 +15,8 @@ import numpy.typing as npt
 from fishrt_engines import Array, Engine, GraphSpec, State
 
 from .arrays import Ints, Pcm
+from .bundle.features import Codec
 from .errors import AudioError, GraphError, VoiceError
-from .features import Codec
 
 _ABSENT = -1
 """Input of the decode graph for a codebook that contributes nothing."""

@@ -16,8 +16,8 @@ import numpy.typing as npt
 from numpy.lib.stride_tricks import sliding_window_view
 
 from .arrays import Pcm
+from .bundle.features import Codec
 from .codec import CodecDecoder
-from .features import Codec
 
 _Response = npt.NDArray[np.complex128]
 

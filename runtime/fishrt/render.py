@@ -11,13 +11,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from .arrays import Ints
+from .bundle.features import Codec
+from .bundle.memory import memory_errors
 from .codec import CodecDecoder, clamp_codes
-from .context import ContextStore
-from .features import Codec
-from .generate import DualAR, Generation, StopReason, generate_frames
-from .memory import memory_errors
+from .language_model.context import ContextStore
+from .language_model.generate import DualAR, Generation, StopReason, generate_frames
+from .language_model.sampling import SeededNoise
 from .request import Request
-from .sampling import SeededNoise
 from .speech import AudioChunk, Progress, Timings
 from .stream import Stopped
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass, fields
 from numbers import Integral, Real
 from typing import ParamSpec, TypeVar
 
+from .bundle.features import Codec
 from .errors import ArgumentError, SamplingError
-from .features import Codec
-from .prompt import Conversation
-from .sampling import Sampling
+from .language_model.prompt import Conversation
+from .language_model.sampling import Sampling
 from .voices import Voice
 
 P = ParamSpec("P")

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .arrays import Ints, Pcm
-from .encode import encode_audio, write_audio
+from .audio.encode import encode_audio, write_audio
 from .errors import FishrtError
-from .generate import StopReason
-from .sampling import Sampling
-from .text import excerpt
+from .language_model.generate import StopReason
+from .language_model.sampling import Sampling
+from .text.split import excerpt
 
 
 @dataclass(frozen=True, slots=True)

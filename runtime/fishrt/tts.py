@@ -28,27 +28,27 @@ from fishrt_engines import Array, Engine
 from fishrt_engines.providers import resolve_provider
 
 from .arrays import Ints, Pcm
-from .audio import check_pcm, resample
-from .bundle import Bundle, embedded_bundle
+from .audio.files import check_pcm, resample
+from .bundle.codec_start import read_codec_start
+from .bundle.folder import Bundle, embedded_bundle
+from .bundle.graphs import BundleGraphs
+from .bundle.memory import check_memory, estimate, memory_errors
 from .codec import CodecDecoder, CodecEncoder
-from .codec_start import read_codec_start
-from .context import ContextStore
 from .errors import ArgumentError, FishrtError, UnfinishedError
-from .generate import DualAR
-from .graphs import BundleGraphs
+from .language_model.context import ContextStore
+from .language_model.generate import DualAR
+from .language_model.prepared import prepared_path, read_prepared, write_prepared
+from .language_model.prompt import PromptBuilder
+from .language_model.sampling import Sampling
 from .loudness import Loudness, voice_loudness
-from .memory import check_memory, estimate, memory_errors
 from .metrics import rtf
-from .prepared import prepared_path, read_prepared, write_prepared
-from .prompt import PromptBuilder
 from .render import Models, render
 from .request import Request, check_arguments, check_type, hints_at_sampling
-from .sampling import Sampling
 from .speech import AudioChunk, PieceInfo, Progress, Speech, SpeechInfo, Timings
 from .speech_warnings import piece_warnings, text_warnings
 from .stream import AsyncSpeechStream, SpeechStream, growing_chunks
-from .text import check_speakers, speaker_turns
-from .tokenizer import Tokenizer
+from .text.split import check_speakers, speaker_turns
+from .text.tokenizer import Tokenizer
 from .voice_store import VoiceStore, bundle_store, bundle_voices, find_voice, user_folder
 from .voices import Voice
 
@@ -109,7 +109,7 @@ class TTS:
             bundle.verify()
         name = resolve_provider(provider)
         if name == "tensorrt":
-            from .plans import within_plans
+            from .bundle.plans import within_plans
 
             bundle = within_plans(bundle)
         else:

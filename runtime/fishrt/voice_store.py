@@ -18,9 +18,9 @@ import numpy as np
 from fishrt_engines.folders import data_folder
 
 from .arrays import Ints
-from .bundle import Bundle
+from .audio.output import write_whole
+from .bundle.folder import Bundle
 from .errors import OutputError, VoiceError
-from .files import write_whole
 from .voice_files import (
     CODES,
     RECORDING,

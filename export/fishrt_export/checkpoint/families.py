@@ -8,9 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from fishrt.bundle import parse_dataclass
-from fishrt.errors import BundleError
-from fishrt.features import (
+from fishrt.bundle.features import (
     VOICE_SECONDS,
     PunctuationSplit,
     Reads,
@@ -20,6 +18,8 @@ from fishrt.features import (
     TextCleaning,
     sampling_faults,
 )
+from fishrt.bundle.folder import parse_dataclass
+from fishrt.errors import BundleError
 
 from ..errors import ExportError
 from .content import read_json

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from fishrt.bundle import Licence
+from fishrt.bundle.folder import Licence
 
 from .content import reading
 from .families import Family

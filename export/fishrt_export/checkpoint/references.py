@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from fishrt.audio import resample
-from fishrt.bundle import Bundle, Voices
+from fishrt.audio.files import resample
+from fishrt.bundle.folder import Bundle, Voices
 from fishrt.codec import CodecDecoder, CodecEncoder
+from fishrt.language_model.prompt import PromptBuilder
 from fishrt.loudness import Loudness, voice_loudness
-from fishrt.prompt import PromptBuilder
-from fishrt.tokenizer import Tokenizer
+from fishrt.text.tokenizer import Tokenizer
 from fishrt.voice_store import VoiceStore
 from fishrt_engines import open_engine
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from fishrt.bundle import Parity
+from fishrt.bundle.folder import Parity
 from fishrt_engines.spec import GraphSpec
 
 from ..checkpoint.weights import load

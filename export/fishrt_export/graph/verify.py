@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from fishrt.bundle import Parity
+from fishrt.bundle.folder import Parity
 from fishrt_engines import Array, Engine, open_engine
 from fishrt_engines.spec import GraphSpec
 

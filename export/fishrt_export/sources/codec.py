@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fishrt.features import Codec
+from fishrt.bundle.features import Codec
 from fishrt_engines.spec import GraphSpec, TensorSpec
 
 from ..checkpoint.files import find_codec

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fishrt.features import LanguageModel
-from fishrt.sampling import audio_ids
+from fishrt.bundle.features import LanguageModel
+from fishrt.language_model.sampling import audio_ids
 
 from ..checkpoint.config import ModelConfig, read_config
 from ..checkpoint.content import read_text

@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from fishrt.int8_codec import INT8_CODEC, Int8Codec
+from fishrt.bundle.int8_codec import INT8_CODEC, Int8Codec
 from fishrt.metrics import signal_over_error
 from fishrt_engines import Engine, open_engine
 from fishrt_engines.spec import GraphSpec, TensorSpec

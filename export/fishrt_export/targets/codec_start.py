@@ -1,4 +1,4 @@
-"""The start state of a codec whose streams would begin with a tick from zeros; see `fishrt.codec_start`.
+"""The start state of a codec whose streams would begin with a tick from zeros; see `fishrt.bundle.codec_start`.
 
 The exported graphs decide it with silence. Official codecs have no tick, since every crop of their training began from zeros. No
 state is then written, and streams begin as upstream's do.
@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 
 from fishrt.arrays import Pcm
+from fishrt.bundle.codec_start import CODEC_START
+from fishrt.bundle.features import Codec
 from fishrt.codec import CodecDecoder, CodecEncoder
-from fishrt.codec_start import CODEC_START
-from fishrt.features import Codec
 from fishrt_engines import open_engine
 from fishrt_engines.spec import GraphSpec
 

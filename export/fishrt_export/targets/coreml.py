@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from fishrt.bundle import Parity
-from fishrt.static import STATIC, StaticGraph, StaticGraphs, StaticStep, Usability
+from fishrt.bundle.folder import Parity
+from fishrt.bundle.static import STATIC, StaticGraph, StaticGraphs, StaticStep, Usability
 from fishrt_engines import open_engine
 from fishrt_engines.ort.coreml import CACHE_KEY, Part
 from fishrt_engines.spec import GraphSpec, StatePair, TensorSpec

@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 
 from ..arrays import Ints
-from ..bundle import Bundle
+from ..bundle.features import LanguageModel
+from ..bundle.folder import Bundle
 from ..errors import FishrtError
-from ..features import LanguageModel
-from ..generate import DualAR, generate_frames
+from ..language_model.generate import DualAR, generate_frames
+from ..language_model.sampling import Sampling, SeededNoise
 from ..metrics import Summary, per_second
-from ..sampling import Sampling, SeededNoise
 from .timed import TimedEngine
 from .voice import bench_prompt
 

@@ -21,9 +21,9 @@ import numpy as np
 from fishrt_engines.machine import usable_threads
 
 from ..arrays import Ints, Pcm
-from ..bundle import Bundle
+from ..bundle.features import Codec
+from ..bundle.folder import Bundle
 from ..errors import SamplingError
-from ..features import Codec
 from ..metrics import Summary, bandwidth_share, frame_bytes, per_second, rtf
 from ..tts import TTS
 from ..voices import Voice

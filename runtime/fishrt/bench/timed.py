@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from fishrt_engines import Array, Engine, GraphSpec, State
 from fishrt_engines.engine import Resident
 
-from ..bundle import Bundle
+from ..bundle.folder import Bundle
 from ..tts import TTS
 
 SPEAKING = ("slow_ar", "fast_ar", "codec_decode")

@@ -7,9 +7,9 @@ from dataclasses import replace
 import numpy as np
 
 from ..arrays import Ints
-from ..bundle import Bundle, Manifest
-from ..prompt import PromptBuilder
-from ..tokenizer import Tokenizer
+from ..bundle.folder import Bundle, Manifest
+from ..language_model.prompt import PromptBuilder
+from ..text.tokenizer import Tokenizer
 from ..voice_store import VoiceStore
 from ..voices import Voice
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from ..bundle import Bundle, embedded_bundle
-from ..hub import bundle_folder, is_reference
+from ..bundle.folder import Bundle, embedded_bundle
+from ..bundle.hub import bundle_folder, is_reference
 from ..voice_store import VoiceStore, user_folder
 from .commands import session
 from .progress import Reporter, size

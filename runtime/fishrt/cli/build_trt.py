@@ -7,8 +7,8 @@ from pathlib import Path
 
 import click
 
-from ..context import FIRST_FRAMES
-from ..plans import PRECISIONS, PlanOptions, plan_requests
+from ..bundle.plans import PRECISIONS, PlanOptions, plan_requests
+from ..language_model.context import FIRST_FRAMES
 from .base import Number, Whole, json_option, load_bundle, quiet_option
 from .commands import print_json
 from .progress import Reporter

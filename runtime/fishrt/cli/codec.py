@@ -6,8 +6,8 @@ from pathlib import Path
 
 import click
 
+from ..audio.output import check_place, write_whole
 from ..errors import FishrtError
-from ..files import check_place, write_whole
 from ..voices import npy_bytes, read_codes
 from .base import engine_options, format_option, json_option, load_tts
 from .commands import json_to_stderr, print_json
@@ -31,7 +31,7 @@ def encode(audio: Path, output: str, bundle: Path | None, provider: str, threads
 
     AUDIO may have any sample rate; its channels are averaged.
     """
-    from ..audio import read_audio
+    from ..audio.files import read_audio
 
     if output == "-":
         json_to_stderr()
@@ -64,7 +64,7 @@ def decode(
     codes: Path, output: str, format: str | None, bundle: Path | None, provider: str, threads: int | None, as_json: bool
 ) -> None:
     """Decode CODES, an .npy file of integers (codebooks, frames), to audio."""
-    from ..encode import check_writable, write_audio
+    from ..audio.encode import check_writable, write_audio
 
     if output == "-":
         json_to_stderr()

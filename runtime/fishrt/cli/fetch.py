@@ -8,8 +8,8 @@ from pathlib import Path
 
 import click
 
-from ..bundle import MANIFEST, Bundle
-from ..hub import Repository, choose_bundle, download
+from ..bundle.folder import MANIFEST, Bundle
+from ..bundle.hub import Repository, choose_bundle, download
 from .base import downloading, json_option, quiet_option
 from .commands import print_json, warn
 from .progress import Reporter, size

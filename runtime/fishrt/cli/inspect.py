@@ -10,12 +10,12 @@ import click
 
 from fishrt_engines.rewrite.tensorrt_rules import Finding, errors
 
-from ..bundle import Bundle, Manifest
-from ..conformance import tensorrt_findings
-from ..int8_codec import read_int8_codec
-from ..memory import CACHE_POSITIONS, estimate
-from ..quantisation import read_quantisation
-from ..static import read_static
+from ..bundle.conformance import tensorrt_findings
+from ..bundle.folder import Bundle, Manifest
+from ..bundle.int8_codec import read_int8_codec
+from ..bundle.memory import CACHE_POSITIONS, estimate
+from ..bundle.quantisation import read_quantisation
+from ..bundle.static import read_static
 from .base import json_option, load_bundle, quiet_option
 from .commands import print_json
 from .progress import Reporter, size

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import click
 import numpy as np
 
+from ..audio.output import check_folder, make_folder
 from ..errors import FishrtError, PromptError, UnfinishedError
-from ..files import check_folder, make_folder
-from ..text import check_text
+from ..text.split import check_text
 from ..voices import Voice, read_codes
 from .base import (
     Number,
@@ -181,7 +181,7 @@ def speak(
     order, if the model supports turns; for other models, all voices are recordings of one speaker. [Tags] such as [laughing] work
     with models that were trained on them.
     """
-    from ..sampling import Sampling
+    from ..language_model.sampling import Sampling
 
     if len(references) != len(reference_texts):
         raise click.UsageError(
@@ -249,9 +249,9 @@ class _Target:
 
     def check(self) -> None:
         """Check the target before long work. Raises AudioError for a bad format, OutputError for a place or player that fails."""
-        from ..encode import audio_format, check_writable
-        from ..play import check_player
-        from ..wav import check_growing_wav
+        from ..audio.encode import audio_format, check_writable
+        from ..audio.play import check_player
+        from ..audio.wav import check_growing_wav
 
         if self.play:
             check_player()
@@ -273,9 +273,9 @@ class _Target:
 
     def speak(self, tts: TTS, text: str, request: dict[str, Any]) -> SpeechInfo:
         """Speak a text to the target. The request ends when nobody reads the audio any more."""
-        from ..encode import write_audio
-        from ..play import playing
-        from ..wav import growing_wav
+        from ..audio.encode import write_audio
+        from ..audio.play import playing
+        from ..audio.wav import growing_wav
 
         if not self.stream and not self.play:
             try:

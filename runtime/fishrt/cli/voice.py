@@ -8,9 +8,9 @@ from typing import Any
 
 import click
 
-from ..bundle import Bundle
+from ..bundle.folder import Bundle
 from ..errors import BundleError, OutputError, VoiceError
-from ..prepared import prepared_path
+from ..language_model.prepared import prepared_path
 from ..voice_store import bundle_voices, find_voice
 from ..voices import Voice
 from .base import (
@@ -66,7 +66,7 @@ def add(
 
     The recording is kept, so that bundles with other codecs can use the voice, too.
     """
-    from ..audio import read_audio
+    from ..audio.files import read_audio
 
     store = user_store(voice_dir)
     store.check_free(name, force=force)

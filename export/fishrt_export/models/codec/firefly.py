@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fishrt.features import DecodeContext
+from fishrt.bundle.features import DecodeContext
 
 from ...checkpoint.fields import Fields
 from ...checkpoint.names import CODEC_CONFIG

@@ -6,7 +6,7 @@ import json
 from collections import Counter
 from dataclasses import asdict, dataclass
 
-from .bundle import Bundle, read_listed
+from .folder import Bundle, read_listed
 
 QUANTISATION = "quantisation.json"
 

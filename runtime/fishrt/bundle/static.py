@@ -14,8 +14,8 @@ from fishrt_engines import Engine, ProviderError, open_engine
 from fishrt_engines.ort.coreml import Part, StaticEngine
 from fishrt_engines.spec import GraphSpec
 
-from .bundle import AGAIN, Bundle, Parity, read_listed
-from .errors import BundleError
+from ..errors import BundleError
+from .folder import AGAIN, Bundle, Parity, read_listed
 
 log = logging.getLogger(__name__)
 

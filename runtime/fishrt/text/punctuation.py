@@ -9,8 +9,8 @@ import re
 import string
 from collections.abc import Iterator
 
-from .features import PunctuationSplit
-from .text import byte_length
+from ..bundle.features import PunctuationSplit
+from .split import byte_length
 
 
 def split_punctuation(text: str, rules: PunctuationSplit, max_bytes: int) -> list[str]:

@@ -11,8 +11,8 @@ import numpy as np
 
 from fishrt_engines import Array
 
-from .bundle import AGAIN, Bundle
-from .errors import BundleError
+from ..errors import BundleError
+from .folder import AGAIN, Bundle
 
 CODEC_START = "codec_start.npz"
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import tokenizers
 
-from .errors import BundleError
+from ..errors import BundleError
 
 _CONTROL_NAME = re.compile(r"<\|.*\|>", re.DOTALL)
 

@@ -15,8 +15,8 @@ import numpy as np
 
 from fishrt_engines.spec import GraphSpec
 
-from .bundle import Manifest
-from .errors import FishrtError
+from ..errors import FishrtError
+from .folder import Manifest
 
 CACHE_POSITIONS = 1000
 _UNLIMITED = 1 << 60

@@ -21,7 +21,7 @@ from fishrt_engines.rewrite.graph_edit import GraphEditor
 from fishrt_engines.rewrite.onnx_proto import CODES, array_tensor, node, parse_model, value_info
 from fishrt_engines.spec import Dim, GraphSpec, TensorSpec
 
-from .features import LanguageModel
+from ..bundle.features import LanguageModel
 from .sampling import main_ids
 
 NOT_NUMBERS, TOO_MANY = -1, -2

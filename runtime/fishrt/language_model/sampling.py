@@ -15,9 +15,9 @@ from typing import Protocol
 
 import numpy as np
 
-from .arrays import Floats, Ints
-from .errors import GraphError, SamplingError
-from .features import LanguageModel, RepetitionPenalty, SamplingDefaults, sampling_faults
+from ..arrays import Floats, Ints
+from ..bundle.features import LanguageModel, RepetitionPenalty, SamplingDefaults, sampling_faults
+from ..errors import GraphError, SamplingError
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,10 +8,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from .arrays import Pcm
+from ..arrays import Pcm
+from ..errors import AudioError
 from .encode import audio_format, pcm16
-from .errors import AudioError
-from .files import check_place, growing
+from .output import check_place, growing
 
 UNKNOWN = 0xFFFFFFFF
 """An unknown size in bytes: players read until the end. It is also the largest size that a wav header can state."""

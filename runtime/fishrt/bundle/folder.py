@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 from fishrt_engines.spec import GraphSpec
 
-from .errors import BundleError
+from ..errors import BundleError
 from .features import Codec, LanguageModel
 from .hub import bundle_folder, is_reference
 
@@ -281,7 +281,7 @@ def _read_manifest(folder: Path) -> str:
 
 def embedded_bundle() -> Path:
     """Return the folder of the bundle that is shipped with fishrt. Raises BundleError if there is none."""
-    folder = Path(__file__).resolve().parent / "minnow"
+    folder = Path(__file__).resolve().parents[1] / "minnow"
     if not folder.is_dir():
         raise BundleError("this installation has no embedded voice", hint="give a bundle: the folder that `fishrt export` wrote")
     return folder

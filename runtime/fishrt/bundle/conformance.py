@@ -14,8 +14,8 @@ from fishrt_engines.rewrite.tensorrt import PRECISIONS, LoweringOptions, lower_f
 from fishrt_engines.rewrite.tensorrt_rules import Finding, check_for_tensorrt
 from fishrt_engines.spec import GraphSpec
 
-from .bundle import Bundle
-from .frame import frame_model, frame_spec
+from ..language_model.frame import frame_model, frame_spec
+from .folder import Bundle
 
 FRAME = "frame"
 """The role of the frame graph, which is built from the fast AR and has no file."""

@@ -14,8 +14,8 @@ import numpy as np
 
 from fishrt_engines import Array, GraphSpec
 
-from .arrays import Ints
-from .files import write_whole
+from ..arrays import Ints
+from ..audio.output import write_whole
 
 log = logging.getLogger(__name__)
 

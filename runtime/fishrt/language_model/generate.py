@@ -22,11 +22,11 @@ import numpy as np
 
 from fishrt_engines import Engine
 
-from .arrays import Ints
+from ..arrays import Ints
+from ..bundle.features import LanguageModel
+from ..errors import FishrtError, PromptError, SamplingError
 from .context import SlowContext
 from .drawing import Drawer, FrameDrawer, History, Rules, StepDrawer
-from .errors import FishrtError, PromptError, SamplingError
-from .features import LanguageModel
 from .sampling import Noise, Sampling, is_semantic
 
 StopReason = Literal["end", "max_frames", "max_seq_len"]

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from .arrays import Pcm
-from .errors import OutputError
+from ..arrays import Pcm
+from ..errors import OutputError
 
 log = logging.getLogger(__name__)
 

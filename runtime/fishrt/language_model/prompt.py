@@ -25,13 +25,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .arrays import Ints
-from .cleaning import clean_text, lost_letters, spaced, unwrap
-from .codec import check_entries
-from .errors import PromptError, VoiceError
-from .features import LanguageModel
-from .punctuation import split_punctuation
-from .text import (
+from ..arrays import Ints
+from ..bundle.features import LanguageModel
+from ..codec import check_entries
+from ..errors import PromptError, VoiceError
+from ..text.clean import clean_text, lost_letters, spaced, unwrap
+from ..text.punctuation import split_punctuation
+from ..text.split import (
     MAX_TURNS,
     SPEAKER,
     before_first_turn,
@@ -44,8 +44,8 @@ from .text import (
     split_turn,
     with_end,
 )
-from .tokenizer import Tokenizer
-from .voices import Voice
+from ..text.tokenizer import Tokenizer
+from ..voices import Voice
 
 Parts = list[str | Ints]
 """Parts of a prompt: texts, and codes int64 [num_codebooks, frames]."""

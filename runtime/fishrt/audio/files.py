@@ -17,9 +17,9 @@ import numpy as np
 import soundfile
 from numpy.lib.stride_tricks import sliding_window_view
 
-from .arrays import Pcm
+from ..arrays import Pcm
+from ..errors import AudioError
 from .containers import forget_length, split_joined, take_mp3_count
-from .errors import AudioError
 
 MAX_SECONDS = 3600.0
 """Longest file that is read if the caller gives no limit. An hour is 0.7 GB at 48 kHz; no codec takes as much."""

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from .errors import BundleError, FishrtError, HubError
-from .version import __version__
+from ..errors import BundleError, FishrtError, HubError
+from ..version import __version__
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -110,7 +110,7 @@ def bundle_folder(reference: str | Path, progress: Progress | None = None) -> Pa
     A bundle in the cache is used without a request to the hub. A downloaded one is compared with the hashes of its manifest.
     Raises HubError if the repository cannot be downloaded, BundleError if it is no bundle.
     """
-    from .bundle import MANIFEST, Bundle
+    from .folder import MANIFEST, Bundle
 
     repository = Repository.parse(Path(reference).as_posix())
     folder = _cached(repository)
@@ -133,7 +133,7 @@ def bundle_folder(reference: str | Path, progress: Progress | None = None) -> Pa
 
 def choose_bundle(names: Sequence[str], read: Callable[[str], Path]) -> Sequence[str]:
     """Return the files of a bundle: its manifest, which must be there, and those that it lists. Raises BundleError."""
-    from .bundle import MANIFEST, Manifest
+    from .folder import MANIFEST, Manifest
 
     return [*Manifest.from_json(read(MANIFEST).read_text(encoding="utf-8")).files, MANIFEST]
 

@@ -13,7 +13,7 @@ import re
 import unicodedata
 from collections.abc import Iterator, Sequence
 
-from .errors import PromptError
+from ..errors import PromptError
 from .scripts import full_stop
 
 SPEAKER = re.compile(r"<\|speaker:\d+\|>")

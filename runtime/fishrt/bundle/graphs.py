@@ -10,8 +10,8 @@ from dataclasses import replace
 
 from fishrt_engines import Engine, open_engine
 
-from .bundle import Bundle
-from .frame import frame_graph
+from ..language_model.frame import frame_graph
+from .folder import Bundle
 from .int8_codec import int8_decode
 from .static import open_codec_decode, static_graphs
 

@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass
 
 from fishrt_engines.machine import cpu_features
 
-from .bundle import AGAIN, Bundle, read_listed
-from .errors import BundleError
+from ..errors import BundleError
+from .folder import AGAIN, Bundle, read_listed
 
 log = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ import numpy as np
 
 from fishrt_engines import Array, Engine
 
-from .arrays import Ints
+from ..arrays import Ints
 
 log = logging.getLogger(__name__)
 

@@ -10,10 +10,10 @@ import numpy as np
 import numpy.typing as npt
 import soundfile
 
-from .arrays import Pcm
-from .audio import resample
-from .errors import AudioError
-from .files import check_place, write_whole
+from ..arrays import Pcm
+from ..errors import AudioError
+from .files import resample
+from .output import check_place, write_whole
 
 _BLOCK = 1 << 16
 """Samples encoded at once. libsndfile puts a whole write of Vorbis on the stack, which a long one overflows."""

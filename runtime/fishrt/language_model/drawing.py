@@ -11,9 +11,9 @@ import numpy as np
 
 from fishrt_engines import Array, Engine
 
-from .arrays import Floats, Ints
-from .errors import SamplingError
-from .features import LanguageModel
+from ..arrays import Floats, Ints
+from ..bundle.features import LanguageModel
+from ..errors import SamplingError
 from .frame import MOST_RANKED, NOT_NUMBERS, TOO_MANY, drawn_codes
 from .sampling import Noise, PenaltyWindow, Sampling, main_ids, not_numbers, sample, sample_main
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import re
 import unicodedata
 
-from .features import TextCleaning
-from .text import with_end
+from ..bundle.features import TextCleaning
+from .split import with_end
 
 
 def clean_text(text: str, rules: TextCleaning) -> str:

@@ -15,11 +15,11 @@ from fishrt_engines.spec import GraphSpec
 from fishrt_engines.trt.engine import find_built
 from fishrt_engines.trt.plans import Profile
 
-from .bundle import Bundle, Manifest
-from .codec import chunk_frames
-from .errors import FishrtError, ProviderError
+from ..codec import chunk_frames
+from ..errors import FishrtError, ProviderError
+from ..language_model.frame import frame_graph
 from .features import LanguageModel
-from .frame import frame_graph
+from .folder import Bundle, Manifest
 
 PRECISIONS = ("bf16", "fp16", "fp8", "int8", "int4")
 """Values of PlanOptions.precision."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import unicodedata
 
-from .features import Reads
+from ..bundle.features import Reads
 from .scripts import script, scripts_of
 
 _CONTROL = re.compile(r"<\|[^|<>]*\|>")

@@ -1,0 +1,1 @@
+"""The dual-AR language model: prompt, loop, drawing, sampling."""

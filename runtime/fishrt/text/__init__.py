@@ -1,0 +1,1 @@
+"""Text: pieces, cleaning, tokenizer, the letters that a model reads."""
