@@ -25,7 +25,7 @@ speak: $(VENV)/runtime
 	@$(BIN)/fishrt speak --voice "$$FISHRT_VOICE" --seed "$$FISHRT_SEED" --output "$$FISHRT_OUT" -- "$$FISHRT_TEXT"
 	@echo 'Listen to it with any player, such as: aplay "'"$$FISHRT_OUT"'"'
 
-# Torch traces on one core, so that two processes share the tests, and what tests/shared.py keeps for both.
+# Torch traces on one core, so that two processes share the tests, and what tests/support/shared.py keeps for both.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --numprocesses 2 --dist worksteal
 
 test: venv

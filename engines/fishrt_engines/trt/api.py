@@ -1,7 +1,7 @@
 """Types of the part of TensorRT's Python API that fishrt uses, and a logger that keeps its error messages.
 
 The library has no type stubs, and its import needs NVIDIA's libraries, so only `load_tensorrt` imports it.
-Names and meanings are those of TensorRT 11.4, from its documentation and bindings; `tests/fake_tensorrt.py` has the same.
+Names and meanings are those of TensorRT 11.4, from its documentation and bindings; `tests/support/fake_tensorrt.py` has the same.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ def test_recogniser_hears_nothing_of_a_sentence_in_another(tts: TTS, recognise: 
 
 def test_what_make_speak_says_is_understood(tts: TTS, recognise: Recogniser) -> None:
     """With its seed, no word is wrong on the CPU where it was chosen; another CPU may round differently."""
-    makefile = (Path(__file__).parents[1] / "Makefile").read_text(encoding="utf-8")
+    makefile = (Path(__file__).parents[2] / "Makefile").read_text(encoding="utf-8")
     text, seed = (re.search(rf"^{name} *\?= (.+)$", makefile, re.MULTILINE)[1] for name in ("TEXT", "SEED"))  # type: ignore[index]
     speech = tts.speak(text, seed=int(seed))
     assert speech.info.voices == ("awb",)

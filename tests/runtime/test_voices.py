@@ -43,7 +43,7 @@ class FakeTts:
 
 
 SAID = "Please call my brother, and ask him to bring the big blue bag from the kitchen."
-SPEECH = soundfile.read(Path(__file__).parents[1] / "export/minnow/references/awb/reference.flac", dtype="float32")[0]
+SPEECH = soundfile.read(Path(__file__).parents[2] / "export/minnow/references/awb/reference.flac", dtype="float32")[0]
 
 
 def tone(seconds: float, rate: int = RATE) -> np.ndarray:

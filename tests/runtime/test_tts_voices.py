@@ -18,7 +18,7 @@ from fishrt.loudness import MOST_GAIN, MOST_PEAK, TARGET_LUFS, Loudness, measure
 from fishrt.voice_store import bundle_store
 from helpers_text import language_model, manifest, voice
 
-RECORDING = Path(__file__).parents[1] / "export/minnow/references/slt/reference.flac"
+RECORDING = Path(__file__).parents[2] / "export/minnow/references/slt/reference.flac"
 SAID = "Please call my brother, and ask him to bring the big blue bag from the kitchen."
 TEXTS = ("The quick brown fox jumps over the lazy dog.", "Please open the window, it is warm in here.")
 

@@ -151,7 +151,7 @@ def test_a_usable_provider_is_looked_for_once(fake: FakeMachine) -> None:
 
 
 def test_extras_are_those_of_the_project() -> None:
-    listed = (Path(__file__).parent.parent / "pyproject.toml").read_text()
+    listed = (Path(__file__).parents[2] / "pyproject.toml").read_text()
     assert all(f"\n{provider.extra} = [" in listed for provider in PROVIDERS.values())
 
 

@@ -17,7 +17,7 @@ from fishrt.text.tokenizer import Tokenizer
 from fishrt.voices import Voice
 from fishrt_engines.spec import GraphSpec, StatePair, TensorSpec
 
-OWN_GOLDEN = Path(__file__).parent / "golden"
+OWN_GOLDEN = Path(__file__).parents[1] / "golden"
 TINY_TOKENIZER = OWN_GOLDEN / "s2-pro/lm/checkpoint/tokenizer.json"
 FINGERPRINT = "a1b2c3d4" * 8
 

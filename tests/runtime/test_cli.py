@@ -448,7 +448,7 @@ def run_in_shell(line: str, folder: Path) -> subprocess.CompletedProcess[str]:
     script = folder / "fake_fishrt.py"
     script.write_text(
         "import sys\n"
-        f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        f"sys.path.insert(0, {str(Path(__file__).parents[1] / 'support')!r})\n"
         "import fishrt.tts, helpers_cli\n"
         "from pathlib import Path\n"
         "from fishrt.cli import main\n"

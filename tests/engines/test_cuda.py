@@ -30,10 +30,11 @@ from tolerances import TOLERANCES
 
 pytest.importorskip("torch", reason="needs the export extra")
 
+from test_specialise import EVERYTHING_WIDE, Exported, assert_near, called
+
 from fishrt_export.graph.recipe import Recipe
 from fishrt_export.graph.verify import Case
 from fishrt_export.sources.cases import random_prompt
-from test_specialise import EVERYTHING_WIDE, Exported, assert_near, called
 
 
 @pytest.fixture

@@ -29,7 +29,7 @@ from fishrt_export.sources.language_model import open_language_model
 from helpers_text import drawn, language_model
 
 CODEBOOKS = 8
-CHECKPOINT = Path(__file__).parents[1] / "export/minnow"
+CHECKPOINT = Path(__file__).parents[2] / "export/minnow"
 TEXTS = [f"Sentence number {n} is here, isn't it?" for n in range(12)]
 
 

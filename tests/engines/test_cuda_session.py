@@ -12,14 +12,14 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper
+from test_engine import SUMS, WIDTH, feeds, sums
+from test_ort_device import DOUBLE, double
 
 from fake_cuda import GB, OLD, FakeCuda, FakeSession
 from fishrt_engines import FishrtError, GraphError, ProviderError, open_engine
 from fishrt_engines.ort import cuda as ort_cuda
 from fishrt_engines.ort.device import DeviceTensor
 from fishrt_engines.providers import Obstacle
-from test_engine import SUMS, WIDTH, feeds, sums
-from test_ort_device import DOUBLE, double
 
 
 @pytest.fixture
