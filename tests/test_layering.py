@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -174,3 +175,66 @@ def test_the_public_names_are_there() -> None:
     assert len(fishrt.__all__) <= 12
     with pytest.raises(AttributeError, match="no attribute 'Speach'"):
         fishrt.Speach  # noqa: B018
+
+
+ROOMS = {
+    "fishrt": (
+        {"arrays", "errors", "metrics", "version"},
+        {"audio", "bundle"},
+        {"text", "codec"},
+        {"loudness", "recordings", "voice_files", "voice_store", "voices"},
+        {"language_model"},
+        {"request", "speech", "speech_warnings", "render", "stream"},
+        {"tts"},
+        {"bench"},
+        {"cli"},
+    ),
+    "fishrt_export": ({"errors"}, {"checkpoint"}, {"models"}, {"graph"}, {"sources", "targets"}, {"export"}),
+}
+"""The files and folders of a layer, from the lowest rank to the highest: each imports from its own rank and below."""
+UPWARD = {("bundle", "codec"), ("bundle", "language_model")}
+"""Graphs for devices are assembled when a bundle is opened: that needs the frame, and the codec's lengths."""
+ALONE = {"__init__", "__main__", "minnow"}
+"""The public names, the entry point, and the embedded voice with its recipe stand above all ranks."""
+
+
+def rooms_imported(package: str, path: Path) -> set[tuple[str, str]]:
+    """The room of a file, with each room of its package that it imports; not those for types alone."""
+    place = path.relative_to(package_folder(package)).with_suffix("").parts
+    typing = {id(node) for block in ast.walk(parsed(path)) if is_for_types(block) for node in ast.walk(block)}
+    found = set()
+    for node in ast.walk(parsed(path)):
+        if not isinstance(node, ast.ImportFrom) or id(node) in typing:
+            continue
+        module = str(node.module or "").split(".") if node.module else []
+        base = [package, *place[:-1]][: len(place) - node.level + 1] if node.level else []
+        match [*base, *module]:
+            case [top, room, *_] if top == package:
+                found.add((place[0], room))
+            case [top] if top == package:
+                found |= {(place[0], alias.name) for alias in node.names}
+    return {(room, other) for room, other in found if room != other}
+
+
+@cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def is_for_types(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+
+
+@pytest.mark.parametrize("package", ROOMS)
+def test_every_room_has_a_rank(package: str) -> None:
+    rooms = {path.relative_to(package_folder(package)).parts[0].removesuffix(".py") for p, path in files() if p == package}
+    assert rooms - ALONE == set[str]().union(*ROOMS[package])
+
+
+@pytest.mark.parametrize("package", ROOMS)
+def test_a_room_imports_only_from_its_own_rank_and_below(package: str) -> None:
+    rank = {room: n for n, rooms in enumerate(ROOMS[package]) for room in rooms}
+    edges = set[tuple[str, str]]().union(*(rooms_imported(package, path) for p, path in files() if p == package))
+    edges = {(room, other) for room, other in edges if not {room, other} & ALONE}
+    assert edges
+    assert {(room, other) for room, other in edges if rank[room] < rank[other]} <= UPWARD
