@@ -320,7 +320,7 @@ class TTS:
         """Prefill the slow AR with a voice, so that requests with this voice alone and no system text start at their text.
 
         The first request with a voice does the same, and the last few voices stay cached. folder: read the keys and values of the
-        voice from its file there, or write the file if there is none; see `prepared.py`.
+        voice from its file there, or write the file if there is none; see `language_model/prepared.py`.
         Raises VoiceError for a voice that is unknown or not this bundle's; OutputError if the file cannot be written.
         """
         head = self._prompts.start(self._voices(voice, ""), None, upstream_compat=False).head

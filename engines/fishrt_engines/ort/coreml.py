@@ -95,12 +95,12 @@ class Part:
     back: Engine
 
     def run(self, feeds: Mapping[str, Array], state: State) -> dict[str, Array]:
-        """See `base.Engine.run`."""
+        """See `engine.Engine.run`."""
         return self.back.run(self.front.run(feeds), state)
 
 
 class StaticState:
-    """The state of a `StaticEngine`: the state of the part that ran last. See `base.State`."""
+    """The state of a `StaticEngine`: the state of the part that ran last. See `engine.State`."""
 
     def __init__(self, owner: StaticEngine, size: int) -> None:
         self.owner = owner
@@ -109,7 +109,7 @@ class StaticState:
 
     @property
     def dims(self) -> Mapping[str, int]:
-        """See `base.State`."""
+        """See `engine.State`."""
         return {"batch": 1}
 
     def of(self, size: int) -> State:
@@ -122,11 +122,11 @@ class StaticState:
         return self._states[size]
 
     def read(self, name: str) -> Array:
-        """See `base.State`."""
+        """See `engine.State`."""
         return self._states[self._last].read(name)
 
     def write(self, name: str, array: Array) -> None:
-        """See `base.State`."""
+        """See `engine.State`."""
         self._states[self._last].write(name, array)
 
     def grow(self, **dims: int) -> None:
@@ -135,7 +135,7 @@ class StaticState:
 
 
 class StaticEngine:
-    """An engine that runs each call by graphs of fixed sizes. See `base.Engine`, and the module.
+    """An engine that runs each call by graphs of fixed sizes. See `engine.Engine`, and the module.
 
     Feeds are cut along the open dimension. Results are joined along theirs, which must be proportional to it.
     """
@@ -161,7 +161,7 @@ class StaticEngine:
         return self._parts[size]
 
     def new_state(self, **dims: int) -> StaticState:
-        """See `base.Engine`. Raises ValueError for a batch other than 1."""
+        """See `engine.Engine`. Raises ValueError for a batch other than 1."""
         check_state_dims(self.spec, dims)
         if dims != {"batch": 1}:
             raise ValueError(f"state dimensions are {dims}; the static graphs of {self.spec.file} have batch = 1")
@@ -170,7 +170,7 @@ class StaticEngine:
     def run(
         self, feeds: Mapping[str, Array | Resident], state: State | None = None, resident: Collection[str] = ()
     ) -> dict[str, Any]:
-        """See `base.Engine`. Resident results are arrays, as on the CPU."""
+        """See `engine.Engine`. Resident results are arrays, as on the CPU."""
         if not isinstance(state, StaticState) or state.owner is not self:
             raise ValueError(f"{self.spec.file} needs a state that its own new_state made")
         count = check_feeds(self.spec, feeds, state.dims)[self._dimension]

@@ -25,7 +25,7 @@ _WORD = 4
 
 
 class DeviceTensor:
-    """A tensor in a device's memory. See `tensors.Tensor`; it is also a `base.Resident`."""
+    """A tensor in a device's memory. See `tensors.Tensor`; it is also an `engine.Resident`."""
 
     def __init__(self, memory: DeviceMemory, shape: tuple[int, ...], dtype: str, element: str) -> None:
         self.shape, self.dtype, self.memory = shape, np.dtype(dtype), memory

@@ -67,10 +67,10 @@ def open_engine(
     """Open the graph file `path` and check that it is the one that `spec` describes.
 
     provider: "auto" or one of the names in `providers.PROVIDERS`. threads: None means the physical cores; see `usable_threads`.
-    specialise: replace the file's operators by the fastest ones of this provider; see `specialise.py`. Calls must then write
+    specialise: replace the file's operators by the fastest ones of this provider; see `rewrite.attention`. Calls must then write
     consecutive columns at their own positions. On a CPU, quantised weights are multiplied in integers; on a CUDA device, a
-    language model is computed in 16 bits, see `ort_cuda`.
-    identity: a hash of graph and weights, under which the specialised graph is cached on disk; see `graph_cache`.
+    language model is computed in 16 bits, see `ort.cuda`.
+    identity: a hash of graph and weights, under which the specialised graph is cached on disk; see `cache`.
     build: makes the graph from the file's bytes; its weights stay in the files of the original.
     Raises ProviderError for a provider that is unknown or cannot be used, GraphError for a missing, damaged or different file,
     FishrtError if memory does not suffice.
@@ -147,7 +147,7 @@ class _Carried:
 
 
 class OrtState:
-    """State tensors that ONNX Runtime reads and writes in place. See `base.State`."""
+    """State tensors that ONNX Runtime reads and writes in place. See `engine.State`."""
 
     def __init__(self, owner: OrtEngine, tensors: dict[str, Tensor], carried: _Carried) -> None:
         self.owner, self.tensors, self.carried = owner, tensors, carried
@@ -157,22 +157,22 @@ class OrtState:
 
     @property
     def dims(self) -> Mapping[str, int]:
-        """See `base.State.dims`."""
+        """See `engine.State.dims`."""
         return self.carried.dims
 
     def read(self, name: str) -> Array:
-        """See `base.State.read`."""
+        """See `engine.State.read`."""
         return self.tensors[name].numpy()
 
     def write(self, name: str, array: Array) -> None:
-        """See `base.State.write`. Raises ValueError for an array that does not fit."""
+        """See `engine.State.write`. Raises ValueError for an array that does not fit."""
         into = self.tensors[name]
         check_written(name, into.dtype.name, into.shape, array)
         with self.owner.allocating(f"{array.nbytes / 1e6:,.0f} MB of {name}"):
             into.lead(array)
 
     def grow(self, **dims: int) -> None:
-        """See `base.State.grow`. Raises ValueError for a dimension that is unknown or would shrink."""
+        """See `engine.State.grow`. Raises ValueError for a dimension that is unknown or would shrink."""
         check_growth(self.dims, dims)
         larger = self.owner.new_state(**{**self.dims, **dims})
         for name, tensor in self.tensors.items():
@@ -183,7 +183,7 @@ class OrtState:
 
 
 class OrtEngine:
-    """One graph in one ONNX Runtime session. See `base.Engine`."""
+    """One graph in one ONNX Runtime session. See `engine.Engine`."""
 
     def __init__(self, opened: Opened, spec: GraphSpec, provider: str) -> None:
         self.spec = spec
@@ -204,7 +204,7 @@ class OrtEngine:
         anew for each thread, so a server should speak from one thread only."""
 
     def new_state(self, **dims: int) -> OrtState:
-        """See `base.Engine.new_state`. Raises ValueError if `dims` does not name exactly the state's symbolic dimensions."""
+        """See `engine.Engine.new_state`. Raises ValueError if `dims` does not name exactly the state's symbolic dimensions."""
         check_state_dims(self.spec, dims)
         for idle in list(self._idle):
             if idle[1].dims == dims:
@@ -231,7 +231,7 @@ class OrtEngine:
     def run(
         self, feeds: Mapping[str, Array | Resident], state: State | None = None, resident: Collection[str] = ()
     ) -> dict[str, Any]:
-        """See `base.Engine.run`. Results of a call with a state live in tensors that its next call may overwrite.
+        """See `engine.Engine.run`. Results of a call with a state live in tensors that its next call may overwrite.
 
         A result whose size the inputs do not determine is an array, even if it is named in `resident`.
         """

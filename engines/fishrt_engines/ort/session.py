@@ -1,7 +1,7 @@
 """ONNX Runtime sessions on a CPU: their options, and the steps from a portable graph to a session.
 
 portable file ─► specialise ─► ONNX Runtime's optimiser and packing ─► session
-                                        └─► graph_cache ─► the next start maps it
+                                        └─► cache ─► the next start maps it
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Memory that a session reads and writes in place: numpy arrays here, a device's memory in `ort_device`.
+"""Memory that a session reads and writes in place: numpy arrays here, a device's memory in `ort.device`.
 
 Sessions are bound to addresses, so that one row of a tensor can be bound like a whole one. Both kinds of tensor have the same
 methods.

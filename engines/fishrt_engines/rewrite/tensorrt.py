@@ -1,7 +1,7 @@
 """Lowering of a portable graph to a form that TensorRT's importer accepts and computes well.
 
     KV caches      get a fixed number of rows: TensorRT updates only tensors of static length in place
-    precision      float16 or bfloat16 by option; see lower_precision. Feeds and results keep their types, caches do not
+    precision      float16 or bfloat16 by option; see precision.py. Feeds and results keep their types, caches do not
     attention      stays in float32 by option, since float16 was seen to err by 0.16 after a long prefix. It stays one operator,
                    which needs a fused kernel for its shapes, or is decomposed into primitive operators, which need none
     masks          get 4 axes
@@ -10,8 +10,8 @@
     float64        becomes float32, as in TensorRT, so that ONNX Runtime computes the same from a lowered graph
 
 Weights are untouched: a lowered graph refers to the files of the original one. Weights in integers stay so: int4 has fused
-kernels; int8 is documented for size, not for speed. Without TensorRT, trt_rules checks that lowered graphs follow its documented
-rules, and tests run them in ONNX Runtime; all else needs a GPU.
+kernels; int8 is documented for size, not for speed. Without TensorRT, tensorrt_rules checks that lowered graphs follow its
+documented rules, and tests run them in ONNX Runtime; all else needs a GPU.
 """
 
 from __future__ import annotations

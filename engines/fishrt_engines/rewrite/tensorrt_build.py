@@ -1,4 +1,4 @@
-"""Building of plans: portable graph ─► lowering ─► TensorRT's importer ─► its builder ─► `trt_plans`.
+"""Building of plans: portable graph ─► lowering ─► TensorRT's importer ─► its builder ─► `trt.plans`.
 
 Plans are kept: a second call with the same graph, options, TensorRT and device builds nothing. Timings of kernels are kept in the
 same folder, so that a similar graph is built faster.

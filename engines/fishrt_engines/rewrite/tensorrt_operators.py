@@ -1,7 +1,7 @@
 """The operators of TensorRT's ONNX importer and their element types, from the documentation of version 11.0.
 
 The tables contain the operators of speech models, and those that the importer refuses. Further rules of operators are in
-trt_rules.
+tensorrt_rules.
 """
 
 from __future__ import annotations

@@ -61,7 +61,7 @@ class Finding:
 def check_for_tensorrt(model: bytes, spec: GraphSpec) -> list[Finding]:
     """Return the findings on a graph, errors first.
 
-    model: bytes of the graph file, described by `spec`. A portable graph has errors until it is lowered; see trt_lowering.
+    model: bytes of the graph file, described by `spec`. A portable graph has errors until it is lowered; see tensorrt.
     Raises GraphError for bytes that are no graph.
     """
     parsed = parse_model(model, spec.file)

@@ -1,10 +1,10 @@
-"""TensorRT engine: runs a plan of `trt_build` with state, feeds and results in device buffers that are allocated once.
+"""TensorRT engine: runs a plan of `tensorrt_build` with state, feeds and results in device buffers that are allocated once.
 
     feeds ──copy──► buffers of these shapes ─► context, or captured graph ─► buffers ──copy──► results, or resident results
                                       state ─►                            ─► the same state, in place
 
 Each profile of a plan has its own context, so that the captured graph of the step stays valid during a prefill. All contexts of
-all engines use the one stream of `cuda_device`, one run after the other: a resident result can be fed to another engine without
+all engines use the one stream of `trt.device`, one run after the other: a resident result can be fed to another engine without
 synchronisation.
 
 The first run after a change of shapes is not captured, since TensorRT does some work only then. The second is captured as a CUDA
@@ -122,7 +122,7 @@ class _Context:
 
 
 class TrtEngine:
-    """A loaded plan. See `base.Engine`."""
+    """A loaded plan. See `engine.Engine`."""
 
     provider = "tensorrt"
 
@@ -150,7 +150,7 @@ class TrtEngine:
         return self._kept.limits
 
     def new_state(self, **dims: int) -> TrtState:
-        """See `base.Engine.new_state`. Raises ValueError if `dims` does not name exactly the state's symbolic dimensions.
+        """See `engine.Engine.new_state`. Raises ValueError if `dims` does not name exactly the state's symbolic dimensions.
 
         Raises FishrtError for sizes beyond the plan's profiles or the device's memory.
         """
@@ -159,7 +159,7 @@ class TrtEngine:
     def run(
         self, feeds: Mapping[str, Array | Resident], state: State | None = None, resident: Collection[str] = ()
     ) -> dict[str, Any]:
-        """See `base.Engine.run`. Results of a run with a state live in buffers that its next run may overwrite."""
+        """See `engine.Engine.run`. Results of a run with a state live in buffers that its next run may overwrite."""
         if self._shared is not None and state is not None:
             raise ValueError(f"{self.spec.file} carries no state, but one was given")
         used = state if self._shared is None else self._shared

@@ -20,7 +20,7 @@ from .plans import LARGER, Plan
 
 
 class DeviceArray:
-    """A result on the device. See `base.Resident`."""
+    """A result on the device. See `engine.Resident`."""
 
     def __init__(self, device: Device, buffer: DeviceBuffer, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
         self.device, self.buffer, self.shape, self.dtype = device, buffer, shape, dtype
@@ -89,7 +89,7 @@ class Kept:
 
 
 class TrtState:
-    """State tensors on the device. See `base.State`.
+    """State tensors on the device. See `engine.State`.
 
     A cache has the plan's full length from the start; `dims` holds the requested length. A tensor that the plan does not update
     in place has two buffers, which alternate as input and output.
@@ -105,7 +105,7 @@ class TrtState:
         self._buffers = self._allocate()
 
     def read(self, name: str) -> Array:
-        """See `base.State.read`."""
+        """See `engine.State.read`."""
         device, tensor, stored = self.kept.device, *self._specs(name)
         shape = tensor.resolve(self.dims)
         raw = np.empty(math.prod(shape) * item_size(stored.dtype), np.uint8)
@@ -116,7 +116,7 @@ class TrtState:
         return from_bytes(raw, stored.dtype, np.dtype(tensor.dtype), shape)
 
     def write(self, name: str, array: Array) -> None:
-        """See `base.State.write`. Raises ValueError for an array that does not fit."""
+        """See `engine.State.write`. Raises ValueError for an array that does not fit."""
         device, tensor, stored = self.kept.device, *self._specs(name)
         check_written(name, tensor.dtype, tensor.resolve(self.dims), array)
         raw = to_bytes(array, stored.dtype)
@@ -126,7 +126,7 @@ class TrtState:
             device.synchronize()
 
     def grow(self, **dims: int) -> None:
-        """See `base.State.grow`. Raises ValueError for unknown or smaller dimensions, FishrtError beyond the plan's limits."""
+        """See `engine.State.grow`. Raises ValueError for unknown or smaller dimensions, FishrtError beyond the plan's limits."""
         check_growth(self.dims, dims)
         larger = {**self.dims, **dims}
         self.kept.check_sizes(larger)

@@ -22,7 +22,7 @@ FRAME = "frame"
 
 
 def tensorrt_findings(bundle: Bundle) -> dict[str, list[Finding]]:
-    """Return the findings about each lowered graph, by role: broken rules, and notes; see trt_rules.Finding.
+    """Return the findings about each lowered graph, by role: broken rules, and notes; see tensorrt_rules.Finding.
 
     The language model's graphs are checked in every precision, the codec's in float32, in which they stay. Raises GraphError for
     a damaged file.
