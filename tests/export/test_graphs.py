@@ -26,9 +26,8 @@ from fishrt_export.models.codec.decoding import decode_spec
 from fishrt_export.models.codec.layers import WindowTransformer
 from fishrt_export.models.codec.load import OFFICIAL
 from fishrt_export.sources.cases import codec_decode_cases, codec_encode_cases, random_prompt, slow_ar_cases
-from fishrt_export.sources.codec import AUDIO_TOLERANCE, open_codec
+from fishrt_export.sources.codec import AUDIO_TOLERANCE, COSINE_MARGIN, open_codec
 from fishrt_export.sources.language_model import LANGUAGE_MODEL_TOLERANCE, open_language_model
-from fishrt_export.sources.margins import COSINE_MARGIN
 from synthetic import PLAIN, random_weights, write_flat
 from tiny import GoldenModel, chunk_feeds, prefill_feeds
 from tolerances import TOLERANCES

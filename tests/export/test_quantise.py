@@ -20,11 +20,11 @@ from fishrt_engines import open_engine
 from fishrt_engines.spec import GraphSpec, TensorSpec
 from fishrt_export import export_bundle
 from fishrt_export.errors import ExportError
-from fishrt_export.graph.held import Held
 from fishrt_export.graph.quantise import BITS, block_size, dequantise, pack, quantise, relative_error, unpack
 from fishrt_export.graph.recipe import Recipe, Storage, main_precision
 from fishrt_export.graph.store import SCALES, store, stored_float
 from fishrt_export.graph.trace import trace
+from fishrt_export.graph.verify import Held
 from fishrt_export.sources.language_model import open_language_model
 from helpers_text import manifest
 from synthetic import PLAIN, random_weights, write_nested

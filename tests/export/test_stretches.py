@@ -13,9 +13,9 @@ import pytest
 
 from fishrt_export.checkpoint.files import read_weights
 from fishrt_export.errors import ExportError
-from fishrt_export.graph.held import Held
 from fishrt_export.graph.job import GraphJob
 from fishrt_export.graph.stretches import BUDGET, split, verify_stack
+from fishrt_export.graph.verify import Held
 from fishrt_export.models.transformer import Stack
 from fishrt_export.sources.language_model import open_language_model
 from synthetic import EVERYTHING, PLAIN, random_weights, write_nested

@@ -18,7 +18,7 @@ from fishrt_export.graph.verify import flipped_margin
 from fishrt_export.models.codec.dac import Dac
 from fishrt_export.models.codec.firefly import Firefly
 from fishrt_export.models.codec.load import CodecConfig
-from fishrt_export.sources.margins import code_margins, level_margins
+from fishrt_export.sources.codec import code_margins, level_margins
 from tiny import GoldenModel, assert_same_table
 from tolerances import TOLERANCES
 

@@ -13,12 +13,11 @@ from fishrt_engines.spec import GraphSpec
 
 from ..checkpoint.weights import load
 from ..models.transformer import Stack
-from .held import Held
 from .recipe import Storage
 from .store import store
 from .stretches import BUDGET, split, stretch_bytes, verify_stack
 from .trace import Dims, trace
-from .verify import Case, Margins, verify
+from .verify import Case, Held, Margins, verify
 
 Progress = Callable[[str, float], None]
 """Callback that receives the name of the stage and the completed part of the job or of the export, 0..1."""

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..models.codec.layers import FeedForward
-from ..models.rope import apply_rope, rope_table
+from ..models.transformer import FeedForward, apply_rope, rope_table
 
 GUIDED_LAYER = 2
 GUIDED_LETTERS = (0.0, 2.0)

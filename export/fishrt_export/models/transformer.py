@@ -9,13 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..checkpoint.config import StackConfig
-from .codec.layers import FeedForward
-from .rope import apply_rope, rope_table
 
 ONNX_OPSET = 24
 
@@ -53,6 +52,19 @@ class Attention(nn.Module):
         keys, values = scatter(keys, k, step.write_index), scatter(values, v, step.write_index)
         y = attend(q, keys, values, step.mask)
         return cast(Tensor, self.wo(y.transpose(1, 2).flatten(2))), keys, values
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: w2(silu(w1 x) · w3 x)."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.w1 = nn.Linear(dim, hidden, bias=False)
+        self.w3 = nn.Linear(dim, hidden, bias=False)
+        self.w2 = nn.Linear(hidden, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, self.w2(F.silu(self.w1(x)) * self.w3(x)))
 
 
 class Block(nn.Module):
@@ -109,6 +121,27 @@ class Stack(nn.Module):
             x, keys, values = layer(x, step, keys, values)
             updated += (keys, values)
         return x, updated
+
+
+def rope_table(rows: int, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
+    """Return cos and sin, each float32 [rows, head_dim/2], of angle = row · base^(−2m/head_dim).
+
+    As in the originals, angles are rounded to float32 and tables to bfloat16, whatever the model's dtype. Tables with other
+    rounding drift audibly over a long output.
+    """
+    exponent = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    theta = 1 / np.power(float(base), exponent, dtype=np.float64).astype(np.float32)
+    angle = torch.from_numpy((np.arange(rows, dtype=np.float32)[:, None] * theta).astype(np.float64))
+    return tuple(f(angle).to(torch.bfloat16).to(torch.float32) for f in (torch.cos, torch.sin))  # type: ignore[return-value]
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor) -> Tensor:
+    """Rotate pairs (2m, 2m+1) of x [batch, heads, length, head_dim] by the table rows at position_ids int64 [batch, length]."""
+    if torch.onnx.is_in_onnx_export():
+        return torch.onnx.ops.rotary_embedding(x, cos, sin, position_ids, interleaved=True)
+    c, s = cos[position_ids].unsqueeze(1).to(x.dtype), sin[position_ids].unsqueeze(1).to(x.dtype)
+    even, odd = x[..., 0::2], x[..., 1::2]
+    return torch.stack((even * c - odd * s, odd * c + even * s), dim=-1).flatten(-2)
 
 
 def scatter(cache: Tensor, new: Tensor, write_index: Tensor) -> Tensor:

@@ -1,13 +1,18 @@
-"""The codec half of a checkpoint: its files, its checks and the jobs of its two graphs."""
+"""The codec half of a checkpoint: its files, its checks and the jobs of its two graphs.
+
+The margin of a code decides whether a code that differs is a rounding error.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from fishrt.bundle.features import Codec
 from fishrt_engines.spec import GraphSpec, TensorSpec
@@ -15,15 +20,19 @@ from fishrt_engines.spec import GraphSpec, TensorSpec
 from ..checkpoint.files import find_codec
 from ..checkpoint.weights import expected_shapes, find_problems, fuse_weight_norm, load
 from ..graph.job import GraphJob
+from ..graph.verify import Margins
 from ..models.codec.dac import Dac
 from ..models.codec.dac_config import DacConfig
 from ..models.codec.decoding import decode_spec, decoding, encoding
-from ..models.codec.firefly import Firefly
+from ..models.codec.firefly import Firefly, Quantizer
 from ..models.codec.load import CodecConfig, fingerprint, read_codec_config, read_stored_codec
 from .cases import codec_decode_cases, codec_encode_cases
-from .margins import code_margins
 
 AUDIO_TOLERANCE = 1e-4
+COSINE_MARGIN = 1e-4
+"""Rounding may choose a codebook row whose cosine is this close to the best."""
+LEVEL_MARGIN = 1e-3
+"""Rounding may choose either of two levels for a number this close to the middle between them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,3 +110,35 @@ def open_codec(folder: Path) -> CodecSource:
     config = read_codec_config(files, stored)
     weights = fuse_weight_norm(stored)
     return CodecSource(config, weights, fingerprint(weights, config))
+
+
+def code_margins(codec: nn.Module) -> Margins:
+    """Return the margins of the codes of a Dac or a Firefly."""
+    if isinstance(codec, Firefly):
+        return Margins(
+            lambda audio: level_margins(codec.quantizer, codec.backbone(codec.mel(audio))), LEVEL_MARGIN, codec.config.residuals
+        )
+    dac = cast(Dac, codec)
+    return Margins(lambda audio: cosine_margins(dac, audio), COSINE_MARGIN, len(dac.quantizer.codebooks))
+
+
+def cosine_margins(dac: Dac, audio: Tensor) -> Tensor:
+    """Return the gap between best and second-best cosine, [batch, codebooks, frames], of audio [batch, 1, samples]."""
+    quantizer = dac.quantizer
+    residual = quantizer.pre_module(quantizer.downsample(dac.encoder(audio)))
+    gaps = []
+    for codebook in quantizer.codebooks:
+        place = F.normalize(codebook.project(residual), dim=1).transpose(1, 2)
+        best = (place @ F.normalize(codebook.codebook.weight, dim=1).T).topk(2, dim=-1)
+        gaps.append(best.values[..., 0] - best.values[..., 1])
+        residual = residual - codebook.lookup(best.indices[..., 0])
+    return torch.stack(gaps, dim=1)
+
+
+def level_margins(quantizer: Quantizer, features: Tensor) -> Tensor:
+    """Return the least distance of a code's numbers from the middle of two levels, [batch, codebooks, frames].
+
+    features: [batch, dim, n].
+    """
+    levels = quantizer.residual_fsq.levels(quantizer.downsample(features))
+    return (levels - levels.floor() - 0.5).abs().amin(dim=-1).flatten(1, 2)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..rope import apply_rope, rope_table
+from ..transformer import FeedForward, apply_rope, rope_table
 from .carry import Carry, Carrying, Chain, through
 
 
@@ -233,19 +233,6 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     weights = torch.exp(scores - scores.amax(dim=-1, keepdim=True))
     ones = v * 0 + 1  # without shapes, which CoreML does not compute
     return ((weights @ v) / (weights @ ones))[..., :-1, :]
-
-
-class FeedForward(nn.Module):
-    """SwiGLU: w2(silu(w1 x) · w3 x)."""
-
-    def __init__(self, dim: int, hidden: int) -> None:
-        super().__init__()
-        self.w1 = nn.Linear(dim, hidden, bias=False)
-        self.w3 = nn.Linear(dim, hidden, bias=False)
-        self.w2 = nn.Linear(hidden, dim, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return cast(Tensor, self.w2(F.silu(self.w1(x)) * self.w3(x)))
 
 
 class TransformerLayer(nn.Module):
