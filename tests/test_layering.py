@@ -182,7 +182,7 @@ ROOMS = {
         {"arrays", "errors", "metrics", "version"},
         {"audio", "bundle"},
         {"text", "codec"},
-        {"loudness", "recordings", "voice_files", "voice_store", "voices"},
+        {"voices"},
         {"language_model"},
         {"request", "speech", "speech_warnings", "render", "stream"},
         {"tts"},

@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from .language_model.sampling import Sampling
     from .speech import AudioChunk, Speech
     from .tts import TTS
-    from .voice_store import VoiceStore
-    from .voices import Voice
+    from .voices.store import VoiceStore
+    from .voices.voice import Voice
 
 __all__ = ["TTS", "AudioChunk", "Bundle", "FishrtError", "Sampling", "Speech", "Voice", "VoiceStore", "__version__"]
 
@@ -44,8 +44,8 @@ _HOMES = {
     "FishrtError": "errors",
     "Sampling": "language_model.sampling",
     "Speech": "speech",
-    "Voice": "voices",
-    "VoiceStore": "voice_store",
+    "Voice": "voices.voice",
+    "VoiceStore": "voices.store",
 }
 
 

@@ -12,7 +12,7 @@ from .bundle.features import Codec
 from .errors import ArgumentError, SamplingError
 from .language_model.prompt import Conversation
 from .language_model.sampling import Sampling
-from .voices import Voice
+from .voices.voice import Voice
 
 P = ParamSpec("P")
 T = TypeVar("T")

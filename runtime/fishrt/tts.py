@@ -40,7 +40,6 @@ from .language_model.generate import DualAR
 from .language_model.prepared import prepared_path, read_prepared, write_prepared
 from .language_model.prompt import PromptBuilder
 from .language_model.sampling import Sampling
-from .loudness import Loudness, voice_loudness
 from .metrics import rtf
 from .render import Models, render
 from .request import Request, check_arguments, check_type, hints_at_sampling
@@ -49,8 +48,9 @@ from .speech_warnings import piece_warnings, text_warnings
 from .stream import AsyncSpeechStream, SpeechStream, growing_chunks
 from .text.split import check_speakers, speaker_turns
 from .text.tokenizer import Tokenizer
-from .voice_store import VoiceStore, bundle_store, bundle_voices, find_voice, user_folder
-from .voices import Voice
+from .voices.loudness import Loudness, voice_loudness
+from .voices.store import VoiceStore, bundle_store, bundle_voices, find_voice, user_folder
+from .voices.voice import Voice
 
 log = logging.getLogger(__name__)
 

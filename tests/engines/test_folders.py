@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 from fishrt.cli import main
 from fishrt.errors import VoiceError
-from fishrt.voice_store import VoiceStore, user_folder
+from fishrt.voices.store import VoiceStore, user_folder
 from fishrt_engines import FishrtError
 from fishrt_engines.folders import cache_folder, data_folder, written_aside
 from fishrt_engines.ort import session as ort_session

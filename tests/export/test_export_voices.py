@@ -12,7 +12,7 @@ from fishrt.bundle.folder import Bundle
 from fishrt.bundle.graphs import BundleGraphs
 from fishrt.errors import PromptError
 from fishrt.text.tokenizer import Tokenizer
-from fishrt.voice_store import VoiceStore
+from fishrt.voices.store import VoiceStore
 from fishrt_export.checkpoint.families import FAMILIES
 from fishrt_export.checkpoint.licence import copy_licence
 from fishrt_export.checkpoint.references import References, check_references, encode_references

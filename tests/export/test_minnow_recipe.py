@@ -12,7 +12,7 @@ import torch
 from fishrt.bundle.folder import Bundle, Voices, embedded_bundle
 from fishrt.language_model.prompt import PromptBuilder
 from fishrt.text.tokenizer import Tokenizer
-from fishrt.voices import Voice
+from fishrt.voices.voice import Voice
 from fishrt_export.checkpoint.weights import fuse_weight_norm
 from fishrt_export.minnow.align import Aligner
 from fishrt_export.minnow.config import CODEC, LANGUAGE_MODEL

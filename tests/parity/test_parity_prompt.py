@@ -20,7 +20,7 @@ from fishrt.text.clean import clean_text, lost_letters, spaced, unwrap
 from fishrt.text.punctuation import split_punctuation
 from fishrt.text.split import pack_turns, speaker_turns, with_end
 from fishrt.text.tokenizer import Tokenizer
-from fishrt.voices import Voice
+from fishrt.voices.voice import Voice
 
 pytestmark = pytest.mark.parity
 

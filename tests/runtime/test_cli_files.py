@@ -13,7 +13,7 @@ import pytest
 import soundfile
 
 import helpers_cli
-from fishrt.voice_store import VoiceStore
+from fishrt.voices.store import VoiceStore
 from helpers_cli import RATE, files, refused, run, tone
 from helpers_text import bundle_folder
 

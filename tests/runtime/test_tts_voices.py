@@ -14,8 +14,8 @@ from fakes import fake_bundle, fake_engines
 from fishrt import TTS, Voice, VoiceStore
 from fishrt.bundle.folder import embedded_bundle
 from fishrt.errors import SamplingError, VoiceError
-from fishrt.loudness import MOST_GAIN, MOST_PEAK, TARGET_LUFS, Loudness, measure
-from fishrt.voice_store import bundle_store
+from fishrt.voices.loudness import MOST_GAIN, MOST_PEAK, TARGET_LUFS, Loudness, measure
+from fishrt.voices.store import bundle_store
 from helpers_text import language_model, manifest, voice
 
 RECORDING = Path(__file__).parents[2] / "export/minnow/references/slt/reference.flac"

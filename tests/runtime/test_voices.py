@@ -12,10 +12,10 @@ import soundfile
 from fishrt.bundle.features import Reads
 from fishrt.bundle.folder import Bundle
 from fishrt.errors import ArgumentError, AudioError, OutputError, PromptError, VoiceError
-from fishrt.loudness import Loudness, measure
-from fishrt.recordings import doubts
-from fishrt.voice_store import VoiceStore, find_voice
-from fishrt.voices import Voice, read_codes
+from fishrt.voices.loudness import Loudness, measure
+from fishrt.voices.recordings import doubts
+from fishrt.voices.store import VoiceStore, find_voice
+from fishrt.voices.voice import Voice, read_codes
 from helpers_text import language_model, manifest, voice
 
 RATE = 16000
@@ -108,7 +108,7 @@ def test_a_store_that_cannot_be_written_still_gives_its_voices(store, monkeypatc
     def failing(*_):
         raise OutputError("read-only")
 
-    monkeypatch.setattr("fishrt.voice_store.write_whole", failing)
+    monkeypatch.setattr("fishrt.voices.store.write_whole", failing)
     assert store.load("me", of_codec("f" * 64)).fingerprint == "f" * 64
 
 

@@ -14,8 +14,8 @@ import numpy as np
 from fishrt.bundle.features import Codec, LanguageModel
 from fishrt.bundle.folder import Bundle, Voices, describe_files
 from fishrt.language_model.generate import DualAR
-from fishrt.voice_store import VoiceStore
-from fishrt.voices import Voice
+from fishrt.voices.store import VoiceStore
+from fishrt.voices.voice import Voice
 from fishrt_engines import Array, GraphSpec, StatePair, TensorSpec
 from helpers_text import TINY_TOKENIZER, manifest
 

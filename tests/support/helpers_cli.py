@@ -15,11 +15,11 @@ import fishrt.tts
 from fishrt.cli import main
 from fishrt.errors import PromptError
 from fishrt.language_model.prepared import prepared_path
-from fishrt.loudness import Loudness
 from fishrt.speech import AudioChunk, PieceInfo, Progress, Speech, SpeechInfo, Timings
 from fishrt.speech_warnings import piece_warnings
 from fishrt.stream import SpeechStream
-from fishrt.voice_store import VoiceStore, find_voice, user_folder
+from fishrt.voices.loudness import Loudness
+from fishrt.voices.store import VoiceStore, find_voice, user_folder
 from helpers_text import bundle_folder, voice
 
 RATE, HOP = 16000, 640

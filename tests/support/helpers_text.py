@@ -14,7 +14,7 @@ from fishrt.bundle.features import Codec, DecodeContext, LanguageModel, Sampling
 from fishrt.bundle.folder import ROLES, SCHEMA, Bundle, Licence, Manifest, Voices, describe_files
 from fishrt.language_model.sampling import Sampling, sample
 from fishrt.text.tokenizer import Tokenizer
-from fishrt.voices import Voice
+from fishrt.voices.voice import Voice
 from fishrt_engines.spec import GraphSpec, StatePair, TensorSpec
 
 OWN_GOLDEN = Path(__file__).parents[1] / "golden"
@@ -115,7 +115,7 @@ def manifest(**changes: Any) -> Manifest:
 
 def bundle_folder(folder: Path, *, voices: dict[str, Voice] | None = None) -> Bundle:
     """Write a bundle that loads and verifies, although its graphs cannot run."""
-    from fishrt.voice_store import VoiceStore
+    from fishrt.voices.store import VoiceStore
 
     folder.mkdir(parents=True)
     (folder / "tokenizer.json").write_bytes(TINY_TOKENIZER.read_bytes())

@@ -12,9 +12,9 @@ from fishrt.audio.files import resample
 from fishrt.bundle.folder import Bundle, Voices
 from fishrt.codec import CodecDecoder, CodecEncoder
 from fishrt.language_model.prompt import PromptBuilder
-from fishrt.loudness import Loudness, voice_loudness
 from fishrt.text.tokenizer import Tokenizer
-from fishrt.voice_store import VoiceStore
+from fishrt.voices.loudness import Loudness, voice_loudness
+from fishrt.voices.store import VoiceStore
 from fishrt_engines import open_engine
 
 from ..errors import ExportError

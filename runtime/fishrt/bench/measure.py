@@ -26,7 +26,7 @@ from ..bundle.folder import Bundle
 from ..errors import SamplingError
 from ..metrics import Summary, bandwidth_share, frame_bytes, per_second, rtf
 from ..tts import TTS
-from ..voices import Voice
+from ..voices.voice import Voice
 from .child import run_child
 from .language_model import PREFILL, REPEATS, measure_contexts, measure_frames, measure_prefill
 from .machine import describe_machine, read_bandwidth

@@ -10,8 +10,8 @@ from ..arrays import Ints
 from ..bundle.folder import Bundle, Manifest
 from ..language_model.prompt import PromptBuilder
 from ..text.tokenizer import Tokenizer
-from ..voice_store import VoiceStore
-from ..voices import Voice
+from ..voices.store import VoiceStore
+from ..voices.voice import Voice
 
 SECONDS = 10.0
 """Seconds of speech in a made-up voice: the least that is recommended for the official models."""

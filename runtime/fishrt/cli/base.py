@@ -11,7 +11,7 @@ import click
 
 from ..bundle.folder import Bundle, embedded_bundle
 from ..bundle.hub import bundle_folder, is_reference
-from ..voice_store import VoiceStore, user_folder
+from ..voices.store import VoiceStore, user_folder
 from .commands import session
 from .progress import Reporter, size
 

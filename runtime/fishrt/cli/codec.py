@@ -8,7 +8,7 @@ import click
 
 from ..audio.output import check_place, write_whole
 from ..errors import FishrtError
-from ..voices import npy_bytes, read_codes
+from ..voices.voice import npy_bytes, read_codes
 from .base import engine_options, format_option, json_option, load_tts
 from .commands import json_to_stderr, print_json
 from .streams import say

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from ..errors import BundleError
-from ..voice_store import user_folder
+from ..voices.store import user_folder
 from .base import CPU_TORCH, json_option, load_bundle
 from .commands import print_json
 from .progress import size

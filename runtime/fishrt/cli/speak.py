@@ -15,7 +15,7 @@ import numpy as np
 from ..audio.output import check_folder, make_folder
 from ..errors import FishrtError, PromptError, UnfinishedError
 from ..text.split import check_text
-from ..voices import Voice, read_codes
+from ..voices.voice import Voice, read_codes
 from .base import (
     Number,
     Whole,

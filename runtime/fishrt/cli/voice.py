@@ -11,8 +11,8 @@ import click
 from ..bundle.folder import Bundle
 from ..errors import BundleError, OutputError, VoiceError
 from ..language_model.prepared import prepared_path
-from ..voice_store import bundle_voices, find_voice
-from ..voices import Voice
+from ..voices.store import bundle_voices, find_voice
+from ..voices.voice import Voice
 from .base import (
     bundle_option,
     engine_options,

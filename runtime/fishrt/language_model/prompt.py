@@ -45,7 +45,7 @@ from ..text.split import (
     with_end,
 )
 from ..text.tokenizer import Tokenizer
-from ..voices import Voice
+from ..voices.voice import Voice
 
 Parts = list[str | Ints]
 """Parts of a prompt: texts, and codes int64 [num_codebooks, frames]."""

@@ -15,9 +15,9 @@ import numpy as np
 import numpy.typing as npt
 from numpy.lib.stride_tricks import sliding_window_view
 
-from .arrays import Pcm
-from .bundle.features import Codec
-from .codec import CodecDecoder
+from ..arrays import Pcm
+from ..bundle.features import Codec
+from ..codec import CodecDecoder
 
 _Response = npt.NDArray[np.complex128]
 

@@ -11,13 +11,13 @@ from typing import Protocol
 
 import numpy as np
 
-from .arrays import Ints, Pcm
-from .bundle.folder import Bundle, Manifest, embedded_bundle
-from .codec import check_entries, check_integers
-from .errors import ArgumentError, FishrtError, VoiceError
+from ..arrays import Ints, Pcm
+from ..bundle.folder import Bundle, Manifest, embedded_bundle
+from ..codec import check_entries, check_integers
+from ..errors import ArgumentError, FishrtError, VoiceError
+from ..text.split import check_unicode, speakable
 from .loudness import Loudness
 from .recordings import check_recording, doubts, most_seconds
-from .text.split import check_unicode, speakable
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ class Voice:
         outside −1..1, is shorter than 0.2 s or is longer than the model takes; VoiceError for silence, or a transcript with
         nothing to speak; PromptError for a transcript that the model cannot read; ArgumentError for audio of another type.
         """
-        from .audio.files import read_audio
+        from ..audio.files import read_audio
 
         if not isinstance(audio, (str, Path, tuple)):
             raise ArgumentError(f"audio is a {type(audio).__name__}", hint="give a file, or samples with their rate: (pcm, rate)")

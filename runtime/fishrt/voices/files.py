@@ -16,8 +16,8 @@ import unicodedata
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from .bundle.folder import parse_dataclass
-from .errors import BundleError, VoiceError
+from ..bundle.folder import parse_dataclass
+from ..errors import BundleError, VoiceError
 from .loudness import Loudness
 
 SCHEMA = 2

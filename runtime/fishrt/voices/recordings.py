@@ -7,11 +7,11 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from .arrays import Pcm
-from .bundle.features import Codec, LanguageModel
-from .errors import AudioError, VoiceError
+from ..arrays import Pcm
+from ..bundle.features import Codec, LanguageModel
+from ..errors import AudioError, VoiceError
+from ..text.reading import unread
 from .loudness import measure
-from .text.reading import unread
 
 MIN_SECONDS = 0.2
 SILENCE = 1e-3
@@ -37,7 +37,7 @@ def most_seconds(lm: LanguageModel, codec: Codec) -> float:
 
 def check_recording(pcm: Pcm, rate: int, lm: LanguageModel, codec: Codec, what: str) -> None:
     """Check that a recording can be a voice. Raises AudioError, and VoiceError for silence."""
-    from .audio.files import check_pcm
+    from ..audio.files import check_pcm
 
     check_pcm(pcm, rate, what)
     seconds, most = len(pcm) / rate, most_seconds(lm, codec)

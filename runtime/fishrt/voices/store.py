@@ -1,6 +1,6 @@
 """Stores of voices: the user's folder of voices, and that of a bundle.
 
-`voice_files.py` knows the files of a store. It keeps recordings, so that any codec can use a voice, and the codes of each codec.
+`files.py` knows the files of a store. It keeps recordings, so that any codec can use a voice, and the codes of each codec.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ import numpy as np
 
 from fishrt_engines.folders import data_folder
 
-from .arrays import Ints
-from .audio.output import write_whole
-from .bundle.folder import Bundle
-from .errors import OutputError, VoiceError
-from .voice_files import (
+from ..arrays import Ints
+from ..audio.output import write_whole
+from ..bundle.folder import Bundle
+from ..errors import OutputError, VoiceError
+from .files import (
     CODES,
     RECORDING,
     SCHEMA,
@@ -38,7 +38,7 @@ from .voice_files import (
     read_text,
     recordings,
 )
-from .voices import Encoder, Voice, npy_bytes, read_codes
+from .voice import Encoder, Voice, npy_bytes, read_codes
 
 log = logging.getLogger(__name__)
 

@@ -1,0 +1,1 @@
+"""Voices: recordings with their words, their codes, their loudness, and stores of them."""
