@@ -180,6 +180,7 @@ def test_the_public_names_are_there() -> None:
 ROOMS = {
     "fishrt": (
         {"arrays", "errors", "metrics", "version"},
+        {"hub"},
         {"audio", "bundle"},
         {"text", "codec"},
         {"voices"},

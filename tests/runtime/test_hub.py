@@ -17,10 +17,12 @@ import huggingface_hub.constants
 import pytest
 from click.testing import CliRunner, Result
 
+from fishrt.bundle.fetched import bundle_folder
 from fishrt.bundle.folder import MANIFEST, Bundle
-from fishrt.bundle.hub import PARTIAL, Repository, bundle_folder, download, names_repository
 from fishrt.cli import main
 from fishrt.errors import BundleError, HubError
+from fishrt.hub.download import PARTIAL, download
+from fishrt.hub.repository import Repository, names_repository
 from fishrt_export.checkpoint.names import checkpoint_name, choose_checkpoint
 from fishrt_export.errors import ExportError
 from helpers_text import OWN_GOLDEN, voice

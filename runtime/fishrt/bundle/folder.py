@@ -22,8 +22,9 @@ from typing import Any, TypeVar
 from fishrt_engines.spec import GraphSpec
 
 from ..errors import BundleError
+from ..hub.repository import is_reference
 from .features import Codec, LanguageModel
-from .hub import bundle_folder, is_reference
+from .fetched import bundle_folder
 
 SCHEMA = 3
 MANIFEST = "manifest.json"

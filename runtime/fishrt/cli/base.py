@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from ..bundle.fetched import bundle_folder
 from ..bundle.folder import Bundle, embedded_bundle
-from ..bundle.hub import bundle_folder, is_reference
+from ..hub.repository import is_reference
 from ..voices.store import VoiceStore, user_folder
 from .commands import session
 from .progress import Reporter, size

@@ -13,10 +13,11 @@ import click
 from fishrt_engines.machine import peak_memory
 
 from ..bundle.folder import MANIFEST, PRECISIONS, Bundle
-from ..bundle.hub import Repository, download, names_repository
 from ..bundle.int8_codec import read_int8_codec
 from ..bundle.quantisation import read_quantisation
 from ..errors import FishrtError
+from ..hub.download import download
+from ..hub.repository import Repository, names_repository
 from .base import CPU_TORCH, Number, Whole, downloading, json_option, quiet_option
 from .commands import print_json
 from .progress import Reporter, duration, size

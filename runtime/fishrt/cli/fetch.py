@@ -8,8 +8,10 @@ from pathlib import Path
 
 import click
 
+from ..bundle.fetched import choose_bundle
 from ..bundle.folder import MANIFEST, Bundle
-from ..bundle.hub import Repository, choose_bundle, download
+from ..hub.download import download
+from ..hub.repository import Repository
 from .base import downloading, json_option, quiet_option
 from .commands import print_json, warn
 from .progress import Reporter, size

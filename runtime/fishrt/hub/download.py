@@ -9,8 +9,6 @@ from __future__ import annotations
 import hashlib
 import io
 import logging
-import os
-import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -18,52 +16,23 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from ..errors import BundleError, FishrtError, HubError
+from ..errors import HubError
 from ..version import __version__
+from .errors import endpoint, explained, is_unreachable
+from .repository import SNAPSHOTS, Repository
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # read when huggingface_hub is imported, in the functions below
-
 log = logging.getLogger(__name__)
 
-PREFIX = "hf:"
-"""Prefix of a repository's name where a folder is possible, too."""
-SNAPSHOTS = "snapshots"
 PARTIAL = ".partial"
 """Folder of incomplete files, inside the target folder of a download."""
-_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
-_ERRNO = re.compile(r"\[Errno -?\d+\] ")
-_LOGIN = "hf auth login, or set HF_TOKEN to a token of https://huggingface.co/settings/tokens"
 
 Progress = Callable[[str, int, int], None]
 """Progress callback: the name of the current file, the bytes received of all files, and their total."""
 Choose = Callable[[Sequence[str], Callable[[str], Path]], Sequence[str]]
 """Chooses the files to download from the names of a repository's files. The second argument fetches a small file, to read it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Repository:
-    """A model repository of the hub."""
-
-    id: str
-    """OWNER/NAME."""
-    revision: str | None = None
-    """Branch, tag or commit. None: the default branch."""
-
-    @classmethod
-    def parse(cls, text: str, revision: str | None = None) -> Repository:
-        """Parse OWNER/NAME or OWNER/NAME@REVISION, with or without the prefix `hf:`. Raises HubError."""
-        name, at, own = text.removeprefix(PREFIX).partition("@")
-        if not _ID.fullmatch(name) or (at and not own):
-            raise HubError(f"{text!r} does not name a repository", hint="write OWNER/NAME, or OWNER/NAME@REVISION")
-        if own and revision and own != revision:
-            raise HubError(f"{text} and --revision {revision} name two revisions", hint="give one of them")
-        return cls(name, own or revision)
-
-    def __str__(self) -> str:
-        return f"{self.id}@{self.revision}" if self.revision else self.id
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,51 +62,6 @@ class _File:
         return self.key is None or digest.hexdigest() == self.key
 
 
-def is_reference(path: str | Path) -> bool:
-    """Return whether a path is `hf:OWNER/NAME`."""
-    return str(path).startswith(PREFIX)
-
-
-def names_repository(path: Path) -> bool:
-    """Return whether a path names a repository: `hf:…`, or OWNER/NAME if no such file or folder exists."""
-    text = path.as_posix()
-    return is_reference(text) or (_ID.fullmatch(text.partition("@")[0]) is not None and not path.exists())
-
-
-def bundle_folder(reference: str | Path, progress: Progress | None = None) -> Path:
-    """Return the folder of the bundle `hf:OWNER/NAME[@REVISION]` in the hub's cache; download it if it is not there.
-
-    A bundle in the cache is used without a request to the hub. A downloaded one is compared with the hashes of its manifest.
-    Raises HubError if the repository cannot be downloaded, BundleError if it is no bundle.
-    """
-    from .folder import MANIFEST, Bundle
-
-    repository = Repository.parse(Path(reference).as_posix())
-    folder = _cached(repository)
-    if folder is not None and (folder / MANIFEST).exists():
-        with suppress(BundleError):  # not all of it was downloaded
-            return Bundle.load(folder).path
-
-    def choose(names: Sequence[str], read: Callable[[str], Path]) -> Sequence[str]:
-        if MANIFEST not in names:
-            raise BundleError(
-                f"{repository} is not a bundle: it has no {MANIFEST}",
-                hint=f"a checkpoint? First: fishrt export {repository} BUNDLE",
-            )
-        return choose_bundle(names, read)
-
-    folder = download(repository, choose, progress=progress)
-    Bundle.load(folder).verify()
-    return folder
-
-
-def choose_bundle(names: Sequence[str], read: Callable[[str], Path]) -> Sequence[str]:
-    """Return the files of a bundle: its manifest, which must be there, and those that it lists. Raises BundleError."""
-    from .folder import MANIFEST, Manifest
-
-    return [*Manifest.from_json(read(MANIFEST).read_text(encoding="utf-8")).files, MANIFEST]
-
-
 def download(repository: Repository, choose: Choose, folder: Path | None = None, progress: Progress | None = None) -> Path:
     """Download the chosen files into `folder`, or into the hub's cache, and return their folder. Existing files are kept.
 
@@ -145,11 +69,11 @@ def download(repository: Repository, choose: Choose, folder: Path | None = None,
     Raises HubError: no such repository or revision, no right to read it, no connection, a download that breaks off, a full disk,
     a file of the same name but other content in `folder`.
     """
-    with _explained(repository):
+    with explained(repository):
         try:
             commit, listing = _list(repository)
         except Exception as error:
-            found = _cached(repository) if folder is None and _is_unreachable(error) else None
+            found = repository.cached() if folder is None and is_unreachable(error) else None
             if found is None:
                 raise
             present = [path.relative_to(found).as_posix() for path in found.rglob("*") if path.is_file()]
@@ -283,7 +207,7 @@ class _Cache(_Place):
     """The hub's cache: contents in `blobs/`, and in `snapshots/COMMIT/` links to them by name, which huggingface_hub makes."""
 
     def __init__(self, repository: Repository, commit: str) -> None:
-        self._storage = _storage(repository)
+        self._storage = repository.storage
         super().__init__(repository, commit, self._storage / SNAPSHOTS / commit)
 
     def complete(self, file: _File, report: Callable[[int], None]) -> Path:
@@ -339,13 +263,6 @@ def _parts(name: str) -> tuple[str, ...]:
     return pure.parts
 
 
-def _storage(repository: Repository) -> Path:
-    """Return the repository's folder in the hub's cache."""
-    from huggingface_hub.constants import HF_HUB_CACHE
-
-    return Path(HF_HUB_CACHE) / f"models--{repository.id.replace('/', '--')}"
-
-
 def _api() -> HfApi:
     from huggingface_hub import HfApi
 
@@ -358,18 +275,10 @@ def _list(repository: Repository) -> tuple[str, dict[str, _File]]:
         info = _api().model_info(repository.id, revision=repository.revision, files_metadata=True)
         files = [_File(f.rfilename, f.size, f.lfs.sha256 if f.lfs else None, f.blob_id) for f in info.siblings or ()]
     except (ValueError, TypeError, KeyError, AttributeError):
-        raise HubError(f"{_endpoint()} does not answer as a hub does", hint="is HF_ENDPOINT right?") from None
+        raise HubError(f"{endpoint()} does not answer as a hub does", hint="is HF_ENDPOINT right?") from None
     if info.sha is None:
         raise HubError(f"{repository} has no commit yet", hint="its publisher has uploaded nothing")
     return info.sha, {file.name: file for file in files}
-
-
-def _cached(repository: Repository) -> Path | None:
-    """Return the folder of the revision in the hub's cache, complete or not; None if there is none."""
-    storage, revision = _storage(repository), repository.revision or "main"
-    ref = storage / "refs" / revision
-    folder = storage / SNAPSHOTS / (ref.read_text(encoding="utf-8").strip() if ref.is_file() else revision)
-    return folder if folder.is_dir() else None
 
 
 @contextmanager
@@ -385,70 +294,3 @@ def _quiet() -> Iterator[None]:
     finally:
         if shown:
             enable_progress_bars()
-
-
-def _endpoint() -> str:
-    from huggingface_hub import constants
-
-    return constants.ENDPOINT
-
-
-def _is_unreachable(error: Exception) -> bool:
-    """Return whether no hub answered: no network, offline mode, or a hub that is down."""
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
-
-    if isinstance(error, HfHubHTTPError):
-        return error.response.status_code >= 500
-    return isinstance(error, OfflineModeIsEnabled | HfHubHTTPError.__bases__[0])  # the base of all errors of its HTTP client
-
-
-@contextmanager
-def _explained(repository: Repository) -> Iterator[None]:
-    """Turn the errors of huggingface_hub, of its HTTP client and of the disk into HubError."""
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    try:
-        yield
-    except FishrtError:
-        raise
-    except Exception as error:
-        cause: BaseException = error
-        if isinstance(cause, LocalEntryNotFoundError) and cause.__cause__:
-            cause = cause.__cause__  # the reason why hf_hub_download could not ask the hub
-        endpoint = _endpoint()
-        match cause:
-            case GatedRepoError():
-                said = f"{repository.id} is gated: its publisher asks you to accept terms before you download it"
-                hint = f"accept the terms at {endpoint}/{repository.id}; then: {_LOGIN}"
-            case RepositoryNotFoundError():
-                said = f"{endpoint} has no repository {repository.id}, or it is private and your token may not read it"
-                hint = f"check the spelling; for a private one: {_LOGIN}; a folder is given as ./{repository.id}"
-            case RevisionNotFoundError():
-                said, hint = f"{repository.id} has no revision {repository.revision}", f"see {endpoint}/{repository.id}/tree/main"
-            case HfHubHTTPError(response=response) if response.status_code in (401, 403):
-                said, hint = f"{endpoint} refuses your token, or your token may not read {repository.id}", _LOGIN
-            case HfHubHTTPError(response=response):
-                said, hint = f"{endpoint} answers with HTTP status {response.status_code}", "try again later"
-            case OfflineModeIsEnabled():
-                said = f"{repository} is not in the cache {_storage(repository).parent}, and HF_HUB_OFFLINE is set"
-                hint = "unset HF_HUB_OFFLINE to download it"
-            case Exception() if _is_unreachable(cause) or (isinstance(cause, OSError) and cause.errno is None):
-                said = f"{endpoint} cannot be reached, or the connection broke off: {_ERRNO.sub('', str(cause))}"
-                hint = (
-                    "the same command goes on where the download ended; behind a proxy set HTTPS_PROXY, for a mirror HF_ENDPOINT"
-                )
-            case OSError():
-                said, hint = (
-                    f"{cause.filename or 'a file'} cannot be written: {cause.strerror}",
-                    "the same command resumes the download",
-                )
-            case _:
-                raise
-        raise HubError(said, hint=hint) from error
