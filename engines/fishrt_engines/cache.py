@@ -16,12 +16,11 @@ import json
 import logging
 import shutil
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from .folders import written_aside
+from .aside import new_folder
 from .rewrite.attention import ColumnInputs
 from .rewrite.onnx_proto import message
 
@@ -79,18 +78,18 @@ def keep(folder: Path, columns: ColumnInputs | None, save: Callable[[Path, str],
     save: writes an optimised graph to a path, and its weights to a file of the given name in the same folder.
     """
     try:
-        with written_aside(folder) as aside:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with new_folder(folder) as aside:
             save(aside / "saved.onnx", "saved.data")
             _align(aside / "saved.onnx", aside / "saved.data", aside)
             for name in ("saved.onnx", "saved.data"):
                 (aside / name).unlink()
             entry = {"graph": digest(aside / GRAPH), "data": digest(aside / DATA), "columns": columns and asdict(columns)}
             (aside / ENTRY).write_text(json.dumps(entry), encoding="utf-8")
-            with suppress(OSError):  # another process was faster; its entry is the same
-                aside.rename(folder)
     except OSError as error:
-        why = error.strerror or error  # without the path: the same text for all graphs of a bundle is shown once
-        log.warning("optimised graphs cannot be written to %s, and are made again at every start: %s", folder.parent, why)
+        if not folder.is_dir():  # else another process was faster; its entry is the same
+            why = error.strerror or error  # without the path: the same text for all graphs of a bundle is shown once
+            log.warning("optimised graphs cannot be written to %s, and are made again at every start: %s", folder.parent, why)
     return find(folder)
 
 

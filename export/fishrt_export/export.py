@@ -7,8 +7,6 @@ that an interrupted export leaves nothing that loads.
 from __future__ import annotations
 
 import logging
-import os
-import shutil
 import signal
 import sys
 import threading
@@ -23,9 +21,10 @@ from fishrt.bundle.features import LanguageModel
 from fishrt.bundle.folder import MANIFEST, ROLES, SCHEMA, Bundle, Licence, Manifest, describe_files
 from fishrt.bundle.memory import check_memory
 from fishrt.bundle.quantisation import QUANTISATION, LayerReport, Quantisation
-from fishrt.errors import BundleError, FishrtError
+from fishrt.errors import BundleError
 from fishrt.text.tokenizer import Tokenizer
 from fishrt.version import __version__
+from fishrt_engines.aside import new_folder
 from fishrt_engines.rewrite.tensorrt_rules import errors
 
 from .checkpoint.licence import copy_licence
@@ -203,23 +202,15 @@ def check_out(out: Path) -> None:
 
 @contextmanager
 def _written_aside(out: Path) -> Iterator[Path]:
-    """Make a folder next to `out` for the block. Rename it to `out` if the block succeeds, else delete it."""
+    """Yield a new folder, which becomes `out`, a new or an empty one, if the block succeeds. Raises ExportError for OSErrors."""
     out = out.resolve()  # a link stays, and its target is written
-    aside = out.with_name(f".{out.name}.partial-{os.getpid()}")
-    with _terminable():
-        try:
-            aside.mkdir()
+    try:
+        with _terminable(), new_folder(out) as aside:
             yield aside
             if out.exists():
                 out.rmdir()
-            aside.rename(out)
-        except BaseException as error:
-            shutil.rmtree(aside, ignore_errors=True)
-            if isinstance(error, OSError) and not isinstance(error, FishrtError):
-                raise ExportError(
-                    f"{out} cannot be written: {error}", hint="check the free space and your permissions"
-                ) from error
-            raise
+    except OSError as error:
+        raise ExportError(f"{out} cannot be written: {error}", hint="check the free space and your permissions") from error
 
 
 @contextmanager

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,7 @@ from fishrt.cli import main
 from fishrt.errors import VoiceError
 from fishrt.voices.store import VoiceStore, user_folder
 from fishrt_engines import FishrtError
-from fishrt_engines.folders import cache_folder, data_folder, written_aside
+from fishrt_engines.folders import cache_folder, data_folder
 from fishrt_engines.ort import session as ort_session
 from fishrt_engines.trt.plans import plan_folder
 
@@ -93,28 +92,3 @@ def test_a_voice_that_is_not_there_is_named_without_a_home(nobody: None) -> None
     done = CliRunner().invoke(main, ["voice", "show", "anna"])
     assert done.exit_code == 2
     assert "there is no voice 'anna'; yours in no folder: none; the bundle's: awb, rms, slt" in done.stderr
-
-
-def test_what_killed_processes_left_is_removed_a_day_later(tmp_path: Path) -> None:
-    with written_aside(tmp_path / "cache/entry") as running:
-        killed = running.with_name(f"{running.name}-killed")
-        (killed / "more").mkdir(parents=True)
-        yesterday = time.time() - 90_000
-        os.utime(killed, (yesterday, yesterday))
-        with written_aside(tmp_path / "cache/entry") as aside:
-            assert not killed.exists()
-            (aside / "file").touch()
-            aside.rename(tmp_path / "cache/entry")
-        assert running.is_dir()
-    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["entry"]
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="there is no umask")
-def test_an_entry_can_be_read_by_other_users(tmp_path: Path) -> None:
-    """A container's image may be built by one user and run by another."""
-    before = os.umask(0o022)
-    try:
-        with written_aside(tmp_path / "entry") as aside:
-            assert aside.stat().st_mode & 0o777 == 0o755
-    finally:
-        os.umask(before)

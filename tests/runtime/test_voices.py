@@ -237,14 +237,11 @@ def test_a_taken_name_needs_force(store):
 
 def test_a_failed_write_leaves_the_old_voice(store, monkeypatch):
     store.add(voice(transcript="old"))
-    rename = Path.rename
 
-    def failing(self, target):
-        if self.name == "new":
-            raise OSError(28, "No space left on device")
-        return rename(self, target)
+    def failing(self, *_, **__):
+        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "rename", failing)
+    monkeypatch.setattr(Path, "write_text", failing)
     with pytest.raises(VoiceError, match="No space left"):
         store.add(voice(transcript="new"), force=True)
     assert store.load("anna").transcript == "old"

@@ -9,7 +9,6 @@ Tests run this file end to end with a simulation of TensorRT only.
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 import threading
 from collections.abc import Callable, Iterable, Mapping
@@ -18,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ..aside import new_file
 from ..errors import FishrtError, GraphError, ProviderError
 from ..spec import GraphSpec
 from ..trt.api import Builder, BuilderConfig, TensorRT, checked, load_tensorrt, log_of
@@ -239,14 +239,12 @@ class _TimingFile:
         cache = config.get_timing_cache()
         if cache is None:
             return
-        aside = self._path.with_name(f".{self._path.name}.{os.getpid()}")
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            aside.write_bytes(memoryview(cache.serialize()))
-            aside.replace(self._path)
+            with new_file(self._path) as aside:
+                aside.write_bytes(memoryview(cache.serialize()))
         except OSError as error:
             log.warning("the timings cannot be written to %s: %s", self._path, error)
-            aside.unlink(missing_ok=True)
 
 
 def _monitor(trt: TensorRT, progress: Progress) -> Any:

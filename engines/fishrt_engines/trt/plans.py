@@ -15,15 +15,15 @@ import json
 import os
 import platform
 import shlex
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ..aside import new_folder
 from ..cache import digest
 from ..errors import FishrtError, GraphError, ProviderError
-from ..folders import cache_folder, written_aside
+from ..folders import cache_folder
 from ..rewrite.onnx_proto import external_places, parse_model
 from ..rewrite.tensorrt import LOWERING, LoweringOptions
 from ..spec import GraphSpec, StatePair, TensorSpec
@@ -213,7 +213,8 @@ def keep_plan(key: PlanKey, spec: GraphSpec, writes: ColumnWrites | None, serial
     """Write a plan. serialized: a buffer. Raises FishrtError, and leaves no files, if it cannot be written."""
     folder = plan_folder() / key.name
     try:
-        with written_aside(folder) as aside:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with new_folder(folder, replace=True) as aside:
             with (aside / PLAN).open("wb") as file:
                 file.write(memoryview(serialized))
             entry = {
@@ -223,8 +224,6 @@ def keep_plan(key: PlanKey, spec: GraphSpec, writes: ColumnWrites | None, serial
                 "digest": digest(aside / PLAN),
             }
             (aside / ENTRY).write_text(json.dumps({"layout": _LAYOUT, **entry}, indent=1), encoding="utf-8")
-            shutil.rmtree(folder, ignore_errors=True)  # a damaged one
-            aside.rename(folder)
     except OSError as error:
         raise FishrtError(
             f"the plan cannot be written to {folder.parent}: {error.strerror or error}",

@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from fishrt_engines.aside import new_file
+
 Step = Callable[[int, torch.Generator], Mapping[str, Tensor]]
 
 
@@ -81,7 +83,6 @@ def train(
 
 
 def save(path: Path, state: object) -> None:
-    """Write a temporary file and rename it, so that an interrupted save never replaces a good file."""
-    aside = path.with_suffix(".tmp")
-    torch.save(state, aside)
-    aside.replace(path)
+    """Save a state: an interrupted save never replaces a good file."""
+    with new_file(path) as aside:
+        torch.save(state, aside)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import io
 import os
-import secrets
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import BinaryIO
+
+from fishrt_engines.aside import new_file
 
 from ..errors import OutputError
 
@@ -73,16 +74,8 @@ def growing(path: str | Path) -> Iterator[tuple[BinaryIO, bool]]:
     with _output_errors(str(path)):
         target = Path(path).resolve()  # a link stays a link
         special = _is_special(target)
-    aside = target if special else target.with_name(f".{secrets.token_hex(8)}.part")
-    with _output_errors(str(path)):
-        try:
-            with aside.open("wb") as file:
-                yield file, not special
-            if not special:
-                aside.replace(target)
-        finally:
-            if not special:
-                aside.unlink(missing_ok=True)
+    with _output_errors(str(path)), nullcontext(target) if special else new_file(target) as place, place.open("wb") as file:
+        yield file, not special
 
 
 @contextmanager

@@ -8,13 +8,13 @@ from __future__ import annotations
 import io
 import logging
 import os
-import tempfile
 from collections.abc import Hashable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
+from fishrt_engines.aside import new_folder, remove_folder
 from fishrt_engines.folders import data_folder
 
 from ..arrays import Ints
@@ -149,18 +149,8 @@ class VoiceStore:
         target = self._find(name) or self.folder / name
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(prefix=".adding-", dir=self.folder) as temporary:
-                new, old = Path(temporary, "new"), Path(temporary, "old")
-                new.mkdir()
+            with new_folder(target, replace=True) as new:
                 _write_voice(new, voice)
-                if target.exists():
-                    target.rename(old)
-                try:
-                    new.rename(target)
-                except BaseException:
-                    if old.exists():
-                        old.rename(target)
-                    raise
         except OSError as error:
             raise VoiceError(f"voice {voice.name!r} cannot be written to {self}: {error.strerror or error}") from None
         return target
@@ -188,8 +178,7 @@ class VoiceStore:
                 f"voice {name!r} in {self} was not made by fishrt and is left alone", hint="delete its files yourself"
             )
         try:
-            with tempfile.TemporaryDirectory(prefix=".removing-", dir=self.folder) as temporary:
-                folder.rename(Path(temporary, "old"))
+            remove_folder(folder)
         except OSError as error:
             raise VoiceError(f"voice {name!r} cannot be removed from {self}: {error.strerror}") from None
 
