@@ -1,4 +1,4 @@
-"""The builder and the cache of plans. TensorRT and CUDA are simulated; see fake_tensorrt and fake_cuda_runtime."""
+"""The builder and the cache of plans. TensorRT and CUDA are simulated; see fake_tensorrt."""
 
 from __future__ import annotations
 

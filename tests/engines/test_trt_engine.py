@@ -1,4 +1,4 @@
-"""The TensorRT engine, compared with ONNX Runtime. TensorRT and CUDA are simulated; see fake_tensorrt and fake_cuda_runtime."""
+"""The TensorRT engine, compared with ONNX Runtime. TensorRT and CUDA are simulated; see fake_tensorrt."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Bundles on TensorRT: their plans, the command that builds them, and the same speech as on the CPU.
 
-TensorRT and CUDA are simulated; see fake_tensorrt and fake_cuda_runtime.
+TensorRT and CUDA are simulated; see fake_tensorrt.
 """
 
 from __future__ import annotations

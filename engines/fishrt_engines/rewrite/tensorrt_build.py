@@ -20,7 +20,7 @@ from typing import Any
 from ..aside import new_file
 from ..errors import FishrtError, GraphError, ProviderError
 from ..spec import GraphSpec
-from ..trt.api import Builder, BuilderConfig, TensorRT, checked, load_tensorrt, log_of
+from ..trt.api import checked, load_tensorrt, log_of
 from ..trt.device import Device, open_device
 from ..trt.plans import (
     ColumnWrites,
@@ -159,9 +159,7 @@ def _check_disk(need: int) -> None:
         )
 
 
-def _serialize(
-    trt: TensorRT, model: bytes, spec: GraphSpec, request: PlanRequest, timing: _TimingFile, progress: Progress
-) -> Any:
+def _serialize(trt: Any, model: bytes, spec: GraphSpec, request: PlanRequest, timing: _TimingFile, progress: Progress) -> Any:
     """Return a lowered graph as TensorRT's serialised plan, a buffer."""
     kept = log_of(trt)
     builder = checked(trt, "making a builder", lambda: trt.Builder(kept))
@@ -192,9 +190,7 @@ def _serialize(
     return serialized
 
 
-def _add_profile(
-    trt: TensorRT, builder: Builder, config: BuilderConfig, spec: GraphSpec, profile: Profile, fixed: Mapping[str, int]
-) -> None:
+def _add_profile(trt: Any, builder: Any, config: Any, spec: GraphSpec, profile: Profile, fixed: Mapping[str, int]) -> None:
     if missing := {d for t in spec.inputs for d in t.shape if isinstance(d, str)} - profile.dims.keys():
         raise ValueError(f"profile {profile.name} of {spec.file} does not give {', '.join(sorted(missing))}")
     shapes = checked(trt, f"making profile {profile.name}", builder.create_optimization_profile)
@@ -207,7 +203,7 @@ def _add_profile(
     checked(trt, f"adding profile {profile.name}", lambda: config.add_optimization_profile(shapes) >= 0)
 
 
-def _parse_error(trt: TensorRT, parser: Any, name: str) -> GraphError:
+def _parse_error(trt: Any, parser: Any, name: str) -> GraphError:
     errors = [parser.get_error(index) for index in range(parser.num_errors)]
     found = [f"{error.node_operator()} {error.node_name()}: {error.desc()}" for error in errors]
     reasons = found or log_of(trt).take_errors() or ["it gave no reason"]
@@ -224,7 +220,7 @@ class _TimingFile:
         words = (machine.tensorrt, machine.gpu, machine.compute_capability)
         self._path = plan_folder() / ("-".join(("timing", *words)).replace(" ", "_").replace("/", "_") + ".cache")
 
-    def use(self, trt: TensorRT, config: BuilderConfig) -> None:
+    def use(self, trt: Any, config: Any) -> None:
         """Give the builder the kept timings, or empty ones if it rejects them."""
         blob = self._path.read_bytes() if self._path.is_file() else b""
         cache = config.create_timing_cache(blob)
@@ -234,7 +230,7 @@ class _TimingFile:
         empty = checked(trt, "making a timing cache", lambda: config.create_timing_cache(b""))
         checked(trt, "setting a timing cache", lambda: config.set_timing_cache(empty, False))
 
-    def update(self, config: BuilderConfig) -> None:
+    def update(self, config: Any) -> None:
         """Write the builder's timings to the file. A failure is only a warning."""
         cache = config.get_timing_cache()
         if cache is None:
@@ -247,10 +243,10 @@ class _TimingFile:
             log.warning("the timings cannot be written to %s: %s", self._path, error)
 
 
-def _monitor(trt: TensorRT, progress: Progress) -> Any:
+def _monitor(trt: Any, progress: Progress) -> Any:
     """Return a progress monitor that TensorRT calls from several threads. A phase has a number of steps, and nested phases."""
 
-    class Monitor(trt.IProgressMonitor):  # type: ignore[misc, name-defined]  # known only at run time
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]  # known only at run time
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
             self.raised: BaseException | None = None

@@ -28,7 +28,7 @@ from ..engine import Array, Resident, State
 from ..errors import FishrtError, GraphError
 from ..feeds import check_feeds, is_constant, names
 from ..spec import GraphSpec, TensorSpec
-from .api import CudaEngine, TensorRT, checked, load_tensorrt, log_of
+from .api import checked, load_tensorrt, log_of
 from .device import Device, DeviceBuffer, Graph, open_device
 from .plans import Plan, find_plan, graph_hash, machine_of, read_portable, weights_identity
 from .state import Call, DeviceArray, Kept, Tensor, TrtState
@@ -75,7 +75,7 @@ def find_built(
 class _Context:
     """The execution context of one profile of an engine."""
 
-    def __init__(self, trt: TensorRT, device: Device, engine: CudaEngine, profile: int, scratch: DeviceBuffer) -> None:
+    def __init__(self, trt: Any, device: Device, engine: Any, profile: int, scratch: DeviceBuffer) -> None:
         """Create the context. scratch: memory for activations. Raises GraphError if TensorRT fails."""
         self._trt, self._device, self._scratch = trt, device, scratch
         strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
@@ -126,7 +126,7 @@ class TrtEngine:
 
     provider = "tensorrt"
 
-    def __init__(self, trt: TensorRT, device: Device, engine: CudaEngine, spec: GraphSpec, plan: Plan) -> None:
+    def __init__(self, trt: Any, device: Device, engine: Any, spec: GraphSpec, plan: Plan) -> None:
         """spec: of the portable graph. Raises GraphError for a plan with other tensors, FishrtError for too little memory."""
         if wrong := sorted(_differences(trt, engine, spec, plan)):
             raise GraphError(f"{plan.path} differs from its description: {'; '.join(wrong)}", hint=_REBUILD)
@@ -284,7 +284,7 @@ class TrtEngine:
         return results
 
 
-def _differences(trt: TensorRT, engine: CudaEngine, spec: GraphSpec, plan: Plan) -> Iterator[str]:
+def _differences(trt: Any, engine: Any, spec: GraphSpec, plan: Plan) -> Iterator[str]:
     """Yield the differences between an engine's tensors and the described ones."""
     tensors_of = [[[t.name for t in kind] for kind in (s.inputs, s.outputs)] for s in (spec, plan.spec)]
     if tensors_of[0] != tensors_of[1] or spec.states != plan.spec.states:
