@@ -178,6 +178,15 @@ def test_the_public_names_are_there() -> None:
 
 
 ROOMS = {
+    "fishrt_engines": (
+        {"errors"},
+        {"aside", "engine", "folders", "machine"},
+        {"providers"},
+        {"cache", "rewrite"},
+        {"ort"},
+        {"trt"},
+        {"doctor", "open"},
+    ),
     "fishrt": (
         {"arrays", "errors", "metrics", "version"},
         {"hub"},
@@ -193,8 +202,9 @@ ROOMS = {
     "fishrt_export": ({"errors"}, {"checkpoint"}, {"models"}, {"graph"}, {"sources", "targets"}, {"export"}),
 }
 """The files and folders of a layer, from the lowest rank to the highest: each imports from its own rank and below."""
-UPWARD = {("bundle", "codec"), ("bundle", "language_model")}
-"""Graphs for devices are assembled when a bundle is opened: that needs the frame, and the codec's lengths."""
+UPWARD = {("bundle", "codec"), ("bundle", "language_model"), ("rewrite", "ort"), ("rewrite", "trt")}
+"""Graphs for devices are assembled when a bundle is opened: that needs the frame, and the codec's lengths. Rewriting in engines
+stores values as a device has them, and builds plans."""
 ALONE = {"__init__", "__main__", "minnow"}
 """The public names, the entry point, and the embedded voice with its recipe stand above all ranks."""
 

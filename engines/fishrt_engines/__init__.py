@@ -1,9 +1,8 @@
 """Runs named graphs on named arrays. Knows nothing of speech."""
 
-from .engine import Array, Engine, State
+from .engine import Array, Engine, GraphSpec, State, StatePair, TensorSpec
 from .errors import FishrtError, GraphError, ProviderError
-from .ort.engine import open_engine
-from .spec import GraphSpec, StatePair, TensorSpec
+from .open import open_engine
 
 __all__ = [
     "Array",

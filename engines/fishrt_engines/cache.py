@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from .aside import new_folder
-from .rewrite.attention import ColumnInputs
+from .engine import ColumnInputs
 from .rewrite.onnx_proto import message
 
 log = logging.getLogger(__name__)

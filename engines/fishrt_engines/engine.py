@@ -1,16 +1,84 @@
-"""The boundary between speech and the libraries that run graphs: numpy arrays in, numpy arrays out, by name."""
+"""The contract of an engine: the description of a graph, numpy arrays in and out by name, and checks that the arrays fit.
+
+One `GraphSpec` drives the export call, the manifest entry, the check when a graph is opened, and the engine's binding.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from .spec import GraphSpec
-
 Array = npt.NDArray[np.generic]
+Dim = int | str
+"""A fixed size, or the name of a dimension whose size is known when the graph runs."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """One input or output. `dtype` is numpy's name for it: float32, int64, …"""
+
+    name: str
+    dtype: str
+    shape: tuple[Dim, ...]
+
+    def resolve(self, dims: Mapping[str, int]) -> tuple[int, ...]:
+        """Return the shape with every symbolic dimension replaced. Raises KeyError for a name that `dims` lacks."""
+        return tuple(dims[d] if isinstance(d, str) else d for d in self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class StatePair:
+    """Input name and output name of a tensor that the graph updates."""
+
+    input: str
+    output: str
+
+
+@dataclass(frozen=True, slots=True)
+class GraphSpec:
+    """The contract of one graph file. `inputs` and `outputs` are in the file's order and include the state tensors."""
+
+    file: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    states: tuple[StatePair, ...] = ()
+
+    @property
+    def feeds(self) -> tuple[TensorSpec, ...]:
+        """Return the inputs that a caller gives: all but the state."""
+        carried = {pair.input for pair in self.states}
+        return tuple(t for t in self.inputs if t.name not in carried)
+
+    @property
+    def results(self) -> tuple[TensorSpec, ...]:
+        """Return the outputs that a caller gets: all but the state."""
+        carried = {pair.output for pair in self.states}
+        return tuple(t for t in self.outputs if t.name not in carried)
+
+    @property
+    def state_tensors(self) -> tuple[TensorSpec, ...]:
+        """Return the inputs that carry state, in the order of `states`."""
+        by_name = {t.name: t for t in self.inputs}
+        return tuple(by_name[pair.input] for pair in self.states)
+
+
+@dataclass(frozen=True, slots=True)
+class ColumnInputs:
+    """Names of the inputs of a rewritten graph that give the positions of a call's columns."""
+
+    write_index: str
+    """int64 [batch]"""
+    position_ids: str
+    """int64 [batch, length]"""
+    rows: str | None = None
+    """int32 [], an added input: filled cache rows after a call, the largest number in the batch. A larger number, up to the
+    cache's length, gives the same values; only a batch of prompts needs the exact one. Read on the CPU."""
+    cache: str | None = None
+    """With `rows`: one of the caches, [batch, heads, rows, width]."""
 
 
 class Resident(Protocol):
@@ -80,3 +148,58 @@ class Engine(Protocol):
         Raises ValueError for wrong names, dtypes or shapes.
         """
         ...
+
+
+def check_feeds(spec: GraphSpec, feeds: Mapping[str, Any], known: Mapping[str, int]) -> dict[str, int]:
+    """Return the size of every symbolic dimension of the feeds and the state. Raises ValueError for feeds that do not fit.
+
+    feeds: arrays, or other objects with `dtype` and `shape`. known: sizes of the state's dimensions.
+    """
+    wanted = [t.name for t in spec.feeds]
+    if feeds.keys() != set(wanted):
+        raise ValueError(f"feeds are {names(feeds)}; {spec.file} needs {names(wanted)}")
+    dims = dict(known)
+    for t in spec.feeds:
+        array = feeds[t.name]
+        if not hasattr(array, "shape") or array.dtype != t.dtype:
+            raise ValueError(f"{t.name} is {getattr(array, 'dtype', type(array).__name__)}; {spec.file} needs {t.dtype}")
+        fits = len(array.shape) == len(t.shape) and 0 not in array.shape
+        if fits:
+            sizes = zip(t.shape, array.shape, strict=True)
+            fits = all((d if isinstance(d, int) else dims.setdefault(d, size)) == size for d, size in sizes)
+        if not fits:
+            where = ", ".join(f"{name} = {size}" for name, size in dims.items())
+            shape = ", ".join(str(d) for d in t.shape)
+            raise ValueError(f"{t.name} has shape {list(array.shape)}; {spec.file} needs [{shape}] with {where or 'sizes > 0'}")
+    return dims
+
+
+def is_constant(feed: object) -> bool:
+    """Return whether a feed never changes, so that a device needs it once: a read-only array that owns its memory."""
+    return isinstance(feed, np.ndarray) and feed.base is None and not feed.flags.writeable
+
+
+def check_state_dims(spec: GraphSpec, dims: Mapping[str, int]) -> None:
+    """Check that `dims` names the dimensions of the state tensors, each at least 1. Raises ValueError otherwise."""
+    wanted = {d for t in spec.state_tensors for d in t.shape if isinstance(d, str)}
+    if dims.keys() != wanted:
+        raise ValueError(f"state dimensions are {names(dims)}; {spec.file} needs {names(wanted)}")
+    if small := [f"{name} = {size}" for name, size in dims.items() if size < 1]:
+        raise ValueError(f"state dimensions must be at least 1: {', '.join(small)}")
+
+
+def check_growth(now: Mapping[str, int], dims: Mapping[str, int]) -> None:
+    """Check that state dimensions are known and do not shrink. Raises ValueError otherwise."""
+    if bad := [f"{name} = {size}" for name, size in dims.items() if size < now.get(name, size + 1)]:
+        raise ValueError(f"state dimensions cannot become {', '.join(bad)}; they are {dict(now)}")
+
+
+def check_written(tensor_name: str, dtype: str, shape: tuple[int, ...], array: Any) -> None:
+    """Check that an array fits into a state tensor. Raises ValueError otherwise."""
+    if array.dtype != dtype or array.ndim != len(shape) or any(a > b for a, b in zip(array.shape, shape, strict=True)):
+        raise ValueError(f"{tensor_name} is {dtype} {list(shape)}; {array.dtype} {list(array.shape)} does not fit into it")
+
+
+def names(of: Iterable[str]) -> str:
+    """Return names as one text for messages."""
+    return ", ".join(sorted(of)) or "none"

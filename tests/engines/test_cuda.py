@@ -19,11 +19,12 @@ from fishrt.language_model.frame import frame_model, frame_spec
 from fishrt.language_model.generate import DualAR, generate_frames
 from fishrt.language_model.sampling import Sampling, SeededNoise
 from fishrt_engines import Engine, GraphSpec, open_engine
+from fishrt_engines.engine import ColumnInputs
 from fishrt_engines.ort import cuda as ort_cuda
 from fishrt_engines.ort import engine as ort
-from fishrt_engines.ort.device import DeviceTensor
 from fishrt_engines.ort.engine import OrtEngine
-from fishrt_engines.rewrite.attention import ColumnInputs, specialise
+from fishrt_engines.ort.tensors import DeviceTensor
+from fishrt_engines.rewrite.attention import specialise
 from fishrt_engines.rewrite.precision import compute_in
 from tiny import GoldenModel, chunk_feeds, prefill_feeds
 from tolerances import TOLERANCES

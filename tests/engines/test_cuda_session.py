@@ -18,7 +18,7 @@ from test_ort_device import DOUBLE, double
 from fake_cuda import GB, OLD, FakeCuda, FakeSession
 from fishrt_engines import FishrtError, GraphError, ProviderError, open_engine
 from fishrt_engines.ort import cuda as ort_cuda
-from fishrt_engines.ort.device import DeviceTensor
+from fishrt_engines.ort.tensors import DeviceTensor
 from fishrt_engines.providers import Obstacle
 
 

@@ -18,10 +18,9 @@ from test_engine import SUMS, WIDTH, feeds, save, sums
 
 from fishrt_engines import Array, GraphSpec, StatePair, TensorSpec, open_engine
 from fishrt_engines.ort import cuda as ort_cuda
-from fishrt_engines.ort.device import DeviceMemory, DeviceTensor
 from fishrt_engines.ort.engine import OrtEngine
 from fishrt_engines.ort.session import open_session
-from fishrt_engines.ort.tensors import HostTensor, from_bytes, to_bytes
+from fishrt_engines.ort.tensors import DeviceMemory, DeviceTensor, HostTensor, from_bytes, to_bytes
 
 MEMORY = DeviceMemory(onnxruntime, "cpu", ["CPUExecutionProvider"])
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]

@@ -13,7 +13,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from fishrt_engines import Array, Engine, State, open_engine
-from fishrt_engines.rewrite.attention import ColumnInputs, specialise
+from fishrt_engines.engine import ColumnInputs
+from fishrt_engines.rewrite.attention import specialise
 from fishrt_export.sources.cases import fast_ar_cases, random_prompt, slow_ar_cases
 from fishrt_export.sources.language_model import open_language_model
 from synthetic import EVERYTHING, PLAIN, random_weights, write_flat

@@ -20,11 +20,11 @@ from onnx import numpy_helper
 
 from fishrt.language_model.frame import frame_model, frame_spec
 from fishrt_engines import Array, Engine, GraphError, State, open_engine
+from fishrt_engines.engine import GraphSpec
 from fishrt_engines.rewrite.graph_types import infer
 from fishrt_engines.rewrite.onnx_proto import parse_model
 from fishrt_engines.rewrite.tensorrt import LoweringOptions, lower_for_tensorrt
 from fishrt_engines.rewrite.tensorrt_rules import check_for_tensorrt, errors
-from fishrt_engines.spec import GraphSpec
 
 pytest.importorskip("torch", reason="needs the export extra")
 

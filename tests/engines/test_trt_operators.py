@@ -14,9 +14,9 @@ import pytest
 from onnx import numpy_helper, parser
 
 from fishrt_engines import GraphError
+from fishrt_engines.engine import GraphSpec
 from fishrt_engines.rewrite.tensorrt import LoweringOptions, lower_for_tensorrt
 from fishrt_engines.rewrite.tensorrt_rules import check_for_tensorrt, errors
-from fishrt_engines.spec import GraphSpec
 from tolerances import TOLERANCES
 
 

@@ -13,10 +13,10 @@ from onnx import helper, numpy_helper, parser
 import fishrt.bundle.conformance
 from fishrt.bundle.folder import Bundle
 from fishrt_engines import GraphError
+from fishrt_engines.engine import GraphSpec, StatePair
 from fishrt_engines.rewrite.graph_types import dtype_name, infer
 from fishrt_engines.rewrite.onnx_proto import message
 from fishrt_engines.rewrite.tensorrt_rules import Finding, check_for_tensorrt, errors
-from fishrt_engines.spec import GraphSpec, StatePair
 from helpers_cli import run
 
 if TYPE_CHECKING:

@@ -21,8 +21,8 @@ from fishrt.codec import CodecDecoder
 from fishrt.errors import BundleError
 from fishrt.metrics import signal_over_error
 from fishrt_engines import Engine, open_engine
+from fishrt_engines.engine import GraphSpec, TensorSpec
 from fishrt_engines.machine import cpu_features
-from fishrt_engines.spec import GraphSpec, TensorSpec
 from tiny import GoldenModel
 
 pytest.importorskip("torch", reason="needs the export extra")

@@ -30,8 +30,8 @@ from fishrt.bundle.static import STATIC, read_static
 from fishrt.cli import main
 from fishrt.errors import BundleError
 from fishrt_engines import Array, Engine, ProviderError, open_engine
+from fishrt_engines.engine import GraphSpec, TensorSpec
 from fishrt_engines.ort.coreml import CACHE_KEY, Part, StaticEngine
-from fishrt_engines.spec import GraphSpec, TensorSpec
 from fishrt_export import export_bundle
 from fishrt_export.errors import ExportError
 from fishrt_export.graph.job import GraphJob, Made

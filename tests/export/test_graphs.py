@@ -15,7 +15,7 @@ import torch
 
 from fishrt.bundle.folder import Bundle
 from fishrt_engines import Engine
-from fishrt_engines.spec import GraphSpec, TensorSpec
+from fishrt_engines.engine import GraphSpec, TensorSpec
 from fishrt_export.errors import ExportError
 from fishrt_export.graph.store import store
 from fishrt_export.graph.trace import trace

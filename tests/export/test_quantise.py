@@ -17,7 +17,7 @@ from fishrt.bundle.quantisation import QUANTISATION, LayerReport, Quantisation, 
 from fishrt.cli import main
 from fishrt.errors import BundleError
 from fishrt_engines import open_engine
-from fishrt_engines.spec import GraphSpec, TensorSpec
+from fishrt_engines.engine import GraphSpec, TensorSpec
 from fishrt_export import export_bundle
 from fishrt_export.errors import ExportError
 from fishrt_export.graph.quantise import BITS, block_size, dequantise, pack, quantise, relative_error, unpack

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from fishrt.bundle.folder import MANIFEST, Parity, describe_files
 from fishrt.bundle.int8_codec import INT8_CODEC, Int8Codec
 from fishrt.cli import main
-from fishrt_engines.spec import GraphSpec, TensorSpec
+from fishrt_engines.engine import GraphSpec, TensorSpec
 from helpers_text import bundle_folder
 
 progress = sys.modules["fishrt.cli.progress"]

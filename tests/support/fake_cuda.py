@@ -14,9 +14,9 @@ import onnxruntime
 import pytest
 
 from fishrt_engines import machine
+from fishrt_engines import open as one_door
 from fishrt_engines.machine import Gpu
 from fishrt_engines.ort import cuda as ort_cuda
-from fishrt_engines.ort import engine as ort
 
 GB = 10**9
 OLD = Gpu("an old device", (7, 5), "580.65", 8 * GB, 8 * GB)
@@ -39,7 +39,7 @@ class FakeCuda:
         ort_cuda.device_memory.cache_clear()
         ort_cuda._preload.cache_clear()
         patch.setattr(machine, "gpus", lambda: self.devices)
-        patch.setattr(ort, "resolve_provider", lambda name: name)
+        patch.setattr(one_door, "resolve_provider", lambda name: name)
         patch.setattr(ort_cuda, "import_onnxruntime", lambda extra: self)
         patch.setattr(ort_cuda, "find_obstacle", lambda name: None)
 

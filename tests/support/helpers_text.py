@@ -15,7 +15,7 @@ from fishrt.bundle.folder import ROLES, SCHEMA, Bundle, Licence, Manifest, Voice
 from fishrt.language_model.sampling import Sampling, sample
 from fishrt.text.tokenizer import Tokenizer
 from fishrt.voices.voice import Voice
-from fishrt_engines.spec import GraphSpec, StatePair, TensorSpec
+from fishrt_engines.engine import GraphSpec, StatePair, TensorSpec
 
 OWN_GOLDEN = Path(__file__).parents[1] / "golden"
 TINY_TOKENIZER = OWN_GOLDEN / "s2-pro/lm/checkpoint/tokenizer.json"

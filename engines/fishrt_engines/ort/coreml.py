@@ -19,12 +19,10 @@ from typing import Any
 
 import numpy as np
 
-from ..engine import Array, Engine, Resident, State
+from ..engine import Array, Engine, GraphSpec, Resident, State, TensorSpec, check_feeds, check_state_dims
 from ..errors import GraphError, ProviderError
-from ..feeds import check_feeds, check_state_dims
 from ..folders import cache_folder
 from ..providers import import_onnxruntime
-from ..spec import GraphSpec, TensorSpec
 from .session import Opened, graph_source, session_options
 
 log = logging.getLogger(__name__)

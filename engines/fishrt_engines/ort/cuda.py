@@ -31,8 +31,8 @@ from ..rewrite.attention import specialise
 from ..rewrite.onnx_proto import message, stored_size
 from ..rewrite.precision import compute_in
 from ..rewrite.shared_weights import share_weights
-from .device import DeviceMemory
 from .session import Opened, find_weights, session_options
+from .tensors import DeviceMemory
 
 log = logging.getLogger(__name__)
 

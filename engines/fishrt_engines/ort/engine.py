@@ -26,22 +26,25 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..engine import Array, Engine, Resident, State
-from ..errors import FishrtError, GraphError, ProviderError
-from ..feeds import check_feeds, check_growth, check_state_dims, check_written, is_constant, names
-from ..machine import usable_threads
-from ..providers import resolve_provider
-from ..rewrite.attention import ColumnInputs
-from ..spec import GraphSpec
-from .check import differences, inconsistencies
-from .coreml import open_coreml
-from .cuda import open_cuda
-from .session import Opened, is_memory_error, open_session, out_of_memory
+from ..engine import (
+    Array,
+    ColumnInputs,
+    GraphSpec,
+    Resident,
+    State,
+    check_feeds,
+    check_growth,
+    check_state_dims,
+    check_written,
+    is_constant,
+    names,
+)
+from ..errors import GraphError
+from .session import Opened, is_memory_error, out_of_memory
 from .tensors import HostMemory, HostTensor, Place, Tensor, item_size
 
 log = logging.getLogger(__name__)
@@ -52,67 +55,6 @@ _IDLE_KEPT = 4
 """Released states of a device kept for the next state of their size, with their captured calls. Growth releases two or three."""
 _NOT_CAPTURED = -1
 """ONNX Runtime's graph id for a run that is neither captured nor replayed."""
-
-
-def open_engine(
-    path: Path,
-    spec: GraphSpec,
-    *,
-    provider: str = "auto",
-    threads: int | None = None,
-    specialise: bool = False,
-    identity: str | None = None,
-    build: Callable[[bytes], bytes] | None = None,
-) -> Engine:
-    """Open the graph file `path` and check that it is the one that `spec` describes.
-
-    provider: "auto" or one of the names in `providers.PROVIDERS`. threads: None means the physical cores; see `usable_threads`.
-    specialise: replace the file's operators by the fastest ones of this provider; see `rewrite.attention`. Calls must then write
-    consecutive columns at their own positions. On a CPU, quantised weights are multiplied in integers; on a CUDA device, a
-    language model is computed in 16 bits, see `ort.cuda`.
-    identity: a hash of graph and weights, under which the specialised graph is cached on disk; see `cache`.
-    build: makes the graph from the file's bytes; its weights stay in the files of the original.
-    Raises ProviderError for a provider that is unknown or cannot be used, GraphError for a missing, damaged or different file,
-    FishrtError if memory does not suffice.
-    """
-    name = resolve_provider(provider)
-    count = usable_threads(threads)
-    if name == "tensorrt":
-        from ..trt.engine import open_plan
-
-        return open_plan(path, spec, identity=identity, build=build)
-    if not path.is_file():
-        raise GraphError(f"there is no graph file {path}")
-    try:
-        opened = _open(name, path, spec, count, specialise, identity, build)
-    except FishrtError:
-        raise
-    except Exception as error:  # ONNX Runtime's exceptions have no common base
-        if is_memory_error(error):
-            raise out_of_memory(f"the weights of {path.name}", name) from None
-        raise GraphError(f"{path} cannot be loaded: {error}", hint="copy or export the bundle again") from None
-    added = [opened.columns.rows] if opened.columns is not None and opened.columns.rows else []
-    if found := [*inconsistencies(spec), *differences(spec, opened.session, added, opened.state_type)]:
-        raise GraphError(f"{path} differs from its description: " + "; ".join(found), hint="export it again")
-    return OrtEngine(opened, spec, name)
-
-
-def _open(
-    provider: str,
-    path: Path,
-    spec: GraphSpec,
-    threads: int,
-    specialised: bool,
-    identity: str | None,
-    build: Callable[[bytes], bytes] | None,
-) -> Opened:
-    if provider == "cpu":
-        return open_session(path, threads=threads, specialised=specialised, identity=identity, build=build)
-    if provider == "cuda":
-        return open_cuda(path, threads=threads, specialised=specialised, build=build)
-    if provider == "coreml" and build is None:
-        return open_coreml(path, spec, threads=threads)
-    raise ProviderError(f"provider {provider!r} does not run {path.name} by ONNX Runtime")
 
 
 @dataclass(eq=False)

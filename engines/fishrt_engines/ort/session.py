@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from .. import cache as graph_cache
+from ..engine import ColumnInputs, GraphSpec, TensorSpec
 from ..errors import FishrtError
 from ..folders import cache_folder
 from ..machine import cpu_identity
 from ..providers import import_onnxruntime
-from ..rewrite.attention import ColumnInputs, specialise
+from ..rewrite.attention import specialise
 from ..rewrite.onnx_proto import external_places, parse_model
 from .tensors import HostMemory, Memory
 
@@ -30,6 +31,8 @@ SPIN_US = "20"
 """Microseconds that an idle thread spins before it sleeps: the next product of the same step may come sooner than a sleeping
 thread wakes. Spinning makes an idle machine faster and a busy one slower; with ONNX Runtime's longer default, idle threads also
 slow down the loop's other session."""
+_DTYPES = {"float": "float32", "double": "float64"}
+"""Element types whose name in ONNX Runtime is not numpy's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +134,58 @@ def out_of_memory(what: str, provider: str) -> FishrtError:
     """Return the error for users."""
     where, larger = ("", "a machine") if provider == "cpu" else (" of the device", "a device")
     return FishrtError(f"not enough memory{where} for {what}", hint=f"use smaller inputs, or {larger} with more memory")
+
+
+def element_type(node: Any) -> str:
+    """Return numpy's name of the element type of a session's input or output."""
+    name = str(node.type).removeprefix("tensor(").removesuffix(")")
+    return _DTYPES.get(name, name)
+
+
+def inconsistencies(spec: GraphSpec) -> list[str]:
+    """Return the faults of the description itself."""
+    inputs, outputs = ({t.name: t for t in tensors} for tensors in (spec.inputs, spec.outputs))
+    wrong = []
+    for pair in spec.states:
+        before, after = inputs.get(pair.input), outputs.get(pair.output)
+        if before is None or after is None:
+            wrong.append(f"the state {pair.input} → {pair.output} names a tensor that is not listed")
+        elif (before.dtype, before.shape) != (after.dtype, after.shape):
+            wrong.append(f"the state {pair.input} → {pair.output} changes its dtype or shape")
+    return wrong
+
+
+def differences(spec: GraphSpec, session: Any, added: Collection[str], state_type: str | None) -> list[str]:
+    """Return the differences between a session's tensors and the described ones.
+
+    added: inputs that a rewrite of the graph added. state_type: the state's element type after the rewrite; None if unchanged.
+    Fixed sizes are compared. Names of symbolic dimensions are not, since ONNX Runtime renames those that it computes.
+    """
+    carried = {name for pair in spec.states for name in (pair.input, pair.output)}
+    found = []
+    for kind, described, nodes in (
+        ("input", spec.inputs, session.get_inputs()),
+        ("output", spec.outputs, session.get_outputs()),
+    ):
+        in_file = {node.name: node for node in nodes if node.name not in added}
+        by_name = {t.name: t for t in described}
+        found += [f"{kind} {name} is missing" for name in by_name if name not in in_file]
+        found += [f"{kind} {name} is not described" for name in in_file if name not in by_name]
+        for name in by_name.keys() & in_file.keys():
+            wanted = by_name[name]
+            if state_type is not None and name in carried:
+                wanted = replace(wanted, dtype=state_type)
+            found += _tensor_differences(f"{kind} {name}", wanted, element_type(in_file[name]), in_file[name].shape)
+    return sorted(found)
+
+
+def _tensor_differences(what: str, described: TensorSpec, dtype: str, shape: Sequence[int | str | None]) -> list[str]:
+    if dtype != described.dtype:
+        return [f"{what} is {dtype} instead of {described.dtype}"]
+    same = len(shape) == len(described.shape) and all(
+        in_file == wanted or not isinstance(in_file, int) for in_file, wanted in zip(shape, described.shape, strict=True)
+    )
+    return [] if same else [f"{what} has shape {list(shape)} instead of {list(described.shape)}"]
 
 
 def _keep(ort: Any, path: Path, entry: Path) -> graph_cache.CachedGraph | None:

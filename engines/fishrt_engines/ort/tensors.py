@@ -1,23 +1,32 @@
-"""Memory that a session reads and writes in place: numpy arrays here, a device's memory in `ort.device`.
+"""Memory that a session reads and writes in place: numpy arrays, or the memory of a device.
 
 Sessions are bound to addresses, so that one row of a tensor can be bound like a whole one. Both kinds of tensor have the same
 methods.
+
+A device's memory is used through ONNX Runtime alone: no library of the device's vendor is called. ONNX Runtime can allocate
+device memory and copy whole tensors to it, from it and within it. Two further operations are graphs of one node, run on the
+device: filling with zeros, and copying rows over the first rows of another tensor. Memory is allocated as bytes, since bfloat16
+has no numpy type. The code works on every device for which ONNX Runtime has tensors. Tests run it with "cpu".
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from math import prod
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from ..engine import Array
-from ..rewrite.onnx_proto import CODES
+from ..rewrite.onnx_proto import CODES, message, node
 
 _STORED = {"bfloat16": "uint16"}
 """Element types that numpy lacks, and the numpy type that holds their bits."""
+_WORD = 4
+"""Bytes of a value of these graphs. Memory is allocated in multiples of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,6 +178,137 @@ class HostMemory:
     def holds(self, value: object) -> bool:
         """See `Memory.holds`."""
         return False
+
+
+class DeviceTensor:
+    """A tensor in a device's memory. See `Tensor`; it is also an `engine.Resident`."""
+
+    def __init__(self, memory: DeviceMemory, shape: tuple[int, ...], dtype: str, element: str) -> None:
+        self.shape, self.dtype, self.memory = shape, np.dtype(dtype), memory
+        self._element = element
+        self._nbytes = prod(shape) * item_size(element)
+        self._value = memory.allocate(-(-self._nbytes // _WORD) * _WORD)
+
+    @property
+    def place(self) -> Place:
+        """Return the place of this tensor."""
+        return Place(self.memory.device, self._value.data_ptr(), self._element, self.shape, self._nbytes, self._value)
+
+    def put(self, value: Array | DeviceTensor) -> None:
+        """See `Tensor.put`."""
+        if isinstance(value, DeviceTensor):
+            self._value.update_inplace(value._value)
+            return
+        raw = to_bytes(value, self._element)
+        self._value.update_inplace(np.pad(raw, (0, -raw.size % _WORD)) if raw.size % _WORD else raw)
+
+    def lead(self, value: Array | DeviceTensor) -> None:
+        """See `Tensor.lead`. If only one dimension is smaller, as in a cache, only `value` itself is copied."""
+        differ = [n for n, (small, large) in enumerate(zip(value.shape, self.shape, strict=True)) if small != large]
+        row = prod(self.shape[differ[0] + 1 :]) * item_size(self._element) if differ else 0
+        if not differ:
+            self.put(value)
+        elif len(differ) == 1 and row % _WORD == 0:
+            source = value
+            if not isinstance(source, DeviceTensor):
+                source = DeviceTensor(self.memory, value.shape, self.dtype.name, self._element)
+                source.put(value)
+            blocks = prod(self.shape[: differ[0]])
+            self.memory.put_first(self._rows(blocks, row), source._rows(blocks, row))
+        else:
+            whole = self.numpy()
+            whole[tuple(map(slice, value.shape))] = value.numpy() if isinstance(value, DeviceTensor) else value
+            self.put(whole)
+
+    def clear(self) -> None:
+        """Fill it with zeros."""
+        self.memory.clear(self._words(self._value.tensor_size_in_bytes() // _WORD))
+
+    def numpy(self) -> Array:
+        """See `Tensor.numpy`."""
+        return from_bytes(self._value.numpy()[: self._nbytes], self._element, self.dtype, self.shape)
+
+    def result(self, *, resident: bool) -> Array | DeviceTensor:
+        """See `Tensor.result`."""
+        return self if resident else self.numpy()
+
+    def _rows(self, blocks: int, row: int) -> Place:
+        """Return the place of the whole tensor as float32 [blocks, 1, rows, words of a row]."""
+        return self._words(blocks, 1, self._nbytes // blocks // row, row // _WORD)
+
+    def _words(self, *shape: int) -> Place:
+        return Place(self.memory.device, self._value.data_ptr(), "float32", shape, prod(shape) * _WORD, self._value)
+
+
+class DeviceMemory:
+    """The memory of one device. See `Memory`.
+
+    device: ONNX Runtime's name, such as "cuda". providers: the `providers` of an InferenceSession on this device.
+    """
+
+    def __init__(self, ort: Any, device: str, providers: Sequence[Any]) -> None:
+        self.device = device
+        self._ort, self._providers = ort, list(providers)
+
+    def zeros(self, shape: Sequence[int], dtype: str, element: str) -> DeviceTensor:
+        """See `Memory.zeros`."""
+        tensor = DeviceTensor(self, tuple(shape), dtype, element)
+        tensor.clear()
+        return tensor
+
+    def upload(self, array: Array) -> DeviceTensor:
+        """See `Memory.upload`."""
+        tensor = DeviceTensor(self, array.shape, array.dtype.name, array.dtype.name)
+        tensor.put(array)
+        return tensor
+
+    def holds(self, value: object) -> bool:
+        """See `Memory.holds`. Sessions on one device share its memory."""
+        return isinstance(value, DeviceTensor) and value.memory.device == self.device
+
+    def allocate(self, nbytes: int) -> Any:
+        """Return an OrtValue uint8 [nbytes], uninitialised."""
+        return self._ort.OrtValue.ortvalue_from_shape_and_type([nbytes], np.uint8, self.device, 0)
+
+    def clear(self, words: Place) -> None:
+        """Write zeros to a place of float32 [words]."""
+        size = np.array(words.shape, np.int64)
+        binding = self._clear.io_binding()
+        binding.bind_cpu_input("size", size)
+        words.bind_output(binding, "zeros")
+        self._clear.run_with_iobinding(binding)
+
+    def put_first(self, target: Place, rows: Place) -> None:
+        """Copy float32 [blocks, 1, n, words] over the first n rows of every block of a larger tensor."""
+        binding = self._put_first.io_binding()
+        target.bind_input(binding, "target")
+        rows.bind_input(binding, "rows")
+        target.bind_output(binding, "result")
+        self._put_first.run_with_iobinding(binding)
+
+    @cached_property
+    def _clear(self) -> Any:
+        return self._session(node("ConstantOfShape", ["size"], ["zeros"]), {"size": ("int64", 1)}, {"zeros": ("float32", 1)})
+
+    @cached_property
+    def _put_first(self) -> Any:
+        scatter = node("TensorScatter", ["target", "rows"], ["result"], axis=-2)
+        return self._session(scatter, {"target": ("float32", 4), "rows": ("float32", 4)}, {"result": ("float32", 4)})
+
+    def _session(self, only: Any, inputs: dict[str, tuple[str, int]], outputs: dict[str, tuple[str, int]]) -> Any:
+        """Return a session of one node. Inputs and outputs: element type and rank by name."""
+        model = message("Model")(ir_version=10)
+        model.opset_import.add(domain="", version=24)
+        model.graph.node.append(only)
+        for values, described in ((model.graph.input, inputs), (model.graph.output, outputs)):
+            for name, (element, rank) in described.items():
+                tensor = values.add(name=name).type.tensor_type
+                tensor.elem_type = CODES[element]
+                for _ in range(rank):
+                    tensor.shape.dim.add()
+        options = self._ort.SessionOptions()
+        options.log_severity_level = 3
+        return self._ort.InferenceSession(model.SerializeToString(), options, providers=self._providers)
 
 
 def item_size(element: str) -> int:

@@ -13,9 +13,10 @@ A residual sum and the norm after it are fused, too. Weights are untouched: they
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
+from ..engine import ColumnInputs
 from .graph_edit import GraphEditor, attribute, ints
 from .onnx_proto import TENSOR_INT32, int64_tensor, int64_values, message, node
 
@@ -24,21 +25,6 @@ _HEAD_MULTIPLE = 16
 """With rotary positions, GroupQueryAttention requires the width of a head to be a multiple of this."""
 _SWAP_HEADS = [0, 2, 1, 3]
 _ROWS = "specialised.rows"
-
-
-@dataclass(frozen=True, slots=True)
-class ColumnInputs:
-    """Names of the inputs of a rewritten graph that give the positions of a call's columns."""
-
-    write_index: str
-    """int64 [batch]"""
-    position_ids: str
-    """int64 [batch, length]"""
-    rows: str | None = None
-    """int32 [], an added input: filled cache rows after a call, the largest number in the batch. A larger number, up to the
-    cache's length, gives the same values; only a batch of prompts needs the exact one. Read on the CPU."""
-    cache: str | None = None
-    """With `rows`: one of the caches, [batch, heads, rows, width]."""
 
 
 def specialise(model_bytes: bytes, *, feed_rows: bool = False) -> tuple[bytes, ColumnInputs | None]:

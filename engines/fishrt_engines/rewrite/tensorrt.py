@@ -23,8 +23,8 @@ from typing import Any
 
 import numpy as np
 
+from ..engine import Dim, GraphSpec, TensorSpec
 from ..errors import GraphError
-from ..spec import Dim, GraphSpec, TensorSpec
 from .graph_edit import GraphEditor, attribute
 from .graph_types import UNKNOWN, Shape, Value, declared, infer
 from .onnx_proto import CODES, array_tensor, int64_tensor, int64_values, node, parse_model

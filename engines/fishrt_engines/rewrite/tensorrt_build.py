@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from ..aside import new_file
+from ..engine import GraphSpec
 from ..errors import FishrtError, GraphError, ProviderError
-from ..spec import GraphSpec
 from ..trt.api import checked, load_tensorrt, log_of
 from ..trt.device import Device, open_device
 from ..trt.plans import (

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..spec import GraphSpec
+from ..engine import GraphSpec
 from .graph_edit import attribute
 from .graph_types import UNKNOWN, Value, declared, dtype_name, infer
 from .onnx_proto import parse_model

@@ -24,10 +24,8 @@ from typing import Any
 
 import numpy as np
 
-from ..engine import Array, Resident, State
+from ..engine import Array, GraphSpec, Resident, State, TensorSpec, check_feeds, is_constant, names
 from ..errors import FishrtError, GraphError
-from ..feeds import check_feeds, is_constant, names
-from ..spec import GraphSpec, TensorSpec
 from .api import checked, load_tensorrt, log_of
 from .device import Device, DeviceBuffer, Graph, open_device
 from .plans import Plan, find_plan, graph_hash, machine_of, read_portable, weights_identity

@@ -22,11 +22,11 @@ from typing import Any
 
 from ..aside import new_folder
 from ..cache import digest
+from ..engine import GraphSpec, StatePair, TensorSpec
 from ..errors import FishrtError, GraphError, ProviderError
 from ..folders import cache_folder
 from ..rewrite.onnx_proto import external_places, parse_model
 from ..rewrite.tensorrt import LOWERING, LoweringOptions
-from ..spec import GraphSpec, StatePair, TensorSpec
 from .device import Device
 
 PLAN, ENTRY = "engine.plan", "entry.json"

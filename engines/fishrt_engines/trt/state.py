@@ -10,11 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from ..engine import Array
+from ..engine import Array, GraphSpec, TensorSpec, check_growth, check_state_dims, check_written
 from ..errors import FishrtError
-from ..feeds import check_growth, check_state_dims, check_written
 from ..ort.tensors import from_bytes, item_size, to_bytes
-from ..spec import GraphSpec, TensorSpec
 from .device import Device, DeviceBuffer, Graph
 from .plans import LARGER, Plan
 

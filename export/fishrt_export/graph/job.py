@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from fishrt.bundle.folder import Parity
-from fishrt_engines.spec import GraphSpec
+from fishrt_engines.engine import GraphSpec
 
 from ..checkpoint.weights import load
 from ..models.transformer import Stack

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fishrt.bundle.folder import Parity
 from fishrt_engines import Array, open_engine
-from fishrt_engines.spec import GraphSpec, TensorSpec
+from fishrt_engines.engine import GraphSpec, TensorSpec
 
 from ..models.transformer import Stack
 from .verify import PROVIDER, Case, Report, compare

@@ -17,7 +17,7 @@ from onnxscript.optimizer import optimize_ir
 from torch import Tensor, nn
 
 from fishrt.version import __version__
-from fishrt_engines.spec import GraphSpec, TensorSpec
+from fishrt_engines.engine import GraphSpec, TensorSpec
 
 from ..errors import ExportError
 from ..models.transformer import ONNX_OPSET

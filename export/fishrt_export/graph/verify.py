@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fishrt.bundle.folder import Parity
 from fishrt_engines import Array, Engine, open_engine
-from fishrt_engines.spec import GraphSpec
+from fishrt_engines.engine import GraphSpec
 
 from ..errors import ExportError
 from .quantise import dequantise, relative_error, unpack

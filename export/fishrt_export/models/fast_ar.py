@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from fishrt_engines.spec import GraphSpec, StatePair, TensorSpec
+from fishrt_engines.engine import GraphSpec, StatePair, TensorSpec
 
 from ..checkpoint.config import ModelConfig
 from .transformer import Stack, cache_names

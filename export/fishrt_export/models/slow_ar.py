@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fishrt_engines.spec import GraphSpec, StatePair, TensorSpec
+from fishrt_engines.engine import GraphSpec, StatePair, TensorSpec
 
 from ..checkpoint.config import ModelConfig
 from .transformer import Stack, cache_names

@@ -8,7 +8,7 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
-from fishrt_engines.spec import GraphSpec
+from fishrt_engines.engine import GraphSpec
 
 from ..checkpoint.config import ModelConfig
 from ..checkpoint.identify import AudioIds

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fishrt.bundle.features import Codec
-from fishrt_engines.spec import GraphSpec, TensorSpec
+from fishrt_engines.engine import GraphSpec, TensorSpec
 
 from ..checkpoint.files import find_codec
 from ..checkpoint.weights import expected_shapes, find_problems, fuse_weight_norm, load

@@ -25,7 +25,7 @@ import onnx_ir as ir
 from fishrt.bundle.int8_codec import INT8_CODEC, Int8Codec
 from fishrt.metrics import signal_over_error
 from fishrt_engines import Engine, open_engine
-from fishrt_engines.spec import GraphSpec, TensorSpec
+from fishrt_engines.engine import GraphSpec, TensorSpec
 
 from ..errors import ExportError
 

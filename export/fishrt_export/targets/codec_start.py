@@ -16,7 +16,7 @@ from fishrt.bundle.codec_start import CODEC_START
 from fishrt.bundle.features import Codec
 from fishrt.codec import CodecDecoder, CodecEncoder
 from fishrt_engines import open_engine
-from fishrt_engines.spec import GraphSpec
+from fishrt_engines.engine import GraphSpec
 
 from ..models.codec.decoding import COLUMNS
 

@@ -18,8 +18,8 @@ import onnx_ir as ir
 from fishrt.bundle.folder import Parity
 from fishrt.bundle.static import STATIC, StaticGraph, StaticGraphs, StaticStep, Usability
 from fishrt_engines import open_engine
+from fishrt_engines.engine import GraphSpec, StatePair, TensorSpec
 from fishrt_engines.ort.coreml import CACHE_KEY, Part
-from fishrt_engines.spec import GraphSpec, StatePair, TensorSpec
 
 from ..errors import ExportError
 from ..graph.verify import Case, Feeds, Report

@@ -9,10 +9,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from fishrt_engines import GraphError
+from fishrt_engines.engine import GraphSpec
 from fishrt_engines.rewrite.onnx_proto import parse_model
 from fishrt_engines.rewrite.tensorrt import PRECISIONS, LoweringOptions, lower_for_tensorrt
 from fishrt_engines.rewrite.tensorrt_rules import Finding, check_for_tensorrt
-from fishrt_engines.spec import GraphSpec
 
 from ..language_model.frame import frame_model, frame_spec
 from .folder import Bundle

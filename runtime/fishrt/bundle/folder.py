@@ -19,7 +19,7 @@ from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
-from fishrt_engines.spec import GraphSpec
+from fishrt_engines.engine import GraphSpec
 
 from ..errors import BundleError
 from ..hub.repository import is_reference

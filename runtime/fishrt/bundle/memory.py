@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fishrt_engines.spec import GraphSpec
+from fishrt_engines.engine import GraphSpec
 
 from ..errors import FishrtError
 from .folder import Manifest

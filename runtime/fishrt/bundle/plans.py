@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from fishrt_engines.engine import GraphSpec
 from fishrt_engines.rewrite.tensorrt import LoweringOptions
 from fishrt_engines.rewrite.tensorrt_build import PlanRequest
-from fishrt_engines.spec import GraphSpec
 from fishrt_engines.trt.engine import find_built
 from fishrt_engines.trt.plans import Profile
 

@@ -11,8 +11,8 @@ import logging
 from dataclasses import asdict, dataclass
 
 from fishrt_engines import Engine, ProviderError, open_engine
+from fishrt_engines.engine import GraphSpec
 from fishrt_engines.ort.coreml import Part, StaticEngine
-from fishrt_engines.spec import GraphSpec
 
 from ..errors import BundleError
 from .folder import AGAIN, Bundle, Parity, read_listed

@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
+from fishrt_engines.engine import Dim, GraphSpec, TensorSpec
 from fishrt_engines.rewrite.graph_edit import GraphEditor
 from fishrt_engines.rewrite.onnx_proto import CODES, array_tensor, node, parse_model, value_info
-from fishrt_engines.spec import Dim, GraphSpec, TensorSpec
 
 from ..bundle.features import LanguageModel
 from .sampling import main_ids

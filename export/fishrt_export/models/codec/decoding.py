@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fishrt_engines.spec import GraphSpec, StatePair, TensorSpec
+from fishrt_engines.engine import GraphSpec, StatePair, TensorSpec
 
 from .carry import Carry
 from .dac import Dac
