@@ -1,12 +1,9 @@
-"""Disk cache of graphs that ONNX Runtime has optimised and packed for this machine.
+"""What is kept on disk for this machine: optimised graphs, and plans of TensorRT.
 
-Packing the weights of a large graph takes seconds and holds them in memory twice. A cached graph is memory-mapped in a fraction
-of a second and shared between processes. It fits one CPU model and one version only, so its key contains both:
+    folder of a kind / hash of the key / files, entry.json
 
-    folders.cache_folder() / key / graph.onnx, graph.onnx.data, entry.json
-
-An entry is written to a temporary folder and renamed when complete. A damaged one is made again. Without a folder to write to,
-graphs are optimised at every start.
+An entry's key holds all that its files depend on, such as the graph, the CPU and the versions of libraries. An entry is written
+aside and renamed when complete. A damaged one is made again.
 """
 
 from __future__ import annotations
@@ -15,126 +12,106 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from .aside import new_folder
-from .engine import ColumnInputs
-from .rewrite.onnx_proto import message
 
 log = logging.getLogger(__name__)
 
-GRAPH, DATA, ENTRY = "graph.onnx", "graph.onnx.data", "entry.json"
-_LAYOUT = 1
-"""Version of the cache's layout; part of the key."""
-_ALIGNMENT = 4096
-"""Bytes. Packed weights are read with aligned loads, and locate their parts relative to an aligned start."""
+ENTRY = "entry.json"
+_LAYOUT = 2
+"""Version of the layout; part of the hash."""
 _SAMPLE, _STRIDE = 4096, 1 << 20
-"""At a start, _SAMPLE bytes of every _STRIDE bytes of the data are hashed: enough to notice damage, and quick."""
-_BLOCK = 1 << 24
+"""When an entry is found, _SAMPLE bytes of every _STRIDE bytes are hashed: enough to notice damage, and quick."""
 
 
 @dataclass(frozen=True, slots=True)
-class CachedGraph:
-    """A complete entry of the cache."""
+class Entry:
+    """A folder of the store, and its description."""
 
-    path: Path
-    columns: ColumnInputs | None
-    """The result of `specialise`."""
+    folder: Path
+    key: Any
+    """All that the files depend on, in JSON's types."""
+    facts: Any
+    """What a reader of the files must know, in JSON's types."""
+    digests: Mapping[str, list[int | str]]
+    """The size and a hash of samples of each file, by name."""
+
+    def fault(self) -> str | None:
+        """Return what is wrong with the files; None if nothing is."""
+        for name, recorded in self.digests.items():
+            if not (self.folder / name).is_file():
+                return f"lacks {name}"
+            if digest(self.folder / name) != recorded:
+                return "was altered or is not whole"
+        return None
 
 
-def cache_key(identity: str, *parts: str) -> str:
-    """Return the name of an entry: hex of a hash over the graph's identity and all that its optimised form depends on."""
-    return hashlib.sha256(json.dumps([_LAYOUT, identity, *parts]).encode()).hexdigest()[:32]
+def entries(folder: Path) -> list[Path]:
+    """Return the folders of all entries in a folder, the one described last first."""
+    described = folder.glob(f"[!.]*/{ENTRY}")
+    return [entry.parent for entry in sorted(described, key=lambda entry: entry.stat().st_mtime_ns, reverse=True)]
 
 
-def find(folder: Path) -> CachedGraph | None:
-    """Return the entry in this folder; None if there is none. A damaged one is removed, with a warning."""
-    if not folder.is_dir():
+def read(folder: Path) -> Entry:
+    """Return the entry in its folder, whose files are not looked at. Raises OSError or ValueError for a damaged description."""
+    content = json.loads((folder / ENTRY).read_text(encoding="utf-8"))
+    try:
+        entry = Entry(folder, content["key"], content["facts"], dict(content["digests"]))
+    except (KeyError, TypeError):
+        raise ValueError("its description is incomplete") from None
+    if _place(folder.parent, entry.key) != folder:
+        raise ValueError("its description was altered")
+    return entry
+
+
+def find(folder: Path, key: Any) -> Entry | None:
+    """Return the entry of this key; None if there is none. A damaged one is removed, with a warning."""
+    place = _place(folder, key)
+    if not place.is_dir():
         return None
     try:
-        entry = json.loads((folder / ENTRY).read_text(encoding="utf-8"))
-        if entry["graph"] == digest(folder / GRAPH) and entry["data"] == digest(folder / DATA):
-            columns = entry["columns"]
-            return CachedGraph(folder / GRAPH, None if columns is None else ColumnInputs(**columns))
-        found = "was altered"
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        entry = read(place)
+        found = entry.fault()
+    except (OSError, ValueError) as error:
         found = f"cannot be read ({error})"
-    discard(folder, found)
+    if found is None:
+        return entry
+    discard(place, found)
     return None
 
 
-def discard(folder: Path, why: str) -> None:
+def discard(entry: Path, why: str) -> None:
     """Remove an entry that cannot be used."""
-    log.warning("the cached graph %s %s; it is made again", folder, why)
-    shutil.rmtree(folder, ignore_errors=True)
+    log.warning("what is kept in %s %s; it is made again", entry, why)
+    shutil.rmtree(entry, ignore_errors=True)
 
 
-def keep(folder: Path, columns: ColumnInputs | None, save: Callable[[Path, str], None]) -> CachedGraph | None:
-    """Write the entry in this folder and return it; None, with a warning, if it cannot be written or the disk is full.
+def keep(folder: Path, key: Any, write: Callable[[Path], Any]) -> Entry:
+    """Make the entry of this key, or return the same one of a process that was faster. Raises OSError if it cannot be written.
 
-    save: writes an optimised graph to a path, and its weights to a file of the given name in the same folder.
+    write: writes its files into a folder, and returns its facts.
     """
+    place = _place(folder, key)
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with new_folder(folder) as aside:
-            save(aside / "saved.onnx", "saved.data")
-            _align(aside / "saved.onnx", aside / "saved.data", aside)
-            for name in ("saved.onnx", "saved.data"):
-                (aside / name).unlink()
-            entry = {"graph": digest(aside / GRAPH), "data": digest(aside / DATA), "columns": columns and asdict(columns)}
-            (aside / ENTRY).write_text(json.dumps(entry), encoding="utf-8")
-    except OSError as error:
-        if not folder.is_dir():  # else another process was faster; its entry is the same
-            why = error.strerror or error  # without the path: the same text for all graphs of a bundle is shown once
-            log.warning("optimised graphs cannot be written to %s, and are made again at every start: %s", folder.parent, why)
-    return find(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        with new_folder(place) as aside:
+            facts = write(aside)
+            digests = {file.name: digest(file) for file in sorted(aside.iterdir())}
+            content = {"key": key, "facts": facts, "digests": digests}
+            (aside / ENTRY).write_text(json.dumps(content, indent=1), encoding="utf-8")
+    except OSError:
+        if (entry := find(folder, key)) is None:
+            raise
+        return entry
+    return Entry(place, key, facts, digests)
 
 
-def _align(graph: Path, data: Path, folder: Path) -> None:
-    """Copy a graph that ONNX Runtime saved, with all weights at aligned offsets.
-
-    ONNX Runtime 1.31 aligns only tensors of more than a megabyte, and reads packed ones at other offsets wrongly.
-    """
-    model = message("Model").FromString(graph.read_bytes())
-    with data.open("rb") as source, (folder / DATA).open("wb") as target:
-        for tensor in model.graph.initializer:
-            entries = {entry.key: entry for entry in tensor.external_data}
-            if not entries:
-                continue
-            entries["location"].value = DATA
-            place = _copy(source, int(entries["offset"].value), int(entries["length"].value), target)
-            entries["offset"].value = str(place)
-            for key, entry in entries.items():
-                if key.startswith("prepacked"):
-                    _move_packed(entry, source, target)
-    (folder / GRAPH).write_bytes(model.SerializeToString())
-
-
-def _move_packed(entry: Any, source: BinaryIO, target: BinaryIO) -> None:
-    """Copy the buffers of one packed weight and update its entry: "kernel+hash|offset;length;checksum|…"."""
-    name, *buffers = entry.value.split("|")
-    moved = []
-    for buffer in buffers:
-        offset, length, checksum = buffer.split(";")
-        moved.append(f"{_copy(source, int(offset), int(length), target)};{length};{checksum}")
-    entry.value = "|".join([name, *moved])
-
-
-def _copy(source: BinaryIO, offset: int, length: int, target: BinaryIO) -> int:
-    """Append bytes at the next aligned offset, and return the offset."""
-    start = -(-target.tell() // _ALIGNMENT) * _ALIGNMENT
-    target.write(bytes(start - target.tell()))
-    source.seek(offset)
-    while length > 0:
-        block = source.read(min(length, _BLOCK))
-        if not block:
-            raise OSError("the saved graph is shorter than its description")
-        target.write(block)
-        length -= len(block)
-    return start
+def _place(folder: Path, key: Any) -> Path:
+    return folder / hashlib.sha256(json.dumps([_LAYOUT, key], sort_keys=True).encode()).hexdigest()[:32]
 
 
 def digest(path: Path) -> list[int | str]:

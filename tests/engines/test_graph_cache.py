@@ -18,8 +18,9 @@ from onnx import TensorProto, helper, numpy_helper
 
 from fishrt.cli import main
 from fishrt_engines import Engine, FishrtError, GraphSpec, TensorSpec, open_engine
-from fishrt_engines import cache as graph_cache
+from fishrt_engines import cache as store
 from fishrt_engines.folders import cache_folder
+from fishrt_engines.ort import packed
 from fishrt_engines.ort import session as ort_session
 
 WIDTHS = (256, 96, 160, 32)
@@ -132,8 +133,9 @@ def test_an_entry_that_does_not_load_is_made_again(graph: Path, caplog: pytest.L
     expected = spoken(opened(graph))
     (entry,) = entries()
     (entry / "graph.onnx").write_bytes(b"no graph")
-    hashes = {"graph": graph_cache.digest(entry / "graph.onnx"), "data": graph_cache.digest(entry / "graph.onnx.data")}
-    (entry / "entry.json").write_text(json.dumps({**hashes, "columns": None}))
+    described = json.loads((entry / "entry.json").read_text())
+    described["digests"]["graph.onnx"] = store.digest(entry / "graph.onnx")
+    (entry / "entry.json").write_text(json.dumps(described))
     with caplog.at_level(logging.WARNING):
         np.testing.assert_array_equal(spoken(opened(graph)), expected)
     assert "cannot be loaded" in caplog.text
@@ -175,7 +177,7 @@ def test_a_full_disk_leaves_nothing_behind(
         raise OSError(28, "No space left on device")
 
     expected = spoken(opened(graph, identity=None))
-    monkeypatch.setattr(graph_cache, "_copy", full)
+    monkeypatch.setattr(packed, "_copy", full)
     with caplog.at_level(logging.WARNING):
         np.testing.assert_array_equal(spoken(opened(graph)), expected)
     assert "No space left" in caplog.text
@@ -201,8 +203,8 @@ def test_a_full_disk_while_onnx_runtime_writes(graph: Path, caplog: pytest.LogCa
 def test_another_process_may_have_been_faster(graph: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = spoken(opened(graph))
     (entry,) = entries()
-    find, blind = graph_cache.find, [True]
-    monkeypatch.setattr(graph_cache, "find", lambda key: None if blind and blind.pop() else find(key))
+    find, blind = store.find, [True]
+    monkeypatch.setattr(store, "find", lambda folder, key: None if blind and blind.pop() else find(folder, key))
     np.testing.assert_array_equal(spoken(opened(graph)), expected)
     assert entries() == [entry]
 

@@ -178,7 +178,7 @@ def test_a_plan_that_cannot_be_written_is_an_error_and_leaves_nothing(gpu, small
     def full(*_: Any) -> Any:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(trt_plans, "digest", full)
+    monkeypatch.setattr(trt_plans.cache, "digest", full)
     with pytest.raises(FishrtError, match=r"cannot be written to .*: No space left on device"):
         build_plan(request_for(small))
     assert not list((tmp_path / "cache").rglob("*.plan"))
@@ -284,13 +284,13 @@ def test_a_plan_that_was_altered_is_refused_and_built_again(gpu, small):
     whole = plan.path.read_bytes()
     for spoil in (lambda: plan.path.write_bytes(whole[:-1]), lambda: plan.path.write_bytes(whole[:-1] + b"x"), plan.path.unlink):
         spoil()
-        with pytest.raises(ProviderError, match=r"was altered or is not whole|lacks its plan"):
+        with pytest.raises(ProviderError, match=r"was altered or is not whole|lacks engine.plan"):
             opened(small)
         assert build_plan(request_for(small))[1]
         assert plan.path.read_bytes() == whole
 
 
-@pytest.mark.parametrize("change", ["not json", {"layout": 0}, {"key": None}, {"spec": {}}, {}], ids=str)
+@pytest.mark.parametrize("change", ["not json", {"key": None}, {"facts": {}}, {"digests": None}, {}], ids=str)
 def test_a_description_that_was_altered_is_refused(gpu, small, tmp_path, change):
     build_plan(request_for(small))
     (entry,) = entries(tmp_path)

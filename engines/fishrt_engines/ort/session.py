@@ -9,11 +9,11 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from .. import cache as graph_cache
+from .. import cache
 from ..engine import ColumnInputs, GraphSpec, TensorSpec
 from ..errors import FishrtError
 from ..folders import cache_folder
@@ -21,12 +21,15 @@ from ..machine import cpu_identity
 from ..providers import import_onnxruntime
 from ..rewrite.attention import specialise
 from ..rewrite.onnx_proto import external_places, parse_model
+from . import packed
 from .tensors import HostMemory, Memory
 
 log = logging.getLogger(__name__)
 
 WORTH_KEEPING = 32_000_000
 """Bytes of weights from which an optimised graph is cached on disk. Smaller graphs are optimised quickly."""
+_KEPT = "graph.onnx"
+"""The name of a graph in the cache."""
 SPIN_US = "20"
 """Microseconds that an idle thread spins before it sleeps: the next product of the same step may come sooner than a sleeping
 thread wakes. Spinning makes an idle machine faster and a busy one slower; with ONNX Runtime's longer default, idle threads also
@@ -69,21 +72,19 @@ def open_session(
         if build is None:
             return Opened(_session(ort, graph_source(path, options), options))
         return Opened(_session(ort, find_weights(build(path.read_bytes()), path, options), options))
-    weights, cache = path.with_name(f"{path.name}.data"), cache_folder()
-    if build or identity is None or cache is None or not weights.is_file() or weights.stat().st_size < WORTH_KEEPING:
+    weights, folder = path.with_name(f"{path.name}.data"), cache_folder()
+    if build or identity is None or folder is None or not weights.is_file() or weights.stat().st_size < WORTH_KEEPING:
         return _optimised(ort, path, threads, build)
-    entry = cache / graph_cache.cache_key(identity, ort.__version__, cpu_identity())
-    kept = graph_cache.find(entry)
-    if kept is None:
-        kept = _keep(ort, path, entry)
-    if kept is not None:
+    key = [identity, ort.__version__, cpu_identity()]
+    if (kept := cache.find(folder, key) or _keep(ort, path, folder, key)) is not None:
         options = session_options(ort, threads)
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-        log.debug("%s as it is kept in %s", path.name, entry)
+        log.debug("%s as it is kept in %s", path.name, kept.folder)
         try:
-            return Opened(_session(ort, str(kept.path), options), kept.columns)
+            columns = None if kept.facts is None else ColumnInputs(**kept.facts)
+            return Opened(_session(ort, str(kept.folder / _KEPT), options), columns)
         except Exception as error:  # ONNX Runtime's exceptions have no common base
-            graph_cache.discard(entry, f"cannot be loaded ({error})")
+            cache.discard(kept.folder, f"cannot be loaded ({error})")
     return _optimised(ort, path, threads)
 
 
@@ -188,22 +189,33 @@ def _tensor_differences(what: str, described: TensorSpec, dtype: str, shape: Seq
     return [] if same else [f"{what} has shape {list(shape)} instead of {list(described.shape)}"]
 
 
-def _keep(ort: Any, path: Path, entry: Path) -> graph_cache.CachedGraph | None:
+def _keep(ort: Any, path: Path, folder: Path, key: list[str]) -> cache.Entry | None:
+    """Optimise a graph and keep it; return None, with a warning, if it cannot be written or the disk is full."""
     rewritten, columns = specialise(path.read_bytes())
 
-    def save(target: Path, weights: str) -> None:
-        log.info("optimising %s for this machine, once; the result is cached in %s", path.name, entry.parent)
+    def write(aside: Path) -> Any:
+        log.info("optimising %s for this machine, once; the result is cached in %s", path.name, folder)
+        saved, weights = aside / "saved.onnx", aside / "saved.data"
         options = session_options(ort, 1)
-        options.optimized_model_filepath = str(target)
-        options.add_session_config_entry("session.optimized_model_external_initializers_file_name", weights)
+        options.optimized_model_filepath = str(saved)
+        options.add_session_config_entry("session.optimized_model_external_initializers_file_name", weights.name)
         options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
         options.add_session_config_entry("session.save_external_prepacked_constant_initializers", "1")
         try:
             _from_bytes(ort, rewritten, path, options)
         except Exception as error:  # ONNX Runtime's exceptions have no common base; a full disk is one of them
             raise OSError(str(error)) from None
+        packed.align(saved, weights, aside / _KEPT)
+        saved.unlink()
+        weights.unlink()
+        return columns and asdict(columns)
 
-    return graph_cache.keep(entry, columns, save)
+    try:
+        return cache.keep(folder, key, write)
+    except OSError as error:
+        why = error.strerror or error  # without the path: the same text for all graphs of a bundle is shown once
+        log.warning("optimised graphs cannot be written to %s, and are made again at every start: %s", folder, why)
+        return None
 
 
 def _optimised(ort: Any, path: Path, threads: int, build: Callable[[bytes], bytes] | None = None) -> Opened:

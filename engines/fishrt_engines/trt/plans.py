@@ -1,18 +1,14 @@
-"""Disk cache of plans, the engines that TensorRT has built.
+"""Plans, the engines that TensorRT has built, in the cache: see `cache`.
 
-A plan holds one graph with its weights, and runs only with one version of TensorRT on one model of GPU. A file in the same folder
-describes all of that, and is compared before the plan is loaded:
+    folders.cache_folder() / plans / hash of the key / engine.plan, entry.json
 
-    folders.cache_folder() / plans / key / engine.plan, entry.json
-
-A plan is written to a temporary folder and renamed when complete. A plan that does not fit is neither used nor rebuilt.
+A plan holds one graph with its weights, and runs only with one version of TensorRT on one model of GPU. The entry's key says all
+of that, and is compared before a plan is loaded. A plan that does not fit is neither used nor rebuilt.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 import platform
 import shlex
 from collections.abc import Callable, Iterator, Mapping
@@ -20,8 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..aside import new_folder
-from ..cache import digest
+from .. import cache
 from ..engine import GraphSpec, StatePair, TensorSpec
 from ..errors import FishrtError, GraphError, ProviderError
 from ..folders import cache_folder
@@ -29,9 +24,7 @@ from ..rewrite.onnx_proto import external_places, parse_model
 from ..rewrite.tensorrt import LOWERING, LoweringOptions
 from .device import Device
 
-PLAN, ENTRY = "engine.plan", "entry.json"
-_LAYOUT = 1
-"""Version of the files' layout; part of the key."""
+PLAN = "engine.plan"
 _MEMORY_CLASS = 4 << 30
 """Bytes to which a device's memory is rounded: one model of GPU exists with different memory sizes."""
 _BLOCK = 1 << 24
@@ -94,11 +87,6 @@ class PlanKey:
     workspace: int | None
     """Largest workspace of kernels in bytes; None: all the device's memory."""
     profiles: tuple[Profile, ...]
-
-    @property
-    def name(self) -> str:
-        """Return the name of the plan's folder."""
-        return hashlib.sha256(json.dumps([_LAYOUT, asdict(self)], sort_keys=True).encode()).hexdigest()[:32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,9 +164,10 @@ def find_plan(graph: str, weights: str, machine: Machine, path: Path) -> Plan:
     plan fits.
     """
     why = []
-    for folder in _entries():
+    for folder in cache.entries(plan_folder()):
         try:
-            plan = _read(folder)
+            entry = cache.read(folder)
+            plan = _plan(entry)
         except (OSError, ValueError, KeyError, TypeError) as error:
             why.append(f"{folder} is damaged ({error})")
             continue
@@ -186,7 +175,7 @@ def find_plan(graph: str, weights: str, machine: Machine, path: Path) -> Plan:
             continue
         if differences := list(_differences(plan.key.machine, machine)):
             why.append(f"the one in {folder} {'; '.join(differences)}")
-        elif fault := _fault(folder):
+        elif fault := entry.fault():
             why.append(f"the one in {folder} {fault}")
         else:
             return plan
@@ -198,73 +187,50 @@ def find_plan(graph: str, weights: str, machine: Machine, path: Path) -> Plan:
 
 def kept_plan(key: PlanKey) -> Plan | None:
     """Return the plan of exactly this key, and mark it as the newest; None if it is missing or damaged."""
-    folder = plan_folder() / key.name
-    try:
-        plan = _read(folder)
-        if plan.key != key or _fault(folder):
-            return None
-        os.utime(folder / ENTRY)
-    except (OSError, ValueError, KeyError, TypeError):
+    entry = cache.find(plan_folder(), asdict(key))
+    if entry is None:
         return None
+    try:
+        plan = _plan(entry)
+    except (ValueError, KeyError, TypeError) as error:
+        cache.discard(entry.folder, f"is damaged ({error})")
+        return None
+    (entry.folder / cache.ENTRY).touch()
     return plan
 
 
 def keep_plan(key: PlanKey, spec: GraphSpec, writes: ColumnWrites | None, serialized: Any) -> Plan:
     """Write a plan. serialized: a buffer. Raises FishrtError, and leaves no files, if it cannot be written."""
-    folder = plan_folder() / key.name
+
+    def write(folder: Path) -> Any:
+        with (folder / PLAN).open("wb") as file:
+            file.write(memoryview(serialized))
+        return {"spec": asdict(spec), "writes": writes and asdict(writes)}
+
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with new_folder(folder, replace=True) as aside:
-            with (aside / PLAN).open("wb") as file:
-                file.write(memoryview(serialized))
-            entry = {
-                "key": asdict(key),
-                "spec": asdict(spec),
-                "writes": writes and asdict(writes),
-                "digest": digest(aside / PLAN),
-            }
-            (aside / ENTRY).write_text(json.dumps({"layout": _LAYOUT, **entry}, indent=1), encoding="utf-8")
+        entry = cache.keep(plan_folder(), asdict(key), write)
     except OSError as error:
         raise FishrtError(
-            f"the plan cannot be written to {folder.parent}: {error.strerror or error}",
+            f"the plan cannot be written to {plan_folder()}: {error.strerror or error}",
             hint="make room there, or set FISHRT_CACHE to another folder",
         ) from None
-    return Plan(folder / PLAN, key, spec, writes)
+    return Plan(entry.folder / PLAN, key, spec, writes)
 
 
-def _entries() -> list[Path]:
-    """Return the folders of plans, the newest first."""
-    found = [entry for entry in plan_folder().glob("*/" + ENTRY) if not entry.parent.name.startswith(".")]
-    return [entry.parent for entry in sorted(found, key=lambda entry: entry.stat().st_mtime_ns, reverse=True)]
-
-
-def _read(folder: Path) -> Plan:
-    """Read a plan's description. Raises OSError, ValueError, KeyError or TypeError for anything else."""
-    entry = json.loads((folder / ENTRY).read_text(encoding="utf-8"))
-    if entry["layout"] != _LAYOUT:
-        raise ValueError(f"its layout is {entry['layout']}, not {_LAYOUT}")
-    key, writes = entry["key"], entry["writes"]
+def _plan(entry: cache.Entry) -> Plan:
+    """Return the plan of an entry. Raises ValueError, KeyError or TypeError for a description that is none of a plan."""
+    key, writes = entry.key, entry.facts["writes"]
     profiles = tuple(
         Profile(p["name"], {d: (int(a), int(b), int(c)) for d, (a, b, c) in p["dims"].items()}) for p in key["profiles"]
     )
     machine, lowering = Machine(**key["machine"]), LoweringOptions(**key["lowering"])
     parsed = PlanKey(key["graph"], key["weights"], machine, lowering, key["workspace"], profiles)
-    if parsed.name != folder.name:
-        raise ValueError("its description was altered")
-    return Plan(folder / PLAN, parsed, _spec(entry["spec"]), None if writes is None else ColumnWrites(**writes))
+    return Plan(entry.folder / PLAN, parsed, _spec(entry.facts["spec"]), None if writes is None else ColumnWrites(**writes))
 
 
 def _spec(data: Mapping[str, Any]) -> GraphSpec:
     tensors = [tuple(TensorSpec(t["name"], t["dtype"], tuple(t["shape"])) for t in data[kind]) for kind in ("inputs", "outputs")]
     return GraphSpec(data["file"], tensors[0], tensors[1], tuple(StatePair(**pair) for pair in data["states"]))
-
-
-def _fault(folder: Path) -> str | None:
-    """Return the fault of a plan's file, or None."""
-    recorded = json.loads((folder / ENTRY).read_text(encoding="utf-8"))["digest"]
-    if not (folder / PLAN).is_file():
-        return "lacks its plan"
-    return None if digest(folder / PLAN) == recorded else "was altered or is not whole"
 
 
 def _differences(built: Machine, here: Machine) -> Iterator[str]:
