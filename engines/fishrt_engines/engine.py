@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -118,6 +118,41 @@ class State(Protocol):
     def grow(self, **dims: int) -> None:
         """Enlarge dimensions. Values keep their indices; the new part is zeros. Raises FishrtError if memory does not suffice."""
         ...
+
+    def row(self, n: int) -> State:
+        """Return row n of the batch as a state. It shares the memory of this one, also after that has grown."""
+        ...
+
+    def rows(self, count: int) -> State:
+        """Return the first `count` rows of the batch as a state, in the same way."""
+        ...
+
+    def copy_rows(self, source: State, row: int, length: int) -> None:
+        """Copy the first `length` positions of `source`, a state of one row of the same engine, to the front of row `row`.
+
+        Positions are the open dimension behind the batch. Raises ValueError if they do not fit.
+        """
+        ...
+
+
+class OneRow:
+    """The rows of a state that is always used as a whole."""
+
+    dims: Mapping[str, int]
+
+    def row(self, n: int) -> Self:
+        """See `State.row`. Raises ValueError unless it is the only one."""
+        return self.rows(0 if n else 1)
+
+    def rows(self, count: int) -> Self:
+        """See `State.rows`. Raises ValueError unless these are all rows."""
+        if count != self.dims["batch"]:
+            raise ValueError(f"{type(self).__name__} cannot be parted into rows: use one state for each row")
+        return self
+
+    def copy_rows(self, source: State, row: int, length: int) -> None:
+        """Raises ValueError: nothing is copied between such states."""
+        raise ValueError(f"nothing can be copied into a {type(self).__name__}")
 
 
 class Engine(Protocol):

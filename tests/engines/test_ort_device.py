@@ -112,21 +112,21 @@ def test_bfloat16_is_the_nearest_with_ties_to_even() -> None:
 
 def test_a_row_lies_within_the_whole() -> None:
     held = tensor(MEMORY, np.arange(12, dtype=np.float32).reshape(3, 4), "bfloat16")
-    row = held.place.row(2)
+    row = held.place.part(2, 1)
     assert (row.pointer - held.place.pointer, row.shape, row.nbytes) == (16, (1, 4), 8)
     array = HostTensor(np.arange(12, dtype=np.float32).reshape(3, 4))
-    assert array.place.row(1).pointer == array.array[1:].ctypes.data
+    assert array.place.part(1, 1).pointer == array.array[1:].ctypes.data
 
 
 def test_state_is_updated_in_place_and_carried(engine: OrtEngine) -> None:
     state = engine.new_state(batch=1, cache=8)
-    before = state.tensors["cache"].place.pointer
+    before = state.tensor("cache").place.pointer
     assert engine.run(feeds([1, 2, 3], 0), state)["total"].tolist() == [[6.0] * WIDTH]
     for n, value in enumerate([4, 5, 6]):
         total = engine.run(feeds([value], 3 + n), state)["total"]
     assert total.tolist() == [[21.0] * WIDTH]
     assert state.read("cache")[0, 0, :, 0].tolist() == [1, 2, 3, 4, 5, 6, 0, 0]
-    assert state.tensors["cache"].place.pointer == before
+    assert state.tensor("cache").place.pointer == before
 
 
 def test_a_grown_state_keeps_what_it_held(engine: OrtEngine) -> None:
@@ -136,6 +136,39 @@ def test_a_grown_state_keeps_what_it_held(engine: OrtEngine) -> None:
     assert engine.run(feeds([4], 2, batch=2), state)["total"].tolist() == [[7.0] * WIDTH] * 2
     assert state.read("cache")[1, 0, :, 0].tolist() == [1, 2, 4, 0, 0]
     assert state.dims == {"batch": 2, "cache": 5}
+
+
+def test_rows_of_a_state_share_its_memory(engine: OrtEngine) -> None:
+    state = engine.new_state(batch=3, cache=2)
+    second, front = state.row(1), state.rows(2)
+    engine.run(feeds([5, 6], 0), second)
+    state.grow(cache=4)  # the rows are those of the grown state
+    assert (second.dims, front.dims) == ({"batch": 1, "cache": 4}, {"batch": 2, "cache": 4})
+    assert engine.run(feeds([1], 2, batch=2), front)["total"].tolist() == [[1.0] * WIDTH, [12.0] * WIDTH]
+    assert engine.run(feeds([2], 3), second.row(0))["total"].tolist() == [[14.0] * WIDTH]
+    second.write("cache", np.full((1, 1, 1, WIDTH), 7, np.float32))
+    assert state.read("cache")[:, 0, :, 0].tolist() == [[0, 0, 1, 0], [7, 6, 1, 2], [0, 0, 0, 0]]
+    np.testing.assert_array_equal(front.row(1).read("cache"), state.read("cache")[1:2])
+    assert state.rows(3) is state
+    for wrong in (lambda: state.row(3), lambda: state.rows(0), lambda: state.rows(4), lambda: second.row(1)):
+        with pytest.raises(ValueError, match="not among the"):
+            wrong()
+    with pytest.raises(ValueError, match="do not grow by themselves"):
+        second.grow(cache=5)
+
+
+def test_positions_are_copied_into_a_row(engine: OrtEngine) -> None:
+    kept, state = engine.new_state(batch=1, cache=3), engine.new_state(batch=2, cache=4)
+    engine.run(feeds([1, 2, 4], 0), kept)
+    engine.run(feeds([8, 8, 8, 8], 0, batch=2), state)
+    state.copy_rows(kept, 1, 2)
+    assert state.read("cache")[:, 0, :2, 0].tolist() == [[8, 8], [1, 2]]
+    assert state.read("cache")[1, 0, 3, 0] == 8
+    kept.copy_rows(kept, 0, 3)
+    engine.new_state(batch=1, cache=4).copy_rows(state.row(1), 0, 4)
+    for source, row, length in ((state, 0, 1), (kept, 2, 1), (kept, 0, 4)):
+        with pytest.raises(ValueError, match=r"of one row|not among|do not fit"):
+            state.copy_rows(source, row, length)
 
 
 def test_what_was_read_can_be_written(engine: OrtEngine) -> None:
@@ -187,7 +220,7 @@ def test_a_state_of_16_bits_is_read_and_written_in_float32(tmp_path: Path, eleme
     state.write("cache", np.full((1, 1, 3, WIDTH), 3 + 2**-12, np.float32))
     total = engine.run(feeds([5], 3), state)["total"]
     assert total.tolist() == [[14.0] * WIDTH]
-    assert state.tensors["cache"].place.nbytes == 6 * WIDTH * 2
+    assert state.tensor("cache").place.nbytes == 6 * WIDTH * 2
 
 
 DOUBLE = GraphSpec(

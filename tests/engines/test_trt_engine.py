@@ -96,6 +96,18 @@ def test_a_constant_is_copied_to_the_device_once(gpu, small):
     assert uploads == [2, 1, 2, 2, 1]
 
 
+def test_states_are_used_whole(gpu, small):
+    ours, _ = engines(small, profiles=profiles(batch=2))
+    one, two = ours.new_state(batch=1, cache=12), ours.new_state(batch=2, cache=12)
+    assert one.row(0) is one.rows(1) is one
+    assert two.rows(2) is two
+    for refused in (lambda: two.row(0), lambda: two.row(1), lambda: two.rows(1)):
+        with pytest.raises(ValueError, match="cannot be parted into rows"):
+            refused()
+    with pytest.raises(ValueError, match="nothing can be copied"):
+        two.copy_rows(one, 0, 4)
+
+
 def test_states_do_not_disturb_each_other(gpu, small):
     """States share contexts but not captured graphs; another batch changes the shapes of a context, which ends its captures."""
     ours, cpu = engines(small, profiles=profiles(batch=2))

@@ -15,11 +15,12 @@ import logging
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
-from ..engine import Array, Engine, GraphSpec, Resident, State, TensorSpec, check_feeds, check_state_dims
+from ..engine import Array, Engine, GraphSpec, OneRow, Resident, State, TensorSpec, check_feeds, check_state_dims
 from ..errors import GraphError, ProviderError
 from ..folders import cache_folder
 from ..providers import import_onnxruntime
@@ -97,18 +98,15 @@ class Part:
         return self.back.run(self.front.run(feeds), state)
 
 
-class StaticState:
+class StaticState(OneRow):
     """The state of a `StaticEngine`: the state of the part that ran last. See `engine.State`."""
+
+    dims: Mapping[str, int] = MappingProxyType({"batch": 1})
 
     def __init__(self, owner: StaticEngine, size: int) -> None:
         self.owner = owner
         self._states = {size: owner.part(size).back.new_state()}
         self._last = size
-
-    @property
-    def dims(self) -> Mapping[str, int]:
-        """See `engine.State`."""
-        return {"batch": 1}
 
     def of(self, size: int) -> State:
         """Return the state for the part of this size, with the values of the part that ran last."""

@@ -82,14 +82,24 @@ class _Carried:
     def __init__(self, dims: Mapping[str, int], places: Mapping[str, Place]) -> None:
         self.dims, self.places = dict(dims), dict(places)
         self.plans: OrderedDict[tuple[tuple[int, ...], ...], _Plan] = OrderedDict()
+        self._parts: dict[tuple[int, int], _Carried] = {}
 
-    def row(self, n: int) -> _Carried:
-        """Return the same for one row of the batch."""
-        return _Carried({**self.dims, "batch": 1}, {name: place.row(n) for name, place in self.places.items()})
+    def part(self, first: int, count: int) -> _Carried:
+        """Return the same for some rows of the batch. Their plans are kept, too."""
+        if (first, count) not in self._parts:
+            places = {name: place.part(first, count) for name, place in self.places.items()}
+            self._parts[first, count] = _Carried({**self.dims, "batch": count}, places)
+        return self._parts[first, count]
+
+    @property
+    def captured(self) -> bool:
+        """Whether a call is captured."""
+        own = any(plan.graph != _NOT_CAPTURED for plan in self.plans.values())
+        return own or any(part.captured for part in self._parts.values())
 
 
-class OrtState:
-    """State tensors that ONNX Runtime reads and writes in place. See `engine.State`."""
+class _Held:
+    """The memory of a state, returned to its engine when the state and its rows are deleted."""
 
     def __init__(self, owner: OrtEngine, tensors: dict[str, Tensor], carried: _Carried) -> None:
         self.owner, self.tensors, self.carried = owner, tensors, carried
@@ -97,31 +107,75 @@ class OrtState:
     def __del__(self) -> None:
         self.owner.take_back(self.tensors, self.carried)
 
+
+class OrtState:
+    """State tensors, or rows of them, that ONNX Runtime reads and writes in place. See `engine.State`."""
+
+    def __init__(self, held: _Held, rows: tuple[int, int] | None = None) -> None:
+        """rows: the first, and their count; None: all."""
+        self.owner, self._held, self._rows = held.owner, held, rows
+
+    @property
+    def carried(self) -> _Carried:
+        """The places of the tensors, and the plans bound to them."""
+        return self._held.carried if self._rows is None else self._held.carried.part(*self._rows)
+
     @property
     def dims(self) -> Mapping[str, int]:
         """See `engine.State.dims`."""
         return self.carried.dims
 
+    def tensor(self, name: str) -> Tensor:
+        """Return one state tensor, by its input name."""
+        whole = self._held.tensors[name]
+        return whole if self._rows is None else whole.part(*self._rows)
+
+    def row(self, n: int) -> OrtState:
+        """See `engine.State.row`. Raises ValueError for a row that there is not."""
+        return self._part(n, 1)
+
+    def rows(self, count: int) -> OrtState:
+        """See `engine.State.rows`. Raises ValueError for rows that there are not."""
+        return self._part(0, count)
+
+    def _part(self, first: int, count: int) -> OrtState:
+        if not 0 <= first < first + count <= self.dims["batch"]:
+            raise ValueError(f"rows {first} to {first + count - 1} are not among the {self.dims['batch']} of the state")
+        return self if count == self.dims["batch"] else OrtState(self._held, ((self._rows or (0, 0))[0] + first, count))
+
+    def copy_rows(self, source: State, row: int, length: int) -> None:
+        """See `engine.State.copy_rows`. Raises ValueError for a state of another engine, or sizes that do not fit."""
+        into = self.row(row)
+        if not isinstance(source, OrtState) or source.owner is not self.owner or source.dims["batch"] != 1:
+            raise ValueError(f"rows of {self.owner.spec.file} are copied from a state of one row of the same engine")
+        dims = {name: 1 if name == "batch" else length for name in self.dims}
+        if any(size > min(source.dims[name], self.dims[name]) for name, size in dims.items()):
+            raise ValueError(f"{length} positions do not fit: from {dict(source.dims)} to {dict(into.dims)}")
+        for t in self.owner.spec.state_tensors:
+            into.tensor(t.name).lead(source.tensor(t.name), t.resolve(dims))
+
     def read(self, name: str) -> Array:
         """See `engine.State.read`."""
-        return self.tensors[name].numpy()
+        return self.tensor(name).numpy()
 
     def write(self, name: str, array: Array) -> None:
         """See `engine.State.write`. Raises ValueError for an array that does not fit."""
-        into = self.tensors[name]
+        into = self.tensor(name)
         check_written(name, into.dtype.name, into.shape, array)
         with self.owner.allocating(f"{array.nbytes / 1e6:,.0f} MB of {name}"):
             into.lead(array)
 
     def grow(self, **dims: int) -> None:
-        """See `engine.State.grow`. Raises ValueError for a dimension that is unknown or would shrink."""
+        """See `engine.State.grow`. Raises ValueError for a dimension that is unknown or would shrink, and for rows of a state."""
         check_growth(self.dims, dims)
-        larger = self.owner.new_state(**{**self.dims, **dims})
-        for name, tensor in self.tensors.items():
+        if self._rows is not None:
+            raise ValueError("rows of a state do not grow by themselves")
+        held, larger = self._held, self.owner.new_state(**{**self.dims, **dims})._held
+        for name, tensor in held.tensors.items():
             larger.tensors[name].lead(tensor)
         # `larger` takes the old tensors, and returns them to the owner when it is deleted.
-        self.tensors, larger.tensors = larger.tensors, self.tensors
-        self.carried, larger.carried = larger.carried, self.carried
+        held.tensors, larger.tensors = larger.tensors, held.tensors
+        held.carried, larger.carried = larger.carried, held.carried
 
 
 class OrtEngine:
@@ -154,20 +208,20 @@ class OrtEngine:
                     self._idle.remove(idle)
                     for tensor in idle[0].values():
                         tensor.clear()
-                    return OrtState(self, *idle)
+                    return OrtState(_Held(self, *idle))
         types = self._state_types
         nbytes = sum(prod(t.resolve(dims)) * item_size(types[t.name]) for t in self.spec.state_tensors)
         sizes = ", ".join(f"{name} = {size}" for name, size in dims.items())
         with self.allocating(f"the state of {self.spec.file} at {sizes} ({nbytes / 1e6:,.0f} MB)"):
             made = {t.name: self._memory.zeros(t.resolve(dims), t.dtype, types[t.name]) for t in self.spec.state_tensors}
-        return OrtState(self, made, _Carried(dims, {name: tensor.place for name, tensor in made.items()}))
+        return OrtState(_Held(self, made, _Carried(dims, {name: tensor.place for name, tensor in made.items()})))
 
     def take_back(self, tensors: dict[str, Tensor], carried: _Carried) -> None:
         """Keep the tensors and captured calls of a deleted state for the next one of its size.
 
         A capture takes longer than many calls, and ONNX Runtime frees none before the session ends.
         """
-        if any(plan.graph != _NOT_CAPTURED for plan in carried.plans.values()):
+        if carried.captured:
             self._idle.append((tensors, carried))
 
     def run(
@@ -260,7 +314,7 @@ class OrtEngine:
         parts = []
         for n in range(carried.dims["batch"]):
             only = {name: np.ascontiguousarray(array[n : n + 1]) for name, array in arrays.items()}
-            parts.append(self._run_bound(only, carried.row(n), ()))
+            parts.append(self._run_bound(only, carried.part(n, 1), ()))
         whole = {name: np.concatenate([part[name] for part in parts]) for name in self._result_names}
         return {name: self._memory.upload(array) if name in resident else array for name, array in whole.items()}
 

@@ -43,10 +43,11 @@ class Place:
     owner: object
     """The object that keeps the memory alive."""
 
-    def row(self, n: int) -> Place:
-        """Return the place of the n-th part along the first dimension, as a tensor of one row."""
+    def part(self, first: int, count: int) -> Place:
+        """Return the place of `count` rows of the first dimension, from `first` on."""
         step = self.nbytes // self.shape[0]
-        return Place(self.device, self.pointer + n * step, self.element, (1, *self.shape[1:]), step, self.owner)
+        shape = (count, *self.shape[1:])
+        return Place(self.device, self.pointer + first * step, self.element, shape, count * step, self.owner)
 
     def bind_input(self, binding: Any, name: str) -> None:
         """Bind a session's input to this place."""
@@ -79,8 +80,15 @@ class Tensor(Protocol):
         """Copy a whole array, or a tensor of the same memory, into it."""
         ...
 
-    def lead(self, value: Any) -> None:
-        """Copy a smaller array, or tensor of the same memory, into its leading part."""
+    def lead(self, value: Any, shape: tuple[int, ...] | None = None) -> None:
+        """Copy an array, or a tensor of the same memory, into its leading part.
+
+        shape: copy only this leading part of `value`, which then may be larger; a device may copy more of what fits.
+        """
+        ...
+
+    def part(self, first: int, count: int) -> Tensor:
+        """Return `count` rows of the first dimension, from `first` on, as a tensor that shares the memory."""
         ...
 
     def clear(self) -> None:
@@ -140,10 +148,15 @@ class HostTensor:
         """See `Tensor.put`."""
         self.array[...] = value
 
-    def lead(self, value: Array | HostTensor) -> None:
+    def lead(self, value: Array | HostTensor, shape: tuple[int, ...] | None = None) -> None:
         """See `Tensor.lead`."""
         array = value.array if isinstance(value, HostTensor) else value
-        self.array[tuple(map(slice, array.shape))] = array
+        part = tuple(map(slice, shape or array.shape))
+        self.array[part] = array[part]
+
+    def part(self, first: int, count: int) -> HostTensor:
+        """See `Tensor.part`."""
+        return HostTensor(self.array[first : first + count])
 
     def clear(self) -> None:
         """See `Tensor.clear`."""
@@ -183,36 +196,45 @@ class HostMemory:
 class DeviceTensor:
     """A tensor in a device's memory. See `Tensor`; it is also an `engine.Resident`."""
 
-    def __init__(self, memory: DeviceMemory, shape: tuple[int, ...], dtype: str, element: str) -> None:
+    def __init__(
+        self, memory: DeviceMemory, shape: tuple[int, ...], dtype: str, element: str, within: tuple[Any, int] | None = None
+    ) -> None:
+        """Allocate a tensor, or find it `within` memory: from `allocate`, and the byte at which it begins."""
         self.shape, self.dtype, self.memory = shape, np.dtype(dtype), memory
-        self._element = element
+        self._element, self._whole = element, within is None
         self._nbytes = prod(shape) * item_size(element)
-        self._value = memory.allocate(-(-self._nbytes // _WORD) * _WORD)
+        self._value, self._at = within or (memory.allocate(-(-self._nbytes // _WORD) * _WORD), 0)
 
     @property
     def place(self) -> Place:
         """Return the place of this tensor."""
-        return Place(self.memory.device, self._value.data_ptr(), self._element, self.shape, self._nbytes, self._value)
+        return Place(self.memory.device, self._pointer, self._element, self.shape, self._nbytes, self._value)
+
+    def part(self, first: int, count: int) -> DeviceTensor:
+        """See `Tensor.part`. A row must be a multiple of `_WORD` bytes."""
+        at = self._at + first * (self._nbytes // self.shape[0])
+        return DeviceTensor(self.memory, (count, *self.shape[1:]), self.dtype.name, self._element, (self._value, at))
 
     def put(self, value: Array | DeviceTensor) -> None:
         """See `Tensor.put`."""
-        if isinstance(value, DeviceTensor):
+        if isinstance(value, DeviceTensor) and self._whole and value._whole:
             self._value.update_inplace(value._value)
+            return
+        if isinstance(value, DeviceTensor) or not self._whole:
+            source = value if isinstance(value, DeviceTensor) else self._uploaded(value)
+            self.memory.put_first(self._rows(1, self._nbytes), source._rows(1, self._nbytes))
             return
         raw = to_bytes(value, self._element)
         self._value.update_inplace(np.pad(raw, (0, -raw.size % _WORD)) if raw.size % _WORD else raw)
 
-    def lead(self, value: Array | DeviceTensor) -> None:
-        """See `Tensor.lead`. If only one dimension is smaller, as in a cache, only `value` itself is copied."""
+    def lead(self, value: Array | DeviceTensor, shape: tuple[int, ...] | None = None) -> None:
+        """See `Tensor.lead`. If only one dimension is smaller, as in a cache, only `value` itself is copied, whatever `shape`."""
         differ = [n for n, (small, large) in enumerate(zip(value.shape, self.shape, strict=True)) if small != large]
         row = prod(self.shape[differ[0] + 1 :]) * item_size(self._element) if differ else 0
         if not differ:
             self.put(value)
         elif len(differ) == 1 and row % _WORD == 0:
-            source = value
-            if not isinstance(source, DeviceTensor):
-                source = DeviceTensor(self.memory, value.shape, self.dtype.name, self._element)
-                source.put(value)
+            source = value if isinstance(value, DeviceTensor) else self._uploaded(value)
             blocks = prod(self.shape[: differ[0]])
             self.memory.put_first(self._rows(blocks, row), source._rows(blocks, row))
         else:
@@ -226,18 +248,28 @@ class DeviceTensor:
 
     def numpy(self) -> Array:
         """See `Tensor.numpy`."""
-        return from_bytes(self._value.numpy()[: self._nbytes], self._element, self.dtype, self.shape)
+        raw = self._value.numpy()[self._at : self._at + self._nbytes]
+        return from_bytes(raw, self._element, self.dtype, self.shape)
 
     def result(self, *, resident: bool) -> Array | DeviceTensor:
         """See `Tensor.result`."""
         return self if resident else self.numpy()
+
+    def _uploaded(self, array: Array) -> DeviceTensor:
+        made = DeviceTensor(self.memory, array.shape, self.dtype.name, self._element)
+        made.put(array)
+        return made
+
+    @property
+    def _pointer(self) -> int:
+        return int(self._value.data_ptr()) + self._at
 
     def _rows(self, blocks: int, row: int) -> Place:
         """Return the place of the whole tensor as float32 [blocks, 1, rows, words of a row]."""
         return self._words(blocks, 1, self._nbytes // blocks // row, row // _WORD)
 
     def _words(self, *shape: int) -> Place:
-        return Place(self.memory.device, self._value.data_ptr(), "float32", shape, prod(shape) * _WORD, self._value)
+        return Place(self.memory.device, self._pointer, "float32", shape, prod(shape) * _WORD, self._value)
 
 
 class DeviceMemory:

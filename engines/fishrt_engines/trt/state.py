@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ..engine import Array, GraphSpec, TensorSpec, check_growth, check_state_dims, check_written
+from ..engine import Array, GraphSpec, OneRow, TensorSpec, check_growth, check_state_dims, check_written
 from ..errors import FishrtError
 from ..ort.tensors import from_bytes, item_size, to_bytes
 from .device import Device, DeviceBuffer, Graph
@@ -86,7 +86,7 @@ class Kept:
             raise FishrtError(f"the TensorRT plan of {self.spec.file} is too small: {', '.join(beyond)}", hint=LARGER)
 
 
-class TrtState:
+class TrtState(OneRow):
     """State tensors on the device. See `engine.State`.
 
     A cache has the plan's full length from the start; `dims` holds the requested length. A tensor that the plan does not update
