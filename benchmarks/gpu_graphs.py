@@ -18,7 +18,7 @@ import torch
 from fishrt import TTS
 from fishrt.arrays import Ints
 from fishrt.bench.measure import TEXT
-from fishrt.bench.voice import bench_prompt
+from fishrt.bench.setup import bench_prompt
 from fishrt.bundle.features import LanguageModel
 from fishrt.language_model.context import SlowContext
 from fishrt.language_model.drawing import FrameDrawer, History, Rules, StepDrawer

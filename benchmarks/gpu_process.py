@@ -24,8 +24,7 @@ import gpu_graphs
 from fishrt import TTS
 from fishrt.bench.language_model import measure_contexts, measure_frames, measure_prefill
 from fishrt.bench.measure import TEXT, BenchRequest, measure_codec, measure_requests
-from fishrt.bench.timed import SPEAKING, TimedEngine
-from fishrt.bench.weights import bytes_read
+from fishrt.bench.setup import SPEAKING, TimedEngine, bytes_read
 from fishrt.bundle.features import LanguageModel
 from fishrt.bundle.folder import Bundle
 from fishrt.language_model.context import FIRST_FRAMES

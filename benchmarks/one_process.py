@@ -15,8 +15,7 @@ import click
 from fishrt import TTS
 from fishrt.bench.language_model import measure_contexts, measure_frames, measure_prefill
 from fishrt.bench.measure import TEXT, measure_codec
-from fishrt.bench.timed import open_timed
-from fishrt.bench.voice import bench_voice
+from fishrt.bench.setup import bench_voice, open_timed
 from fishrt.bundle.folder import Bundle
 from fishrt.language_model.prompt import PromptBuilder
 from fishrt.metrics import rtf

@@ -9,7 +9,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from fishrt.bench.machine import describe_machine
+from fishrt.bench.setup import describe_machine
 
 PACKAGES = ("onnx", "torch", "pocketsphinx")
 """Packages whose versions are recorded in addition to the runtime's dependencies."""

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fishrt.bench.timed import TimedEngine
+from fishrt.bench.setup import TimedEngine
 from fishrt.bundle.features import LanguageModel
 from fishrt.language_model.frame import frame_spec
 from fishrt_engines import Array, GraphSpec, State

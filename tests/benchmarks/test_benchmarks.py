@@ -15,9 +15,7 @@ pytest.importorskip("torch", reason="needs the export extra")
 import torch
 
 import table as tables
-from fishrt.bench.timed import open_timed
-from fishrt.bench.voice import bench_prompt
-from fishrt.bench.weights import bytes_read
+from fishrt.bench.setup import bench_prompt, bytes_read, open_timed
 from fishrt.language_model.generate import DualAR, generate_frames
 from fishrt.language_model.sampling import Sampling, SeededNoise
 from fishrt.text.tokenizer import Tokenizer

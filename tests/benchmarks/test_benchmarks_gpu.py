@@ -19,7 +19,7 @@ import gpu
 import gpu_graphs
 import gpu_process
 from fake_cuda import FakeCuda
-from fishrt.bench.weights import bytes_read
+from fishrt.bench.setup import bytes_read
 from fishrt.language_model.drawing import FrameDrawer
 from fishrt.language_model.sampling import SeededNoise
 from fishrt.tts import TTS

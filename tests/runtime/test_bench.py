@@ -14,10 +14,7 @@ import pytest
 
 from fishrt.bench import BenchRequest, bench
 from fishrt.bench.child import run_child
-from fishrt.bench.machine import describe_machine, read_bandwidth
-from fishrt.bench.timed import open_timed
-from fishrt.bench.voice import made_up_voice
-from fishrt.bench.weights import bytes_read
+from fishrt.bench.setup import bytes_read, describe_machine, made_up_voice, open_timed, read_bandwidth
 from fishrt.bundle.folder import Bundle, embedded_bundle
 from fishrt.errors import FishrtError, PromptError, SamplingError
 from helpers_cli import refused, run

@@ -49,8 +49,7 @@ def main(arguments: Sequence[str]) -> None:
     from fishrt_engines.machine import peak_memory
 
     from ..tts import TTS
-    from .timed import SPEAKING
-    from .voice import bench_voice
+    from .setup import SPEAKING, bench_voice
 
     tts = TTS.load(bundle, provider=provider, threads=int(threads) or None)
     for role in SPEAKING:

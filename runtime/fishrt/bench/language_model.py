@@ -19,8 +19,7 @@ from ..errors import FishrtError
 from ..language_model.generate import DualAR, generate_frames
 from ..language_model.sampling import Sampling, SeededNoise
 from ..metrics import Summary, per_second
-from .timed import TimedEngine
-from .voice import bench_prompt
+from .setup import TimedEngine, bench_prompt
 
 CONTEXTS = (128, 256, 512, 1024, 2048, 4096)
 """Positions before the measured step."""

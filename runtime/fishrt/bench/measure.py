@@ -29,10 +29,7 @@ from ..tts import TTS
 from ..voices.voice import Voice
 from .child import run_child
 from .language_model import PREFILL, REPEATS, measure_contexts, measure_frames, measure_prefill
-from .machine import describe_machine, read_bandwidth
-from .timed import open_timed
-from .voice import bench_prompt, bench_voice, made_up_voice
-from .weights import bytes_read
+from .setup import bench_prompt, bench_voice, bytes_read, describe_machine, made_up_voice, open_timed, read_bandwidth
 
 TEXT = "The birch canoe slid on the smooth planks, and the small dog ran after it."
 _CODEC_SECONDS = 3.0
