@@ -1,4 +1,4 @@
-"""What measurements need: a voice and a prompt in it, engines that record their calls, the weights that a run reads, the machine."""
+"""What measurements need: the machine, a voice and a prompt in it, engines that record calls, the weights that a run reads."""
 
 from __future__ import annotations
 
