@@ -13,7 +13,7 @@ import torch
 from fishrt_export.checkpoint.config import read_config
 from fishrt_export.checkpoint.families import FAMILIES as KNOWN
 from fishrt_export.checkpoint.families import Family
-from fishrt_export.checkpoint.files import CODEC_CONFIG, CONFIG, INDEX, PICKLE
+from fishrt_export.checkpoint.names import CODEC_CONFIG, CONFIG, INDEX, PICKLE
 from fishrt_export.models.codec.dac_config import DacConfig
 from fishrt_export.models.codec.firefly import FireflyConfig
 from fishrt_export.models.codec.load import OFFICIAL, CodecConfig, official_firefly

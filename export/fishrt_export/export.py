@@ -27,10 +27,9 @@ from fishrt.version import __version__
 from fishrt_engines.aside import new_folder
 from fishrt_engines.rewrite.tensorrt_rules import errors
 
-from .checkpoint.licence import copy_licence
 from .checkpoint.lora import Lora
-from .checkpoint.names import TOKENIZER, checkpoint_name
-from .checkpoint.references import check_references, encode_references
+from .checkpoint.names import DEFAULTS, TOKENIZER, checkpoint_name
+from .checkpoint.references import check_references, copy_licence, encode_references
 from .checkpoint.weights import raise_if_any
 from .errors import ExportError
 from .graph.job import GraphJob, Made, Progress
@@ -115,7 +114,8 @@ def export_bundle(
     try:
         draft.check()
     except BundleError as error:
-        raise ExportError(f"{checkpoint} cannot become a bundle: {error}", hint="take all files from one checkpoint") from None
+        hint = f"take all files from one checkpoint, and mend its {DEFAULTS} if it has one"
+        raise ExportError(f"{checkpoint} cannot become a bundle: {error}", hint=hint) from None
     decode = next(job for job in jobs if job.role == "codec_decode")
     check_target(static, decode.spec)
     if codec_int8:

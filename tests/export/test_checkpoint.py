@@ -16,7 +16,6 @@ import synthetic
 from fishrt_export.checkpoint.config import read_config
 from fishrt_export.checkpoint.families import S2
 from fishrt_export.checkpoint.files import (
-    LANGUAGE_MODEL_PARTS,
     find_codec,
     find_language_model,
     read_tensors,
@@ -24,7 +23,7 @@ from fishrt_export.checkpoint.files import (
     unwrap,
 )
 from fishrt_export.checkpoint.lora import Lora
-from fishrt_export.checkpoint.weights import listing, raise_if_any
+from fishrt_export.checkpoint.weights import LANGUAGE_MODEL_PARTS, raise_if_any
 from fishrt_export.errors import ExportError
 from fishrt_export.models.fast_ar import FastAR
 from fishrt_export.models.slow_ar import SlowAR
@@ -326,7 +325,7 @@ def test_a_missing_file(tmp_path: Path, name: str) -> None:
 
 def test_a_folder_of_something_else(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("hello")
-    with pytest.raises(ExportError, match=r"config.json, tokenizer \(tokenizer.json or tokenizer.tiktoken\), weights"):
+    with pytest.raises(ExportError, match=r"config.json, weights \(.*\), a tokenizer \(tokenizer.json or tokenizer.tiktoken\)"):
         find_language_model(tmp_path)
     with pytest.raises(ExportError, match=r"codec\.pth"):
         find_codec(tmp_path)
@@ -492,7 +491,9 @@ def test_a_long_list_of_problems_is_cut(tmp_path: Path) -> None:
     assert len(lines) <= 21
     assert "  wrong shape: norm.weight is [9], expected [16]" in lines
     assert lines[-1] == f"  and {len(problems) - len(lines) + 1} more"
-    assert len(listing(problems[:20]).splitlines()) == 20
+    with pytest.raises(ExportError) as caught:
+        raise_if_any(problems[:20])
+    assert len(str(caught.value).splitlines()) == 21
 
 
 @pytest.mark.parametrize("content", [torch.zeros(3), {}, [1], {"embeddings.weight": 3}, {7: torch.zeros(3)}])

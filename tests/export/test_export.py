@@ -134,27 +134,26 @@ def test_a_checkpoint_may_bring_its_own_defaults(checkpoint: Path) -> None:
 
 @pytest.mark.usefixtures("no_graphs")
 @pytest.mark.parametrize(
-    "text",
+    ("text", "message"),
     [
-        "{",
-        "[]",
-        json.dumps({**OWN_DEFAULTS, "topk": 3}),
-        json.dumps({"chunk_bytes": 99}),
-        own_defaults(chunk_bytes=0),
-        own_defaults(temperature=-0.1),
-        own_defaults(temperature=2.0),
-        own_defaults(top_p=1.5),
-        own_defaults(top_k=0),
-        own_defaults(repetition_aware={"window": 0, "temperature": 1.0, "top_p": 0.9}),
-        own_defaults(repetition_aware={"window": 10, "temperature": 2.5, "top_p": 0.9}),
-        own_defaults(repetition_penalty={"window": 0, "penalty": 1.2, "main": "row"}),
-        own_defaults(repetition_penalty={"window": 16, "penalty": 2.0, "main": "row"}),
+        *((text, f"{DEFAULTS} is not valid") for text in ("{", "[]", '{"chunk_bytes": 99}')),
+        (json.dumps({**OWN_DEFAULTS, "topk": 3}), f"{DEFAULTS} is not valid: .*topk"),
+        (own_defaults(chunk_bytes=0), "chunk_bytes is 0, below 1"),
+        (own_defaults(temperature=-0.1), r"sampling\.temperature is -0\.1; it must"),
+        (own_defaults(temperature=2.0), r"sampling\.temperature is 2\.0"),
+        (own_defaults(top_p=1.5), r"sampling\.top_p is 1\.5"),
+        (own_defaults(top_k=0), r"sampling\.top_k is 0"),
+        (own_defaults(repetition_aware={"window": 0, "temperature": 1.0, "top_p": 0.9}), r"repetition_aware\.window is 0"),
+        (own_defaults(repetition_aware={"window": 10, "temperature": 2.5, "top_p": 0.9}), r"repetition_aware\.temperature is 2"),
+        (own_defaults(repetition_penalty={"window": 0, "penalty": 1.2, "main": "row"}), r"repetition_penalty\.window is 0"),
+        (own_defaults(repetition_penalty={"window": 16, "penalty": 2.0, "main": "row"}), r"repetition_penalty is 2\.0"),
     ],
 )
-def test_defaults_that_are_not_valid(checkpoint: Path, out: Path, text: str) -> None:
+def test_defaults_that_are_not_valid(checkpoint: Path, out: Path, text: str, message: str) -> None:
     (checkpoint / DEFAULTS).write_text(text)
-    with pytest.raises(ExportError, match=f"{DEFAULTS} is not valid"):
+    with pytest.raises(ExportError, match=message) as caught:
         export_bundle(checkpoint, out)
+    assert DEFAULTS in str(caught.value) or DEFAULTS in str(caught.value.hint)
     assert_nothing_left(out)
 
 

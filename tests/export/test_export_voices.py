@@ -14,8 +14,7 @@ from fishrt.errors import PromptError
 from fishrt.text.tokenizer import Tokenizer
 from fishrt.voices.store import VoiceStore
 from fishrt_export.checkpoint.families import FAMILIES
-from fishrt_export.checkpoint.licence import copy_licence
-from fishrt_export.checkpoint.references import References, check_references, encode_references
+from fishrt_export.checkpoint.references import References, check_references, copy_licence, encode_references
 from synthetic import write_reference
 
 

@@ -199,16 +199,17 @@ def test_fields_that_are_null_tell_nothing(folder_of: Callable[[str], Path], mod
     assert open_language_model(checkpoint, codec="centred firefly").config == model_of("fish-1.2").lm.config
 
 
-def test_two_tokenizers(folder_of: Callable[[str], Path], model_of: ModelOf) -> None:
+@pytest.mark.parametrize(
+    ("other", "name", "message"),
+    [
+        ("fish-1.4", "tokenizer.json", r"has 2 tokenizers: tokenizer\.json, tokenizer\.tiktoken"),
+        ("s1-mini", "codec.pth", r"has 2 codecs: codec\.pth, firefly-gan-vq-fsq-8x1024-21hz-generator\.pth"),
+    ],
+)
+def test_two_files_of_one_part(folder_of: Callable[[str], Path], model_of: ModelOf, other: str, name: str, message: str) -> None:
     checkpoint = folder_of("fish-1.5")
-    shutil.copy(model_of("fish-1.4").checkpoint / "tokenizer.json", checkpoint)
-    refused(checkpoint, r"two tokenizers, tokenizer\.json and tokenizer\.tiktoken")
-
-
-def test_two_codecs(folder_of: Callable[[str], Path], model_of: ModelOf) -> None:
-    checkpoint = folder_of("fish-1.5")
-    shutil.copy(model_of("s1-mini").checkpoint / "codec.pth", checkpoint)
-    refused(checkpoint, r"more than one codec: codec\.pth, firefly-gan-vq-fsq-8x1024-21hz-generator\.pth")
+    shutil.copy(model_of(other).checkpoint / name, checkpoint)
+    refused(checkpoint, message)
 
 
 def test_weights_of_another_generation(folder_of: Callable[[str], Path], model_of: ModelOf) -> None:

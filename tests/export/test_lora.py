@@ -96,9 +96,9 @@ def test_everything_that_does_not_fit_is_named_at_once(tmp_path: Path) -> None:
     pairs |= {"output.lora_A": torch.zeros(3, 16), "output.lora_B": torch.zeros(48, 3)}
     message = refused(tmp_path, weights, pairs)
     for problem in (
-        "missing: fast_output.lora_A [r, 16]",
-        "wrong shape: embeddings.lora_A is [3, 47], expected [r, 48]",
-        "not finite numbers: layers.0.attention.wo.lora_B",
+        "missing: fast_output.lora_A [3, 16]",
+        "wrong shape: embeddings.lora_A is [3, 47], expected [3, 48]",
+        "not finite: layers.0.attention.wo.lora_B",
         "unknown module: the model has no matrix layers.9.attention.wo.weight",
         "unknown module: the model has no matrix norm.weight",
         "unknown module: the model has no matrix output.weight: its head is its token embedding",
@@ -110,18 +110,20 @@ def test_everything_that_does_not_fit_is_named_at_once(tmp_path: Path) -> None:
 
 def test_a_lora_for_another_size(tmp_path: Path) -> None:
     message = refused(tmp_path, random_weights(PLAIN), random_lora(random_weights({**PLAIN, "dim": 20, "n_layer": 3})))
-    assert "wrong shape: layers.0.attention.wqkv.lora_A is [3, 20], expected [r, 16]" in message
+    assert "wrong shape: layers.0.attention.wqkv.lora_A is [3, 20], expected [3, 16]" in message
     assert "layers.2.feed_forward.w1.weight" in message
 
 
 def test_the_rank(tmp_path: Path) -> None:
     weights = random_weights(PLAIN)
     pairs = random_lora(weights, "fast_output")
-    assert "wrong rank: found 3, expected 8" in refused(tmp_path, weights, pairs, rank=8)
+    message = refused(tmp_path, weights, pairs, rank=8)
+    assert "does not fit the model at rank 8 (2 problems)" in message
+    assert "wrong shape: fast_output.lora_A is [3, 16], expected [8, 16]" in message
     other = random_lora(weights, "embeddings", rank=5)
-    assert "wrong rank: found 3, 5, expected one" in refused(tmp_path, weights, pairs | other)
+    assert "wrong shape: fast_output.lora_B is [14, 3], expected [14, 5]" in refused(tmp_path, weights, pairs | other)
     crossed = {**pairs, "fast_output.lora_B": torch.zeros(14, 5)}
-    assert "wrong rank: found 3, 5, expected one" in refused(tmp_path, weights, crossed)
+    assert "wrong shape: fast_output.lora_B is [14, 5], expected [14, 3]" in refused(tmp_path, weights, crossed)
 
 
 @pytest.mark.parametrize("alpha", [0, -1, float("nan"), float("inf")])

@@ -67,6 +67,6 @@ def test_int4_is_refused(tmp_path: Path) -> None:
     weights = random_weights(PLAIN)
     weights["fast_output.weight"] = torch.zeros(1, 1, 32, 4, dtype=torch.int32)
     weights["fast_output.scales_and_zeros"] = torch.zeros(1, 14, 2, dtype=torch.bfloat16)
-    with pytest.raises(ExportError, match=r"quantised to int4 \(fast_output\.scales_and_zeros") as caught:
+    with pytest.raises(ExportError, match=r"quantised \(int4: fast_output\.scales_and_zeros\), which") as caught:
         opened(tmp_path, PLAIN, weights)
     assert "int8" in str(caught.value.hint)

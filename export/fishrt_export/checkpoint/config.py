@@ -1,15 +1,91 @@
-"""Sizes and switches of a dual-AR model, read from its `config.json`: the flat form, or the nested one of S2-Pro."""
+"""Sizes and switches of a dual-AR model, read from its `config.json`: the flat form, or the nested one of S2-Pro.
+
+`Fields` reads the fields of any config, the codec's too. Its errors name the file, the field and its value.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from ..errors import ExportError
 from .families import Family
-from .fields import Fields
 from .names import CONFIG
+
+MOST = 2**24
+"""Upper bound of every size: no model reaches it, and a larger size would fill the memory or fail later without its name."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fields:
+    """One object of a config. Every method that reads a field raises ExportError if it is absent or has a wrong value."""
+
+    values: Mapping[str, Any]
+    source: str
+    """File name of the config."""
+    prefix: str = ""
+    """Names of the enclosing objects, each followed by a dot."""
+
+    def raw(self, name: str) -> Any:
+        """Return the value as it is."""
+        if name not in self.values:
+            raise ExportError(f"{self.source} lacks {self.prefix}{name}", hint="the config must be the one of this checkpoint")
+        return self.values[name]
+
+    def count(self, name: str) -> int:
+        """Return a whole number, 1 to MOST."""
+        value = self.raw(name)
+        if not _is_whole(value) or not 1 <= value <= MOST:
+            raise self.error(name, f"a positive whole number up to {MOST:,}")
+        return int(value)
+
+    def number(self, name: str) -> float:
+        """Return a positive finite number."""
+        value = self.raw(name)
+        if not (_is_whole(value) or isinstance(value, float)) or not 0 < value <= sys.float_info.max:
+            raise self.error(name, "a positive number")
+        return float(value)
+
+    def flag(self, name: str) -> bool:
+        """Return true or false."""
+        value = self.raw(name)
+        if not isinstance(value, bool):
+            raise self.error(name, "true or false")
+        return value
+
+    def counts(self, name: str, *, least: int = 1) -> tuple[int, ...]:
+        """Return a list of one or more whole numbers, each at least `least`."""
+        value = self.raw(name)
+        if not isinstance(value, list | tuple) or not value or not all(_is_whole(item) and item >= least for item in value):
+            raise self.error(name, f"a list of whole numbers of at least {least}")
+        return tuple(value)
+
+    def section(self, name: str) -> Fields:
+        """Return the fields of an object within this one."""
+        value = self.raw(name)
+        if not isinstance(value, Mapping):
+            raise self.error(name, "an object")
+        return Fields(value, self.source, f"{self.prefix}{name}.")
+
+    def only(self, known: Iterable[str]) -> None:
+        """Check that there are no other fields. Raises ExportError."""
+        if unknown := sorted(self.values.keys() - set(known)):
+            names = ", ".join(f"{self.prefix}{name}" for name in unknown)
+            raise ExportError(
+                f"{self.source} has unknown fields: {names}",
+                hint="remove them if they change nothing; options that they set are not supported",
+            )
+
+    def error(self, name: str, expected: str) -> ExportError:
+        """Return the error for a field whose value is not the expected one."""
+        return ExportError(f"{self.source}: {self.prefix}{name} is {self.values[name]!r}; expected {expected}")
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
 
 Raw = Mapping[str, Any]
 
@@ -18,8 +94,8 @@ FLAT = "dual_ar"
 EITHER = "fish_speech"
 """mlx-audio writes this kind for both forms."""
 
-# The value of each absent key. The fast AR's keys have no entry: absent or null, they take the slow AR's value.
-_DEFAULTS: dict[str, Any] = {
+# The value of each absent key.
+_TEXT: dict[str, Any] = {
     "vocab_size": 32000,
     "n_layer": 32,
     "n_head": 32,
@@ -34,6 +110,8 @@ _DEFAULTS: dict[str, Any] = {
     "attention_qkv_bias": False,
     "attention_o_bias": False,
     "attention_qk_norm": False,
+}
+_AUDIO: dict[str, Any] = {
     "codebook_size": 160,
     "num_codebooks": 4,
     "n_fast_layer": 4,
@@ -41,41 +119,29 @@ _DEFAULTS: dict[str, Any] = {
     "share_codebook_embeddings": True,
     "norm_fastlayer_input": False,
 }
+# Keys of the fast AR, behind "fast_", and the slow AR's values, which they have if they are absent or null.
+_FAST = {
+    "dim": "dim",
+    "n_head": "heads",
+    "n_local_heads": "kv_heads",
+    "head_dim": "head_dim",
+    "intermediate_size": "hidden",
+    "attention_qkv_bias": "qkv_bias",
+    "attention_o_bias": "o_bias",
+    "attention_qk_norm": "qk_norm",
+}
+_FROM_DECODER = {
+    "vocab_size": "codebook_size",
+    "num_codebooks": "num_codebooks",
+    "n_layer": "n_fast_layer",
+    **{name: f"fast_{name}" for name in _FAST},
+}
 # The values of fields that a family does not honour.
 _NOT_HONOURED: dict[str, Any] = {
     "head_dim": None,
     "scale_codebook_embeddings": False,
     "share_codebook_embeddings": True,
     "norm_fastlayer_input": False,
-}
-_FROM_TEXT = (
-    "vocab_size",
-    "n_layer",
-    "n_head",
-    "dim",
-    "n_local_heads",
-    "intermediate_size",
-    "head_dim",
-    "rope_base",
-    "norm_eps",
-    "max_seq_len",
-    "tie_word_embeddings",
-    "attention_qkv_bias",
-    "attention_o_bias",
-    "attention_qk_norm",
-)
-_FROM_DECODER = {
-    "vocab_size": "codebook_size",
-    "num_codebooks": "num_codebooks",
-    "n_layer": "n_fast_layer",
-    "dim": "fast_dim",
-    "n_head": "fast_n_head",
-    "n_local_heads": "fast_n_local_heads",
-    "head_dim": "fast_head_dim",
-    "intermediate_size": "fast_intermediate_size",
-    "attention_qkv_bias": "fast_attention_qkv_bias",
-    "attention_o_bias": "fast_attention_o_bias",
-    "attention_qk_norm": "fast_attention_qk_norm",
 }
 
 
@@ -138,8 +204,8 @@ def flatten(raw: Raw) -> dict[str, Any]:
     """Return the fields under their flat names, for either form. Of the nested form, fields without a flat name are dropped."""
     if not is_nested(raw):
         return dict(raw)
-    text, decoder = (_section(raw, name) for name in ("text_config", "audio_decoder_config"))
-    flat = {name: text[name] for name in _FROM_TEXT if name in text}
+    text, decoder = (Fields(raw, CONFIG).section(name).values for name in ("text_config", "audio_decoder_config"))
+    flat = {name: text[name] for name in _TEXT if name in text}
     flat |= {flat_name: decoder[name] for name, flat_name in _FROM_DECODER.items() if name in decoder}
     flat |= {"scale_codebook_embeddings": True, "norm_fastlayer_input": True}
     ids = {"semantic_start_token_id": "semantic_begin_id", "semantic_end_token_id": "semantic_end_id"}
@@ -152,15 +218,16 @@ def read_config(raw: Raw, family: Family) -> ModelConfig:
     Raises ExportError for a field of the wrong type or a contradiction between fields.
     """
     flat = flatten(raw) | {name: value for name, value in _NOT_HONOURED.items() if name not in family.honours}
-    read = Fields({**_DEFAULTS, **flat}, CONFIG)
-    slow = _stack(read, "")
-    fast_values = _fast_values(flat, slow)
+    read = Fields({**_TEXT, **_AUDIO, **flat}, CONFIG)
+    slow = _stack(read)
+    given = {name: flat[f"fast_{name}"] for name in _FAST if flat.get(f"fast_{name}") is not None}
+    fast = {name: getattr(slow, field) for name, field in _FAST.items()} | given | {"n_layer": read.values["n_fast_layer"]}
+    fast |= {"rope_base": slow.rope_base, "norm_eps": slow.norm_eps}
     if "head_dim" not in family.honours:
-        fast_values["head_dim"] = None
-    fast = _stack(Fields(fast_values, CONFIG), "fast_")
+        fast["head_dim"] = None
     return ModelConfig(
         slow=slow,
-        fast=fast,
+        fast=_stack(Fields(fast, CONFIG, "fast_")),
         vocab_size=read.count("vocab_size"),
         num_codebooks=read.count("num_codebooks"),
         codebook_width=read.count("codebook_size"),
@@ -172,32 +239,8 @@ def read_config(raw: Raw, family: Family) -> ModelConfig:
     )
 
 
-def _section(raw: Raw, name: str) -> Raw:
-    section = raw.get(name)
-    if not isinstance(section, Mapping):
-        raise ExportError(f"config.json has no {name!r}", hint="the config is not the one of this model; download it again")
-    return section
-
-
-def _fast_values(flat: Raw, slow: StackConfig) -> dict[str, Any]:
-    """Return the fast AR's fields under the slow AR's names. Absent and null fields take the slow AR's values."""
-    values = {
-        "dim": slow.dim,
-        "n_head": slow.heads,
-        "n_local_heads": slow.kv_heads,
-        "head_dim": slow.head_dim,
-        "intermediate_size": slow.hidden,
-        "attention_qkv_bias": slow.qkv_bias,
-        "attention_o_bias": slow.o_bias,
-        "attention_qk_norm": slow.qk_norm,
-    }
-    values |= {name: flat[f"fast_{name}"] for name in values if flat.get(f"fast_{name}") is not None}
-    layers = flat.get("n_fast_layer", _DEFAULTS["n_fast_layer"])
-    return values | {"n_layer": layers, "rope_base": slow.rope_base, "norm_eps": slow.norm_eps}
-
-
-def _stack(read: Fields, prefix: str) -> StackConfig:
-    dim, heads = read.count("dim"), read.count("n_head")
+def _stack(read: Fields) -> StackConfig:
+    prefix, dim, heads = read.prefix, read.count("dim"), read.count("n_head")
     kv_heads = heads if read.values["n_local_heads"] in (-1, None) else read.count("n_local_heads")
     head_dim = dim // heads if read.values["head_dim"] is None else read.count("head_dim")
     if heads % kv_heads:

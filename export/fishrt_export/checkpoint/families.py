@@ -16,7 +16,6 @@ from fishrt.bundle.features import (
     RepetitionPenalty,
     SamplingDefaults,
     TextCleaning,
-    sampling_faults,
 )
 from fishrt.bundle.folder import parse_dataclass
 from fishrt.errors import BundleError
@@ -236,29 +235,16 @@ class Defaults:
 
 
 def with_defaults(family: Family, checkpoint: Path) -> Family:
-    """Return the family with the defaults of the checkpoint's `fishrt.json`, if there is one. Raises ExportError if not valid."""
+    """Return the family with the defaults of the checkpoint's `fishrt.json`, if there is one. Raises ExportError.
+
+    The manifest checks the values.
+    """
     path = checkpoint / DEFAULTS
     if not path.exists():
         return family
-    data = read_json(path)
     try:
-        own = parse_dataclass(Defaults, data, DEFAULTS)
-        _check_defaults(own)
-    except (ValueError, BundleError) as error:
+        own = parse_dataclass(Defaults, read_json(path), DEFAULTS)
+    except BundleError as error:
         raise ExportError(f"{path} is not valid: {error}", hint="mend it, or take it away to use the family's defaults") from None
     reads = own.reads or family.reads
     return replace(family, chunk_bytes=own.chunk_bytes, sampling=own.sampling, voice_seconds=own.voice_seconds, reads=reads)
-
-
-def _check_defaults(own: Defaults) -> None:
-    """Check that all numbers are in their ranges. Raises ValueError."""
-    s = own.sampling
-    penalty, again = s.repetition_penalty, s.repetition_aware
-    faults = [*sampling_faults(s.temperature, s.top_p, s.top_k, penalty and penalty.penalty)]
-    if again:
-        faults += sampling_faults(again.temperature, again.top_p, None, None)
-    windows = {"repetition_aware": again, "repetition_penalty": penalty}
-    counts = {"chunk_bytes": own.chunk_bytes, **{f"{name}.window": entry.window for name, entry in windows.items() if entry}}
-    faults += [(f"{name} is {count}", "expected at least 1") for name, count in counts.items() if count < 1]
-    for found, rule in faults:
-        raise ValueError(f"{found}; {rule}")

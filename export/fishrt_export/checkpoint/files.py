@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import warnings
 import zipfile
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePath
@@ -21,16 +21,12 @@ from torch import Tensor
 
 from ..errors import ExportError, listed
 from .content import DAMAGED, is_safetensors, read_json, reading
-from .lazy import Lazy, Maker, makers
-from .names import CODEC, CODEC_CONFIG, CONFIG, FIREFLY, INDEX, PICKLE, SINGLE, TIKTOKEN, TOKENIZER, read_places
+from .names import CODEC, CODEC_CONFIG, CONFIG, FIREFLY, INDEX, PICKLE, TOKENIZER, TOKENIZERS, WEIGHTS, lacking, read_places
+from .weights import LANGUAGE_MODEL_PARTS, Lazy, Maker, makers
 
-LANGUAGE_MODEL_PARTS = (
-    *("embeddings", "codebook_embeddings", "layers", "norm", "output", "text_model", "audio_decoder"),
-    *("fast_project_in", "fast_embeddings", "fast_layers", "fast_norm", "fast_output"),
-)
-"""The first parts of the names of a language model's tensors, in any form."""
 _COMPILED = "_orig_mod."
 _SAFETENSORS = ".safetensors"
+_OTHER_FILE = "take the publisher's file instead"
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,63 +54,53 @@ def find_language_model(folder: Path) -> LanguageModelFiles:
 
     Raises one ExportError that names every missing file, and ExportError for several sets of weights or two tokenizers.
     """
-    _require_folder(folder)
-    weights = _find_weights(folder)
-    tokenizers = [folder / name for name in (TOKENIZER, TIKTOKEN) if (folder / name).is_file()]
-    missing = [] if (folder / CONFIG).is_file() else [CONFIG]
-    if not tokenizers:
-        missing.append(f"tokenizer ({TOKENIZER} or {TIKTOKEN})")
-    if not weights:
-        missing.append(f"weights ({INDEX}, {SINGLE} or {PICKLE})")
-    if missing:
-        raise ExportError(
-            f"{folder} is not a complete checkpoint: it lacks {', '.join(missing)}",
-            hint="give the folder of a checkpoint with all its files",
-        )
-    if len(weights) > 1:
-        raise ExportError(
-            f"{folder} has {len(weights)} sets of weights: {', '.join(path.name for path in weights)}",
-            hint="keep the one to export, and move the others out of the folder",
-        )
-    if len(tokenizers) > 1:
-        raise ExportError(f"{folder} has two tokenizers, {TOKENIZER} and {TIKTOKEN}", hint="keep the one of this model")
-    return LanguageModelFiles(read_json(folder / CONFIG), weights[0], tokenizers[0])
+    _require(folder, CONFIG, PICKLE, TOKENIZER)
+    weights = [folder / name for name in WEIGHTS if (folder / name).is_file()]
+    if len(weights) > 1 and weights[0].name == INDEX:  # a single file that the index names is a shard, not another set
+        shards = set(read_places(weights[0]).values())
+        weights = [path for path in weights if path.name not in shards]
+    tokenizers = [folder / name for name in TOKENIZERS if (folder / name).is_file()]
+    return LanguageModelFiles(read_json(folder / CONFIG), _only(weights, "sets of weights"), _only(tokenizers, "tokenizers"))
 
 
 def find_codec(folder: Path) -> CodecFiles:
     """Find the codec by the file names of published codecs, and read its config. Raises ExportError unless there is one codec."""
-    _require_folder(folder)
+    _require(folder, CODEC)
     found = [path for path in (folder / CODEC, *sorted(folder.glob(FIREFLY))) if path.is_file()]
-    if not found:
+    config = folder / CODEC_CONFIG
+    return CodecFiles(_only(found, "codecs"), read_json(config) if config.is_file() else None)
+
+
+def _require(folder: Path, *parts: str) -> None:
+    """Check that the folder has a file of each of these parts; see `lacking`. Raises ExportError."""
+    with reading(folder):
+        if not folder.is_dir():
+            fault = "is a file, not a folder" if folder.exists() else "does not exist"
+            raise ExportError(f"{folder} {fault}", hint="give the folder of an official checkpoint, or OWNER/NAME of the Hub")
+        names = [path.name for path in folder.iterdir() if path.is_file()]
+    if missing := lacking(names, *parts):
         raise ExportError(
-            f"{folder} is not a complete checkpoint: it lacks a codec ({CODEC} or {FIREFLY})",
-            hint="put the codec into the folder of the model",
+            f"{folder} is not a complete checkpoint: it lacks {', '.join(missing)}",
+            hint="give the folder of a checkpoint with all its files, the codec too",
         )
+
+
+def _only(found: Sequence[Path], what: str) -> Path:
     if len(found) > 1:
         raise ExportError(
-            f"{folder} has more than one codec: {', '.join(path.name for path in found)}", hint="keep the one of this model"
+            f"{found[0].parent} has {len(found)} {what}: {', '.join(path.name for path in found)}",
+            hint="keep the one of this model, and move the others out of the folder",
         )
-    config = folder / CODEC_CONFIG
-    return CodecFiles(found[0], read_json(config) if config.is_file() else None)
+    return found[0]
 
 
 def read_weights(path: Path) -> Mapping[str, Tensor]:
-    """Return every tensor of the language model by its name in the original; safetensors are read when they are looked up.
+    """Return every tensor of a language model or its LoRA by its name in the original; safetensors are read when looked up.
 
-    Raises ExportError for a damaged, missing or foreign file.
+    path: a file, or the index of shards. As upstream does, `model.` is removed if the first name of a pickle has it, and the
+    audio input, which was never released, is left out. Raises ExportError for a damaged, missing or foreign file.
     """
-    if path.name == INDEX:
-        return unwrap(Lazy(_find_in_shards(path)), LANGUAGE_MODEL_PARTS, path)
-    return read_model(path)
-
-
-def read_model(path: Path) -> Mapping[str, Tensor]:
-    """Return the tensors in one file of a language model or of its LoRA.
-
-    As upstream does, `model.` is removed if the first name of a pickle has it, and the audio input, which was never released, is
-    left out. Raises ExportError.
-    """
-    tensors = unwrap(read_tensors(path), LANGUAGE_MODEL_PARTS, path)
+    tensors = unwrap(Lazy(_find_in_shards(path)) if path.name == INDEX else read_tensors(path), LANGUAGE_MODEL_PARTS, path)
     if isinstance(tensors, Lazy):
         return tensors
     if next(iter(tensors)).startswith("model."):
@@ -140,12 +126,10 @@ def read_tensors(path: Path) -> Mapping[str, Any]:
     if isinstance(data, Mapping) and isinstance(data.get("state_dict"), Mapping):
         data = data["state_dict"]
     if not isinstance(data, Mapping) or not data:
-        raise ExportError(f"{path} holds {type(data).__name__}, not named tensors", hint="take the publisher's file instead")
+        raise ExportError(f"{path} holds {type(data).__name__}, not named tensors", hint=_OTHER_FILE)
     for name in data:
         if not isinstance(name, str):
-            raise ExportError(
-                f"{path} holds an entry named {name!r}, which is not text", hint="take the publisher's file instead"
-            )
+            raise ExportError(f"{path} holds an entry named {name!r}, which is not text", hint=_OTHER_FILE)
     return data
 
 
@@ -157,9 +141,7 @@ def _unreadable_pickle(path: Path, reason: str) -> ExportError:
             hint="save the state_dict of the model instead, or take the publisher's file",
         )
     if "TorchScript" in reason:
-        return ExportError(
-            f"{path} cannot be read: it is a TorchScript program, not named tensors", hint="take the publisher's file instead"
-        )
+        return ExportError(f"{path} cannot be read: it is a TorchScript program, not named tensors", hint=_OTHER_FILE)
     return ExportError(f"{path} cannot be read: it is damaged, or not a file of torch.save", hint=DAMAGED)
 
 
@@ -197,32 +179,13 @@ def _renamed(tensors: Mapping[str, Any], names: Mapping[str, str], path: Path) -
 def only_tensors(data: Mapping[str, Any], source: str) -> dict[str, Tensor]:
     """Return the entries, float64 as float32. Raises ExportError that lists all that are not dense tensors."""
     if others := [str(name) for name, value in data.items() if not isinstance(value, Tensor) or value.layout != torch.strided]:
-        raise ExportError(
-            f"{source} holds entries that are not tensors: {listed(others)}", hint="take the publisher's file instead"
-        )
+        raise ExportError(f"{source} holds entries that are not tensors: {listed(others)}", hint=_OTHER_FILE)
     return {name: _narrow(value) for name, value in data.items()}
 
 
 def _narrow(tensor: Tensor) -> Tensor:
     """Return a float64 tensor as float32, the type of all computation, and any other as it is."""
     return tensor.float() if tensor.dtype == torch.float64 else tensor
-
-
-def _require_folder(folder: Path) -> None:
-    with reading(folder):
-        there, exists = folder.is_dir(), folder.exists()
-    if not there:
-        fault = "is a file, not a folder" if exists else "does not exist"
-        raise ExportError(f"{folder} {fault}", hint="give the folder of an official checkpoint, or OWNER/NAME of the Hub")
-
-
-def _find_weights(folder: Path) -> list[Path]:
-    """Return the file of each set of weights. A single file that the index names is a shard, not another set."""
-    found = [path for name in (INDEX, SINGLE, PICKLE) if (path := folder / name).is_file()]
-    if len(found) > 1 and found[0].name == INDEX:
-        shards = set(read_places(found[0]).values())
-        found = [path for path in found if path.name not in shards]
-    return found
 
 
 def _find_in_shards(index: Path) -> dict[str, Maker]:
@@ -234,15 +197,11 @@ def _find_in_shards(index: Path) -> dict[str, Maker]:
         missing = [name for name in shards if not (index.parent / name).is_file()]
     if missing:
         raise ExportError(f"{index.parent} lacks shards that {INDEX} names: {listed(missing)}", hint="download them too")
-    tensors: dict[str, Maker] = {}
-    for shard in shards:
-        found = _find_tensors(index.parent / shard)
-        if lacking := sorted(name for name, place in places.items() if place == shard and name not in found):
-            raise ExportError(f"{shard} lacks tensors that {INDEX} places in it: {listed(lacking)}", hint=DAMAGED)
-        if twice := sorted(found.keys() & tensors.keys()):
-            raise ExportError(f"{shard} repeats tensors of another shard: {listed(twice)}", hint=DAMAGED)
-        tensors |= found
-    return tensors
+    found = {shard: _find_tensors(index.parent / shard) for shard in shards}
+    for shard, tensors in found.items():
+        if absent := [name for name, place in places.items() if place == shard and name not in tensors]:
+            raise ExportError(f"{shard} lacks tensors that {INDEX} places in it: {listed(absent)}", hint=DAMAGED)
+    return {name: found[shard][name] for name, shard in places.items()}
 
 
 def _find_tensors(path: Path) -> dict[str, Maker]:

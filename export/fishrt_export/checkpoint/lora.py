@@ -7,20 +7,21 @@ the factor alpha is in no file.
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
 
 from ..errors import ExportError
-from .files import read_model
-from .lazy import Lazy, Maker, makers
-from .weights import FLOATS, is_finite, listing
+from .files import read_weights
+from .weights import Lazy, find_problems, makers, raise_if_any
 
+_A, _B = ".lora_A", ".lora_B"
 _EMBEDDINGS = ("embeddings", "codebook_embeddings", "fast_embeddings")
 """Modules whose LoRA matrices are those of the transposed table."""
+_HINT = "give a LoRA that was trained on this very model, and its rank"
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,54 +50,32 @@ def merge(weights: Mapping[str, Tensor], lora: Lora) -> Mapping[str, Tensor]:
 
     Raises one ExportError that lists everything in which the LoRA does not fit the model.
     """
-    tensors = read_model(lora.path)
-    pairs: dict[str, dict[str, Tensor]] = {}
-    problems = []
-    for name, tensor in tensors.items():
-        if match := re.fullmatch(r"(.+)\.lora_([AB])", name):
-            pairs.setdefault(match[1], {})[match[2]] = tensor
-        else:
-            problems.append(f"unexpected: {name}")
-    if not pairs:
+    tensors = read_weights(lora.path)
+    modules = list(dict.fromkeys(name.removesuffix(end) for name in tensors for end in (_A, _B) if name.endswith(end)))
+    if not modules:
         raise ExportError(f"{lora.path} holds no LoRA: none of its {len(tensors)} tensors is a lora_A or lora_B", hint=_HINT)
-    for module, pair in pairs.items():
-        problems += _problems(module, pair, weights)
-    ranks = {tensor.shape[half == "B"] for pair in pairs.values() for half, tensor in pair.items() if tensor.ndim == 2}
-    if len(ranks) != 1 or 0 in ranks or lora.rank not in (None, *ranks):
-        asked = "one" if lora.rank is None else lora.rank
-        problems.append(f"wrong rank: found {', '.join(map(str, sorted(ranks)))}, expected {asked}")
-    if problems:
-        raise ExportError(f"{lora.path} does not fit the model ({len(problems)} problems):\n{listing(problems)}", hint=_HINT)
-    merged, (rank,) = makers(weights), ranks
-    for module, pair in pairs.items():
-        merged[f"{module}.weight"] = _merging(weights, module, pair, lora.alpha / rank)
-    return Lazy(merged)
+    rank = lora.rank or max(_inner_size(tensors, module) for module in modules)
+    expected: dict[str, tuple[int, ...]] = {}
+    problems = [] if rank else ["wrong rank: found 0"]
+    for module in modules:
+        weight = weights.get(f"{module}.weight")
+        if weight is None or weight.ndim != 2:
+            tied = ": its head is its token embedding" if module == "output" else ""
+            problems.append(f"unknown module: the model has no matrix {module}.weight{tied}")
+            continue
+        rows, columns = reversed(weight.shape) if module in _EMBEDDINGS else weight.shape
+        expected |= {module + _A: (rank, columns), module + _B: (rows, rank)}
+    known = {name: tensor for name, tensor in tensors.items() if name in expected or not name.endswith((_A, _B))}
+    raise_if_any([*problems, *find_problems(expected, known)], f"{lora.path} does not fit the model at rank {rank}", _HINT)
+    changed = {f"{module}.weight": partial(_merged, weights, tensors, module, lora.alpha / rank) for module in modules}
+    return Lazy(makers(weights) | changed)
 
 
-def _merging(weights: Mapping[str, Tensor], module: str, pair: Mapping[str, Tensor], factor: float) -> Maker:
-    def merged() -> Tensor:
-        change = pair["B"].float() @ pair["A"].float() * factor
-        return weights[f"{module}.weight"].float() + (change.T if module in _EMBEDDINGS else change)
-
-    return merged
+def _inner_size(tensors: Mapping[str, Tensor], module: str) -> int:
+    a = tensors.get(module + _A)
+    return 0 if a is None or not a.ndim else a.shape[0]
 
 
-_HINT = "give a LoRA that was trained on this very model, and its rank"
-
-
-def _problems(module: str, pair: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> Iterator[str]:
-    weight = weights.get(f"{module}.weight")
-    if weight is None or weight.ndim != 2:
-        tied = ": its head is its token embedding" if module == "output" else ""
-        yield f"unknown module: the model has no matrix {module}.weight{tied}"
-        return
-    rows, columns = reversed(weight.shape) if module in _EMBEDDINGS else weight.shape
-    expected = {"A": ("r", columns), "B": (rows, "r")}
-    for half, shape in expected.items():
-        tensor, name = pair.get(half), f"{module}.lora_{half}"
-        if tensor is None:
-            yield f"missing: {name} [{shape[0]}, {shape[1]}]"
-        elif tensor.ndim != 2 or tensor.shape[half == "A"] != shape[half == "A"]:
-            yield f"wrong shape: {name} is {list(tensor.shape)}, expected [{shape[0]}, {shape[1]}]"
-        elif tensor.dtype not in FLOATS or not is_finite(tensor):
-            yield f"not finite numbers: {name}"
+def _merged(weights: Mapping[str, Tensor], pairs: Mapping[str, Tensor], module: str, factor: float) -> Tensor:
+    change = pairs[module + _B].float() @ pairs[module + _A].float() * factor
+    return weights[f"{module}.weight"].float() + (change.T if module in _EMBEDDINGS else change)

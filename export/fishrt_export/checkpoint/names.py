@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -23,8 +23,23 @@ REFERENCES = "references"
 DEFAULTS = "fishrt.json"
 """fishrt's own file, optional in a checkpoint folder: defaults of this checkpoint that replace its family's."""
 
-_SMALL = (TOKENIZER, TIKTOKEN, SPECIAL_TOKENS, CODEC_CONFIG, DEFAULTS)
+WEIGHTS = (INDEX, SINGLE, PICKLE)
+TOKENIZERS = (TOKENIZER, TIKTOKEN)
+_PARTS = {
+    CONFIG: (CONFIG,),
+    f"weights ({INDEX}, {SINGLE} or {PICKLE})": WEIGHTS,
+    f"a tokenizer ({TOKENIZER} or {TIKTOKEN})": TOKENIZERS,
+    f"a codec ({CODEC} or {FIREFLY})": (CODEC, FIREFLY),
+}
+"""The parts of a checkpoint in words, and the names of which each needs one."""
+_SMALL = (*TOKENIZERS, SPECIAL_TOKENS, CODEC_CONFIG, DEFAULTS)
 _TERMS = ("license", "licence", "notice", "readme")
+
+
+def lacking(names: Collection[str], *parts: str) -> list[str]:
+    """Return the parts of a checkpoint, of those that hold one of the names `parts`, of which no file is among `names`."""
+    wanted = {what: patterns for what, patterns in _PARTS.items() if set(patterns) & set(parts)}
+    return [what for what, patterns in wanted.items() if not any(fnmatchcase(name, p) for name in names for p in patterns)]
 
 
 def choose_checkpoint(names: Sequence[str], read: Callable[[str], Path]) -> list[str]:
@@ -33,28 +48,22 @@ def choose_checkpoint(names: Sequence[str], read: Callable[[str], Path]) -> list
     Of several sets of weights the first counts, in this order: shards, one safetensors file, model.pth. `read` fetches the
     index of the shards. Raises ExportError for a repository that lacks a part.
     """
-    weights = next((name for name in (INDEX, SINGLE, PICKLE) if name in names), None)
-    codecs = [name for name in names if name == CODEC or fnmatchcase(name, FIREFLY)]
-    parts = {
-        CONFIG: CONFIG in names,
-        f"weights ({INDEX}, {SINGLE} or {PICKLE})": weights is not None,
-        f"a tokenizer ({TOKENIZER} or {TIKTOKEN})": TOKENIZER in names or TIKTOKEN in names,
-        f"a codec ({CODEC} or {FIREFLY})": bool(codecs),
-    }
-    if weights is None or not all(parts.values()):
-        lacking = ", ".join(part for part, there in parts.items() if not there)
+    if missing := lacking(names, CONFIG, PICKLE, TOKENIZER, CODEC):
         raise ExportError(
-            f"the repository is not a checkpoint that can be exported: it lacks {lacking}; it has {listed(names) or 'no files'}",
+            f"the repository is not a checkpoint that can be exported: it lacks {', '.join(missing)}; "
+            f"it has {listed(names) or 'no files'}",
             hint="fishrt export --help lists the official repositories; put a fine-tuned model into one folder with the codec",
         )
+    weights = next(name for name in WEIGHTS if name in names)
     shards = sorted(set(read_places(read(INDEX)).values())) if weights == INDEX else []
+    codecs = [name for name in names if name == CODEC or fnmatchcase(name, FIREFLY)]
     rest = [name for name in names if name in _SMALL or name.startswith(f"{REFERENCES}/") or tells_terms(name)]
     return [*rest, weights, *shards, *codecs, CONFIG]
 
 
 def left_out(names: Sequence[str]) -> list[str]:
     """Return the sets of weights that `choose_checkpoint` leaves out."""
-    return [name for name in (INDEX, SINGLE, PICKLE) if name in names][1:]
+    return [name for name in WEIGHTS if name in names][1:]
 
 
 def tells_terms(name: str) -> bool:

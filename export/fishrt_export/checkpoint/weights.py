@@ -1,34 +1,87 @@
-"""Tensors under the names of fishrt's modules, all checked before the export begins."""
+"""Tensors under the names of fishrt's modules, all checked before the export begins.
+
+Tensors are read or computed when they are looked up, so that a checkpoint need not fit in memory.
+"""
 
 from __future__ import annotations
 
 import logging
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import ExportError, listed
-from .files import LANGUAGE_MODEL_PARTS
-from .lazy import Lazy, Maker, makers
-from .threads import one_thread
 
 log = logging.getLogger(__name__)
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+LANGUAGE_MODEL_PARTS = (
+    *("embeddings", "codebook_embeddings", "layers", "norm", "output", "text_model", "audio_decoder"),
+    *("fast_project_in", "fast_embeddings", "fast_layers", "fast_norm", "fast_output"),
+)
+"""The first parts of the names of a language model's tensors, in any form."""
+_UNUSED = ("freqs_cis", "fast_freqs_cis", "causal_mask", "score_output", "audio_encoder", "audio_projector")
+"""Computed tables, the head of reward models, and the audio input, which was never released."""
+_NESTED = {
+    "text_model.lm_head.": "output.",
+    "text_model.model.": "",
+    "audio_decoder.codebook_embeddings.": "codebook_embeddings.",
+    "audio_decoder.": "fast_",
+}
+"""Starts of the names of S2-Pro's files, and of the flat names."""
+_OTHER_FORMS = {
+    # Upstream's int4 is packed in tiles for the kernels of one kind of GPU, in groups whose size is only in the folder's name.
+    ".scales_and_zeros": "int4",
+    ".qweight": "GPTQ or AWQ",
+    ".weight.quant_state.bitsandbytes__": "bitsandbytes",
+    ".SCB": "bitsandbytes",
+    ".weight_packed": "compressed-tensors",
+    ".weight.scale": "FP8",
+    ".weight_scale": "FP8",
+    ".scale_weight": "FP8",
+    ".biases": "MLX",
+}
+"""Parts of the names of quantised tensors that are not supported, and their formats."""
+_SCALES = ".scales"
 _PIECE = 1 << 18
 _LISTED = 20
-_UNUSED = ("freqs_cis", "fast_freqs_cis", "causal_mask", "score_output", "audio_encoder", "audio_projector")
 M = TypeVar("M", bound=nn.Module)
+Maker = Callable[[], Tensor]
+
+
+class Lazy(Mapping[str, Tensor]):
+    """Named tensors, each made anew at every lookup. Nothing is cached, so look each up once and drop it after use."""
+
+    def __init__(self, makers: Mapping[str, Maker]) -> None:
+        self._makers = dict(makers)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._makers[name]()
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._makers
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._makers)
+
+    def __len__(self) -> int:
+        return len(self._makers)
+
+
+def makers(tensors: Mapping[str, Tensor]) -> dict[str, Maker]:
+    """Return a function for each tensor that looks it up. Renaming or dropping the functions reads no tensor."""
+    return {name: partial(tensors.__getitem__, name) for name in tensors}
 
 
 def flat_names(tensors: Mapping[str, Tensor], *, tied_head: bool) -> Mapping[str, Tensor]:
     """Return the tensors under flat names, for the nested form of S2-Pro too, with separate wq, wk and wv joined.
 
-    As in the originals, tensors of no part of the model are left out: computed tables, the head of reward models and the audio
-    input silently, others with a warning. A head that is tied to the embedding is left out too. Raises ExportError for a LoRA.
+    As in the originals, tensors of no part of the model are left out, with a warning if they are unknown. A head that is tied to
+    the embedding is left out too. Raises ExportError for a LoRA.
     """
     if all(".lora_" in name for name in tensors):
         raise ExportError(
@@ -38,39 +91,51 @@ def flat_names(tensors: Mapping[str, Tensor], *, tied_head: bool) -> Mapping[str
     parts = {name: name.partition(".")[0] for name in tensors}
     if strange := [name for name, part in parts.items() if part not in (*LANGUAGE_MODEL_PARTS, *_UNUSED)]:
         log.warning("the weights hold tensors that belong to no part of the model and are left out: %s", listed(strange))
-    flat = {name: make for name, make in makers(tensors).items() if parts[name] in LANGUAGE_MODEL_PARTS}
-    if any(part in ("text_model", "audio_decoder") for part in parts.values()):
-        flat = {_flat_name(name): make for name, make in flat.items()}
+    flat = {_flat_name(name): make for name, make in makers(tensors).items() if parts[name] in LANGUAGE_MODEL_PARTS}
     if tied_head and (head := flat.pop("output.weight", None)):
         embeddings = flat.get("embeddings.weight")
         if embeddings is None or not torch.equal(head(), embeddings()):
             log.warning("config.json ties the output head to the token embedding: the head among the weights is left out")
-    return Lazy(_join_legacy_projections(flat))
+    for name in [name for name in flat if name.endswith("attention.wq.weight")]:
+        separate = [name.replace(".wq.", f".{part}.") for part in ("wq", "wk", "wv")]
+        if all(part in flat for part in separate):
+            flat[name.replace(".wq.", ".wqkv.")] = partial(_join, [flat.pop(part) for part in separate])
+    return Lazy(flat)
 
 
 def _flat_name(name: str) -> str:
-    if name == "text_model.lm_head.weight":
-        return "output.weight"
-    if name.startswith("text_model.model."):
-        return name.removeprefix("text_model.model.")
-    if name == "audio_decoder.codebook_embeddings.weight":
-        return "codebook_embeddings.weight"
-    if name.startswith("audio_decoder."):
-        return "fast_" + name.removeprefix("audio_decoder.")
-    return name
+    return next((flat + name.removeprefix(start) for start, flat in _NESTED.items() if name.startswith(start)), name)
 
 
-def _join_legacy_projections(tensors: dict[str, Maker]) -> dict[str, Maker]:
-    prefixes = [match[1] for name in tensors if (match := re.fullmatch(r"(.*attention\.)wq\.weight", name))]
-    for prefix in prefixes:
-        parts = [f"{prefix}{part}.weight" for part in ("wq", "wk", "wv")]
-        if all(part in tensors for part in parts):
-            tensors[f"{prefix}wqkv.weight"] = _joining([tensors.pop(part) for part in parts])
-    return tensors
+def _join(parts: Sequence[Maker]) -> Tensor:
+    return torch.cat([make() for make in parts])
 
 
-def _joining(parts: Sequence[Maker]) -> Maker:
-    return lambda: torch.cat([make() for make in parts])
+def dequantise(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> Mapping[str, Tensor]:
+    """Return the tensors, with each int8 `weight` [out, in] of upstream's quantiser multiplied by its `scales` [out].
+
+    expected: shapes of the model's tensors. The quantiser drops the biases of its layers; they become zeros. Raises ExportError
+    for other quantised forms. Weights and scales that do not fit are left for `find_problems`.
+    """
+    for part, form in _OTHER_FORMS.items():
+        if found := [name for name in tensors if part in name]:
+            raise ExportError(
+                f"the weights are quantised ({form}: {listed(found, 1)}), which is not supported",
+                hint="export the checkpoint that they were made from, or its form in upstream's int8",
+            )
+    result = makers(tensors)
+    for stem in [name.removesuffix(_SCALES) for name in tensors if name.endswith(_SCALES)]:
+        weight, bias = tensors.get(f"{stem}.weight"), f"{stem}.bias"
+        if weight is None or weight.dtype != torch.int8 or tensors[stem + _SCALES].shape != weight.shape[:1]:
+            continue
+        result[f"{stem}.weight"] = partial(_scale_rows, result[f"{stem}.weight"], result.pop(stem + _SCALES))
+        if bias in expected and bias not in tensors:
+            result[bias] = partial(torch.zeros, expected[bias])
+    return Lazy(result)
+
+
+def _scale_rows(weight: Maker, scales: Maker) -> Tensor:
+    return weight().float() * scales().float().unsqueeze(-1)
 
 
 def fuse_weight_norm(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -78,24 +143,14 @@ def fuse_weight_norm(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     W has the dtype of v.
     """
-    fused: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        for magnitude, direction in ((".parametrizations.weight.original0", ".parametrizations.weight.original1"), ("_g", "_v")):
-            stem, pair = name.removesuffix(direction), name.removesuffix(direction) + magnitude
-            if stem != name and pair in tensors:
-                fused[stem if magnitude == "_g" else f"{stem}.weight"] = _scaled(tensors[pair], tensor)
-                break
-            if name.endswith(magnitude) and name.removesuffix(magnitude) + direction in tensors:
-                break
-        else:
-            fused[name] = tensor
+    fused = dict(tensors)
+    for magnitude, direction in ((".weight_g", ".weight_v"), tuple(f".parametrizations.weight.original{i}" for i in (0, 1))):
+        for stem in [name.removesuffix(magnitude) for name in tensors if name.endswith(magnitude)]:
+            if stem + direction in fused:
+                v, g = fused.pop(stem + direction), fused.pop(stem + magnitude)
+                norm = v.double().square().sum(dim=tuple(range(1, v.ndim)), keepdim=True).sqrt()
+                fused[f"{stem}.weight"] = (g.double() * v.double() / norm).to(v.dtype)
     return fused
-
-
-def _scaled(magnitude: Tensor, direction: Tensor) -> Tensor:
-    v = direction.double()
-    norm = v.square().sum(dim=tuple(range(1, v.ndim)), keepdim=True).sqrt()
-    return (magnitude.double() * v / norm).to(direction.dtype)
 
 
 def expected_shapes(module: nn.Module, prefix: str = "") -> dict[str, tuple[int, ...]]:
@@ -104,12 +159,12 @@ def expected_shapes(module: nn.Module, prefix: str = "") -> dict[str, tuple[int,
 
 
 def find_problems(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, Tensor]) -> list[str]:
-    """Return all differences between the tensors of a checkpoint and the config, one line each."""
+    """Return all differences between the tensors of a checkpoint and the expected ones, one line each."""
     problems = [f"missing: {name} {list(expected[name])}" for name in expected if name not in found]
-    problems += [f"unexpected: {name} {list(found[name].shape)}" for name in found if name not in expected]
-    for name in (name for name in found if name in expected):
-        tensor = found[name]
-        if tuple(tensor.shape) != expected[name]:
+    for name, tensor in found.items():
+        if name not in expected:
+            problems.append(f"unexpected: {name} {list(tensor.shape)}")
+        elif tuple(tensor.shape) != expected[name]:
             problems.append(f"wrong shape: {name} is {list(tensor.shape)}, expected {list(expected[name])}")
         elif tensor.dtype not in FLOATS:
             problems.append(f"wrong type: {name} holds {tensor.dtype}; expected bfloat16, float16 or float32")
@@ -124,22 +179,33 @@ def is_finite(tensor: Tensor) -> bool:
         return all(bool(piece.isfinite().all()) for piece in torch.split(tensor.flatten(), _PIECE))
 
 
-def raise_if_any(problems: Sequence[str]) -> None:
-    """Raise one ExportError that lists all problems, if there are any."""
-    if problems:
-        raise ExportError(
-            f"the weights do not fit the config ({len(problems)} problems):\n{listing(problems)}",
-            hint="config and weights must be of one checkpoint, complete and undamaged",
-        )
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Run torch on one thread within the block, for work on many small tensors.
+
+    Several threads wait for each other after every tensor. On a busy machine that makes them many times slower than one.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
-def listing(problems: Sequence[str]) -> str:
-    """Return one line for each problem; of a long list, the first problems of each kind and the number of the others."""
+def raise_if_any(
+    problems: Sequence[str],
+    what: str = "the weights do not fit the config",
+    hint: str = "config and weights must be of one checkpoint, complete and undamaged",
+) -> None:
+    """Raise one ExportError that lists all problems, if there are any; of a long list, the first problems of each kind."""
+    if not problems:
+        return
     kinds = [problem.partition(":")[0] for problem in problems]
-    most = max(_LISTED // max(len(set(kinds)), 1), 1)
-    shown = [problem for i, problem in enumerate(problems) if len(problems) <= _LISTED or kinds[:i].count(kinds[i]) < most]
-    left = len(problems) - len(shown)
-    return "\n".join(f"  {line}" for line in (*shown, *([f"and {left} more"] if left else [])))
+    most = max(_LISTED // len(set(kinds)), 1)
+    result = [problem for i, problem in enumerate(problems) if len(problems) <= _LISTED or kinds[:i].count(kinds[i]) < most]
+    left = [f"and {len(problems) - len(result)} more"] if len(result) < len(problems) else []
+    raise ExportError(f"{what} ({len(problems)} problems):\n" + "\n".join(f"  {line}" for line in (*result, *left)), hint=hint)
 
 
 def on_meta(module: M) -> M:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..checkpoint.threads import one_thread
+from ..checkpoint.weights import one_thread
 
 BITS = {"int8": 8, "int4": 4}
 BLOCKS = (128, 64, 32, 16)

@@ -5,8 +5,9 @@ Both get equal calls, with the state carried, and every output is compared.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from fishrt.bundle.folder import Parity
 from fishrt_engines import Array, Engine, open_engine
 from fishrt_engines.engine import GraphSpec
 
+from ..checkpoint.weights import Lazy
 from ..errors import ExportError
 from .quantise import dequantise, relative_error, unpack
 from .recipe import Storage
@@ -163,7 +165,7 @@ class Report:
             raise ExportError(f"{self.file}: {name} has shape {actual.shape}, the torch module gives {expected.shape}")
 
 
-class Held(Mapping[str, Tensor]):
+class Held(Lazy):
     """Float32 weights in the module's layout, made when they are looked up.
 
     Integers are read from the file and compared with the checkpoint's weights. All others are the checkpoint's, rounded to the
@@ -171,12 +173,13 @@ class Held(Mapping[str, Tensor]):
     """
 
     def __init__(self, path: Path, weights: Mapping[str, Tensor], plan: Mapping[str, Storage]) -> None:
+        super().__init__({name: partial(self._value, name) for name in weights})
         self._path, self._weights, self._plan = path, weights, plan
         self._initializers = ir.load(path).graph.initializers
         self.errors: dict[str, float] = {}
         """Relative error of each quantised weight that was looked up; see quantise.relative_error."""
 
-    def __getitem__(self, name: str) -> Tensor:
+    def _value(self, name: str) -> Tensor:
         """Return a weight. Raises ExportError if the file's integers are not those of the checkpoint's weight."""
         source = self._weights[name]
         if name not in self._initializers:  # the graph is only a part of the module
@@ -192,15 +195,6 @@ class Held(Mapping[str, Tensor]):
                 hint=f"keep it in more bits with --keep {name.removesuffix('.weight')}=fp32, and please report it",
             )
         return value
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._weights
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._weights)
-
-    def __len__(self) -> int:
-        return len(self._weights)
 
     def _read(self, name: str) -> Tensor:
         """Return an initialiser of integers or float32. It is not mapped: mapped pages count as this process's memory."""

@@ -17,12 +17,10 @@ from ..checkpoint.content import read_text
 from ..checkpoint.families import Family, with_defaults
 from ..checkpoint.files import find_language_model, read_weights
 from ..checkpoint.identify import AudioIds, Evidence, find_ids, identify
-from ..checkpoint.lazy import Lazy, makers
 from ..checkpoint.lora import Lora, merge
 from ..checkpoint.names import TIKTOKEN
-from ..checkpoint.quantised import dequantise
 from ..checkpoint.tokenizer import read_tokenizer, read_vocabulary
-from ..checkpoint.weights import expected_shapes, find_problems, flat_names, load, on_meta, raise_if_any
+from ..checkpoint.weights import Lazy, dequantise, expected_shapes, find_problems, flat_names, load, makers, on_meta, raise_if_any
 from ..errors import ExportError
 from ..graph.job import GraphJob
 from ..models.fast_ar import FastAR, fast_ar_spec

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ...checkpoint.fields import Fields
+from ...checkpoint.config import Fields
 from ...checkpoint.names import CODEC_CONFIG
 from ...errors import ExportError
 from .layers import WindowTransformer

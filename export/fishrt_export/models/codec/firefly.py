@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from fishrt.bundle.features import DecodeContext
 
-from ...checkpoint.fields import Fields
+from ...checkpoint.config import Fields
 from ...checkpoint.names import CODEC_CONFIG
 from .carry import Carry, Carrying, Chain, through
 from .dac_config import MAX_FRAMES
