@@ -63,3 +63,6 @@ class UnfinishedError(FishrtError):
     def __init__(self, cause: FishrtError, speech: Speech) -> None:
         super().__init__(str(cause), hint=cause.hint)
         self.speech = speech
+
+    def __reduce__(self) -> tuple[type[UnfinishedError], tuple[FishrtError, Speech]]:
+        return UnfinishedError, (FishrtError(str(self), hint=self.hint), self.speech)

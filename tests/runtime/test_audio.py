@@ -6,6 +6,7 @@ import io
 import os
 import sys
 import threading
+import tracemalloc
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -156,6 +157,45 @@ def test_mp3_that_breaks_off_keeps_its_whole_frames_and_rubbish_inside_is_refuse
         read_bytes(data[:middle] + bytes(range(16)) * 400 + data[middle:])
 
 
+SOUNDS = [("WAV", "PCM_16"), ("WAV", "IMA_ADPCM"), ("AIFF", "PCM_16"), ("FLAC", "PCM_16"), ("OGG", "VORBIS"), ("OGG", "OPUS")]
+
+
+@pytest.mark.parametrize(("container", "encoding"), [*SOUNDS, ("MP3", "MPEG_LAYER_III")])
+def test_a_file_that_breaks_off_is_refused(container: str, encoding: str) -> None:
+    sound = np.random.default_rng(1).uniform(-0.3, 0.3, RATE * 36 // 10).astype(np.float32)
+    data = encoded(container, encoding, sound)
+    assert len(sound) <= len(read_bytes(data)) < len(sound) + 600
+    says = {"FLAC": "damaged", "OGG": r"breaks off after [01]\.\d s"}.get(container, r"breaks off after 1\.8 of 3\.[67] s")
+    for joined in (b"", data):
+        if (joined, container) != (data, "MP3"):  # the whole of joined mp3 is not stated
+            with pytest.raises(AudioError, match=says):
+                read_bytes(joined + data[: len(data) // 2])
+
+
+def test_flac_that_ends_between_two_frames_is_refused_if_its_length_is_stated() -> None:
+    data = bytearray(encoded("FLAC", "PCM_16"))
+    data[22:26] = (2 * len(TONE)).to_bytes(4, "big")
+    with pytest.raises(AudioError, match=r"breaks off after 0\.5 of 1\.0 s"):
+        read_bytes(bytes(data))
+
+
+def test_a_few_bytes_may_be_lacking_at_the_end() -> None:
+    for container, encoding in (("WAV", "PCM_16"), ("AIFF", "PCM_16")):
+        assert len(read_bytes(encoded(container, encoding)[:-100])) == len(TONE) - 50
+
+
+@pytest.mark.parametrize("channels", [2, 1024])
+def test_memory_does_not_grow_with_the_channels(channels: int) -> None:
+    buffer = io.BytesIO()
+    soundfile.write(buffer, np.tile(TONE[:2000, None], channels), RATE, format="WAV")
+    tracemalloc.start()
+    pcm = read_bytes(buffer.getvalue())
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    np.testing.assert_allclose(pcm, TONE[:2000], atol=4e-5)
+    assert peak < 2 * len(buffer.getvalue()) + 2**20
+
+
 def test_the_shift_of_mp3_is_left_out_only_where_it_is_quiet() -> None:
     data = encoded("MP3", "MPEG_LAYER_III", TONE, bitrate_mode="CONSTANT", compression_level=0.5)
     pcm = read_bytes(data.replace(b"Info", bytes(4)))
@@ -257,6 +297,18 @@ def test_resampling_keeps_the_tone() -> None:
     assert resample(TONE, RATE, RATE) is TONE
 
 
+def test_resampling_from_an_odd_rate_takes_little_memory() -> None:
+    """All kernels together would take a gigabyte."""
+    odd, target = 15_000_001, 44100
+    given = np.sin(np.arange(odd // 10) * 2 * np.pi * 1000 / odd).astype(np.float32)
+    tracemalloc.start()
+    pcm = resample(given, odd, target)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert np.abs(pcm - np.sin(np.arange(len(pcm)) * 2 * np.pi * 1000 / target))[20:-20].max() < 1e-3
+    assert peak < 100e6
+
+
 def test_resampling_refuses_nonsense() -> None:
     with pytest.raises(AudioError, match="0 Hz"):
         resample(TONE, 0, RATE)
@@ -272,6 +324,7 @@ def test_resampling_takes_any_rates_and_lengths(rate: int, target: int, samples:
 
 
 def test_resampling_in_blocks_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = resample(TONE, RATE, 44100)
-    monkeypatch.setattr("fishrt.audio.files._BLOCK", 1000)
-    np.testing.assert_array_equal(resample(TONE, RATE, 44100), whole)
+    whole = resample(TONE[:1000], RATE, 44100)
+    for at_once in (1, 1000, 100_000):
+        monkeypatch.setattr("fishrt.audio.files._TAPS", at_once)
+        np.testing.assert_array_equal(resample(TONE[:1000], RATE, 44100), whole)

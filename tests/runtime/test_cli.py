@@ -24,6 +24,7 @@ import fishrt
 import helpers_cli
 from fishrt.audio.encode import pcm16
 from fishrt.cli import main
+from fishrt.cli.commands import Commands
 from fishrt.errors import FishrtError, GraphError, ProviderError, UnfinishedError
 from fishrt.language_model.sampling import Sampling
 from helpers_cli import RATE, files, refused, run, tone
@@ -606,6 +607,34 @@ def test_an_interruption_has_a_json_object_too(fake):
     result = run("speak", "Hi.", "--json")
     assert (result.exit_code, result.stderr) == (130, "interrupted\n")
     assert json.loads(result.stdout)["error"]["kind"] == "Interrupted"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows ends a process without a signal")
+@pytest.mark.parametrize("ignored", [False, True])
+def test_an_interruption_while_modules_are_imported_is_no_traceback(tmp_path, ignored):
+    (tmp_path / "click.py").write_text("import sys\nprint('importing', flush=True)\nsys.stdin.read()\nraise SystemExit(7)")
+    command = [sys.executable, "-m", "fishrt", "--version"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN if ignored else signal.SIG_DFL)
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    try:
+        process = subprocess.Popen(command, env=environment, text=True, **pipes)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    with process:
+        assert process.stdout.readline() == "importing\n"
+        process.send_signal(signal.SIGINT)
+        said = "" if ignored else process.stderr.read()
+    assert (process.returncode, said) == ((7, "") if ignored else (130, "interrupted\n"))
+
+
+def test_an_interruption_before_the_command_is_no_fault(fake, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Commands, "make_context", interrupted)
+    result = run("speak", "Hi.")
+    assert (result.exit_code, result.stderr.split()) == (130, ["interrupted"])
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows ends a process without a signal")

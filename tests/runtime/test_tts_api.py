@@ -8,6 +8,7 @@ import gc
 import inspect
 import io
 import logging
+import pickle
 import re
 import threading
 import weakref
@@ -200,6 +201,9 @@ def test_speech_before_an_error_is_not_lost(tts: TTS) -> None:
     np.testing.assert_array_equal(speech.pcm, whole.pcm[: len(speech)])
     assert [piece.frames for piece in speech.info.pieces] == [25]
     assert len(speech) == 25 * CODEC.hop
+    copy = pickle.loads(pickle.dumps(caught.value))  # as process pools and Ray do
+    assert (str(copy), copy.hint) == (str(caught.value), caught.value.hint)
+    np.testing.assert_array_equal(copy.speech.pcm, speech.pcm)
     with pytest.raises(GraphError):  # where nothing was said, there is nothing to keep
         tts.speak(TEXT, seed=1)
 

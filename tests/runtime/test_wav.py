@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from fishrt.audio.wav import UNKNOWN, WavWriter, growing_wav
+from fishrt.audio.encode import UNKNOWN, WavWriter, growing_wav
 from fishrt.errors import OutputError
 from helpers_cli import RATE, fake, files, refused, run, tone  # noqa: F401
 

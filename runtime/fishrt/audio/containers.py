@@ -10,16 +10,19 @@ from __future__ import annotations
 import re
 import struct
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 _UNKNOWN = b"\xff\xff\xff\xff"
+_UNKNOWN_FROM = 0x7FFF0000
+"""Sizes from here on, about 2 GB, mean "unknown": programs that write streams state 2 GiB or 4 GiB, or a little less."""
 _ID3 = re.compile(rb"ID3..[\x00-\xff]([\x00-\x7f]{4})", re.DOTALL)
 _BEGINNINGS = [
     re.compile(pattern, re.DOTALL) for pattern in (rb"RIFF.{4}WAVE", rb"FORM.{4}AIF[FC]", rb"fLaC[\x00\x80]\x00\x00\x22")
 ]
 """Separate patterns: a search for fixed first letters is ten times as fast as one for alternatives."""
 _OGG_PAGE = re.compile(rb"OggS\x00(.).{20}(.)", re.DOTALL)
-_OGG_BEGINS = 2
-"""The flag of a page that begins a stream."""
+_OGG_BEGINS, _OGG_ENDS = 2, 4
+"""The flags of a page that begins and of one that ends a stream."""
 _MP3_SYNC = re.compile(rb"\xff[\xe2\xe3\xf2\xf3\xfa\xfb]")
 """The first two bytes of a layer III frame: MPEG 2.5, 2 or 1, with or without a checksum."""
 _MP3_KBITS = (
@@ -31,6 +34,18 @@ _MP3_COUNT = re.compile(rb"Xing|Info|VBRI")
 _MP3_COUNT_WITHIN = 4096
 """Bytes from the first frame within which a file has its count of frames, if it has one."""
 _MP3_COUNT_BYTES = 156
+
+
+@dataclass(frozen=True, slots=True)
+class Stated:
+    """The length of a file by its own account."""
+
+    samples: int = 0
+    """Number of samples of a channel; 0: not stated."""
+    share: float = 1.0
+    """Part of the stated bytes of sound that the file has."""
+    ended: bool = True
+    """Whether the file has its last page, if the container has one."""
 
 
 def split_joined(data: memoryview) -> list[memoryview]:
@@ -62,6 +77,21 @@ def forget_length(data: memoryview) -> memoryview:
     elif bytes(data[:4]) in (b".snd", b"dns.") and len(data) >= 12:
         data[8:12] = _UNKNOWN
     return data
+
+
+def stated_length(data: memoryview) -> Stated:
+    """Return the length of one file by its own account, before `forget_length` changes it."""
+    if bytes(data[:4]) == b"OggS":
+        return Stated(ended=_ogg_ends(data))
+    if bytes(data[:4]) in (b"RIFF", b"FORM"):
+        order, name = ("<", b"data") if bytes(data[:4]) == b"RIFF" else (">", b"SSND")
+        place = next(((at, size) for found, at, size in _chunks(data, order) if found == name), None)
+        if place and 0 < place[1] < _UNKNOWN_FROM:
+            return Stated(share=min(1.0, (len(data) - place[0]) / place[1]))
+    start = after_id3(data)
+    if bytes(data[start : start + 4]) == b"fLaC":
+        return Stated(samples=int.from_bytes(data[start + 21 : start + 26], "big") & (1 << 36) - 1)
+    return Stated()
 
 
 def after_id3(data: memoryview, start: int = 0) -> int:
@@ -103,8 +133,7 @@ def _ogg_chains(data: memoryview) -> Iterator[int]:
         if begins and not began:
             yield match.start()
         began = begins
-        segments = data[match.end() : match.end() + match.group(2)[0]]
-        at = match.end() + len(segments) + sum(segments)
+        at = _after_page(data, match)
 
 
 def _mp3_streams(data: memoryview) -> Iterator[int]:
@@ -143,13 +172,32 @@ def _mp3_frame(data: memoryview, at: int) -> tuple[tuple[int, bool], int] | None
 
 def _forget_wav_length(data: memoryview) -> None:
     """Make the length of the data chunk unknown, unless other chunks follow it."""
+    for name, at, size in _chunks(data, "<"):
+        if name == b"data":
+            rest = bytes(data[at + size + size % 2 :])
+            if rest.strip(b"\0") and not re.match(rb"[ -~]{4}", rest):
+                data[at - 4 : at] = _UNKNOWN
+            return
+
+
+def _chunks(data: memoryview, order: str) -> Iterator[tuple[bytes, int, int]]:
+    """Yield name, offset of the content and stated size in bytes of each chunk. order: "<" (RIFF) or ">" (FORM)."""
     at = 12
     while at + 8 <= len(data):
-        name, size = struct.unpack_from("<4sI", data, at)
-        end = at + 8 + size + size % 2
-        if name == b"data":
-            rest = bytes(data[end:])
-            if rest.strip(b"\0") and not re.match(rb"[ -~]{4}", rest):
-                data[at + 4 : at + 8] = _UNKNOWN
-            return
-        at = end
+        name, size = struct.unpack_from(f"{order}4sI", data, at)
+        yield name, at + 8, size
+        at += 8 + size + size % 2
+
+
+def _ogg_ends(data: memoryview) -> bool:
+    """Return whether the last page is whole and ends its stream."""
+    last, at = None, 0
+    while match := _OGG_PAGE.search(data, at):
+        last, at = match, _after_page(data, match)
+    return last is not None and bool(last.group(1)[0] & _OGG_ENDS) and at <= len(data)
+
+
+def _after_page(data: memoryview, page: re.Match[bytes]) -> int:
+    """Return the offset of the end of an Ogg page, which may be cut off."""
+    segments = data[page.end() : page.end() + page.group(2)[0]]
+    return page.end() + page.group(2)[0] + sum(segments)

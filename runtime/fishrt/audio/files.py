@@ -19,7 +19,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 
 from ..arrays import Pcm
 from ..errors import AudioError
-from .containers import forget_length, split_joined, take_mp3_count
+from .containers import Stated, forget_length, split_joined, stated_length, take_mp3_count
 
 MAX_SECONDS = 3600.0
 """Longest file that is read if the caller gives no limit. An hour is 0.7 GB at 48 kHz; no codec takes as much."""
@@ -28,8 +28,12 @@ MAX_PIPED_BYTES = 1 << 30
 MOST_SAMPLE = 8.0
 """Samples beyond this have another scale: float files with loud peaks stay below, integers stored as floats do not."""
 
+_LOST_S = 0.1
+"""Seconds at the end that a file may lack: no word is as short."""
 _BLOCK = 1 << 16
-"""Samples decoded or resampled at once."""
+"""Samples of all channels decoded at once."""
+_TAPS = 1 << 20
+"""Products of a sample and a kernel in resampling that are computed at once."""
 _MP3_BLOCK = 576
 """Fewest samples of an MP3 frame: a damaged frame does not take the frames before it with it."""
 _MP3_DELAY = 1105
@@ -144,13 +148,25 @@ class _Forward(soundfile.SoundFile):  # type: ignore[misc]
 
 def _decoded(data: memoryview, max_seconds: float, name: str) -> Iterator[tuple[Pcm, int]]:
     """Yield blocks of one file, float32 [samples], channels averaged, each with the rate in Hz. May stop after `max_seconds`."""
+    stated, samples = stated_length(data), 0
     data = forget_length(data)
     with _Forward(_File(data, len(data))) as sound:
         if sound.format != "MP3":
-            for block in _blocks(sound, _BLOCK, name):
+            for block in _blocks(sound, max(1, _BLOCK // sound.channels), name):
+                samples += len(block)
                 yield block, sound.samplerate
+            _check_whole(samples, stated, sound.samplerate, name)
             return
     yield _mp3(data, max_seconds, name)
+
+
+def _check_whole(samples: int, stated: Stated, rate: int, name: str) -> None:
+    """Check that a file does not break off after so many samples. Raises AudioError."""
+    seconds = samples / rate
+    whole = stated.samples / rate or seconds / (stated.share or 1.0)
+    if whole - seconds > _LOST_S or not stated.ended:
+        of = f" of {whole:.1f}" if stated.ended else ""
+        raise AudioError(f"{name} breaks off after {seconds:.1f}{of} s", hint="copy or record it again, to its end")
 
 
 def _blocks(sound: _Forward, size: int, name: str, ended: Callable[[], bool] = lambda: False) -> Iterator[Pcm]:
@@ -173,7 +189,10 @@ def _mp3(data: memoryview, max_seconds: float, name: str) -> tuple[Pcm, int]:
     whole, rate = _mp3_frames(data, _MP3_STRETCH * len(data), max_seconds, name)
     if cleared is not None:
         count, place, kept = cleared
-        if count * (1152 if rate >= 32000 else 576) >= len(whole):  # samples in a frame of layer III, by MPEG version
+        stated = count * (1152 if rate >= 32000 else 576)  # samples in a frame of layer III, by MPEG version
+        if len(whole) <= max_seconds * rate:
+            _check_whole(len(whole), Stated(stated), rate, name)
+        if stated >= len(whole):
             data[place] = kept
             return _mp3_frames(data, len(data), max_seconds, name)
     begins = whole[_MP3_DELAY:]
@@ -232,13 +251,18 @@ def resample(pcm: Pcm, rate: int, target: int) -> Pcm:
     scale = 0.99 * min(old, new) / old
     reach = math.ceil(6 / scale)
     count = -(-len(pcm) * new // old)
-    # Sample j is at position j · old / new; its offset from the old samples repeats after `new` samples.
-    phases = np.arange(min(new, count)) * old % new / new
-    t = np.clip((np.arange(-reach, reach + 2) - phases[:, None]) * scale, -6, 6)
-    kernels = (np.sinc(t) * np.cos(np.pi * t / 12) ** 2 * scale).astype(np.float32)
-    around = sliding_window_view(np.pad(pcm, (reach, reach + 2)), kernels.shape[1])
+    taps = np.arange(-reach, reach + 2)
+    around = sliding_window_view(np.pad(pcm, (reach, reach + 2)), len(taps))
     resampled = np.empty(count, np.float32)
-    for start in range(0, count, _BLOCK):
-        j = np.arange(start, min(start + _BLOCK, count))
-        resampled[j] = np.einsum("jk,jk->j", around[j * old // new], kernels[j % new])
+    # Sample j is at position j · old / new; its offset from the old samples, and so its kernel, repeats after `new` samples.
+    most = max(1, _TAPS // len(taps))
+    for first in range(0, min(new, count), most):
+        phases = np.arange(first, min(first + most, new, count))
+        t = np.clip((taps - (phases * old % new / new)[:, None]) * scale, -6, 6)
+        kernels = (np.sinc(t) * np.cos(np.pi * t / 12) ** 2 * scale).astype(np.float32)
+        step = max(1, most // len(phases)) * new
+        for start in range(0, count, step):
+            j = (np.arange(start, min(start + step, count), new)[:, None] + phases).ravel()
+            j = j[j < count]
+            resampled[j] = np.einsum("jk,jk->j", around[j * old // new], kernels[(j - first) % new])
     return resampled

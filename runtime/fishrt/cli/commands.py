@@ -89,6 +89,8 @@ class Commands(click.Group):
         try:
             with logging_to(_Printer(session), logging.DEBUG), _interruptible():
                 status = super().main(*args, **{**options, "standalone_mode": False, "obj": session})
+        except (KeyboardInterrupt, click.Abort):  # before or after the command itself
+            status = _fail(session, Interrupted("interrupted"))
         except Exception as error:
             if session.debug:
                 traceback.print_exc()

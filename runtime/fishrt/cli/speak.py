@@ -249,9 +249,8 @@ class _Target:
 
     def check(self) -> None:
         """Check the target before long work. Raises AudioError for a bad format, OutputError for a place or player that fails."""
-        from ..audio.encode import audio_format, check_writable
+        from ..audio.encode import audio_format, check_growing_wav, check_writable
         from ..audio.play import check_player
-        from ..audio.wav import check_growing_wav
 
         if self.play:
             check_player()
@@ -273,9 +272,8 @@ class _Target:
 
     def speak(self, tts: TTS, text: str, request: dict[str, Any]) -> SpeechInfo:
         """Speak a text to the target. The request ends when nobody reads the audio any more."""
-        from ..audio.encode import write_audio
+        from ..audio.encode import growing_wav, write_audio
         from ..audio.play import playing
-        from ..audio.wav import growing_wav
 
         if not self.stream and not self.play:
             try:
