@@ -41,7 +41,7 @@ Outputs = dict[str, Array]
 
 def compare_slow_ar(tts: TTS, checkpoint: Path, device: str) -> dict[str, Any]:
     """Compare a prefill and single columns: logits, hidden, and the caches at the end."""
-    lm, prompt = tts.bundle.manifest.language_model, bench_prompt(tts.bundle, TEXT)
+    lm, prompt = tts.bundle.manifest.model, bench_prompt(tts.bundle, TEXT)
     columns = _random_columns(lm, STEPS)
     return _compare(
         _slow_outputs(tts.engines["slow_ar"], lm, prompt, columns),
@@ -51,8 +51,8 @@ def compare_slow_ar(tts: TTS, checkpoint: Path, device: str) -> dict[str, Any]:
 
 def compare_fast_ar(tts: TTS, checkpoint: Path, device: str) -> dict[str, Any]:
     """Compare the logits of every code of a frame with given codes."""
-    lm = tts.bundle.manifest.language_model
-    width = next(t.shape[1] for t in tts.bundle.manifest.graphs["fast_ar"].feeds if t.name == "hidden")
+    lm = tts.bundle.manifest.model
+    width = next(t.shape[1] for t in tts.bundle.manifest.specs["fast_ar"].feeds if t.name == "hidden")
     hidden = np.random.default_rng(1).standard_normal((1, int(width))).astype(np.float32)
     codes = _random_columns(lm, 1)[1:, 0]
     return _compare(
@@ -97,7 +97,7 @@ def open_steps(tts: TTS) -> Engine:
     fast, provider = tts.engines["fast_ar"], tts.engines["slow_ar"].provider
     if fast.spec.states:
         return fast
-    spec = tts.bundle.manifest.graphs["fast_ar"]
+    spec = tts.bundle.manifest.specs["fast_ar"]
     return open_engine(tts.bundle.file(spec.file), spec, provider="cpu" if provider == "tensorrt" else provider, specialise=True)
 
 
@@ -166,7 +166,7 @@ def _fast_outputs(engine: Engine, lm: LanguageModel, hidden: Array, codes: Ints)
 
 
 def _draw_both(tts: TTS, frame: Engine, steps: Engine, sampling: Sampling) -> dict[str, Any]:
-    lm, prompt = tts.bundle.manifest.language_model, bench_prompt(tts.bundle, TEXT)
+    lm, prompt = tts.bundle.manifest.model, bench_prompt(tts.bundle, TEXT)
     resolved = sampling.resolve(lm.sampling)
     rules, history = Rules(resolved, lm.code_offset, None), History(lm, resolved)
     drawers = [kind(engine, lm, rules, SeededNoise(0)) for kind, engine in ((StepDrawer, steps), (FrameDrawer, frame))]

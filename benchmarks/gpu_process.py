@@ -133,8 +133,8 @@ def open_frame(tts: TTS) -> Engine:
     engine, manifest = tts.engines["fast_ar"], tts.bundle.manifest
     if not engine.spec.states:
         return engine
-    spec, build = frame_graph(manifest.graphs, manifest.language_model)
-    path = tts.bundle.file(manifest.graphs["fast_ar"].file)
+    spec, build = frame_graph(manifest.specs, manifest.model)
+    path = tts.bundle.file(manifest.specs["fast_ar"].file)
     return open_engine(path, spec, provider=engine.provider, specialise=True, build=build)
 
 
@@ -170,14 +170,14 @@ def _graphs(found: Findings, bundle: Bundle, checkpoint: Path, provider: str, de
 
 def _precision(bundle: Bundle, provider: str) -> str:
     """Return the precision of the language model's products."""
-    path = bundle.file(bundle.manifest.graphs["slow_ar"].file)
+    path = bundle.file(bundle.manifest.specs["slow_ar"].file)
     if provider == "cuda":
         return computed_in(path.read_bytes(), next(iter(gpus() or ()), None))
     if provider == "tensorrt":
         from fishrt_engines.trt.engine import find_built
 
-        spec = bundle.manifest.graphs["slow_ar"]
-        return find_built(path, spec, identity=bundle.manifest.identity("slow_ar")).key.lowering.precision
+        spec = bundle.manifest.specs["slow_ar"]
+        return find_built(path, spec, identity=spec.identity).key.lowering.precision
     return "float32"
 
 
@@ -208,7 +208,7 @@ def measure_batch(slow: Engine, frame: Engine, bundle: Bundle, batch: int, frame
     frame_call: each alone, with its results on the host.
     """
     manifest = bundle.manifest
-    lm, rate = manifest.language_model, manifest.codec.frame_rate
+    lm, rate = manifest.model, manifest.codec.frame_rate
     steps = 2 * (WARM_UP + frames)
     start = max(0, min(CONTEXT, lm.max_seq_len - steps))
     rows = min(lm.max_seq_len, start + max(FIRST_FRAMES, steps))
@@ -292,8 +292,8 @@ def _weights(bundle: Bundle, provider: str) -> dict[str, int]:
     """Return the bytes of weights read by a step of the slow AR, a step of the fast AR, and a frame."""
     manifest = bundle.manifest
     width = 4.0 if provider == "cpu" else 2.0
-    slow, fast = (bytes_read(bundle.file(manifest.graphs[role].file), width) for role in ("slow_ar", "fast_ar"))
-    steps = drawn_codes(manifest.language_model)
+    slow, fast = (bytes_read(bundle.file(manifest.specs[role].file), width) for role in ("slow_ar", "fast_ar"))
+    steps = drawn_codes(manifest.model)
     return {"slow_bytes": slow, "fast_bytes": fast, "fast_steps": steps, "frame_bytes": round(frame_bytes(slow, fast, steps))}
 
 
@@ -308,7 +308,7 @@ def _speech(found: Findings, bundle: Bundle, provider: str, frames: int) -> None
 
 
 def _turn(found: Findings, side: str, bundle: Bundle, checkpoint: Path, provider: str, device: str, frames: int) -> None:
-    lm = bundle.manifest.language_model
+    lm = bundle.manifest.model
     if side == "ours":
         tts = TTS.load(bundle, provider=provider)
         bundle, decode = tts.bundle, tts.decode

@@ -199,7 +199,7 @@ ROOMS = {
         {"bench"},
         {"cli"},
     ),
-    "fishrt_export": ({"errors"}, {"checkpoint"}, {"models"}, {"graph"}, {"sources", "targets"}, {"export"}),
+    "fishrt_export": ({"errors"}, {"checkpoint"}, {"models"}, {"graph"}, {"sources", "targets"}, {"export", "retarget"}),
 }
 """The files and folders of a layer, from the lowest rank to the highest: each imports from its own rank and below."""
 UPWARD = {("bundle", "codec"), ("bundle", "language_model"), ("rewrite", "ort"), ("rewrite", "trt")}

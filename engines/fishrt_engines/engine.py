@@ -46,6 +46,8 @@ class GraphSpec:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     states: tuple[StatePair, ...] = ()
+    identity: str = ""
+    """Hash of the file and its weights, by which results for this machine are cached; empty: they are not."""
 
     @property
     def feeds(self) -> tuple[TensorSpec, ...]:

@@ -32,6 +32,10 @@ _NO_DEVICE = 100
 """The error code of CUDA's driver and runtime if no device is visible."""
 
 
+_BFLOAT16_SINCE = (8, 0)
+"""The lowest compute capability with products in bfloat16."""
+
+
 @dataclass(frozen=True, slots=True)
 class Gpu:
     """One NVIDIA device that is visible to this process."""
@@ -99,6 +103,19 @@ def cpu_features() -> list[str]:
     wanted = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "amx_bf16", "asimd", "asimddp", "i8mm", "sve")
     present = set((_cpu_field("flags") or _cpu_field("Features")).split())
     return [name for name in wanted if name in present]
+
+
+def features(provider: str) -> frozenset[str]:
+    """Return what a graph may need of this machine: instruction sets for "cpu", for "cuda" also number formats.
+
+    "vnni": products of 8-bit integers are added four at a time, exactly. "bfloat16": the first device multiplies in bfloat16.
+    """
+    found = set(cpu_features())
+    if found & {"avx512_vnni", "avx_vnni"}:
+        found.add("vnni")
+    if provider == "cuda" and (gpu := next(iter(gpus() or ()), None)) and gpu.compute_capability >= _BFLOAT16_SINCE:
+        found.add("bfloat16")
+    return frozenset(found)
 
 
 def cpu_identity() -> str:

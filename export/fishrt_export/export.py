@@ -18,9 +18,10 @@ from pathlib import Path
 from fishrt.audio.output import check_place
 from fishrt.bundle.conformance import tensorrt_findings
 from fishrt.bundle.features import LanguageModel
-from fishrt.bundle.folder import MANIFEST, ROLES, SCHEMA, Bundle, Licence, Manifest, describe_files
+from fishrt.bundle.folder import Bundle, describe_files
+from fishrt.bundle.manifest import MANIFEST, SCHEMA, Form, Graph, Licence, Manifest
 from fishrt.bundle.memory import check_memory
-from fishrt.bundle.quantisation import QUANTISATION, LayerReport, Quantisation
+from fishrt.bundle.quantisation import LayerReport, Quantisation
 from fishrt.errors import BundleError
 from fishrt.text.tokenizer import Tokenizer
 from fishrt.version import __version__
@@ -36,9 +37,9 @@ from .graph.job import GraphJob, Made, Progress
 from .graph.recipe import Recipe, Storage, main_precision
 from .sources.codec import CodecSource, open_codec
 from .sources.language_model import LanguageModelSource, open_language_model
-from .targets.codec_int8 import check_codec, write_int8
+from .targets.codec_int8 import check_codec, int8_form
 from .targets.codec_start import write_start
-from .targets.coreml import check_target, write_static
+from .targets.coreml import check_target, static_form, step_usability
 
 log = logging.getLogger(__name__)
 
@@ -96,20 +97,18 @@ def export_bundle(
         schema=SCHEMA,
         name=checkpoint_name(checkpoint),
         exported_by=f"fishrt {__version__}",
+        family=language_model.family.title,
+        recipe=_recipe_words(recipe, head=head, lora=lora, static=static, codec_int8=codec_int8),
         # Codes that are in no codebook are not drawn.
-        language_model=replace(described, fast_candidates=min(described.fast_candidates, largest + described.code_offset)),
+        model=replace(described, fast_candidates=min(described.fast_candidates, largest + described.code_offset)),
         codec=codec.describe(),
         tokenizer=TOKENIZER,
-        graphs={job.role: job.spec for job in jobs},
-        precision={job.role: main_precision(job.plan, _sizes(job)) for job in jobs},
-        # The fields below are replaced when the files are written.
-        memory=dict.fromkeys(ROLES, 0),
-        parity={},
+        graphs={job.role: Graph(job.spec, main_precision(job.plan, _sizes(job)), memory=0) for job in jobs},
+        # The fields below are replaced when the files are written, and memory.
+        quantisation=None,
         licence=Licence("", None),
         voices=None,
         files={},
-        family=language_model.family.title,
-        recipe=_recipe_words(recipe, head=head, lora=lora, static=static, codec_int8=codec_int8),
     )
     try:
         draft.check()
@@ -131,29 +130,29 @@ def export_bundle(
         licence = copy_licence(checkpoint, folder, known)
         graphs = 0.6 if codec_int8 else 1.0  # part of the export's time
         made = _run(jobs, folder, lambda stage, part: progress(stage, graphs * part))
-        write_start(folder, draft.graphs, draft.codec)
+        done = {role: replace(graph, memory=made[role].memory, parity=made[role].parity) for role, graph in draft.graphs.items()}
+        write_start(folder, done["codec_encode"].spec, done["codec_decode"].spec, draft.codec)
+        portable = done["codec_decode"]
+        forms = list[Form]()
+        if codec_int8:
+            forms.append(
+                int8_form(
+                    folder,
+                    portable.spec,
+                    draft.codec.codebook_sizes,
+                    lambda part: progress("codec in 8 bits", graphs + (1 - graphs) * part),
+                )
+            )
         if static is not None:
             progress("static graphs", graphs)
-            write_static(folder, draft.graphs, static_case, static_tolerance, draft.codec.fingerprint)
-        if codec_int8:
-            write_int8(
-                folder,
-                draft.graphs["codec_decode"],
-                draft.codec.codebook_sizes,
-                lambda part: progress("codec in 8 bits", graphs + (1 - graphs) * part),
-            )
-        if report := _report(plans, made):
-            (folder / QUANTISATION).write_text(report.to_json(), encoding="utf-8")
+            forms.append(static_form(folder, portable.spec, static_case, static_tolerance, draft.codec.fingerprint))
+            for role in ("slow_ar", "fast_ar"):
+                done[role] = replace(done[role], coreml_step=step_usability(folder, done[role].spec))
+        done["codec_decode"] = replace(portable, forms=tuple(forms))
         voices = encode_references(references, Bundle(folder, draft))
         progress("hashing the files", 1.0)
-        files = dict(describe_files(folder))
-        manifest = replace(
-            draft,
-            memory={role: graph.memory for role, graph in made.items()},
-            parity={role: graph.parity for role, graph in made.items()},
-            licence=licence,
-            voices=voices,
-            files=files,
+        manifest = replace(draft, graphs=done, quantisation=_report(plans, made), licence=licence, voices=voices).sealed(
+            describe_files(folder)
         )
         (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
         bundle = Bundle.load(folder)

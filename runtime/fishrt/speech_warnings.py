@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from .bundle.folder import Manifest
+from .bundle.manifest import Manifest
 from .language_model.prompt import DIALECTS
 from .speech import PieceInfo
 from .text.reading import unread
@@ -16,7 +16,7 @@ def text_warnings(text: str, voices: int, manifest: Manifest) -> Iterator[str]:
 
     voices: the number of voices.
     """
-    lm = manifest.language_model
+    lm = manifest.model
     if lm.reads is not None and (found := unread(text, lm.reads)):
         yield f"{manifest.name} does not read well: {'; '.join(found)}"
     if voices > 1 and DIALECTS[lm.prompt_dialect].turns and not speaker_turns(text):

@@ -314,7 +314,7 @@ class TTS:
 
     def is_prepared(self, folder: Path) -> bool:
         """Return whether `prepare` wrote into the folder of a voice, for this bundle."""
-        return prepared_path(folder, self.bundle.manifest.identity("slow_ar")).is_file()
+        return prepared_path(folder, self.bundle.manifest.specs["slow_ar"].identity).is_file()
 
     def prepare(self, voice: VoiceLike, folder: Path | None = None) -> None:
         """Prefill the slow AR with a voice, so that requests with this voice alone and no system text start at their text.
@@ -324,7 +324,7 @@ class TTS:
         Raises VoiceError for a voice that is unknown or not this bundle's; OutputError if the file cannot be written.
         """
         head = self._prompts.start(self._voices(voice, ""), None, upstream_compat=False).head
-        graph = self.bundle.manifest.identity("slow_ar")
+        graph = self.bundle.manifest.specs["slow_ar"].identity
         with memory_errors():
             slow = self.engines["slow_ar"]
             saved = None if folder is None else read_prepared(folder, graph, head, slow.spec)
@@ -338,7 +338,7 @@ class TTS:
     @cached_property
     def _prompts(self) -> PromptBuilder:
         manifest = self.bundle.manifest
-        return PromptBuilder(Tokenizer.load(self.bundle.file(manifest.tokenizer)), manifest.language_model)
+        return PromptBuilder(Tokenizer.load(self.bundle.file(manifest.tokenizer)), manifest.model)
 
     @cached_property
     def _codec_start(self) -> Mapping[str, Array]:
@@ -374,7 +374,7 @@ class TTS:
             pieces=pieces,
             voices=tuple(v.name for v in voices),
             conversation=conversation,
-            sampling=(Sampling() if sampling is None else sampling).resolve(manifest.language_model.sampling),
+            sampling=(Sampling() if sampling is None else sampling).resolve(manifest.model.sampling),
             seed=secrets.randbits(32) if seed is None else int(seed),
             max_frames=codec.max_frames if max_frames is None else int(max_frames),
             upstream_compat=upstream_compat,
@@ -399,7 +399,7 @@ class TTS:
         for v in voices:
             v.check(self.bundle)
         # The codec may have more codebooks than the model.
-        return [replace(v, codes=v.codes[: self.bundle.manifest.language_model.num_codebooks]) for v in voices]
+        return [replace(v, codes=v.codes[: self.bundle.manifest.model.num_codebooks]) for v in voices]
 
     def _take_prepared(self, name: str, voice: Voice) -> None:
         """Load the keys and values that `prepare` wrote next to the voice, if there are any."""
@@ -443,7 +443,7 @@ class TTS:
     def _models(self, request: Request) -> Models:
         """Open the graphs that a request needs, and measure the loudness of its voice if it is unknown."""
         voice, manifest = request.levelled, self.bundle.manifest
-        model = DualAR(self.engines["slow_ar"], self.engines["fast_ar"], manifest.language_model)
+        model = DualAR(self.engines["slow_ar"], self.engines["fast_ar"], manifest.model)
         decoder = self._decoder()
         loudness = voice and (voice.loudness or self.loudness(voice.codes))
         return Models(model, decoder, manifest.codec, self._contexts, request.volume * (loudness.gain if loudness else 1.0))

@@ -112,7 +112,7 @@ def test_the_peer_says_the_same(tiny_checkpoint, tiny_bundle):
     from torch_peer import open_torch, open_torch_decoder
 
     manifest = tiny_bundle.manifest
-    lm = manifest.language_model
+    lm = manifest.model
     tts, ours = open_timed(tiny_bundle, provider="cpu", threads=1)
     peer = open_torch(tiny_checkpoint, torch.float32)
     prompt = bench_prompt(tiny_bundle, "Hello there.")
@@ -130,7 +130,7 @@ def test_a_step_reads_every_weight_but_the_tables(tiny_checkpoint, tiny_bundle):
     source = open_language_model(tiny_checkpoint, codec=open_codec(tiny_checkpoint).kind)
     for role, weights in (("slow_ar", source.slow_weights("audio")), ("fast_ar", source.fast_weights())):
         wanted = 4 * sum(weights[name].numel() for name in weights if "embeddings" not in name)
-        read = bytes_read(tiny_bundle.file(tiny_bundle.manifest.graphs[role].file))
+        read = bytes_read(tiny_bundle.file(tiny_bundle.manifest.specs[role].file))
         assert wanted <= read < wanted + 1000  # the rest are shapes and axes
 
 

@@ -136,7 +136,7 @@ def test_graphs_are_equal_on_a_cpu(bundle_record):
 def test_figures_agree_with_each_other(bundle_record, tiny_bundle):
     manifest = tiny_bundle.manifest
     weights, batches = bundle_record["batches"]["weights"], bundle_record["batches"]
-    assert weights["fast_steps"] == manifest.language_model.num_codebooks - 1
+    assert weights["fast_steps"] == manifest.model.num_codebooks - 1
     assert weights["frame_bytes"] == weights["slow_bytes"] + weights["fast_steps"] * weights["fast_bytes"]
     for n in (1, 2):
         row = batches[f"batch {n}"]
@@ -144,9 +144,7 @@ def test_figures_agree_with_each_other(bundle_record, tiny_bundle):
         assert row["batch"] == n
         assert row["rtf"] == pytest.approx(frame_s * manifest.codec.frame_rate, abs=1e-4)
         assert row["frames_per_s"] == pytest.approx(n / frame_s, rel=1e-3)
-        assert row["acoustic_tokens_per_s"] == pytest.approx(
-            row["frames_per_s"] * manifest.language_model.num_codebooks, rel=1e-3
-        )
+        assert row["acoustic_tokens_per_s"] == pytest.approx(row["frames_per_s"] * manifest.model.num_codebooks, rel=1e-3)
     reached = bundle_record["reached"]
     assert reached["rtf"] == bundle_record["turns"]["ours"]["1"]["frames"]["rtf"]
     assert reached["rtf_of_graphs"] == batches["batch 1"]["rtf"]

@@ -13,7 +13,8 @@ import pytest
 
 from fake_cuda import FakeCuda
 from fishrt import TTS
-from fishrt.bundle.folder import MANIFEST, Bundle, embedded_bundle, sha256
+from fishrt.bundle.folder import Bundle, embedded_bundle, sha256
+from fishrt.bundle.manifest import MANIFEST
 from fishrt_engines import GraphError, open_engine
 from fishrt_engines.ort import session as ort_session
 from fishrt_engines.ort.session import graph_source
@@ -86,25 +87,25 @@ def test_it_is_whole_and_speaks(linked: Bundle) -> None:
 @pytest.mark.parametrize("specialise", [False, True])
 def test_every_graph_opens_and_is_kept(linked: Bundle, specialise: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(ort_session, "WORTH_KEEPING", 0)
-    for role, spec in linked.manifest.graphs.items():
-        identity = linked.manifest.identity(role)
+    for spec in linked.manifest.specs.values():
+        identity = spec.identity
         for _ in range(2):  # the second time, from the cache
             open_engine(
                 linked.file(spec.file), spec, provider="cpu", threads=1, specialise=specialise, identity=identity, build=None
             )
     kept = list((tmp_path / "cache").iterdir()) if specialise else []
-    assert len(kept) == (len(linked.manifest.graphs) if specialise else 0)
+    assert len(kept) == (len(linked.manifest.specs) if specialise else 0)
 
 
 def test_so_it_does_on_a_device(linked: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     FakeCuda(monkeypatch)
-    spec = linked.manifest.graphs["codec_decode"]
+    spec = linked.manifest.specs["codec_decode"]
     open_engine(linked.file(spec.file), spec, provider="cuda", threads=1)
 
 
 def test_so_it_does_for_other_providers(linked: Bundle) -> None:
     """CoreML's sessions use this function."""
-    for spec in linked.manifest.graphs.values():
+    for spec in linked.manifest.specs.values():
         options = onnxruntime.SessionOptions()
         onnxruntime.InferenceSession(graph_source(linked.file(spec.file), options), options, ["CPUExecutionProvider"])
 
@@ -112,7 +113,7 @@ def test_so_it_does_for_other_providers(linked: Bundle) -> None:
 @pytest.mark.parametrize("name", ["../secret", "/etc/hostname", "weights/../../secret"])
 @pytest.mark.parametrize("specialise", [False, True])
 def test_a_graph_itself_cannot_lead_out_of_its_folder(tmp_path: Path, name: str, specialise: bool) -> None:
-    spec = Bundle.load(embedded_bundle()).manifest.graphs["fast_ar"]
+    spec = Bundle.load(embedded_bundle()).manifest.specs["fast_ar"]
     model = message("Model").FromString((embedded_bundle() / spec.file).read_bytes())
     for tensor in model.graph.initializer:
         for entry in tensor.external_data:

@@ -116,9 +116,9 @@ def test_a_bundle(cache: Path, tiny_bundle: Any, precision: str, primitive: bool
     ours = {
         role: open_engine(r.path, r.spec, provider="tensorrt", identity=r.identity, build=r.build) for role, r in requests.items()
     }
-    graphs = tiny_bundle.manifest.graphs
+    graphs = tiny_bundle.manifest.specs
     cpu = {role: open_engine(tiny_bundle.file(spec.file), spec, provider="cpu") for role, spec in graphs.items()}
-    lm, codec = within_plans(tiny_bundle).manifest.language_model, tiny_bundle.manifest.codec
+    lm, codec = within_plans(tiny_bundle).manifest.model, tiny_bundle.manifest.codec
 
     rng = np.random.default_rng(1)
     columns = np.concatenate([rng.integers(0, lm.vocab_size, (1, 40)), rng.integers(0, 10, (lm.num_codebooks, 40))])

@@ -256,9 +256,9 @@ def test_a_frame_is_the_same(golden_model: GoldenModel, tmp_path: Path, precisio
 def frame(golden_model: GoldenModel) -> tuple[Path, GraphSpec, bytes]:
     """The file whose weights the frame graph shares, its description, and its bytes."""
     manifest, path = golden_model.bundle.manifest, golden_model.file("fast_ar")
-    slow, fast = manifest.graphs["slow_ar"], manifest.graphs["fast_ar"]
-    spec = frame_spec(slow, fast, manifest.language_model)
-    return path, spec, frame_model(path.read_bytes(), fast, spec, manifest.language_model)
+    slow, fast = manifest.specs["slow_ar"], manifest.specs["fast_ar"]
+    spec = frame_spec(slow, fast, manifest.model)
+    return path, spec, frame_model(path.read_bytes(), fast, spec, manifest.model)
 
 
 def frame_feeds(spec: GraphSpec, batch: int, rng: np.random.Generator) -> dict[str, Array]:

@@ -282,7 +282,7 @@ def test_inspect_shows_the_findings(tiny_bundle: Bundle) -> None:
     assert shown.stdout.count("errors: none") == 5
     assert "TensorRT" not in run("inspect", tiny_bundle.path).stdout
     found = json.loads(run("inspect", tiny_bundle.path, "--trt", "--json").stdout)["tensorrt"]
-    assert found.keys() == {*tiny_bundle.manifest.graphs, "frame"}
+    assert found.keys() == {*tiny_bundle.manifest.specs, "frame"}
     assert [finding["severity"] for finding in found["slow_ar"]] == ["note"]
     assert json.loads(run("inspect", tiny_bundle.path, "--json").stdout)["tensorrt"] is None
 

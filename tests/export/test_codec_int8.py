@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
 
-from fishrt.bundle import int8_codec
-from fishrt.bundle.folder import MANIFEST, Bundle, describe_files
+from fishrt.bundle.folder import Bundle, describe_files
 from fishrt.bundle.graphs import BundleGraphs
-from fishrt.bundle.int8_codec import INT8_CODEC, NEEDED, Int8Codec, read_int8_codec
+from fishrt.bundle.manifest import MANIFEST, Form, Rounding
 from fishrt.codec import CodecDecoder
-from fishrt.errors import BundleError
 from fishrt.metrics import signal_over_error
-from fishrt_engines import Engine, open_engine
+from fishrt_engines import Engine, machine, open_engine
 from fishrt_engines.engine import GraphSpec, TensorSpec
-from fishrt_engines.machine import cpu_features
 from tiny import GoldenModel
 
 pytest.importorskip("torch", reason="needs the export extra")
@@ -41,8 +38,10 @@ def bundle(tiny_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Bun
     """S2's bundle with the graph in 8 bits."""
     folder = Path(shutil.copytree(tiny_bundle.path, tmp_path_factory.mktemp("int8") / "bundle"))
     manifest = tiny_bundle.manifest
-    int8.write_int8(folder, manifest.graphs["codec_decode"], manifest.codec.codebook_sizes)
-    return listed(folder, tiny_bundle)
+    decode = manifest.graphs["codec_decode"]
+    form = int8.int8_form(folder, decode.spec, manifest.codec.codebook_sizes)
+    graphs = {**manifest.graphs, "codec_decode": replace(decode, forms=(form,))}
+    return listed(folder, replace(tiny_bundle, manifest=replace(manifest, graphs=graphs)))
 
 
 @pytest.fixture(scope="module")
@@ -57,20 +56,20 @@ def exact(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 def listed(folder: Path, bundle: Bundle) -> Bundle:
     """Return the bundle with a manifest of its present files."""
-    manifest = replace(bundle.manifest, files=dict(describe_files(folder)))
+    manifest = bundle.manifest.sealed(describe_files(folder))
     (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
     return Bundle.load(folder)
 
 
 @pytest.fixture
 def vnni(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(int8_codec, "cpu_features", lambda: ["avx2", "avx512_vnni"])
+    monkeypatch.setattr(machine, "cpu_features", lambda: ["avx2", "avx512_vnni"])
 
 
-def report_of(bundle: Bundle) -> Int8Codec:
-    found = read_int8_codec(bundle)
-    assert found is not None
-    return found
+def report_of(bundle: Bundle) -> Rounding:
+    (form,) = bundle.manifest.graphs["codec_decode"].forms
+    assert form.rounding is not None
+    return form.rounding
 
 
 def decoder(bundle: Bundle) -> Engine:
@@ -121,7 +120,7 @@ def test_the_sound_is_as_near_as_the_report_says(exact: Bundle, tiny_bundle: Bun
     assert np.mean(ratios) == pytest.approx(report.snr_db, abs=1.5)
 
 
-@pytest.mark.skipif(not set(NEEDED) & set(cpu_features()), reason="products of uint8 and int8 saturate on a CPU without VNNI")
+@pytest.mark.skipif("vnni" not in machine.features("cpu"), reason="products of uint8 and int8 saturate on a CPU without VNNI")
 def test_exact_products_are_those_of_vnni(bundle: Bundle, exact: Bundle) -> None:
     codes = random_codes(bundle, 40, 9)
     np.testing.assert_array_equal(*(decoded(decoder(b), b, codes) for b in (bundle, exact)))
@@ -174,31 +173,25 @@ def test_it_is_used_on_a_cpu_that_is_made_for_it(bundle: Bundle, tiny_bundle: Bu
 def test_elsewhere_the_codec_runs_in_float_and_says_so(
     bundle: Bundle, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(int8_codec, "cpu_features", lambda: ["avx2", "avx512f"])
+    monkeypatch.setattr(machine, "cpu_features", lambda: ["avx2", "avx512f"])
     with caplog.at_level(logging.INFO, "fishrt"):
         assert decoder(bundle).spec.file == "codec_decode.onnx"
-    assert "the codec runs in float: this CPU has neither avx512_vnni nor avx_vnni" in caplog.text
-
-
-def test_a_report_that_is_not_valid_is_an_error(bundle: Bundle, tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(bundle.path, tmp_path / "bundle"))
-    for text, says in (("{", "cannot be read"), (json.dumps({"file": "x"}), "lacks the keys: calibration_frames")):
-        (folder / INT8_CODEC).write_text(text)
-        with pytest.raises(BundleError, match=says):
-            read_int8_codec(listed(folder, bundle))
-    (folder / INT8_CODEC).write_text(Int8Codec("other.onnx", 1, 1, 30.0, 30.0).to_json())
-    with pytest.raises(BundleError, match=r"names other\.onnx, which the bundle does not list"):
-        decoder(listed(folder, bundle))
+    assert "codec_decode_int8.onnx is not used: this machine has no vnni" in caplog.text
 
 
 @pytest.mark.slow
 def test_the_exporter_adds_it(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    monkeypatch.setattr("fishrt_export.export.write_int8", lambda *arguments: asked.append(arguments[:3]))
+
+    def form(*arguments: Any) -> Form:
+        asked.append(arguments[:3])
+        return Form("cpu", arguments[1])
+
+    monkeypatch.setattr("fishrt_export.export.int8_form", form)
     made = export_bundle(checkpoint, tmp_path / "out", codec_int8=True)
     ((folder, spec, sizes),) = asked
     assert folder.parent == tmp_path
-    assert (spec, sizes) == (made.manifest.graphs["codec_decode"], made.manifest.codec.codebook_sizes)
+    assert (spec, sizes) == (replace(made.manifest.specs["codec_decode"], identity=""), made.manifest.codec.codebook_sizes)
 
 
 def test_another_kind_of_codec_is_refused() -> None:
@@ -212,8 +205,7 @@ def test_what_gives_something_else_is_refused(tiny_bundle: Bundle, tmp_path: Pat
         int8, "_calibrated", lambda folder, portable, found, *_: dict.fromkeys(_names(found), int8._Range(-1e-3, 1e-3))
     )
     with pytest.raises(ExportError, match=r"the codec in 8 bits has -?\d+\.\d dB between signal and error"):
-        int8.write_int8(folder, tiny_bundle.manifest.graphs["codec_decode"], tiny_bundle.manifest.codec.codebook_sizes)
-    assert not (folder / INT8_CODEC).exists()
+        int8.int8_form(folder, tiny_bundle.manifest.specs["codec_decode"], tiny_bundle.manifest.codec.codebook_sizes)
 
 
 def _names(found: list[int8._Convolution]) -> list[str]:

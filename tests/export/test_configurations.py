@@ -397,7 +397,7 @@ def test_bundles_of_any_sizes_speak(tmp_path: Path, name: str, kind: str, head: 
     config = random_config(name, rng) | {"max_seq_len": 512, "n_layer": 1, "n_fast_layer": 1, "num_codebooks": books}
     write_checkpoint(folder, name, config, rng)
     bundle = Bundle.load(export_bundle(folder, out, head=head).path)
-    described, spec = bundle.manifest.codec, bundle.manifest.graphs["codec_encode"]
+    described, spec = bundle.manifest.codec, bundle.manifest.specs["codec_encode"]
     speech = TTS.load(out, provider="cpu", threads=1).speak("word1 word2.", seed=3, max_frames=4)
     assert speech.codes.shape[0] == books
     assert len(speech.pcm) == speech.codes.shape[1] * described.hop

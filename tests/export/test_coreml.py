@@ -25,8 +25,8 @@ import onnx_ir as ir
 
 from conftest import find_golden
 from fishrt import TTS
-from fishrt.bundle.folder import MANIFEST, Bundle, describe_files
-from fishrt.bundle.static import STATIC, read_static
+from fishrt.bundle.folder import Bundle, describe_files
+from fishrt.bundle.manifest import MANIFEST, FixedPart
 from fishrt.cli import main
 from fishrt.errors import BundleError
 from fishrt_engines import Array, Engine, ProviderError, open_engine
@@ -36,7 +36,7 @@ from fishrt_export import export_bundle
 from fishrt_export.errors import ExportError
 from fishrt_export.graph.job import GraphJob, Made
 from fishrt_export.targets import primitives
-from fishrt_export.targets.coreml import LENGTHS, usability, write_static
+from fishrt_export.targets.coreml import LENGTHS, static_form, step_usability, usability
 from fishrt_export.targets.primitives import split_front, to_primitives
 from tiny import GoldenModel
 from tolerances import TOLERANCES
@@ -95,17 +95,20 @@ def static_bundle(tiny_bundle: Bundle, s2_model: GoldenModel, tmp_path_factory: 
     return with_static(s2_model, tmp_path_factory.mktemp("static") / "bundle")
 
 
+def parts_of(bundle: Bundle) -> tuple[FixedPart, ...]:
+    (form,) = bundle.manifest.graphs["codec_decode"].forms
+    return form.parts
+
+
 def static_engine(bundle: Bundle) -> StaticEngine:
     """Return codec_decode in fixed lengths on the CPU."""
-    found = read_static(bundle)
-    assert found is not None
-    specs = {graph.frames: (graph.front, graph.back) for graph in found.codec_decode}
+    specs = {part.frames: (part.front, part.back) for part in parts_of(bundle)}
 
     def open_part(frames: int) -> Part:
         front, back = (open_engine(bundle.file(spec.file), spec, provider="cpu") for spec in specs[frames])
         return Part(front, back)
 
-    return StaticEngine(bundle.manifest.graphs["codec_decode"], "frames", specs, open_part)
+    return StaticEngine(bundle.manifest.specs["codec_decode"], "frames", specs, open_part)
 
 
 def feeds_of(spec: GraphSpec, frames: int, start: int, seed: int) -> dict[str, Array]:
@@ -138,7 +141,7 @@ def assert_decodes_alike(static: StaticEngine, portable: Engine, cuts: list[int]
 
 @pytest.mark.parametrize("cuts", [[16, 16, 4], [1, 1, 4, 11, 23], [37]], ids=str)
 def test_calls_of_any_length_give_what_the_portable_graph_gives(static_bundle: Bundle, cuts: list[int]) -> None:
-    spec = static_bundle.manifest.graphs["codec_decode"]
+    spec = static_bundle.manifest.specs["codec_decode"]
     portable = open_engine(static_bundle.file(spec.file), spec, provider="cpu")
     assert_decodes_alike(static_engine(static_bundle), portable, cuts)
 
@@ -155,26 +158,30 @@ def with_static(model: GoldenModel, folder: Path) -> Bundle:
     shutil.copytree(model.bundle.path, folder)
     job = next(job for job in model.codec.jobs() if job.role == "codec_decode")
     manifest = model.bundle.manifest
-    write_static(folder, manifest.graphs, job.cases[-1], job.tolerance, manifest.codec.fingerprint)
-    return listed(folder, Bundle(folder, manifest))
+    decode = manifest.graphs["codec_decode"]
+    form = static_form(folder, decode.spec, job.cases[-1], job.tolerance, manifest.codec.fingerprint)
+    graphs = {
+        role: replace(graph, coreml_step=step_usability(folder, graph.spec)) if role.endswith("ar") else graph
+        for role, graph in manifest.graphs.items()
+    }
+    return listed(folder, Bundle(folder, replace(manifest, graphs={**graphs, "codec_decode": replace(decode, forms=(form,))})))
 
 
 def listed(folder: Path, bundle: Bundle) -> Bundle:
     """Return the bundle with a manifest of its present files."""
-    manifest = replace(bundle.manifest, files=dict(describe_files(folder)))
+    manifest = bundle.manifest.sealed(describe_files(folder))
     (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
     return Bundle.load(folder)
 
 
 def test_the_checker_sees_one_partition_of_all_nodes(static_bundle: Bundle) -> None:
-    found = read_static(static_bundle)
-    assert found is not None
-    assert [graph.frames for graph in found.codec_decode] == list(LENGTHS)
-    assert [step.role for step in found.steps] == ["slow_ar", "fast_ar"]
-    for report in [graph.usability for graph in found.codec_decode] + [step.usability for step in found.steps]:
+    graphs, parts = static_bundle.manifest.graphs, parts_of(static_bundle)
+    assert [part.frames for part in parts] == list(LENGTHS)
+    steps = {role: graph.coreml_step for role, graph in graphs.items() if graph.coreml_step}
+    assert steps.keys() == {"slow_ar", "fast_ar"}
+    for report in (*(part.usability for part in parts), *steps.values()):
         assert (report.partitions, report.verdict, report.outside) == (1, "YES", ())
         assert report.covered == report.nodes > 50
-    assert "codec_decode, 16 frames: " in "\n".join(found.summary())
 
 
 def test_static_graphs_are_small_and_have_a_name_for_the_cache(static_bundle: Bundle) -> None:
@@ -214,7 +221,7 @@ def test_speaking_decodes_on_coreml_and_the_rest_runs_on_the_cpu(
 ) -> None:
     with caplog.at_level(logging.INFO, "fishrt"):
         tts = TTS.load(static_bundle, provider="coreml")
-    assert "codec_decode runs on CoreML; the language model and codec_encode run on the CPU" in caplog.text
+    assert "codec_decode on CoreML, all other graphs on the CPU" in caplog.text
     assert {role: tts.engines[role].provider for role in tts.engines} == {
         "slow_ar": "cpu",
         "fast_ar": "cpu",
@@ -263,7 +270,7 @@ def test_a_bundle_without_static_graphs_is_refused(tiny_bundle: Bundle, mac: Fak
 
 
 def test_an_open_graph_is_refused(tiny_bundle: Bundle, mac: FakeCoreMl) -> None:
-    spec = tiny_bundle.manifest.graphs["codec_decode"]
+    spec = tiny_bundle.manifest.specs["codec_decode"]
     with pytest.raises(ProviderError, match="has the open dimensions batch, frames, samples"):
         open_engine(tiny_bundle.file(spec.file), spec, provider="coreml")
 
@@ -292,18 +299,21 @@ def test_bad_calls_are_refused(static_bundle: Bundle) -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda data: data["codec_decode"][0]["back"].update(file="other.onnx"), "names files that the bundle does not list"),
-        (lambda data: data.update(more=1), "unknown keys: more"),
-        (lambda data: data.pop("steps"), "lacks the keys: steps"),
+        (
+            lambda form: form["parts"][0]["back"].update(file="other.onnx", identity=""),
+            "names files that it does not list",
+        ),
+        (lambda form: form["parts"][0].update(more=1), "unknown keys: more"),
+        (lambda form: form["parts"][0].pop("usability"), "lacks the keys: usability"),
     ],
 )
 def test_a_damaged_description_is_refused(static_bundle: Bundle, tmp_path: Path, change: Any, says: str) -> None:
     folder = Path(shutil.copytree(static_bundle.path, tmp_path / "b"))
-    data = json.loads((folder / STATIC).read_text())
-    change(data)
-    (folder / STATIC).write_text(json.dumps(data))
+    data = json.loads((folder / MANIFEST).read_text())
+    change(data["graphs"]["codec_decode"]["forms"][0])
+    (folder / MANIFEST).write_text(json.dumps(data))
     with pytest.raises(BundleError, match=says):
-        read_static(listed(folder, static_bundle))
+        Bundle.load(folder)
 
 
 def test_export_adds_them(tiny_checkpoint: Path, tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -313,14 +323,12 @@ def test_export_adds_them(tiny_checkpoint: Path, tiny_bundle: Bundle, monkeypatc
         for job in jobs:
             for name in (job.spec.file, f"{job.spec.file}.data"):
                 shutil.copy(tiny_bundle.file(name), folder / name)
-        manifest = tiny_bundle.manifest
-        return {job.role: Made(manifest.parity[job.role], manifest.memory[job.role], {}) for job in jobs}
+        graphs = tiny_bundle.manifest.graphs
+        return {job.role: Made(graphs[job.role].parity, graphs[job.role].memory, {}) for job in jobs}
 
     monkeypatch.setattr("fishrt_export.export._run", made_before)
     bundle = export_bundle(tiny_checkpoint, tmp_path / "bundle", static="coreml")
-    found = read_static(bundle)
-    assert found is not None
-    assert max(graph.parity.max_abs_error for graph in found.codec_decode) <= TOLERANCES["static"]
+    assert max(part.parity.max_abs_error for part in parts_of(bundle)) <= TOLERANCES["static"]
     bundle.verify()
     shown = CliRunner().invoke(main, ["inspect", str(bundle.path)])
     assert "coreml        codec_decode, 1 frames: " in shown.stdout
@@ -332,10 +340,6 @@ def test_a_static_graph_that_is_not_the_portable_one_is_refused(
     monkeypatch.setitem(primitives._REPLACEMENTS, "RMSNormalization", lambda tape, node: tape.op("Identity", node.inputs[:1]))
     with pytest.raises(ExportError, match=r"codec_decode_1\.onnx is not the torch module"):
         with_static(s2_model, tmp_path / "bundle")
-
-
-def test_a_bundle_may_have_none(tiny_bundle: Bundle) -> None:
-    assert read_static(tiny_bundle) is None
 
 
 def test_a_centred_codec_and_an_unknown_target_are_refused_at_once(models: Any, tiny_checkpoint: Path, tmp_path: Path) -> None:

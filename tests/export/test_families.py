@@ -118,7 +118,7 @@ def test_every_family_becomes_a_bundle_that_speaks(golden_model: GoldenModel, tm
     # A voice has codes of all the codec's codebooks, which may be more than the model's.
     voice = Voice("low", np.ones((len(codec.codebook_sizes), 9), np.int64), "What was said.", codec.fingerprint)
     speech = TTS.load(bundle.path, provider="cpu", threads=1).speak(text, voice=voice, seed=3, max_frames=3)
-    assert speech.codes.shape[0] == bundle.manifest.language_model.num_codebooks
+    assert speech.codes.shape[0] == bundle.manifest.model.num_codebooks
     assert len(speech.pcm) == speech.codes.shape[1] * codec.hop
 
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from fishrt.bundle.folder import Bundle, Voices, embedded_bundle
+from fishrt.bundle.folder import Bundle, embedded_bundle
+from fishrt.bundle.manifest import Voices
 from fishrt.language_model.prompt import PromptBuilder
 from fishrt.text.tokenizer import Tokenizer
 from fishrt.voices.voice import Voice
@@ -166,7 +167,7 @@ def test_the_packed_codec_is_the_trained_one() -> None:
 def test_the_embedded_bundle_is_the_export_of_the_checkpoint_in_the_repository() -> None:
     manifest = Bundle.load(embedded_bundle()).manifest
     assert manifest.codec == open_codec(CHECKPOINT).describe()
-    assert manifest.language_model == open_language_model(CHECKPOINT).describe("audio")
+    assert manifest.model == open_language_model(CHECKPOINT).describe("audio")
     assert manifest.voices == Voices("awb", ("awb", "rms", "slt"))
 
 

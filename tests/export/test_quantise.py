@@ -12,10 +12,8 @@ import torch
 from click.testing import CliRunner
 from torch import nn
 
-from fishrt.bundle.folder import Bundle
-from fishrt.bundle.quantisation import QUANTISATION, LayerReport, Quantisation, read_quantisation
+from fishrt.bundle.quantisation import LayerReport, Quantisation
 from fishrt.cli import main
-from fishrt.errors import BundleError
 from fishrt_engines import open_engine
 from fishrt_engines.engine import GraphSpec, TensorSpec
 from fishrt_export import export_bundle
@@ -26,7 +24,6 @@ from fishrt_export.graph.store import SCALES, store, stored_float
 from fishrt_export.graph.trace import trace
 from fishrt_export.graph.verify import Held
 from fishrt_export.sources.language_model import open_language_model
-from helpers_text import manifest
 from synthetic import PLAIN, random_weights, write_nested
 
 WIDE = {
@@ -258,8 +255,13 @@ def test_a_quantised_bundle(checkpoint: Path, tmp_path: Path) -> None:
     config = {**WIDE, "num_codebooks": codebooks}
     write_nested(checkpoint, config, random_weights(config))
     bundle = export_bundle(checkpoint, tmp_path / "out", precision="int4", keep={"fast_ar.output": "int4"})
-    assert bundle.manifest.precision == {"codec_encode": "fp32", "codec_decode": "fp32", "slow_ar": "int4", "fast_ar": "int8"}
-    report = read_quantisation(bundle)
+    assert {role: graph.precision for role, graph in bundle.manifest.graphs.items()} == {
+        "codec_encode": "fp32",
+        "codec_decode": "fp32",
+        "slow_ar": "int4",
+        "fast_ar": "int8",
+    }
+    report = bundle.manifest.quantisation
     assert report is not None
     layers = {layer.name: layer for layer in report.layers}
     assert (layers["slow_ar.layers.1.feed_forward.w2"].precision, layers["slow_ar.layers.1.feed_forward.w2"].block) == (
@@ -282,7 +284,3 @@ def test_a_quantised_bundle(checkpoint: Path, tmp_path: Path) -> None:
         "licence       Fish Audio Research License (of the published Fish Audio S2-Pro; the checkpoint names none)\n",
     ):
         assert words in shown, shown
-    (bundle.path / QUANTISATION).write_text('{"layers": 3}')
-    with pytest.raises(BundleError, match=QUANTISATION):
-        read_quantisation(bundle)
-    assert read_quantisation(Bundle(bundle.path, manifest())) is None

@@ -77,7 +77,7 @@ def test_every_measure_is_there_and_finite(measured):
 @pytest.mark.slow
 def test_counts_are_those_of_the_model(measured):
     manifest = Bundle.load(embedded_bundle()).manifest
-    assert measured["fast_steps_per_frame"] == manifest.language_model.num_codebooks - 1
+    assert measured["fast_steps_per_frame"] == manifest.model.num_codebooks - 1
     assert measured["frame"]["count"] >= 3
     assert measured["fast_step"]["count"] == measured["frame"]["count"] * measured["fast_steps_per_frame"]
     weights = measured["weights"]
@@ -105,7 +105,7 @@ def test_the_table_has_units():
 def test_tables_are_not_read_whole():
     """Only some rows of embedding tables count as read. The file stores weights in 16 bits; products read 32 bits."""
     bundle = Bundle.load(embedded_bundle())
-    graph = bundle.file(bundle.manifest.graphs["slow_ar"].file)
+    graph = bundle.file(bundle.manifest.specs["slow_ar"].file)
     assert 0 < bytes_read(graph) < 2 * graph.with_name(f"{graph.name}.data").stat().st_size
 
 

@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 
-from fishrt.bundle.folder import AGAIN, MANIFEST, SCHEMA, Bundle, Manifest
+from fishrt.bundle.folder import Bundle
+from fishrt.bundle.manifest import MANIFEST, SCHEMA, Manifest
+from fishrt.bundle.strict import AGAIN
 from fishrt.errors import BundleError
 from helpers_text import bundle_folder, manifest, voice
 
@@ -45,9 +47,9 @@ def test_a_whole_bundle_loads_and_verifies(folder: Path) -> None:
     [
         (lambda m: m.update(colour="red"), "manifest.*unknown.*colour"),
         (lambda m: m["codec"].update(colour="red"), r"manifest\.codec.*unknown.*colour"),
-        (lambda m: m["graphs"]["slow_ar"]["inputs"][0].update(colour="red"), r"inputs\[0\].*unknown.*colour"),
+        (lambda m: m["graphs"]["slow_ar"]["spec"]["inputs"][0].update(colour="red"), r"inputs\[0\].*unknown.*colour"),
         (lambda m: m.pop("codec"), "lacks.*codec"),
-        (lambda m: m["language_model"]["sampling"].pop("top_p"), r"language_model\.sampling lacks.*top_p"),
+        (lambda m: m["model"]["sampling"].pop("top_p"), r"model\.sampling lacks.*top_p"),
         (lambda m: m["codec"].update(hop="640"), r"manifest\.codec\.hop is '640'"),
         (lambda m: m["codec"].update(hop=640.5), r"manifest\.codec\.hop is 640\.5"),
         (lambda m: m["codec"].update(hop=True), r"manifest\.codec\.hop is True"),
@@ -66,7 +68,7 @@ def test_the_manifest_is_strict(folder: Path, edit: Callable[[dict[str, Any]], o
 
 
 def lm(**changes: Any) -> Callable[[dict[str, Any]], object]:
-    return lambda m: m["language_model"].update(changes)
+    return lambda m: m["model"].update(changes)
 
 
 def codec(**changes: Any) -> Callable[[dict[str, Any]], object]:
@@ -74,7 +76,7 @@ def codec(**changes: Any) -> Callable[[dict[str, Any]], object]:
 
 
 def defaults(**changes: Any) -> Callable[[dict[str, Any]], object]:
-    return lambda m: m["language_model"]["sampling"].update(changes)
+    return lambda m: m["model"]["sampling"].update(changes)
 
 
 REPEATS = {"window": 10, "temperature": 1.0, "top_p": 0.9}
@@ -94,7 +96,7 @@ REPEATS = {"window": 10, "temperature": 1.0, "top_p": 0.9}
         (lm(semantic_end_id=640), "to 640 in a vocabulary of 640"),
         (lm(end_id=640), "end_id is 640"),
         (lm(end_id=-1), "end_id is -1"),
-        (lambda m: m["language_model"].update(end_id=m["language_model"]["semantic_begin_id"]), "one of the semantic ids"),
+        (lambda m: m["model"].update(end_id=m["model"]["semantic_begin_id"]), "one of the semantic ids"),
         (lm(code_offset=1), "code_offset is 1 where code 0 comes from main"),
         (lm(code_zero="fast", code_offset=1, fast_candidates=1), "leaves nothing above code_offset 1"),
         (lm(fast_candidates=161), "fast_candidates is 161, above codebook_width 160"),
@@ -131,7 +133,7 @@ def test_values_that_cannot_be(folder: Path, edit: Callable[[dict[str, Any]], ob
 def test_all_that_is_wrong_is_told_at_once() -> None:
     good = manifest()
     good.check()
-    bad = replace(good, codec=replace(good.codec, hop=0), language_model=replace(good.language_model, head="half", end_id=-5))
+    bad = replace(good, codec=replace(good.codec, hop=0), model=replace(good.model, head="half", end_id=-5))
     with pytest.raises(BundleError, match=r"head is 'half'.*end_id is -5.*hop is 0"):
         bad.check()
 
@@ -159,7 +161,7 @@ def test_json_that_python_refuses(folder: Path, text: str) -> None:
 
 @pytest.mark.parametrize("rate", [float("nan"), float("inf"), 10**400])
 def test_numbers_that_are_not_finite(folder: Path, rate: float) -> None:
-    change(folder, lambda m: m["language_model"]["sampling"].update(top_p=rate))
+    change(folder, lambda m: m["model"]["sampling"].update(top_p=rate))
     with pytest.raises(BundleError, match=r"top_p is .*; expected float"):
         Bundle.load(folder)
 
@@ -203,10 +205,17 @@ def test_a_path_that_is_no_bundle(tmp_path: Path) -> None:
         assert "Errno" not in str(caught.value)
 
 
-def test_a_manifest_of_an_earlier_version_names_no_family(folder: Path) -> None:
-    change(folder, lambda m: (m.pop("family"), m.pop("recipe")))
-    manifest = Bundle.load(folder).manifest
-    assert (manifest.family, manifest.recipe) == ("", "")
+def test_a_bundle_of_the_schema_before_names_the_command_that_mends_it(folder: Path) -> None:
+    change(folder, lambda m: m.update(schema=SCHEMA - 1))
+    with pytest.raises(BundleError, match=f"has schema {SCHEMA - 1}") as caught:
+        Bundle.load(folder)
+    assert "`fishrt retarget BUNDLE --target cpu`" in str(caught.value.hint)
+
+
+def test_an_identity_that_is_not_that_of_the_files(folder: Path) -> None:
+    change(folder, lambda m: m["graphs"]["fast_ar"]["spec"].update(identity="0" * 64))
+    with pytest.raises(BundleError, match="identities of graphs are not those of their files"):
+        Bundle.load(folder).verify()
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "slow_ar.onnx", "voices/anna/codes.npy"])
@@ -251,7 +260,7 @@ def test_a_graph_or_weights_that_the_manifest_does_not_list(folder: Path, name: 
 def test_weights_of_a_graph_by_another_name(folder: Path) -> None:
     (folder / "slow_ar.onnx").rename(folder / "slow.graph")
     change(folder, lambda m: m["files"].update({"slow.graph": m["files"].pop("slow_ar.onnx")}))
-    change(folder, lambda m: m["graphs"]["slow_ar"].update(file="slow.graph"))
+    change(folder, lambda m: m["graphs"]["slow_ar"]["spec"].update(file="slow.graph"))
     Bundle.load(folder)
     (folder / "notes.txt").write_text("Other files may lie there.")
     Bundle.load(folder)

@@ -10,8 +10,8 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from fishrt.bundle.folder import MANIFEST, Parity, describe_files
-from fishrt.bundle.int8_codec import INT8_CODEC, Int8Codec
+from fishrt.bundle.folder import describe_files
+from fishrt.bundle.manifest import MANIFEST, Form, Parity, Rounding
 from fishrt.cli import main
 from fishrt_engines.engine import GraphSpec, TensorSpec
 from helpers_text import bundle_folder
@@ -86,15 +86,15 @@ def test_an_error_in_words() -> None:
 def test_inspect_shows_the_decoder_in_8_bits(tmp_path: Path) -> None:
     bundle = bundle_folder(tmp_path / "bundle")
     (bundle.path / "codec_decode_int8.onnx").write_bytes(b"a graph")
-    described = Int8Codec("codec_decode_int8.onnx", 21, 64, 34.8, 32.0)
-    (bundle.path / INT8_CODEC).write_text(described.to_json())
-    manifest = replace(bundle.manifest, files=dict(describe_files(bundle.path)), family="A family", recipe="int4")
+    decode = bundle.manifest.graphs["codec_decode"]
+    spec = replace(decode.spec, file="codec_decode_int8.onnx")
+    form = Form("cpu", spec, needs=("vnni",), rounding=Rounding(21, 64, 34.8, 32.0))
+    graphs = {**bundle.manifest.graphs, "codec_decode": replace(decode, forms=(form,))}
+    manifest = replace(bundle.manifest, graphs=graphs, family="A family", recipe="int4").sealed(describe_files(bundle.path))
     (bundle.path / MANIFEST).write_text(manifest.to_json())
     shown = CliRunner().invoke(main, ["inspect", str(bundle.path)]).stdout
     for words in (
         "family        A family\nrecipe        int4\n",
-        "graph codec_decode_int8: codec_decode_int8.onnx, 7 B\n  replaces codec_decode on CPUs with VNNI\n  21 conv",
+        "  form for cpu with vnni: codec_decode_int8.onnx, 7 B\n    21 conv",
     ):
         assert words in shown
-    (bundle.path / MANIFEST).write_text(replace(manifest, family="", recipe="").to_json())
-    assert "family        not stated" in CliRunner().invoke(main, ["inspect", str(bundle.path)]).stdout

@@ -13,7 +13,8 @@ import pytest
 from fishrt import TTS
 from fishrt.arrays import Pcm
 from fishrt.bundle.codec_start import CODEC_START, read_codec_start
-from fishrt.bundle.folder import MANIFEST, Bundle, embedded_bundle, sha256
+from fishrt.bundle.folder import Bundle, embedded_bundle, sha256
+from fishrt.bundle.manifest import MANIFEST
 from fishrt.errors import BundleError
 
 TEXT = "Good morning. " * 12
@@ -100,12 +101,13 @@ def test_export_writes_it_where_there_is_a_tick(folder: Path, tiny_bundle: Bundl
     shipped = read_codec_start(Bundle.load(folder))
     (folder / CODEC_START).unlink()
     manifest = Bundle.load(embedded_bundle()).manifest
-    write_start(folder, manifest.graphs, manifest.codec)
+    write_start(folder, manifest.specs["codec_encode"], manifest.specs["codec_decode"], manifest.codec)
     with np.load(folder / CODEC_START) as written:
         assert written.keys() == shipped.keys()
         for name, array in shipped.items():
             np.testing.assert_allclose(written[name], array, rtol=1e-3, atol=1e-3)
 
     noisy = Path(shutil.copytree(tiny_bundle.path, tmp_path / "noisy"))  # its silence is noise from the first sample on
-    write_start(noisy, tiny_bundle.manifest.graphs, tiny_bundle.manifest.codec)
+    graphs = tiny_bundle.manifest.specs
+    write_start(noisy, graphs["codec_encode"].spec, graphs["codec_decode"].spec, tiny_bundle.manifest.codec)
     assert not (noisy / CODEC_START).exists()

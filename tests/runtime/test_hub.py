@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -18,7 +17,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 from fishrt.bundle.fetched import bundle_folder
-from fishrt.bundle.folder import MANIFEST, Bundle
+from fishrt.bundle.folder import Bundle, describe_files
+from fishrt.bundle.manifest import MANIFEST, Manifest
 from fishrt.cli import main
 from fishrt.errors import BundleError, HubError
 from fishrt.hub.download import PARTIAL, download
@@ -325,10 +325,8 @@ def test_a_bundle_is_downloaded_once(hub: SmallHub) -> None:
 
 def test_a_bundle_that_broke_off_goes_on(hub: SmallHub) -> None:
     (hub.repositories[BUNDLE] / "slow_ar.onnx").write_bytes(os.urandom(50_000))
-    manifest = json.loads((hub.repositories[BUNDLE] / MANIFEST).read_text())
-    content = (hub.repositories[BUNDLE] / "slow_ar.onnx").read_bytes()
-    manifest["files"]["slow_ar.onnx"] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    (hub.repositories[BUNDLE] / MANIFEST).write_text(json.dumps(manifest))
+    manifest = Manifest.from_json((hub.repositories[BUNDLE] / MANIFEST).read_text())
+    (hub.repositories[BUNDLE] / MANIFEST).write_text(manifest.sealed(describe_files(hub.repositories[BUNDLE])).to_json())
     hub.break_off["slow_ar.onnx"] = [20_000] + [0] * 20
     with pytest.raises(HubError):
         bundle_folder(f"hf:{BUNDLE}")

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import fishrt.tts
 from fishrt import TTS
-from fishrt.bundle.folder import ROLES
 from fishrt.bundle.memory import available_memory, check_memory, estimate
 from fishrt.errors import BundleError, FishrtError
 from helpers_cli import run
@@ -17,25 +17,25 @@ from helpers_text import bundle_folder, manifest
 
 
 def test_the_need_of_a_bundle() -> None:
-    content = manifest(memory={"slow_ar": 5000, "fast_ar": 300, "codec_encode": 70, "codec_decode": 20})
+    memory = {"slow_ar": 5000, "fast_ar": 300, "codec_encode": 70, "codec_decode": 20}
+    graphs = manifest().graphs
+    content = manifest(graphs={role: replace(graph, memory=memory[role]) for role, graph in graphs.items()})
     need = estimate(content)
     assert (need.speaking, need.encoding, need.disk) == (5320, 70, 0)
     assert need.cache == 2 * 1000 * 8 * 4
-    fixed = replace(content.graphs["slow_ar"].inputs[1], shape=("batch", 2, 9, 8))
-    graphs = {**content.graphs, "fast_ar": replace(content.graphs["fast_ar"], inputs=(fixed,))}
-    assert estimate(replace(content, graphs=graphs)).state == 2 * 9 * 8 * 4
+    fast = content.graphs["fast_ar"]
+    fixed = replace(fast.spec, inputs=(replace(fast.spec.inputs[1], shape=("batch", 2, 9, 8)),))
+    assert estimate(replace(content, graphs={**content.graphs, "fast_ar": replace(fast, spec=fixed)})).state == 2 * 9 * 8 * 4
 
 
-@pytest.mark.parametrize("memory", [{}, dict.fromkeys(ROLES, -1), {**dict.fromkeys(ROLES, 1), "other": 1}])
-def test_a_manifest_with_another_memory(memory: dict[str, int]) -> None:
-    with pytest.raises(BundleError, match="the memory is"):
-        manifest(memory=memory).check()
-
-
-@pytest.mark.parametrize("precision", [{}, dict.fromkeys(ROLES, "int5"), {**dict.fromkeys(ROLES, "int8"), "other": "int8"}])
-def test_a_manifest_with_another_precision(precision: dict[str, str]) -> None:
-    with pytest.raises(BundleError, match=r"the precision is .* fp32, fp16, int8, int4"):
-        manifest(precision=precision).check()
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [({"memory": -1}, "memory of fast_ar is -1 bytes"), ({"precision": "int5"}, "precision of fast_ar is 'int5'; .* int8, int4")],
+)
+def test_a_manifest_with_another_memory_or_precision(wrong: dict[str, Any], says: str) -> None:
+    graphs = manifest().graphs
+    with pytest.raises(BundleError, match=says):
+        manifest(graphs={**graphs, "fast_ar": replace(graphs["fast_ar"], **wrong)}).check()
 
 
 def test_too_little_is_refused_with_both_figures() -> None:
@@ -48,7 +48,8 @@ def test_too_little_is_refused_with_both_figures() -> None:
 
 def test_a_bundle_that_does_not_fit_is_not_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bundle = bundle_folder(tmp_path / "bundle")
-    large = replace(bundle, manifest=replace(bundle.manifest, memory=dict.fromkeys(ROLES, 1 << 60)))
+    graphs = {role: replace(graph, memory=1 << 60) for role, graph in bundle.manifest.graphs.items()}
+    large = replace(bundle, manifest=replace(bundle.manifest, graphs=graphs))
     TTS.load(bundle)
     with pytest.raises(FishrtError, match="speaking with test needs about"):
         TTS.load(large)

@@ -25,7 +25,7 @@ def codes(tts: TTS, voice: str) -> np.ndarray:
 
 
 def kept(tts: TTS, folder: Path) -> Path:
-    return prepared_path(folder, tts.bundle.manifest.identity("slow_ar"))
+    return prepared_path(folder, tts.bundle.manifest.specs["slow_ar"].identity)
 
 
 def test_the_same_codes_cold_warm_and_from_the_disk(tts: TTS, tmp_path: Path) -> None:

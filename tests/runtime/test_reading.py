@@ -8,7 +8,8 @@ import pytest
 
 from fishrt import TTS, Bundle
 from fishrt.bundle.features import Reads
-from fishrt.bundle.folder import Manifest, embedded_bundle
+from fishrt.bundle.folder import embedded_bundle
+from fishrt.bundle.manifest import Manifest
 from fishrt.errors import BundleError
 from fishrt.text.reading import unread
 from fishrt.text.scripts import script, scripts_of
@@ -86,10 +87,10 @@ def test_a_manifest_of_before_knows_nothing_and_warns_of_nothing() -> None:
     text = manifest().to_json()
     assert '"reads": null' in text
     older = Manifest.from_json(text.replace(',\n  "reads": null', ""))
-    assert older.language_model.reads is None
-    assert bundle.manifest.language_model.reads == ENGLISH
+    assert older.model.reads is None
+    assert bundle.manifest.model.reads == ENGLISH
 
 
 def test_a_form_of_tags_that_is_not_known_is_refused() -> None:
     with pytest.raises(BundleError, match=r"reads\.tags is '\{\}'; known are \[\], \(\)"):
-        manifest(language_model=language_model(reads=Reads((), None, ("{}",)))).check()
+        manifest(model=language_model(reads=Reads((), None, ("{}",)))).check()

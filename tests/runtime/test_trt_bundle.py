@@ -39,9 +39,9 @@ def gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Simulated]:
 
 
 def engine(bundle: Bundle, role: str, provider: str, request: PlanRequest | None = None) -> Engine:
-    spec = bundle.manifest.graphs[role] if request is None else request.spec
+    spec = bundle.manifest.specs[role] if request is None else request.spec
     build = None if request is None else request.build
-    path, identity = bundle.file(bundle.manifest.graphs[role].file), bundle.manifest.identity(role)
+    path, identity = bundle.file(bundle.manifest.specs[role].file), bundle.manifest.specs[role].identity
     return open_engine(path, spec, provider=provider, identity=identity, build=build)
 
 
@@ -55,7 +55,7 @@ def test_the_same_codes_as_on_the_cpu(gpu, tiny_bundle):
     requests = exactly(tiny_bundle)
     for role in ("slow_ar", "fast_ar"):
         build_plan(requests[role])
-    lm = within_plans(tiny_bundle).manifest.language_model
+    lm = within_plans(tiny_bundle).manifest.model
     assert lm.max_seq_len == 64
     on_gpu = DualAR(
         engine(tiny_bundle, "slow_ar", "tensorrt"), engine(tiny_bundle, "fast_ar", "tensorrt", requests["fast_ar"]), lm
@@ -87,13 +87,13 @@ def test_the_same_sound_as_on_the_cpu(gpu, tiny_bundle):
 
 
 def test_all_graphs_are_built_for_the_sizes_that_the_runtime_asks_for(tiny_bundle):
-    lm, codec = tiny_bundle.manifest.language_model, tiny_bundle.manifest.codec
+    lm, codec = tiny_bundle.manifest.model, tiny_bundle.manifest.codec
     requests = plan_requests(tiny_bundle, PlanOptions(max_batch=4), SM89)
     dims = {role: [dict(profile.dims) for profile in request.profiles] for role, request in requests.items()}
     longest = lm.max_prompt
     assert dims["slow_ar"] == [{"batch": (1, 1, 4), "length": (2, 256, longest)}, {"batch": (1, 1, 4), "length": (1, 1, 1)}]
     assert dims["fast_ar"] == [{"batch": (1, 1, 4)}]
-    most = chunk_frames(tiny_bundle.manifest.graphs["codec_decode"], codec)[1]
+    most = chunk_frames(tiny_bundle.manifest.specs["codec_decode"], codec)[1]
     assert dims["codec_decode"] == [{"batch": (1, 1, 1), "frames": (1, most, most)}]
     least, _, samples = dims["codec_encode"][0]["samples"]
     assert least % codec.sample_multiple == samples % codec.sample_multiple == 0
@@ -106,7 +106,7 @@ def test_all_graphs_are_built_for_the_sizes_that_the_runtime_asks_for(tiny_bundl
         "codec_encode": "fp32",
     }
     assert requests["slow_ar"].lowering.max_len == lm.max_seq_len
-    assert requests["fast_ar"].spec == frame_graph(tiny_bundle.manifest.graphs, lm)[0]
+    assert requests["fast_ar"].spec == frame_graph(tiny_bundle.manifest.specs, lm)[0]
 
 
 @pytest.mark.parametrize(
@@ -141,12 +141,14 @@ def test_precisions_that_a_bundle_does_not_have_are_refused(tiny_bundle, asked, 
 
 
 def stored_in(bundle: Bundle, precision: str) -> Bundle:
-    return replace(bundle, manifest=replace(bundle.manifest, precision={**bundle.manifest.precision, "slow_ar": precision}))
+    graphs = bundle.manifest.graphs
+    slow = replace(graphs["slow_ar"], precision=precision)
+    return replace(bundle, manifest=replace(bundle.manifest, graphs={**graphs, "slow_ar": slow}))
 
 
 def test_positions(tiny_bundle):
-    lm = replace(tiny_bundle.manifest.language_model, max_seq_len=32768, max_prompt=30720)
-    wide = replace(tiny_bundle, manifest=replace(tiny_bundle.manifest, language_model=lm))
+    lm = replace(tiny_bundle.manifest.model, max_seq_len=32768, max_prompt=30720)
+    wide = replace(tiny_bundle, manifest=replace(tiny_bundle.manifest, model=lm))
     assert plan_requests(wide, PlanOptions(), SM89)["slow_ar"].lowering.max_len == 4096
     assert plan_requests(wide, PlanOptions(max_len=20000), SM89)["slow_ar"].lowering.max_len == 20000
     with pytest.raises(FishrtError, match="the length is 40000; the model takes up to 32768"):
@@ -160,7 +162,7 @@ def test_speech_ends_where_the_plan_does(gpu, tiny_bundle):
     requests = exactly(tiny_bundle, PlanOptions(max_len=16))
     for role in ("slow_ar", "fast_ar"):
         build_plan(requests[role])
-    lm = within_plans(tiny_bundle).manifest.language_model
+    lm = within_plans(tiny_bundle).manifest.model
     model = DualAR(
         engine(tiny_bundle, "slow_ar", "tensorrt"), engine(tiny_bundle, "fast_ar", "tensorrt", requests["fast_ar"]), lm
     )

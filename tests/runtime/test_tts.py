@@ -30,7 +30,7 @@ LONG = "The first sentence is about a fox. The second sentence is about a dog. T
 def fake_tts(folder: Path, main_tokens: list[int] | None = SPOKEN, **changes: Any) -> TTS:
     bundle = fake_bundle(folder / "bundle", voices=[voice("anna"), voice("ben", "Five boxing wizards.", frames=9)], **changes)
     content = bundle.manifest
-    return TTS(bundle, fake_engines(content.language_model, content.codec, main_tokens))
+    return TTS(bundle, fake_engines(content.model, content.codec, main_tokens))
 
 
 @pytest.fixture
@@ -344,7 +344,7 @@ def test_codes_are_raw_and_the_history_holds_them_as_they_are_drawn(tmp_path: Pa
     lm = language_model(
         prompt_dialect="segments", code_zero="fast", code_offset=1, semantic_end_id=LM.semantic_begin_id, chunk_bytes=60
     )
-    tts = fake_tts(tmp_path, [lm.semantic_begin_id] * 3, language_model=lm)
+    tts = fake_tts(tmp_path, [lm.semantic_begin_id] * 3, model=lm)
     chunks = list(tts.stream(LONG))
     assert len(chunks) > 1
     for n, prompt in enumerate(prompts(tts)):
@@ -356,7 +356,7 @@ def test_codes_are_raw_and_the_history_holds_them_as_they_are_drawn(tmp_path: Pa
 
 
 def test_long_text_of_any_dialect_is_spoken_with_what_was_said(tmp_path: Path) -> None:
-    tts = fake_tts(tmp_path, language_model=language_model(prompt_dialect="interleaved"))
+    tts = fake_tts(tmp_path, model=language_model(prompt_dialect="interleaved"))
     (*_, last) = tts.stream(LONG, voice=[])
     assert [codes_in(prompt).shape[1] for prompt in prompts(tts)] == [4 * n for n in range(last.piece + 1)]
     (whole,) = {c.piece: c for c in tts.stream(LONG, voice=[], upstream_compat=True)}.values()
@@ -364,7 +364,7 @@ def test_long_text_of_any_dialect_is_spoken_with_what_was_said(tmp_path: Path) -
 
 
 def test_a_model_without_turns_takes_no_tags_and_no_system_text(tmp_path: Path) -> None:
-    tts = fake_tts(tmp_path, language_model=language_model(prompt_dialect="instruction"))
+    tts = fake_tts(tmp_path, model=language_model(prompt_dialect="instruction"))
     with pytest.raises(PromptError, match="no turns"):
         tts.speak("<|speaker:0|>Hello!")
     with pytest.raises(PromptError, match="no system text"):
@@ -377,7 +377,7 @@ def test_a_repetition_penalty_is_the_bundles_or_the_requests(tts: TTS, tmp_path:
     with pytest.raises(SamplingError, match="no repetition penalty"):
         tts.speak("Hello!", sampling=Sampling(repetition_penalty=1.2))
     rules = replace(LM.sampling, repetition_penalty=RepetitionPenalty(penalty=1.3, window=16, main="row"))
-    own = fake_tts(tmp_path / "own", language_model=replace(LM, sampling=rules))
+    own = fake_tts(tmp_path / "own", model=replace(LM, sampling=rules))
     assert own.speak("Hello!").info.sampling.repetition_penalty == 1.3
     assert own.speak("Hello!", sampling=Sampling(repetition_penalty=1.1)).info.sampling.repetition_penalty == 1.1
 

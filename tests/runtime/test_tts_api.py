@@ -151,7 +151,7 @@ def test_voices_that_no_speaker_tag_asks_for_are_a_warning(tts: TTS) -> None:
 
 def test_what_the_model_does_not_read_well_is_a_warning_from_the_start(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     lm = language_model(reads=Reads(("en",), None, ()))
-    tts = TTS(fake_bundle(tmp_path / "bundle", language_model=lm), fake_engines(lm, CODEC, [LM.semantic_begin_id]))
+    tts = TTS(fake_bundle(tmp_path / "bundle", model=lm), fake_engines(lm, CODEC, [LM.semantic_begin_id]))
     stream = tts.stream(f"{TEXT} Привет. {TEXT}", max_frames=1)
     says = "test does not read well: letters П, р, и, в, е, т"
     assert [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING] == [says]

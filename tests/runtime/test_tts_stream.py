@@ -25,7 +25,7 @@ def talkative(folder: Path, frames: int = 50, **changes: Any) -> TTS:
     """Return a TTS that speaks `frames` frames for every piece of text."""
     content = fake_bundle(folder / "bundle", **changes)
     spoken = [LM.semantic_begin_id + n % 160 for n in range(frames)]
-    return TTS(content, fake_engines(content.manifest.language_model, content.manifest.codec, spoken))
+    return TTS(content, fake_engines(content.manifest.model, content.manifest.codec, spoken))
 
 
 def calls(tts: TTS) -> int:

@@ -221,7 +221,7 @@ def test_the_length_that_suits_the_model_is_told():
     lm = language_model(voice_seconds=(2.0, 5.0))
     assert next(doubts(np.tile(SPEECH, 3), RATE, SAID * 3, lm)).endswith("2 to 5 s is best for this model")
     with pytest.raises(AudioError) as caught:
-        Voice.from_audio(FakeTts(dataclasses.replace(manifest(), language_model=lm)), (tone(0.1), RATE), "x")
+        Voice.from_audio(FakeTts(dataclasses.replace(manifest(), model=lm)), (tone(0.1), RATE), "x")
     assert "2 to 5 s is best" in caught.value.hint
 
 
@@ -493,7 +493,7 @@ def test_check_of_codes(codes, message):
 def test_codes_are_checked_by_the_codecs_entries_and_not_the_language_models():
     content = manifest(
         codec=dataclasses.replace(manifest().codec, codebook_sizes=(1000,) * 4),
-        language_model=language_model(codebook_width=1024, code_offset=1, code_zero="fast"),
+        model=language_model(codebook_width=1024, code_offset=1, code_zero="fast"),
     )
     voice(codes=np.full((4, 2), 999)).check(content)
     with pytest.raises(VoiceError, match="1000 in codebook 0, which has the entries 0 to 999"):
@@ -545,7 +545,7 @@ def test_a_long_file_is_refused(tmp_path):
 
 
 def test_a_recording_must_fit_the_context_too():
-    small = FakeTts(dataclasses.replace(manifest(), language_model=language_model(max_prompt=100)))
+    small = FakeTts(dataclasses.replace(manifest(), model=language_model(max_prompt=100)))
     with pytest.raises(AudioError, match=r"0\.2 s to 4\.0 s"):
         Voice.from_audio(small, (tone(5), RATE), "x")
 

@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 
 from fishrt.bundle.features import Codec, LanguageModel
-from fishrt.bundle.folder import Bundle, Voices, describe_files
+from fishrt.bundle.folder import Bundle, describe_files
+from fishrt.bundle.manifest import Voices
 from fishrt.language_model.generate import DualAR
 from fishrt.voices.store import VoiceStore
 from fishrt.voices.voice import Voice
 from fishrt_engines import Array, GraphSpec, StatePair, TensorSpec
-from helpers_text import TINY_TOKENIZER, manifest
+from helpers_text import TINY_TOKENIZER, described, manifest
 
 HIDDEN = 3
 PEAK = np.float32(50)
@@ -218,11 +219,13 @@ def fake_bundle(folder: Path, voices: Sequence[Voice] = (), **changes: Any) -> B
     for voice in voices:
         VoiceStore(folder / "voices").add(voice)
     plain = manifest(**changes)
-    graphs = specs(plain.language_model, plain.codec)
+    graphs = specs(plain.model, plain.codec)
     for spec in graphs.values():
         (folder / spec.file).write_bytes(b"not a graph")
     names = tuple(v.name for v in voices)
     files = dict(describe_files(folder))
-    content = manifest(**{"graphs": graphs, "voices": Voices(names[0], names) if names else None, "files": files, **changes})
+    content = manifest(
+        **{"graphs": described(graphs), "voices": Voices(names[0], names) if names else None, "files": files, **changes}
+    )
     (folder / "manifest.json").write_text(content.to_json(), encoding="utf-8")
     return Bundle.load(folder)

@@ -41,11 +41,11 @@ class FakeTts:
     sample_rate = RATE
 
     def is_prepared(self, folder):
-        return prepared_path(folder, self.bundle.manifest.identity("slow_ar")).is_file()
+        return prepared_path(folder, self.bundle.manifest.specs["slow_ar"].identity).is_file()
 
     def prepare(self, voice, folder=None):
         self.prepared.append((voice.name, folder))
-        prepared_path(folder, self.bundle.manifest.identity("slow_ar")).touch()
+        prepared_path(folder, self.bundle.manifest.specs["slow_ar"].identity).touch()
 
     def speak(self, text, *, voice, seed, sampling, progress=None, **request):
         voice = voice and [self.voice(v) if isinstance(v, str) else v for v in voice]
@@ -58,7 +58,7 @@ class FakeTts:
         pieces = (PieceInfo(text, 25, self.stop_reason),)
         info = SpeechInfo(
             seed=seed if seed is not None else 99,
-            sampling=sampling.resolve(self.bundle.manifest.language_model.sampling),
+            sampling=sampling.resolve(self.bundle.manifest.model.sampling),
             voices=tuple(v.name for v in voice) if voice else ("minna",),
             pieces=pieces,
             frames=25,

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from fishrt.bundle.features import Codec, DecodeContext, LanguageModel, SamplingDefaults
-from fishrt.bundle.folder import ROLES, SCHEMA, Bundle, Licence, Manifest, Voices, describe_files
+from fishrt.bundle.folder import Bundle, describe_files
+from fishrt.bundle.manifest import ROLES, SCHEMA, Graph, Licence, Manifest, Voices
 from fishrt.language_model.sampling import Sampling, sample
 from fishrt.text.tokenizer import Tokenizer
 from fishrt.voices.voice import Voice
@@ -32,6 +33,7 @@ def language_model(**changes: Any) -> LanguageModel:
     """Return a language model with the sizes of the small tokenizer."""
     tokenizer = Tokenizer.load(TINY_TOKENIZER)
     values: dict[str, Any] = {
+        "kind": "dual_ar",
         "num_codebooks": 4,
         "codebook_width": 160,
         "max_seq_len": 1024,
@@ -66,6 +68,11 @@ def drawn(codes: np.ndarray, lm: LanguageModel) -> np.ndarray:
     return np.concatenate((columns, end), axis=1)
 
 
+def described(specs: dict[str, GraphSpec]) -> dict[str, Graph]:
+    """Return the manifest's entries of portable graphs."""
+    return {role: Graph(spec, "fp32", memory=1000) for role, spec in specs.items()}
+
+
 def manifest(**changes: Any) -> Manifest:
     spec = GraphSpec(
         "slow_ar.onnx",
@@ -90,7 +97,9 @@ def manifest(**changes: Any) -> Manifest:
         "schema": SCHEMA,
         "name": "test",
         "exported_by": "fishrt test",
-        "language_model": language_model(),
+        "family": "test",
+        "recipe": "fp32",
+        "model": language_model(),
         "codec": Codec(
             sample_rate=16000,
             hop=640,
@@ -102,15 +111,14 @@ def manifest(**changes: Any) -> Manifest:
             fingerprint=FINGERPRINT,
         ),
         "tokenizer": "tokenizer.json",
-        "graphs": {role: replace(graphs[role], file=f"{role}.onnx") for role in ROLES},
-        "precision": dict.fromkeys(ROLES, "fp32"),
-        "memory": dict.fromkeys(ROLES, 1000),
-        "parity": {},
+        "graphs": described({role: replace(graphs[role], file=f"{role}.onnx") for role in ROLES["dual_ar"]}),
+        "quantisation": None,
         "licence": Licence("Apache-2.0", None),
         "voices": None,
         "files": {},
     }
-    return Manifest(**{**values, **changes})
+    made = Manifest(**{**values, **changes})
+    return made.sealed(made.files)
 
 
 def bundle_folder(folder: Path, *, voices: dict[str, Voice] | None = None) -> Bundle:
@@ -119,7 +127,7 @@ def bundle_folder(folder: Path, *, voices: dict[str, Voice] | None = None) -> Bu
 
     folder.mkdir(parents=True)
     (folder / "tokenizer.json").write_bytes(TINY_TOKENIZER.read_bytes())
-    for role in ROLES:
+    for role in ROLES["dual_ar"]:
         (folder / f"{role}.onnx").write_bytes(b"not a graph")
     for voice in (voices or {}).values():
         VoiceStore(folder / "voices").add(voice)

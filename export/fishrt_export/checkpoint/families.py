@@ -17,7 +17,7 @@ from fishrt.bundle.features import (
     SamplingDefaults,
     TextCleaning,
 )
-from fishrt.bundle.folder import parse_dataclass
+from fishrt.bundle.strict import parse_dataclass
 from fishrt.errors import BundleError
 
 from ..errors import ExportError

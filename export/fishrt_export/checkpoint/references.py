@@ -13,7 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from fishrt.audio.files import resample
-from fishrt.bundle.folder import Bundle, Licence, Voices
+from fishrt.bundle.folder import Bundle
+from fishrt.bundle.manifest import Licence, Voices
 from fishrt.codec import CodecDecoder, CodecEncoder
 from fishrt.language_model.prompt import PromptBuilder
 from fishrt.text.tokenizer import Tokenizer
@@ -117,7 +118,7 @@ class _Listener:
 
     def __init__(self, bundle: Bundle, tokenizer: Tokenizer) -> None:
         self.bundle = bundle
-        self._prompts = PromptBuilder(tokenizer, bundle.manifest.language_model)
+        self._prompts = PromptBuilder(tokenizer, bundle.manifest.model)
 
     def encode(self, _pcm: npt.NDArray[np.float32], _rate: int) -> npt.NDArray[np.int64]:
         """Return one frame of zeros."""
@@ -140,7 +141,7 @@ class _Encoder(_Listener):
         super().__init__(bundle, Tokenizer.load(bundle.file(manifest.tokenizer)))
         encode, decode = (
             open_engine(bundle.file(spec.file), spec, provider="cpu")
-            for spec in (manifest.graphs["codec_encode"], manifest.graphs["codec_decode"])
+            for spec in (manifest.specs["codec_encode"], manifest.specs["codec_decode"])
         )
         self._encoder, self._decoder = CodecEncoder(encode, manifest.codec), CodecDecoder(decode, manifest.codec)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from fishrt.bundle.folder import Parity
+from fishrt.bundle.manifest import Parity
 from fishrt_engines.engine import GraphSpec
 
 from ..checkpoint.weights import load

@@ -18,7 +18,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
-from fishrt.bundle.folder import PRECISIONS
+from fishrt.bundle.manifest import PRECISIONS
 
 from ..errors import ExportError
 from .quantise import BITS, BLOCKS, block_size

@@ -16,7 +16,7 @@ import numpy as np
 import onnx_ir as ir
 from torch import Tensor, nn
 
-from fishrt.bundle.folder import Parity
+from fishrt.bundle.manifest import Parity
 from fishrt_engines import Array, open_engine
 from fishrt_engines.engine import GraphSpec, TensorSpec
 

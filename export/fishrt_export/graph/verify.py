@@ -17,7 +17,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from fishrt.bundle.folder import Parity
+from fishrt.bundle.manifest import Parity
 from fishrt_engines import Array, Engine, open_engine
 from fishrt_engines.engine import GraphSpec
 

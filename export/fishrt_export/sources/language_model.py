@@ -55,6 +55,7 @@ class LanguageModelSource:
         """Return the manifest's entry. head: one of HEADS."""
         family, width, positions = self.family, self.config.codebook_width, self.config.max_seq_len
         return LanguageModel(
+            kind="dual_ar",
             num_codebooks=self.config.num_codebooks,
             codebook_width=width,
             max_seq_len=positions,

@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from fishrt.bundle.int8_codec import INT8_CODEC, Int8Codec
+from fishrt.bundle.manifest import Form, Rounding
 from fishrt.metrics import signal_over_error
 from fishrt_engines import Engine, open_engine
 from fishrt_engines.engine import GraphSpec, TensorSpec
@@ -86,10 +86,10 @@ def check_codec(kind: str) -> None:
         )
 
 
-def write_int8(folder: Path, portable: GraphSpec, sizes: tuple[int, ...], progress: Progress = lambda _: None) -> None:
-    """Add the graph and its `int8_codec.json` to the bundle in `folder`.
+def int8_form(folder: Path, portable: GraphSpec, sizes: tuple[int, ...], progress: Progress = lambda _: None) -> Form:
+    """Write the graph into a bundle's folder, and return the form.
 
-    portable: the manifest's codec_decode. sizes: the entries of each codebook. Raises ExportError for a decoder without such
+    portable: the spec of codec_decode. sizes: the entries of each codebook. Raises ExportError for a decoder without such
     convolutions, and for one that loses more than rounding explains.
     """
     rng = np.random.default_rng(0)
@@ -108,9 +108,9 @@ def write_int8(folder: Path, portable: GraphSpec, sizes: tuple[int, ...], progre
             f"the codec in 8 bits has {min(ratios):.1f} dB between signal and error; at least {LEAST_SNR:g} dB are expected",
             hint="leave --codec-int8 out",
         )
-    report = Int8Codec(store.path.name, len(found), CALIBRATION_FRAMES, float(np.mean(ratios)), min(ratios))
-    (folder / INT8_CODEC).write_text(report.to_json(), encoding="utf-8")
     progress(1.0)
+    rounding = Rounding(len(found), CALIBRATION_FRAMES, float(np.mean(ratios)), min(ratios))
+    return Form("cpu", replace(portable, file=store.path.name), needs=("vnni",), rounding=rounding)
 
 
 def _convolutions(graph: ir.Graph) -> Iterator[_Convolution]:

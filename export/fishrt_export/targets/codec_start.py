@@ -6,7 +6,6 @@ state is then written, and streams begin as upstream's do.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -27,16 +26,16 @@ _FRAMES = 16
 """Frames of silence, far more than the state needs to settle."""
 
 
-def write_start(folder: Path, graphs: Mapping[str, GraphSpec], codec: Codec) -> None:
+def write_start(folder: Path, encode_spec: GraphSpec, spec: GraphSpec, codec: Codec) -> None:
     """Write `codec_start.npz` into a bundle's folder if silence begins with a tick from zeros, but without one after silence.
 
-    It has the state of convolutions only. Attention masks the positions before the stream.
+    encode_spec, spec: of the portable codec_encode and codec_decode.
+    The file has the state of convolutions only. Attention masks the positions before the stream.
     """
-    spec = graphs["codec_decode"]
     columns = [tensor.name for tensor in spec.state_tensors if tensor.name.startswith(COLUMNS)]
     if not columns:
         return
-    encode, decode = (open_engine(folder / graph.file, graph, provider="cpu") for graph in (graphs["codec_encode"], spec))
+    encode, decode = (open_engine(folder / graph.file, graph, provider="cpu") for graph in (encode_spec, spec))
     codes = CodecEncoder(encode, codec).encode(np.zeros(_FRAMES * codec.hop, np.float32))
     state, frames = decode.new_state(batch=1), codes.shape[1]
     feeds = {"codes": codes[None], "position_ids": np.arange(frames)[None]}

@@ -15,8 +15,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from fishrt.bundle.folder import Parity
-from fishrt.bundle.static import STATIC, StaticGraph, StaticGraphs, StaticStep, Usability
+from fishrt.bundle.manifest import FixedPart, Form, Parity, Usability
 from fishrt_engines import open_engine
 from fishrt_engines.engine import GraphSpec, StatePair, TensorSpec
 from fishrt_engines.ort.coreml import CACHE_KEY, Part
@@ -48,29 +47,27 @@ def check_target(target: str | None, decode: GraphSpec) -> None:
         )
 
 
-def write_static(
+def static_form(
     folder: Path,
-    graphs: Mapping[str, GraphSpec],
+    portable: GraphSpec,
     case: Case,
     tolerance: float,
     fingerprint: str,
     progress: Callable[[float], None] = lambda _: None,
-) -> None:
-    """Add static graphs and their `static.json` to the bundle in `folder`.
+) -> Form:
+    """Write the graphs of fixed sizes for codec_decode into a bundle's folder, and return the form.
 
-    graphs: the manifest's. case: one row of codes for codec_decode, in any calls. fingerprint: the codec's, for the cache key.
+    portable: the spec of codec_decode. case: one row of codes, in any calls. fingerprint: the codec's, for the cache key.
     progress receives the completed part, 0..1. Raises ExportError for a graph that differs from the portable one.
     """
     made = []
     for n, frames in enumerate(LENGTHS):
-        progress(n / (len(LENGTHS) + 1))
-        made.append(_codec_decode(folder, graphs["codec_decode"], frames, case, tolerance, fingerprint))
-    progress(len(LENGTHS) / (len(LENGTHS) + 1))
-    steps = tuple(_step(folder, role, graphs[role]) for role in ("slow_ar", "fast_ar"))
-    (folder / STATIC).write_text(StaticGraphs(TARGETS[0], tuple(made), steps).to_json(), encoding="utf-8")
+        progress(n / len(LENGTHS))
+        made.append(_part(folder, portable, frames, case, tolerance, fingerprint))
+    return Form(TARGETS[0], portable, parts=tuple(made))
 
 
-def _codec_decode(folder: Path, portable: GraphSpec, frames: int, case: Case, tolerance: float, fingerprint: str) -> StaticGraph:
+def _part(folder: Path, portable: GraphSpec, frames: int, case: Case, tolerance: float, fingerprint: str) -> FixedPart:
     front, back = _split(folder / portable.file, {"batch": 1, "frames": frames})
     name = Path(portable.file).stem
     front_spec = _spec(front, f"{name}_{frames}_front.onnx", ())
@@ -79,14 +76,15 @@ def _codec_decode(folder: Path, portable: GraphSpec, frames: int, case: Case, to
     back.metadata_props[CACHE_KEY] = identity.hexdigest()[:32]
     for model, spec in ((front, front_spec), (back, back_spec)):
         ir.save(model, folder / spec.file)
-    made = StaticGraph(frames, front_spec, back_spec, usability(back), Parity(0.0, tolerance, "cpu"))
+    made = FixedPart(frames, front_spec, back_spec, usability(back), Parity(0.0, tolerance, "cpu"))
     return replace(made, parity=_parity(folder, portable, made, case))
 
 
-def _step(folder: Path, role: str, spec: GraphSpec) -> StaticStep:
+def step_usability(folder: Path, spec: GraphSpec) -> Usability:
+    """Return the checker's result for a call of one column of a language model's graph, without the part that takes integers."""
     sizes = {"batch": 1, "length": 1, "cache": _STEP_CACHE}
     _, back = _split(folder / spec.file, sizes)
-    return StaticStep(role, spec.state_tensors[0].resolve(sizes)[2], usability(back))
+    return usability(back)
 
 
 def _split(path: Path, sizes: Mapping[str, int]) -> tuple[ir.Model, ir.Model]:
@@ -103,7 +101,7 @@ def _spec(model: ir.Model, file: str, states: tuple[StatePair, ...]) -> GraphSpe
     return GraphSpec(file, inputs, outputs, states)
 
 
-def _parity(folder: Path, portable: GraphSpec, static: StaticGraph, case: Case) -> Parity:
+def _parity(folder: Path, portable: GraphSpec, static: FixedPart, case: Case) -> Parity:
     """Compare calls of the static graph's length with the portable graph. Raises ExportError if they differ."""
     whole = open_engine(folder / portable.file, portable, provider="cpu")
     front, back = (open_engine(folder / spec.file, spec, provider="cpu") for spec in (static.front, static.back))

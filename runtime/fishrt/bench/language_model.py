@@ -38,9 +38,9 @@ def measure_frames(bundle: Bundle, engines: Mapping[str, TimedEngine], text: str
     """
     manifest = bundle.manifest
     slow, fast = engines["slow_ar"], engines["fast_ar"]
-    model = DualAR(slow, fast, manifest.language_model)
+    model = DualAR(slow, fast, manifest.model)
     prompt = bench_prompt(bundle, text)
-    sampling = Sampling().resolve(manifest.language_model.sampling)
+    sampling = Sampling().resolve(manifest.model.sampling)
     spent: list[float] = []
     loops: list[float] = []
     slow_steps: list[float] = []

@@ -74,7 +74,7 @@ def bench(bundle: Bundle, request: BenchRequest, progress: Progress = lambda *_:
     progress("frames", 0.5)
     found |= measure_frames(bundle, engines, request.text, request.frames)
     progress("prefill and contexts", 0.54)
-    lm, slow = bundle.manifest.language_model, engines["slow_ar"]
+    lm, slow = bundle.manifest.model, engines["slow_ar"]
     found |= {"prefill": measure_prefill(lm, slow), "contexts": measure_contexts(lm, slow)}
     progress("codec", 0.55)
     found["codec"] = measure_codec(bundle.manifest.codec, tts.decode, tts.encode)
@@ -91,9 +91,9 @@ def _describe(bundle: Bundle) -> dict[str, Any]:
     manifest = bundle.manifest
     return {
         "name": manifest.name,
-        "precision": manifest.precision,
+        "precision": {role: graph.precision for role, graph in manifest.graphs.items()},
         "bytes": manifest.total_bytes,
-        "codebooks": manifest.language_model.num_codebooks,
+        "codebooks": manifest.model.num_codebooks,
         "frame_rate": manifest.codec.frame_rate,
     }
 
@@ -129,7 +129,7 @@ def _measure_processes(bundle: Bundle, request: BenchRequest) -> dict[str, Any]:
 def _measure_bandwidth(bundle: Bundle, found: dict[str, Any], limit: float) -> dict[str, Any]:
     """Return the bytes of weights that the steps read, their bandwidth, and its share of the machine's, `limit`."""
     graphs = bundle.manifest.graphs
-    slow, fast = (bytes_read(bundle.file(graphs[role].file)) for role in ("slow_ar", "fast_ar"))
+    slow, fast = (bytes_read(bundle.file(graphs[role].spec.file)) for role in ("slow_ar", "fast_ar"))
     total = frame_bytes(slow, fast, found["fast_steps_per_frame"])
     slow_s, frame_s = (found[name]["median_ms"] / 1e3 for name in ("slow_step", "frame"))
     return {

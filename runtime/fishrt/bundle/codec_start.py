@@ -12,7 +12,8 @@ import numpy as np
 from fishrt_engines import Array
 
 from ..errors import BundleError
-from .folder import AGAIN, Bundle
+from .folder import Bundle
+from .strict import AGAIN
 
 CODEC_START = "codec_start.npz"
 
@@ -30,7 +31,7 @@ def read_codec_start(bundle: Bundle) -> dict[str, Array]:
             start: dict[str, Array] = {name: file[name] for name in file.files}
     except Exception as error:  # numpy and zipfile raise whatever a damaged file makes them raise
         raise BundleError(f"{path} cannot be read: {error}", hint=AGAIN) from None
-    wanted = {t.name: (t.dtype, t.resolve({"batch": 1})) for t in bundle.manifest.graphs["codec_decode"].state_tensors}
+    wanted = {t.name: (t.dtype, t.resolve({"batch": 1})) for t in bundle.manifest.specs["codec_decode"].state_tensors}
     if wrong := [name for name, array in start.items() if (array.dtype.name, array.shape) != wanted.get(name)]:
         raise BundleError(f"{path} holds {wrong[0]}, which codec_decode does not carry in this form", hint=AGAIN)
     return start

@@ -27,7 +27,7 @@ def tensorrt_findings(bundle: Bundle) -> dict[str, list[Finding]]:
     The language model's graphs are checked in every precision, the codec's in float32, in which they stay. Raises GraphError for
     a damaged file.
     """
-    graphs, lm = bundle.manifest.graphs, bundle.manifest.language_model
+    graphs, lm = bundle.manifest.specs, bundle.manifest.model
     models = {role: bundle.file(spec.file).read_bytes() for role, spec in graphs.items()}
     frame = frame_spec(graphs["slow_ar"], graphs["fast_ar"], lm)
     checked = {

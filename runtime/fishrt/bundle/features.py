@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from numbers import Integral, Real
 
+KINDS = ("dual_ar",)
 HEADS = ("audio", "full")
 MAIN_TOKENS = ("audio", "any")
 CODE_ZERO = ("main", "fast")
@@ -96,6 +97,8 @@ class Reads:
 class LanguageModel:
     """Ids and rules of the dual-AR model."""
 
+    kind: str
+    """Kind of model: "dual_ar"."""
     num_codebooks: int
     """If the codec has more, the model uses the first ones."""
     codebook_width: int
@@ -158,6 +161,7 @@ class LanguageModel:
         }
         yield from (f"{name} is {count}, below 1" for name, count in counts.items() if count < 1)
         choices = (
+            ("kind", self.kind, KINDS),
             ("head", self.head, HEADS),
             ("main_tokens", self.main_tokens, MAIN_TOKENS),
             ("code_zero", self.code_zero, CODE_ZERO),

@@ -17,7 +17,8 @@ def bundle_folder(reference: str | Path, progress: Progress | None = None) -> Pa
     A bundle in the cache is used without a request to the hub. A downloaded one is compared with the hashes of its manifest.
     Raises HubError if the repository cannot be downloaded, BundleError if it is no bundle.
     """
-    from .folder import MANIFEST, Bundle
+    from .folder import Bundle
+    from .manifest import MANIFEST
 
     repository = Repository.parse(Path(reference).as_posix())
     folder = repository.cached()
@@ -40,6 +41,6 @@ def bundle_folder(reference: str | Path, progress: Progress | None = None) -> Pa
 
 def choose_bundle(names: Sequence[str], read: Callable[[str], Path]) -> Sequence[str]:
     """Return the files of a bundle: its manifest, which must be there, and those that it lists. Raises BundleError."""
-    from .folder import MANIFEST, Manifest
+    from .manifest import MANIFEST, Manifest
 
     return [*Manifest.from_json(read(MANIFEST).read_text(encoding="utf-8")).files, MANIFEST]

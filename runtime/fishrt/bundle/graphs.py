@@ -1,4 +1,4 @@
-"""The graphs of a bundle as engines."""
+"""The graphs of a bundle as engines: the first form that fits provider and machine, else the portable graph."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import logging
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 
-from fishrt_engines import Engine, open_engine
+from fishrt_engines import Engine, ProviderError, open_engine
+from fishrt_engines.machine import features
+from fishrt_engines.ort.coreml import Part, StaticEngine
 
 from ..language_model.frame import frame_graph
 from .folder import Bundle
-from .int8_codec import int8_decode
-from .static import open_codec_decode, static_graphs
+from .manifest import Form
 
 log = logging.getLogger(__name__)
 
@@ -25,9 +25,11 @@ class BundleGraphs(Mapping[str, Engine]):
     """The graphs of a bundle by role, each opened when it is first accessed: decoding needs no language model."""
 
     def __init__(self, bundle: Bundle, provider: str, threads: int | None) -> None:
-        """Open no graph yet. Raises ProviderError for provider coreml and a bundle without static graphs."""
+        """Open no graph yet. Raises ProviderError for provider coreml and a bundle without graphs for it."""
         self._bundle, self.provider, self._threads = bundle, provider, threads
-        self._static = static_graphs(bundle) if provider == "coreml" else None
+        self._features = features(provider)
+        if provider == "coreml":
+            _check_coreml(bundle)
         self._open: dict[str, Engine] = {}
         self._lock = threading.Lock()
 
@@ -40,28 +42,51 @@ class BundleGraphs(Mapping[str, Engine]):
             return self._open[role]
 
     def _opened(self, role: str) -> Engine:
-        if self._static is not None and role == "codec_decode":
-            return open_codec_decode(self._bundle, self._static, self._threads)
-        manifest = self._bundle.manifest
-        spec, build, identity = manifest.graphs[role], None, manifest.identity(role)
-        path = self._bundle.file(spec.file)
-        if self.provider in FUSED and role == "fast_ar":
-            spec, build = frame_graph(manifest.graphs, manifest.language_model)
-        elif self.provider == "cpu" and role == "codec_decode" and (file := int8_decode(self._bundle)):
-            spec, path = replace(spec, file=file), self._bundle.file(file)
-            identity = manifest.identity(role, file, f"{file}.data")
-        return open_engine(
-            path,
-            spec,
-            provider=self.provider if self._static is None else "cpu",
-            threads=self._threads,
-            specialise=True,
-            identity=identity,
-            build=build,
-        )
+        manifest, provider = self._bundle.manifest, self.provider
+        graph = manifest.graphs[role]
+        form = graph.form(provider, self._features)
+        if form is None and provider == "coreml":
+            provider = "cpu"
+            form = graph.form(provider, self._features)
+        for other in graph.forms[: graph.forms.index(form) if form else None]:
+            if other.provider == provider:
+                lacking = ", ".join(sorted(set(other.needs) - self._features))
+                log.info("%s is not used: this machine has no %s", other.spec.file, lacking)
+        if form is not None and form.parts:
+            return self._in_parts(form)
+        spec, build = graph.spec if form is None else form.spec, None
+        path, identity = self._bundle.file(spec.file), spec.identity or None
+        if provider in FUSED and role == "fast_ar":
+            spec, build = frame_graph(manifest.specs, manifest.model)
+        return open_engine(path, spec, provider=provider, threads=self._threads, specialise=True, identity=identity, build=build)
+
+    def _in_parts(self, form: Form) -> Engine:
+        """Return an engine whose graph of a length is opened when the first call of this length comes."""
+        by_frames = {part.frames: part for part in form.parts}
+
+        def open_part(frames: int) -> Part:
+            front, back = (
+                open_engine(self._bundle.file(spec.file), spec, provider=provider, threads=self._threads)
+                for provider, spec in (("cpu", by_frames[frames].front), (form.provider, by_frames[frames].back))
+            )
+            return Part(front, back)
+
+        return StaticEngine(form.spec, "frames", by_frames, open_part)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._bundle.manifest.graphs)
 
     def __len__(self) -> int:
         return len(self._bundle.manifest.graphs)
+
+
+def _check_coreml(bundle: Bundle) -> None:
+    """Check that a bundle has graphs for CoreML, which takes fixed sizes only. Raises ProviderError."""
+    manifest = bundle.manifest
+    roles = [role for role, graph in manifest.graphs.items() if graph.form("coreml", ())]
+    if not roles:
+        raise ProviderError(
+            f"{manifest.name} has no static graphs, which provider 'coreml' needs",
+            hint='export with `fishrt export --static coreml CHECKPOINT BUNDLE`, or use provider "cpu"',
+        )
+    log.info("provider coreml: %s on CoreML, all other graphs on the CPU", ", ".join(roles))

@@ -16,7 +16,7 @@ import numpy as np
 from fishrt_engines.engine import GraphSpec
 
 from ..errors import FishrtError
-from .folder import Manifest
+from .manifest import Manifest
 
 CACHE_POSITIONS = 1000
 _UNLIMITED = 1 << 60
@@ -41,7 +41,8 @@ class MemoryNeed:
 
 def estimate(manifest: Manifest) -> MemoryNeed:
     """Return the memory that a bundle needs, without activations: small, except a few hundred MB for long pieces in the codec."""
-    graphs, memory = manifest.graphs, manifest.memory
+    graphs = manifest.specs
+    memory = {role: graph.memory for role, graph in manifest.graphs.items()}
     return MemoryNeed(
         disk=manifest.total_bytes,
         speaking=sum(memory[role] for role in ("slow_ar", "fast_ar", "codec_decode")),

@@ -19,7 +19,8 @@ from ..codec import chunk_frames
 from ..errors import FishrtError, ProviderError
 from ..language_model.frame import frame_graph
 from .features import LanguageModel
-from .folder import Bundle, Manifest
+from .folder import Bundle
+from .manifest import Manifest
 
 PRECISIONS = ("bf16", "fp16", "fp8", "int8", "int4")
 """Values of PlanOptions.precision."""
@@ -56,7 +57,8 @@ def plan_requests(bundle: Bundle, options: PlanOptions, capability: tuple[int, i
     Raises ProviderError for a precision that the bundle or fishrt does not have; FishrtError for more positions than the model's.
     """
     manifest = bundle.manifest
-    graphs, lm, precision = manifest.graphs, manifest.language_model, _computed_in(manifest, options.precision, capability)
+    graphs = manifest.specs
+    lm, precision = manifest.model, _computed_in(manifest, options.precision, capability)
     limited = with_positions(lm, _positions(lm, options.max_len))
     wide = options.fp32_attention if options.fp32_attention is not None else precision == "fp16"
     language = LoweringOptions(limited.max_seq_len, precision, wide, options.primitive_attention)
@@ -71,7 +73,7 @@ def plan_requests(bundle: Bundle, options: PlanOptions, capability: tuple[int, i
     ) -> PlanRequest:
         path = bundle.file(graphs[role].file)
         made = None if spec is None else build
-        return PlanRequest(path, spec or graphs[role], lowering, profiles, options.workspace, manifest.identity(role), made)
+        return PlanRequest(path, spec or graphs[role], lowering, profiles, options.workspace, graphs[role].identity, made)
 
     return {
         "slow_ar": request(
@@ -86,12 +88,12 @@ def plan_requests(bundle: Bundle, options: PlanOptions, capability: tuple[int, i
 def within_plans(bundle: Bundle) -> Bundle:
     """Return the bundle with its model limited to the positions of its plan. Raises ProviderError if this machine has no plan."""
     manifest = bundle.manifest
-    spec = manifest.graphs["slow_ar"]
-    plan = find_built(bundle.file(spec.file), spec, identity=manifest.identity("slow_ar"))
+    spec = manifest.specs["slow_ar"]
+    plan = find_built(bundle.file(spec.file), spec, identity=spec.identity)
     built = plan.key.lowering.max_len
     assert built is not None  # the slow AR's caches have a length
-    model = with_positions(manifest.language_model, built)
-    return replace(bundle, manifest=replace(manifest, language_model=model))
+    model = with_positions(manifest.model, built)
+    return replace(bundle, manifest=replace(manifest, model=model))
 
 
 def with_positions(lm: LanguageModel, positions: int) -> LanguageModel:
@@ -112,7 +114,7 @@ def _positions(lm: LanguageModel, asked: int | None) -> int:
 
 def _computed_in(manifest: Manifest, asked: str | None, capability: tuple[int, int]) -> str:
     """Return the precision of the language model's plans, fp16 or bf16. Raises ProviderError; see `plan_requests`."""
-    stored = manifest.precision["slow_ar"]
+    stored = manifest.graphs["slow_ar"].precision
     if asked == "fp8":
         raise ProviderError(
             "fp8 needs scales for the activations of every layer, found by running the model on much speech; bundles have none",
@@ -130,7 +132,7 @@ def _computed_in(manifest: Manifest, asked: str | None, capability: tuple[int, i
 
 
 def _decoding(manifest: Manifest) -> Profile:
-    codec, spec = manifest.codec, manifest.graphs["codec_decode"]
+    codec, spec = manifest.codec, manifest.specs["codec_decode"]
     _, most = chunk_frames(spec, codec)
     again = 0 if spec.states or codec.context is None else codec.context.left + codec.context.ahead
     return Profile("decode", {"batch": (1, 1, 1), "frames": (1, most, most + again)})

@@ -1,15 +1,9 @@
-"""`quantisation.json` of a bundle: the rounding error of each quantised layer. It is for people; speaking does not need it."""
+"""The rounding error of each quantised layer. It is for people; speaking does not need it."""
 
 from __future__ import annotations
 
-import json
 from collections import Counter
-from dataclasses import asdict, dataclass
-
-from .folder import Bundle, read_listed
-
-QUANTISATION = "quantisation.json"
-
+from dataclasses import dataclass
 
 USUAL = {"int8": 0.02, "int4": 0.13}
 """Largest usual error by precision: normally distributed weights have 0.6 % and 12 %."""
@@ -23,7 +17,7 @@ class LayerReport:
     name: str
     """Role of the graph, a dot, and the layer's name in the graph."""
     precision: str
-    """One of bundle.PRECISIONS."""
+    """One of manifest.PRECISIONS."""
     block: int | None
     """Number of inputs that share a scale; None for a layer that was not quantised."""
     error: float
@@ -77,12 +71,3 @@ class Quantisation:
         """Return how the layers of a graph are stored, the most frequent first, such as "int4 (24 layers), fp16 (2)"."""
         counts = Counter(layer.precision for layer in self.layers if layer.role == role).most_common()
         return ", ".join(f"{precision} ({count}{'' if n else ' layers'})" for n, (precision, count) in enumerate(counts))
-
-    def to_json(self) -> str:
-        """Return the text of `quantisation.json`."""
-        return json.dumps(asdict(self), indent=1) + "\n"
-
-
-def read_quantisation(bundle: Bundle) -> Quantisation | None:
-    """Read `quantisation.json`; return None for a bundle that does not list it. Raises BundleError for an invalid one."""
-    return read_listed(bundle, QUANTISATION, Quantisation)

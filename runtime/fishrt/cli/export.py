@@ -10,11 +10,11 @@ from typing import Any
 
 import click
 
+from fishrt_engines import GraphSpec
 from fishrt_engines.machine import peak_memory
 
-from ..bundle.folder import MANIFEST, PRECISIONS, Bundle
-from ..bundle.int8_codec import read_int8_codec
-from ..bundle.quantisation import read_quantisation
+from ..bundle.folder import Bundle
+from ..bundle.manifest import MANIFEST, PRECISIONS, Parity, Rounding
 from ..errors import FishrtError
 from ..hub.download import download
 from ..hub.repository import Repository, names_repository
@@ -173,9 +173,20 @@ def _files(bundle: Bundle) -> dict[str, int]:
     return {**sizes, MANIFEST: bundle.file(MANIFEST).stat().st_size}
 
 
+def _measured(bundle: Bundle) -> list[tuple[GraphSpec, Parity]]:
+    """Return each graph that was compared with torch, and its error."""
+    found = []
+    for graph in bundle.manifest.graphs.values():
+        found += [(graph.spec, graph.parity), *((form.spec, form.parity) for form in graph.forms)]
+    return [(spec, parity) for spec, parity in found if parity is not None]
+
+
+def _roundings(bundle: Bundle) -> list[Rounding]:
+    return [form.rounding for graph in bundle.manifest.graphs.values() for form in graph.forms if form.rounding]
+
+
 def _result(bundle: Bundle, out: Path, seconds: float, peak: int | None) -> dict[str, Any]:
-    m, report, decoder = bundle.manifest, read_quantisation(bundle), read_int8_codec(bundle)
-    files = _files(bundle)
+    m, files = bundle.manifest, _files(bundle)
     return {
         "bundle": str(out),
         "family": m.family,
@@ -183,9 +194,9 @@ def _result(bundle: Bundle, out: Path, seconds: float, peak: int | None) -> dict
         "licence": m.licence.name,
         "bytes": sum(files.values()),
         "files": files,
-        "parity": {role: dataclasses.asdict(parity) for role, parity in m.parity.items()},
-        "quantisation": report and dataclasses.asdict(report),
-        "codec_int8": decoder and dataclasses.asdict(decoder),
+        "parity": {spec.file.removesuffix(".onnx"): dataclasses.asdict(parity) for spec, parity in _measured(bundle)},
+        "quantisation": m.quantisation and dataclasses.asdict(m.quantisation),
+        "codec_int8": next((dataclasses.asdict(rounding) for rounding in _roundings(bundle)), None),
         "seconds": round(seconds, 1),
         "peak_memory_bytes": peak,
     }
@@ -200,15 +211,13 @@ def _report(bundle: Bundle, out: Path, seconds: float, peak: int | None) -> list
         f"{total:>10}  in {len(files)} files",
         "",
     ]
-    if m.parity:
-        worst = max(m.parity, key=lambda role: m.parity[role].max_abs_error / (m.parity[role].tolerance or 1.0))
-        lines.append(
-            f"verified: {m.parity[worst].summary(m.graphs[worst])} ({worst}; {len(m.parity)} graphs compared with torch)"
-        )
-    if report := read_quantisation(bundle):
-        lines += [f"quantised: {line}" for line in report.summary()]
-    if decoder := read_int8_codec(bundle):
-        lines.append(f"codec: {decoder.summary()}")
+    if measured := _measured(bundle):
+        spec, parity = max(measured, key=lambda found: found[1].max_abs_error / (found[1].tolerance or 1.0))
+        name = spec.file.removesuffix(".onnx")
+        lines.append(f"verified: {parity.summary(spec)} ({name}; {len(measured)} graphs compared with torch)")
+    if m.quantisation:
+        lines += [f"quantised: {line}" for line in m.quantisation.summary()]
+    lines += [f"codec: {rounding.summary()}" for rounding in _roundings(bundle)]
     lines.append(f"took {duration(seconds)}, peak memory {size(peak) if peak else 'unknown'}")
     place = shlex.quote(str(out))
     lines += [f"The bundle of {m.family or m.name} ({m.recipe}) is in {out}. Licence of the weights: {m.licence.name}"]

@@ -9,7 +9,8 @@ from pathlib import Path
 import click
 
 from ..bundle.fetched import choose_bundle
-from ..bundle.folder import MANIFEST, Bundle
+from ..bundle.folder import Bundle
+from ..bundle.manifest import MANIFEST
 from ..hub.download import download
 from ..hub.repository import Repository
 from .base import downloading, json_option, quiet_option

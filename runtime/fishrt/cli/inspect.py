@@ -11,11 +11,9 @@ import click
 from fishrt_engines.rewrite.tensorrt_rules import Finding, errors
 
 from ..bundle.conformance import tensorrt_findings
-from ..bundle.folder import Bundle, Manifest
-from ..bundle.int8_codec import read_int8_codec
+from ..bundle.folder import Bundle
+from ..bundle.manifest import Manifest
 from ..bundle.memory import CACHE_POSITIONS, estimate
-from ..bundle.quantisation import read_quantisation
-from ..bundle.static import read_static
 from .base import json_option, load_bundle, quiet_option
 from .commands import print_json
 from .progress import Reporter, size
@@ -43,7 +41,7 @@ def inspect(bundle: Path | None, verify: bool, trt: bool, quiet: bool, as_json: 
                 "path": str(loaded.path),
                 "verified": verify,
                 "memory_need": dataclasses.asdict(estimate(loaded.manifest)),
-                "quantisation": (report := read_quantisation(loaded)) and dataclasses.asdict(report),
+                "quantisation": (report := loaded.manifest.quantisation) and dataclasses.asdict(report),
                 "tensorrt": {role: list(map(dataclasses.asdict, found)) for role, found in findings.items()} if trt else None,
                 "manifest": dataclasses.asdict(loaded.manifest),
             }
@@ -69,26 +67,26 @@ def _verify(bundle: Bundle, *, quiet: bool) -> None:
 
 
 def _describe(bundle: Bundle) -> list[str]:
-    m, lm, codec = bundle.manifest, bundle.manifest.language_model, bundle.manifest.codec
+    m, lm, codec = bundle.manifest, bundle.manifest.model, bundle.manifest.codec
     s, need = lm.sampling, estimate(m)
     sampling = f"temperature {s.temperature:g}, top-p {s.top_p:g}, top-k {s.top_k or 'off'}"
     if ras := s.repetition_aware:
         sampling += f"; repeats within {ras.window} frames drawn again at temperature {ras.temperature:g}, top-p {ras.top_p:g}"
     if penalty := s.repetition_penalty:
         sampling += f"; repetition penalty {penalty.penalty:g} over the last {penalty.window} frames"
-    report = read_quantisation(bundle)
-    stored = {role: (report and report.precisions(role)) or precision for role, precision in m.precision.items()}
+    report = m.quantisation
+    stored = {role: (report and report.precisions(role)) or graph.precision for role, graph in m.graphs.items()}
     lines = [
         f"bundle        {m.name}",
-        f"family        {m.family or 'not stated: the bundle is of an earlier version'}",
-        f"recipe        {m.recipe or 'not stated'}",
+        f"family        {m.family}",
+        f"recipe        {m.recipe}",
         f"path          {bundle.path}",
         f"size          {size(m.total_bytes)} in {len(m.files)} files, without manifest.json",
         f"exported by   {m.exported_by} (schema {m.schema})",
         f"memory        {size(need.speaking)} of weights to speak, {size(need.encoding)} more to make voices",
         f"              {size(need.cache)} for {CACHE_POSITIONS:,} positions of context, {size(need.state)} for other state",
         f"licence       {m.licence.name}" + (f" ({m.licence.file})" if m.licence.file else ""),
-        f"precision     {'; '.join(f'{role} {stored[role]}' for role in m.precision)}",
+        f"precision     {'; '.join(f'{role} {stored[role]}' for role in m.graphs)}",
         f"prompts       {lm.prompt_dialect}; context {lm.max_seq_len:,} positions; pieces of about {lm.chunk_bytes} bytes",
         f"speaks        {lm.num_codebooks} codebooks of {lm.codebook_width:,}; vocabulary {lm.vocab_size:,}; {lm.head} head",
         f"sampling      {sampling}",
@@ -99,23 +97,43 @@ def _describe(bundle: Bundle) -> list[str]:
     ]
     if report:
         lines += [f"{'' if n else 'quantised':<14}{line}" for n, line in enumerate(report.summary())]
-    if static := read_static(bundle):
-        lines += [f"{'' if n else static.target:<14}{line}" for n, line in enumerate(static.summary())]
+    lines += [f"{'' if n else 'coreml':<14}{line}" for n, line in enumerate(_coreml(m))]
     for role, graph in m.graphs.items():
-        lines += ["", f"graph {role}: {graph.file}, {_graph_size(m, graph.file)}"]
-        if parity := m.parity.get(role):
-            lines.append(f"  compared with torch, on {parity.provider}: {parity.summary(graph)}")
-        carried = {pair.input for pair in graph.states} | {pair.output for pair in graph.states}
-        for arrow, tensors in (("in ", graph.inputs), ("out", graph.outputs)):
+        spec = graph.spec
+        lines += ["", f"graph {role}: {spec.file}, {_graph_size(m, spec.file)}"]
+        if graph.parity:
+            lines.append(f"  compared with torch, on {graph.parity.provider}: {graph.parity.summary(spec)}")
+        carried = {pair.input for pair in spec.states} | {pair.output for pair in spec.states}
+        for arrow, tensors in (("in ", spec.inputs), ("out", spec.outputs)):
             lines += [f"  {arrow} {t.name} {t.dtype} [{', '.join(map(str, t.shape))}]" for t in tensors if t.name not in carried]
-        if states := graph.state_tensors:
+        if states := spec.state_tensors:
             shape = ", ".join(map(str, states[0].shape))
             lines.append(f"  state of {len(states)} tensors, {states[0].name} {states[0].dtype} [{shape}], …")
-    if decoder := read_int8_codec(bundle):
-        name = decoder.file.removesuffix(".onnx")
-        lines += ["", f"graph {name}: {decoder.file}, {_graph_size(m, decoder.file)}"]
-        lines += ["  replaces codec_decode on CPUs with VNNI", f"  {decoder.summary()}"]
+        for form in graph.forms:
+            needs = f" with {' and '.join(form.needs)}" if form.needs else ""
+            for file in form.files:
+                lines.append(f"  form for {form.provider}{needs}: {file}, {_graph_size(m, file)}")
+            if form.parity:
+                lines.append(f"    compared with torch, on {form.parity.provider}: {form.parity.summary(form.spec)}")
+            if form.rounding:
+                lines.append(f"    {form.rounding.summary()}")
     return lines
+
+
+def _coreml(manifest: Manifest) -> list[str]:
+    """Return the usability checker's results for graphs of fixed sizes."""
+    found = [
+        (f"{role}, {part.frames} frames", part.usability)
+        for role, graph in manifest.graphs.items()
+        for form in graph.forms
+        for part in form.parts
+    ]
+    found += [
+        (f"{role}, one column (not in the bundle)", graph.coreml_step)
+        for role, graph in manifest.graphs.items()
+        if graph.coreml_step
+    ]
+    return [f"{name}: {u.covered} of {u.nodes} nodes in {u.partitions} partitions, {u.verdict}" for name, u in found]
 
 
 def _graph_size(manifest: Manifest, file: str) -> str:

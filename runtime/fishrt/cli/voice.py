@@ -112,7 +112,7 @@ def prepare(
     except OSError as error:
         raise OutputError(f"cannot write {folder}: {error.strerror}") from None
     tts.prepare(made, folder)
-    path = prepared_path(folder, tts.bundle.manifest.identity("slow_ar"))
+    path = prepared_path(folder, tts.bundle.manifest.specs["slow_ar"].identity)
     if as_json:
         print_json({"file": str(path), "bytes": path.stat().st_size})
     else:

@@ -16,7 +16,7 @@ import unicodedata
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ..bundle.folder import parse_dataclass
+from ..bundle.strict import parse_dataclass
 from ..errors import BundleError, VoiceError
 from .loudness import Loudness
 

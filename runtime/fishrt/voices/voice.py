@@ -12,7 +12,8 @@ from typing import Protocol
 import numpy as np
 
 from ..arrays import Ints, Pcm
-from ..bundle.folder import Bundle, Manifest, embedded_bundle
+from ..bundle.folder import Bundle, embedded_bundle
+from ..bundle.manifest import Manifest
 from ..codec import check_entries, check_integers
 from ..errors import ArgumentError, FishrtError, VoiceError
 from ..text.split import check_unicode, speakable
@@ -80,7 +81,7 @@ class Voice:
         _check_transcript(transcript, name)
         tts.check_transcript(transcript, f"the transcript of voice {name!r}")
         manifest = tts.bundle.manifest
-        lm, codec = manifest.language_model, manifest.codec
+        lm, codec = manifest.model, manifest.codec
         what = f"the recording of voice {name!r}" if isinstance(audio, tuple) else str(audio)
         pcm, rate = audio if isinstance(audio, tuple) else read_audio(audio, max_seconds=most_seconds(lm, codec))
         check_recording(pcm, rate, lm, codec, what)

@@ -1,0 +1,65 @@
+"""Strict reading of dataclasses from JSON: an unknown key, a missing key and a value of another type are errors."""
+
+from __future__ import annotations
+
+import sys
+import types
+import typing
+from dataclasses import MISSING, fields, is_dataclass
+from typing import Any, TypeVar
+
+from ..errors import BundleError
+
+T = TypeVar("T")
+AGAIN = "copy the bundle again, or export the checkpoint again"
+"""The hint for a damaged file of a bundle."""
+
+
+def parse_dataclass(kind: type[T], value: Any, where: str) -> T:
+    """Return a dataclass from decoded JSON, strictly. where: the name of `value` in messages. Raises BundleError."""
+    if not isinstance(value, dict):
+        raise BundleError(f"{where} is {value!r}; expected an object", hint=AGAIN)
+    hints = typing.get_type_hints(kind)
+    known = {f.name: f for f in fields(kind)}  # type: ignore[arg-type]
+    if unknown := sorted(value.keys() - known.keys()):
+        raise BundleError(f"{where} has unknown keys: {', '.join(unknown)}", hint="update fishrt, or export again")
+    required = {name for name, f in known.items() if f.default is MISSING and f.default_factory is MISSING}
+    if missing := sorted(required - value.keys()):
+        raise BundleError(f"{where} lacks the keys: {', '.join(missing)}", hint=AGAIN)
+    return kind(**{name: _parse(hints[name], item, f"{where}.{name}") for name, item in value.items()})
+
+
+def _fits(kind: Any, value: Any) -> bool:
+    if kind is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if is_dataclass(kind) or typing.get_origin(kind) is dict:
+        return isinstance(value, dict)
+    if typing.get_origin(kind) is tuple:
+        return isinstance(value, list)
+    return typing.get_origin(kind) is not None or isinstance(value, kind)
+
+
+def _kind_name(kind: Any) -> str:
+    return getattr(kind, "__name__", str(kind))
+
+
+def _parse(kind: Any, value: Any, where: str) -> Any:
+    """Return `value` from JSON as the type `kind`: dataclasses, dict[str, X], tuple[X, ...], unions and plain values."""
+    if is_dataclass(kind):
+        return parse_dataclass(kind, value, where)  # type: ignore[arg-type]
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (types.UnionType, typing.Union):
+        for option in arguments:
+            if option is type(None) and value is None:
+                return None
+            if option is not type(None) and value is not None and _fits(option, value):
+                return _parse(option, value, where)
+    elif origin is dict and isinstance(value, dict):
+        return {key: _parse(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
+    elif origin is tuple and isinstance(value, list):
+        return tuple(_parse(arguments[0], item, f"{where}[{n}]") for n, item in enumerate(value))
+    elif _fits(kind, value):
+        return float(value) if kind is float else value
+    raise BundleError(f"{where} is {value!r}; expected {_kind_name(kind)}", hint=AGAIN)
