@@ -19,6 +19,7 @@ NEVER = {
     "fishrt_engines": {
         "fishrt",
         "fishrt_export",
+        "minnow",
         "torch",
         "onnx",
         "onnxscript",
@@ -26,8 +27,8 @@ NEVER = {
         "tokenizers",
         "soundfile",
     },
-    "fishrt": {"fishrt_export", "torch", "onnx", "onnxscript", "safetensors", "onnxruntime"},
-    "fishrt_export": set[str](),
+    "fishrt": {"fishrt_export", "minnow", "torch", "onnx", "onnxscript", "safetensors", "onnxruntime"},
+    "fishrt_export": {"minnow"},
 }
 """Modules that a layer must not import, not even inside a function."""
 EXCEPTIONS = {("fishrt", "cli", "fishrt_export")}
@@ -205,8 +206,8 @@ ROOMS = {
 UPWARD = {("bundle", "codec"), ("bundle", "language_model"), ("rewrite", "ort"), ("rewrite", "trt")}
 """Graphs for devices are assembled when a bundle is opened: that needs the frame, and the codec's lengths. Rewriting in engines
 stores values as a device has them, and builds plans."""
-ALONE = {"__init__", "__main__", "minnow"}
-"""The public names, the entry point, and the embedded voice with its recipe stand above all ranks."""
+ALONE = {"__init__", "__main__"}
+"""The public names and the entry point stand above all ranks."""
 
 
 def rooms_imported(package: str, path: Path) -> set[tuple[str, str]]:

@@ -54,7 +54,7 @@ def test_the_wheel_holds_the_packages_and_the_embedded_voice(wheel):
 
 
 def test_the_recipe_of_the_embedded_voice_is_not_published(wheel, sdist):
-    assert not [name for name in (*wheel, *sdist) if "fishrt_export/minnow" in name or name.startswith("export/minnow")]
+    assert not [name for name in (*wheel, *sdist) if name.startswith(("export/minnow", "minnow")) or "recipe" in name.split("/")]
 
 
 def test_a_wheel_from_the_sdist_is_complete(wheel, sdist):

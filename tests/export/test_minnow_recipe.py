@@ -15,19 +15,19 @@ from fishrt.language_model.prompt import PromptBuilder
 from fishrt.text.tokenizer import Tokenizer
 from fishrt.voices.voice import Voice
 from fishrt_export.checkpoint.weights import fuse_weight_norm
-from fishrt_export.minnow.align import Aligner
-from fishrt_export.minnow.config import CODEC, LANGUAGE_MODEL
-from fishrt_export.minnow.corpus import Sentence
-from fishrt_export.minnow.model import DualAr
-from fishrt_export.minnow.package import weight_normed
-from fishrt_export.minnow.synth import VOICES, Utterance
-from fishrt_export.minnow.text_tokens import build_tokenizer, token_id
-from fishrt_export.minnow.train_lm import Examples, Sound, Spoken, corrupt
 from fishrt_export.models.codec.dac import Dac
 from fishrt_export.models.codec.dac_config import DacConfig
 from fishrt_export.sources.codec import open_codec
 from fishrt_export.sources.language_model import open_language_model
 from helpers_text import drawn, language_model
+from minnow.recipe.align import Aligner
+from minnow.recipe.config import CODEC, LANGUAGE_MODEL
+from minnow.recipe.corpus import Sentence
+from minnow.recipe.model import DualAr
+from minnow.recipe.package import weight_normed
+from minnow.recipe.synth import VOICES, Utterance
+from minnow.recipe.text_tokens import build_tokenizer, token_id
+from minnow.recipe.train_lm import Examples, Sound, Spoken, corrupt
 
 CODEBOOKS = 8
 CHECKPOINT = Path(__file__).parents[2] / "export/minnow"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..models.transformer import FeedForward, apply_rope, rope_table
+from fishrt_export.models.transformer import FeedForward, apply_rope, rope_table
 
 GUIDED_LAYER = 2
 GUIDED_LETTERS = (0.0, 2.0)

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..models.codec.dac import Quantizer, VectorQuantizer
-from ..models.codec.dac_config import DacConfig
-from ..models.codec.layers import CausalConv1d, ConvNeXtBlock
+from fishrt_export.models.codec.dac import Quantizer, VectorQuantizer
+from fishrt_export.models.codec.dac_config import DacConfig
+from fishrt_export.models.codec.layers import CausalConv1d, ConvNeXtBlock
+
 from .config import CODEC, DELAY, FEATURE_HOP, HOP, SAMPLE_RATE
-from .features import LogMel
+from .log_mel import LogMel
 from .synth import SpeechData
 from .trainer import train
 

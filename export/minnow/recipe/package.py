@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..models.codec.dac import Dac
-from ..models.codec.dac_config import DacConfig
+from fishrt_export.models.codec.dac import Dac
+from fishrt_export.models.codec.dac_config import DacConfig
+
 from .config import CODEC, DEFAULTS, LANGUAGE_MODEL
 from .synth import SAMPLE_RATE, VOICES, flite
 from .text_tokens import CONTROL, build_tokenizer, token_id
@@ -28,7 +29,7 @@ minnow, the embedded voice of fishrt, is licensed like fishrt itself under the A
 
 It was trained on speech made by flite with the voices slt, rms and awb of Carnegie Mellon University (BSD-style licence; the
 recordings behind them are the CMU ARCTIC databases, free for any use), from sentences of Debian's `fortunes` package, words of
-`scowl`, and templates of our own. The recipe is fishrt_export/minnow.
+`scowl`, and templates of our own. The recipe is export/minnow/recipe.
 """
 
 

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..models.codec.dac import Decoder, Quantizer
-from ..models.codec.dac_config import DacConfig
+from fishrt_export.models.codec.dac import Decoder, Quantizer
+from fishrt_export.models.codec.dac_config import DacConfig
+
 from .config import CODEC, DELAY, HOP, SAMPLE_RATE
-from .features import LogMel
+from .log_mel import LogMel
 from .synth import SpeechData
 from .train_tokens import TokenModel
 from .trainer import train

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..models.codec.dac import Encoder, Quantizer
-from ..models.codec.dac_config import DacConfig
+from fishrt_export.models.codec.dac import Encoder, Quantizer
+from fishrt_export.models.codec.dac_config import DacConfig
+
 from .config import CODEC, HOP
 from .synth import SpeechData
 from .train_decoder import load_tokens

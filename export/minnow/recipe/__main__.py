@@ -1,4 +1,4 @@
-"""The recipe of the embedded voice, a stage at a time: `python -m fishrt_export.minnow --help`."""
+"""The recipe of the embedded voice, a stage at a time: `cd export && python -m minnow.recipe --help`."""
 
 from __future__ import annotations
 
