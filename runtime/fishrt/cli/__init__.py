@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import click
 
-from .about import completion, show_help
 from .bench import bench
 from .build_trt import build_trt
 from .codec import codec
-from .commands import EXIT_STATUSES, Commands
+from .commands import EXIT_STATUSES, Commands, completion, show_help
 from .doctor import doctor
 from .export import export
 from .fetch import fetch

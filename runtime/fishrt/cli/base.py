@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -13,7 +15,7 @@ from ..bundle.fetched import bundle_folder
 from ..bundle.folder import Bundle, embedded_bundle
 from ..hub.repository import is_reference
 from ..voices.store import VoiceStore, user_folder
-from .commands import session
+from .commands import remember, session
 from .progress import Reporter, size
 
 if TYPE_CHECKING:
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
 
 CPU_TORCH = "install the CPU build of torch as https://pytorch.org/get-started/locally/ shows"
 """Installs torch without gigabytes of CUDA libraries, which an export does not use."""
-F = TypeVar("F", bound=Callable[..., Any])
+Command = Callable[..., Any]
 
 
 class Whole(click.IntRange):
@@ -50,11 +52,6 @@ class Number(click.FloatRange):
         return super().convert(value, param, ctx)
 
 
-def _remember_quiet(_ctx: click.Context, _param: click.Parameter, value: bool) -> bool:
-    session().quiet = value
-    return value
-
-
 json_option = click.option(
     "--json",
     "as_json",
@@ -62,7 +59,11 @@ json_option = click.option(
     help="Print one JSON object on standard output at the end; see docs/json.md.",
 )
 quiet_option = click.option(
-    "-q", "--quiet", is_flag=True, callback=_remember_quiet, help="No progress on standard error, only warnings and errors."
+    "-q",
+    "--quiet",
+    is_flag=True,
+    callback=remember("quiet"),
+    help="No progress on standard error, only warnings and errors.",
 )
 bundle_option = click.option(
     "--bundle",
@@ -91,8 +92,54 @@ voice_dir_option = click.option(
 )
 
 
-def engine_options(command: F) -> F:
-    """Add --bundle, --provider and --threads to a command that runs graphs."""
+def json_output(command: Command) -> Command:
+    """Add --json to a command that ends with `commands.finish`."""
+
+    @functools.wraps(command)
+    def without(*args: Any, as_json: bool, **rest: Any) -> Any:
+        return command(*args, **rest)
+
+    return json_option(without)
+
+
+def output_options(command: Command) -> Command:
+    """Add --quiet and --json to a command that ends with `commands.finish`."""
+
+    @functools.wraps(command)
+    def without(*args: Any, quiet: bool, **rest: Any) -> Any:
+        return command(*args, **rest)
+
+    return quiet_option(json_output(without))
+
+
+def new_reporter() -> Reporter:
+    """Return a reporter that is silent with --quiet and --json."""
+    return Reporter(quiet=session().silent)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """The values of --bundle, --provider and --threads."""
+
+    bundle: Path | None
+    """None: the embedded bundle."""
+    provider: str
+    threads: int | None
+
+    def load(self, voice_dir: Path | None = None) -> TTS:
+        """Return the TTS. voice_dir: see `user_store`."""
+        from ..tts import TTS
+
+        return TTS.load(_located(self.bundle), provider=self.provider, threads=self.threads, voices=voice_dir)
+
+
+def engine_options(command: Command) -> Command:
+    """Add --bundle, --provider and --threads to a command that runs graphs; it gets them as `engine`."""
+
+    @functools.wraps(command)
+    def collected(*args: Any, bundle: Path | None, provider: str, threads: int | None, **rest: Any) -> Any:
+        return command(*args, engine=EngineOptions(bundle, provider, threads), **rest)
+
     provider = click.option(
         "--provider",
         default="auto",
@@ -102,14 +149,7 @@ def engine_options(command: F) -> F:
         "plans of `fishrt build-trt`); coreml (macOS: the codec of a bundle with static graphs, and the rest on the CPU); auto: "
         "cuda where it works, else cpu. `fishrt doctor` shows which ones work here.",
     )
-    return bundle_option(provider(threads_option(command)))
-
-
-def load_tts(bundle: Path | None, provider: str, threads: int | None, voice_dir: Path | None = None) -> TTS:
-    """Return the TTS of a bundle; None is the embedded one. voice_dir: see `user_store`."""
-    from ..tts import TTS
-
-    return TTS.load(_located(bundle), provider=provider, threads=threads, voices=voice_dir)
+    return bundle_option(provider(threads_option(collected)))
 
 
 def load_bundle(path: Path | None) -> Bundle:
@@ -121,7 +161,7 @@ def _located(path: Path | None) -> Path | None:
     """Return the folder of a bundle, downloaded from the hub with progress if needed. None stays None."""
     if path is None or not is_reference(path):
         return path
-    reporter = Reporter(quiet=session().quiet or session().json is not None)
+    reporter = new_reporter()
     try:
         return bundle_folder(path, downloading(reporter))
     finally:

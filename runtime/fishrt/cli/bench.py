@@ -7,10 +7,8 @@ from typing import Any
 
 import click
 
-from .base import Whole, json_option, load_bundle, quiet_option, threads_option
-from .commands import print_json
-from .progress import Reporter
-from .streams import emit
+from .base import Whole, load_bundle, new_reporter, output_options, threads_option
+from .commands import finish
 
 
 @click.command(short_help="Measure the speed and memory of a bundle here.")
@@ -21,11 +19,8 @@ from .streams import emit
 @click.option(
     "--provider", default="auto", show_default=True, metavar="NAME", help="Execution provider; see `fishrt speak --help`."
 )
-@quiet_option
-@json_option
-def bench(
-    bundle: Path | None, text: str | None, frames: int, threads: int | None, provider: str, quiet: bool, as_json: bool
-) -> None:
+@output_options
+def bench(bundle: Path | None, text: str | None, frames: int, threads: int | None, provider: str) -> None:
     """Measure how fast BUNDLE (default: the embedded voice) runs on this machine, and how much memory it needs.
 
     Measured are the steps of the language model, the codec, whole requests, and loading. It takes from 15 seconds (the embedded
@@ -37,15 +32,12 @@ def bench(
     from ..bench import BenchRequest, bench
 
     loaded = load_bundle(bundle)
-    reporter = Reporter(quiet=quiet or as_json)
+    reporter = new_reporter()
     options: dict[str, Any] = {} if text is None else {"text": text}
     request = BenchRequest(provider=provider, threads=threads, frames=frames, **options)
     found = bench(loaded, request, lambda stage, part: reporter.show(f"measuring {stage}", part))
-    if as_json:
-        print_json(found)
-    else:
-        reporter.clear()
-        emit("\n".join(f"{name:26} {value}" for name, value in _rows(found)))
+    reporter.clear()
+    finish(found, printed="\n".join(f"{name:26} {value}" for name, value in _rows(found)))
 
 
 def _rows(found: dict[str, Any]) -> list[tuple[str, str]]:

@@ -9,9 +9,8 @@ import click
 from ..audio.output import check_place, write_whole
 from ..errors import FishrtError
 from ..voices.voice import npy_bytes, read_codes
-from .base import engine_options, format_option, json_option, load_tts
-from .commands import json_to_stderr, print_json
-from .streams import say
+from .base import EngineOptions, engine_options, format_option, json_output
+from .commands import finish, json_to_stderr
 
 
 @click.group(short_help="Turn audio into codes, and codes into audio.")
@@ -25,8 +24,8 @@ def codec() -> None:
     "-o", "--output", default="codes.npy", show_default=True, help="The .npy file to write or replace; - is standard output."
 )
 @engine_options
-@json_option
-def encode(audio: Path, output: str, bundle: Path | None, provider: str, threads: int | None, as_json: bool) -> None:
+@json_output
+def encode(audio: Path, output: str, engine: EngineOptions) -> None:
     """Encode AUDIO (wav, flac, ogg, mp3, …; - is standard input) to codes: int64 (codebooks, frames).
 
     AUDIO may have any sample rate; its channels are averaged.
@@ -35,17 +34,17 @@ def encode(audio: Path, output: str, bundle: Path | None, provider: str, threads
 
     if output == "-":
         json_to_stderr()
-        check_place(output)
     elif Path(output).suffix.lower() != ".npy":
         raise FishrtError(f"cannot write {output}: codes are written as .npy", hint="name a file that ends in .npy")
-    else:
-        check_place(Path(output))
+    check_place(output)
     pcm, rate = read_audio(audio)
-    codes = load_tts(bundle, provider, threads).encode(pcm, rate)
+    codes = engine.load().encode(pcm, rate)
     write_whole(output, npy_bytes(codes))
-    if not as_json:
-        say(f"Wrote {_place(output)} ({codes.shape[0]} codebooks, {codes.shape[1]:,} frames)")
-    print_json({"output": output, "codebooks": codes.shape[0], "frames": codes.shape[1]})
+    codebooks, frames = codes.shape
+    finish(
+        {"output": output, "codebooks": codebooks, "frames": frames},
+        said=f"Wrote {_place(output)} ({codebooks} codebooks, {frames:,} frames)",
+    )
 
 
 @codec.command(short_help="Decode codes to audio.")
@@ -59,10 +58,8 @@ def encode(audio: Path, output: str, bundle: Path | None, provider: str, threads
 )
 @format_option
 @engine_options
-@json_option
-def decode(
-    codes: Path, output: str, format: str | None, bundle: Path | None, provider: str, threads: int | None, as_json: bool
-) -> None:
+@json_output
+def decode(codes: Path, output: str, format: str | None, engine: EngineOptions) -> None:
     """Decode CODES, an .npy file of integers (codebooks, frames), to audio."""
     from ..audio.encode import check_writable, write_audio
 
@@ -70,14 +67,12 @@ def decode(
         json_to_stderr()
     check_writable(output, format)
     stored = read_codes(codes)
-    tts = load_tts(bundle, provider, threads)
+    tts = engine.load()
     pcm = tts.decode(stored)
     rate = tts.bundle.manifest.codec.sample_rate
     write_audio(output, pcm, rate, format)
     seconds = len(pcm) / rate
-    if not as_json:
-        say(f"Wrote {_place(output)} ({seconds:.1f} s)")
-    print_json({"output": output, "sample_rate": rate, "audio_s": seconds})
+    finish({"output": output, "sample_rate": rate, "audio_s": seconds}, said=f"Wrote {_place(output)} ({seconds:.1f} s)")
 
 
 def _place(output: str) -> str:

@@ -1,4 +1,4 @@
-"""The command `fishrt` as a whole: options that all commands have, errors as lines and exit statuses, JSON objects."""
+"""The command `fishrt` as a whole: options that all commands have, results, errors as lines and exit statuses, its own help."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import click
+from click.shell_completion import get_completion_class
 
 from ..errors import FishrtError
 from ..version import __version__
@@ -24,6 +25,7 @@ EXIT_STATUSES = (
     "Exit status: 0 done; 2 a mistake that you can mend: the lines `error:` and `hint:` say how; 1 a fault of fishrt, or nobody "
     "reads its output any more; 130 interrupted."
 )
+_Callback = Callable[[click.Context, click.Parameter, bool], bool | None]
 
 
 @dataclass
@@ -38,6 +40,11 @@ class Session:
     verbose: bool = False
     quiet: bool = False
     warnings: list[str] = field(default_factory=list)
+
+    @property
+    def silent(self) -> bool:
+        """Whether standard error gets only warnings and errors."""
+        return self.quiet or self.json is not None
 
     def warn(self, text: str) -> None:
         """Print a warning, each text once."""
@@ -197,6 +204,18 @@ def print_json(data: dict[str, Any]) -> None:
     session().finish(True, data)
 
 
+def finish(data: dict[str, Any], *, printed: str = "", said: str = "") -> None:
+    """End a command that succeeded: print the JSON object with --json, or else the result as text.
+
+    printed: text for standard output. said: text for standard error, which --quiet drops.
+    """
+    if printed and not session().json:
+        emit(printed)
+    if said and not session().silent:
+        say(said)
+    print_json(data)
+
+
 def json_to_stderr() -> None:
     """Print the JSON object on standard error: the result itself goes to standard output."""
     if session().json:
@@ -206,12 +225,23 @@ def json_to_stderr() -> None:
 def _common() -> list[click.Parameter]:
     return [
         _flag("-h", "--help", _help, "Show this help."),
-        _flag("-v", "--verbose", _verbose, "Show on standard error what is chosen, cached and measured."),
-        _flag("--debug", "--debug", _debug, "Print the traceback of an error."),
+        _flag("-v", "--verbose", remember("verbose"), "Show on standard error what is chosen, cached and measured."),
+        _flag("--debug", "--debug", remember("debug"), "Print the traceback of an error."),
     ]
 
 
-def _flag(short: str, name: str, callback: Callable[[click.Context, click.Parameter, bool], None], text: str) -> click.Option:
+def remember(name: str) -> _Callback:
+    """Return the callback of a flag that sets a field of the session."""
+
+    def callback(ctx: click.Context, _: click.Parameter, value: bool) -> bool:
+        if value:
+            setattr(ctx.ensure_object(Session), name, True)
+        return value
+
+    return callback
+
+
+def _flag(short: str, name: str, callback: _Callback, text: str) -> click.Option:
     return click.Option(
         list(dict.fromkeys((short, name))), is_flag=True, expose_value=False, is_eager=True, callback=callback, help=text
     )
@@ -229,11 +259,31 @@ def _version(ctx: click.Context, _: click.Parameter, value: bool) -> None:
         ctx.exit()
 
 
-def _verbose(ctx: click.Context, _: click.Parameter, value: bool) -> None:
-    if value:
-        ctx.ensure_object(Session).verbose = True
+@click.command(name="help", short_help="Show the help of a command.")
+@click.argument("words", nargs=-1, metavar="[COMMAND]…")
+@click.pass_context
+def show_help(ctx: click.Context, words: tuple[str, ...]) -> None:
+    """Show the help of COMMAND, such as `fishrt help voice add`."""
+    found = ctx.find_root()
+    for word in words:
+        command = found.command.get_command(found, word) if isinstance(found.command, click.Group) else None
+        if command is None:
+            raise click.UsageError(f"there is no command {' '.join(words)!r}", ctx.find_root())
+        found = click.Context(command, parent=found, info_name=word)
+    emit(found.get_help())
 
 
-def _debug(ctx: click.Context, _: click.Parameter, value: bool) -> None:
-    if value:
-        ctx.ensure_object(Session).debug = True
+@click.command(short_help="Print a script that completes commands and options in a shell.")
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+@click.pass_context
+def completion(ctx: click.Context, shell: str) -> None:
+    """Print the script that lets SHELL complete commands and options.
+
+    \b
+    bash:  eval "$(fishrt completion bash)"       in ~/.bashrc
+    zsh:   eval "$(fishrt completion zsh)"        in ~/.zshrc, after compinit
+    fish:  fishrt completion fish | source        in ~/.config/fish/config.fish
+    """
+    kind = get_completion_class(shell)
+    assert kind is not None, shell
+    emit(kind(ctx.find_root().command, {}, "fishrt", "_FISHRT_COMPLETE").source())

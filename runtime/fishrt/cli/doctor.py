@@ -11,15 +11,14 @@ import click
 
 from ..errors import BundleError
 from ..voices.store import user_folder
-from .base import CPU_TORCH, json_option, load_bundle
-from .commands import print_json
+from .base import CPU_TORCH, json_output, load_bundle
+from .commands import finish
 from .progress import size
-from .streams import emit
 
 
 @click.command(short_help="Show what this machine can do.")
-@json_option
-def doctor(as_json: bool) -> None:
+@json_output
+def doctor() -> None:
     """Show what this machine can do: CPU, memory, NVIDIA devices, versions, audio formats and the embedded voice.
 
     It lists the execution providers that can run here, what the others lack, and which one `auto` takes.
@@ -33,11 +32,10 @@ def doctor(as_json: bool) -> None:
         "torch for export": _torch(),
         "embedded voice": _embedded(),
     }
-    if as_json:
-        names = {name.replace(" ", "_"): text for name, text in rest.items()}
-        print_json({**dataclasses.asdict(found), **names})
-        return
-    emit("\n".join([*found.lines(), *(f"{name}: {text}" for name, text in rest.items())]))
+    finish(
+        dataclasses.asdict(found) | {name.replace(" ", "_"): text for name, text in rest.items()},
+        printed="\n".join([*found.lines(), *(f"{name}: {text}" for name, text in rest.items())]),
+    )
 
 
 def _audio_formats() -> str:

@@ -13,19 +13,17 @@ from ..bundle.folder import Bundle
 from ..bundle.manifest import MANIFEST
 from ..hub.download import download
 from ..hub.repository import Repository
-from .base import downloading, json_option, quiet_option
-from .commands import print_json, warn
-from .progress import Reporter, size
-from .streams import emit
+from .base import downloading, new_reporter, output_options
+from .commands import finish, warn
+from .progress import size
 
 
 @click.command(short_help="Download a checkpoint or a bundle.")
 @click.argument("repository", metavar="OWNER/NAME")
 @click.argument("folder", required=False, type=click.Path(path_type=Path), metavar="[DIR]")
 @click.option("--revision", metavar="NAME", help="Branch, tag or commit.  [default: main]")
-@quiet_option
-@json_option
-def fetch(repository: str, folder: Path | None, revision: str | None, quiet: bool, as_json: bool) -> None:
+@output_options
+def fetch(repository: str, folder: Path | None, revision: str | None) -> None:
     """Download the checkpoint or bundle OWNER/NAME of the Hugging Face Hub, and print where it is.
 
     It goes into DIR, or into the hub's cache. Only the files that an export needs, or that a bundle consists of, are downloaded.
@@ -37,7 +35,7 @@ def fetch(repository: str, folder: Path | None, revision: str | None, quiet: boo
     fishrt export s1-mini s1-mini-bundle
     """
     wanted = Repository.parse(repository, revision)
-    reporter, chosen = Reporter(quiet=quiet or as_json), list[str]()
+    reporter, chosen = new_reporter(), list[str]()
 
     def choose(names: Sequence[str], read: Callable[[str], Path]) -> Sequence[str]:
         from fishrt_export.checkpoint.names import choose_checkpoint, left_out
@@ -58,11 +56,10 @@ def fetch(repository: str, folder: Path | None, revision: str | None, quiet: boo
     if is_bundle:
         Bundle.load(found).verify()
     files = {name: found.joinpath(name).stat().st_size for name in dict.fromkeys(chosen)}
-    if as_json:
-        kind = "bundle" if is_bundle else "checkpoint"
-        print_json({"repository": wanted.id, "revision": wanted.revision, "kind": kind, "path": str(found), "files": files})
-        return
-    emit(str(found))
-    place = shlex.quote(str(found))
+    place, kind = shlex.quote(str(found)), "bundle" if is_bundle else "checkpoint"
     following = f'fishrt speak --bundle {place} "Hello."' if is_bundle else f"fishrt export {place} BUNDLE"
-    reporter.done(f"{wanted}: {size(sum(files.values()))} in {len(files)} files\nnext: {following}")
+    finish(
+        {"repository": wanted.id, "revision": wanted.revision, "kind": kind, "path": str(found), "files": files},
+        printed=str(found),
+        said=f"{wanted}: {size(sum(files.values()))} in {len(files)} files\nnext: {following}",
+    )

@@ -16,18 +16,9 @@ from ..audio.output import check_folder, make_folder
 from ..errors import FishrtError, PromptError, UnfinishedError
 from ..text.split import check_text
 from ..voices.voice import Voice, read_codes
-from .base import (
-    Number,
-    Whole,
-    engine_options,
-    format_option,
-    json_option,
-    load_tts,
-    quiet_option,
-    voice_dir_option,
-)
-from .commands import IncompleteError, json_to_stderr, print_json, warn
-from .progress import Reporter, share_of_pieces
+from .base import EngineOptions, Number, Whole, engine_options, format_option, new_reporter, output_options, voice_dir_option
+from .commands import IncompleteError, finish, json_to_stderr, warn
+from .progress import share_of_pieces
 from .streams import muted
 
 if TYPE_CHECKING:
@@ -142,8 +133,7 @@ _NOTES = 5
 )
 @click.option("--upstream-compat", is_flag=True, help="Reproduce the original implementation exactly, including its bugs.")
 @engine_options
-@quiet_option
-@json_option
+@output_options
 def speak(
     words: tuple[str, ...],
     file: Path | None,
@@ -160,17 +150,10 @@ def speak(
     top_p: float | None,
     top_k: int | None,
     repetition_penalty: float | None,
-    seed: int | None,
     max_seconds: float | None,
     max_frames: int | None,
-    system: str | None,
-    volume: float,
-    upstream_compat: bool,
-    bundle: Path | None,
-    provider: str,
-    threads: int | None,
-    quiet: bool,
-    as_json: bool,
+    engine: EngineOptions,
+    **request: Any,
 ) -> None:
     """Speak TEXT, a file, or standard input.
 
@@ -202,27 +185,18 @@ def speak(
     texts = _lines(text) if lines else {}
     if not texts:
         check_text(text)
-    sampling = Sampling(temperature, top_p, top_k, repetition_penalty)
-    tts = load_tts(bundle, provider, threads, voice_dir)
+    request["sampling"] = Sampling(temperature, top_p, top_k, repetition_penalty)
+    tts = engine.load(voice_dir)
     if max_seconds is not None:
         codec = tts.bundle.manifest.codec
         max_frames = min(max(1, int(max_seconds * codec.frame_rate)), codec.max_frames)
     voices: list[VoiceLike] = [*names]
     voices += [_reference(path, said, tts) for path, said in zip(references, reference_texts, strict=True)]
-    reporter = Reporter(quiet=quiet or as_json)
-    request: dict[str, Any] = {
-        "voice": voices or None,
-        "sampling": sampling,
-        "seed": seed,
-        "max_frames": max_frames,
-        "system": system,
-        "volume": volume,
-        "upstream_compat": upstream_compat,
-    }
+    request |= {"voice": voices or None, "max_frames": max_frames}
     if lines:
-        _speak_lines(tts, texts, target, request, reporter)
+        _speak_lines(tts, texts, target, request)
         return
-    share = share_of_pieces()
+    reporter, share = new_reporter(), share_of_pieces()
 
     def show(progress: Progress) -> None:
         piece = f"piece {progress.piece + 1} of {progress.pieces}, " if progress.pieces > 1 else ""
@@ -232,8 +206,10 @@ def speak(
     info = target.speak(tts, text, {**request, "progress": show})
     for warning in info.warnings:
         warn(warning)
-    reporter.done(f"{target.done} ({_summary(info)})")
-    print_json({"output": output, "sample_rate": tts.sample_rate, **dataclasses.asdict(info)})
+    reporter.clear()
+    finish(
+        {"output": output, "sample_rate": tts.sample_rate, **dataclasses.asdict(info)}, said=f"{target.done} ({_summary(info)})"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -322,9 +298,9 @@ def _until(chunks: SpeechStream, faults: list[FishrtError]) -> Iterator[AudioChu
         faults.append(error)
 
 
-def _speak_lines(tts: TTS, texts: dict[int, str], target: _Target, request: dict[str, Any], reporter: Reporter) -> None:
+def _speak_lines(tts: TTS, texts: dict[int, str], target: _Target, request: dict[str, Any]) -> None:
     """Speak each line into a separate file. Raises IncompleteError at the end if some lines could not be spoken."""
-    folder, suffix = Path(str(target.output)), target.format or "wav"
+    folder, suffix, reporter = Path(str(target.output)), target.format or "wav", new_reporter()
     make_folder(folder)
     entries: list[dict[str, Any]] = []
     notes = 0
@@ -362,7 +338,7 @@ def _speak_lines(tts: TTS, texts: dict[int, str], target: _Target, request: dict
     )
     if failed := len(texts) - len(spoken):
         raise IncompleteError(f"{failed:,} of {len(texts):,} lines were not spoken", "the warnings say why", result())
-    print_json(result())
+    finish(result())
 
 
 def _summary(info: SpeechInfo) -> str:

@@ -14,18 +14,16 @@ from ..language_model.prepared import prepared_path
 from ..voices.store import bundle_voices, find_voice
 from ..voices.voice import Voice
 from .base import (
+    EngineOptions,
     bundle_option,
     engine_options,
-    json_option,
+    json_output,
     load_bundle,
-    load_tts,
-    quiet_option,
+    output_options,
     user_store,
     voice_dir_option,
 )
-from .commands import print_json, warn
-from .progress import Reporter
-from .streams import emit, say
+from .commands import finish, warn
 
 
 @click.group(short_help="Store, list, show and remove voices.")
@@ -46,20 +44,8 @@ def voice() -> None:
 @click.option("--force", is_flag=True, help="Replace your voice of this name.")
 @voice_dir_option
 @engine_options
-@quiet_option
-@json_option
-def add(
-    name: str,
-    audio: Path,
-    text: str,
-    force: bool,
-    voice_dir: Path | None,
-    bundle: Path | None,
-    provider: str,
-    threads: int | None,
-    quiet: bool,
-    as_json: bool,
-) -> None:
+@output_options
+def add(name: str, audio: Path, text: str, force: bool, voice_dir: Path | None, engine: EngineOptions) -> None:
     """Store a recording as voice NAME.
 
     NAME has letters and digits of any script, - and _, and inside also spaces and dots.
@@ -71,20 +57,17 @@ def add(
     store = user_store(voice_dir)
     store.check_free(name, force=force)
     recording = read_audio(audio)
-    tts = load_tts(bundle, provider, threads, voice_dir)
+    tts = engine.load(voice_dir)
     made = Voice.from_audio(tts, recording, text, name=name)
     folder = store.add(made, force=force)
     if name in bundle_voices(tts.bundle):
         warn(f"the bundle has a voice {name!r}, too; yours is used")
-    if as_json:
-        print_json({"folder": str(folder), **_describe(made, tts.bundle, recorded=True)})
-        return
-    where = "".join(
-        f" {option} {shlex.quote(str(path))}" for option, path in (("--voice-dir", voice_dir), ("--bundle", bundle)) if path
-    )
-    Reporter(quiet=quiet).done(
-        f"Added voice {name} ({len(recording[0]) / recording[1]:.1f} s). "
-        f'Try: fishrt speak --voice {shlex.quote(name)}{where} "Hello!"'
+    given = {"--voice-dir": voice_dir, "--bundle": engine.bundle}
+    where = "".join(f" {option} {shlex.quote(str(path))}" for option, path in given.items() if path)
+    finish(
+        {"folder": str(folder), **_describe(made, tts.bundle, recorded=True)},
+        said=f"Added voice {name} ({len(recording[0]) / recording[1]:.1f} s). "
+        f'Try: fishrt speak --voice {shlex.quote(name)}{where} "Hello!"',
     )
 
 
@@ -92,16 +75,13 @@ def add(
 @click.argument("name")
 @voice_dir_option
 @engine_options
-@quiet_option
-@json_option
-def prepare(
-    name: str, voice_dir: Path | None, bundle: Path | None, provider: str, threads: int | None, quiet: bool, as_json: bool
-) -> None:
+@output_options
+def prepare(name: str, voice_dir: Path | None, engine: EngineOptions) -> None:
     """Let the bundle's language model read your voice NAME now, so that speech with it starts sooner.
 
     The result is kept in a file, in the voice's folder, or in .prepared/NAME for a voice that another program stored.
     """
-    tts = load_tts(bundle, provider, threads, voice_dir)
+    tts = engine.load(voice_dir)
     store = find_voice(name, user_store(voice_dir), tts.bundle)
     folder = store.prepared_folder(name)
     if folder is None:
@@ -113,19 +93,18 @@ def prepare(
         raise OutputError(f"cannot write {folder}: {error.strerror}") from None
     tts.prepare(made, folder)
     path = prepared_path(folder, tts.bundle.manifest.specs["slow_ar"].identity)
-    if as_json:
-        print_json({"file": str(path), "bytes": path.stat().st_size})
-    else:
-        Reporter(quiet=quiet).done(
-            f"Prepared voice {name} for {tts.bundle.manifest.name}: {path} ({path.stat().st_size / 1e6:.1f} MB)"
-        )
+    count = path.stat().st_size
+    finish(
+        {"file": str(path), "bytes": count},
+        said=f"Prepared voice {name} for {tts.bundle.manifest.name}: {path} ({count / 1e6:.1f} MB)",
+    )
 
 
 @voice.command(name="list")
 @voice_dir_option
 @bundle_option
-@json_option
-def list_voices(voice_dir: Path | None, bundle: Path | None, as_json: bool) -> None:
+@json_output
+def list_voices(voice_dir: Path | None, bundle: Path | None) -> None:
     """List your voices and those of the bundle."""
     store = user_store(voice_dir)
     loaded = _bundle_if_any(bundle)
@@ -135,58 +114,46 @@ def list_voices(voice_dir: Path | None, bundle: Path | None, as_json: bool) -> N
     left_out = store.left_out()
     for reason in left_out.values():
         warn(f"left out: {reason}")
-    if as_json:
-        print_json(
-            {
-                "folder": str(store),
-                "voices": rows,
-                "default": built_in.default if built_in else None,
-                "left_out": left_out,
-            }
-        )
-        return
+    default = built_in.default if built_in else None
+    lines = []
     for row in rows:
-        notes = "  (default)" if built_in and row == {"name": built_in.default, "from": "bundle"} else ""
+        notes = "  (default)" if row == {"name": default, "from": "bundle"} else ""
         notes += "  (yours is used)" if row["from"] == "bundle" and {**row, "from": "user"} in rows else ""
-        emit(f"{row['name']}\t{row['from']}{notes}")
-    if not rows:
-        say(f"no voices in {store}")
+        lines.append(f"{row['name']}\t{row['from']}{notes}")
+    finish(
+        {"folder": str(store), "voices": rows, "default": default, "left_out": left_out},
+        printed="\n".join(lines),
+        said="" if rows else f"no voices in {store}",
+    )
 
 
 @voice.command()
 @click.argument("name")
 @voice_dir_option
 @bundle_option
-@json_option
-def show(name: str, voice_dir: Path | None, bundle: Path | None, as_json: bool) -> None:
+@json_output
+def show(name: str, voice_dir: Path | None, bundle: Path | None) -> None:
     """Show the codec, the length and the transcript of voice NAME. Yours is shown if the bundle has one of that name, too."""
     loaded = _bundle_if_any(bundle)
     store = find_voice(name, user_store(voice_dir), loaded)
     # A recording of another program has no codes yet; without a bundle `load` says so.
-    tts = load_tts(bundle, "auto", None) if loaded and store.needs_encoder(name) else None
+    tts = EngineOptions(bundle, "auto", None).load() if loaded and store.needs_encoder(name) else None
     made = store.load(name, tts, fingerprint=loaded.manifest.codec.fingerprint if loaded else None)
     details = {"folder": str(store.place(name)), **_describe(made, loaded, recorded=store.is_recorded(name))}
-    if as_json:
-        print_json(details)
-    else:
-        for key, value in details.items():
-            emit(f"{key + ':':13}{value}")
+    finish(details, printed="\n".join(f"{key + ':':13}{value}" for key, value in details.items()))
 
 
 @voice.command()
 @click.argument("name")
 @voice_dir_option
-@json_option
-def remove(name: str, voice_dir: Path | None, as_json: bool) -> None:
+@json_output
+def remove(name: str, voice_dir: Path | None) -> None:
     """Delete your voice NAME. Folders that another program made are not deleted."""
     store = user_store(voice_dir)
     if not store.holds(name) and name in bundle_voices(_bundle_if_any(None)):
         raise VoiceError(f"the voice {name!r} belongs to the bundle and cannot be removed")
     store.remove(name)
-    if as_json:
-        print_json({"name": name})
-    else:
-        say(f"Removed voice {name} from {store.folder}")
+    finish({"name": name}, said=f"Removed voice {name} from {store.folder}")
 
 
 def _bundle_if_any(path: Path | None) -> Bundle | None:
