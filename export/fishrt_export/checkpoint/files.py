@@ -12,6 +12,7 @@ import zipfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -97,16 +98,15 @@ def _only(found: Sequence[Path], what: str) -> Path:
 def read_weights(path: Path) -> Mapping[str, Tensor]:
     """Return every tensor of a language model or its LoRA by its name in the original; safetensors are read when looked up.
 
-    path: a file, or the index of shards. As upstream does, `model.` is removed if the first name of a pickle has it, and the
-    audio input, which was never released, is left out. Raises ExportError for a damaged, missing or foreign file.
+    path: a file, or the index of shards. As upstream does, `model.` is removed if the first name of a pickle has it. Raises
+    ExportError for a damaged, missing or foreign file.
     """
     tensors = unwrap(Lazy(_find_in_shards(path)) if path.name == INDEX else read_tensors(path), LANGUAGE_MODEL_PARTS, path)
     if isinstance(tensors, Lazy):
         return tensors
     if next(iter(tensors)).startswith("model."):
         tensors = _renamed(tensors, {name: name.removeprefix("model.") for name in tensors}, path)
-    kept = {name: value for name, value in tensors.items() if "audio_" not in name or name.startswith("audio_decoder.")}
-    return only_tensors(kept, path.name)
+    return only_tensors(tensors, path.name)
 
 
 def read_tensors(path: Path) -> Mapping[str, Any]:
@@ -209,16 +209,13 @@ def _find_tensors(path: Path) -> dict[str, Maker]:
     if not is_safetensors(path):
         raise ExportError(f"{path} cannot be read: it is damaged, or not a safetensors file", hint=DAMAGED)
     with _opened(path) as file:
-        return {name: _reading(path, name) for name in file.keys()}  # noqa: SIM118 (not a dict: it has no iterator)
+        return {name: partial(_read, path, name) for name in file.keys()}  # noqa: SIM118 (not a dict: it has no iterator)
 
 
-def _reading(path: Path, name: str) -> Maker:
+def _read(path: Path, name: str) -> Tensor:
     # The file is opened for each tensor: its pages count as this process's memory until it is closed.
-    def read() -> Tensor:
-        with _opened(path) as file:
-            return _narrow(file.get_tensor(name))
-
-    return read
+    with _opened(path) as file:
+        return _narrow(file.get_tensor(name))
 
 
 @contextmanager

@@ -29,20 +29,15 @@ MAX_SEMANTIC = 4096
 _NEW_FIELDS = {
     "1.2": (),
     "1.4": (
-        "fast_dim",
-        "fast_n_head",
-        "fast_n_local_heads",
-        "fast_head_dim",
-        "fast_intermediate_size",
-        "fast_attention_qkv_bias",
-        "share_codebook_embeddings",
-        "is_reward_model",
+        *("fast_dim", "fast_n_head", "fast_n_local_heads", "fast_head_dim", "fast_intermediate_size"),
+        *("fast_attention_qkv_bias", "share_codebook_embeddings", "is_reward_model"),
     ),
     "1.5": ("scale_codebook_embeddings",),
     "s1": ("attention_o_bias", "attention_qk_norm", "fast_attention_o_bias", "fast_attention_qk_norm"),
     "s2": ("norm_fastlayer_input", "semantic_begin_id", "semantic_end_id"),
 }
 _RELEASES = list(_NEW_FIELDS)
+_OF_THIS = "take the tokenizer of this checkpoint"
 _HINT = "take all files from one checkpoint; --family NAME settles it where only config.json or the tokenizer's format is unusual"
 
 
@@ -73,7 +68,11 @@ def identify(evidence: Evidence, name: str | None = None) -> Family:
     Raises ExportError for an unknown name, and unless exactly one family fits.
     """
     if name is not None:
-        return _named(evidence, name)
+        if name not in FAMILIES:
+            raise ExportError(f"unknown family {name!r}", hint=f"choose one of: {', '.join(FAMILIES)}")
+        if wrong := list(_contradictions(FAMILIES[name], evidence)):
+            raise ExportError(f"the checkpoint cannot be of the family {name}, which has {'; '.join(wrong)}", hint=_HINT)
+        return FAMILIES[name]
     misfits = {family.name: [*_contradictions(family, evidence), *_oddities(family, evidence)] for family in FAMILIES.values()}
     fitting = [name for name, wrong in misfits.items() if not wrong]
     if not fitting:
@@ -82,14 +81,6 @@ def identify(evidence: Evidence, name: str | None = None) -> Family:
     if len(fitting) > 1:
         raise ExportError(f"the checkpoint may be of several families: {', '.join(fitting)}", hint="choose one with --family")
     return FAMILIES[fitting[0]]
-
-
-def _named(evidence: Evidence, name: str) -> Family:
-    if name not in FAMILIES:
-        raise ExportError(f"unknown family {name!r}", hint=f"choose one of: {', '.join(FAMILIES)}")
-    if wrong := list(_contradictions(FAMILIES[name], evidence)):
-        raise ExportError(f"the checkpoint cannot be of the family {name}, which has {'; '.join(wrong)}", hint=_HINT)
-    return FAMILIES[name]
 
 
 def _contradictions(family: Family, evidence: Evidence) -> Iterator[str]:
@@ -110,7 +101,7 @@ def _oddities(family: Family, evidence: Evidence) -> Iterator[str]:
     if evidence.vocabulary is None:
         if not family.control_tokens:
             yield f"a {TOKENIZER}"
-    elif lacking := _lacking_control_tokens(family, evidence.vocabulary):
+    elif lacking := [t for t in family.control_tokens if t not in evidence.vocabulary and not t.startswith("<|semantic:")]:
         yield f"a {TIKTOKEN}, or a tokenizer with {', '.join(lacking[:3])}"
     nested = is_nested(evidence.config)
     # A null says nothing: later code writes it where it saves an earlier model again.
@@ -126,25 +117,22 @@ def _oddities(family: Family, evidence: Evidence) -> Iterator[str]:
         yield "a config.json that is nested, or has norm_fastlayer_input"
 
 
-def _lacking_control_tokens(family: Family, vocabulary: Mapping[str, int]) -> list[str]:
-    """Return the control tokens of the family, except the semantic ones, that the vocabulary lacks."""
-    return [name for name in family.control_tokens if name not in vocabulary and not name.startswith("<|semantic:")]
-
-
 def find_ids(config: Mapping[str, Any], vocabulary: Mapping[str, int], vocab_size: int, family: Family) -> AudioIds:
     """Return the ids that the tokenizer has, or those of the config if the tokenizer has no semantic token.
 
     Logs a warning if many token embeddings have no token: they are padding, or the tokenizer is another model's. Raises
     ExportError for a tokenizer without the ids, or with an id that has no embedding.
     """
-    semantic = _one_id(vocabulary) if family.one_semantic else _many_ids(config, vocabulary)
-    if END not in vocabulary:
-        raise ExportError(f"the tokenizer has no {END}", hint="take the tokenizer of this checkpoint")
+    for token in (SEMANTIC, END) if family.one_semantic else (END,):
+        if token not in vocabulary:
+            raise ExportError(f"the tokenizer has no {token}", hint=_OF_THIS)
+    one = vocabulary.get(SEMANTIC, 0)
+    semantic = range(one, one + 1) if family.one_semantic else _many_ids(config, vocabulary)
     largest = max(*vocabulary.values(), semantic[-1])
     if largest >= vocab_size:
         raise ExportError(
             f"the tokenizer has {len(vocabulary)} tokens and ids up to {largest}, but config.json a vocab_size of {vocab_size}",
-            hint="take the tokenizer of this checkpoint",
+            hint=_OF_THIS,
         )
     if vocab_size - len(vocabulary) > max(SPARE_TOKENS, vocab_size // 10):
         log.warning(
@@ -154,12 +142,6 @@ def find_ids(config: Mapping[str, Any], vocabulary: Mapping[str, int], vocab_siz
             vocab_size,
         )
     return AudioIds(semantic, vocabulary[END])
-
-
-def _one_id(vocabulary: Mapping[str, int]) -> range:
-    if SEMANTIC not in vocabulary:
-        raise ExportError(f"the tokenizer has no {SEMANTIC}", hint="take the tokenizer of this checkpoint")
-    return range(vocabulary[SEMANTIC], vocabulary[SEMANTIC] + 1)
 
 
 def _many_ids(config: Mapping[str, Any], vocabulary: Mapping[str, int]) -> range:

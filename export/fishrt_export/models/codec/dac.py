@@ -41,7 +41,7 @@ class Encoder(nn.Module):
         blocks: list[nn.Module] = [CausalConv1d(1, channels, 7)]
         for stride, transformer in zip(config.encoder_rates, config.encoder_transformers, strict=True):
             length //= stride
-            blocks.append(EncoderBlock(channels, stride, transformer.build(length) if transformer else None))
+            blocks.append(EncoderBlock(channels, stride, WindowTransformer(transformer, length) if transformer else None))
             channels *= 2
         self.block = nn.Sequential(*blocks, Snake(channels), CausalConv1d(channels, config.latent_dim, 3))
 
@@ -123,10 +123,10 @@ class Quantizer(nn.Module):
         self.downsample = nn.Sequential(
             *(nn.Sequential(CausalConv1d(dim, dim, f, stride=f), ConvNeXtBlock(dim)) for f in config.downsample)
         )
-        self.pre_module = config.pre_module.build(max_frames)
+        self.pre_module = WindowTransformer(config.pre_module, max_frames)
         self.semantic_quantizer = QuantizerStack(dim, 1, config.semantic_codebook_size, config.codebook_dim)
         self.quantizer = QuantizerStack(dim, config.residual_codebooks, config.codebook_size, config.codebook_dim)
-        self.post_module = config.post_module.build(max_frames)
+        self.post_module = WindowTransformer(config.post_module, max_frames)
         self.upsample = Chain(
             *(Chain(CausalConvTranspose1d(dim, dim, f, f), ConvNeXtBlock(dim)) for f in reversed(config.downsample))
         )

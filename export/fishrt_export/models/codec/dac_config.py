@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from ...checkpoint.config import Fields
 from ...checkpoint.names import CODEC_CONFIG
 from ...errors import ExportError
-from .layers import WindowTransformer
+from .layers import TransformerConfig
 
 ENCODER_WINDOW = 512
 """Attention window of the encoder's transformer; the originals ignore their config here."""
@@ -21,70 +21,17 @@ HEAD = 64
 
 # The last fields of each list have no effect here: they are for training, for unused modules, or limits that MAX_FRAMES replaces.
 _FIELDS = (
-    "sample_rate",
-    "encoder_dim",
-    "encoder_rates",
-    "decoder_dim",
-    "decoder_rates",
-    "latent_dim",
-    "encoder_transformer_layers",
-    "transformer_general_config",
-    "quantizer",
-    "decoder_transformer_layers",
+    *("sample_rate", "encoder_dim", "encoder_rates", "decoder_dim", "decoder_rates", "latent_dim", "quantizer"),
+    *("encoder_transformer_layers", "transformer_general_config", "decoder_transformer_layers"),
 )
 _QUANTIZER_FIELDS = (
-    "input_dim",
-    "n_codebooks",
-    "codebook_size",
-    "codebook_dim",
-    "semantic_codebook_size",
-    "downsample_factor",
-    "pre_module",
-    "post_module",
-    "quantizer_dropout",
+    *("input_dim", "n_codebooks", "codebook_size", "codebook_dim", "semantic_codebook_size", "downsample_factor"),
+    *("pre_module", "post_module", "quantizer_dropout"),
 )
 _TRANSFORMER_FIELDS = (
-    "n_layer",
-    "n_head",
-    "n_local_heads",
-    "dim",
-    "intermediate_size",
-    "head_dim",
-    "rope_base",
-    "norm_eps",
-    "channels_first",
-    "block_size",
-    "dropout_rate",
-    "attn_dropout_rate",
+    *("n_layer", "n_head", "n_local_heads", "dim", "intermediate_size", "head_dim", "rope_base", "norm_eps", "channels_first"),
+    *("block_size", "dropout_rate", "attn_dropout_rate"),
 )
-
-
-@dataclass(frozen=True, slots=True)
-class TransformerConfig:
-    """Sizes of a windowed transformer. `window` includes the position itself."""
-
-    layers: int
-    dim: int
-    hidden: int
-    heads: int
-    head_dim: int
-    window: int
-    rope_base: float
-    norm_eps: float
-
-    def build(self, max_length: int) -> WindowTransformer:
-        """Return the module, with rotary tables of `max_length` rows."""
-        return WindowTransformer(
-            layers=self.layers,
-            dim=self.dim,
-            hidden=self.hidden,
-            heads=self.heads,
-            head_dim=self.head_dim,
-            window=self.window,
-            rope_base=self.rope_base,
-            norm_eps=self.norm_eps,
-            max_length=max_length,
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,25 +54,18 @@ class DacConfig:
     codebook_dim: int
     residual_codebooks: int
 
+    kind: ClassVar[str] = "dac"
+    """See CodecSource.kind."""
+    max_frames: ClassVar[int] = MAX_FRAMES
+    min_samples: ClassVar[int] = 1
+    """Any audio can be padded to a frame."""
+    context: ClassVar[None] = None
+    """Through layers of attention and absolute positions, a frame depends on all earlier ones."""
+
     @property
     def hop(self) -> int:
         """Return the samples of a frame."""
         return math.prod(self.encoder_rates) * math.prod(self.downsample)
-
-    @property
-    def codebook_sizes(self) -> tuple[int, ...]:
-        """Return the number of entries of each codebook, the semantic one first."""
-        return (self.semantic_codebook_size, *[self.codebook_size] * self.residual_codebooks)
-
-    @property
-    def kind(self) -> str:
-        """Return the kind of the codec; see CodecSource.kind."""
-        return "dac"
-
-    @property
-    def max_frames(self) -> int:
-        """Return the number of frames that a graph takes: the rows of its rotary tables."""
-        return MAX_FRAMES
 
     @property
     def sample_multiple(self) -> int:
@@ -133,14 +73,9 @@ class DacConfig:
         return self.hop
 
     @property
-    def min_samples(self) -> int:
-        """Return 1: any audio can be padded to a frame."""
-        return 1
-
-    @property
-    def context(self) -> None:
-        """Return None: through layers of attention and absolute positions, a frame depends on all earlier ones."""
-        return None
+    def codebook_sizes(self) -> tuple[int, ...]:
+        """Return the number of entries of each codebook, the semantic one first."""
+        return (self.semantic_codebook_size, *[self.codebook_size] * self.residual_codebooks)
 
     @property
     def sight(self) -> int:

@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -35,16 +35,8 @@ _FIELDS = {
     "spec_transform": ("sample_rate", "n_mels", "n_fft", "hop_length", "win_length"),
     "backbone": ("input_channels", "depths", "dims", "kernel_size", "drop_path_rate"),
     "head": (
-        "hop_length",
-        "upsample_rates",
-        "upsample_kernel_sizes",
-        "resblock_kernel_sizes",
-        "resblock_dilation_sizes",
-        "num_mels",
-        "upsample_initial_channel",
-        "pre_conv_kernel_size",
-        "post_conv_kernel_size",
-        "use_template",
+        *("hop_length", "upsample_rates", "upsample_kernel_sizes", "resblock_kernel_sizes", "resblock_dilation_sizes"),
+        *("num_mels", "upsample_initial_channel", "pre_conv_kernel_size", "post_conv_kernel_size", "use_template"),
     ),
     "quantizer": ("input_dim", "n_codebooks", "n_groups", "levels", "downsample_factor"),
 }
@@ -75,6 +67,11 @@ class FireflyConfig:
     levels: tuple[int, ...]
     downsample: tuple[int, ...]
 
+    max_frames: ClassVar[int] = MAX_FRAMES
+    """The limit of the DAC: this codec has none of its own, but memory needs one."""
+    sample_multiple: ClassVar[int] = 1
+    """Any number of samples can be encoded."""
+
     @property
     def hop(self) -> int:
         """Return the samples of a frame."""
@@ -89,16 +86,6 @@ class FireflyConfig:
     def kind(self) -> str:
         """Return the kind of the codec; see CodecSource.kind."""
         return "firefly" if self.causal else "centred firefly"
-
-    @property
-    def max_frames(self) -> int:
-        """Return the limit of the DAC: this codec has none of its own, but memory needs one."""
-        return MAX_FRAMES
-
-    @property
-    def sample_multiple(self) -> int:
-        """Return 1: any number of samples can be encoded."""
-        return 1
 
     @property
     def min_samples(self) -> int:

@@ -198,14 +198,28 @@ class View:
     carry: Carry | None
 
 
+@dataclass(frozen=True, slots=True)
+class TransformerConfig:
+    """Sizes of a windowed transformer. `window` includes the position itself."""
+
+    layers: int
+    dim: int
+    hidden: int
+    heads: int
+    head_dim: int
+    window: int
+    rope_base: float
+    norm_eps: float
+
+
 class SelfAttention(nn.Module):
     """Multi-head attention under a given mask, with rotary positions."""
 
-    def __init__(self, dim: int, heads: int, head_dim: int) -> None:
+    def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        self.heads, self.head_dim = heads, head_dim
-        self.wqkv = nn.Linear(dim, 3 * heads * head_dim, bias=False)
-        self.wo = nn.Linear(heads * head_dim, dim, bias=False)
+        self.heads, self.head_dim = config.heads, config.head_dim
+        self.wqkv = nn.Linear(config.dim, 3 * config.heads * config.head_dim, bias=False)
+        self.wo = nn.Linear(config.heads * config.head_dim, config.dim, bias=False)
 
     def forward(self, x: Tensor, view: View) -> Tensor:
         q, k, v = (
@@ -238,14 +252,14 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
 class TransformerLayer(nn.Module):
     """Pre-norm attention and feed-forward, each branch scaled by a learned gamma."""
 
-    def __init__(self, dim: int, hidden: int, heads: int, head_dim: int, norm_eps: float) -> None:
+    def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        self.attention = SelfAttention(dim, heads, head_dim)
-        self.feed_forward = FeedForward(dim, hidden)
-        self.ffn_norm = nn.RMSNorm(dim, eps=norm_eps)
-        self.attention_norm = nn.RMSNorm(dim, eps=norm_eps)
-        self.attention_layer_scale = LayerScale(dim)
-        self.ffn_layer_scale = LayerScale(dim)
+        self.attention = SelfAttention(config)
+        self.feed_forward = FeedForward(config.dim, config.hidden)
+        self.ffn_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.attention_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.attention_layer_scale = LayerScale(config.dim)
+        self.ffn_layer_scale = LayerScale(config.dim)
 
     def forward(self, x: Tensor, view: View) -> Tensor:
         x = x + self.attention_layer_scale(self.attention(self.attention_norm(x), view))
@@ -255,30 +269,19 @@ class TransformerLayer(nn.Module):
 class WindowTransformer(Carrying):
     """Causal transformer in which position i attends to positions i − window + 1 … i. [batch, dim, length] in and out.
 
-    It carries the last window − 1 keys and values of each layer; the keys are already rotated to their absolute positions.
+    It carries the last window − 1 keys and values of each layer; the keys are already rotated to their absolute positions. The
+    rotary tables have `max_length` rows.
     """
 
     cos: Tensor
     sin: Tensor
 
-    def __init__(
-        self,
-        *,
-        layers: int,
-        dim: int,
-        hidden: int,
-        heads: int,
-        head_dim: int,
-        window: int,
-        rope_base: float,
-        norm_eps: float,
-        max_length: int,
-    ) -> None:
+    def __init__(self, config: TransformerConfig, max_length: int) -> None:
         super().__init__()
-        self.window, self.past = window, window - 1
-        self.layers = nn.ModuleList(TransformerLayer(dim, hidden, heads, head_dim, norm_eps) for _ in range(layers))
-        self.norm = nn.RMSNorm(dim, eps=norm_eps)
-        cos, sin = rope_table(max_length, head_dim, rope_base)
+        self.window, self.past = config.window, config.window - 1
+        self.layers = nn.ModuleList(TransformerLayer(config) for _ in range(config.layers))
+        self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        cos, sin = rope_table(max_length, config.head_dim, config.rope_base)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
 
