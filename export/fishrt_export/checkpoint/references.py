@@ -12,15 +12,14 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from fishrt.audio.files import resample
+from fishrt import TTS
 from fishrt.bundle.folder import Bundle
+from fishrt.bundle.graphs import BundleGraphs
 from fishrt.bundle.manifest import Licence, Voices
-from fishrt.codec import CodecDecoder, CodecEncoder
 from fishrt.language_model.prompt import PromptBuilder
 from fishrt.text.tokenizer import Tokenizer
-from fishrt.voices.loudness import Loudness, voice_loudness
+from fishrt.voices.loudness import Loudness
 from fishrt.voices.store import VoiceStore
-from fishrt_engines import open_engine
 
 from ..errors import ExportError
 from .content import read_text, reading
@@ -72,10 +71,10 @@ def encode_references(references: References | None, bundle: Bundle) -> Voices |
     """Encode the voices into a bundle that has its codec graphs. Raises VoiceError for a voice that does not fit the bundle."""
     if references is None:
         return None
-    encoder = _Encoder(bundle)
     target = VoiceStore(bundle.path / FOLDER)
+    tts = TTS(bundle, BundleGraphs(bundle, "cpu", None), target)
     for name in references.names:
-        target.add(replace(references.store.load(name, encoder), recording=None))
+        target.add(replace(references.store.load(name, tts), recording=None))
     return Voices(references.default, references.names)
 
 
@@ -131,24 +130,3 @@ class _Listener:
     def check_transcript(self, text: str, what: str) -> None:
         """Check that the model can read a transcript. Raises PromptError."""
         self._prompts.check_transcript(text, what)
-
-
-class _Encoder(_Listener):
-    """Stand-in for a TTS that encodes and decodes with the codec's graphs."""
-
-    def __init__(self, bundle: Bundle) -> None:
-        manifest = bundle.manifest
-        super().__init__(bundle, Tokenizer.load(bundle.file(manifest.tokenizer)))
-        encode, decode = (
-            open_engine(bundle.file(spec.file), spec, provider="cpu")
-            for spec in (manifest.specs["codec_encode"], manifest.specs["codec_decode"])
-        )
-        self._encoder, self._decoder = CodecEncoder(encode, manifest.codec), CodecDecoder(decode, manifest.codec)
-
-    def encode(self, pcm: npt.NDArray[np.float32], rate: int) -> npt.NDArray[np.int64]:
-        """Return codes int64 [codebooks, frames] of pcm float32 [samples] at `rate` Hz."""
-        return self._encoder.encode(resample(pcm, rate, self.bundle.manifest.codec.sample_rate))
-
-    def loudness(self, codes: npt.NDArray[np.int64]) -> Loudness | None:
-        """Return the loudness of codes int64 [codebooks, frames], decoded."""
-        return voice_loudness(self._decoder, codes, self.bundle.manifest.codec)
