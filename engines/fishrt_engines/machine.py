@@ -17,6 +17,7 @@ import platform
 import subprocess
 import sys
 import uuid
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ _SMI_SECONDS = 20.0
 """Time limit of `nvidia-smi`: without a resident driver it initialises every device first."""
 _NO_DEVICE = 100
 """The error code of CUDA's driver and runtime if no device is visible."""
+_UNLIMITED = 1 << 60
+"""Limits above this mean no limit: cgroup v1 writes a number instead of "max"."""
 
 
 _BFLOAT16_SINCE = (8, 0)
@@ -137,7 +140,7 @@ def peak_memory() -> int | None:
     Linux counts a parent's memory into `ru_maxrss` of a process that it started, so its own status file is read.
     """
     if sys.platform == "linux":
-        peaks = [line.split()[1] for line in (_read(Path("/proc/self/status")) or "").splitlines() if line.startswith("VmHWM:")]
+        peaks = [line.split()[1] for line in _read(Path("/proc/self/status")).splitlines() if line.startswith("VmHWM:")]
         return int(peaks[0]) * 1024 if peaks else None
     try:
         import resource
@@ -145,6 +148,16 @@ def peak_memory() -> int | None:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def available_memory(root: Path = Path("/")) -> int | None:
+    """Return the bytes that this process can still get; None if it is unknown.
+
+    This is the least of free memory with swap, the limits of the process's control groups, and its limit of address space.
+    root: the folder of /proc and /sys.
+    """
+    found = [*_of_system(root), *_of_control_groups(root), *_of_address_space(root)]
+    return max(min(found), 0) if found else None
 
 
 def driver_error() -> str | None:
@@ -281,20 +294,60 @@ def _siblings(cpu: int) -> str:
 
 def _container_share() -> int | None:
     """Return the CPU quota of the control group in CPUs, rounded up; None without a limit."""
-    quota, _, period = (_read(Path("/sys/fs/cgroup/cpu.max")) or "").partition(" ")
+    quota, _, period = _read(Path("/sys/fs/cgroup/cpu.max")).partition(" ")
     return -(-int(quota) // int(period)) if quota.isdigit() and period.isdigit() else None
 
 
+def _of_system(root: Path) -> Iterator[int]:
+    fields = _fields(root / "proc/meminfo")
+    if "MemAvailable:" in fields:
+        yield 1024 * (fields["MemAvailable:"] + fields.get("SwapFree:", 0))
+
+
+def _of_control_groups(root: Path) -> Iterator[int]:
+    """Yield limit − use, without reclaimable file pages, of every control group of this process, cgroup v1 and v2."""
+    for line in _read(root / "proc/self/cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        top = root / "sys/fs/cgroup" / ("memory" if controllers else "")
+        limit, used = ("memory.limit_in_bytes", "memory.usage_in_bytes") if controllers else ("memory.max", "memory.current")
+        group = top / path.strip("/")
+        # Inside a container, the path in /proc/self/cgroup may be the host's; the container's own group is then the top.
+        for folder in {group, *(parent for parent in group.parents if parent.is_relative_to(top)), top}:
+            most, now = _read(folder / limit), _read(folder / used)
+            if most.isdecimal() and now.isdecimal() and int(most) < _UNLIMITED:
+                stat = _fields(folder / "memory.stat")
+                dropped = sum(stat.get(name, 0) for name in ("inactive_file", "active_file"))
+                yield int(most) - max(int(now) - dropped, 0)
+
+
+def _of_address_space(root: Path) -> Iterator[int]:
+    for line in _read(root / "proc/self/limits").splitlines():
+        if line.startswith("Max address space"):
+            limit = line.removeprefix("Max address space").split()[0]
+            used = _fields(root / "proc/self/status").get("VmSize:")
+            if limit.isdecimal() and used is not None:
+                yield int(limit) - 1024 * used
+
+
+def _fields(path: Path) -> dict[str, int]:
+    """Read a file of lines with a name and a number."""
+    words = (line.split() for line in _read(path).splitlines())
+    return {line[0]: int(line[1]) for line in words if len(line) > 1 and line[1].isdecimal()}
+
+
 def _cpu_field(field: str) -> str:
-    for line in (_read(Path("/proc/cpuinfo")) or "").splitlines():
+    for line in _read(Path("/proc/cpuinfo")).splitlines():
         key, _, value = line.partition(":")
         if key.strip() == field:
             return value.strip()
     return ""
 
 
-def _read(path: Path) -> str | None:
+def _read(path: Path) -> str:
+    """Return the text of a file of the system; empty if there is none."""
     try:
         return path.read_text(encoding="utf-8", errors="replace").strip()
     except OSError:
-        return None
+        return ""

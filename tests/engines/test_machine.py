@@ -42,7 +42,7 @@ CPUS = {
 @pytest.mark.parametrize("kind", CPUS)
 def test_name_and_features_of_a_cpu(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     text, name, features = CPUS[kind]
-    monkeypatch.setattr(machine, "_read", lambda path: text if path == Path("/proc/cpuinfo") else None)
+    monkeypatch.setattr(machine, "_read", lambda path: text if path == Path("/proc/cpuinfo") else "")
     monkeypatch.setattr(platform, "processor", lambda: "")
     monkeypatch.setattr(platform, "machine", lambda: "aarch64")
     assert (machine.cpu_name(), machine.cpu_features()) == (name, features)
@@ -72,3 +72,51 @@ def test_the_peak_stays_when_memory_is_given_back() -> None:
     np.ones(50_000_000, np.float32)
     peak = machine.peak_memory()
     assert peak is None or peak > 200e6
+
+
+def files_of(root: Path, files: dict[str, str]) -> Path:
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    return root
+
+
+SYSTEM = {"proc/meminfo": "MemTotal: 8000000 kB\nMemAvailable:    4000000 kB\nSwapFree: 1000 kB\n"}
+
+
+def test_what_the_system_can_free(tmp_path: Path) -> None:
+    assert machine.available_memory(tmp_path) is None
+    assert machine.available_memory(files_of(tmp_path, SYSTEM)) == 4_001_000 * 1024
+
+
+def test_limits_of_control_groups(tmp_path: Path) -> None:
+    """The smallest limit of a group and its parents counts; the page cache can be dropped."""
+    files = {
+        "proc/self/cgroup": "0::/user/work\n",
+        "sys/fs/cgroup/user/memory.max": "3000000\n",
+        "sys/fs/cgroup/user/memory.current": "2500000\n",
+        "sys/fs/cgroup/user/memory.stat": "anon 5\ninactive_file 100000\nactive_file 400000\n",
+        "sys/fs/cgroup/user/work/memory.max": "max\n",
+        "sys/fs/cgroup/user/work/memory.current": "1\n",
+    }
+    assert machine.available_memory(files_of(tmp_path, {**SYSTEM, **files})) == 1_000_000
+
+
+def test_limits_inside_a_container(tmp_path: Path) -> None:
+    """The path of the group may be the host's; version 1 of control groups writes a large number for no limit."""
+    files = {
+        "proc/self/cgroup": "4:cpu,memory:/outside/x\n1:cpu:/\n",
+        "sys/fs/cgroup/memory/memory.limit_in_bytes": "2000000\n",
+        "sys/fs/cgroup/memory/memory.usage_in_bytes": "5000000\n",
+        "sys/fs/cgroup/memory/outside/memory.limit_in_bytes": "9223372036854771712\n",
+        "sys/fs/cgroup/memory/outside/memory.usage_in_bytes": "1\n",
+    }
+    assert machine.available_memory(files_of(tmp_path, {**SYSTEM, **files})) == 0
+
+
+def test_a_limit_of_address_space(tmp_path: Path) -> None:
+    files = {
+        "proc/self/limits": "Limit  Soft Limit  Hard Limit  Units\nMax address space         3000000      unlimited     bytes\n",
+        "proc/self/status": "Name: x\nVmSize:\t   1000 kB\n",
+    }
+    assert machine.available_memory(files_of(tmp_path, {**SYSTEM, **files})) == 3_000_000 - 1_024_000

@@ -1,4 +1,4 @@
-"""Memory that a bundle needs, memory of a machine, and errors before the work if it is too little."""
+"""Memory that a bundle needs, and errors before the work if it is too little."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import pytest
 
 import fishrt.tts
 from fishrt import TTS
-from fishrt.bundle.memory import available_memory, check_memory, estimate
+from fishrt.bundle.memory import check_memory, estimate
 from fishrt.errors import BundleError, FishrtError
+from fishrt_engines.machine import available_memory
 from helpers_cli import run
 from helpers_text import bundle_folder, manifest
 
@@ -64,54 +65,3 @@ def test_inspect_tells_the_need(tmp_path: Path) -> None:
     assert "memory        3.0 kB of weights to speak, 1.0 kB more to make voices" in shown.output
     assert "64.0 kB for 1,000 positions of context" in shown.output
     assert '"memory_need": {"disk": ' in run("inspect", tmp_path / "bundle", "--json").output
-
-
-# ---- machines, as their files describe them
-
-
-def machine(root: Path, files: dict[str, str]) -> Path:
-    for name, text in files.items():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_text(text)
-    return root
-
-
-SYSTEM = {"proc/meminfo": "MemTotal: 8000000 kB\nMemAvailable:    4000000 kB\nSwapFree: 1000 kB\n"}
-
-
-def test_what_the_system_can_free(tmp_path: Path) -> None:
-    assert available_memory(tmp_path) is None
-    assert available_memory(machine(tmp_path, SYSTEM)) == 4_001_000 * 1024
-
-
-def test_limits_of_control_groups(tmp_path: Path) -> None:
-    """The smallest limit of a group and its parents counts; the page cache can be dropped."""
-    files = {
-        "proc/self/cgroup": "0::/user/work\n",
-        "sys/fs/cgroup/user/memory.max": "3000000\n",
-        "sys/fs/cgroup/user/memory.current": "2500000\n",
-        "sys/fs/cgroup/user/memory.stat": "anon 5\ninactive_file 100000\nactive_file 400000\n",
-        "sys/fs/cgroup/user/work/memory.max": "max\n",
-        "sys/fs/cgroup/user/work/memory.current": "1\n",
-    }
-    assert available_memory(machine(tmp_path, {**SYSTEM, **files})) == 1_000_000
-
-
-def test_limits_inside_a_container(tmp_path: Path) -> None:
-    """The path of the group may be the host's; version 1 of control groups writes a large number for no limit."""
-    files = {
-        "proc/self/cgroup": "4:cpu,memory:/outside/x\n1:cpu:/\n",
-        "sys/fs/cgroup/memory/memory.limit_in_bytes": "2000000\n",
-        "sys/fs/cgroup/memory/memory.usage_in_bytes": "5000000\n",
-        "sys/fs/cgroup/memory/outside/memory.limit_in_bytes": "9223372036854771712\n",
-        "sys/fs/cgroup/memory/outside/memory.usage_in_bytes": "1\n",
-    }
-    assert available_memory(machine(tmp_path, {**SYSTEM, **files})) == 0
-
-
-def test_a_limit_of_address_space(tmp_path: Path) -> None:
-    files = {
-        "proc/self/limits": "Limit  Soft Limit  Hard Limit  Units\nMax address space         3000000      unlimited     bytes\n",
-        "proc/self/status": "Name: x\nVmSize:\t   1000 kB\n",
-    }
-    assert available_memory(machine(tmp_path, {**SYSTEM, **files})) == 3_000_000 - 1_024_000

@@ -1,4 +1,4 @@
-"""Memory that a bundle needs, from its manifest alone, and memory that this process can still get.
+"""Memory that a bundle needs, from its manifest alone.
 
 The need is that of ONNX Runtime on a CPU. It is checked before anything is loaded.
 """
@@ -9,18 +9,16 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from fishrt_engines.engine import GraphSpec
+from fishrt_engines.machine import available_memory
 
 from ..errors import FishrtError
 from .manifest import Manifest
 
 CACHE_POSITIONS = 1000
-_UNLIMITED = 1 << 60
-"""Limits above this mean no limit: cgroup v1 writes a number instead of "max"."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,62 +70,6 @@ def memory_errors() -> Iterator[None]:
         raise FishrtError(f"not enough memory: {error}", hint="use shorter text or references, or fewer frames") from None
 
 
-def available_memory(root: Path = Path("/")) -> int | None:
-    """Return the bytes that this process can still get; None if it is unknown.
-
-    This is the least of free memory with swap, the limits of the process's control groups, and its limit of address space.
-    root: the folder of /proc and /sys.
-    """
-    found = [*_of_system(root), *_of_control_groups(root), *_of_address_space(root)]
-    return max(min(found), 0) if found else None
-
-
 def _state_bytes(spec: GraphSpec, dims: dict[str, int]) -> int:
     tensors = [t for t in spec.state_tensors if all(isinstance(size, int) or size in dims for size in t.shape)]
     return sum(math.prod(t.resolve(dims)) * np.dtype(t.dtype).itemsize for t in tensors)
-
-
-def _of_system(root: Path) -> Iterator[int]:
-    fields = _fields(root / "proc/meminfo")
-    if "MemAvailable:" in fields:
-        yield 1024 * (fields["MemAvailable:"] + fields.get("SwapFree:", 0))
-
-
-def _of_control_groups(root: Path) -> Iterator[int]:
-    """Yield limit − use, without reclaimable file pages, of every control group of this process, cgroup v1 and v2."""
-    for line in _text(root / "proc/self/cgroup").splitlines():
-        _, controllers, path = line.split(":", 2)
-        if controllers and "memory" not in controllers.split(","):
-            continue
-        top = root / "sys/fs/cgroup" / ("memory" if controllers else "")
-        limit, used = ("memory.limit_in_bytes", "memory.usage_in_bytes") if controllers else ("memory.max", "memory.current")
-        group = top / path.strip("/")
-        # Inside a container, the path in /proc/self/cgroup may be the host's; the container's own group is then the top.
-        for folder in {group, *(parent for parent in group.parents if parent.is_relative_to(top)), top}:
-            most, now = _text(folder / limit).strip(), _text(folder / used).strip()
-            if most.isdecimal() and now.isdecimal() and int(most) < _UNLIMITED:
-                stat = _fields(folder / "memory.stat")
-                dropped = sum(stat.get(name, 0) for name in ("inactive_file", "active_file"))
-                yield int(most) - max(int(now) - dropped, 0)
-
-
-def _of_address_space(root: Path) -> Iterator[int]:
-    for line in _text(root / "proc/self/limits").splitlines():
-        if line.startswith("Max address space"):
-            limit = line.removeprefix("Max address space").split()[0]
-            used = _fields(root / "proc/self/status").get("VmSize:")
-            if limit.isdecimal() and used is not None:
-                yield int(limit) - 1024 * used
-
-
-def _fields(path: Path) -> dict[str, int]:
-    """Read a file of lines with a name and a number."""
-    words = (line.split() for line in _text(path).splitlines())
-    return {line[0]: int(line[1]) for line in words if len(line) > 1 and line[1].isdecimal()}
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
