@@ -189,7 +189,7 @@ ROOMS = {
         {"doctor", "open"},
     ),
     "fishrt": (
-        {"arrays", "errors", "metrics", "version"},
+        {"arrays", "errors", "metrics", "progress", "version"},
         {"hub"},
         {"audio", "bundle"},
         {"text", "codec"},

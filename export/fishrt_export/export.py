@@ -23,6 +23,7 @@ from fishrt.bundle.manifest import MANIFEST, SCHEMA, Form, Graph, Licence, Manif
 from fishrt.bundle.memory import check_memory
 from fishrt.bundle.quantisation import LayerReport, Quantisation
 from fishrt.errors import BundleError
+from fishrt.progress import Progress
 from fishrt.text.tokenizer import Tokenizer
 from fishrt.version import __version__
 from fishrt_engines.aside import new_folder
@@ -33,7 +34,7 @@ from .checkpoint.names import DEFAULTS, TOKENIZER, checkpoint_name
 from .checkpoint.references import check_references, copy_licence, encode_references
 from .checkpoint.weights import raise_if_any
 from .errors import ExportError
-from .graph.job import GraphJob, Made, Progress
+from .graph.job import GraphJob, Made
 from .graph.recipe import Recipe, Storage, main_precision
 from .sources.codec import CodecSource, open_codec
 from .sources.language_model import LanguageModelSource, open_language_model

@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from fishrt.bundle.manifest import Parity
+from fishrt.progress import PartDone, Progress
 from fishrt_engines.engine import GraphSpec
 
 from ..checkpoint.weights import load
@@ -18,9 +19,6 @@ from .store import store
 from .stretches import BUDGET, split, stretch_bytes, verify_stack
 from .trace import Dims, trace
 from .verify import Case, Held, Margins, verify
-
-Progress = Callable[[str, float], None]
-"""Callback that receives the name of the stage and the completed part of the job or of the export, 0..1."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +74,7 @@ class GraphJob:
         sizes: list[int] = [tensor.numel() for tensor in module.state_dict().values()]
         return 2 * 4 * sum(sizes)
 
-    def _verify(self, folder: Path, held: Held, progress: Callable[[float], None]) -> Parity:
+    def _verify(self, folder: Path, held: Held, progress: PartDone) -> Parity:
         module = self.build()
         if isinstance(module, Stack):
             build: Callable[[], Stack] = self.build  # type: ignore[assignment]

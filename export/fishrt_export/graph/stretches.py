@@ -17,6 +17,7 @@ import onnx_ir as ir
 from torch import Tensor, nn
 
 from fishrt.bundle.manifest import Parity
+from fishrt.progress import PartDone
 from fishrt_engines import Array, open_engine
 from fishrt_engines.engine import GraphSpec, TensorSpec
 
@@ -25,8 +26,6 @@ from .verify import PROVIDER, Case, Report, compare
 
 BUDGET = 1 << 30
 """Bytes of float32 weights in one stretch, unless a single part of the model is larger."""
-
-Progress = Callable[[float], None]
 
 
 def split(stack: Stack, budget: int) -> list[range]:
@@ -58,7 +57,7 @@ def verify_stack(
     tolerance: float,
     *,
     budget: int = BUDGET,
-    progress: Progress = lambda _: None,
+    progress: PartDone = lambda _: None,
 ) -> Parity:
     """Verify a graph as verify.verify does, with the weights looked up for each stretch.
 

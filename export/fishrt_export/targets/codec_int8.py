@@ -14,7 +14,7 @@ without VNNI too.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,6 +24,7 @@ import onnx_ir as ir
 
 from fishrt.bundle.manifest import Form, Rounding
 from fishrt.metrics import signal_over_error
+from fishrt.progress import PartDone
 from fishrt_engines import Engine, open_engine
 from fishrt_engines.engine import GraphSpec, TensorSpec
 
@@ -39,8 +40,6 @@ _WEIGHT = re.compile(r"(?:.*\.)?decoder\.model\.(\d+)\.block\..*conv\.weight")
 """Name of a convolution's weight in one of the decoder's blocks, which are numbered from 1."""
 
 Floats = npt.NDArray[np.float32]
-Progress = Callable[[float], None]
-"""Callback that receives the completed part, 0..1."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +85,7 @@ def check_codec(kind: str) -> None:
         )
 
 
-def int8_form(folder: Path, portable: GraphSpec, sizes: tuple[int, ...], progress: Progress = lambda _: None) -> Form:
+def int8_form(folder: Path, portable: GraphSpec, sizes: tuple[int, ...], progress: PartDone = lambda _: None) -> Form:
     """Write the graph into a bundle's folder, and return the form.
 
     portable: the spec of codec_decode. sizes: the entries of each codebook. Raises ExportError for a decoder without such
@@ -158,7 +157,7 @@ def _decoded(engine: Engine, codes: npt.NDArray[np.int64]) -> Floats:
 
 
 def _calibrated(
-    folder: Path, portable: GraphSpec, found: list[_Convolution], streams: list[npt.NDArray[np.int64]], progress: Progress
+    folder: Path, portable: GraphSpec, found: list[_Convolution], streams: list[npt.NDArray[np.int64]], progress: PartDone
 ) -> Mapping[str, _Range]:
     """Return the ranges of the convolutions' inputs and outputs by name."""
     wanted = sorted({str(value.name) for c in found for value in (c.read, c.made)})

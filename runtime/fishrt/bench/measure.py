@@ -25,6 +25,7 @@ from ..bundle.features import Codec
 from ..bundle.folder import Bundle
 from ..errors import SamplingError
 from ..metrics import Summary, bandwidth_share, frame_bytes, per_second, rtf
+from ..progress import Progress
 from ..tts import TTS
 from ..voices.voice import Voice
 from .child import run_child
@@ -33,9 +34,6 @@ from .setup import bench_prompt, bench_voice, bytes_read, describe_machine, made
 
 TEXT = "The birch canoe slid on the smooth planks, and the small dog ran after it."
 _CODEC_SECONDS = 3.0
-
-Progress = Callable[[str, float], None]
-"""Receives the name of the next measurement, and the part of the time that is over, 0 to 1, as with the embedded voice."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +55,7 @@ class BenchRequest:
 def bench(bundle: Bundle, request: BenchRequest, progress: Progress = lambda *_: None) -> dict[str, Any]:
     """Return all measurements of one bundle, ready for JSON; `metrics.py` and the functions below define the entries.
 
+    progress: the parts of the time are those of the embedded voice.
     Raises FishrtError as `TTS.load` and `TTS.speak` do.
     """
     bench_prompt(bundle, request.text)  # raises for a bad text now, not minutes later
