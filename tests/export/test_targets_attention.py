@@ -1,0 +1,187 @@
+"""Graphs rewritten into ONNX Runtime's fastest operators: the replaced operators, and unchanged results and weights."""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from fishrt_engines import Array
+from fishrt_engines.engine import ColumnInputs
+from fishrt_export.sources.cases import fast_ar_cases, slow_ar_cases
+from fishrt_export.sources.language_model import open_language_model
+from fishrt_export.targets import edit
+from fishrt_export.targets.attention import fast_operators
+from helpers_graphs import Calls, operators, places
+from synthetic import EVERYTHING, PLAIN, random_weights, write_flat
+from tiny import GoldenModel
+from tolerances import TOLERANCES
+
+pytest.importorskip("torch", reason="needs the export extra")
+
+PLAIN_WIDE = {**PLAIN, "head_dim": 16, "fast_head_dim": 32}
+EVERYTHING_WIDE = {**EVERYTHING, "head_dim": 32, "fast_head_dim": 16}
+
+
+def rewritten(path: Path, *, feed_rows: bool = False) -> tuple[Path, ColumnInputs | None]:
+    """Return the form beside the portable graph, and the inputs of its attention."""
+    model = edit.load(path)
+    columns = fast_operators(model, feed_rows=feed_rows)
+    form = path.with_name(f"{path.stem}_{'rows' if feed_rows else 'form'}.onnx")
+    edit.save(model, form)
+    return form, columns
+
+
+def copied(path: Path, folder: Path) -> Path:
+    """Return a copy of a graph and its weights: the shared bundle is not written to."""
+    shutil.copy(path.with_name(f"{path.name}.data"), folder)
+    return Path(shutil.copy(path, folder))
+
+
+def assert_near(found: Mapping[str, Array], expected: Mapping[str, Array]) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[name], value, rtol=0, atol=TOLERANCES["lm"], err_msg=name)
+
+
+class Exported:
+    """The slow AR and the fast AR of a random model."""
+
+    def __init__(self, folder: Path, config: dict[str, Any]) -> None:
+        write_flat(folder, config, random_weights(config))
+        self.source = open_language_model(folder, family="s2")
+        self.folder, self.jobs = folder, {job.role: job for job in self.source.jobs("audio")}
+        for job in self.jobs.values():
+            job.run(folder)
+
+    def file(self, role: str) -> Path:
+        return self.folder / self.jobs[role].spec.file
+
+    def layers(self, role: str) -> int:
+        config = self.source.config
+        return (config.slow if role == "slow_ar" else config.fast).layers
+
+
+@pytest.fixture(scope="module", params=[PLAIN_WIDE, EVERYTHING_WIDE], ids=["plain", "everything"])
+def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    return Exported(tmp_path_factory.mktemp("wide"), request.param)
+
+
+@pytest.mark.parametrize("role", ["slow_ar", "fast_ar"])
+def test_every_attention_is_replaced(exported: Exported, role: str) -> None:
+    form, columns = rewritten(exported.file(role))
+    before, after = operators(exported.file(role)), operators(form)
+    layers = exported.layers(role)
+    assert columns == ColumnInputs("write_index", "position_ids")
+    assert after["GroupQueryAttention"] == before["Attention"] == layers
+    assert not after.keys() & {"Attention", "TensorScatter", "RotaryEmbedding"}
+    # Two norms a layer follow a residual sum, except the first; the last norm gets only one of many columns.
+    assert after["SkipSimplifiedLayerNormalization"] == 2 * layers - 1
+
+
+@pytest.mark.parametrize("feed_rows", [False, True])
+@pytest.mark.parametrize("role", ["slow_ar", "fast_ar"])
+def test_the_results_are_the_same(exported: Exported, role: str, feed_rows: bool) -> None:
+    """Results and caches are equal over several calls, rows and ragged lengths, except cache rows of padding."""
+    source, spec = exported.source, exported.jobs[role].spec
+    cases = slow_ar_cases(source.config, source.ids)[:2] if role == "slow_ar" else fast_ar_cases(source.config)
+    form, columns = rewritten(exported.file(role), feed_rows=feed_rows)
+    assert columns is not None
+    for case in cases:
+        portable, specialised = (Calls(path, spec, **case.dims) for path in (exported.file(role), form))
+        for feeds in case.calls:
+            length = feeds["position_ids"].shape[1]
+            ends = feeds["write_index"] + length
+            # A step takes any larger number, such as all rows of the cache.
+            rows = ends.max() if length > 1 else next(iter(portable.state.values())).shape[2]
+            added = {columns.rows: np.array(rows, np.int32)} if columns.rows else {}
+            assert_near(specialised.run({**feeds, **added}), portable.run(feeds))
+        for name, cache in portable.state.items():
+            for row, end in enumerate(ends):
+                found = specialised.state[name][row, :, :end]
+                np.testing.assert_allclose(found, cache[row, :, :end], rtol=0, atol=TOLERANCES["lm"])
+
+
+def test_rows_are_an_input_of_a_device(exported: Exported) -> None:
+    """Nothing is left to compute on the CPU but the last row of each column."""
+    form, columns = rewritten(exported.file("slow_ar"), feed_rows=True)
+    assert columns == ColumnInputs("write_index", "position_ids", "specialised.rows", "key_cache.0")
+    added = onnx.load(form, load_external_data=False).graph.input[-1]
+    assert (added.name, added.type.tensor_type.elem_type) == (columns.rows, TensorProto.INT32)
+    assert list(added.type.tensor_type.shape.dim) == []
+    assert "ReduceMax" not in operators(form)
+
+
+def test_the_families_give_the_same(golden_model: GoldenModel, tmp_path: Path) -> None:
+    """Results are equal, although heads of some sizes are not replaced."""
+    source = golden_model.lm
+    portable = copied(golden_model.file("slow_ar"), tmp_path)
+    form, _ = rewritten(portable)
+    spec = next(job.spec for job in source.jobs("audio") if job.role == "slow_ar")
+    case = slow_ar_cases(source.config, source.ids)[0]
+    calls = [Calls(path, spec, **case.dims) for path in (portable, form)]
+    for feeds in case.calls:
+        expected, found = (c.run(feeds) for c in calls)
+        assert_near(found, expected)
+
+
+def test_heads_of_other_widths_are_left_alone(exported: Exported) -> None:
+    model = edit.load(exported.file("slow_ar"))
+    for value in model.graph.inputs:
+        if str(value.name).startswith(("key_cache", "value_cache")):
+            assert value.shape is not None
+            value.shape = ir.Shape([*value.shape[:3], 24])
+    assert fast_operators(model) is None
+
+
+def test_attention_without_a_cache_is_left_as_it_is(s2_model: GoldenModel, tmp_path: Path) -> None:
+    portable = copied(s2_model.file("codec_encode"), tmp_path)
+    form, columns = rewritten(portable)
+    assert columns is None
+    assert operators(form)["Attention"] == operators(portable)["Attention"] > 0
+    assert "GroupQueryAttention" not in operators(form)
+
+
+def test_attention_under_another_mask_is_left_alone(exported: Exported) -> None:
+    """GroupQueryAttention supports no other masks, such as a window."""
+    model = edit.load(exported.file("slow_ar"))
+    (compare,) = {node.inputs[3].producer() for node in model.graph if node.op_type == "Attention"}
+    compare.op_type = "GreaterOrEqual"
+    assert fast_operators(model) is None
+    assert "GroupQueryAttention" not in {node.op_type for node in model.graph}
+
+
+def test_a_bias_before_a_norm_is_not_taken_for_a_residual_sum() -> None:
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 4])
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 4])
+    nodes = [
+        helper.make_node("Add", ["x", "bias"], ["sum"]),
+        helper.make_node("RMSNormalization", ["sum", "gain"], ["y"], axis=-1, epsilon=1e-6),
+    ]
+    constants = [numpy_helper.from_array(np.ones(4, np.float32), name) for name in ("bias", "gain")]
+    graph = helper.make_graph(nodes, "g", [x], [y], constants)
+    model = ir.from_proto(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 24)]))
+    fast_operators(model)
+    assert Counter(node.op_type for node in model.graph) == {"Add": 1, "RMSNormalization": 1}
+    assert model.opset_imports == {"": 24}
+
+
+def test_version_and_weights_are_kept(s2_model: GoldenModel, tmp_path: Path) -> None:
+    portable = copied(s2_model.file("slow_ar"), tmp_path)
+    data = portable.with_name(f"{portable.name}.data")
+    before = data.read_bytes()
+    form, _ = rewritten(portable)
+    models = [onnx.load(path, load_external_data=False) for path in (portable, form)]
+    assert len({(model.ir_version, model.producer_name, model.producer_version) for model in models}) == 1
+    assert places(form).items() <= places(portable).items()
+    assert places(form)
+    assert data.read_bytes() == before
+    assert not form.with_name(f"{form.name}.data").exists()
