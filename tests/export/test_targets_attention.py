@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,7 +19,7 @@ from fishrt_export.sources.cases import fast_ar_cases, slow_ar_cases
 from fishrt_export.sources.language_model import open_language_model
 from fishrt_export.targets import edit
 from fishrt_export.targets.attention import fast_operators
-from helpers_graphs import Calls, operators, places
+from helpers_graphs import Calls, copied, operators, places
 from synthetic import EVERYTHING, PLAIN, random_weights, write_flat
 from tiny import GoldenModel
 from tolerances import TOLERANCES
@@ -38,12 +37,6 @@ def rewritten(path: Path, *, feed_rows: bool = False) -> tuple[Path, ColumnInput
     form = path.with_name(f"{path.stem}_{'rows' if feed_rows else 'form'}.onnx")
     edit.save(model, form)
     return form, columns
-
-
-def copied(path: Path, folder: Path) -> Path:
-    """Return a copy of a graph and its weights: the shared bundle is not written to."""
-    shutil.copy(path.with_name(f"{path.name}.data"), folder)
-    return Path(shutil.copy(path, folder))
 
 
 def assert_near(found: Mapping[str, Array], expected: Mapping[str, Array]) -> None:

@@ -149,7 +149,7 @@ def test_a_type_that_stays_unknown_is_an_error() -> None:
         edit.infer(model)
 
 
-TORCH_FREE = ["edit", "attention"]
+TORCH_FREE = ["edit", "attention", "precision"]
 
 
 @pytest.mark.parametrize("name", TORCH_FREE)

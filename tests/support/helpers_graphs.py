@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnxruntime
-from fishrt_engines.engine import GraphSpec
 
 from fishrt_engines import Array
+from fishrt_engines.engine import GraphSpec
 
 
 class Calls:
@@ -35,6 +36,12 @@ class Calls:
         for pair in self._spec.states:
             self.state[pair.input] = made.pop(pair.output)
         return made
+
+
+def copied(path: Path, folder: Path) -> Path:
+    """Return a copy of a graph and its weights: the shared bundle is not written to."""
+    shutil.copy(path.with_name(f"{path.name}.data"), folder)
+    return Path(shutil.copy(path, folder))
 
 
 def operators(path: Path) -> Counter[str]:
