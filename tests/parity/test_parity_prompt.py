@@ -17,8 +17,7 @@ from fishrt.bundle.features import LanguageModel, TextCleaning
 from fishrt.language_model.generate import Generation
 from fishrt.language_model.prompt import PromptBuilder
 from fishrt.text.clean import clean_text, lost_letters, spaced, unwrap
-from fishrt.text.punctuation import split_punctuation
-from fishrt.text.split import pack_turns, speaker_turns, with_end
+from fishrt.text.split import pack_turns, speaker_turns, split_punctuation, with_end
 from fishrt.text.tokenizer import Tokenizer
 from fishrt.voices.voice import Voice
 

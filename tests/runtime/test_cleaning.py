@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from fishrt.bundle.features import PunctuationSplit, TextCleaning
 from fishrt.text.clean import clean_text, lost_letters, spaced, unwrap
-from fishrt.text.punctuation import split_punctuation
+from fishrt.text.split import split_punctuation
 
 
 def rules(**changes: Any) -> TextCleaning:

@@ -24,7 +24,7 @@ import fishrt
 import helpers_cli
 from fishrt.audio.encode import pcm16
 from fishrt.cli import main
-from fishrt.cli.commands import Commands
+from fishrt.cli.base.commands import Commands
 from fishrt.errors import FishrtError, GraphError, ProviderError, UnfinishedError
 from fishrt.language_model.sampling import Sampling
 from helpers_cli import RATE, files, refused, run, tone

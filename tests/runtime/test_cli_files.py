@@ -217,7 +217,7 @@ def test_voice_add_of_what_is_no_audio(fake):
 
 def test_voices_without_an_embedded_bundle(fake, monkeypatch, recording):
     run("voice", "add", "a", "--audio", recording, "--text", "x")
-    monkeypatch.setattr("fishrt.cli.base.embedded_bundle", lambda: Path("none"))
+    monkeypatch.setattr("fishrt.cli.base.options.embedded_bundle", lambda: Path("none"))
     assert run("voice", "list").stdout == "a\tuser\n"
     assert "codec:" in run("voice", "show", "a").stdout
     refused(run("voice", "list", "--bundle", "none"), "none does not exist")
@@ -419,7 +419,7 @@ def test_doctor(fake, monkeypatch):
     assert result.exit_code == 0, result.output
     for words in ("python: ", "provider cpu", "audio formats: WAV", "torch for export: ", "embedded voice: ok, test"):
         assert words in result.stdout
-    monkeypatch.setattr("fishrt.cli.base.embedded_bundle", lambda: Path("none"))
+    monkeypatch.setattr("fishrt.cli.base.options.embedded_bundle", lambda: Path("none"))
     assert "embedded voice: not usable: none does not exist" in run("doctor").stdout
 
 

@@ -16,7 +16,7 @@ from fishrt.cli import main
 from fishrt_engines.engine import GraphSpec, TensorSpec
 from helpers_text import bundle_folder
 
-progress = sys.modules["fishrt.cli.progress"]
+progress = sys.modules["fishrt.cli.base.progress"]
 
 
 class Clock:

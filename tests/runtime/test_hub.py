@@ -411,7 +411,7 @@ def test_fetch(hub: SmallHub, tmp_path: Path) -> None:
 
 
 def test_fetch_says_how_much_is_there(hub: SmallHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fishrt.cli.progress.Reporter.INTERVAL_S", 0.0)
+    monkeypatch.setattr("fishrt.cli.base.progress.Reporter.INTERVAL_S", 0.0)
     result = run("fetch", CHECKPOINT, tmp_path / "a")
     assert re.search(r"\[#+ *\] +\d+% downloading model\.pth, \d+\.\d kB of 2\.6 MB, about \d+ s left", result.stderr), (
         result.stderr

@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from fishrt.cli import progress
-from fishrt.cli.progress import Reporter, duration, share_of_pieces
+from fishrt.cli.base import progress
+from fishrt.cli.base.progress import Reporter, duration, share_of_pieces
 
 
 @pytest.fixture

@@ -124,7 +124,7 @@ def fake(tmp_path, monkeypatch):
         return made
 
     monkeypatch.setattr(fishrt.tts.TTS, "load", load)
-    monkeypatch.setattr("fishrt.cli.base.embedded_bundle", lambda: bundle.path)
+    monkeypatch.setattr("fishrt.cli.base.options.embedded_bundle", lambda: bundle.path)
     monkeypatch.setenv("FISHRT_VOICE_DIR", str(tmp_path / "own voices"))
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")

@@ -1,17 +1,17 @@
 """The command line: `fishrt speak | voice | export | …`.
 
-Results go to standard output, everything else to standard error. For the exit status see `commands.EXIT_STATUSES`, for the JSON
-objects docs/json.md. Heavy modules are imported inside the commands.
+Results go to standard output, everything else to standard error. For the exit status see `EXIT_STATUSES` in base/commands.py, for
+the JSON objects docs/json.md. Heavy modules are imported inside the commands.
 """
 
 from __future__ import annotations
 
 import click
 
+from .base.commands import EXIT_STATUSES, Commands, completion, show_help
 from .bench import bench
 from .build_trt import build_trt
 from .codec import codec
-from .commands import EXIT_STATUSES, Commands, completion, show_help
 from .doctor import doctor
 from .export import export
 from .fetch import fetch

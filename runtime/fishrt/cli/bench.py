@@ -7,8 +7,8 @@ from typing import Any
 
 import click
 
-from .base import Whole, load_bundle, new_reporter, output_options, threads_option
-from .commands import finish
+from .base.commands import finish
+from .base.options import Whole, load_bundle, new_reporter, output_options, threads_option
 
 
 @click.command(short_help="Measure the speed and memory of a bundle here.")

@@ -9,9 +9,9 @@ import click
 
 from ..bundle.plans import PRECISIONS, PlanOptions, plan_requests
 from ..language_model.context import FIRST_FRAMES
-from .base import Number, Whole, json_option, load_bundle, quiet_option
-from .commands import print_json
-from .progress import Reporter
+from .base.commands import print_json
+from .base.options import Number, Whole, json_option, load_bundle, quiet_option
+from .base.progress import Reporter
 
 
 @click.command("build-trt", short_help="Build the TensorRT plans of a bundle.")

@@ -9,8 +9,8 @@ import click
 from ..audio.output import check_place, write_whole
 from ..errors import FishrtError
 from ..voices.voice import npy_bytes, read_codes
-from .base import EngineOptions, engine_options, format_option, json_output
-from .commands import finish, json_to_stderr
+from .base.commands import finish, json_to_stderr
+from .base.options import EngineOptions, engine_options, format_option, json_output
 
 
 @click.group(short_help="Turn audio into codes, and codes into audio.")

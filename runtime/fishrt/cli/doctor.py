@@ -11,9 +11,9 @@ import click
 
 from ..errors import BundleError
 from ..voices.store import user_folder
-from .base import CPU_TORCH, json_output, load_bundle
-from .commands import finish
-from .progress import size
+from .base.commands import finish
+from .base.options import CPU_TORCH, json_output, load_bundle
+from .base.progress import size
 
 
 @click.command(short_help="Show what this machine can do.")

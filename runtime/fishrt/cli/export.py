@@ -18,9 +18,9 @@ from ..bundle.manifest import MANIFEST, PRECISIONS, Parity, Rounding
 from ..errors import FishrtError
 from ..hub.download import download
 from ..hub.repository import Repository, names_repository
-from .base import CPU_TORCH, Number, Whole, downloading, json_option, quiet_option
-from .commands import print_json
-from .progress import Reporter, duration, size
+from .base.commands import print_json
+from .base.options import CPU_TORCH, Number, Whole, downloading, json_option, quiet_option
+from .base.progress import Reporter, duration, size
 
 _EXPORT_NEEDS = ("torch", "onnx", "onnxscript", "onnx_ir", "safetensors", "onnxruntime")
 

@@ -13,9 +13,9 @@ from ..bundle.folder import Bundle
 from ..bundle.manifest import MANIFEST
 from ..hub.download import download
 from ..hub.repository import Repository
-from .base import downloading, new_reporter, output_options
-from .commands import finish, warn
-from .progress import size
+from .base.commands import finish, warn
+from .base.options import downloading, new_reporter, output_options
+from .base.progress import size
 
 
 @click.command(short_help="Download a checkpoint or a bundle.")

@@ -14,10 +14,10 @@ from ..bundle.conformance import tensorrt_findings
 from ..bundle.folder import Bundle
 from ..bundle.manifest import Manifest
 from ..bundle.memory import CACHE_POSITIONS, estimate
-from .base import json_option, load_bundle, quiet_option
-from .commands import print_json
-from .progress import Reporter, size
-from .streams import emit
+from .base.commands import print_json
+from .base.options import json_option, load_bundle, quiet_option
+from .base.progress import Reporter, size
+from .base.streams import emit
 
 
 @click.command(short_help="Show what is in a bundle, and check it.")

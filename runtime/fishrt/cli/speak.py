@@ -16,10 +16,19 @@ from ..audio.output import check_folder, make_folder
 from ..errors import FishrtError, PromptError, UnfinishedError
 from ..text.split import check_text
 from ..voices.voice import Voice, read_codes
-from .base import EngineOptions, Number, Whole, engine_options, format_option, new_reporter, output_options, voice_dir_option
-from .commands import IncompleteError, finish, json_to_stderr, warn
-from .progress import share_of_pieces
-from .streams import muted
+from .base.commands import IncompleteError, finish, json_to_stderr, warn
+from .base.options import (
+    EngineOptions,
+    Number,
+    Whole,
+    engine_options,
+    format_option,
+    new_reporter,
+    output_options,
+    voice_dir_option,
+)
+from .base.progress import share_of_pieces
+from .base.streams import muted
 
 if TYPE_CHECKING:
     from ..arrays import Pcm

@@ -13,7 +13,8 @@ from ..errors import BundleError, OutputError, VoiceError
 from ..language_model.prepared import prepared_path
 from ..voices.store import bundle_voices, find_voice
 from ..voices.voice import Voice
-from .base import (
+from .base.commands import finish, warn
+from .base.options import (
     EngineOptions,
     bundle_option,
     engine_options,
@@ -23,7 +24,6 @@ from .base import (
     user_store,
     voice_dir_option,
 )
-from .commands import finish, warn
 
 
 @click.group(short_help="Store, list, show and remove voices.")

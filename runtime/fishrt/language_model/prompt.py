@@ -30,7 +30,6 @@ from ..bundle.features import LanguageModel
 from ..codec import check_entries
 from ..errors import PromptError, VoiceError
 from ..text.clean import clean_text, lost_letters, spaced, unwrap
-from ..text.punctuation import split_punctuation
 from ..text.split import (
     MAX_TURNS,
     SPEAKER,
@@ -40,6 +39,7 @@ from ..text.split import (
     pack_turns,
     speakable,
     speaker_turns,
+    split_punctuation,
     split_sentences,
     split_turn,
     with_end,

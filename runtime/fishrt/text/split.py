@@ -1,8 +1,9 @@
 """Text → pieces that are spoken one after the other. It knows speaker tags and `[tags]`, but no token and no model.
 
-There are two ways to pieces. Speaker turns (`speaker_turns`, `pack_turns`) are those of the original. `split_sentences` is ours:
-it cuts text that is too long at sentence ends, else at commas, else at spaces, and makes the pieces as equal as it can, since a
-leftover of one word is spoken badly. A cut is never inside a `[tag]`, a `<|…|>`, or a character of several code points.
+There are three ways to pieces. Speaker turns (`speaker_turns`, `pack_turns`) and, for some models, `split_punctuation` are those
+of the original. `split_sentences` is ours: it cuts text that is too long at sentence ends, else at commas, else at spaces, and
+makes the pieces as equal as it can, since a leftover of one word is spoken badly. Its cuts are never inside a `[tag]`, a `<|…|>`,
+or a character of several code points.
 
 Lengths are UTF-8 bytes, as the original counts them.
 """
@@ -10,9 +11,11 @@ Lengths are UTF-8 bytes, as the original counts them.
 from __future__ import annotations
 
 import re
+import string
 import unicodedata
 from collections.abc import Iterator, Sequence
 
+from ..bundle.features import PunctuationSplit
 from ..errors import PromptError
 from .scripts import full_stop
 
@@ -232,6 +235,44 @@ def _merge(text: str, units: list[Span], max_bytes: int) -> list[Span]:
         merged.append((units[first][0], units[last - 1][1]))
         last = first
     return merged[::-1]
+
+
+def split_punctuation(text: str, rules: PunctuationSplit, max_bytes: int) -> list[str]:
+    """Split a text after punctuation into pieces, stripped, of at most `max_bytes`, or one character more within a longer word.
+
+    Neighbours are joined again as long as they fit. Abbreviations and markup may be cut, but a decimal number stays whole. Pieces
+    of ASCII punctuation only are left out, so there may be none.
+    """
+    pieces = [text]
+    for ends in filter(None, (rules.sentence_ends, rules.clause_ends, " ")):
+        pieces = [part for piece in pieces for part in (_cut_after(piece, ends) if byte_length(piece) > max_bytes else [piece])]
+    pieces = [part for piece in pieces for part in (_cut_bytes(piece, max_bytes) if byte_length(piece) > max_bytes else [piece])]
+    joined = [""]
+    for piece in pieces:
+        if byte_length(joined[-1]) + byte_length(piece) > max_bytes:
+            joined.append("")
+        joined[-1] += piece
+    return [piece.strip() for piece in joined if not all(c.isspace() or c in string.punctuation for c in piece)]
+
+
+def _cut_after(text: str, ends: str) -> Iterator[str]:
+    """Yield the parts of a text, cut after each of the characters `ends`, but not within a decimal number."""
+    start = 0
+    for match in re.finditer(rf"(?<!\d)\d+\.\d+|([{re.escape(ends)}])", text):
+        if match[1]:
+            yield text[start : match.end()]
+            start = match.end()
+    yield text[start:]
+
+
+def _cut_bytes(text: str, max_bytes: int) -> Iterator[str]:
+    part = ""
+    for char in text:
+        part += char
+        if byte_length(part) >= max_bytes:
+            yield part
+            part = ""
+    yield part
 
 
 def byte_length(text: str) -> int:

@@ -17,8 +17,8 @@ from typing import Any
 import click
 from click.shell_completion import get_completion_class
 
-from ..errors import FishrtError
-from ..version import __version__
+from ...errors import FishrtError
+from ...version import __version__
 from .streams import emit, logging_to, say
 
 EXIT_STATUSES = (

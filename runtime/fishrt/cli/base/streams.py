@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import click
 
-from ..audio.output import write_whole
+from ...audio.output import write_whole
 
 _LOGGERS = tuple(logging.getLogger(name) for name in ("fishrt_engines", "fishrt", "fishrt_export"))
 

@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..bundle.fetched import bundle_folder
-from ..bundle.folder import Bundle, embedded_bundle
-from ..hub.repository import is_reference
-from ..voices.store import VoiceStore, user_folder
+from ...bundle.fetched import bundle_folder
+from ...bundle.folder import Bundle, embedded_bundle
+from ...hub.repository import is_reference
+from ...voices.store import VoiceStore, user_folder
 from .commands import remember, session
 from .progress import Reporter, size
 
 if TYPE_CHECKING:
-    from ..tts import TTS
+    from ...tts import TTS
 
 CPU_TORCH = "install the CPU build of torch as https://pytorch.org/get-started/locally/ shows"
 """Installs torch without gigabytes of CUDA libraries, which an export does not use."""
@@ -128,7 +128,7 @@ class EngineOptions:
 
     def load(self, voice_dir: Path | None = None) -> TTS:
         """Return the TTS. voice_dir: see `user_store`."""
-        from ..tts import TTS
+        from ...tts import TTS
 
         return TTS.load(_located(self.bundle), provider=self.provider, threads=self.threads, voices=voice_dir)
 
