@@ -35,9 +35,8 @@ from fishrt_engines.ort.coreml import CACHE_KEY, Part, StaticEngine
 from fishrt_export import export_bundle
 from fishrt_export.errors import ExportError
 from fishrt_export.graph.job import GraphJob, Made
-from fishrt_export.targets import primitives
-from fishrt_export.targets.coreml import LENGTHS, static_form, step_usability, usability
-from fishrt_export.targets.primitives import split_front, to_primitives
+from fishrt_export.targets import coreml
+from fishrt_export.targets.coreml import LENGTHS, split_front, static_form, step_usability, to_primitives, usability
 from tiny import GoldenModel
 from tolerances import TOLERANCES
 
@@ -206,7 +205,7 @@ def is_external(value: ir.Value) -> bool:
 
 def test_the_checker_counts_what_coreml_lacks(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     """It reports the operators of a graph with one replacement left out."""
-    monkeypatch.delitem(primitives._REPLACEMENTS, "RMSNormalization")
+    monkeypatch.delitem(coreml._REPLACEMENTS, "RMSNormalization")
     model = ir.load(tiny_bundle.file("codec_decode.onnx"))
     to_primitives(model, {"batch": 1, "frames": 4})
     report = usability(split_front(model)[1])
@@ -337,7 +336,7 @@ def test_export_adds_them(tiny_checkpoint: Path, tiny_bundle: Bundle, monkeypatc
 def test_a_static_graph_that_is_not_the_portable_one_is_refused(
     s2_model: GoldenModel, tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setitem(primitives._REPLACEMENTS, "RMSNormalization", lambda tape, node: tape.op("Identity", node.inputs[:1]))
+    monkeypatch.setitem(coreml._REPLACEMENTS, "RMSNormalization", lambda tape, node: tape.op("Identity", node.inputs[:1]))
     with pytest.raises(ExportError, match=r"codec_decode_1\.onnx is not the torch module"):
         with_static(s2_model, tmp_path / "bundle")
 

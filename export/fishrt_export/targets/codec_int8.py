@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from fishrt_engines import Engine, open_engine
 from fishrt_engines.engine import GraphSpec, TensorSpec
 
 from ..errors import ExportError
+from .edit import constant, load, numbers, only_reader, save, tidy
 
 CALL_FRAMES = 16
 CALIBRATION_FRAMES = 128 * CALL_FRAMES
@@ -92,15 +94,16 @@ def int8_form(folder: Path, portable: GraphSpec, sizes: tuple[int, ...], progres
     convolutions, and for one that loses more than rounding explains.
     """
     rng = np.random.default_rng(0)
-    model = ir.load(folder / portable.file)
+    model = load(folder / portable.file)
     found = list(_convolutions(model.graph))
     if not found:
         raise ExportError("the codec's decoder has no blocks that could run in 8 bits", hint="leave --codec-int8 out")
     ranges = _calibrated(folder, portable, found, _codes(rng, sizes, CALIBRATION_FRAMES), progress)
-    store = _Store(folder / f"{Path(portable.file).stem}_int8.onnx")
+    made = replace(portable, file=f"{Path(portable.file).stem}_int8.onnx")
     for n, convolution in enumerate(found):
-        _replace(model.graph, convolution, ranges, store, n)
-    store.finish(model)
+        _replace(model.graph, convolution, ranges, n)
+    tidy(model)
+    save(model, folder / made.file)
     ratios = _measured(folder, portable, model, _codes(rng, sizes, TEST_FRAMES))
     if min(ratios) < LEAST_SNR:
         raise ExportError(
@@ -109,7 +112,7 @@ def int8_form(folder: Path, portable: GraphSpec, sizes: tuple[int, ...], progres
         )
     progress(1.0)
     rounding = Rounding(len(found), CALIBRATION_FRAMES, float(np.mean(ratios)), min(ratios))
-    return Form("cpu", replace(portable, file=store.path.name), needs=("vnni",), rounding=rounding)
+    return Form("cpu", made, needs=("vnni",), rounding=rounding)
 
 
 def _convolutions(graph: ir.Graph) -> Iterator[_Convolution]:
@@ -117,10 +120,8 @@ def _convolutions(graph: ir.Graph) -> Iterator[_Convolution]:
     for node in graph:
         if node.op_type not in ("Conv", "ConvTranspose") or not (match := _WEIGHT.fullmatch(_source(node.inputs[1]).name or "")):
             continue
-        trimmed = None
-        if node.op_type == "ConvTranspose":
-            (trimmed,) = {reader for reader, _ in node.outputs[0].uses()}
-            assert trimmed.op_type == "Slice"
+        trimmed = only_reader(node.outputs[0], "Slice") if node.op_type == "ConvTranspose" else None
+        assert trimmed is not None or node.op_type == "Conv"
         of_block.setdefault(int(match[1]), []).append(_Convolution(node, trimmed))
     for block in sorted(of_block)[:-1]:
         yield from of_block[block]
@@ -134,9 +135,7 @@ def _source(value: ir.Value | None) -> ir.Value:
 
 
 def _weight(value: ir.Value | None) -> Floats:
-    tensor = _source(value).const_value
-    assert tensor is not None
-    return tensor.numpy().astype(np.float32)
+    return numbers(_source(value)).astype(np.float32)
 
 
 def _codes(rng: np.random.Generator, sizes: tuple[int, ...], frames: int) -> list[npt.NDArray[np.int64]]:
@@ -161,7 +160,7 @@ def _calibrated(
 ) -> Mapping[str, _Range]:
     """Return the ranges of the convolutions' inputs and outputs by name."""
     wanted = sorted({str(value.name) for c in found for value in (c.read, c.made)})
-    model = ir.load(folder / portable.file)
+    model = load(folder / portable.file)
     by_name = {value.name: value for node in model.graph for value in node.outputs}
     outputs = []
     for operator in ("ReduceMin", "ReduceMax"):
@@ -171,18 +170,16 @@ def _calibrated(
             model.graph.outputs.append(value)
             outputs.append(TensorSpec(str(value.name), "float32", ()))
     spec = replace(portable, file=f"{Path(portable.file).stem}_ranges.onnx", outputs=(*portable.outputs, *outputs))
-    ir.save(model, folder / spec.file)
-    engine = open_engine(folder / spec.file, spec, provider="cpu")
     lows, highs = dict.fromkeys(wanted, 0.0), dict.fromkeys(wanted, 0.0)
-    for n, codes in enumerate(streams):
-        progress(0.8 * n / len(streams))
-        state = engine.new_state(batch=1)
-        for feeds in _calls(codes):
-            results = engine.run(feeds, state)
-            for name in wanted:
-                lows[name] = min(lows[name], float(results[f"{name}.ReduceMin"]))
-                highs[name] = max(highs[name], float(results[f"{name}.ReduceMax"]))
-    (folder / spec.file).unlink()
+    with _opened(model, folder, spec) as engine:
+        for n, codes in enumerate(streams):
+            progress(0.8 * n / len(streams))
+            state = engine.new_state(batch=1)
+            for feeds in _calls(codes):
+                results = engine.run(feeds, state)
+                for name in wanted:
+                    lows[name] = min(lows[name], float(results[f"{name}.ReduceMin"]))
+                    highs[name] = max(highs[name], float(results[f"{name}.ReduceMax"]))
     return {name: _Range(lows[name], highs[name]) for name in wanted}
 
 
@@ -190,10 +187,20 @@ def _measured(folder: Path, portable: GraphSpec, model: ir.Model, streams: list[
     """Return the ratio of the portable graph's signal to the error of `model`, in dB, for each stream. Changes `model`."""
     make_exact(model)
     spec = replace(portable, file=f"{Path(portable.file).stem}_exact.onnx")
-    ir.save(model, folder / spec.file)
-    engines = [open_engine(folder / s.file, s, provider="cpu") for s in (portable, spec)]
-    (folder / spec.file).unlink()
-    return [signal_over_error(*(_decoded(engine, codes) for engine in engines)) for codes in streams]
+    with _opened(model, folder, spec) as exact:
+        engines = [open_engine(folder / portable.file, portable, provider="cpu"), exact]
+        return [signal_over_error(*(_decoded(engine, codes) for engine in engines)) for codes in streams]
+
+
+@contextmanager
+def _opened(model: ir.Model, folder: Path, spec: GraphSpec) -> Iterator[Engine]:
+    """Yield an engine of a graph whose files are removed afterwards."""
+    save(model, folder / spec.file)
+    try:
+        yield open_engine(folder / spec.file, spec, provider="cpu")
+    finally:
+        for name in (spec.file, f"{spec.file}.data"):
+            (folder / name).unlink(missing_ok=True)
 
 
 def make_exact(model: ir.Model) -> None:
@@ -205,49 +212,12 @@ def make_exact(model: ir.Model) -> None:
     for node in model.graph:
         if node.op_type == "QLinearConv":
             for position in (3, 5):  # the weight and its zero points
-                name = f"{node.name}.exact.{position}"
-                array = (_weight(node.inputs[position]) + 128).astype(np.uint8)
-                node.replace_input_with(position, _register(model.graph, name, ir.tensor(array, name=name)))
-    ir.passes.common.RemoveUnusedNodesPass()(model)
+                array = _weight(node.inputs[position]) + 128
+                node.replace_input_with(position, constant(model.graph, f"{node.name}.exact.{position}", array, np.uint8))
+    tidy(model)
 
 
-class _Store:
-    """The file of the graph and the data file of its integers."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._data = path.with_name(f"{path.name}.data")
-        self._data.write_bytes(b"")
-
-    def weight(self, graph: ir.Graph, name: str, array: npt.NDArray[np.int8]) -> ir.Value:
-        """Write a weight to the data file. Return its initialiser."""
-        with self._data.open("ab") as file:
-            offset = file.tell()
-            file.write(array.tobytes() + bytes(-array.nbytes % 64))
-        tensor = ir.ExternalTensor(
-            self._data.name,
-            offset,
-            array.nbytes,
-            ir.DataType.INT8,
-            shape=ir.Shape(array.shape),
-            name=name,
-            base_dir=self.path.parent,
-        )
-        return _register(graph, name, tensor)
-
-    def finish(self, model: ir.Model) -> None:
-        """Write the graph."""
-        ir.passes.common.RemoveUnusedNodesPass()(model)
-        ir.save(model, self.path)
-
-
-def _register(graph: ir.Graph, name: str, tensor: ir.TensorProtocol) -> ir.Value:
-    value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape.numpy()), const_value=tensor)
-    graph.register_initializer(value)
-    return value
-
-
-def _replace(graph: ir.Graph, convolution: _Convolution, ranges: Mapping[str, _Range], store: _Store, number: int) -> None:
+def _replace(graph: ir.Graph, convolution: _Convolution, ranges: Mapping[str, _Range], number: int) -> None:
     node = convolution.node
     weight, bias, stride = _weight(node.inputs[1]), _weight(node.inputs[2]), 1
     dilation = node.attributes.get_ints("dilations", [1])[0]
@@ -256,14 +226,13 @@ def _replace(graph: ir.Graph, convolution: _Convolution, ranges: Mapping[str, _R
         bias = np.repeat(bias, stride)
     read, made = ranges[str(convolution.read.name)], ranges[str(convolution.made.name)]
     scales = np.maximum(np.abs(weight).max((1, 2)) / 127, 1e-12).astype(np.float32)
-    integers = np.clip(np.round(weight / scales[:, None, None]), -127, 127).astype(np.int8)
-    prefix = f"int8.{number}"
+    integers = np.clip(np.round(weight / scales[:, None, None]), -127, 127)
 
-    def constant(name: str, array: npt.ArrayLike, dtype: type[np.generic]) -> ir.Value:
-        return _register(graph, f"{prefix}.{name}", ir.tensor(np.asarray(array, dtype), name=f"{prefix}.{name}"))
+    def stored(name: str, array: npt.ArrayLike, dtype: type[np.generic]) -> ir.Value:
+        return constant(graph, f"int8.{number}.{name}", array, dtype)
 
     def of(name: str, found: _Range) -> list[ir.Value]:
-        return [constant(f"{name}.scale", found.scale, np.float32), constant(f"{name}.zero", found.zero_point, np.uint8)]
+        return [stored(f"{name}.scale", found.scale, np.float32), stored(f"{name}.zero", found.zero_point, np.uint8)]
 
     tape = ir.tape.Tape()
     reads, makes = of("read", read), of("made", made)
@@ -274,19 +243,19 @@ def _replace(graph: ir.Graph, convolution: _Convolution, ranges: Mapping[str, _R
         [
             x,
             *reads,
-            store.weight(graph, f"{prefix}.weight", integers),
-            constant("scales", scales, np.float32),
-            constant("zeros", np.zeros(len(scales)), np.int8),
+            stored("weight", integers, np.int8),
+            stored("scales", scales, np.float32),
+            stored("zeros", np.zeros(len(scales)), np.int8),
             *makes,
-            constant("bias", whole, np.int32),
+            stored("bias", whole, np.int32),
         ],
         attributes={"dilations": [dilation], "kernel_shape": [weight.shape[2]]},
     )
     if stride > 1:
         outputs = len(scales) // stride
-        y = tape.op("Reshape", [y, constant("parts", [0, outputs, stride, -1], np.int64)])
+        y = tape.op("Reshape", [y, stored("parts", [0, outputs, stride, -1], np.int64)])
         y = tape.op("Transpose", [y], attributes={"perm": [0, 1, 3, 2]})
-        y = tape.op("Reshape", [y, constant("joined", [0, outputs, -1], np.int64)])
+        y = tape.op("Reshape", [y, stored("joined", [0, outputs, -1], np.int64)])
     y = tape.op("DequantizeLinear", [y, *makes])
     ir.convenience.replace_nodes_and_values(graph, node, [], tape.nodes, [convolution.made], [y])
 
