@@ -13,14 +13,10 @@ Runtime, a torch that supports the device, and for S2 25 GB of disk.
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,12 +24,13 @@ from typing import Any
 import click
 import numpy as np
 
-from fishrt.metrics import bandwidth_share, per_second, speed_up
+from fishrt.metrics import bandwidth_share, per_second
 from fishrt_engines.errors import ProviderError
 from fishrt_engines.machine import cpu_name, gpus
 from fishrt_engines.providers import resolve_provider
 from full_size import FAMILIES
 from gpu_process import CONTEXT, SIDES, TORCH_DTYPE, read_findings
+from harness import HERE, Made, ProcessError, compare, inner, python, shared_options, tell
 from record import RESULTS, environment, write_record
 from torch_peer import COMPILED
 
@@ -43,16 +40,12 @@ REAL_TIME = 0.5
 """The largest real-time factor of a batch that counts as served."""
 MEASURED, SMOKED = ("s2", "s1", "1.5"), "1.2"
 """Default families; for `--smoke` the one with the fastest export."""
-HERE = Path(__file__).parent
-_SHOWN_LINES = 40
-"""Largest number of lines of a process's output that are shown."""
-
-
-class _ProcessError(Exception):
-    """The failure of a process."""
-
-    found: Mapping[str, Any] = {}
-    """Its findings up to the failure."""
+FIGURES = {
+    "frame_ms": ("frames", "frame", "median_ms"),
+    "prefill_ms": ("prefill", "median_ms"),
+    "codec_decode_ms": ("codec", "decode", "median_ms"),
+}
+"""The places of the compared figures in a measurement."""
 
 
 @click.command(context_settings={"show_default": True})
@@ -65,15 +58,13 @@ class _ProcessError(Exception):
     default=("fp32",),
     help="The first one alternates with torch.",
 )
-@click.option("--checkpoints", type=click.Path(path_type=Path), help="Folder with a checkpoint for each family, made if missing.")
-@click.option("--bundles", type=click.Path(path_type=Path), help="Folder of bundles, FAMILY-RECIPE, made if missing.")
+@shared_options
 @click.option("--provider", type=click.Choice(["cuda", "tensorrt", "cpu"]), default="cuda")
 @click.option("--rounds", type=click.IntRange(min=1), default=3, help="Turns of fishrt and of each peer.")
 @click.option("--frames", type=click.IntRange(min=2), default=64, help="Frames of each measurement.")
 @click.option("--most-batch", type=click.IntRange(min=1), default=64, help="The largest batch.")
 @click.option("--budget-s", type=float, help="Time limit in seconds; parts after it are skipped.")
 @click.option("--resume", is_flag=True, help="Continue the record in OUT: parts without an error are not measured again.")
-@click.option("--smoke", is_flag=True, help="One tiny checkpoint, each part once, as a test. Times are meaningless.")
 @click.option("--out", type=click.Path(path_type=Path), help="Record to write.  [default: results/gpu.json]")
 def main(
     families: Sequence[str],
@@ -113,7 +104,8 @@ def main(
         run = _Run(work, out, {"method": method, "device": describe_device(provider)}, deadline, resume=resume)
         run.part(run.record, "copies", lambda: run.findings("copies", "--provider", provider))
         for family in families or MEASURED:
-            made = _Made(family, (checkpoints or work / "checkpoints") / family, bundles or work / "bundles", tiny=smoke)
+            places = (checkpoints or work / "checkpoints", bundles or work / "bundles")
+            made = Made(family, *places, RECIPES, tiny=smoke, run=run.process)
             _measure_family(run, made, recipes, provider, rounds, frames, most_batch)
         tell(f"written: {out}")
 
@@ -148,7 +140,7 @@ class _Run:
             try:
                 place[name] = work()
             except Exception as error:
-                found = error.found if isinstance(error, _ProcessError) else {}
+                found = error.found if isinstance(error, ProcessError) else {}
                 place[name] = {**found, "error": str(error)}
                 tell(f"{of} {name}: {error}")
         self.flush()
@@ -157,37 +149,18 @@ class _Run:
     def flush(self) -> None:
         write_record("gpu", json.loads(self._without_folders(json.dumps(self.record))), self._out)
 
-    def process(self, *arguments: object) -> None:
-        """Run a Python process, and end it at the deadline. Raises _ProcessError if it fails or is ended."""
-        left = None if self._deadline is None else max(1.0, self._deadline - time.monotonic())
-        path = self._work / "said"
-        with path.open("w") as said:
-            process = subprocess.Popen([sys.executable, *map(str, arguments)], stdout=said, stderr=said, process_group=0)
-            try:
-                status = process.wait(left)
-            except subprocess.TimeoutExpired:
-                status = None
-            finally:
-                with suppress(ProcessLookupError):  # ends the compiler's processes, too
-                    os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-        lines = path.read_text(errors="replace").strip().splitlines()
-        if lines:
-            tell("\n".join(lines[-_SHOWN_LINES:]))
-        if status is None:
-            raise _ProcessError("it was not finished at the deadline of the run")
-        if status:
-            why = next((line for line in lines if line.startswith("error:")), lines[-1] if lines else "it said nothing")
-            raise _ProcessError(f"it ended with status {status}: {why}")
+    def process(self, *arguments: object) -> str:
+        """See `python`; the process is ended at the deadline."""
+        return python(*arguments, timeout_s=None if self._deadline is None else max(1.0, self._deadline - time.monotonic()))
 
     def findings(self, part: str, *arguments: object) -> dict[str, Any]:
-        """Return the findings of a `gpu_process`. Raises _ProcessError with those up to a failure."""
+        """Return the findings of a `gpu_process`. Raises ProcessError with those up to a failure."""
         path = self._work / "findings"
         path.unlink(missing_ok=True)
         begun = time.perf_counter()
         try:
             self.process(HERE / "gpu_process.py", part, path, *arguments)
-        except _ProcessError as failure:
+        except ProcessError as failure:
             failure.found = read_findings(path)
             raise
         return {**read_findings(path), "seconds": round(time.perf_counter() - begun, 1)}
@@ -196,39 +169,6 @@ class _Run:
         for folder, name in self._hidden.items():
             text = text.replace(folder, name)
         return text
-
-
-class _Made:
-    """A family's checkpoint and its bundles."""
-
-    def __init__(self, family: str, checkpoint: Path, bundles: Path, *, tiny: bool) -> None:
-        self.family, self.checkpoint = family, checkpoint
-        self._bundles, self._tiny = bundles, tiny
-
-    def bundle(self, recipe: str) -> Path:
-        return self._bundles / f"{self.family}-{recipe}"
-
-    def write_checkpoint(self, run: _Run) -> dict[str, Any]:
-        if self.checkpoint.is_dir():
-            return {"made": "before"}
-        begun, aside = time.perf_counter(), self.checkpoint.with_name(f"{self.checkpoint.name}.partial")
-        run.process(HERE / "synthetic.py", self.family, aside, *(["--tiny"] if self._tiny else []))
-        aside.rename(self.checkpoint)
-        return {"seconds": round(time.perf_counter() - begun, 1)}
-
-    def export(self, run: _Run, recipe: str) -> dict[str, Any]:
-        bundle = self.bundle(recipe)
-        if bundle.is_dir():
-            return {"made": "before"}
-        bundle.parent.mkdir(parents=True, exist_ok=True)
-        begun = time.perf_counter()
-        run.process("-m", "fishrt", "export", "-q", *RECIPES[recipe], self.checkpoint, bundle)
-        return {"seconds": round(time.perf_counter() - begun, 1)}
-
-    def build_plans(self, run: _Run, recipe: str, most_batch: int) -> dict[str, Any]:
-        begun = time.perf_counter()
-        run.process("-m", "fishrt", "build-trt", "-q", "--max-batch", most_batch, self.bundle(recipe))
-        return {"seconds": round(time.perf_counter() - begun, 1)}
 
 
 def describe_device(provider: str) -> dict[str, Any]:
@@ -243,25 +183,31 @@ def describe_device(provider: str) -> dict[str, Any]:
 
 
 def _measure_family(
-    run: _Run, made: _Made, recipes: Sequence[str], provider: str, rounds: int, frames: int, most_batch: int
+    run: _Run, made: Made, recipes: Sequence[str], provider: str, rounds: int, frames: int, most_batch: int
 ) -> None:
     run.hide(made.checkpoint.absolute(), "CHECKPOINT")
     place = run.record["families"].setdefault(made.family, {})
-    if not run.part(place, "checkpoint", lambda: made.write_checkpoint(run), made.family):
+    if not run.part(place, "checkpoint", made.write_checkpoint, made.family):
         return
     for recipe in recipes:
         own = place.setdefault("recipes", {}).setdefault(recipe, {})
         _measure_bundle(run, made, recipe, own, provider, rounds if recipe == recipes[0] else 0, frames, most_batch)
 
 
+def build_plans(run: _Run, bundle: Path, most_batch: int) -> dict[str, Any]:
+    begun = time.perf_counter()
+    run.process("-m", "fishrt", "build-trt", "-q", "--max-batch", most_batch, bundle)
+    return {"seconds": round(time.perf_counter() - begun, 1)}
+
+
 def _measure_bundle(
-    run: _Run, made: _Made, recipe: str, place: dict[str, Any], provider: str, rounds: int, frames: int, most_batch: int
+    run: _Run, made: Made, recipe: str, place: dict[str, Any], provider: str, rounds: int, frames: int, most_batch: int
 ) -> None:
     bundle, of = made.bundle(recipe), f"{made.family} {recipe}"
     run.hide(bundle.absolute(), "BUNDLE")
-    if not run.part(place, "export", lambda: made.export(run, recipe), of):
+    if not run.part(place, "export", lambda: made.export(recipe), of):
         return
-    if provider == "tensorrt" and not run.part(place, "plans", lambda: made.build_plans(run, recipe, most_batch), of):
+    if provider == "tensorrt" and not run.part(place, "plans", lambda: build_plans(run, bundle, most_batch), of):
         return
     shared = ("--bundle", bundle, "--checkpoint", made.checkpoint, "--provider", provider, "--frames", frames)
     run.part(place, "graphs", lambda: run.findings("graphs", *shared), of)
@@ -281,20 +227,20 @@ def reached(found: Mapping[str, Any], copy_gb_s: Any) -> dict[str, Any]:
     served = [row for row in batches if row["rtf"] < REAL_TIME]
     best = max(served, key=lambda row: row["acoustic_tokens_per_s"], default=None)
     first = batches[0] if batches else None
-    requests = _inner(found, "speech", "requests")
-    loop = [_inner(turn, "frames", "rtf") for turn in (_inner(found, "turns", "ours") or {}).values()]
+    requests = inner(found, "speech", "requests")
+    loop = [inner(turn, "frames", "rtf") for turn in (inner(found, "turns", "ours") or {}).values()]
     loop = [value for value in loop if value is not None]
-    weights = _inner(found, "batches", "weights")
+    weights = inner(found, "batches", "weights")
     return {
         "rtf": round(float(np.median(loop)), 4) if loop else None,
         "rtf_of_graphs": first and first["rtf"],
-        "rtf_of_requests": _inner(requests, "speak", "rtf"),
-        "first_audio_ms": _inner(requests, "ttfa", "known_voice", "median_ms"),
-        "codec_decode_rtf": _inner(found, "speech", "codec", "decode", "rtf"),
+        "rtf_of_requests": inner(requests, "speak", "rtf"),
+        "first_audio_ms": inner(requests, "ttfa", "known_voice", "median_ms"),
+        "codec_decode_rtf": inner(found, "speech", "codec", "decode", "rtf"),
         "largest_batch": max((row["batch"] for row in served), default=None),
         "acoustic_tokens_per_s": best and best["acoustic_tokens_per_s"],
         "bandwidth": first and weights and _bandwidth(first, weights, copy_gb_s),
-        "compared": compare(found.get("turns", {})),
+        "compared": compare({side: own.values() for side, own in found.get("turns", {}).items()}, FIGURES),
     }
 
 
@@ -314,33 +260,6 @@ def _bandwidth(row: Mapping[str, Any], weights: Mapping[str, Any], copy_gb_s: An
     return found
 
 
-def compare(turns: Mapping[str, Any]) -> dict[str, Any]:
-    """Return medians over the rounds in milliseconds, and the speed-up of fishrt over the faster peer."""
-    figures = {
-        "frame_ms": ("frames", "frame", "median_ms"),
-        "prefill_ms": ("prefill", "median_ms"),
-        "codec_decode_ms": ("codec", "decode", "median_ms"),
-    }
-    found: dict[str, Any] = {}
-    for name, path in figures.items():
-        measured = {side: [_inner(turn, *path) for turn in own.values()] for side, own in turns.items()}
-        times = {side: [time for time in own if time is not None] for side, own in measured.items()}
-        medians = {side: round(float(np.median(own)), 3) for side, own in times.items() if own}
-        peers = {side: median for side, median in medians.items() if side != "ours"}
-        best = min(peers, key=peers.__getitem__, default=None)
-        found[name] = dict(medians)
-        if best is not None and "ours" in medians:
-            found[name] |= {"best_peer": best, "speed_up": round(speed_up(medians["ours"], peers[best]), 2)}
-    return found
-
-
-def _inner(found: Any, *path: str) -> Any:
-    """Return the value under nested names; None if one is missing."""
-    for name in path:
-        found = found.get(name) if isinstance(found, Mapping) else None
-    return found
-
-
 def _lacks(found: Any) -> bool:
     """Return whether a part, or one of its measurements, is missing or failed."""
     if not isinstance(found, Mapping):
@@ -352,10 +271,6 @@ def _lacks(found: Any) -> bool:
 def _lasting(section: Mapping[str, Any]) -> dict[str, Any]:
     """Return an environment without its date and its memory, which grows with use on some virtual machines."""
     return {name: value for name, value in section.items() if name not in ("date", "memory_bytes")}
-
-
-def tell(line: str) -> None:
-    click.echo(line, err=True)
 
 
 if __name__ == "__main__":

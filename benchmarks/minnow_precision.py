@@ -21,9 +21,8 @@ import numpy as np
 from fishrt import TTS
 from fishrt.metrics import signal_over_error
 from fishrt_export import export_bundle
-from metrics import VoiceClassifier, mfcc_summary, word_errors, words
 from minnow_quality import CLASSIFIER_SENTENCES, SENTENCES, VOICES, flite
-from recogniser import Recogniser
+from quality import Recogniser, VoiceClassifier, mfcc_summary, word_errors, words
 from record import write_record
 
 CHECKPOINT = Path(__file__).parents[1] / "export/minnow"

@@ -21,8 +21,7 @@ import soundfile
 
 from fishrt import TTS
 from fishrt.metrics import rtf
-from metrics import VoiceClassifier, mfcc_summary, word_errors, words
-from recogniser import Recogniser
+from quality import Recogniser, VoiceClassifier, mfcc_summary, word_errors, words
 from record import write_record
 
 SENTENCES = Path(__file__).parent / "held_out.txt"

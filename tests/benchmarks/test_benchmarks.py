@@ -24,6 +24,7 @@ from fishrt_export.sources.language_model import open_language_model
 from full_size import FAMILIES, write_checkpoint
 from full_size.tokenizer import write_s2, write_special_tokens
 from full_size.weights import LanguageModelWeights, language_model_shapes
+from harness import compare
 from record import RESULTS, environment, write_record
 
 
@@ -172,11 +173,10 @@ def test_comparing_takes_medians_and_the_better_peer():
         made["frame"]["median_ms"] = frame
         return made | {"prefill": TIMES}
 
-    found = cpu.compare(
-        "int4", {"ours": [turn(9), turn(10), turn(99)], "fp32": [turn(50), turn(60)], "bf16": [turn(70), turn(40), turn(71)]}
-    )
+    turns = {"ours": [turn(9), turn(10), turn(99)], "fp32": [turn(50), turn(60)], "bf16": [turn(70), turn(40), turn(71)]}
+    found = compare(turns, cpu.FIGURES)
     assert found["frame_ms"] == {"ours": 10, "fp32": 55, "bf16": 70, "best_peer": "fp32", "speed_up": 5.5}
-    assert "speed_up" not in cpu.compare("int4", {"ours": [turn(9)]})["frame_ms"]
+    assert "speed_up" not in compare({"ours": [turn(9)]}, cpu.FIGURES)["frame_ms"]
 
 
 def test_a_peer_that_memory_cannot_hold_is_left_out(tmp_path, monkeypatch):

@@ -174,15 +174,15 @@ class FakeProcesses:
         self.fails, self.interrupted, self.asked = fails, interrupted, list[str]()
         monkeypatch.setattr(gpu._Run, "findings", lambda _run, part, *arguments: self.answer(part, arguments))
         monkeypatch.setattr(gpu._Run, "process", lambda *_: None)
-        monkeypatch.setattr(gpu._Made, "write_checkpoint", lambda *_: {"seconds": 1})
-        monkeypatch.setattr(gpu._Made, "export", lambda *_: {"seconds": 1})
+        monkeypatch.setattr(gpu.Made, "write_checkpoint", lambda *_: {"seconds": 1})
+        monkeypatch.setattr(gpu.Made, "export", lambda *_: {"seconds": 1})
 
     def answer(self, part: str, arguments: tuple[Any, ...]) -> dict[str, Any]:
         self.asked.append(part)
         if part == self.interrupted:
             raise KeyboardInterrupt
         if part in self.fails:
-            error = gpu._ProcessError(f"it ended with status 1: {arguments[1]} is damaged")
+            error = gpu.ProcessError(f"it ended with status 1: {arguments[1]} is damaged")
             error.found = {"half": 1}
             raise error
         return {"seconds": 1.0}
@@ -252,16 +252,16 @@ def bare_run(folder: Path, deadline: float | None = None) -> Any:
 def test_a_process_that_hangs_is_ended(tmp_path):
     run = bare_run(tmp_path, time.monotonic() + 0.5)
     begun = time.monotonic()
-    with pytest.raises(gpu._ProcessError, match="not finished at the deadline"):
+    with pytest.raises(gpu.ProcessError, match="not finished at the deadline"):
         run.process("-c", "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])")
     assert time.monotonic() - begun < 30
 
 
 def test_a_process_that_fails_says_why(tmp_path):
     run = bare_run(tmp_path)
-    with pytest.raises(gpu._ProcessError, match="status 2: error: no such thing"):
+    with pytest.raises(gpu.ProcessError, match="status 2: error: no such thing"):
         run.process("-c", "import sys; print('error: no such thing'); print('hint: look'); sys.exit(2)")
-    with pytest.raises(gpu._ProcessError, match="status 1: KeyError: 5"):
+    with pytest.raises(gpu.ProcessError, match="status 1: KeyError: 5"):
         run.process("-c", "{}[5]")
 
 
@@ -301,7 +301,7 @@ def test_ratios_are_of_medians_over_the_rounds():
         "eager": {"1": turn(50)},
         "compiled": {"1": turn(70), "2": {"error": "x"}, "3": turn(10)},
     }
-    found = gpu.compare(turns)["frame_ms"]
+    found = gpu.reached({"turns": turns}, None)["compared"]["frame_ms"]
     assert found == {"ours": 10, "eager": 50, "compiled": 40, "best_peer": "compiled", "speed_up": 4.0}
 
 

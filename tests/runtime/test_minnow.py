@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from fishrt import TTS, Sampling
-from metrics import word_errors, words
-from recogniser import Recogniser
+from quality import Recogniser, word_errors, words
 
 # The first held-out sentences of benchmarks/held_out.txt. How well the voice says many is measured by
 # benchmarks/minnow_quality.py; this is to notice when something breaks.

@@ -1,4 +1,4 @@
-"""Writing of a checkpoint of official size and layout with random weights: `python benchmarks/synthetic.py FAMILY OUT`.
+"""Writing of a checkpoint of official size and layout with random weights: `cd benchmarks && python -m full_size FAMILY OUT`.
 
 It serves to measure size, memory and speed: its speech is noise. Its tokenizer tokenizes English, its codes decode to audio that
 is not clipped, and its end token is improbable. Needs the `dev` extra; 1 to 11 GB of disk.
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import click
 
-from full_size import FAMILIES, write_checkpoint
+from . import FAMILIES, write_checkpoint
 
 
 @click.command(context_settings={"show_default": True})

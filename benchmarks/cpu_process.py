@@ -1,4 +1,4 @@
-"""One measurement in its own process, printed as JSON: `python benchmarks/one_process.py WHAT BUNDLE CHECKPOINT …`.
+"""One measurement in its own process, printed as JSON: `python benchmarks/cpu_process.py WHAT BUNDLE CHECKPOINT …`.
 
 `cpu.py` starts fishrt's and the peers' in turn, so that none is affected by another's threads or memory.
 """
