@@ -19,9 +19,9 @@ from fishrt import TTS
 from fishrt.arrays import Ints
 from fishrt.bench.measure import TEXT
 from fishrt.bench.setup import bench_prompt
-from fishrt.bundle.features import LanguageModel
+from fishrt.bundle.features import USUAL, LanguageModel
 from fishrt.language_model.context import SlowContext
-from fishrt.language_model.drawing import FrameDrawer, History, Rules, StepDrawer
+from fishrt.language_model.drawing import Draws, FrameDrawer, StepDrawer
 from fishrt.language_model.frame import drawn_codes
 from fishrt.language_model.sampling import Sampling, SeededNoise
 from fishrt_engines import Array, Engine, open_engine
@@ -146,7 +146,8 @@ def _slow_outputs(engine: Engine, lm: LanguageModel, prompt: Ints, columns: Ints
         results.append({name: np.array(value) for name, value in context.read(columns[:, n : n + 1]).items()})
     found = {f"prompt: {name}": results[0][name] for name in results[0]}
     found |= {f"steps: {name}": np.stack([result[name] for result in results[1:]]) for name in results[0]}
-    return found | {"caches": np.concatenate([cache.reshape(-1) for cache in context.save().values()])}
+    caches = [context.state.read(t.name)[:, :, : length + steps].reshape(-1) for t in engine.spec.state_tensors]
+    return found | {"caches": np.concatenate(caches)}
 
 
 def _fast_outputs(engine: Engine, lm: LanguageModel, hidden: Array, codes: Ints) -> Outputs:
@@ -168,22 +169,25 @@ def _fast_outputs(engine: Engine, lm: LanguageModel, hidden: Array, codes: Ints)
 def _draw_both(tts: TTS, frame: Engine, steps: Engine, sampling: Sampling) -> dict[str, Any]:
     lm, prompt = tts.bundle.manifest.model, bench_prompt(tts.bundle, TEXT)
     resolved = sampling.resolve(lm.sampling)
-    rules, history = Rules(resolved, lm.code_offset, None), History(lm, resolved)
-    drawers = [kind(engine, lm, rules, SeededNoise(0)) for kind, engine in ((StepDrawer, steps), (FrameDrawer, frame))]
+    drawers = [kind(engine, lm, 1) for kind, engine in ((StepDrawer, steps), (FrameDrawer, frame))]
+    rows = [Draws(lm, resolved, SeededNoise(0), USUAL) for _ in drawers]
+    for row in rows:
+        row.silent = None  # the frame graph computes the codes of the end token, too
     context = SlowContext(tts.engines["slow_ar"], lm.num_codebooks)
     context.reserve(prompt.shape[1], prompt.shape[1] + FRAMES)
     mains = codes = later = 0
     column: Ints = context.rewind(prompt)
     for _ in range(FRAMES):
         results = {name: np.array(value) for name, value in context.read(column).items()}
-        of_loop, of_frame = (drawer.draw(results, history).copy() for drawer in drawers)
+        of_loop, of_frame = (drawer.draw(results, [row])[0].copy() for drawer, row in zip(drawers, rows, strict=True))
         differ = of_loop != of_frame
         mains += int(differ[0])
         # After a different token or code, the logits differ, too.
         if differ.any():
             codes += int(not differ[0])
             later += len(differ) - 1 - int(differ.argmax())
-        history.add(of_loop)
+        for row in rows:
+            row.add(of_loop)
         column = of_loop[:, None]
     return {"frames": FRAMES, "main_tokens_differ": mains, "codes_differ": codes, "not_compared": later}
 

@@ -27,6 +27,7 @@ from fishrt.bench.setup import TimedEngine
 from fishrt.bundle.features import LanguageModel
 from fishrt.language_model.frame import frame_spec
 from fishrt_engines import Array, GraphSpec, State
+from fishrt_engines.engine import OneRow
 from fishrt_export.models import transformer
 from fishrt_export.models.fast_ar import FastAR, fast_ar_spec
 from fishrt_export.models.slow_ar import SlowAR, slow_ar_spec
@@ -120,7 +121,7 @@ class TorchResident:
         return self.tensor.cpu().numpy()
 
 
-class _TorchState:
+class _TorchState(OneRow):
     """KV caches. See `fishrt_engines.State`."""
 
     def __init__(self, owner: _TorchEngine, dims: Mapping[str, int]) -> None:

@@ -5,17 +5,19 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from .arrays import Ints
-from .bundle.features import Codec
+from .bundle.features import USUAL, Codec, LanguageModel, Quirks
 from .bundle.memory import memory_errors
 from .codec import CodecDecoder, clamp_codes
+from .errors import FishrtError
+from .language_model.batch import Batch, DualAR, Row
 from .language_model.context import ContextStore
-from .language_model.generate import DualAR, Generation, StopReason, generate_frames
+from .language_model.generate import generate
 from .language_model.sampling import SeededNoise
 from .request import Request
 from .speech import AudioChunk, Progress, Timings
@@ -32,19 +34,6 @@ class Models:
     contexts: ContextStore
     gain: float
     """Factor on all samples."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Drawn:
-    """Frames that are decoded together."""
-
-    piece: int
-    codes: Ints
-    """int64 [C, frames], as drawn."""
-    stop_reason: StopReason | None
-    """None: the piece has more frames."""
-    seconds: float
-    """Time that the language model took."""
 
 
 def render(
@@ -65,70 +54,52 @@ def render(
     with memory_errors():
         models = open_models()
     load_s, heard, clipped = time.perf_counter() - begun, False, 0
-    decoder, codec = models.decoder, models.codec
-    stream = decoder.stream(upstream_compat=request.upstream_compat)
-    for drawn in _draw(request, models, sizes(*decoder.chunk_frames), progress, stop):
-        begun, last = time.perf_counter(), drawn.stop_reason is not None
-        with memory_errors():
-            codes = clamp_codes(drawn.codes, codec)
-            pcm = stream.push(codes, last=last) if codes.shape[1] else stream.flush()
-            if models.gain != 1:
-                pcm = pcm * np.float32(models.gain)
-                clipped += int((np.abs(pcm) > 1).sum())
-                pcm = np.clip(pcm, -1, 1)
-        now = time.perf_counter()
-        first = len(pcm) > 0 and not heard
-        timings = Timings(load_s, drawn.seconds, now - begun, now - accepted if first else None)
-        heard, load_s = heard or first, 0.0
-        yield AudioChunk(
-            pcm, codec.sample_rate, codes, drawn.piece, request.pieces[drawn.piece], drawn.stop_reason, request.seed, timings
-        )
+    lm, decoder, codec, head = models.language_model.language_model, models.decoder, models.codec, request.conversation.head
+    stream, lengths = decoder.stream(upstream_compat=request.upstream_compat), sizes(*decoder.chunk_frames)
+    noise, frames, begun = SeededNoise(request.seed), 0, time.perf_counter()
+    started = begun  # reading the voices counts as drawing of the first chunk
+    quirks = Quirks.of(lm) if request.upstream_compat else USUAL
+    with memory_errors():
+        batch = Batch(models.language_model, 1, models.contexts)
+    for piece, text in enumerate(request.pieces):
+        prompt = request.conversation.user(text)
+        row = Row(lm, prompt, request.sampling, noise, head=head.shape[1], max_columns=request.max_frames, quirks=quirks)
+        columns = generate(batch, row, slot=0 if piece else None)
+        while row.stop_reason is None:
+            drawn = []
+            with memory_errors():
+                for column in itertools.islice(columns, next(lengths)):
+                    if stop.is_set():
+                        raise Stopped
+                    frames += 1
+                    if progress is not None:
+                        audio_s, elapsed_s = frames / codec.frame_rate, time.perf_counter() - begun
+                        progress(Progress(piece, len(request.pieces), frames, audio_s, elapsed_s))
+                    drawn.append(column)
+                # Later prompts have the columns as drawn; the codec and the caller get codes that the codec has.
+                if row.stop_reason is not None:
+                    request.conversation.assistant(row.drawn)
+                codes = spoken_codes(drawn, lm, codec)
+            decoding = time.perf_counter()
+            with memory_errors():
+                pcm = stream.push(codes, last=row.stop_reason is not None) if drawn else stream.flush()
+                if models.gain != 1:
+                    pcm = pcm * np.float32(models.gain)
+                    clipped += int((np.abs(pcm) > 1).sum())
+                    pcm = np.clip(pcm, -1, 1)
+            now = time.perf_counter()
+            first = len(pcm) > 0 and not heard
+            timings = Timings(load_s, decoding - started, now - decoding, now - accepted if first else None)
+            heard, load_s = heard or first, 0.0
+            yield AudioChunk(pcm, codec.sample_rate, codes, piece, text, row.stop_reason, request.seed, timings)
+            started = time.perf_counter()
     if clipped:
         request.warnings.append(f"{clipped:,} samples are clipped: use a smaller volume than {request.volume:g}")
 
 
-def _draw(
-    request: Request,
-    models: Models,
-    sizes: Iterator[int],
-    progress: Callable[[Progress], None] | None,
-    stop: threading.Event,
-) -> Iterator[_Drawn]:
-    """Yield the frames of all pieces, in chunks of `sizes` frames; the last of each piece is shorter, maybe empty."""
-    model = models.language_model
-    rate, lm, noise = models.codec.frame_rate, model.language_model, SeededNoise(request.seed)
-    total, begun = itertools.count(1), time.perf_counter()
-    started = begun  # reading the voices counts as drawing of the first chunk
-    with memory_errors():
-        context = models.contexts.context(model.slow, request.conversation.head)
-
-    def reported(piece: int, generation: Generation) -> Iterator[Ints]:
-        for frame in generation:
-            if stop.is_set():
-                raise Stopped
-            if progress is not None:
-                frames = next(total)
-                progress(Progress(piece, len(request.pieces), frames, frames / rate, time.perf_counter() - begun))
-            yield frame
-
-    for piece, text in enumerate(request.pieces):
-        with memory_errors():
-            generation = generate_frames(
-                model,
-                request.conversation.user(text),
-                request.sampling,
-                noise,
-                max_frames=request.max_frames,
-                upstream_compat=request.upstream_compat,
-                context=context,
-            )
-        frames = reported(piece, generation)
-        while generation.stop_reason is None:
-            with memory_errors():
-                chunk = list(itertools.islice(frames, next(sizes)))
-                codes = np.stack(chunk, axis=1) if chunk else np.zeros((lm.num_codebooks, 0), np.int64)
-                if (reason := generation.stop_reason) is not None:
-                    # Later prompts have the columns as drawn; the codec and the caller get codes that the codec has.
-                    request.conversation.assistant(generation.drawn)
-            yield _Drawn(piece, codes, reason, time.perf_counter() - started)
-            started = time.perf_counter()
+def spoken_codes(columns: Sequence[Ints], lm: LanguageModel, codec: Codec) -> Ints:
+    """Return the codes int64 [C, frames] of columns int64 [1 + C], as the codec has them. Raises FishrtError for padding."""
+    codes = np.stack(columns, axis=1)[1:] - lm.code_offset if columns else np.zeros((lm.num_codebooks, 0), np.int64)
+    if (codes < 0).any():
+        raise FishrtError("the model drew padding instead of a code, which has no sound", hint="try another seed")
+    return clamp_codes(codes, codec)

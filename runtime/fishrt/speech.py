@@ -9,7 +9,7 @@ from pathlib import Path
 from .arrays import Ints, Pcm
 from .audio.encode import encode_audio, write_audio
 from .errors import FishrtError
-from .language_model.generate import StopReason
+from .language_model.batch import StopReason
 from .language_model.sampling import Sampling
 from .text.split import excerpt
 

@@ -35,9 +35,8 @@ from .bundle.graphs import BundleGraphs
 from .bundle.memory import check_memory, estimate, memory_errors
 from .codec import CodecDecoder, CodecEncoder
 from .errors import ArgumentError, FishrtError, UnfinishedError
-from .language_model.context import ContextStore
-from .language_model.generate import DualAR
-from .language_model.prepared import prepared_path, read_prepared, write_prepared
+from .language_model.batch import DualAR
+from .language_model.context import ContextStore, SlowContext, prepared_path, read_prepared, write_prepared
 from .language_model.prompt import PromptBuilder
 from .language_model.sampling import Sampling
 from .metrics import rtf
@@ -314,26 +313,30 @@ class TTS:
 
     def is_prepared(self, folder: Path) -> bool:
         """Return whether `prepare` wrote into the folder of a voice, for this bundle."""
-        return prepared_path(folder, self.bundle.manifest.specs["slow_ar"].identity).is_file()
+        return self._prepared_path(folder).is_file()
 
     def prepare(self, voice: VoiceLike, folder: Path | None = None) -> None:
         """Prefill the slow AR with a voice, so that requests with this voice alone and no system text start at their text.
 
         The first request with a voice does the same, and the last few voices stay cached. folder: read the keys and values of the
-        voice from its file there, or write the file if there is none; see `language_model/prepared.py`.
+        voice from its file there, or write the file if there is none; see `language_model/context.py`.
         Raises VoiceError for a voice that is unknown or not this bundle's; OutputError if the file cannot be written.
         """
         head = self._prompts.start(self._voices(voice, ""), None, upstream_compat=False).head
-        graph = self.bundle.manifest.specs["slow_ar"].identity
+        path = None if folder is None else self._prepared_path(folder)
         with memory_errors():
             slow = self.engines["slow_ar"]
-            saved = None if folder is None else read_prepared(folder, graph, head, slow.spec)
+            saved = None if path is None else read_prepared(path, slow, head)
             if saved is not None:
-                self._contexts.add(head, saved)
+                self._contexts.add(slow, head, saved)
                 return
-            saved = self._contexts.context(slow, head).save()
-        if folder is not None:
-            write_prepared(folder, graph, head, saved)
+            context = SlowContext(slow, len(head) - 1)
+            self._contexts.load(context, head)
+            if path is not None:
+                write_prepared(path, slow, head, context.save())
+
+    def _prepared_path(self, folder: Path) -> Path:
+        return prepared_path(folder, self.bundle.manifest.specs["slow_ar"].identity)
 
     @cached_property
     def _prompts(self) -> PromptBuilder:

@@ -16,7 +16,7 @@ import torch
 
 import table as tables
 from fishrt.bench.setup import bench_prompt, bytes_read, open_timed
-from fishrt.language_model.generate import DualAR, generate_frames
+from fishrt.language_model.batch import DualAR
 from fishrt.language_model.sampling import Sampling, SeededNoise
 from fishrt.text.tokenizer import Tokenizer
 from fishrt_export.sources.codec import open_codec
@@ -25,6 +25,7 @@ from full_size import FAMILIES, write_checkpoint
 from full_size.tokenizer import write_s2, write_special_tokens
 from full_size.weights import LanguageModelWeights, language_model_shapes
 from harness import compare
+from helpers_lm import frames_of
 from record import RESULTS, environment, write_record
 
 
@@ -121,7 +122,7 @@ def test_the_peer_says_the_same(tiny_checkpoint, tiny_bundle):
     spoken = []
     for engines in (ours, peer):
         model = DualAR(engines["slow_ar"], engines["fast_ar"], lm)
-        spoken.append(list(generate_frames(model, prompt, sampling, SeededNoise(0), max_frames=6)))
+        spoken.append(frames_of(model, prompt, sampling, SeededNoise(0), 6))
     assert np.array_equal(spoken[0], spoken[1])
     codes = np.zeros((len(manifest.codec.codebook_sizes), 4), np.int64)
     assert np.allclose(open_torch_decoder(tiny_checkpoint, torch.float32)(codes), tts.decode(codes), atol=1e-4)

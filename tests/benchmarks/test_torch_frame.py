@@ -15,10 +15,11 @@ pytest.importorskip("torch", reason="needs the export extra")
 import torch
 
 from fishrt.bundle.features import RepetitionAware, RepetitionPenalty, SamplingDefaults
-from fishrt.language_model.drawing import Drawer, FrameDrawer, History, Rules, StepDrawer
-from fishrt.language_model.generate import DualAR, generate_frames
+from fishrt.language_model.batch import DualAR
+from fishrt.language_model.drawing import Drawer, FrameDrawer, StepDrawer
 from fishrt.language_model.sampling import Sampling, SeededNoise
 from fishrt_export.sources.cases import random_prompt
+from helpers_lm import draws_of, frames_of
 from torch_peer import load_torch, open_torch, open_torch_frames
 
 AWARE = RepetitionAware(window=3, temperature=1.8, top_p=0.99)
@@ -54,11 +55,11 @@ def test_torch_draws_whole_frames_as_the_loop_does(golden_model, rules):
         resolved = sampling.resolve(lm.sampling)
         both = []
         for kind, engine in ((StepDrawer, steps), (FrameDrawer, frame)):
-            drawer: Drawer = kind(engine, lm, Rules(resolved, lm.code_offset, None), SeededNoise(seed))
-            history, columns = History(lm, resolved), []
+            drawer: Drawer = kind(engine, lm, 1)
+            row, columns = draws_of(lm, resolved, seed), []
             for results in islice(outputs_of_a_slow_ar(model.slow_spec, seed), 10):
-                columns.append(drawer.draw(results, history).copy())
-                history.add(columns[-1])
+                columns.append(drawer.draw(results, [row])[0].copy())
+                row.add(columns[-1])
             both.append(np.stack(columns))
         assert np.array_equal(*both)
 
@@ -74,7 +75,6 @@ def test_compiled_torch_says_the_same(s2_model):
         engines = open_torch_frames(model, lm, options)
         pair = DualAR(engines["slow_ar"], engines["fast_ar"], lm)
         for _ in range(2 if options else 1):  # the second generation finds the first one's caches, cleared
-            frames = generate_frames(pair, prompt, sampling, SeededNoise(0), max_frames=6)
-            spoken.append(np.stack(list(frames)))
+            spoken.append(np.stack(frames_of(pair, prompt, sampling, SeededNoise(0), 6)))
     assert np.array_equal(spoken[0], spoken[1])
     assert np.array_equal(spoken[0], spoken[2])

@@ -15,8 +15,9 @@ import pytest
 from onnx import TensorProto
 
 from fake_cuda import FakeCuda
+from fishrt.language_model.batch import Batch, DualAR
 from fishrt.language_model.frame import frame_model, frame_spec
-from fishrt.language_model.generate import DualAR, generate_frames
+from fishrt.language_model.generate import generate
 from fishrt.language_model.sampling import Sampling, SeededNoise
 from fishrt_engines import Engine, GraphSpec, open_engine
 from fishrt_engines.engine import ColumnInputs
@@ -26,6 +27,7 @@ from fishrt_engines.ort.engine import OrtEngine
 from fishrt_engines.ort.tensors import DeviceTensor
 from fishrt_engines.rewrite.attention import specialise
 from fishrt_engines.rewrite.precision import compute_in
+from helpers_lm import frames_of, row_of, spoken
 from tiny import GoldenModel, chunk_feeds, prefill_feeds
 from tolerances import TOLERANCES
 
@@ -223,10 +225,7 @@ def test_a_frame_in_float16_is_drawn(cuda: FakeCuda, exported: Exported) -> None
     spec, build = frame_of(exported)
     frame = open_engine(exported.file("fast_ar"), spec, provider="cuda", specialise=True, build=build)
     (prompt,) = prompts(exported, 9)
-    frames = list(
-        generate_frames(DualAR(on_device(exported), frame, lm), prompt, Sampling(1.0, 0.9), SeededNoise(28), max_frames=5)
-    )
-    assert frames
+    assert frames_of(DualAR(on_device(exported), frame, lm), prompt, Sampling(1.0, 0.9), SeededNoise(28), 5)
     casts = [node for node in onnx.ModelProto.FromString(cuda.graphs[0].model).graph.node if node.op_type == "Cast"]
     assert TensorProto.FLOAT16 in {node.attribute[0].i for node in casts}
 
@@ -258,7 +257,8 @@ def test_a_frame_brings_to_the_device_what_is_new(cuda: FakeCuda, exported: Expo
     spec, build = frame_of(exported)
     frame = open_engine(exported.file("fast_ar"), spec, provider="cuda", specialise=True, build=build)
     (prompt,) = prompts(exported, 9)
-    frames = generate_frames(DualAR(on_device(exported), frame, lm), prompt, Sampling(1.0, 0.9), SeededNoise(28), max_frames=8)
+    model = DualAR(on_device(exported), frame, lm)
+    frames = generate(Batch(model), row_of(model, prompt, Sampling(1.0, 0.9), SeededNoise(28), 8))
     copied: list[object] = []
     put = DeviceTensor.put
     monkeypatch.setattr(DeviceTensor, "put", lambda tensor, value: (copied.append(value), put(tensor, value)))
@@ -282,8 +282,8 @@ def test_a_frame_is_two_captured_calls(cuda: FakeCuda, exported: Exported) -> No
     (prompt,) = prompts(exported, 9)
     made = []
     for model in (DualAR(on_cpu(exported), on_cpu(exported, "fast_ar"), lm), DualAR(slow, frame, lm)):
-        frames = generate_frames(model, prompt, Sampling(1.0, 0.9), SeededNoise(28), max_frames=20)
-        made.append((np.stack(list(frames), axis=1), frames.drawn.shape[1]))
+        row = row_of(model, prompt, Sampling(1.0, 0.9), SeededNoise(28), 20)
+        made.append((np.stack(spoken(model, row), axis=1), row.drawn.shape[1]))
     assert np.array_equal(made[0][0], made[1][0])
     (_, drawn) = made[1]
     assert drawn > 5, "nothing is shown by less"

@@ -17,11 +17,12 @@ import fake_tensorrt as fake
 from fake_cuda_runtime import FakeCudaRuntime
 from fishrt.bundle.plans import PlanOptions, plan_requests, within_plans
 from fishrt.codec import CodecDecoder, CodecEncoder
-from fishrt.language_model.generate import DualAR, generate_frames
+from fishrt.language_model.batch import DualAR
 from fishrt.language_model.sampling import Sampling, SeededNoise
 from fishrt_engines import open_engine
 from fishrt_engines.rewrite.tensorrt_build import build_plan
 from fishrt_engines.trt.device import open_device
+from helpers_lm import frames_of
 from helpers_trt import request_for, write_small
 
 TOLERANCES = {"fp32": 2e-3, "fp16": 1e-2, "bf16": 8e-2}
@@ -136,7 +137,7 @@ def test_a_bundle(cache: Path, tiny_bundle: Any, precision: str, primitive: bool
     if precision == "fp32":
         speakers = [DualAR(engine["slow_ar"], engine["fast_ar"], lm) for engine in (ours, cpu)]
         sampling = Sampling().resolve(lm.sampling)
-        spoken = [list(generate_frames(model, columns, sampling, SeededNoise(5), max_frames=8)) for model in speakers]
+        spoken = [frames_of(model, columns, sampling, SeededNoise(5), 8) for model in speakers]
         np.testing.assert_array_equal(spoken[0][:4], spoken[1][:4])  # TF32 may change a later draw
     codes = rng.integers(0, min(codec.codebook_sizes), (len(codec.codebook_sizes), 37))
     sound = [CodecDecoder(engine["codec_decode"], codec).decode(codes) for engine in (ours, cpu)]

@@ -104,8 +104,10 @@ def test_states_are_used_whole(gpu, small):
     for refused in (lambda: two.row(0), lambda: two.row(1), lambda: two.rows(1)):
         with pytest.raises(ValueError, match="cannot be parted into rows"):
             refused()
-    with pytest.raises(ValueError, match="nothing can be copied"):
-        two.copy_rows(one, 0, 4)
+    ours.run(feeds([[3, 4, 5]], 0), one)
+    kept = ours.new_state(batch=1, cache=2)
+    kept.copy_rows(one, 0, 2)
+    assert ours.run(feeds([[6]], 1), kept)["total"].ravel()[0] == 3 + 6
 
 
 def test_states_do_not_disturb_each_other(gpu, small):

@@ -12,12 +12,13 @@ import pytest
 import torch
 
 from conftest import CHOSEN, find_golden
-from fishrt.language_model.generate import Columns, DualAR, generate_frames
+from fishrt.language_model.batch import DualAR
 from fishrt.language_model.sampling import Sampling, audio_ids, main_ids
 from fishrt_engines import Engine
 from fishrt_export.checkpoint.lora import Lora
 from fishrt_export.graph.verify import run_module
 from fishrt_export.sources.language_model import LanguageModelSource, open_language_model
+from helpers_lm import row_of, spoken
 from tiny import GoldenModel, assert_same_table, caches, chunk_feeds, prefill_feeds
 from tolerances import TOLERANCES
 
@@ -253,8 +254,9 @@ def same_candidates(golden_model: GoldenModel, head: str, case: dict[str, Any], 
 
 def columns_of(model: DualAR, prompt: np.ndarray, case: dict[str, Any], noise: Any) -> np.ndarray:
     limit = case["max_new_tokens"]
-    columns = Columns(model, prompt, Sampling(**case["sampling"]), noise, max_columns=limit, upstream_compat=True)
-    return np.stack(list(columns), axis=1)
+    row = row_of(model, prompt, Sampling(**case["sampling"]), noise, limit, upstream=True)
+    spoken(model, row)
+    return row.drawn
 
 
 def assert_enough(compared: int, total: int, head: str, least: int) -> None:
@@ -295,9 +297,9 @@ def test_long_generation(golden_model: GoldenModel, vectors: Vectors, head: str)
             if not same_candidates(golden_model, head, case, raw):
                 continue
             sampling, limit = Sampling(**case["sampling"]), case["max_new_tokens"]
-            frames = generate_frames(model, prompt, sampling, NoNoise(), max_frames=limit, upstream_compat=True)
-            assert np.array_equal(np.stack(list(frames), axis=1), vectors.arrays[f"{key}/codes"]), key
-            assert np.array_equal(frames.drawn, raw), key
+            row = row_of(model, prompt, sampling, NoNoise(), limit, upstream=True)
+            assert np.array_equal(np.stack(spoken(model, row), axis=1), vectors.arrays[f"{key}/codes"]), key
+            assert np.array_equal(row.drawn, raw), key
             compared += 1
     assert total == sum(key.startswith("longgen/") and key.endswith("/raw") for key in vectors.arrays)
     assert_enough(compared, total, head, total // 2)
@@ -310,10 +312,10 @@ def test_codes_of_a_run(golden_model: GoldenModel, vectors: Vectors) -> None:
         if f"gen/{name}/codes" not in vectors.arrays:
             continue
         noise, sampling, limit = noise_of(model, vectors, name), Sampling(**case["sampling"]), case["max_new_tokens"]
-        frames = generate_frames(model, prompt_of(vectors, name), sampling, noise, max_frames=limit, upstream_compat=True)
-        assert np.array_equal(np.stack(list(frames), axis=1), vectors.arrays[f"gen/{name}/codes"]), name
-        assert (frames.stop_reason == "end") == case["stopped_by_im_end"], name
-        reasons.append(frames.stop_reason)
+        row = row_of(model, prompt_of(vectors, name), sampling, noise, limit, upstream=True)
+        assert np.array_equal(np.stack(spoken(model, row), axis=1), vectors.arrays[f"gen/{name}/codes"]), name
+        assert (row.stop_reason == "end") == case["stopped_by_im_end"], name
+        reasons.append(row.stop_reason)
     assert CHOSEN or "end" in reasons
 
 

@@ -230,10 +230,10 @@ def counting_engine(*, positions: bool) -> FakeEngine:
     )
 
     def decode(feeds: Mapping[str, np.ndarray], state: FakeState) -> dict[str, np.ndarray]:
-        start, frames = state.memory.get("frames", 0), feeds["codes"].shape[2]
+        start, frames = state.memory[0].get("frames", 0), feeds["codes"].shape[2]
         if positions:
             assert feeds["position_ids"].tolist() == [list(range(start, start + frames))]
-        state.memory["frames"] = start + frames
+        state.memory[0]["frames"] = start + frames
         sums = state.arrays["columns.0"][0, 0, 0] + np.cumsum(feeds["codes"][0, 0])
         state.arrays["columns.0"][...] = sums[-1]
         return {"audio": np.repeat(sums, CODEC.hop).astype(np.float32)[None, None]}

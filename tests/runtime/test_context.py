@@ -26,6 +26,7 @@ def engine() -> FakeEngine:
     spec = specs(LM, manifest().codec)["slow_ar"]
 
     def run(feeds: Mapping[str, Array], state: FakeState) -> dict[str, Array]:
+        assert len(feeds["prompt"]) == 1
         start, length = int(feeds["write_index"][0]), feeds["prompt"].shape[2]
         assert feeds["position_ids"].tolist() == [list(range(start, start + length))]
         kept: Any = state.arrays["key_cache.0"]
@@ -43,6 +44,12 @@ def columns(*main: int) -> np.ndarray:
     return made
 
 
+def context_of(store: ContextStore, engine: Engine, head: np.ndarray) -> SlowContext:
+    made = SlowContext(engine, len(head) - 1)
+    store.load(made, head)
+    return made
+
+
 def fresh(engine: Engine, prompt: np.ndarray) -> np.ndarray:
     made = SlowContext(engine, LM.num_codebooks)
     return np.array(made.read(made.rewind(prompt))["hidden"])
@@ -55,7 +62,7 @@ def test_only_what_differs_is_read(engine: FakeEngine) -> None:
         rest = made.rewind(columns(*prompt))
         assert rest.shape[1] == len(prompt) - start
         np.testing.assert_array_equal(made.read(rest)["hidden"], fresh(engine, columns(*prompt)))
-        np.testing.assert_array_equal(made.columns, columns(*prompt))
+        np.testing.assert_array_equal(made.columns(), columns(*prompt))
 
 
 def test_codes_count_as_much_as_main_tokens(engine: FakeEngine) -> None:
@@ -71,7 +78,7 @@ def test_a_head_is_read_once_and_gives_the_same(engine: FakeEngine) -> None:
     prompt = np.concatenate([head, columns(2, 8)], axis=1)
     given = []
     for _ in range(2):
-        made = store.context(engine, head)
+        made = context_of(store, engine, head)
         given.append(made.read(made.rewind(prompt))["hidden"])
     assert [call["prompt"].shape[2] for call in engine.calls] == [4, 2, 2]
     np.testing.assert_array_equal(given[0], given[1])
@@ -81,7 +88,7 @@ def test_a_head_is_read_once_and_gives_the_same(engine: FakeEngine) -> None:
 def test_devices_read_a_known_head_again(engine: FakeEngine) -> None:
     engine.provider = "cuda"
     store, head = ContextStore(), columns(2, 7, 1, 8)
-    assert [store.context(engine, head).columns.shape[1] for _ in range(2)] == [4, 4]
+    assert [context_of(store, engine, head).columns().shape[1] for _ in range(2)] == [4, 4]
     assert [call["prompt"].shape[2] for call in engine.calls] == [4, 4]
 
 
@@ -97,15 +104,15 @@ def test_caches_of_a_device_have_few_sizes(engine: FakeEngine) -> None:
 
 def test_what_one_request_adds_is_not_in_the_next(engine: FakeEngine) -> None:
     store, head = ContextStore(), columns(2, 7)
-    first = store.context(engine, head)
+    first = context_of(store, engine, head)
     first.read(columns(5, 5, 5))
-    second = store.context(engine, head)
-    np.testing.assert_array_equal(second.columns, head)
+    second = context_of(store, engine, head)
+    np.testing.assert_array_equal(second.columns(), head)
     np.testing.assert_array_equal(second.read(columns(1))["hidden"], fresh(engine, columns(2, 7, 1)))
 
 
 def test_an_empty_head_reads_nothing(engine: FakeEngine) -> None:
-    assert ContextStore().context(engine, columns()).columns.shape == (ROWS, 0)
+    assert context_of(ContextStore(), engine, columns()).columns().shape == (ROWS, 0)
     assert not engine.calls
 
 
@@ -115,14 +122,15 @@ def test_the_least_recently_used_goes_first(engine: FakeEngine, monkeypatch: pyt
     monkeypatch.setattr(context, "KEPT_BYTES", 2 * size)
     store = ContextStore()
     for n in (0, 1, 0, 2, 0, 1):
-        store.context(engine, heads[n])
+        context_of(store, engine, heads[n])
     read = [call["prompt"][0, 0].tolist() for call in engine.calls]
     assert read == [[1, 2], [3, 4], [5, 6], [3, 4]]
 
 
 def test_keys_and_values_of_another_graph_are_refused(engine: FakeEngine) -> None:
-    with pytest.raises(ValueError, match="not those of this graph"):
-        SlowContext(engine, LM.num_codebooks).restore(columns(1), {"something": np.zeros(1, np.float32)})
+    other = FakeState(specs(LM, manifest().codec)["fast_ar"], {"batch": 1})
+    with pytest.raises(ValueError, match="another graph"):
+        SlowContext(engine, LM.num_codebooks).restore(columns(1), other)
 
 
 def test_real_keys_and_values_are_restored(s2_model: GoldenModel) -> None:
@@ -132,7 +140,7 @@ def test_real_keys_and_values_are_restored(s2_model: GoldenModel) -> None:
     head, rest = (np.zeros((1 + codebooks, length), np.int64) for length in (9, 4))
     head[0], rest[0] = rng.integers(0, 20, 9), rng.integers(0, 20, 4)
     store = ContextStore()
-    cold, warm = (np.array(store.context(engine, head).read(rest)["logits"]) for _ in range(2))
+    cold, warm = (np.array(context_of(store, engine, head).read(rest)["logits"]) for _ in range(2))
     np.testing.assert_array_equal(cold, warm)
     whole = SlowContext(engine, codebooks).read(np.concatenate([head, rest], axis=1))["logits"]
     assert np.abs(whole - cold).max() <= TOLERANCES["lm"]

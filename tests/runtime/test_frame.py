@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fishrt.bundle.features import LanguageModel, RepetitionAware, RepetitionPenalty, SamplingDefaults
+from fishrt.bundle.features import USUAL, LanguageModel, RepetitionAware, RepetitionPenalty, SamplingDefaults
 from fishrt.errors import GraphError, SamplingError
 from fishrt.language_model import drawing, frame
-from fishrt.language_model.drawing import Drawer, FrameDrawer, History, Rules, StepDrawer
+from fishrt.language_model.drawing import Drawer, Draws, FrameDrawer, StepDrawer
 from fishrt.language_model.sampling import Sampling, SeededNoise, main_ids
+from helpers_lm import draws_of
 from tiny import GoldenModel
 
 COLUMNS = 12
@@ -69,11 +70,11 @@ def drawn_by_both(golden_model: GoldenModel, lm: LanguageModel) -> Iterator[tupl
     for seed, sampling in enumerate(SETTINGS):
         both = []
         for kind, engine in zip((StepDrawer, FrameDrawer), engines, strict=True):
-            drawer: Drawer = kind(engine, lm, Rules(sampling, lm.code_offset, None), SeededNoise(seed))
-            history, columns = History(lm, sampling), []
+            drawer: Drawer = kind(engine, lm, 1)
+            row, columns = draws_of(lm, sampling, seed), []
             for results in islice(slow_results(golden_model, lm.head, seed), COLUMNS):
-                columns.append(drawer.draw(results, history).copy())
-                history.add(columns[-1])
+                columns.append(drawer.draw(results, [row])[0].copy())
+                row.add(columns[-1])
             both.append(np.stack(columns))
         yield both[0], both[1]
 
@@ -107,8 +108,8 @@ def test_the_noise_of_codes_that_nobody_hears_is_drawn_all_the_same(s2_model: Go
     left = []
     for kind, graph in ((StepDrawer, s2_model.engine("fast_ar")), (FrameDrawer, s2_model.frame("audio", lm))):
         noise = SeededNoise(5)
-        drawer = kind(graph, lm, Rules(SETTINGS[0], 0, lm.end_id), noise)  # type: ignore[operator]
-        assert drawer.draw(results, History(lm, SETTINGS[0]))[0] == lm.end_id
+        drawer = kind(graph, lm, 1)  # type: ignore[operator]
+        assert drawer.draw(results, [Draws(lm, SETTINGS[0], noise, USUAL)])[0, 0] == lm.end_id
         left.append(noise.fast(8))
     assert np.array_equal(*left)
 
@@ -121,9 +122,9 @@ def test_logits_that_are_not_numbers_are_an_error(s2_model: GoldenModel, bad: li
         results["logits"][:] = -np.inf
     else:
         results["logits"][0, 3 : 3 + len(bad)] = bad
-    drawer = FrameDrawer(s2_model.frame("audio", lm), lm, Rules(SETTINGS[0], 0, None), SeededNoise(0))
+    drawer = FrameDrawer(s2_model.frame("audio", lm), lm, 1)
     with pytest.raises(GraphError, match="not numbers"):
-        drawer.draw(results, History(lm, SETTINGS[0]))
+        drawer.draw(results, [draws_of(lm, SETTINGS[0], 0)])
 
 
 def test_more_candidates_than_are_ranked_are_an_error(s2_model: GoldenModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,8 +135,7 @@ def test_more_candidates_than_are_ranked_are_an_error(s2_model: GoldenModel, mon
     results["logits"][:] = 0
 
     def drawn(sampling: Sampling) -> np.ndarray:
-        drawer = FrameDrawer(engine, lm, Rules(sampling, 0, None), SeededNoise(0))
-        return drawer.draw(results, History(lm, sampling))
+        return FrameDrawer(engine, lm, 1).draw(results, [draws_of(lm, sampling, 0)])
 
     with pytest.raises(SamplingError, match="more than 8 tokens") as caught:
         drawn(Sampling(1.0, 0.99, None))
@@ -145,8 +145,8 @@ def test_more_candidates_than_are_ranked_are_an_error(s2_model: GoldenModel, mon
     assert drawn(Sampling(1.0, 0.99, 8)).min() >= 0
     # Few enough are within top_p: the result equals that of a full ranking.
     results["logits"][0, :5] = 50
-    step = StepDrawer(s2_model.engine("fast_ar"), lm, Rules(Sampling(1.0, 0.9, 8), 0, None), SeededNoise(0))
-    assert np.array_equal(step.draw(results, History(lm, SETTINGS[0])), drawn(Sampling(1.0, 0.9, 8)))
+    step = StepDrawer(s2_model.engine("fast_ar"), lm, 1)
+    assert np.array_equal(step.draw(results, [draws_of(lm, Sampling(1.0, 0.9, 8), 0)]), drawn(Sampling(1.0, 0.9, 8)))
 
 
 def test_rows_of_a_batch_are_drawn_alone(s2_model: GoldenModel) -> None:

@@ -12,9 +12,11 @@ from fakes import expected_codes, fake_dual_ar
 from fishrt.bundle.features import RepetitionAware, RepetitionPenalty
 from fishrt.errors import FishrtError, PromptError, SamplingError
 from fishrt.language_model import context
-from fishrt.language_model.generate import Columns, DualAR, generate_frames
+from fishrt.language_model.batch import DualAR
 from fishrt.language_model.sampling import Sampling, SeededNoise
-from helpers_text import language_model
+from fishrt.render import spoken_codes
+from helpers_lm import columns_of, frames_of, row_of, spoken
+from helpers_text import language_model, manifest
 
 LM = language_model()
 BEGIN, END = LM.semantic_begin_id, LM.end_id
@@ -34,9 +36,8 @@ def prompt(length: int = 6, lm: Any = LM) -> np.ndarray:
 
 def frames(model: DualAR, **options: Any) -> tuple[list[list[int]], str | None]:
     lm = model.language_model
-    generation = generate_frames(model, prompt(lm=lm), SAMPLING, SeededNoise(1), **options)
-    drawn = [frame.tolist() for frame in generation]
-    return drawn, generation.stop_reason
+    row = row_of(model, prompt(lm=lm), SAMPLING, SeededNoise(1), **options)
+    return [frame.tolist() for frame in spoken(model, row)], row.stop_reason
 
 
 @pytest.mark.parametrize("codebooks", [1, 2, 3, 10])
@@ -51,8 +52,7 @@ def test_frames_are_those_the_model_gives(codebooks: int, head: str) -> None:
 @pytest.mark.parametrize("codebooks", [1, 2, 3, 10])
 def test_the_fast_graph_runs_once_less_than_there_are_codebooks(codebooks: int) -> None:
     model = fake_dual_ar(language_model(num_codebooks=codebooks), SPOKEN[:1])
-    columns = Columns(model, prompt(lm=model.language_model), SAMPLING, SeededNoise(1), max_columns=1)
-    next(columns)
+    columns_of(model, prompt(lm=model.language_model), SAMPLING, SeededNoise(1), 1)
     lengths = [call["codes"].shape[1] for call in model.fast.calls]  # type: ignore[attr-defined]
     assert lengths == [2, *[1] * (codebooks - 2)][: codebooks - 1]
 
@@ -66,7 +66,7 @@ def test_code_0_stays_within_the_table() -> None:
 @pytest.mark.parametrize("lm", [LM, language_model(code_zero="fast", code_offset=1)], ids=["codes", "codes + 1"])
 def test_columns_are_fed_back_as_drawn(lm: Any) -> None:
     model = fake_dual_ar(lm, SPOKEN)
-    columns = list(Columns(model, prompt(), SAMPLING, SeededNoise(1)))
+    columns = columns_of(model, prompt(), SAMPLING, SeededNoise(1))
     assert [(column[1:] - lm.code_offset).tolist() for column in columns[:-1]] == [expected_codes(lm, main) for main in SPOKEN]
     fed = [call["prompt"][0] for call in model.slow.calls]  # type: ignore[attr-defined]
     np.testing.assert_array_equal(fed[0], prompt())
@@ -82,7 +82,7 @@ def test_the_cache_grows_with_what_is_said_up_to_prompt_and_limit(monkeypatch: p
     model = fake_dual_ar(LM, SPOKEN)
     sizes = []
     for limit in (1, len(SPOKEN), 100_000):
-        frames(model, max_frames=limit)
+        frames(model, limit=limit)
         state = model.slow.states[-1]  # type: ignore[attr-defined]
         sizes.append(state.dims["cache"])
         assert state.read("key_cache.0").shape[2] == sizes[-1]
@@ -95,33 +95,33 @@ def test_an_end_in_the_first_column_says_nothing() -> None:
 
 
 def test_the_limit_counts_frames() -> None:
-    drawn, reason = frames(fake_dual_ar(LM, SPOKEN), max_frames=3)
+    drawn, reason = frames(fake_dual_ar(LM, SPOKEN), limit=3)
     assert (len(drawn), reason) == (3, "max_frames")
-    drawn, reason = frames(fake_dual_ar(LM, SPOKEN), max_frames=len(SPOKEN))
+    drawn, reason = frames(fake_dual_ar(LM, SPOKEN), limit=len(SPOKEN))
     assert (len(drawn), reason) == (5, "max_frames")
-    drawn, reason = frames(fake_dual_ar(LM, SPOKEN), max_frames=1 + len(SPOKEN))
+    drawn, reason = frames(fake_dual_ar(LM, SPOKEN), limit=1 + len(SPOKEN))
     assert (len(drawn), reason) == (5, "end")
 
 
 @pytest.mark.parametrize("limit", [None, 5])
 def test_the_end_of_the_context_is_told_from_the_limit(limit: int | None) -> None:
-    drawn, reason = frames(fake_dual_ar(language_model(max_seq_len=10), SPOKEN), max_frames=limit)
+    drawn, reason = frames(fake_dual_ar(language_model(max_seq_len=10), SPOKEN), limit=limit)
     assert (len(drawn), reason) == (4, "max_seq_len")
 
 
 def test_a_limit_that_fills_the_context_is_a_limit() -> None:
-    assert frames(fake_dual_ar(language_model(max_seq_len=10), SPOKEN), max_frames=4)[1] == "max_frames"
+    assert frames(fake_dual_ar(language_model(max_seq_len=10), SPOKEN), limit=4)[1] == "max_frames"
 
 
 def test_upstream_drops_the_last_column_whatever_it_is() -> None:
-    ended, reason = frames(fake_dual_ar(LM, SPOKEN), upstream_compat=True)
+    ended, reason = frames(fake_dual_ar(LM, SPOKEN), upstream=True)
     assert (len(ended), reason) == (len(SPOKEN), "end")
-    cut, reason = frames(fake_dual_ar(LM, SPOKEN), upstream_compat=True, max_frames=3)
+    cut, reason = frames(fake_dual_ar(LM, SPOKEN), upstream=True, limit=3)
     assert (len(cut), reason) == (2, "max_frames")
 
 
 def test_upstream_does_not_test_the_first_column_for_the_end() -> None:
-    drawn, reason = frames(fake_dual_ar(LM, [END, *SPOKEN]), upstream_compat=True)
+    drawn, reason = frames(fake_dual_ar(LM, [END, *SPOKEN]), upstream=True)
     assert drawn == [expected_codes(LM, main) for main in [END, *SPOKEN]]
     assert reason == "end"
     assert frames(fake_dual_ar(LM, [END, *SPOKEN])) == ([], "end")
@@ -130,7 +130,7 @@ def test_upstream_does_not_test_the_first_column_for_the_end() -> None:
 def test_the_same_seed_gives_the_same_frames() -> None:
     def run(seed: int) -> list[list[int]]:
         model = fake_dual_ar(with_rules())
-        return [f.tolist() for f in generate_frames(model, prompt(), Sampling(1, 1, None), SeededNoise(seed), max_frames=8)]
+        return [f.tolist() for f in frames_of(model, prompt(), Sampling(1, 1, None), SeededNoise(seed), limit=8)]
 
     assert run(1) == run(1)
     assert run(1) != run(2)
@@ -139,7 +139,7 @@ def test_the_same_seed_gives_the_same_frames() -> None:
 def test_both_heads_give_the_same_frames_from_a_seed() -> None:
     def run(head: str) -> list[list[int]]:
         model = fake_dual_ar(with_rules(head=head))
-        return [f.tolist() for f in generate_frames(model, prompt(), Sampling(1, 1, None), SeededNoise(3), max_frames=8)]
+        return [f.tolist() for f in frames_of(model, prompt(), Sampling(1, 1, None), SeededNoise(3), limit=8)]
 
     assert run("audio") == run("full")
 
@@ -147,7 +147,7 @@ def test_both_heads_give_the_same_frames_from_a_seed() -> None:
 def test_more_frames_leave_earlier_ones_alone() -> None:
     def run(n: int) -> list[list[int]]:
         model = fake_dual_ar(with_rules())
-        return [f.tolist() for f in generate_frames(model, prompt(), Sampling(1, 1, None), SeededNoise(3), max_frames=n)]
+        return [f.tolist() for f in frames_of(model, prompt(), Sampling(1, 1, None), SeededNoise(3), limit=n)]
 
     assert run(9)[:4] == run(4)
 
@@ -177,7 +177,7 @@ def main_tokens(lm: Any, favoured: list[int]) -> tuple[list[int], RecordedNoise]
     """Semantic codes drawn from equally likely ones. In the head the end token comes first, so code n is entry n + 1."""
     assert lm.end_id < lm.semantic_begin_id
     noise = RecordedNoise([n + 1 for n in favoured])
-    columns = Columns(fake_dual_ar(lm), prompt(lm=lm), Sampling(1, 1, None), noise, max_columns=len(favoured) // 2)
+    columns = columns_of(fake_dual_ar(lm), prompt(lm=lm), Sampling(1, 1, None), noise, limit=len(favoured) // 2)
     return [int(column[0]) - lm.semantic_begin_id for column in columns], noise
 
 
@@ -196,7 +196,7 @@ def test_draws_are_asked_for_in_order_whether_they_are_needed_or_not() -> None:
 
 def test_a_model_without_the_rule_draws_once() -> None:
     noise = RecordedNoise([1, 2])
-    list(Columns(fake_dual_ar(LM), prompt(), Sampling(1, 1, None), noise, max_columns=2))
+    columns_of(fake_dual_ar(LM), prompt(), Sampling(1, 1, None), noise, limit=2)
     assert noise.asked.count("slow") == 2
 
 
@@ -217,13 +217,13 @@ def test_a_model_without_the_rule_draws_once() -> None:
 def test_a_prompt_that_is_not_the_models_is_refused(bad: np.ndarray, says: str) -> None:
     model = fake_dual_ar(LM, SPOKEN)
     with pytest.raises(PromptError, match=says):
-        generate_frames(model, bad, SAMPLING, SeededNoise(1))
+        frames_of(model, bad, SAMPLING, SeededNoise(1))
     assert not model.slow.calls  # type: ignore[attr-defined]
 
 
 def test_a_limit_below_one_is_refused() -> None:
     with pytest.raises(SamplingError, match="0"):
-        frames(fake_dual_ar(LM, SPOKEN), max_frames=0)
+        frames(fake_dual_ar(LM, SPOKEN), limit=0)
 
 
 OWN_CODES = language_model(code_zero="fast", code_offset=1, semantic_end_id=BEGIN)
@@ -245,8 +245,8 @@ def test_padding_is_drawn_in_upstream_only_and_is_an_error() -> None:
 
     def run(compat: bool) -> list[list[int]]:
         noise = RecordedNoise([1, 1, 1])
-        options = {"max_frames": 3, "upstream_compat": compat}
-        return [f.tolist() for f in generate_frames(fake_dual_ar(OWN_CODES), prompt(), Sampling(1, 1, None), noise, **options)]
+        columns = columns_of(fake_dual_ar(OWN_CODES), prompt(), Sampling(1, 1, None), noise, limit=3, upstream=compat)
+        return spoken_codes(columns, OWN_CODES, manifest().codec).T.tolist()
 
     assert run(False) == [[0, 0, 0, 0]] * 3
     with pytest.raises(FishrtError, match="padding"):
@@ -257,7 +257,7 @@ def test_only_fast_candidates_are_drawn() -> None:
     noise = RecordedNoise([1])
     model = fake_dual_ar(language_model(fast_candidates=100), [BEGIN])
     model.fast._function = lambda feeds, state: {"logits": np.eye(1, 160, 100, dtype=np.float32) * 50}  # type: ignore[attr-defined]
-    (column,) = Columns(model, prompt(), Sampling(1, 1, None), noise, max_columns=1)
+    (column,) = columns_of(model, prompt(), Sampling(1, 1, None), noise, limit=1)
     assert column[2:].tolist() == [0, 0, 0]
     assert noise.widths == {("slow", 161), ("fast", 100)}
 
@@ -267,44 +267,42 @@ def test_any_token_may_be_the_main_one(zeroed: bool) -> None:
     lm = replace(OWN_CODES, head="full", main_tokens="any", zero_codes_off_audio=zeroed)
     noise = RecordedNoise([7, BEGIN])
     model = fake_dual_ar(lm)
-    off, on = Columns(model, prompt(), Sampling(1, 1, None), noise, max_columns=2)
+    off, on = columns_of(model, prompt(), Sampling(1, 1, None), noise, limit=2)
     assert off.tolist() == [7, 0, 0, 0, 0] if zeroed else [7, 1, 1, 1, 1]
     assert on.tolist() == [BEGIN, 1, 1, 1, 1]
     assert model.slow.calls[1]["prompt"][0, :, 0].tolist() == off.tolist()  # type: ignore[attr-defined]
     assert noise.widths == {("slow", lm.vocab_size), ("fast", 160)}
     assert noise.asked == ["slow", *["fast"] * 4] * 2
     if zeroed:  # a frame without codes must not reach the codec
-        generation = generate_frames(model, prompt(), Sampling(1, 1, None), RecordedNoise([7]))
         with pytest.raises(FishrtError, match="padding"):
-            next(generation)
+            spoken_codes([off], lm, manifest().codec)
 
 
 @pytest.mark.parametrize(("main", "code"), [(7, 0), (BEGIN - 1, 0), (BEGIN + 159, 159), (BEGIN + 160, 159)])
 def test_code_0_of_a_token_without_one_is_the_nearest(main: int, code: int) -> None:
     lm = language_model(head="full", main_tokens="any")
-    (column,) = Columns(fake_dual_ar(lm, [main]), prompt(), SAMPLING, SeededNoise(1), max_columns=1)
+    (column,) = columns_of(fake_dual_ar(lm, [main]), prompt(), SAMPLING, SeededNoise(1), limit=1)
     assert column[:2].tolist() == [main, code]
 
 
 def test_upstream_may_drop_the_first_column_and_keep_the_last() -> None:
     lm = replace(LM, upstream_trim="first")
-    drawn, reason = frames(fake_dual_ar(lm, SPOKEN), upstream_compat=True)
+    drawn, reason = frames(fake_dual_ar(lm, SPOKEN), upstream=True)
     assert drawn == [expected_codes(lm, main) for main in [*SPOKEN[1:], END]]
     assert reason == "end"
     assert frames(fake_dual_ar(lm, SPOKEN))[0] == [expected_codes(lm, main) for main in SPOKEN]
-    assert len(frames(fake_dual_ar(lm, SPOKEN), upstream_compat=True, max_frames=3)[0]) == 2
+    assert len(frames(fake_dual_ar(lm, SPOKEN), upstream=True, limit=3)[0]) == 2
 
 
 @pytest.mark.parametrize("compat", [False, True])
 @pytest.mark.parametrize("trim", ["first", "last"])
 def test_all_columns_can_be_had(trim: str, compat: bool) -> None:
     lm = replace(LM, upstream_trim=trim)
-    generation = generate_frames(fake_dual_ar(lm, SPOKEN), prompt(), SAMPLING, SeededNoise(1), upstream_compat=compat)
-    assert generation.drawn.shape == (5, 0)
-    for _ in generation:
-        pass
-    columns = list(Columns(fake_dual_ar(lm, SPOKEN), prompt(), SAMPLING, SeededNoise(1), upstream_compat=compat))
-    np.testing.assert_array_equal(generation.drawn, np.stack(columns, axis=1))
+    model = fake_dual_ar(lm, SPOKEN)
+    row = row_of(model, prompt(), SAMPLING, SeededNoise(1), upstream=compat)
+    assert row.drawn.shape == (5, 0)
+    spoken(model, row)
+    assert row.drawn[0].tolist() == [*SPOKEN, END]
 
 
 def penalised_run(main: str, penalty: float | None, head: str = "audio", **changes: Any) -> np.ndarray:
@@ -324,7 +322,7 @@ def penalised_run(main: str, penalty: float | None, head: str = "audio", **chang
     model.slow._function = lambda feeds, state: preferring(first, width)  # type: ignore[attr-defined]
     model.fast._function = lambda feeds, state: {"logits": preferring(12, 160)["logits"]}  # type: ignore[attr-defined]
     sampling = Sampling(repetition_penalty=penalty).resolve(lm.sampling)
-    return np.stack(list(Columns(model, prompt(lm=lm), sampling, SeededNoise(0), max_columns=8)), axis=1)
+    return np.stack(columns_of(model, prompt(lm=lm), sampling, SeededNoise(0), limit=8), axis=1)
 
 
 @pytest.mark.parametrize(("head", "main_tokens"), [("audio", "audio"), ("full", "audio"), ("full", "any")])

@@ -10,7 +10,7 @@ import pytest
 
 from fishrt import TTS
 from fishrt.errors import OutputError, VoiceError
-from fishrt.language_model.prepared import prepared_path
+from fishrt.language_model.context import prepared_path
 
 FRAMES = 6
 

@@ -19,13 +19,14 @@ from fishrt.bundle.folder import Bundle
 from fishrt.bundle.plans import PlanOptions, plan_requests, with_positions, within_plans
 from fishrt.codec import CodecDecoder, CodecEncoder, chunk_frames
 from fishrt.errors import FishrtError, PromptError, ProviderError
+from fishrt.language_model.batch import DualAR
 from fishrt.language_model.frame import frame_graph
-from fishrt.language_model.generate import DualAR, generate_frames
 from fishrt.language_model.sampling import Sampling, SeededNoise
 from fishrt.tts import TTS
 from fishrt_engines import Engine, open_engine
 from fishrt_engines.rewrite.tensorrt_build import PlanRequest, build_plan
 from helpers_cli import refused, run
+from helpers_lm import frames_of, row_of, spoken
 from helpers_trt import Simulated, simulated
 
 SM89 = (8, 9)
@@ -64,7 +65,7 @@ def test_the_same_codes_as_on_the_cpu(gpu, tiny_bundle):
     rng = np.random.default_rng(2)
     prompt = np.concatenate([rng.integers(0, lm.vocab_size, (1, 9)), rng.integers(0, 10, (lm.num_codebooks, 9))])
     sampling = Sampling().resolve(lm.sampling)
-    codes = [list(generate_frames(model, prompt, sampling, SeededNoise(5), max_frames=24)) for model in (on_gpu, on_cpu)]
+    codes = [frames_of(model, prompt, sampling, SeededNoise(5), 24) for model in (on_gpu, on_cpu)]
     assert len(codes[0]) > 3
     np.testing.assert_array_equal(*codes)
     assert gpu.cuda.launches > 2 * (len(codes[0]) - 4)  # the slow AR's step and the frame graph
@@ -168,10 +169,10 @@ def test_speech_ends_where_the_plan_does(gpu, tiny_bundle):
     )
     for seed in range(20):
         prompt = np.zeros((1 + lm.num_codebooks, 5), np.int64)
-        generation = generate_frames(model, prompt, Sampling().resolve(lm.sampling), SeededNoise(seed))
-        list(generation)
-        if generation.stop_reason == "max_seq_len":
-            assert generation.drawn.shape[1] == 11
+        row = row_of(model, prompt, Sampling().resolve(lm.sampling), SeededNoise(seed))
+        spoken(model, row)
+        if row.stop_reason == "max_seq_len":
+            assert row.drawn.shape[1] == 11
             return
     pytest.fail("the model always ended by itself")
 

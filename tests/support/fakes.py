@@ -14,7 +14,7 @@ import numpy as np
 from fishrt.bundle.features import Codec, LanguageModel
 from fishrt.bundle.folder import Bundle, describe_files
 from fishrt.bundle.manifest import Voices
-from fishrt.language_model.generate import DualAR
+from fishrt.language_model.batch import DualAR
 from fishrt.voices.store import VoiceStore
 from fishrt.voices.voice import Voice
 from fishrt_engines import Array, GraphSpec, StatePair, TensorSpec
@@ -26,13 +26,13 @@ PEAK = np.float32(50)
 
 
 class FakeState:
-    """Unused state tensors, and a `memory` for the engine's function."""
+    """State tensors, and for each row a `memory` for the engine's function."""
 
     def __init__(self, spec: GraphSpec, dims: Mapping[str, int]) -> None:
         self.dims = dict(dims)
         self._tensors = spec.state_tensors
         self.arrays = {t.name: np.zeros(t.resolve(dims), t.dtype) for t in self._tensors}
-        self.memory: dict[str, Any] = {}
+        self.memory: list[dict[str, Any]] = [{} for _ in range(self.dims.get("batch", 1))]
 
     def read(self, name: str) -> Array:
         return self.arrays[name].copy()
@@ -46,6 +46,28 @@ class FakeState:
             new = np.zeros(t.resolve(self.dims), t.dtype)
             new[tuple(slice(n) for n in self.arrays[t.name].shape)] = self.arrays[t.name]
             self.arrays[t.name] = new
+
+    def row(self, n: int) -> FakeState:
+        return self._part(slice(n, n + 1))
+
+    def rows(self, count: int) -> FakeState:
+        return self._part(slice(count))
+
+    def copy_rows(self, source: FakeState, row: int, length: int) -> None:
+        if source._tensors != self._tensors:
+            raise ValueError("a state of another graph")
+        for name, array in self.arrays.items():
+            array[row, :, :length] = source.arrays[name][0, :, :length]
+        self.memory[row].clear()
+        self.memory[row].update(source.memory[0])
+
+    def _part(self, rows: slice) -> FakeState:
+        part = object.__new__(FakeState)
+        part.memory = self.memory[rows]
+        assert part.memory
+        part.dims, part._tensors = {**self.dims, "batch": len(part.memory)}, self._tensors
+        part.arrays = {name: array[rows] for name, array in self.arrays.items()}
+        return part
 
 
 class FakeEngine:
@@ -140,36 +162,37 @@ def fake_engines(lm: LanguageModel, codec: Codec, main_tokens: Sequence[int] | N
     ids = audio_ids(lm)
 
     def slow(feeds: Mapping[str, Array], state: FakeState) -> dict[str, Array]:
-        length = feeds["prompt"].shape[2]
-        start = state.memory.get("next", 0)
-        if length > 1:  # a prompt, or the part of it that is not in the cache
-            start = int(feeds["write_index"][0])
-            state.memory["frame"] = -1
-        assert feeds["write_index"].tolist() == [start]
-        assert feeds["position_ids"].tolist() == [list(range(start, start + length))]
-        assert feeds["last_index"].tolist() == [length - 1]
-        assert start + length <= state.dims["cache"]
-        state.memory["next"] = start + length
-        frame = state.memory["frame"] = state.memory.get("frame", -1) + 1
-        logits = np.zeros((1, feeds_width("slow_ar")), np.float32)
-        hidden = np.zeros((1, HIDDEN), np.float32)
-        if main_tokens is not None:
-            main = main_tokens[frame] if frame < len(main_tokens) else lm.end_id
-            logits[0, main if lm.head == "full" else int(np.searchsorted(ids, main))] = PEAK
-            hidden[0] = main
+        batch, _, length = feeds["prompt"].shape
+        logits = np.zeros((batch, feeds_width("slow_ar")), np.float32)
+        hidden = np.zeros((batch, HIDDEN), np.float32)
+        for n, memory in enumerate(state.memory):
+            start = int(feeds["write_index"][n])
+            assert start <= memory.get("next", 0), "all columns before are in the cache"
+            assert feeds["position_ids"][n].tolist() == list(range(start, start + length))
+            assert feeds["last_index"][n] == length - 1
+            assert start + length <= state.dims["cache"]
+            memory["next"] = start + length
+            if length > 1:  # a prompt, or the part of it that is not in the cache
+                memory["first"] = memory["next"]
+            if main_tokens is not None:
+                frame = memory["next"] - memory.get("first", 1)
+                main = main_tokens[frame] if frame < len(main_tokens) else lm.end_id
+                logits[n, main if lm.head == "full" else int(np.searchsorted(ids, main))] = PEAK
+                hidden[n] = main
         return {"logits": logits, "hidden": hidden}
 
     def fast(feeds: Mapping[str, Array], state: FakeState) -> dict[str, Array]:
-        codes, position = feeds["codes"][0].tolist(), int(feeds["position_ids"][0, -1])
-        start = int(feeds["write_index"][0])
-        assert feeds["position_ids"].tolist() == [list(range(start, start + len(codes)))]
-        assert start == (0 if start == 0 else state.memory["next"])
-        state.memory["next"] = start + len(codes)
-        if start == 0:
-            state.memory["main"] = int(feeds["hidden"][0, 0])
-        logits = np.zeros((1, lm.codebook_width), np.float32)
-        if main_tokens is not None:
-            logits[0, next_code(lm, state.memory["main"], codes[-1], position)] = PEAK
+        logits = np.zeros((len(feeds["codes"]), lm.codebook_width), np.float32)
+        for n, memory in enumerate(state.memory):
+            codes, position = feeds["codes"][n].tolist(), int(feeds["position_ids"][n, -1])
+            start = int(feeds["write_index"][n])
+            assert feeds["position_ids"][n].tolist() == list(range(start, start + len(codes)))
+            assert start == (0 if start == 0 else memory["next"])
+            memory["next"] = start + len(codes)
+            if start == 0:
+                memory["main"] = int(feeds["hidden"][n, 0])
+            if main_tokens is not None:
+                logits[n, next_code(lm, memory["main"], codes[-1], position)] = PEAK
         return {"logits": logits}
 
     def encode(feeds: Mapping[str, Array], state: None) -> dict[str, Array]:

@@ -14,7 +14,7 @@ from click.testing import CliRunner
 import fishrt.tts
 from fishrt.cli import main
 from fishrt.errors import PromptError
-from fishrt.language_model.prepared import prepared_path
+from fishrt.language_model.context import prepared_path
 from fishrt.speech import AudioChunk, PieceInfo, Progress, Speech, SpeechInfo, Timings
 from fishrt.speech_warnings import piece_warnings
 from fishrt.stream import SpeechStream

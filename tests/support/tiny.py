@@ -15,8 +15,8 @@ import torch
 
 from fishrt.bundle.features import LanguageModel
 from fishrt.bundle.folder import Bundle
+from fishrt.language_model.batch import DualAR
 from fishrt.language_model.frame import frame_model, frame_spec
-from fishrt.language_model.generate import DualAR
 from fishrt_engines import Engine, open_engine
 from fishrt_export import export_bundle
 from fishrt_export.export import halves_fit

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ..engine import Array, GraphSpec, OneRow, TensorSpec, check_growth, check_state_dims, check_written
+from ..engine import Array, GraphSpec, OneRow, State, TensorSpec, check_growth, check_state_dims, check_written
 from ..errors import FishrtError
 from ..ort.tensors import from_bytes, item_size, to_bytes
 from .device import Device, DeviceBuffer, Graph
@@ -135,6 +135,12 @@ class TrtState(OneRow):
             self._buffers, self.turned = made._buffers, False
             self.calls.clear()
         self.dims = larger
+
+    def copy_rows(self, source: State, row: int, length: int) -> None:
+        """See `State.copy_rows`. The copy goes through the host."""
+        dims = {name: 1 if name == "batch" else length for name in self.dims}
+        for t in self.kept.spec.state_tensors:
+            self.row(row).write(t.name, source.read(t.name)[tuple(map(slice, t.resolve(dims)))])
 
     def address(self, name: str, *, after: bool = False) -> int:
         """Return the address of a state tensor, by its input name; with `after`, its address after the next run."""

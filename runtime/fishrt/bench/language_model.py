@@ -16,7 +16,8 @@ from ..arrays import Ints
 from ..bundle.features import LanguageModel
 from ..bundle.folder import Bundle
 from ..errors import FishrtError
-from ..language_model.generate import DualAR, generate_frames
+from ..language_model.batch import Batch, DualAR, Row
+from ..language_model.generate import generate
 from ..language_model.sampling import Sampling, SeededNoise
 from ..metrics import Summary, per_second
 from .setup import TimedEngine, bench_prompt
@@ -46,7 +47,8 @@ def measure_frames(bundle: Bundle, engines: Mapping[str, TimedEngine], text: str
     slow_steps: list[float] = []
     fast_steps: list[float] = []
     for seed in range(_TRIES):
-        generation = generate_frames(model, prompt, sampling, SeededNoise(seed), max_frames=frames + 1)
+        row = Row(model.language_model, prompt, sampling, SeededNoise(seed), max_columns=frames + 1)
+        generation = generate(Batch(model), row)
         next(generation, None)  # the prefill's frame
         slow.take(), fast.take()
         begun = time.perf_counter()

@@ -22,6 +22,24 @@ VOICE_SECONDS = (10.0, 30.0)
 
 
 @dataclass(frozen=True, slots=True)
+class Quirks:
+    """Behaviour of the original to the letter, where fishrt does otherwise. Without arguments: none of it."""
+
+    draws: bool = False
+    """Padding may be drawn instead of a code, and an end token in the first column does not stop."""
+    trim: str | None = None
+    """The column that is not spoken, "first" or "last", whatever it is; None: that of the end token."""
+
+    @classmethod
+    def of(cls, lm: LanguageModel) -> Quirks:
+        """Return all quirks of the original of a model."""
+        return cls(True, lm.upstream_trim)
+
+
+USUAL = Quirks()
+
+
+@dataclass(frozen=True, slots=True)
 class RepetitionAware:
     """Repetition-aware sampling: a token seen in the last `window` frames is drawn again with these settings."""
 

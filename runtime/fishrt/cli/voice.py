@@ -10,7 +10,7 @@ import click
 
 from ..bundle.folder import Bundle
 from ..errors import BundleError, OutputError, VoiceError
-from ..language_model.prepared import prepared_path
+from ..language_model.context import prepared_path
 from ..voices.store import bundle_voices, find_voice
 from ..voices.voice import Voice
 from .base.commands import finish, warn

@@ -11,17 +11,21 @@ and voice are always read by themselves, so that a request gives the same codes 
 
 from __future__ import annotations
 
+import io
 import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Collection, Mapping
+from math import prod
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fishrt_engines import Array, Engine
+from fishrt_engines import Engine, State
 
 from ..arrays import Ints
+from ..audio.output import write_whole
 
 log = logging.getLogger(__name__)
 
@@ -32,103 +36,147 @@ KEPT_BYTES = 256_000_000
 S1-mini and 0.5 MB with 1.5."""
 LEAST_ROWS = 512
 """Fewest rows of a cache on a CUDA device. Sizes are powers of two there, so that requests share the captured CUDA graphs."""
-_LAST_OF_ONE = np.zeros(1, np.int64)
-_LAST_OF_ONE.flags.writeable = False
-"""`last_index` of a step."""
 READ_AGAIN = ("cuda", "tensorrt")
 """Providers that read a known voice again: by calculation, that is faster than a copy of hundreds of MB through the host."""
+_COLUMNS = "columns"
 
 
 class SlowContext:
-    """The slow AR's KV cache and the columns that are in it. Used by one generation at a time."""
+    """The slow AR's KV caches, one for each slot, and the columns that are in them. Used by one thread at a time."""
 
-    def __init__(self, engine: Engine, num_codebooks: int) -> None:
-        self._engine = engine
-        self._state = engine.new_state(batch=1, cache=1)
-        self._columns = np.zeros((1 + num_codebooks, 1), np.int64)
-        self._positions = np.arange(1, dtype=np.int64)
-        self._write_index = np.zeros(1, np.int64)
-        self._length = 0
-        self._most = 1
+    def __init__(self, engine: Engine, num_codebooks: int, slots: int = 1) -> None:
+        self.engine = engine
+        self.state = engine.new_state(batch=slots, cache=1)
+        self._columns = np.zeros((slots, 1 + num_codebooks, 1), np.int64)
+        self._lengths = np.zeros(slots, np.int64)
+        self._most = np.ones(slots, np.int64)
+        self.heads = [0] * slots
+        """Columns at the front of each slot that were read by themselves; see `ContextStore`."""
+        self._stepped = np.zeros((slots, 1 + num_codebooks, 1), np.int64)
+        self._last_index = [np.zeros(n, np.int64) for n in range(1 + slots)]
+        for array in self._last_index:  # constants of steps
+            array.flags.writeable = False
 
-    @property
-    def columns(self) -> Ints:
-        """The columns read so far, int64 [1 + num_codebooks, length]."""
-        return self._columns[:, : self._length]
+    def columns(self, slot: int = 0) -> Ints:
+        """Return the columns read so far, int64 [1 + num_codebooks, length]."""
+        return self._columns[slot, :, : self._lengths[slot]]
 
-    def reserve(self, length: int, most: int) -> None:
+    def holds(self, head: Ints, slot: int = 0) -> bool:
+        """Return whether `head`, int64 [1 + num_codebooks, length], is at the front of a slot, read by itself; or is empty."""
+        length = head.shape[1]
+        return length in (0, self.heads[slot]) and np.array_equal(self.columns(slot)[:, :length], head)
+
+    def reserve(self, length: int, most: int, slot: int = 0) -> None:
         """Make room for a prompt of `length` columns and some speech. The cache later grows to at most `most` rows."""
-        self._most = most
+        self._most[slot] = most
         self._grow(min(length + FIRST_FRAMES, most))
 
-    def rewind(self, prompt: Ints) -> Ints:
+    def keep(self, length: int, slot: int = 0) -> None:
+        """Keep only the first columns of a slot."""
+        self._lengths[slot] = length
+        if length < self.heads[slot]:
+            self.heads[slot] = 0
+
+    def rewind(self, prompt: Ints, slot: int = 0) -> Ints:
         """Keep only the columns that are a prefix of `prompt` [1 + num_codebooks, T].
 
         Return the rest of the prompt, at least its last column: reading it gives the logits of the first frame.
         """
-        common = min(self._length, prompt.shape[1] - 1)
-        differ = (self.columns[:, :common] != prompt[:, :common]).any(axis=0)
-        self._length = int(differ.argmax()) if differ.any() else common
-        return prompt[:, self._length :]
+        common = min(int(self._lengths[slot]), prompt.shape[1] - 1)
+        differ = (self.columns(slot)[:, :common] != prompt[:, :common]).any(axis=0)
+        length = int(differ.argmax()) if differ.any() else common
+        self.keep(length, slot)
+        return prompt[:, length:]
 
-    def read(self, columns: Ints, resident: Collection[str] = ()) -> Mapping[str, Any]:
-        """Read the next columns, int64 [1 + num_codebooks, at least 1]. Return `logits` and `hidden` of the last.
+    def read(self, columns: Ints, resident: Collection[str] = (), slot: int = 0) -> Mapping[str, Any]:
+        """Read the next columns of a slot, int64 [1 + num_codebooks, length]. Return `logits` and `hidden` [1, …] of the last.
 
         resident: names of the results that stay on the device; see `Engine.run`.
         """
-        start, length = self._length, columns.shape[1]
-        if start + length > (rows := self._state.dims["cache"]):
-            self._grow(max(start + length, min(2 * rows, self._most)))
-        self._columns[:, start : start + length] = columns
-        self._length += length
-        self._write_index[0] = start
+        start, length = int(self._lengths[slot]), columns.shape[1]
+        self._make_room(start + length)
+        self._columns[slot, :, start : start + length] = columns
+        self._lengths[slot] += length
         feeds = {
             "prompt": np.ascontiguousarray(columns[None]),
-            "position_ids": self._positions[None, start : start + length],
-            "write_index": self._write_index,
-            "last_index": _LAST_OF_ONE if length == 1 else np.array([length - 1]),
+            "position_ids": np.arange(start, start + length, dtype=np.int64)[None],
+            "write_index": np.array([start]),
+            "last_index": np.array([length - 1]),
         }
-        return self._engine.run(feeds, self._state, resident)
+        return self.engine.run(feeds, self.state.row(slot), resident)
 
-    def save(self) -> dict[str, Array]:
-        """Return keys and values of all columns, by the names of the graph's inputs: arrays [1, heads, length, head_dim]."""
-        return {t.name: self._state.read(t.name)[:, :, : self._length].copy() for t in self._engine.spec.state_tensors}
+    def step(self, columns: Mapping[int, Ints], resident: Collection[str] = ()) -> Mapping[str, Any]:
+        """Read one column, int64 [1 + num_codebooks, 1], for each of some slots. Return `logits` and `hidden` [b, …].
 
-    def restore(self, columns: Ints, saved: Mapping[str, Array]) -> None:
+        b: the slots up to the last of these. The results of the others mean nothing.
+        """
+        slots = list(columns)
+        count = 1 + max(slots)
+        lengths = self._lengths[:count]
+        self._make_room(1 + int(lengths[slots].max()))
+        # A slot that is left out has a place to write to behind its columns; if it is full, it gives up the last.
+        np.minimum(lengths, self.state.dims["cache"] - 1, out=lengths)
+        for slot, column in columns.items():
+            self._stepped[slot] = column
+            self._columns[slot, :, lengths[slot]] = column[:, 0]
+        feeds = {
+            "prompt": self._stepped[:count],
+            "position_ids": lengths[:, None].copy(),
+            "write_index": lengths.copy(),
+            "last_index": self._last_index[count],
+        }
+        lengths[slots] += 1
+        return self.engine.run(feeds, self.state.rows(count), resident)
+
+    def save(self, slot: int = 0) -> State:
+        """Return the keys and values of all columns of a slot: a state of one row and that length."""
+        length = int(self._lengths[slot])
+        saved = self.engine.new_state(batch=1, cache=length)
+        saved.copy_rows(self.state.row(slot), 0, length)
+        return saved
+
+    def restore(self, columns: Ints, saved: State, slot: int = 0) -> None:
         """Take back what `save` returned, and its columns. Raises ValueError for keys and values of another graph."""
-        if saved.keys() != {t.name for t in self._engine.spec.state_tensors}:
-            raise ValueError("the keys and values are not those of this graph")
-        self._grow(columns.shape[1])
-        for name, array in saved.items():
-            self._state.write(name, array)
-        self._columns[:, : columns.shape[1]] = columns
-        self._length = columns.shape[1]
+        length = columns.shape[1]
+        self._grow(length)
+        self.state.copy_rows(saved, slot, length)
+        self._columns[slot, :, :length] = columns
+        self.keep(length, slot)
+
+    def _make_room(self, length: int) -> None:
+        if length > (rows := self.state.dims["cache"]):
+            self._grow(max(length, min(2 * rows, int(self._most.max()))))
 
     def _grow(self, rows: int) -> None:
-        if rows > self._state.dims["cache"]:
-            if self._engine.provider == "cuda":
-                rows = max(rows, min(max(LEAST_ROWS, 1 << (rows - 1).bit_length()), self._most))
-            self._state.grow(cache=rows)
-            self._columns = np.pad(self._columns, ((0, 0), (0, rows - self._columns.shape[1])))
-            self._positions = np.arange(rows, dtype=np.int64)
+        if rows > self.state.dims["cache"]:
+            if self.engine.provider == "cuda":
+                rows = max(rows, min(max(LEAST_ROWS, 1 << (rows - 1).bit_length()), int(self._most.max())))
+            self.state.grow(cache=rows)
+            self._columns = np.pad(self._columns, ((0, 0), (0, 0), (0, rows - self._columns.shape[2])))
 
 
 class ContextStore:
     """A least-recently-used cache of the keys and values of heads of requests, of at most KEPT_BYTES. Thread-safe."""
 
     def __init__(self) -> None:
-        self._kept: OrderedDict[bytes, dict[str, Array]] = OrderedDict()
+        self._kept: OrderedDict[bytes, tuple[State, int]] = OrderedDict()
         self._lock = threading.Lock()
 
-    def context(self, engine: Engine, head: Ints) -> SlowContext:
-        """Return a new context that has read `head`, int64 [1 + num_codebooks, length], which may be empty."""
-        context = SlowContext(engine, head.shape[0] - 1)
-        if not head.shape[1]:
-            return context
-        context.reserve(head.shape[1], head.shape[1] + FIRST_FRAMES)
-        if engine.provider in READ_AGAIN:
-            context.read(head)
-            return context
+    def load(self, context: SlowContext, head: Ints, slot: int = 0) -> None:
+        """Let a slot hold `head`, int64 [1 + num_codebooks, length], and nothing else; it may be empty."""
+        length = head.shape[1]
+        if context.holds(head, slot):
+            context.keep(length, slot)
+            return
+        context.keep(0, slot)
+        context.reserve(length, length + FIRST_FRAMES, slot)
+        self._fill(context, head, slot)
+        context.heads[slot] = length
+
+    def _fill(self, context: SlowContext, head: Ints, slot: int) -> None:
+        if context.engine.provider in READ_AGAIN:
+            context.read(head, slot=slot)
+            return
         key = head.tobytes()
         with self._lock:
             saved = self._kept.get(key)
@@ -136,19 +184,56 @@ class ContextStore:
                 self._kept.move_to_end(key)
         log.debug("the voice of %d columns is %s", head.shape[1], "read" if saved is None else "known")
         if saved is not None:
-            context.restore(head, saved)
+            context.restore(head, saved[0], slot)
         else:
-            context.read(head)
-            self.add(head, context.save())
-        return context
+            context.read(head, slot=slot)
+            self.add(context.engine, head, context.save(slot))
 
-    def add(self, head: Ints, saved: dict[str, Array]) -> None:
-        """Keep the keys and values of `head`."""
+    def add(self, engine: Engine, head: Ints, saved: State) -> None:
+        """Keep the keys and values of `head`, a state of one row."""
+        tensors = engine.spec.state_tensors
+        nbytes = sum(prod(t.resolve(saved.dims)) * np.dtype(t.dtype).itemsize for t in tensors)
         with self._lock:
-            self._kept[head.tobytes()] = saved
-            while len(self._kept) > 1 and sum(map(_bytes, self._kept.values())) > KEPT_BYTES:
+            self._kept[head.tobytes()] = saved, nbytes
+            while len(self._kept) > 1 and sum(nbytes for _, nbytes in self._kept.values()) > KEPT_BYTES:
                 self._kept.popitem(last=False)
 
 
-def _bytes(saved: Mapping[str, Array]) -> int:
-    return sum(array.nbytes for array in saved.values())
+def prepared_path(folder: Path, graph: str) -> Path:
+    """Return the path of a prepared voice: keys and values of the slow AR, so that not even the first request computes them.
+
+    folder: the voice's, with a file for each slow AR that it was prepared for. graph: a hash of the slow AR and its weights.
+    """
+    return folder / f"prepared-{graph[:16]}.npz"
+
+
+def write_prepared(path: Path, engine: Engine, columns: Ints, saved: State) -> None:
+    """Write the result of `SlowContext.save` for `columns`. Raises OutputError."""
+    buffer = io.BytesIO()
+    np.savez(buffer, **{_COLUMNS: columns}, **{t.name: saved.read(t.name) for t in engine.spec.state_tensors})  # type: ignore[arg-type]
+    write_whole(path, buffer.getvalue())
+
+
+def read_prepared(path: Path, engine: Engine, columns: Ints) -> State | None:
+    """Return the keys and values written for these columns; None if there are none or, with a warning, if they do not fit.
+
+    They can be computed again, so a damaged file, or one of other columns, is skipped.
+    """
+    if not path.is_file():
+        return None
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            stored = {name: file[name] for name in file.files}
+        kept = stored.pop(_COLUMNS)
+    except Exception as error:  # numpy and zipfile raise whatever a damaged file makes them raise
+        log.warning("%s cannot be read (%s); the voice is read again", path, error)
+        return None
+    dims = {"batch": 1, "cache": columns.shape[1]}
+    wanted = {t.name: (t.dtype, t.resolve(dims)) for t in engine.spec.state_tensors}
+    if not np.array_equal(kept, columns) or {n: (a.dtype, a.shape) for n, a in stored.items()} != wanted:
+        log.warning("%s was made of another state of the voice; the voice is read again", path)
+        return None
+    state = engine.new_state(**dims)
+    for name, array in stored.items():
+        state.write(name, array)
+    return state
