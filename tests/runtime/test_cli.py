@@ -6,6 +6,7 @@ import itertools
 import json
 import logging
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -55,17 +56,14 @@ def test_speak_writes_speech_wav(fake):
 
 def test_speak_passes_every_option_on(fake, tmp_path):
     options = "--temperature 0.5 --top-p 0.6 --top-k 7 --seed 3 --max-frames 9 --upstream-compat --provider cpu --threads 2 -q"
+    options += " --volume 0.5"
     result = run("speak", "Hello.", "-o", "a.flac", "--system", "Be kind.", "--bundle", tmp_path / "b", *options.split())
     assert result.exit_code == 0, result.output
     assert result.stderr == ""
     assert soundfile.info("a.flac").format == "FLAC"
     assert fake.asked["sampling"] == Sampling(0.5, 0.6, 7)
-    assert {k: fake.asked[k] for k in ("seed", "max_frames", "system", "upstream_compat")} == {
-        "seed": 3,
-        "max_frames": 9,
-        "system": "Be kind.",
-        "upstream_compat": True,
-    }
+    asked = [fake.asked[name] for name in ("seed", "max_frames", "system", "upstream_compat", "volume")]
+    assert asked == [3, 9, "Be kind.", True, 0.5]
     assert fake.loads == [(tmp_path / "b", {"provider": "cpu", "threads": 2})]
 
 
@@ -86,40 +84,6 @@ def test_where_text_comes_from(fake, how):
 def test_words_are_joined(fake):
     assert run("speak", "hello", "-o", "a.wav", "big", "world").exit_code == 0
     assert fake.asked["text"] == "hello big world"
-
-
-def test_text_and_file_are_one_too_many(fake):
-    refused(run("speak", "Hi.", "-f", "x.txt"), "not both")
-
-
-@pytest.mark.parametrize("text", ["", " \n", "...", "\x07"])
-def test_nothing_to_speak_loads_no_model(fake, text):
-    refused(run("speak", stdin=text), "nothing to speak", "hint: ")
-    assert fake.loads == []
-    assert files() == []
-
-
-def test_text_that_is_not_utf8(fake):
-    Path("text.txt").write_bytes(b"caf\xe9 noir")
-    refused(run("speak", "-f", "text.txt"), "text.txt is not UTF-8", "byte 3")
-    refused(run("speak", stdin=b"caf\xe9 noir"), "standard input is not UTF-8")
-    refused(run("speak", "caf\udce9 noir"), "not valid UTF-8")
-    assert fake.loads == []
-
-
-def test_a_missing_text_file(fake):
-    refused(run("speak", "-f", "none.txt"), "none.txt cannot be read: No such file")
-
-
-@pytest.mark.parametrize(
-    ("output", "word"),
-    [("no/folder/a.wav", "no folder"), ("a.xyz", ".xyz"), ("a", "no ending"), (".", "."), ("taken.wav", "folder")],
-)
-def test_unwritable_output_loads_no_model(fake, output, word):
-    Path("taken.wav").mkdir()
-    refused(run("speak", "Hi.", "-o", output), word)
-    assert fake.loads == []
-    assert files() == ["taken.wav"]
 
 
 def test_standard_output(fake):
@@ -143,8 +107,6 @@ def test_format_of_files(fake):
     for options, name, kind in ((["--format", "flac"], "speech.flac", "FLAC"), (["-o", "out", "--format", "ogg"], "out", "OGG")):
         assert run("speak", "Hi.", *options).exit_code == 0
         assert soundfile.info(name).format == kind
-    refused(run("speak", "Hi.", "-o", "a.mp3", "--format", "wav"), "its ending says mp3")
-    refused(run("speak", "Hi.", "--format", "aac"), "unknown format 'aac'", "opus")
 
 
 def test_a_limit_in_seconds(fake):
@@ -152,8 +114,6 @@ def test_a_limit_in_seconds(fake):
     for seconds, frames in (("0.5", int(0.5 * codec.frame_rate)), ("0.001", 1), ("100000", codec.max_frames)):
         assert run("speak", "Hi.", "--max-seconds", seconds).exit_code == 0
         assert fake.asked["max_frames"] == frames
-    refused(run("speak", "Hi.", "--max-seconds", "1", "--max-frames", "9"), "the same limit")
-    refused(run("speak", "Hi.", "--max-seconds", "0"), "--max-seconds")
 
 
 # --- lines ---------------------------------------------------------------------------------------------------------------------
@@ -208,16 +168,6 @@ def test_a_fault_of_all_lines_ends_them(fake):
     failed = run("speak", "--lines", "-o", "out", "--json", stdin="One.\nTwo.\nThree.")
     refused(failed, "line 2: no such provider")
     assert [entry["output"] for entry in json.loads(failed.stdout)["files"]] == ["out/0001.wav"]
-
-
-def test_lines_need_a_folder(fake):
-    for options in ([], ["-o", "-"], ["-o", "out", "--stream"], ["-o", "out", "--play"]):
-        refused(run("speak", "--lines", *options, stdin="One."), "-o DIR")
-    Path("taken").touch()
-    refused(run("speak", "--lines", "-o", "taken", stdin="One."), "taken")
-    refused(run("speak", "--lines", "-o", "no/out", stdin="One."), "no folder")
-    refused(run("speak", "--lines", "-o", "out", stdin="\n \n"), "nothing to speak")
-    assert fake.loads == []
 
 
 # --- playing -------------------------------------------------------------------------------------------------------------------
@@ -302,28 +252,88 @@ def test_json(fake):
     assert json.loads(failed.stdout)["error"]["kind"] == "PromptError"
 
 
-@pytest.mark.parametrize(
-    ("option", "value", "word"),
-    [
-        ("--temperature", "-1", "-1.0 is not in the range 0<=x<2"),
-        ("--temperature", "2", "2.0 is not in the range 0<=x<2"),
-        ("--temperature", "hot", "'hot' is not a number"),
-        ("--temperature", "nan", "'nan' is not a number"),
-        ("--top-p", "1.5", "1.5 is not in the range 0<x<=1"),
-        ("--top-k", "0", "0 is not in the range x>=1"),
-        ("--top-k", "7.5", "'7.5' is not a whole number"),
-        ("--repetition-penalty", "2", "2.0 is not in the range 0<x<2"),
-        ("--seed", "-1", "-1 is not in the range x>=0"),
-        ("--seed", "abc", "'abc' is not a whole number"),
-        ("--max-frames", "0", "0 is not in the range x>=1"),
-        ("--max-seconds", "0", "0.0 is not in the range x>0"),
-        ("--threads", "0", "--threads"),
-    ],
-)
-def test_options_out_of_range(fake, option, value, word):
-    refused(run("speak", "Hi.", option, value), option, word)
-    assert fake.loads == []
-    assert files() == []
+MISTAKES = {
+    "speak Hi. -f x.txt": "not both",
+    "speak ''": "nothing to speak in the text: it is empty|hint: ",
+    "speak ...": "neither a letter nor a digit",
+    "speak \udce9": "not valid UTF-8",
+    "speak -f latin.txt": "latin.txt is not UTF-8|byte 3",
+    "speak": "standard input is not UTF-8",
+    "speak -f none.txt": "none.txt cannot be read: No such file",
+    "speak Hi. -o no/folder/a.wav": "no folder",
+    "speak Hi. -o a.xyz": ".xyz",
+    "speak Hi. -o a": "no ending",
+    "speak Hi. -o .": "no ending",
+    "speak Hi. -o folder.wav": "is a folder",
+    "speak Hi. -o a.mp3 --format wav": "its ending says mp3",
+    "speak Hi. --format aac": "unknown format 'aac'|opus",
+    "speak Hi. -o a.flac --stream": "a.flac|flac cannot grow",
+    "speak Hi. -o no/such/a.wav --stream": "no/such",
+    "speak Hi. --lines": "-o DIR",
+    "speak Hi. --lines -o -": "-o DIR",
+    "speak Hi. --lines -o out --stream": "-o DIR",
+    "speak Hi. --lines -o out --play": "-o DIR",
+    "speak Hi. --lines -o bad.npy": "bad.npy: it is not a folder",
+    "speak Hi. --lines -o no/out": "no folder",
+    "speak '\n \n' --lines -o out": "nothing to speak",
+    "speak Hi. --temprature 1": "--temprature",
+    "speak Hi. --temperature -1": "--temperature|-1.0 is not in the range 0<=x<2",
+    "speak Hi. --temperature 2": "--temperature|2.0 is not in the range 0<=x<2",
+    "speak Hi. --temperature hot": "--temperature|'hot' is not a number",
+    "speak Hi. --temperature nan": "--temperature|'nan' is not a number",
+    "speak Hi. --top-p 1.5": "--top-p|1.5 is not in the range 0<x<=1",
+    "speak Hi. --top-k 0": "--top-k|0 is not in the range x>=1",
+    "speak Hi. --top-k 7.5": "--top-k|'7.5' is not a whole number",
+    "speak Hi. --repetition-penalty 2": "--repetition-penalty|2.0 is not in the range 0<x<2",
+    "speak Hi. --seed -1": "--seed|-1 is not in the range x>=0",
+    "speak Hi. --seed abc": "--seed|'abc' is not a whole number",
+    "speak Hi. --max-frames 0": "--max-frames|0 is not in the range x>=1",
+    "speak Hi. --max-seconds 0": "--max-seconds|0.0 is not in the range x>0",
+    "speak Hi. --max-seconds 1 --max-frames 9": "the same limit",
+    "speak Hi. --volume 0": "--volume",
+    "speak Hi. --volume 11": "--volume",
+    "speak Hi. --threads 0": "--threads",
+    "speak Hi. --reference x.wav": "1 --reference, but 0 --reference-text",
+    "speak Hi. --reference-text x": "0 --reference, but 1 --reference-text",
+    "voice add a/b --audio RECORDING --text x": "cannot be the name",
+    "voice add a --audio latin.txt --text x": "latin.txt is not audio",
+    "codec encode RECORDING -o no/codes.npy": "no folder",
+    "codec encode RECORDING -o folder.npy": "is a folder",
+    "codec encode RECORDING -o codes.txt": "cannot write codes.txt|.npy",
+    "codec encode RECORDING -o codes": "cannot write codes|.npy",
+    "codec encode codes.npy": "codes.npy is an .npy array, not audio|codec decode",
+    "codec encode bad.npy": "bad.npy",
+    "codec decode bad.npy": "bad.npy",
+    "codec decode RECORDING": "me.wav is audio, not codes|fishrt codec encode",
+    "codec decode none.npy": "none.npy",
+    "codec decode codes.npy -o a.txt": ".txt",
+    "export ckpt out --precision int5": "'int5' is not one of 'fp32', 'fp16', 'int8', 'int4'",
+    "export ckpt out --keep slow_ar.output": "'slow_ar.output' is not NAME=PRECISION",
+    "export ckpt out --keep =int8": "'=int8' is not NAME=PRECISION",
+    "export ckpt out --keep slow_ar.output=int5": "unknown precision 'int5'",
+    "export ckpt out --lora a.ckpt": "--lora needs --lora-alpha",
+    "export ckpt out --lora a.ckpt --lora-rank 8": "--lora needs --lora-alpha",
+    "export ckpt out --lora-alpha 16": "--lora-alpha needs --lora",
+    "export ckpt out --lora-rank 8": "--lora-rank needs --lora",
+    "export ckpt out --revision v1": "--revision is for OWNER/NAME",
+    "inspect nowhere": "nowhere does not exist",
+    "help voice sing": "there is no command 'voice sing'",
+    "help speak loud": "there is no command 'speak loud'",
+}
+"""Command lines, with the words of their errors."""
+
+
+@pytest.mark.parametrize(("line", "says"), MISTAKES.items())
+def test_a_mistake_is_told_before_the_work(fake, recording, line, says):
+    for name in ("folder.wav", "folder.npy"):
+        Path(name).mkdir()
+    Path("latin.txt").write_bytes(b"caf\xe9 noir")
+    Path("bad.npy").write_bytes(b"x")
+    np.save("codes.npy", np.ones((4, 3), int))
+    before = files()
+    told = refused(run(*shlex.split(line.replace("RECORDING", recording)), stdin=b"caf\xe9 noir"), *says.split("|"))
+    assert "allow_pickle" not in told
+    assert (fake.loads, files()) == ([], before)
 
 
 def test_errors_become_lines(fake):
@@ -339,16 +349,6 @@ def test_errors_become_lines(fake):
         assert "hint: install it" in result.stderr
 
 
-def test_interruption_leaves_nothing(fake):
-    Path("a.wav").write_bytes(b"old")
-    fake.failure = KeyboardInterrupt()
-    result = run("speak", "Hi.", "-o", "a.wav")
-    assert result.exit_code == 130
-    assert "Traceback" not in result.stderr
-    assert files() == ["a.wav"]
-    assert Path("a.wav").read_bytes() == b"old"
-
-
 def commands(command: click.Command = main, path: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], click.Command]]:
     inner = command.commands.items() if isinstance(command, click.Group) else ()
     return [(path, command), *(found for name, c in inner for found in commands(c, (*path, name)))]
@@ -361,11 +361,6 @@ def test_every_command_and_option_has_help(path, command):
     assert command.help
     for option in command.params:
         assert isinstance(option, click.Argument) or option.help, option.name
-
-
-def test_mistyped_options_are_not_spoken(fake):
-    refused(run("speak", "Hi.", "--temprature", "1"), "--temprature")
-    assert fake.loads == []
 
 
 @pytest.mark.parametrize(
@@ -510,21 +505,10 @@ FULL = "/dev/full"
 @pytest.mark.skipif(not Path(FULL).exists(), reason="this system has no device that is always full")
 @pytest.mark.parametrize(
     "command",
-    [
-        "speak Hi. -o -",
-        "speak Hi. --stream -o -",
-        "speak Hi. --json",
-        "codec encode RECORDING -o -",
-        "codec decode codes.npy -o -",
-        "inspect",
-        "inspect --json",
-        "voice list",
-        "doctor",
-        "--help",
-        "voice --help",
-        "help speak",
-        "--version",
-    ],
+    (
+        "speak Hi. -o -|speak Hi. --stream -o -|speak Hi. --json|codec encode RECORDING -o -|codec decode codes.npy -o -"
+        "|inspect|inspect --json|voice list|doctor|--help|voice --help|help speak|--version"
+    ).split("|"),
 )
 def test_a_standard_output_that_is_full(fake, recording, monkeypatch, capsys, command):
     """The error is the same for audio, codes, JSON, text and help."""
@@ -602,11 +586,14 @@ def test_every_json_object_has_the_same_frame(fake, arguments, command):
         assert list(data["error"]) == ["kind", "message", "hint"]
 
 
-def test_an_interruption_has_a_json_object_too(fake):
+def test_an_interruption_leaves_nothing_and_has_a_json_object(fake):
+    Path("a.wav").write_bytes(b"old")
     fake.failure = KeyboardInterrupt()
-    result = run("speak", "Hi.", "--json")
+    result = run("speak", "Hi.", "-o", "a.wav", "--json")
     assert (result.exit_code, result.stderr) == (130, "interrupted\n")
     assert json.loads(result.stdout)["error"]["kind"] == "Interrupted"
+    assert files() == ["a.wav"]
+    assert Path("a.wav").read_bytes() == b"old"
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows ends a process without a signal")
@@ -707,8 +694,6 @@ def test_help_in_an_encoding_that_lacks_its_characters(tmp_path):
 def test_help_of_commands(fake):
     assert run("help").stdout == run("--help").stdout
     assert run("help", "voice", "add").stdout == run("voice", "add", "--help").stdout
-    refused(run("help", "voice", "sing"), "there is no command 'voice sing'")
-    refused(run("help", "speak", "loud"), "there is no command 'speak loud'")
 
 
 @pytest.mark.parametrize(("group", "first"), [([], ["speak", "voice", "export"]), (["voice"], ["add"]), (["codec"], ["decode"])])

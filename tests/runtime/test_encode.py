@@ -1,18 +1,25 @@
-"""Audio files that are written: formats, rates, places; nothing half-written."""
+"""Audio files that are written, whole or bit by bit: formats and rates; `fishrt speak --stream`."""
 
 from __future__ import annotations
 
 import io
-import sys
+import json
+import os
+import struct
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 
-from fishrt.audio.encode import check_writable, encode_audio, pcm16, write_audio
+import helpers_cli
+from fishrt.audio.encode import UNKNOWN, WavWriter, encode_audio, growing_wav, pcm16, write_audio
 from fishrt.audio.files import read_audio, resample
-from fishrt.errors import AudioError, OutputError
+from fishrt.errors import AudioError
+from helpers_cli import files, run, tone
+
+fake = helpers_cli.fake
 
 RATE = 16000
 TONE = (0.5 * np.sin(np.arange(RATE // 2) * 2 * np.pi * 440 / RATE)).astype(np.float32)
@@ -38,15 +45,6 @@ def test_pcm16_rounds_and_clips() -> None:
     given = np.array([0, 1, -1, 2, -2, 0.5, 0.6 / 32768, -0.6 / 32768], np.float32)
     assert pcm16(given).tolist() == [0, 32767, -32768, 32767, -32768, 16384, 1, -1]
     assert pcm16(given).dtype == np.int16
-
-
-def test_standard_output_gets_wav(monkeypatch: pytest.MonkeyPatch) -> None:
-    buffer = io.BytesIO()
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(buffer))
-    write_audio("-", TONE, RATE)
-    pcm, rate = soundfile.read(io.BytesIO(buffer.getvalue()))
-    assert (len(pcm), rate) == (len(TONE), RATE)
-    assert buffer.getvalue()[:4] == b"RIFF"
 
 
 @pytest.mark.parametrize(("name", "says"), [("a.xyz", r"unknown format '\.xyz'"), ("a", "no ending"), (".wav", "no ending")])
@@ -89,6 +87,69 @@ def test_a_rate_that_a_format_lacks_becomes_the_next_higher(format: str, rate: i
     assert np.abs(back[edge : len(TONE) - edge] - TONE[edge:-edge]).max() < 0.06
 
 
-def test_an_unwritable_place_is_told_before_the_work(tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match="no folder"):
-        check_writable(tmp_path / "missing" / "a.wav")
+# --- files that grow ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_file_that_grew_is_like_one_that_was_written_whole(tmp_path: Path) -> None:
+    path = tmp_path / "a.wav"
+    with growing_wav(path, RATE) as writer:
+        for part in np.split(tone(1.0), 5):
+            writer.write(part)
+            assert not path.exists()
+    soundfile.write(tmp_path / "b.wav", np.rint(tone(1.0) * 32768).clip(-32768, 32767).astype(np.int16), RATE)
+    np.testing.assert_array_equal(soundfile.read(path)[0], soundfile.read(tmp_path / "b.wav")[0])
+    assert path.read_bytes()[:44] == (tmp_path / "b.wav").read_bytes()[:44]
+
+
+def test_a_pipe_gets_the_sound_at_once_and_no_length() -> None:
+    file = io.BytesIO()
+    writer = WavWriter(file, RATE)
+    writer.write(np.array([0, 0.5, 2], np.float32))
+    data = file.getvalue()
+    assert struct.unpack("<I", data[4:8]) == struct.unpack("<I", data[40:44]) == (UNKNOWN,)
+    assert struct.unpack("<3h", data[44:]) == (0, 16384, 32767)
+    assert soundfile.read(io.BytesIO(data), dtype="int16")[0].tolist() == [0, 16384, 32767]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no pipes in folders")
+def test_a_named_pipe_stays_one(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.wav")
+    got: list[bytes] = []
+    reader = threading.Thread(target=lambda: got.append((tmp_path / "a.wav").read_bytes()))
+    reader.start()
+    with growing_wav(tmp_path / "a.wav", RATE) as writer:
+        writer.write(tone(0.1))
+    reader.join()
+    assert len(got[0]) == 44 + 2 * RATE // 10
+    assert (tmp_path / "a.wav").is_fifo()
+
+
+def test_speech_is_written_as_it_comes(fake):
+    done = run("speak", "Hi.", "--stream", "-o", "a.wav", "--seed", "3", "--json")
+    assert done.exit_code == 0, done.stderr
+    assert files() == ["a.wav"]
+    assert soundfile.info("a.wav").frames == RATE
+    said = json.loads(done.stdout)
+    assert (said["ok"], said["seed"], said["frames"], said["timings"]["ttfa_s"]) == (True, 3, 25, 0.2)
+    piped = run("speak", "Hi.", "--stream", "-o", "-", "-q")
+    assert soundfile.read(io.BytesIO(piped.stdout_bytes))[0].shape == (RATE,)
+
+
+def test_what_was_not_spoken_is_told(fake):
+    fake.stop_reason = "max_frames"
+    assert "cut off by the limit of its length" in run("speak", "Hi.", "--stream", "-o", "a.wav").stderr
+
+
+def test_a_listener_who_leaves_ends_the_work(fake, monkeypatch):
+    """The model is not called further, and there is no traceback."""
+    write = WavWriter.write
+
+    def leave(self, pcm):
+        if fake.given == 2:
+            raise BrokenPipeError(32, "Broken pipe")
+        write(self, pcm)
+
+    monkeypatch.setattr(WavWriter, "write", leave)
+    done = run("speak", "Hi.", "--stream", "-o", "-", "-q")
+    assert (fake.given, done.exit_code) == (2, 1)
+    assert "Traceback" not in done.stderr

@@ -89,14 +89,6 @@ def test_a_standard_output_that_is_closed(monkeypatch: pytest.MonkeyPatch) -> No
             refused()
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no device that is always full")
-def test_a_standard_output_that_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
-    with Path("/dev/full").open("w") as full:  # fails when it is closed, if the data was left in Python's buffer
-        monkeypatch.setattr(sys, "stdout", full)
-        with pytest.raises(OutputError, match="cannot write to standard output: No space left"):
-            write_whole("-", b"data")
-
-
 def test_nothing_binary_goes_to_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     controller, terminal = os.openpty()
     try:

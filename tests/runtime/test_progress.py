@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import sys
 
+import click
 import pytest
 
 from fishrt.cli.base import progress
@@ -36,6 +37,46 @@ def test_every_few_seconds_there_is_a_line(clock, capsys):
         "[#####               ]  25% reading, for 19 s, about 1 min 0 s left",
         "read",
     ]
+
+
+def test_progress_tells_the_time_left_from_where_the_work_began(clock, capsys):
+    reporter = Reporter(quiet=False)
+    clock[0] += 10
+    reporter.show("first", 0.5)  # a download that goes on: half was there
+    clock[0] += 30
+    reporter.show("second", 0.75)
+    clock[0] += 30
+    reporter.show("second", 0.76)
+    reporter.done("ready")
+    assert capsys.readouterr().err.splitlines() == [
+        "[##########          ]  50% first",
+        "[###############     ]  75% second, about 30 s left",
+        "[###############     ]  76% second, for 30 s, about 55 s left",
+        "ready",
+    ]
+
+
+def test_a_stage_that_stands_still_is_shown_again(clock, capsys):
+    reporter = Reporter(quiet=False)
+    reporter._shown_at = clock[0] - 10
+    reporter.show("tracing", 0.0)
+    clock[0] += reporter.STILL_S
+    assert reporter._ticker is not None
+    reporter._ticker.join(2.5)
+    assert capsys.readouterr().err.splitlines()[:2] == [
+        "[                    ]   0% tracing",
+        "[                    ]   0% tracing, for 15 s",
+    ]
+    reporter.clear()
+    reporter._ticker.join()
+    assert not reporter._ticker.is_alive()
+
+
+def test_progress_ends_before_an_error_is_told(clock):
+    with click.Context(click.Command("x")).scope():
+        reporter = Reporter(quiet=False)
+        reporter.show("working")
+    assert reporter._closed.is_set()
 
 
 def test_without_a_part_there_is_no_bar(clock, capsys):

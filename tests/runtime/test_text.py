@@ -144,82 +144,33 @@ def test_long_texts_take_linear_time():
         assert letters("".join(split_sentences(text, 150))) == letters(text)
 
 
-@pytest.mark.parametrize(
-    ("text", "end"),
-    [
-        ("Hello", "."),
-        ("Room 7", "."),
-        ("7", "."),
-        ("cafe\u0301", "."),  # a combining accent
-        ("Привет", "."),
-        ("مرحبا", "."),
-        ("مَرْحَبًا", "."),  # vowel signs
-        ("שָׁלוֹם", "."),
-        ("สวัสดี", "."),
-        ("வணக்கம்", "."),
-        ("안녕하세요", "."),
-        (unicodedata.normalize("NFD", "안녕하세요"), "."),
-        ("नमस्ते", "।"),
-        ("আমি ভালো", "।"),
-        ("मैं २५", "।"),
-        ("मैं 25", "।"),
-        ("你好", "。"),
-        ("第 3", "。"),
-        ("こんにちは", "。"),
-        ("ありがとー", "。"),
-        ("ｱﾘｶﾞﾄｳ", "。"),
-        ("ｈｅｌｌｏ", "。"),
-        ("我喜欢 jazz", "."),
-        ("Բարև", "։"),
-        ("ሰላም", "።"),
-        ("မင်္ဂလာပါ", "။"),
-        ("hello\u200d", "."),
-        ("hello\u200b", "."),
-        ("hello\ufeff", "."),
-        ("hello\u00ad", "."),
-        ("I \u2764\ufe0f you \u2764\ufe0f", "."),
-        ("hello 🙂", "."),
-        ("hello 👍🏽", "."),
-        ("hello 👨‍👩‍👧", "."),
-        ('He said "hello"', "."),
-        ("他说“你好”", "。"),
-        ("「やめて」", "。"),
-        ("well (maybe)", "."),
-        ("**hello**", "."),
-        ("100%", "."),
-        ("20 °", "."),
-        ("5 €", "."),
-        ("C++", "."),
-    ],
-)
+ENDS = {
+    ".": "Hello|Room 7|7|cafe\u0301|Привет|مرحبا|مَرْحَبًا|שָׁלוֹם|สวัสดี|வணக்கம்|안녕하세요|我喜欢 jazz"
+    "|hello\u200d|hello\u200b|hello\ufeff|hello\u00ad"
+    "|I \u2764\ufe0f you \u2764\ufe0f|hello 🙂|hello 👍🏽|hello 👨‍👩‍👧"
+    '|He said "hello"|well (maybe)|**hello**|100%|20 °|5 €|C++|' + unicodedata.normalize("NFD", "안녕하세요"),
+    "।": "नमस्ते|আমি ভালো|मैं २५|मैं 25",
+    "。": "你好|第 3|こんにちは|ありがとー|ｱﾘｶﾞﾄｳ|ｈｅｌｌｏ|他说“你好”|「やめて」",
+    "։": "Բարև",
+    "።": "ሰላም",
+    "။": "မင်္ဂလာပါ",
+}
+"""Texts by the full stop of their script: with combining accents, vowel signs, invisible characters, emoji, quotes and signs."""
+
+
+@pytest.mark.parametrize(("end", "text"), [(end, text) for end, texts in ENDS.items() for text in texts.split("|")])
 def test_a_text_without_an_end_gets_that_of_its_script(text: str, end: str) -> None:
     assert with_end(text) == text + end
     assert with_end(text + end) == text + end
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        "Hello!",
-        "Hello…",
-        "Hello,",
-        "Well —",
-        "[laughing]",
-        "Hello [laughing]",
-        "Hello. [laughing] ",
-        "Hello <|speaker:1|>",
-        'He said "hello!"',
-        "(Really?)",
-        "Hello! 🙂",
-        "「やめて！」",
-        "नमस्ते।",
-        "مرحبا؟",
-        "سلام۔",
-        "Hello.\u200d",
-        "🙂",
-    ],
+ENDED = (
+    "#Hello!#Hello…#Hello,#Well —#[laughing]#Hello [laughing]#Hello. [laughing] #Hello <|speaker:1|>"
+    '#He said "hello!"#(Really?)#Hello! 🙂#「やめて！」#नमस्ते।#مرحبا؟#سلام۔#Hello.\u200d#🙂'
 )
+
+
+@pytest.mark.parametrize("text", ENDED.split("#"))
 def test_a_text_with_an_end_or_without_words_stays_as_it_is(text: str) -> None:
     assert with_end(text) == text
 

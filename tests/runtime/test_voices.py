@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import unicodedata
 from pathlib import Path
@@ -125,7 +126,7 @@ def test_voices_of_the_first_schema_are_read_and_their_loudness_is_kept(store):
     assert json.loads((folder / "voice.json").read_text())["codes"][0]["loudness"] == {"lufs": -20.06, "peak": 0.5}
 
 
-@pytest.mark.parametrize("name", ["张三", "Zoë", "Иван Петров", "v1.2", "हिन्दी", "علی\u200cرضا", "CONrad", "٣"])
+@pytest.mark.parametrize("name", ["张三", "Zoë", "Иван Петров", "v1.2", "हिन्दी", "علی\u200cرضا", "CONrad", "٣", "a" * 255])
 def test_names_of_every_script(store, name):
     folder = store.add(voice(name))
     assert folder.parent == store.folder
@@ -248,39 +249,15 @@ def test_a_failed_write_leaves_the_old_voice(store, monkeypatch):
     assert [p.name for p in store.folder.iterdir()] == ["anna"]
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "",
-        " ",
-        " a",
-        "a ",
-        "..",
-        ".",
-        "a/b",
-        "a\\b",
-        "a\n",
-        ".a",
-        "a.",
-        "a" * 256,
-        "é" * 128,
-        "a:b",
-        "a\ud800",
-        "CON",
-        "nul.x",
-        "a\u202eb",
-    ],
-)
+BAD_NAMES = "# # a#a #..#.#a/b#a\\b#a\n#.a#a.#a:b#a\ud800#CON#nul.x#a\u202eb".split("#")
+
+
+@pytest.mark.parametrize("name", [*BAD_NAMES, "a" * 256, "é" * 128])
 def test_bad_names(store, name):
     for action in (lambda: store.add(voice(name)), lambda: store.load(name), lambda: store.remove(name)):
         with pytest.raises(VoiceError, match="cannot be the name"):
             action()
     assert not store.folder.exists()
-
-
-def test_the_longest_name(store):
-    store.add(voice("a" * 255))
-    assert store.list() == ["a" * 255]
 
 
 def test_an_unknown_voice_lists_the_known(store):
@@ -330,53 +307,40 @@ def test_codes_of_any_integer_type(tmp_path, dtype):
         assert type(read) is np.ndarray
 
 
-@pytest.mark.parametrize(
-    "array",
-    [
-        np.zeros((2, 3), np.float32),
-        np.zeros(3, np.int64),
-        np.zeros((2, 2, 3), np.int64),
-        np.zeros((2, 0), np.int64),
-        np.full((2, 3), -1),
-        np.zeros((2, 3), bool),
-        np.array({"a": 1}),
-    ],
-    ids=["floats", "1-d", "two of them", "no frames", "negative", "booleans", "pickle"],
-)
-def test_what_is_no_array_of_codes(tmp_path, array):
-    np.save(tmp_path / "a.npy", array, allow_pickle=True)
-    with pytest.raises(VoiceError, match=r"a\.npy"):
+def npy(array: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=True)
+    return buffer.getvalue()
+
+
+def with_header(text: str) -> bytes:
+    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text.encode()
+
+
+NO_CODES = {
+    "floats": npy(np.zeros((2, 3), np.float32)),
+    "1-d": npy(np.zeros(3, np.int64)),
+    "two of them": npy(np.zeros((2, 2, 3), np.int64)),
+    "no frames": npy(np.zeros((2, 0), np.int64)),
+    "negative": npy(np.full((2, 3), -1)),
+    "booleans": npy(np.zeros((2, 3), bool)),
+    "times": npy(np.zeros((4, 2), "m8[s]")),
+    "pickle": npy(np.array({"a": 1})),
+    "truncated": npy(np.zeros((4, 100), np.int64))[:-1],
+    "more than memory": with_header("{'descr': '<i8', 'fortran_order': False, 'shape': (4, 100000000000000), }"),
+    "more than 64 bits": with_header(f"{{'descr': '<i8', 'fortran_order': False, 'shape': (4, {10**30}), }}"),
+    "no type": with_header("{'descr': ',,', 'fortran_order': False, 'shape': (4, 2)}"),
+    "cut header": with_header("{"),
+    "list as key": with_header("{[]: 1}"),
+    "deep header": with_header("-" * 9000 + "1"),
+}
+
+
+@pytest.mark.parametrize("case", NO_CODES)
+def test_what_is_no_array_of_codes(tmp_path, case):
+    (tmp_path / "a.npy").write_bytes(NO_CODES[case])
+    with pytest.raises(VoiceError, match=r"a\.npy (is not an array of codes|holds)"):
         read_codes(tmp_path / "a.npy")
-
-
-def test_a_truncated_or_lying_file_costs_no_memory(tmp_path):
-    path = tmp_path / "a.npy"
-    np.save(path, np.zeros((4, 100), np.int64))
-    data = path.read_bytes()
-    path.write_bytes(data[:-1])
-    with pytest.raises(VoiceError, match=r"a\.npy"):
-        read_codes(path)
-    path.write_bytes(data.replace(b"(4, 100), }            ", b"(4, 100000000000000), }"))
-    assert b"100000000000000" in path.read_bytes()
-    with pytest.raises(VoiceError, match=r"a\.npy"):
-        read_codes(path)
-
-
-@pytest.mark.parametrize("text", ["{", "{[]: 1}", "-" * 9000 + "1", "{'descr': ',,', 'fortran_order': False, 'shape': (4, 2)}"])
-def test_a_header_that_numpy_cannot_evaluate(tmp_path, text):
-    path = tmp_path / "a.npy"
-    path.write_bytes(b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text.encode())
-    with pytest.raises(VoiceError, match="not an array of codes"):
-        read_codes(path)
-
-
-def test_a_shape_beyond_64_bits_and_a_time_are_no_codes(tmp_path):
-    header = f"{{'descr': '<i8', 'fortran_order': False, 'shape': (4, {10**30}), }}"
-    (tmp_path / "a.npy").write_bytes(b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header.encode())
-    np.save(tmp_path / "b.npy", np.zeros((4, 2), "m8[s]"))
-    for name in ("a.npy", "b.npy"):
-        with pytest.raises(VoiceError, match="not an array of codes"):
-            read_codes(tmp_path / name)
 
 
 @pytest.mark.parametrize("loudness", [{"lufs": -1e308}, {"lufs": 1e308}, {"lufs": float("nan")}, {"peak": 0}, {"peak": 10**400}])
@@ -467,6 +431,8 @@ def test_a_bad_index(store, content):
 def test_check_accepts_its_own_bundle_only():
     voice().check(manifest())
     voice(fingerprint=None).check(manifest())
+    with pytest.raises(VoiceError, match="no transcript"):
+        voice(transcript=" \n").check(manifest())
     with pytest.raises(VoiceError, match=r"made with the codec ffffffffffff…; this bundle's is a1b2c3d4") as caught:
         voice(fingerprint="f" * 64).check(manifest())
     assert "fishrt voice add anna --force" in caught.value.hint
@@ -533,27 +499,10 @@ def test_recordings_that_make_no_voice(audio, transcript, error, message):
         Voice.from_audio(FakeTts(), audio, transcript)
 
 
-def test_a_voice_without_a_transcript_is_refused():
-    with pytest.raises(VoiceError, match="no transcript"):
-        voice(transcript=" \n").check(manifest())
-
-
-def test_a_long_file_is_refused(tmp_path):
+def test_a_recording_must_fit_the_codec_and_the_context(tmp_path):
     soundfile.write(tmp_path / "a.wav", tone(21), RATE)
     with pytest.raises(AudioError, match=r"a\.wav is too long: at most 20\.0 s"):
         Voice.from_audio(FakeTts(), tmp_path / "a.wav", "x")
-
-
-def test_a_recording_must_fit_the_context_too():
     small = FakeTts(dataclasses.replace(manifest(), model=language_model(max_prompt=100)))
     with pytest.raises(AudioError, match=r"0\.2 s to 4\.0 s"):
         Voice.from_audio(small, (tone(5), RATE), "x")
-
-
-@pytest.mark.parametrize("content", [None, b"", b"RIFF", b"text"])
-def test_a_file_that_is_no_audio_is_named(tmp_path, content):
-    path = tmp_path / "a.wav"
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(AudioError, match=r"a\.wav"):
-        Voice.from_audio(FakeTts(), path, "x")
