@@ -21,24 +21,33 @@ from fishrt_export.sources.codec import CodecSource, open_codec
 from synthetic import millions
 
 pytestmark = pytest.mark.slow
+CopyCodec = Callable[[str], Path]
+ABSENT = object()
+UNKNOWN = "has unknown fields: "
 
 
 @pytest.fixture
-def codec_folder(s2_golden: Path, tmp_path: Path) -> Path:
+def copied_codec(tmp_path: Path) -> CopyCodec:
+    """Copies the codec of a family, to be written to."""
+    return lambda folder: Path(shutil.copytree(find_golden(CHOSEN, folder) / "codec/checkpoint", tmp_path / "codec"))
+
+
+@pytest.fixture
+def codec_folder(copied_codec: CopyCodec) -> Path:
     """A DAC codec."""
-    return Path(shutil.copytree(s2_golden / "codec/checkpoint", tmp_path / "codec"))
+    return copied_codec("s2-pro")
 
 
 @pytest.fixture
-def any_codec(golden: Path, tmp_path: Path) -> Path:
+def any_codec(golden: Path, copied_codec: CopyCodec) -> Path:
     """The codec of each family."""
-    return Path(shutil.copytree(golden / "codec/checkpoint", tmp_path / "codec"))
+    return copied_codec(golden.name)
 
 
 @pytest.fixture(params=["fish-1.4", "fish-1.2"])
-def firefly_folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+def firefly_folder(request: pytest.FixtureRequest, copied_codec: CopyCodec) -> Path:
     """A Firefly codec, causal and centred."""
-    return Path(shutil.copytree(find_golden(CHOSEN, request.param) / "codec/checkpoint", tmp_path / "codec"))
+    return copied_codec(request.param)
 
 
 def edit_codec(folder: Path, edit: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
@@ -46,11 +55,20 @@ def edit_codec(folder: Path, edit: Callable[[dict[str, Any]], dict[str, Any]]) -
     torch.save(edit(torch.load(path, weights_only=True)), path)
 
 
-def edit_config(folder: Path, edit: Callable[[dict[str, Any]], object]) -> None:
-    path = folder / "codec_config.json"
-    data = json.loads(path.read_text())
-    edit(data)
-    path.write_text(json.dumps(data))
+def edit_config(folder: Path, path: str, value: Any) -> None:
+    """Set the field at a path, or remove it; an object is merged."""
+    file = folder / "codec_config.json"
+    data = part = json.loads(file.read_text())
+    *parents, name = path.split(".")
+    for key in parents:
+        part = part[key]
+    if isinstance(part, list):
+        part[int(name)] = value
+    elif value is ABSENT:
+        del part[name]
+    else:
+        part[name] = {**part[name], **value} if isinstance(value, dict) and name in part else value
+    file.write_text(json.dumps(data))
 
 
 def copied(source: CodecSource) -> dict[str, torch.Tensor]:
@@ -144,21 +162,25 @@ def test_the_fingerprint_tells_codecs_apart(codec_folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("edit", "same"),
+    ("folder", "path", "value", "same"),
     [
-        (lambda c: c.update(sample_rate=c["sample_rate"] + 1), False),
-        (lambda c: c["quantizer"]["post_module"].update(window_size=3), False),
-        (lambda c: c["quantizer"]["pre_module"]["config"].update(rope_base=77), False),
-        (lambda c: c["quantizer"]["pre_module"]["config"].update(rope_base=10000.0), True),
-        (lambda c: c["quantizer"].update(quantizer_dropout=0.1), True),
+        ("s2-pro", "sample_rate", 8001, False),
+        ("s2-pro", "quantizer.post_module.window_size", 3, False),
+        ("s2-pro", "quantizer.pre_module.config.rope_base", 77, False),
+        ("s2-pro", "quantizer.pre_module.config.rope_base", 10000.0, True),
+        ("s2-pro", "quantizer.quantizer_dropout", 0.1, True),
+        ("fish-1.4", "backbone.drop_path_rate", 0.0, True),
+        ("fish-1.4", "head.resblock_dilation_sizes.0", [1, 3, 7], False),
+        ("fish-1.2", "head.resblock_dilation_sizes.0", [1, 3, 7], False),
     ],
-    ids=["sample rate", "window", "rope", "spelling", "training"],
 )
-def test_the_fingerprint_is_of_the_sound(codec_folder: Path, edit: Callable[[dict[str, Any]], object], same: bool) -> None:
-    edit_config(codec_folder, lambda c: c["quantizer"]["pre_module"]["config"].update(rope_base=10000))
-    before = open_codec(codec_folder).fingerprint
-    edit_config(codec_folder, edit)
-    assert (open_codec(codec_folder).fingerprint == before) == same
+def test_the_fingerprint_is_of_the_sound(copied_codec: CopyCodec, folder: str, path: str, value: Any, same: bool) -> None:
+    codec = copied_codec(folder)
+    if folder == "s2-pro":
+        edit_config(codec, "quantizer.pre_module.config.rope_base", 10000)
+    before = open_codec(codec).fingerprint
+    edit_config(codec, path, value)
+    assert (open_codec(codec).fingerprint == before) == same
 
 
 def test_a_codec_that_does_not_fit_its_config(codec_folder: Path) -> None:
@@ -173,74 +195,94 @@ def test_a_codec_that_does_not_fit_its_config(codec_folder: Path) -> None:
     assert any(problem.startswith("wrong shape: encoder.block.0") for problem in open_codec(codec_folder).problems())
 
 
+DAC_FAULTS = [
+    ("sample_rate", ABSENT, "lacks sample_rate"),
+    ("quantizer.pre_module", ABSENT, "lacks quantizer.pre_module"),
+    ("decoder_rates", [2, 2], "expected numbers with the product of encoder_rates"),
+    ("quantizer", 3, "expected an object"),
+    ("sample_rate", -1, "expected a positive whole number"),
+    ("sample_rate", "44100", "expected a positive whole number"),
+    ("encoder_rates", [2, 0, 8], "expected a list of whole numbers of at least 1"),
+    ("encoder_rates", [], "expected a list of whole numbers of at least 1"),
+    ("encoder_transformer_layers", [0], "expected one number for each"),
+    ("encoder_transformer_layers", [-1] * 4, "expected a list of whole numbers of at least 0"),
+    ("decoder_dim", 7, "expected enough channels that one is left after they are halved"),
+    ("quantizer.codebook_size", True, "expected a positive whole number"),
+    ("quantizer.downsample_factor", 2, "expected a list"),
+    ("quantizer.input_dim", 7, "expected the encoder's width"),
+    ("quantizer.pre_module.window_size", 0, "expected a positive whole number"),
+    ("quantizer.pre_module.causal", False, "expected true"),
+    ("quantizer.post_module.config.head_dim", 5, "expected an even number"),
+    ("quantizer.post_module.config.norm_eps", 0, "expected a positive number"),
+    ("quantizer.post_module.config.n_local_heads", 1, "expected -1"),
+    ("encoder_kernel", 5, UNKNOWN),
+    ("transformer_general_config.x", 1, UNKNOWN),
+    ("quantizer.post_module.look", 1, UNKNOWN),
+]
+FIREFLY_FAULTS = [
+    ("head", ABSENT, "lacks head"),
+    ("spec_transform.n_fft", 2047, "spec_transform.win_length is 2048; expected 2047"),
+    ("spec_transform.win_length", 1024, "expected 2048"),
+    ("spec_transform", {"n_fft": 511, "win_length": 511}, "spec_transform.n_fft is 511; expected at least hop_length, 512"),
+    ("spec_transform.hop_length", 256, "expected 512"),
+    ("head.hop_length", 256, "expected 512"),
+    ("backbone.input_channels", 7, "to fit the other fields"),
+    ("backbone.dims", [8, 12, 16, 9], "expected 9, to fit the other fields"),
+    ("backbone.depths", [1], "expected one number for each of the 4 dims"),
+    ("head.num_mels", 4, "to fit the other fields"),
+    ("head.use_template", True, "expected false"),
+    ("head.upsample_initial_channel", 3, "expected enough channels that one is left after they are halved"),
+    ("head.upsample_kernel_sizes", [16, 16, 4, 4], "expected one for each"),
+    ("head.upsample_kernel_sizes", [6, 16, 4, 4, 4], "at least as large"),
+    ("head.resblock_dilation_sizes", [[1, 3, 5]] * 2, "expected one list for each"),
+    ("head.resblock_dilation_sizes.1", [1, 0], "head.resblock_dilation_sizes[1] is [1, 0]"),
+    ("quantizer.n_groups", 7919, "expected a divisor of input_dim"),
+    ("quantizer.levels", [8, 1], "expected a list of whole numbers of at least 2"),
+    ("quantizer.levels", 8, "expected a list of whole numbers of at least 2"),
+    ("head.activation", "silu", UNKNOWN),
+    ("discriminator", {}, UNKNOWN),
+]
+
+
+@pytest.mark.parametrize(
+    ("folder", "path", "value", "message"),
+    [
+        *(("s2-pro", *fault) for fault in DAC_FAULTS),
+        *((folder, *fault) for folder in ("fish-1.4", "fish-1.2") for fault in FIREFLY_FAULTS),
+    ],
+)
+def test_a_codec_config_that_cannot_be(copied_codec: CopyCodec, folder: str, path: str, value: Any, message: str) -> None:
+    codec = copied_codec(folder)
+    edit_config(codec, path, value)
+    with pytest.raises(ExportError, match=r"^codec_config\.json") as caught:
+        open_codec(codec)
+    assert message in str(caught.value)
+    if message == UNKNOWN:
+        assert str(caught.value).endswith(f" {path}")
+    elif message.startswith("expected") and "fit" not in message:
+        assert f"{path} is {value!r}; " in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda c: c.pop("sample_rate"), "lacks sample_rate"),
-        (lambda c: c["quantizer"].pop("pre_module"), r"lacks quantizer\.pre_module"),
-        (lambda c: c.update(decoder_rates=[2, 2]), r"decoder_rates is \[2, 2\]"),
-        (lambda c: c.update(quantizer=3), "quantizer is 3; expected an object"),
-        (lambda c: c.update(sample_rate=-1), "sample_rate is -1"),
-        (lambda c: c.update(sample_rate="44100"), "sample_rate is '44100'"),
-        (lambda c: c.update(encoder_rates=[2, 0, 8]), r"encoder_rates is \[2, 0, 8\]"),
-        (lambda c: c.update(encoder_rates=[]), r"encoder_rates is \[\]"),
-        (lambda c: c["encoder_transformer_layers"].append(0), "encoder_transformer_layers is .*; expected one number for each"),
-        (lambda c: c.update(encoder_transformer_layers=[-1] * len(c["encoder_rates"])), "encoder_transformer_layers is"),
-        (lambda c: c.update(decoder_dim=7), "decoder_dim is 7; expected .* halved"),
-        (lambda c: c["quantizer"].update(codebook_size=True), r"quantizer\.codebook_size is True"),
-        (lambda c: c["quantizer"].update(downsample_factor=2), r"quantizer\.downsample_factor is 2"),
-        (lambda c: c["quantizer"].update(input_dim=7), r"quantizer\.input_dim is 7"),
-        (lambda c: c["quantizer"]["pre_module"].update(window_size=0), r"quantizer\.pre_module\.window_size is 0"),
-        (lambda c: c["quantizer"]["pre_module"].update(causal=False), r"quantizer\.pre_module\.causal is False"),
-        (lambda c: c["quantizer"]["post_module"]["config"].update(head_dim=5), r"post_module\.config\.head_dim is 5"),
-        (lambda c: c["quantizer"]["post_module"]["config"].update(norm_eps=0), r"post_module\.config\.norm_eps is 0"),
-        (lambda c: c["quantizer"]["post_module"]["config"].update(n_local_heads=1), r"post_module\.config\.n_local_heads is 1"),
-        (lambda c: c.update(encoder_kernel=5), "unknown fields: encoder_kernel"),
-        (lambda c: c["transformer_general_config"].update(x=1), r"unknown fields: transformer_general_config\.x"),
-        (lambda c: c["quantizer"]["post_module"].update(look=1), r"unknown fields: quantizer\.post_module\.look"),
+        (lambda w: dict(enumerate(w.values())), r"codec\.pth holds an entry named 0"),
+        (lambda _: b"PK\x03\x04nonsense", r"codec\.pth cannot be read"),
+        (lambda _: {"embeddings.weight": torch.zeros(2)}, "holds no codec"),
+        (lambda w: {**w, "backbone.norm.weight": torch.zeros(2)}, "holds parts of two codecs"),
     ],
+    ids=["unnamed", "foreign", "no codec", "two codecs"],
 )
-def test_a_codec_config_that_cannot_be(codec_folder: Path, edit: Callable[[dict[str, Any]], object], message: str) -> None:
-    edit_config(codec_folder, edit)
-    with pytest.raises(ExportError, match=f"codec_config.json.*{message}"):
-        open_codec(codec_folder)
-
-
-def test_a_codec_file_of_unnamed_tensors(codec_folder: Path) -> None:
-    edit_codec(codec_folder, lambda w: dict(enumerate(w.values())))
-    with pytest.raises(ExportError, match=r"codec\.pth holds an entry named 0"):
-        open_codec(codec_folder)
-
-
-@pytest.mark.parametrize("content", [b"", b"nonsense", b"PK\x03\x04nonsense"])
-def test_a_foreign_codec_file(codec_folder: Path, content: bytes) -> None:
-    (codec_folder / "codec.pth").write_bytes(content)
-    with pytest.raises(ExportError, match=r"codec\.pth cannot be read"):
-        open_codec(codec_folder)
-
-
-def test_a_truncated_codec(codec_folder: Path) -> None:
+def test_a_codec_file_of_something_else(codec_folder: Path, edit: Callable[[dict[str, Any]], Any], message: str) -> None:
+    """Other files of weights that cannot be read are those of the language model; see test_damaged_checkpoints.py."""
     path = codec_folder / "codec.pth"
-    path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(ExportError, match=r"codec\.pth cannot be read"):
+    content = edit(torch.load(path, weights_only=True))
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        torch.save(content, path)
+    with pytest.raises(ExportError, match=message):
         open_codec(codec_folder)
-
-
-def test_a_codec_file_without_a_codec(codec_folder: Path) -> None:
-    edit_codec(codec_folder, lambda _: {"embeddings.weight": torch.zeros(2)})
-    with pytest.raises(ExportError, match="holds no codec"):
-        open_codec(codec_folder)
-
-
-def test_a_codec_file_with_two_codecs(codec_folder: Path) -> None:
-    edit_codec(codec_folder, lambda w: {**w, "backbone.norm.weight": torch.zeros(2)})
-    with pytest.raises(ExportError, match="holds parts of two codecs"):
-        open_codec(codec_folder)
-
-
-def test_fused_weights_take_the_place_of_the_pairs(any_codec: Path) -> None:
-    fused = open_codec(any_codec).weights
-    assert not any("parametrizations" in name or name.endswith(("_g", "_v")) for name in fused)
 
 
 def test_a_config_of_another_release_names_every_tensor(firefly_folder: Path) -> None:
@@ -273,72 +315,23 @@ def test_a_codec_that_lacks_the_convolutions_of_its_kind(firefly_folder: Path) -
 
 
 @pytest.mark.parametrize(
-    ("edit", "message"),
+    ("path", "value"),
     [
-        (lambda c: c.pop("head"), "lacks head"),
-        (lambda c: c["spec_transform"].update(n_fft=2047), r"spec_transform\.win_length is 2048; expected 2047"),
-        (lambda c: c["spec_transform"].update(win_length=1024), r"spec_transform\.win_length is 1024; expected 2048"),
-        (lambda c: c["spec_transform"].update(n_fft=511, win_length=511), r"n_fft is 511; expected at least hop_length, 512"),
-        (lambda c: c["spec_transform"].update(hop_length=256), r"spec_transform\.hop_length is 256; expected 512"),
-        (lambda c: c["head"].update(hop_length=256), r"head\.hop_length is 256; expected 512"),
-        (lambda c: c["backbone"].update(input_channels=7), r"backbone\.input_channels is 7; expected \d+, to fit"),
-        (lambda c: c["backbone"]["dims"].append(9), r"quantizer\.input_dim is \d+; expected 9, to fit"),
-        (lambda c: c["backbone"]["depths"].append(9), r"backbone\.depths is .*; expected one number for each of the 4 dims"),
-        (lambda c: c["head"].update(num_mels=4), r"head\.num_mels is 4; expected \d+, to fit"),
-        (lambda c: c["head"].update(use_template=True), r"head\.use_template is True; expected false"),
-        (lambda c: c["head"].update(upsample_initial_channel=3), r"head\.upsample_initial_channel is 3; expected .* halved"),
-        (lambda c: c["head"]["upsample_kernel_sizes"].pop(), r"head\.upsample_kernel_sizes is .*; expected one for each"),
-        (
-            lambda c: c["head"]["upsample_kernel_sizes"].__setitem__(0, 6),
-            r"head\.upsample_kernel_sizes is \[6, .*at least as large",
-        ),
-        (
-            lambda c: c["head"]["resblock_dilation_sizes"].pop(),
-            r"head\.resblock_dilation_sizes is .*; expected one list for each",
-        ),
-        (
-            lambda c: c["head"]["resblock_dilation_sizes"].__setitem__(1, [1, 0]),
-            r"head\.resblock_dilation_sizes\[1\] is \[1, 0\]",
-        ),
-        (lambda c: c["quantizer"].update(n_groups=7919), r"quantizer\.n_groups is 7919; expected a divisor of input_dim"),
-        (lambda c: c["quantizer"].update(levels=[8, 1]), r"quantizer\.levels is \[8, 1\]; expected .* at least 2"),
-        (lambda c: c["quantizer"].update(levels=8), r"quantizer\.levels is 8"),
-        (lambda c: c["head"].update(activation="silu"), r"unknown fields: head\.activation"),
-        (lambda c: c.update(discriminator={}), "unknown fields: discriminator"),
+        ("backbone.kernel_size", 6),
+        ("head.pre_conv_kernel_size", 12),
+        ("head.post_conv_kernel_size", 12),
+        ("head.resblock_kernel_sizes", [3, 7, 10]),
+        ("head.upsample_kernel_sizes", [16, 15, 4, 4, 4]),
     ],
 )
-def test_a_firefly_config_that_cannot_be(firefly_folder: Path, edit: Callable[[dict[str, Any]], object], message: str) -> None:
-    edit_config(firefly_folder, edit)
-    with pytest.raises(ExportError, match=f"codec_config.json.*{message}"):
-        open_codec(firefly_folder)
-
-
-@pytest.mark.parametrize(
-    ("part", "name", "value"),
-    [
-        ("backbone", "kernel_size", 6),
-        ("head", "pre_conv_kernel_size", 12),
-        ("head", "post_conv_kernel_size", 12),
-        ("head", "resblock_kernel_sizes", [3, 7, 10]),
-        ("head", "upsample_kernel_sizes", [16, 15, 4, 4, 4]),
-    ],
-)
-def test_even_kernels_have_no_centre(firefly_folder: Path, part: str, name: str, value: Any) -> None:
+def test_even_kernels_have_no_centre(firefly_folder: Path, path: str, value: Any) -> None:
     centred = open_codec(firefly_folder).kind == "centred firefly"
-    edit_config(firefly_folder, lambda c: c[part].update({name: value}))
+    edit_config(firefly_folder, path, value)
     if not centred:
         assert open_codec(firefly_folder).problems()  # a wrong shape, but no contradiction
         return
-    with pytest.raises(ExportError, match=rf"{part}\.{name} is .*; expected"):
+    with pytest.raises(ExportError, match=rf"{path} is .*; expected"):
         open_codec(firefly_folder)
-
-
-def test_the_fingerprint_of_firefly_is_of_the_sound(firefly_folder: Path) -> None:
-    before = open_codec(firefly_folder).fingerprint
-    edit_config(firefly_folder, lambda c: c["backbone"].update(drop_path_rate=0.0))
-    assert open_codec(firefly_folder).fingerprint == before
-    edit_config(firefly_folder, lambda c: c["head"]["resblock_dilation_sizes"].__setitem__(0, [1, 3, 7]))
-    assert open_codec(firefly_folder).fingerprint != before
 
 
 def test_a_buffer_of_an_older_file_changes_nothing() -> None:
