@@ -235,31 +235,24 @@ def test_graphs_of_any_sizes(tmp_path: Path, name: str, head: str) -> None:
 # ---- the codec
 
 
-def random_dac(rng: np.random.Generator) -> dict[str, Any]:
-    """Return random sizes of a DAC codec: odd channels, codebooks of any size."""
+def random_dac(rng: np.random.Generator, *, encoder_layers: int = 0) -> dict[str, Any]:
+    """Return random sizes of a DAC codec: odd channels, codebooks of any size.
+
+    encoder_layers: of a transformer in the first block of the encoder, which is wide then.
+    """
     rates = [int(rate) for rate in rng.integers(2, 5, int(rng.integers(1, 4)))]
-    width = int(rng.integers(3, 7))
+    width = 32 if encoder_layers else int(rng.integers(3, 7))
     dim = width * 2 ** len(rates)
-    module = {
-        "window_size": int(rng.integers(1, 6)),
-        "input_dim": dim,
-        "config": {
-            "n_layer": int(rng.integers(1, 3)),
-            "n_head": int(rng.integers(1, 4)),
-            "dim": dim,
-            "intermediate_size": int(rng.integers(5, 32)),
-            "head_dim": 2 * int(rng.integers(1, 6)),
-            "rope_base": 500,
-            "norm_eps": 1e-5,
-        },
-    }
+    transformer = {"n_layer": int(rng.integers(1, 3)), "n_head": int(rng.integers(1, 4)), "head_dim": 2 * int(rng.integers(1, 6))}
+    transformer |= {"dim": dim, "intermediate_size": int(rng.integers(5, 32)), "rope_base": 500, "norm_eps": 1e-5}
+    module = {"window_size": int(rng.integers(1, 6)), "input_dim": dim, "config": transformer}
     return {
         "sample_rate": int(rng.integers(4000, 48001)),
         "encoder_dim": width,
         "encoder_rates": rates,
         "decoder_dim": 2 ** len(rates) + int(rng.integers(0, 30)),
         "decoder_rates": rates[::-1],
-        "encoder_transformer_layers": [0] * len(rates),
+        "encoder_transformer_layers": [encoder_layers] + [0] * (len(rates) - 1),
         "transformer_general_config": {"rope_base": 10000, "norm_eps": 1e-5},
         "quantizer": {
             "input_dim": dim,
@@ -283,13 +276,7 @@ def random_firefly(rng: np.random.Generator, *, causal: bool) -> dict[str, Any]:
     kernels = [2 * int(half) + 1 for half in rng.integers(0, 3, 2)]
     bands, window = int(rng.integers(4, 12)), hop + int(rng.integers(20, 60))
     return {
-        "spec_transform": {
-            "sample_rate": 16000,
-            "n_mels": bands,
-            "n_fft": window,
-            "hop_length": hop,
-            "win_length": window,
-        },
+        "spec_transform": {"sample_rate": 16000, "n_mels": bands, "n_fft": window, "hop_length": hop, "win_length": window},
         "backbone": {"input_channels": bands, "depths": [int(d) for d in rng.integers(0, 3, 2)], "dims": dims, "kernel_size": 5},
         "head": {
             "hop_length": hop,
@@ -331,7 +318,7 @@ def write_codec(folder: Path, kind: str, config: dict[str, Any], dtype: torch.dt
 def test_codecs_of_any_sizes(tmp_path: Path, kind: str, seed: int) -> None:
     """A frame is one hop of samples, and a stream equals the whole. In a causal codec, audio of a prefix is a prefix."""
     rng = np.random.default_rng([seed, len(kind)])
-    config = random_dac(rng) if kind == "dac" else random_firefly(rng, causal=kind == "firefly")
+    config = random_dac(rng, encoder_layers=seed % 2) if kind == "dac" else random_firefly(rng, causal=kind == "firefly")
     source = write_codec(tmp_path, kind, config)
     assert source.problems() == []
     assert source.kind == kind

@@ -58,38 +58,33 @@ def refused(checkpoint: Path, message: str, **options: Any) -> str:
 
 
 def test_every_family_is_told_by_its_files(golden_model: GoldenModel) -> None:
-    source = golden_model.lm
-    assert source.family is FAMILIES[FOLDERS[golden_model.golden.name]]
+    source, name = golden_model.lm, FOLDERS[golden_model.golden.name]
+    assert source.family is FAMILIES[name]
     assert source.family.codec == golden_model.codec.kind
     assert source.problems() == []
     for head in ("audio", "full"):
         assert list(source.describe(head).faults()) == []
+    assert open_language_model(golden_model.checkpoint, family=name).family is source.family  # at its word
 
 
-def test_the_name_of_the_family_is_taken_at_its_word(golden_model: GoldenModel) -> None:
-    name = FOLDERS[golden_model.golden.name]
-    assert open_language_model(golden_model.checkpoint, family=name).family.name == name
-
-
-def test_without_a_codec_two_families_are_alike(model_of: ModelOf) -> None:
-    with pytest.raises(ExportError, match=r"may be of several families: 1\.4, 1\.2") as caught:
-        open_language_model(model_of("fish-1.2").checkpoint)
-    assert "--family" in str(caught.value.hint)
-
-
-def test_a_family_of_another_name_is_refused(model_of: ModelOf) -> None:
-    checkpoint = model_of("fish-1.4").checkpoint
-    with pytest.raises(ExportError, match=r"unknown family '1\.6'") as caught:
-        open_language_model(checkpoint, family="1.6")
-    assert all(name in str(caught.value.hint) for name in FAMILIES)
-    with pytest.raises(ExportError, match=r"cannot be of the family 1\.5, which has a tokenizer with <\|semantic:0\|>"):
-        open_language_model(checkpoint, family="1.5")
-    with pytest.raises(
-        ExportError, match=r"cannot be of the family 1\.2, which has a codec of the kind 'centred firefly', not 'firefly'"
-    ):
-        open_language_model(checkpoint, family="1.2", codec="firefly")
-    with pytest.raises(ExportError, match=r"the tokenizer has no <\|semantic\|>"):
-        open_language_model(model_of("fish-1.5").checkpoint, family="1.4")
+@pytest.mark.parametrize(
+    ("folder", "family", "codec", "message"),
+    [
+        ("fish-1.2", None, None, r"may be of several families: 1\.4, 1\.2"),
+        ("fish-1.4", "1.6", None, r"unknown family '1\.6'"),
+        ("fish-1.4", "1.5", None, r"cannot be of the family 1\.5, which has a tokenizer with <\|semantic:0\|>"),
+        ("fish-1.4", "1.2", "firefly", r"family 1\.2, which has a codec of the kind 'centred firefly', not 'firefly'"),
+        ("fish-1.5", "1.4", None, r"the tokenizer has no <\|semantic\|>"),
+    ],
+)
+def test_a_family_that_the_files_do_not_tell(
+    model_of: ModelOf, folder: str, family: str | None, codec: str | None, message: str
+) -> None:
+    with pytest.raises(ExportError, match=message) as caught:
+        open_language_model(model_of(folder).checkpoint, family=family, codec=codec)
+    assert caught.value.hint
+    if family == "1.6":
+        assert all(name in caught.value.hint for name in FAMILIES)
 
 
 def test_a_config_of_another_form_needs_the_name(folder_of: Callable[[str], Path]) -> None:
@@ -200,32 +195,42 @@ def test_fields_that_are_null_tell_nothing(folder_of: Callable[[str], Path], mod
 
 
 @pytest.mark.parametrize(
-    ("other", "name", "message"),
+    ("folder", "other", "name", "message"),
     [
-        ("fish-1.4", "tokenizer.json", r"has 2 tokenizers: tokenizer\.json, tokenizer\.tiktoken"),
-        ("s1-mini", "codec.pth", r"has 2 codecs: codec\.pth, firefly-gan-vq-fsq-8x1024-21hz-generator\.pth"),
+        ("fish-1.5", "fish-1.4", "tokenizer.json", r"has 2 tokenizers: tokenizer\.json, tokenizer\.tiktoken"),
+        ("fish-1.5", "s1-mini", "codec.pth", r"has 2 codecs: codec\.pth, firefly-gan-vq-fsq-8x1024-21hz-generator\.pth"),
+        ("fish-1.4", "fish-1.2", "model.pth", "wrong shape: codebook_embeddings.weight"),
     ],
 )
-def test_two_files_of_one_part(folder_of: Callable[[str], Path], model_of: ModelOf, other: str, name: str, message: str) -> None:
-    checkpoint = folder_of("fish-1.5")
+def test_a_file_of_another_family(
+    folder_of: Callable[[str], Path], model_of: ModelOf, folder: str, other: str, name: str, message: str
+) -> None:
+    checkpoint = folder_of(folder)
     shutil.copy(model_of(other).checkpoint / name, checkpoint)
     refused(checkpoint, message)
-
-
-def test_weights_of_another_generation(folder_of: Callable[[str], Path], model_of: ModelOf) -> None:
-    checkpoint = folder_of("fish-1.4")
-    shutil.copy(model_of("fish-1.2").checkpoint / "model.pth", checkpoint)
-    refused(checkpoint, "wrong shape: codebook_embeddings.weight")
 
 
 # ---- what each family makes of its config
 
 
-@pytest.mark.parametrize("folder", ["fish-1.2", "fish-1.4", "fish-1.5"])
-def test_head_dim_is_passed_over(folder_of: Callable[[str], Path], model_of: ModelOf, folder: str) -> None:
+@pytest.mark.parametrize(
+    ("folder", "changes", "honoured"),
+    [
+        *((folder, {"head_dim": 98}, False) for folder in ("fish-1.2", "fish-1.4", "fish-1.5")),
+        ("fish-1.5", {"scale_codebook_embeddings": True}, False),
+        ("s1-mini", {"scale_codebook_embeddings": False}, True),
+        ("s1-mini", {"head_dim": 6, "fast_head_dim": None}, True),
+    ],
+)
+def test_fields_that_a_family_honours(
+    folder_of: Callable[[str], Path], model_of: ModelOf, folder: str, changes: dict[str, Any], honoured: bool
+) -> None:
     source, checkpoint = model_of(folder).lm, folder_of(folder)
-    change_config(checkpoint, head_dim=2 * source.config.slow.head_dim)
-    assert open_language_model(checkpoint, family=source.family.name).config == source.config
+    change_config(checkpoint, **changes)
+    config = open_language_model(checkpoint, family=source.family.name).config
+    assert (config != source.config) is honoured
+    if honoured and "head_dim" in changes:
+        assert config.slow.head_dim == config.fast.head_dim == changes["head_dim"]
 
 
 def test_the_fast_head_dim_is_passed_over_too(folder_of: Callable[[str], Path]) -> None:
@@ -233,20 +238,6 @@ def test_the_fast_head_dim_is_passed_over_too(folder_of: Callable[[str], Path]) 
     change_config(checkpoint, fast_dim=24, fast_n_head=2, fast_n_local_heads=1, fast_head_dim=4)
     config = open_language_model(checkpoint).config
     assert (config.fast.dim, config.fast.heads, config.fast.head_dim) == (24, 2, 12)
-
-
-def test_head_dim_counts_later(folder_of: Callable[[str], Path]) -> None:
-    checkpoint = folder_of("s1-mini")
-    change_config(checkpoint, head_dim=6, fast_head_dim=None)
-    config = open_language_model(checkpoint).config
-    assert (config.slow.head_dim, config.fast.head_dim) == (6, 6)
-
-
-@pytest.mark.parametrize(("folder", "scaled"), [("fish-1.5", False), ("s1-mini", True)])
-def test_scaled_embeddings_count_from_s1_on(folder_of: Callable[[str], Path], folder: str, scaled: bool) -> None:
-    checkpoint = folder_of(folder)
-    change_config(checkpoint, scale_codebook_embeddings=True)
-    assert open_language_model(checkpoint).config.scale_codebook_embeddings is scaled
 
 
 @pytest.mark.parametrize(("folder", "counts"), [("fish-1.4", False), ("fish-1.5", True)])

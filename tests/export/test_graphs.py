@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import itertools
-import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
 import torch
+from test_configurations import random_dac, write_codec
 
 from fishrt.bundle.folder import Bundle
 from fishrt_engines import Engine
@@ -26,7 +25,7 @@ from fishrt_export.models.codec.decoding import decode_spec
 from fishrt_export.models.codec.layers import WindowTransformer
 from fishrt_export.models.codec.load import OFFICIAL
 from fishrt_export.sources.cases import codec_decode_cases, codec_encode_cases, random_prompt, slow_ar_cases
-from fishrt_export.sources.codec import AUDIO_TOLERANCE, COSINE_MARGIN, open_codec
+from fishrt_export.sources.codec import AUDIO_TOLERANCE, COSINE_MARGIN
 from fishrt_export.sources.language_model import LANGUAGE_MODEL_TOLERANCE, open_language_model
 from synthetic import PLAIN, random_weights, write_flat
 from tiny import GoldenModel, chunk_feeds, prefill_feeds
@@ -319,49 +318,15 @@ def test_a_window_that_is_left_out_is_seen(s2_model: GoldenModel, part: str) -> 
         verify(module, job.spec, folder, job.cases, job.tolerance, job.margins and job.margins(module))
 
 
-CODEC: dict[str, Any] = {
-    "sample_rate": 8000,
-    "encoder_dim": 32,
-    "encoder_rates": [3, 5],
-    "decoder_dim": 27,
-    "decoder_rates": [5, 3],
-    "encoder_transformer_layers": [1, 0],
-    "transformer_general_config": {"rope_base": 10000, "norm_eps": 1e-5},
-    "quantizer": {
-        "input_dim": 128,
-        "n_codebooks": 2,
-        "codebook_size": 20,
-        "codebook_dim": 3,
-        "semantic_codebook_size": 50,
-        "downsample_factor": [2],
-    },
-}
-for part, layers in (("pre_module", 1), ("post_module", 2)):
-    transformer = {
-        "n_layer": layers,
-        "n_head": 2,
-        "dim": 128,
-        "intermediate_size": 40,
-        "head_dim": 10,
-        "rope_base": 500,
-        "norm_eps": 1e-5,
-    }
-    CODEC["quantizer"][part] = {"window_size": 5, "input_dim": 128, "config": transformer}
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_graphs_of_another_codec(tmp_path: Path, dtype: torch.dtype) -> None:
     """Odd strides and channels, 16-bit weights: verified against the module, and stored in the checkpoint's type."""
-    torch.manual_seed(0)
-    (tmp_path / "codec_config.json").write_text(json.dumps(CODEC), encoding="utf-8")
-    stored = {name: tensor.to(dtype) for name, tensor in Dac(DacConfig.from_json(CODEC)).state_dict().items()}
-    torch.save(stored, tmp_path / "codec.pth")
-    source = open_codec(tmp_path)
+    source = write_codec(tmp_path, "dac", random_dac(np.random.default_rng(2), encoder_layers=1), dtype)
     assert source.problems() == []
     for job in source.jobs() if dtype == torch.float32 else source.jobs()[1:]:
         parity = job.run(tmp_path).parity
         assert parity.max_abs_error <= parity.tolerance
         graph = onnx.load(tmp_path / job.spec.file, load_external_data=False).graph
-        kinds = {tensor.data_type for tensor in graph.initializer if tensor.name in stored}
+        kinds = {tensor.data_type for tensor in graph.initializer if tensor.name in source.weights}
         assert kinds == {KINDS[dtype]}

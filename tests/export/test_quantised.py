@@ -1,4 +1,4 @@
-"""Checkpoints of upstream's quantiser: int8 is dequantised, int4 is refused."""
+"""Quantised checkpoints: int8 of upstream's quantiser is dequantised, all other forms are refused."""
 
 from __future__ import annotations
 
@@ -63,10 +63,17 @@ def test_what_does_not_fit_is_listed(tmp_path: Path) -> None:
     ]
 
 
-def test_int4_is_refused(tmp_path: Path) -> None:
-    weights = random_weights(PLAIN)
-    weights["fast_output.weight"] = torch.zeros(1, 1, 32, 4, dtype=torch.int32)
-    weights["fast_output.scales_and_zeros"] = torch.zeros(1, 14, 2, dtype=torch.bfloat16)
-    with pytest.raises(ExportError, match=r"quantised \(int4: fast_output\.scales_and_zeros\), which") as caught:
-        opened(tmp_path, PLAIN, weights)
+@pytest.mark.parametrize(
+    ("form", "names"),
+    [
+        ("int4", ("layers.0.attention.wo.scales_and_zeros",)),
+        ("GPTQ or AWQ", ("layers.0.attention.wo.qweight", "layers.0.attention.wo.qzeros")),
+        ("bitsandbytes", ("layers.0.attention.wo.weight.quant_state.bitsandbytes__nf4", "layers.0.attention.wo.weight.absmax")),
+        ("FP8", ("layers.0.attention.wo.weight.scale",)),
+        ("MLX", ("layers.0.attention.wo.biases", "layers.0.attention.wo.scales")),
+    ],
+)
+def test_other_quantised_forms_are_named(tmp_path: Path, form: str, names: tuple[str, ...]) -> None:
+    with pytest.raises(ExportError, match=rf"the weights are quantised \({form}: {names[0]}\), which is not") as caught:
+        opened(tmp_path, PLAIN, random_weights(PLAIN) | {name: torch.zeros(2) for name in names})
     assert "int8" in str(caught.value.hint)
