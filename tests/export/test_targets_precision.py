@@ -22,9 +22,10 @@ from fishrt_export.errors import ExportError
 from fishrt_export.graph.recipe import Recipe
 from fishrt_export.targets import edit
 from fishrt_export.targets.attention import fast_operators
-from fishrt_export.targets.precision import DTYPES, compute_in, share_weights
+from fishrt_export.targets.precision import DTYPES, compute_in, keep_layout, share_weights
 from helpers_graphs import Calls, copied, operators, places
 from tiny import GoldenModel, prefill_feeds
+from tolerances import TOLERANCES
 
 FLOATS = (ir.DataType.FLOAT, *DTYPES.values())
 HEAVY = ("Attention", "MatMul", "RotaryEmbedding", "TensorScatter")
@@ -116,6 +117,19 @@ def test_scales_of_integers_have_the_type_of_the_computation(s2_model: GoldenMod
 def test_another_type_is_refused(s2_model: GoldenModel) -> None:
     with pytest.raises(ExportError, match="float64"):
         compute_in(edit.load(s2_model.file("fast_ar")), "float64")
+
+
+def test_products_read_weights_as_they_are_stored(golden_model: GoldenModel, tmp_path: Path) -> None:
+    portable, spec = copied(golden_model.file("slow_ar"), tmp_path), golden_model.lm.jobs("audio")[0].spec
+    model = edit.load(portable)
+    keep_layout(model)
+    edit.save(model, tmp_path / "form.onnx")
+    before, after = operators(portable), operators(tmp_path / "form.onnx")
+    assert after["FusedMatMul"] == before["MatMul"] == before["Transpose"] - after["Transpose"] > 0
+    feeds = slow_feeds(golden_model)
+    expected, actual = (results(path, spec, feeds) for path in (portable, tmp_path / "form.onnx"))
+    for name, value in expected.items():
+        np.testing.assert_allclose(actual[name], value, rtol=0, atol=TOLERANCES["lm"], err_msg=name)
 
 
 INPUTS, OUTPUTS, BLOCK = 64, 24, 32

@@ -8,14 +8,17 @@ One GroupQueryAttention replaces
                              └──────────── Transpose ─────────────────── TensorScatter ─┘
 
 and reads only written rows. Columns must then be consecutive: position_ids[b] = write_index[b], write_index[b] + 1, …
-A residual sum and the norm after it are fused, too.
+In the frame, whose caches begin empty, the positions of each call are constants. A residual sum and the norm after it are fused,
+too.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
 from fishrt_engines.engine import ColumnInputs
@@ -26,6 +29,8 @@ _HEAD_MULTIPLE = 16
 """With rotary positions, GroupQueryAttention requires the width of a head to be a multiple of this."""
 _SWAP_HEADS = (0, 2, 1, 3)
 _ROWS = "specialised.rows"
+Counts = tuple[ir.Value, ir.Value]
+"""int32 [batch], the last row that a call fills, and int32 [], the largest of them + 1."""
 
 
 def fast_operators(model: ir.Model, *, feed_rows: bool = False) -> ColumnInputs | None:
@@ -48,8 +53,7 @@ class _Attention:
     def __init__(self, graph: ir.Graph, feed_rows: bool) -> None:
         self._graph, self._feed_rows = graph, feed_rows
         self._columns: ColumnInputs | None = None
-        self._last_row: ir.Value | None = None
-        self._rows: ir.Value | None = None
+        self._counts: dict[tuple[ir.Value, ...], Counts | None] = {}
 
     def replace(self) -> ColumnInputs | None:
         """Replace all attention of the known form. Return its inputs; None if there is none."""
@@ -68,24 +72,19 @@ class _Attention:
         if not (query and keys and values and rotated and merge and reshape) or query.inputs[1:] != rotated.inputs[1:]:
             return
         heads = [_before_swap(value) for value in (query.inputs[0], rotated.inputs[0], values.inputs[1])]
-        write_index, position_ids, cache = keys.inputs[2], query.inputs[3], keys.inputs[0]
-        split = _source_split(heads)
-        if not split or not _is_causal(attention.inputs[3], position_ids) or merge.attributes.get_ints("perm") != _SWAP_HEADS:
+        split, (write_index, cos, position_ids) = _source_split(heads), (keys.inputs[2], query.inputs[1], query.inputs[3])
+        if split is None or values.inputs[2] is not write_index or merge.attributes.get_ints("perm") != _SWAP_HEADS:
             return
-        if values.inputs[2] is not write_index or not all(
-            value is not None and value.is_graph_input() for value in (write_index, position_ids, cache)
-        ):
+        table = _stored(cos)
+        if table is None or 2 * table.shape.numpy()[1] % _HEAD_MULTIPLE:
             return
-        assert write_index is not None
-        assert position_ids is not None
-        assert cache is not None
-        assert cache.shape is not None
-        key_heads, width = cache.shape[1], cache.shape[3]
-        assert isinstance(key_heads, int)
-        assert isinstance(width, int)
-        if width % _HEAD_MULTIPLE:
+        call: tuple[Any, Any, Any] = attention.inputs[3], position_ids, write_index
+        cache: Any = keys.inputs[0]
+        if call not in self._counts:  # all layers share them
+            self._counts[call] = self._count_rows(*call, cache)
+        counts = self._counts[call]
+        if counts is None:
             return
-        self._count_rows(str(write_index.name), position_ids, str(cache.name))
         view = producer(split.inputs[0], "Reshape")
         if view is not None and heads == list(split.outputs):
             before, packed = [], [view.inputs[0], None, None]
@@ -93,11 +92,12 @@ class _Attention:
             keep_two = constant(self._graph, "specialised.keep_two", [0, 0, -1], np.int64)
             before = [ir.node("Reshape", [head, keep_two]) for head in heads]
             packed = [node.outputs[0] for node in before]
+        query_heads, key_heads, _ = numbers(split.inputs[1]).tolist()
         grouped = ir.node(
             "GroupQueryAttention",
-            [*packed, cache, values.inputs[0], self._last_row, self._rows, *query.inputs[1:3]],
+            [*packed, cache, values.inputs[0], *counts, *query.inputs[1:3]],
             {
-                "num_heads": int(numbers(split.inputs[1])[0]),
+                "num_heads": query_heads,
                 "kv_num_heads": key_heads,
                 "do_rotary": 1,
                 "rotary_interleaved": query.attributes.get_int("interleaved", 0),
@@ -108,26 +108,44 @@ class _Attention:
         old = [node.outputs[0] for node in (reshape, keys, values)]
         ir.convenience.replace_nodes_and_values(self._graph, attention, [], [*before, grouped], old, grouped.outputs)
 
-    def _count_rows(self, write_index: str, position_ids: ir.Value, cache: str) -> None:
-        """Make the int32 values `_last_row` [batch], the last row that a call fills, and `_rows` [], its maximum + 1, once."""
-        columns = ColumnInputs(write_index, str(position_ids.name))
+    def _count_rows(self, mask: ir.Value, position_ids: ir.Value, write_index: ir.Value, cache: ir.Value) -> Counts | None:
+        """Return the counts of a call; None for an unknown form."""
+        positions, start = _expanded(position_ids), _expanded(write_index)
+        if positions is not None and start is not None and mask.is_initializer():
+            seen = numbers(mask)[0, 0]
+            causal = np.arange(seen.shape[1]) <= positions[:, None]
+            if np.array_equal(positions, start + np.arange(positions.size)) and np.array_equal(seen, causal):
+                return self._constant_rows(write_index, positions)
+        if not all(value.is_graph_input() for value in (write_index, position_ids, cache)) or not _is_causal(mask, position_ids):
+            return None
+        columns = ColumnInputs(str(write_index.name), str(position_ids.name))
         if self._feed_rows:
-            columns = replace(columns, rows=_ROWS, cache=self._columns.cache if self._columns else cache)
-        assert self._columns in (None, columns)
-        if self._columns is not None:
-            return
+            columns = replace(columns, rows=_ROWS, cache=str(cache.name))
+        assert self._columns is None
         self._columns = columns
+        return self._given_rows(position_ids)
+
+    def _constant_rows(self, write_index: ir.Value, positions: npt.NDArray[np.int64]) -> Counts:
+        new, rows = positions.size - 1, int(positions[-1]) + 1
+        tape = ir.tape.Tape()
+        last = tape.op("Add", [write_index, constant(self._graph, f"specialised.{new}", new, np.int64)])
+        last_row = tape.op("Cast", [last], {"to": ir.DataType.INT32})
+        self._graph.extend(tape.nodes)  # `tidy` sorts them
+        return last_row, constant(self._graph, f"specialised.rows.{rows}", rows, np.int32)
+
+    def _given_rows(self, position_ids: ir.Value) -> Counts:
         tape = ir.tape.Tape()
         last = tape.op("Gather", [position_ids, constant(self._graph, "specialised.end", -1, np.int64)], {"axis": 1})
-        self._last_row = tape.op("Cast", [last], {"to": ir.DataType.INT32})
+        last_row = tape.op("Cast", [last], {"to": ir.DataType.INT32})
         if self._feed_rows:
-            self._rows = ir.Value(name=_ROWS, type=ir.TensorType(ir.DataType.INT32), shape=ir.Shape(()))
-            self._graph.inputs.append(self._rows)
+            rows = ir.Value(name=_ROWS, type=ir.TensorType(ir.DataType.INT32), shape=ir.Shape(()))
+            self._graph.inputs.append(rows)
         else:
             longest = tape.op("ReduceMax", [last], {"keepdims": 0})
             ends = tape.op("Add", [longest, constant(self._graph, "specialised.one", 1, np.int64)])
-            self._rows = tape.op("Cast", [ends], {"to": ir.DataType.INT32})
-        self._graph.insert_before(self._graph[0], tape.nodes)
+            rows = tape.op("Cast", [ends], {"to": ir.DataType.INT32})
+        self._graph.extend(tape.nodes)
+        return last_row, rows
 
 
 def _is_causal(mask: ir.Value | None, position_ids: ir.Value | None) -> bool:
@@ -150,6 +168,20 @@ def _source_split(heads: list[ir.Value | None]) -> ir.Node | None:
             return None
         found.append(split)
     return found[0] if all(split is found[0] for split in found) else None
+
+
+def _stored(value: ir.Value | None) -> ir.TensorProtocol | None:
+    """Return the tensor of an initializer, maybe behind a Cast."""
+    cast = producer(value, "Cast")
+    source = cast.inputs[0] if cast else value
+    return None if source is None else source.const_value
+
+
+def _expanded(value: ir.Value) -> npt.NDArray[np.int64] | None:
+    """Return the numbers of a constant that is expanded to the batch; None for another value."""
+    expand = producer(value, "Expand")
+    source = expand.inputs[0] if expand else None
+    return numbers(source) if source is not None and source.is_initializer() else None
 
 
 def _before_swap(value: ir.Value | None) -> ir.Value | None:

@@ -1,4 +1,4 @@
-"""Conversion of a graph from float32 to float16 or bfloat16, and products that share quantised weights.
+"""Conversion of a graph from float32 to float16 or bfloat16, and products with weights as a device reads them best.
 
 For devices with products in 16 bits, `compute_in` converts
 
@@ -17,6 +17,9 @@ shared weights in every run, and has no CUDA kernel that expands blocks of 8 bit
 same weights, as in the frame graph, share one packed copy of them:
 
     [K, N], blocks along K ─► uint8 [N, blocks, bytes of a block], shifted from signed to unsigned
+
+Weights that are not quantised are stored as [N, K], and ONNX Runtime makes a transposed copy of each before it copies that to a
+device. `keep_layout` makes the products read them as they are stored.
 """
 
 from __future__ import annotations
@@ -126,6 +129,18 @@ class _Lowering:
                 value.name = f"{value.name}.low"
                 self._graph.outputs[n] = result
                 self._graph.append(cast)
+
+
+def keep_layout(model: ir.Model) -> None:
+    """Make products with transposed weights read the weights themselves, in place."""
+    for product in [node for node in model.graph if node.op_type == "MatMul"]:
+        turned = producer(product.inputs[1], "Transpose")
+        if turned is None or not is_constant(turned.inputs[0]) or turned.attributes.get_ints("perm") != (1, 0):
+            continue
+        made = ir.node("FusedMatMul", [product.inputs[0], turned.inputs[0]], {"transB": 1}, domain=MICROSOFT)
+        ir.convenience.replace_nodes_and_values(model.graph, product, [product], [made], product.outputs, made.outputs)
+    model.opset_imports[MICROSOFT] = 1
+    tidy(model)
 
 
 def share_weights(model: ir.Model) -> None:

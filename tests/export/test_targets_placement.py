@@ -1,0 +1,100 @@
+"""Graphs for a CUDA device as ONNX Runtime places their nodes: nothing is copied between device and host within a call.
+
+No device is at hand: `cuda_placement` repeats ONNX Runtime's rule.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+import fishrt
+from cuda_placement import copied_values
+from fishrt_export.targets import edit
+from fishrt_export.targets.attention import fast_operators
+from fishrt_export.targets.precision import compute_in, keep_layout, share_weights
+from helpers_graphs import copied, operators
+from tiny import GoldenModel
+
+pytest.importorskip("torch", reason="needs the export extra")
+
+MINNOW = Path(str(fishrt.__file__)).parent / "minnow"
+
+
+def cuda_form(path: Path, dtype: str = "bfloat16", *, feed_rows: bool = True) -> Path:
+    model = edit.load(path)
+    compute_in(model, dtype)
+    fast_operators(model, feed_rows=feed_rows)
+    share_weights(model)
+    keep_layout(model)
+    edit.save(model, path.with_name(f"{path.stem}_cuda.onnx"))
+    return path.with_name(f"{path.stem}_cuda.onnx")
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("role", ["slow_ar", "fast_ar"])
+def test_a_language_model_copies_nothing(golden_model: GoldenModel, tmp_path: Path, role: str, dtype: str) -> None:
+    assert copied_values(cuda_form(copied(golden_model.file(role), tmp_path), dtype)) == []
+
+
+@pytest.mark.parametrize("role", ["codec_encode", "codec_decode"])
+def test_a_codec_copies_nothing(golden_model: GoldenModel, role: str) -> None:
+    assert copied_values(golden_model.file(role)) == []
+
+
+@pytest.mark.parametrize(("feed_rows", "copies"), [(True, 0), (False, 1)])
+def test_rows_that_are_computed_in_the_graph_are_copied(tmp_path: Path, feed_rows: bool, copies: int) -> None:
+    """The attention reads their number on the host: for a device, it is a feed."""
+    form = cuda_form(copied(MINNOW / "slow_ar.onnx", tmp_path), feed_rows=feed_rows)
+    assert operators(form)["GroupQueryAttention"] == 6
+    assert len(copied_values(form)) == copies
+
+
+def write(folder: Path, nodes: list[onnx.NodeProto], result: int) -> Path:
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 4])
+    y = helper.make_tensor_value_info("y", result, None)
+    constants = [helper.make_tensor("two", TensorProto.INT64, [1], [2]), helper.make_tensor("flat", TensorProto.INT64, [1], [-1])]
+    model = helper.make_model(helper.make_graph(nodes, "g", [x], [y], constants), opset_imports=[helper.make_opsetid("", 24)])
+    (folder / "g.onnx").write_bytes(model.SerializeToString())
+    return folder / "g.onnx"
+
+
+def test_sizes_stay_on_the_host(tmp_path: Path) -> None:
+    nodes = [
+        helper.make_node("Exp", ["x"], ["e"]),
+        helper.make_node("Shape", ["e"], ["shape"]),
+        helper.make_node("Mul", ["shape", "two"], ["double"]),
+        helper.make_node("Expand", ["e", "double"], ["y"]),
+    ]
+    assert copied_values(write(tmp_path, nodes, TensorProto.FLOAT)) == []
+
+
+def test_a_size_that_is_used_as_a_number_is_copied(tmp_path: Path) -> None:
+    nodes = [
+        helper.make_node("Exp", ["x"], ["e"]),
+        helper.make_node("Shape", ["e"], ["shape"]),
+        helper.make_node("Cast", ["shape"], ["size"], to=TensorProto.FLOAT),
+        helper.make_node("Div", ["e", "size"], ["y"]),
+    ]
+    assert copied_values(write(tmp_path, nodes, TensorProto.FLOAT)) == ["size"]
+
+
+def test_a_number_that_is_used_as_a_size_is_copied(tmp_path: Path) -> None:
+    nodes = [
+        helper.make_node("Cast", ["x"], ["whole"], to=TensorProto.INT64),
+        helper.make_node("Reshape", ["whole", "flat"], ["sizes"]),
+        helper.make_node("ConstantOfShape", ["sizes"], ["y"]),
+    ]
+    assert copied_values(write(tmp_path, nodes, TensorProto.FLOAT)) == ["sizes"]
+
+
+def test_an_operator_without_a_kernel_is_copied_to_and_from(tmp_path: Path) -> None:
+    nodes = [
+        helper.make_node("Exp", ["x"], ["e"]),
+        helper.make_node("Swish", ["e"], ["s"]),
+        helper.make_node("Exp", ["s"], ["y"]),
+    ]
+    assert copied_values(write(tmp_path, nodes, TensorProto.FLOAT)) == ["e", "s"]
