@@ -172,6 +172,16 @@ def test_a_file_that_breaks_off_is_refused(container: str, encoding: str) -> Non
                 read_bytes(joined + data[: len(data) // 2])
 
 
+def test_ogg_that_ends_between_two_pages_is_read_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    data = encoded("OGG", "VORBIS", VOICED)
+    assert len(read_bytes(data)) == len(VOICED)
+    assert caplog.text == ""
+    assert 0 < len(read_bytes(data[: data.rindex(b"OggS")])) < len(VOICED)
+    assert "has no mark of its end: it may break off after 1." in caplog.text
+    with pytest.raises(AudioError, match="breaks off"):
+        read_bytes(data[: data.rindex(b"OggS") + 10])
+
+
 def test_flac_that_ends_between_two_frames_is_refused_if_its_length_is_stated() -> None:
     data = bytearray(encoded("FLAC", "PCM_16"))
     data[22:26] = (2 * len(TONE)).to_bytes(4, "big")

@@ -166,12 +166,6 @@ def test_doubtful_recordings_are_taken_with_a_warning(fake):
     assert "12.0 s for 7 letters" in wordy
 
 
-def test_a_transcript_that_cannot_be_spoken_is_refused_when_it_is_added(fake, recording):
-    for text, says in (("Hello <|im_end|> friend", "control token"), ("...", "neither a letter"), ("\u200b", "neither a letter")):
-        refused(run("voice", "add", "a", "--audio", recording, "--text", text), says)
-    assert "user" not in run("voice", "list").stdout
-
-
 def test_folders_that_are_no_voices_are_told(fake, recording):
     folder = Path("own/anna")
     folder.mkdir(parents=True)
@@ -212,17 +206,6 @@ def test_codes_on_standard_output(fake, recording):
     assert np.load(io.BytesIO(result.stdout_bytes)).shape == (4, 25)
     assert json.loads(result.stderr)["output"] == "-"
     assert files() == []
-
-
-def test_codes_go_into_a_pipe_and_leave_it_there(fake, recording):
-    os.mkfifo("codes.npy")
-    reader = os.open("codes.npy", os.O_RDWR | os.O_NONBLOCK)
-    try:
-        assert run("codec", "encode", recording).exit_code == 0
-        assert Path("codes.npy").is_fifo()
-        assert np.load(io.BytesIO(os.read(reader, 10000))).shape == (4, 25)
-    finally:
-        os.close(reader)
 
 
 # --- bundles -------------------------------------------------------------------------------------------------------------------

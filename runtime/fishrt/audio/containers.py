@@ -44,8 +44,10 @@ class Stated:
     """Number of samples of a channel; 0: not stated."""
     share: float = 1.0
     """Part of the stated bytes of sound that the file has."""
+    cut: bool = False
+    """Whether the file ends inside a page."""
     ended: bool = True
-    """Whether the file has its last page, if the container has one."""
+    """Whether the last page says that it is the last, in a container of pages."""
 
 
 def split_joined(data: memoryview) -> list[memoryview]:
@@ -82,7 +84,7 @@ def forget_length(data: memoryview) -> memoryview:
 def stated_length(data: memoryview) -> Stated:
     """Return the length of one file by its own account, before `forget_length` changes it."""
     if bytes(data[:4]) == b"OggS":
-        return Stated(ended=_ogg_ends(data))
+        return _ogg_end(data)
     if bytes(data[:4]) in (b"RIFF", b"FORM"):
         order, name = ("<", b"data") if bytes(data[:4]) == b"RIFF" else (">", b"SSND")
         place = next(((at, size) for found, at, size in _chunks(data, order) if found == name), None)
@@ -189,12 +191,12 @@ def _chunks(data: memoryview, order: str) -> Iterator[tuple[bytes, int, int]]:
         at += 8 + size + size % 2
 
 
-def _ogg_ends(data: memoryview) -> bool:
-    """Return whether the last page is whole and ends its stream."""
-    last, at = None, 0
+def _ogg_end(data: memoryview) -> Stated:
+    flags, at = 0, 0
     while match := _OGG_PAGE.search(data, at):
-        last, at = match, _after_page(data, match)
-    return last is not None and bool(last.group(1)[0] & _OGG_ENDS) and at <= len(data)
+        flags, at = match.group(1)[0], _after_page(data, match)
+    cut = at > len(data) or bytes(data[at : at + 4]) == b"OggS"
+    return Stated(cut=cut, ended=bool(flags & _OGG_ENDS))
 
 
 def _after_page(data: memoryview, page: re.Match[bytes]) -> int:

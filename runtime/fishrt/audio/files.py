@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import math
 import mmap
 import stat
@@ -20,6 +21,8 @@ from numpy.lib.stride_tricks import sliding_window_view
 from ..arrays import Pcm
 from ..errors import AudioError
 from .containers import Stated, forget_length, split_joined, stated_length, take_mp3_count
+
+log = logging.getLogger(__name__)
 
 MAX_SECONDS = 3600.0
 """Longest file that is read if the caller gives no limit. An hour is 0.7 GB at 48 kHz; no codec takes as much."""
@@ -161,12 +164,16 @@ def _decoded(data: memoryview, max_seconds: float, name: str) -> Iterator[tuple[
 
 
 def _check_whole(samples: int, stated: Stated, rate: int, name: str) -> None:
-    """Check that a file does not break off after so many samples. Raises AudioError."""
+    """Check that a file does not break off after so many samples. Raises AudioError; warns if that cannot be known."""
     seconds = samples / rate
     whole = stated.samples / rate or seconds / (stated.share or 1.0)
-    if whole - seconds > _LOST_S or not stated.ended:
-        of = f" of {whole:.1f}" if stated.ended else ""
-        raise AudioError(f"{name} breaks off after {seconds:.1f}{of} s", hint="copy or record it again, to its end")
+    if whole - seconds > _LOST_S or stated.cut:
+        of = "" if stated.cut else f" of {whole:.1f}"
+        raise AudioError(
+            f"{name} breaks off after {seconds:.1f}{of} s", hint="copy or record it again; if it is whole, convert it to flac"
+        )
+    if not stated.ended:  # recorders that are stopped, and some that are not
+        log.warning("%s has no mark of its end: it may break off after %.1f s", name, seconds)
 
 
 def _blocks(sound: _Forward, size: int, name: str, ended: Callable[[], bool] = lambda: False) -> Iterator[Pcm]:
