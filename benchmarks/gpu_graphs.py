@@ -98,7 +98,7 @@ def open_steps(tts: TTS) -> Engine:
     if fast.spec.states:
         return fast
     spec = tts.bundle.manifest.specs["fast_ar"]
-    return open_engine(tts.bundle.file(spec.file), spec, provider="cpu" if provider == "tensorrt" else provider, specialise=True)
+    return open_engine(tts.bundle.file(spec.file), spec, provider="cpu" if provider == "tensorrt" else provider)
 
 
 def difference(expected: Array, actual: Array) -> dict[str, float]:

@@ -27,8 +27,9 @@ from fishrt.bench.measure import TEXT, BenchRequest, measure_codec, measure_requ
 from fishrt.bench.setup import SPEAKING, TimedEngine, bytes_read
 from fishrt.bundle.features import LanguageModel
 from fishrt.bundle.folder import Bundle
+from fishrt.errors import FishrtError
 from fishrt.language_model.context import FIRST_FRAMES
-from fishrt.language_model.frame import drawn_codes, frame_graph
+from fishrt.language_model.frame import drawn_codes
 from fishrt.language_model.sampling import Sampling, SeededNoise, main_ids
 from fishrt.metrics import Summary, frame_bytes, per_second, rtf
 from fishrt_engines import Array, Engine, GraphSpec, open_engine
@@ -130,12 +131,14 @@ def copy_bandwidth(device: str) -> float:
 
 def open_frame(tts: TTS) -> Engine:
     """Open the frame graph, even if the provider's loop does not use it."""
-    engine, manifest = tts.engines["fast_ar"], tts.bundle.manifest
+    engine = tts.engines["fast_ar"]
     if not engine.spec.states:
         return engine
-    spec, build = frame_graph(manifest.specs, manifest.model)
-    path = tts.bundle.file(manifest.specs["fast_ar"].file)
-    return open_engine(path, spec, provider=engine.provider, specialise=True, build=build)
+    form = tts.bundle.manifest.graphs["fast_ar"].form("tensorrt", ())
+    if form is None:
+        hint = f"fishrt retarget {tts.bundle.path} --target cuda --target tensorrt"
+        raise FishrtError(f"{tts.bundle.manifest.name} has no frame graph", hint=hint)
+    return open_engine(tts.bundle.file(form.spec.file), form.spec, provider=engine.provider)
 
 
 def _libraries(provider: str) -> dict[str, Any]:
@@ -177,7 +180,7 @@ def _precision(bundle: Bundle, provider: str) -> str:
         from fishrt_engines.trt.engine import find_built
 
         spec = bundle.manifest.specs["slow_ar"]
-        return find_built(path, spec, identity=spec.identity).key.lowering.precision
+        return find_built(path, spec, identity=spec.identity or None).key.lowering.precision
     return "float32"
 
 

@@ -19,7 +19,7 @@ Dim = int | str
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """One input or output. `dtype` is numpy's name for it: float32, int64, …"""
+    """One input or output. `dtype` is numpy's name for it: float32, int64, …; a device's state may be bfloat16, too."""
 
     name: str
     dtype: str
@@ -39,6 +39,21 @@ class StatePair:
 
 
 @dataclass(frozen=True, slots=True)
+class ColumnInputs:
+    """Names of the inputs of a rewritten graph that give the positions of a call's columns."""
+
+    write_index: str
+    """int64 [batch]"""
+    position_ids: str
+    """int64 [batch, length]"""
+    rows: str | None = None
+    """int32 [], an added input: filled cache rows after a call, the largest number in the batch. A larger number, up to the
+    cache's length, gives the same values; only a batch of prompts needs the exact one. Read on the CPU."""
+    cache: str | None = None
+    """With `rows`: one of the caches, [batch, heads, rows, width]."""
+
+
+@dataclass(frozen=True, slots=True)
 class GraphSpec:
     """The contract of one graph file. `inputs` and `outputs` are in the file's order and include the state tensors."""
 
@@ -46,6 +61,10 @@ class GraphSpec:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     states: tuple[StatePair, ...] = ()
+    columns: ColumnInputs | None = None
+    """Inputs of attention that writes consecutive columns at their own positions; None: a graph of standard operators."""
+    rounds_activations: bool = False
+    """Whether products with quantised weights are computed in integers on a CPU: activations are rounded to 8 bits in blocks."""
     identity: str = ""
     """Hash of the file and its weights, by which results for this machine are cached; empty: they are not."""
 
@@ -66,21 +85,6 @@ class GraphSpec:
         """Return the inputs that carry state, in the order of `states`."""
         by_name = {t.name: t for t in self.inputs}
         return tuple(by_name[pair.input] for pair in self.states)
-
-
-@dataclass(frozen=True, slots=True)
-class ColumnInputs:
-    """Names of the inputs of a rewritten graph that give the positions of a call's columns."""
-
-    write_index: str
-    """int64 [batch]"""
-    position_ids: str
-    """int64 [batch, length]"""
-    rows: str | None = None
-    """int32 [], an added input: filled cache rows after a call, the largest number in the batch. A larger number, up to the
-    cache's length, gives the same values; only a batch of prompts needs the exact one. Read on the CPU."""
-    cache: str | None = None
-    """With `rows`: one of the caches, [batch, heads, rows, width]."""
 
 
 class Resident(Protocol):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 from .engine import Engine, GraphSpec
@@ -15,24 +14,10 @@ from .ort.session import Opened, differences, inconsistencies, is_memory_error, 
 from .providers import resolve_provider
 
 
-def open_engine(
-    path: Path,
-    spec: GraphSpec,
-    *,
-    provider: str = "auto",
-    threads: int | None = None,
-    specialise: bool = False,
-    identity: str | None = None,
-    build: Callable[[bytes], bytes] | None = None,
-) -> Engine:
+def open_engine(path: Path, spec: GraphSpec, *, provider: str = "auto", threads: int | None = None) -> Engine:
     """Open the graph file `path` and check that it is the one that `spec` describes.
 
     provider: "auto" or one of the names in `providers.PROVIDERS`. threads: None means the physical cores; see `usable_threads`.
-    specialise: replace the file's operators by the fastest ones of this provider; see `rewrite.attention`. Calls must then write
-    consecutive columns at their own positions. On a CPU, quantised weights are multiplied in integers; on a CUDA device, a
-    language model is computed in 16 bits, see `ort.cuda`.
-    identity: a hash of graph and weights, under which the specialised graph is cached on disk; see `cache`.
-    build: makes the graph from the file's bytes; its weights stay in the files of the original.
     Raises ProviderError for a provider that is unknown or cannot be used, GraphError for a missing, damaged or different file,
     FishrtError if memory does not suffice.
     """
@@ -41,36 +26,27 @@ def open_engine(
     if name == "tensorrt":
         from .trt.engine import open_plan
 
-        return open_plan(path, spec, identity=identity, build=build)
+        return open_plan(path, spec, identity=spec.identity or None)
     if not path.is_file():
         raise GraphError(f"there is no graph file {path}")
     try:
-        opened = _open(name, path, spec, count, specialise, identity, build)
+        opened = _open(name, path, spec, count)
     except FishrtError:
         raise
     except Exception as error:  # ONNX Runtime's exceptions have no common base
         if is_memory_error(error):
             raise out_of_memory(f"the weights of {path.name}", name) from None
         raise GraphError(f"{path} cannot be loaded: {error}", hint="copy or export the bundle again") from None
-    added = [opened.columns.rows] if opened.columns is not None and opened.columns.rows else []
-    if found := [*inconsistencies(spec), *differences(spec, opened.session, added, opened.state_type)]:
+    if found := [*inconsistencies(spec), *differences(spec, opened.session)]:
         raise GraphError(f"{path} differs from its description: " + "; ".join(found), hint="export it again")
     return OrtEngine(opened, spec, name)
 
 
-def _open(
-    provider: str,
-    path: Path,
-    spec: GraphSpec,
-    threads: int,
-    specialised: bool,
-    identity: str | None,
-    build: Callable[[bytes], bytes] | None,
-) -> Opened:
+def _open(provider: str, path: Path, spec: GraphSpec, threads: int) -> Opened:
     if provider == "cpu":
-        return open_session(path, threads=threads, specialised=specialised, identity=identity, build=build)
+        return open_session(path, spec, threads=threads)
     if provider == "cuda":
-        return open_cuda(path, threads=threads, specialised=specialised, build=build)
-    if provider == "coreml" and build is None:
+        return open_cuda(path, spec, threads=threads)
+    if provider == "coreml":
         return open_coreml(path, spec, threads=threads)
     raise ProviderError(f"provider {provider!r} does not run {path.name} by ONNX Runtime")

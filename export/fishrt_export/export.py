@@ -10,9 +10,10 @@ import logging
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from fishrt.audio.output import check_place
@@ -40,7 +41,9 @@ from .sources.codec import CodecSource, open_codec
 from .sources.language_model import LanguageModelSource, open_language_model
 from .targets.codec_int8 import check_codec, int8_form
 from .targets.codec_start import write_start
-from .targets.coreml import check_target, static_form, step_usability
+from .targets.coreml import check_codec as check_fixed
+from .targets.coreml import static_form, step_usability
+from .targets.forms import check_targets, make_forms
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +63,7 @@ def export_bundle(
     lora: Lora | None = None,
     precision: str = "fp32",
     keep: Mapping[str, str] | None = None,
-    static: str | None = None,
+    targets: Collection[str] = (),
     codec_int8: bool = False,
     progress: Progress = lambda _stage, _done: None,
 ) -> Bundle:
@@ -71,14 +74,16 @@ def export_bundle(
     head: "audio" keeps the logits of the tokens that can be spoken, "full" those of the whole vocabulary.
     family: a key of families.FAMILIES; None identifies it. lora: merged into the language model.
     precision, keep: see recipe.Recipe.
-    static: also add graphs of fixed sizes for this target, "coreml"; see static.py.
-    codec_int8: also add the codec's decoder with convolutions in 8 bits; see codec/int8.py.
+    targets: providers for which forms of the graphs are made, of forms.TARGETS; those for "cpu" are always made.
+    codec_int8: also add the codec's decoder with convolutions in 8 bits; see codec_int8.py.
     Raises ExportError for a checkpoint that is incomplete, damaged, mixed or of an unknown family, with a list of all tensors
     that do not fit; for a LoRA of another model; for an `out` that is not empty or cannot be written; for a graph that differs
     from its torch module. Raises FishrtError before anything is written if there is too little memory.
     """
     checkpoint, out = Path(checkpoint), Path(out)
     recipe = Recipe(precision, keep or {})
+    targets = dict.fromkeys(("cpu", *targets))
+    check_targets(targets)
     check_out(out)
     progress("reading the checkpoint", 0.0)
     codec = open_codec(checkpoint)
@@ -99,7 +104,7 @@ def export_bundle(
         name=checkpoint_name(checkpoint),
         exported_by=f"fishrt {__version__}",
         family=language_model.family.title,
-        recipe=_recipe_words(recipe, head=head, lora=lora, static=static, codec_int8=codec_int8),
+        recipe=_recipe_words(recipe, head=head, lora=lora, targets=targets, codec_int8=codec_int8),
         # Codes that are in no codebook are not drawn.
         model=replace(described, fast_candidates=min(described.fast_candidates, largest + described.code_offset)),
         codec=codec.describe(),
@@ -117,7 +122,8 @@ def export_bundle(
         hint = f"take all files from one checkpoint, and mend its {DEFAULTS} if it has one"
         raise ExportError(f"{checkpoint} cannot become a bundle: {error}", hint=hint) from None
     decode = next(job for job in jobs if job.role == "codec_decode")
-    check_target(static, decode.spec)
+    if "coreml" in targets:
+        check_fixed(decode.spec)
     if codec_int8:
         check_codec(codec.kind)
     static_case, static_tolerance = decode.cases[-1], decode.tolerance
@@ -130,27 +136,32 @@ def export_bundle(
         (folder / TOKENIZER).write_bytes(tokenizer.encode())
         licence = copy_licence(checkpoint, folder, known)
         graphs = 0.6 if codec_int8 else 1.0  # part of the export's time
-        made = _run(jobs, folder, lambda stage, part: progress(stage, graphs * part))
-        done = {role: replace(graph, memory=made[role].memory, parity=made[role].parity) for role, graph in draft.graphs.items()}
+        make = partial(make_forms, specs=draft.specs, lm=draft.model, targets=targets)
+        made = _run(jobs, folder, make, lambda stage, part: progress(stage, graphs * part))
+        done = {
+            role: replace(graph, memory=made[role].memory, parity=made[role].parity, forms=made[role].forms)
+            for role, graph in draft.graphs.items()
+        }
         write_start(folder, done["codec_encode"].spec, done["codec_decode"].spec, draft.codec)
         portable = done["codec_decode"]
-        forms = list[Form]()
+        forms = list(portable.forms)
         if codec_int8:
-            forms.append(
+            forms.insert(
+                0,
                 int8_form(
                     folder,
                     portable.spec,
                     draft.codec.codebook_sizes,
                     lambda part: progress("codec in 8 bits", graphs + (1 - graphs) * part),
-                )
+                ),
             )
-        if static is not None:
+        if "coreml" in targets:
             progress("static graphs", graphs)
             forms.append(static_form(folder, portable.spec, static_case, static_tolerance, draft.codec.fingerprint))
             for role in ("slow_ar", "fast_ar"):
                 done[role] = replace(done[role], coreml_step=step_usability(folder, done[role].spec))
         done["codec_decode"] = replace(portable, forms=tuple(forms))
-        voices = encode_references(references, Bundle(folder, draft))
+        voices = encode_references(references, Bundle(folder, replace(draft, graphs=done)))
         progress("hashing the files", 1.0)
         manifest = replace(draft, graphs=done, quantisation=_report(plans, made), licence=licence, voices=voices).sealed(
             describe_files(folder)
@@ -246,8 +257,8 @@ def _sizes(job: GraphJob) -> dict[str, int]:
     return {name: tensor.numel() for name, tensor in job.build().state_dict().items()}
 
 
-def _run(jobs: list[GraphJob], folder: Path, progress: Progress) -> dict[str, Made]:
-    """Write and verify all graphs, with progress in proportion to time. Empties `jobs`, so that weights are freed."""
+def _run(jobs: list[GraphJob], folder: Path, make: Callable[[Path, str], list[Form]], progress: Progress) -> dict[str, Made]:
+    """Write and verify all graphs with their forms, with progress in proportion to time. Empties `jobs`: weights are freed."""
     sizes = {job.role: sum(_sizes(job).values()) for job in jobs}
     total, before = sum(sizes.values()) + sum(_TRACING[role] for role in sizes), 0
     made = {}
@@ -258,16 +269,16 @@ def _run(jobs: list[GraphJob], folder: Path, progress: Progress) -> dict[str, Ma
         def report(stage: str, part: float, role: str = role, size: int = size, before: int = before) -> None:
             progress(f"{role}: {stage}", (before + (_TRACING[role] if stage != "tracing" else 0) + part * size) / total)
 
-        made[role] = job.run(folder, report)
+        made[role] = job.run(folder, report, partial(make, folder, role))
         before += size + _TRACING[role]
     return made
 
 
-def _recipe_words(recipe: Recipe, *, head: str, lora: Lora | None, static: str | None, codec_int8: bool) -> str:
+def _recipe_words(recipe: Recipe, *, head: str, lora: Lora | None, targets: Collection[str], codec_int8: bool) -> str:
     """Return the options of the export in words, the precision first."""
     parts = [recipe.precision, *(f"{name}={precision}" for name, precision in recipe.keep.items())]
     parts += ["codec in 8 bits"] if codec_int8 else []
-    parts += [f"static graphs for {static}"] if static else []
+    parts += [f"forms for {', '.join(targets)}"] if len(targets) > 1 else []
     parts += ["full head"] if head == "full" else []
     parts += [f"LoRA {lora.path.name}, alpha {lora.alpha:g}"] if lora else []
     return ", ".join(parts)

@@ -1,17 +1,124 @@
-"""Bundles of schema 3 as bundles of this schema: side files become parts of the manifest. No graph is changed."""
+"""Forms for further providers in a finished bundle, without torch. A bundle of schema 3 becomes one of this schema.
+
+A form is compared with its portable graph, which the export compared with torch: its error is at most the sum of both.
+"""
 
 from __future__ import annotations
 
 import json
+import logging
+import os
+import shutil
+from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fishrt.bundle.folder import describe_files
-from fishrt.bundle.manifest import SCHEMA, Manifest
+from fishrt.bundle.folder import Bundle, describe_files, iter_file_names
+from fishrt.bundle.manifest import MANIFEST, SCHEMA, Form, Graph, Manifest, Parity
 from fishrt.bundle.strict import parse_dataclass
+from fishrt.progress import Progress
+from fishrt_engines import open_engine
+from fishrt_engines.aside import new_folder
+
+from .checkpoint.identify import AudioIds
+from .graph.report import PROVIDER, Case, Expected, compare, run
+from .sources.cases import codec_decode_cases, codec_encode_cases, fast_ar_cases, slow_ar_cases
+from .targets.coreml import check_codec, static_form, step_usability
+from .targets.forms import check_targets, make_forms
+
+log = logging.getLogger(__name__)
 
 SIDE_FILES = ("static.json", "int8_codec.json", "quantisation.json")
 """Files of a bundle of schema 3 whose content is in the manifest now."""
+SIGHT = 40
+"""Frames of a codec's context for which a form is compared with its portable graph."""
+
+
+def retarget(path: Path, targets: Collection[str], progress: Progress = lambda _stage, _done: None) -> Bundle:
+    """Make the forms of the bundle in the folder `path` for `targets` anew, and return the bundle. Its other forms stay.
+
+    The folder is replaced when all is done. Raises ExportError for an unknown target and for a form that differs from its
+    portable graph, BundleError for a folder that is no bundle, OSError.
+    """
+    check_targets(targets)
+    data = _data(path)
+    manifest = upgraded(path, data) if data.get("schema") == SCHEMA - 1 else Bundle.load(path).manifest
+    kept = {role: [form for form in graph.forms if not _is_made(form, targets)] for role, graph in manifest.graphs.items()}
+    if "coreml" in targets:
+        check_codec(manifest.specs["codec_decode"])
+    forms = [form for graph in manifest.graphs.values() for form in graph.forms if _is_made(form, targets)]
+    # A file that is written again must be a new one: a link would change the bundle that is read.
+    stale = {file for form in forms for file in form.files} - {spec.file for spec in manifest.specs.values()}
+    with new_folder(path.resolve(), replace=True) as aside:
+        for name in iter_file_names(path):
+            if name not in SIDE_FILES and name.removesuffix(".data") not in stale:
+                (aside / name).parent.mkdir(parents=True, exist_ok=True)
+                _link(path / name, aside / name)
+        graphs = {}
+        for n, (role, graph) in enumerate(manifest.graphs.items()):
+            progress(role, n / len(manifest.graphs))
+            graphs[role] = _with_forms(aside, role, replace(graph, forms=tuple(kept[role])), manifest, targets)
+        progress("hashing the files", 1.0)
+        made = replace(manifest, graphs=graphs).sealed(describe_files(aside))
+        (aside / MANIFEST).write_text(made.to_json(), encoding="utf-8")
+        Bundle.load(aside)
+    return Bundle.load(path)
+
+
+def _data(path: Path) -> dict[str, Any]:
+    """Return the decoded manifest; empty if it is none, which Bundle.load reports."""
+    try:
+        data = json.loads((path / MANIFEST).read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError):
+        return {}
+    return data if isinstance(data, dict) else {}
+
+
+def _is_made(form: Form, targets: Collection[str]) -> bool:
+    """Return whether make_forms or static_form makes the form again. A codec in 8 bits comes from the export alone."""
+    return form.provider in targets and form.rounding is None
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source.resolve(), target)
+    except OSError:  # another file system, or one without links
+        shutil.copyfile(source, target)
+
+
+def _with_forms(folder: Path, role: str, graph: Graph, manifest: Manifest, targets: Collection[str]) -> Graph:
+    forms, cases = make_forms(folder, role, manifest.specs, manifest.model, targets), _cases(role, manifest)
+    tolerance = 1.0 if graph.parity is None else graph.parity.tolerance
+    if any(form.provider == PROVIDER for form in forms):
+        engine = open_engine(folder / graph.spec.file, graph.spec, provider=PROVIDER)
+        expected = [(case, run(engine, case)) for case in cases]
+        forms = [_compared(form, graph, folder, expected, tolerance) if form.provider == PROVIDER else form for form in forms]
+    if "coreml" in targets and role == "codec_decode":
+        forms.append(static_form(folder, graph.spec, cases[-1], tolerance, manifest.codec.fingerprint))
+    elif "coreml" in targets and role in ("slow_ar", "fast_ar"):
+        graph = replace(graph, coreml_step=step_usability(folder, graph.spec))
+    return replace(graph, forms=(*graph.forms, *forms))
+
+
+def _compared(form: Form, graph: Graph, folder: Path, expected: list[tuple[Case, Expected]], tolerance: float) -> Form:
+    """Return the form with its errors. Raises ExportError if they are larger than allowed."""
+    found = compare(replace(form.spec, rounds_activations=False), folder, expected, tolerance)
+    before = 0.0 if graph.parity is None else graph.parity.max_abs_error
+    parity = Parity(before + found.max_abs_error, tolerance, PROVIDER)
+    added = compare(form.spec, folder, expected, tolerance).max_abs_error if form.spec.rounds_activations else None
+    return replace(form, parity=parity, activations_error=added)
+
+
+def _cases(role: str, manifest: Manifest) -> list[Case]:
+    lm, codec, specs = manifest.model, manifest.codec, manifest.specs
+    if role == "slow_ar":
+        return slow_ar_cases(lm, AudioIds(range(lm.semantic_begin_id, lm.semantic_end_id + 1), lm.end_id))
+    if role == "fast_ar":
+        return fast_ar_cases(lm, next(t.shape[1] for t in specs[role].feeds if t.name == "hidden"))  # type: ignore[arg-type]
+    if role == "codec_encode":
+        return codec_encode_cases(codec, SIGHT)
+    return codec_decode_cases(codec, specs[role], SIGHT)
 
 
 def upgraded(folder: Path, data: dict[str, Any]) -> Manifest:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,40 +15,29 @@ from onnx import TensorProto
 
 from fake_cuda import FakeCuda
 from fishrt.language_model.batch import Batch, DualAR
-from fishrt.language_model.frame import frame_model, frame_spec
 from fishrt.language_model.generate import generate
 from fishrt.language_model.sampling import Sampling, SeededNoise
-from fishrt_engines import Engine, GraphSpec, open_engine
+from fishrt_engines import Engine, open_engine
 from fishrt_engines.engine import ColumnInputs
-from fishrt_engines.ort import cuda as ort_cuda
 from fishrt_engines.ort import engine as ort
 from fishrt_engines.ort.engine import OrtEngine
 from fishrt_engines.ort.tensors import DeviceTensor
-from fishrt_engines.rewrite.attention import specialise
-from fishrt_engines.rewrite.precision import compute_in
 from helpers_lm import frames_of, row_of, spoken
 from tiny import GoldenModel, chunk_feeds, prefill_feeds
 from tolerances import TOLERANCES
 
 pytest.importorskip("torch", reason="needs the export extra")
 
-from test_specialise import EVERYTHING_WIDE, Exported, assert_near, called
-
 from fishrt_export.graph.recipe import Recipe
-from fishrt_export.graph.verify import Case
+from fishrt_export.graph.report import Case
 from fishrt_export.sources.cases import random_prompt
+from fishrt_export.targets.forms import device_form, make_forms, write_frame
+from wide import EVERYTHING_WIDE, Exported, assert_near, called
 
 
 @pytest.fixture
 def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
     return FakeCuda(monkeypatch)
-
-
-@pytest.fixture
-def exactly(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compute in float32, so that only the way in which graphs are run can change results."""
-    monkeypatch.setattr(ort_cuda, "computed_in", lambda model, gpu: "float32")
-    monkeypatch.setattr(ort_cuda, "compute_in", lambda model, dtype, folder: model)
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +49,11 @@ def on_cpu(exported: Exported, role: str = "slow_ar") -> Engine:
     return open_engine(exported.file(role), exported.jobs[role].spec, provider="cpu")
 
 
-def on_device(exported: Exported, role: str = "slow_ar") -> OrtEngine:
-    engine = open_engine(exported.file(role), exported.jobs[role].spec, provider="cuda", specialise=True)
+def on_device(exported: Exported, role: str = "slow_ar", dtype: str = "float16") -> OrtEngine:
+    """Return the graph's form for a device. In float32, only the way in which graphs are run can change results."""
+    spec = device_form(exported.folder, exported.spec(role), dtype)
+    assert spec is not None
+    engine = open_engine(exported.folder / spec.file, spec, provider="cuda")
     assert isinstance(engine, OrtEngine)
     return engine
 
@@ -77,10 +68,9 @@ def prompts(exported: Exported, *lengths: int) -> list[Any]:
     return [random_prompt(exported.source.config, exported.source.ids, (1, length), rng)[0] for length in lengths]
 
 
-@pytest.mark.usefixtures("exactly")
 def test_a_language_model_gives_the_same(cuda: FakeCuda, exported: Exported) -> None:
     """Prompts of several lengths at once, columns one by one, rows that go on with several, a cache that grows."""
-    engines = on_cpu(exported), on_device(exported)
+    engines = on_cpu(exported), on_device(exported, dtype="float32")
     first, more = prompts(exported, 7, 3), np.stack(prompts(exported, 4, 4))
     states = [engine.new_state(batch=2, cache=12) for engine in engines]
     at = np.array([7, 3])
@@ -97,10 +87,9 @@ def test_a_language_model_gives_the_same(cuda: FakeCuda, exported: Exported) -> 
         np.testing.assert_allclose(kept[1], kept[0], rtol=0, atol=TOLERANCES["lm"])
 
 
-@pytest.mark.usefixtures("exactly")
 def test_calls_of_one_column_are_captured(cuda: FakeCuda, exported: Exported) -> None:
     """Each under an id of its own, until the cache moves; prompts are not."""
-    engine = on_device(exported)
+    engine = on_device(exported, dtype="float32")
     (session,) = cuda.graphs
     more = prompts(exported, 9)[0][None]
 
@@ -143,10 +132,9 @@ def test_few_states_wait_for_others(cuda: FakeCuda, exported: Exported, monkeypa
     assert cuda.graphs[0].runs[4:] == [3]
 
 
-@pytest.mark.usefixtures("exactly")
 def test_a_captured_call_is_told_of_all_rows_and_a_prompt_of_its_own(cuda: FakeCuda, exported: Exported) -> None:
     """A value read on the CPU cannot change in a captured graph, but a batch of prompts needs its true length."""
-    engine = on_device(exported)
+    engine = on_device(exported, dtype="float32")
     assert engine._columns == ColumnInputs("write_index", "position_ids", "specialised.rows", "key_cache.0")
     state = engine.new_state(batch=2, cache=10)
     engine.run(prefill_feeds(prompts(exported, 6, 4)), state)
@@ -183,47 +171,37 @@ def assert_nearly_the_same(engine: Engine, portable: Engine, cases: Iterable[Cas
 @pytest.mark.parametrize("role", ["slow_ar", "fast_ar", "frame"])
 def test_a_graph_in_bfloat16_is_one_that_onnxruntime_accepts(exported: Exported, role: str) -> None:
     """Types agree in it throughout: only kernels are lacking, which no CPU has."""
-    _, build = frame_of(exported)
-    portable = build(exported.file("fast_ar").read_bytes()) if role == "frame" else exported.file(role).read_bytes()
-    model, columns = specialise(compute_in(portable, "bfloat16", exported.folder), feed_rows=True)
-    assert (columns is None) == (role == "frame")
+    spec = device_form(exported.folder, exported.spec(role), "bfloat16")
+    assert spec is not None
+    assert (spec.columns is None) == (role == "frame")
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(exported.folder))
     with pytest.raises(Exception, match="NOT_IMPLEMENTED"):
-        onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        onnxruntime.InferenceSession(exported.folder / spec.file, options, providers=["CPUExecutionProvider"])
 
 
 @pytest.mark.parametrize("role", ["codec_decode", "codec_encode"])
 def test_a_codec_stays_in_float32_and_is_not_captured(cuda: FakeCuda, s2_model: GoldenModel, role: str) -> None:
     job = s2_model._job(role, "audio")
-    engine = open_engine(s2_model.file(role), job.spec, provider="cuda", specialise=True)
+    engine = open_engine(s2_model.file(role), job.spec, provider="cuda")
     assert_nearly_the_same(engine, s2_model.engine(role), job.cases[:1], TOLERANCES["lm"])
     assert set(cuda.graphs[0].runs) <= {None}
 
 
-def test_attention_without_a_fast_operator_is_told(
-    cuda: FakeCuda, s2_model: GoldenModel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_attention_without_a_fast_operator_has_no_form(
+    exported: Exported, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(ort_cuda, "specialise", lambda model, *, feed_rows: (model, None))
-    for role, told in (("codec_decode", 0), ("slow_ar", 1)):
-        open_engine(s2_model.file(role), s2_model._job(role, "audio").spec, provider="cuda", specialise=True)
-        assert caplog.text.count("its attention has no fast operator") == told
-    assert cuda.graphs[1].providers["CUDAExecutionProvider"]["enable_cuda_graph"] == "0"
-
-
-def frame_of(exported: Exported) -> tuple[GraphSpec, Callable[[bytes], bytes]]:
-    """Return the description of the frame graph, and the function that makes it from the file of the fast AR."""
-    lm, fast = exported.source.describe("audio"), exported.jobs["fast_ar"].spec
-    spec = frame_spec(exported.jobs["slow_ar"].spec, fast, lm)
-    return spec, partial(frame_model, fast=fast, spec=spec, lm=lm)
+    monkeypatch.setattr("fishrt_export.targets.forms.fast_operators", lambda model, *, feed_rows=False: None)
+    specs = {role: exported.spec(role) for role in ("slow_ar", "fast_ar")}
+    assert make_forms(exported.folder, "slow_ar", specs, exported.source.describe("audio"), ["cuda"]) == []
+    assert caplog.text.count("its attention has no fast operator") == 1
 
 
 def test_a_frame_in_float16_is_drawn(cuda: FakeCuda, exported: Exported) -> None:
     """Any code may be drawn, since numbers differ from those in float32."""
     lm = exported.source.describe("audio")
-    spec, build = frame_of(exported)
-    frame = open_engine(exported.file("fast_ar"), spec, provider="cuda", specialise=True, build=build)
+    frame = on_device(exported, "frame")
     (prompt,) = prompts(exported, 9)
     assert frames_of(DualAR(on_device(exported), frame, lm), prompt, Sampling(1.0, 0.9), SeededNoise(28), 5)
     casts = [node for node in onnx.ModelProto.FromString(cuda.graphs[0].model).graph.node if node.op_type == "Cast"]
@@ -238,11 +216,10 @@ def test_a_frame_of_quantised_weights_expands_none_of_them(
     job = exported.jobs["fast_ar"]
     plan = Recipe(precision).plan({"fast_ar": job.build()}, {"fast_ar": job.weights})["fast_ar"]
     replace(job, plan=plan).run(tmp_path)
-    spec, build = frame_of(exported)
-    engines = [
-        open_engine(tmp_path / job.spec.file, spec, provider=provider, specialise=provider == "cuda", build=build)
-        for provider in ("cuda", "cpu")
-    ]
+    specs = {role: exported.spec(role) for role in ("slow_ar", "fast_ar")}
+    spec = write_frame(tmp_path, specs, exported.source.describe("audio"))
+    (form,) = make_forms(tmp_path, "fast_ar", specs, exported.source.describe("audio"), ["cuda"])
+    engines = [open_engine(tmp_path / s.file, s, provider=provider) for s, provider in ((form.spec, "cuda"), (spec, "cpu"))]
     operators = {node.op_type for node in onnx.ModelProto.FromString(cuda.graphs[0].model).graph.node}
     assert "MatMulNBits" in operators
     assert "DequantizeLinear" not in operators
@@ -254,8 +231,8 @@ def test_a_frame_of_quantised_weights_expands_none_of_them(
 def test_a_frame_brings_to_the_device_what_is_new(cuda: FakeCuda, exported: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
     """A frame copies a column, its position, noise and windows. Settings are copied once; the slow AR's results stay."""
     lm = exported.source.describe("audio")
-    spec, build = frame_of(exported)
-    frame = open_engine(exported.file("fast_ar"), spec, provider="cuda", specialise=True, build=build)
+    frame = on_device(exported, "frame")
+    spec = frame.spec
     (prompt,) = prompts(exported, 9)
     model = DualAR(on_device(exported), frame, lm)
     frames = generate(Batch(model), row_of(model, prompt, Sampling(1.0, 0.9), SeededNoise(28), 8))
@@ -272,13 +249,10 @@ def test_a_frame_brings_to_the_device_what_is_new(cuda: FakeCuda, exported: Expo
     assert set(counts[3:]) == {len(new)}
 
 
-@pytest.mark.usefixtures("exactly")
 def test_a_frame_is_two_captured_calls(cuda: FakeCuda, exported: Exported) -> None:
     """The slow AR's results go to the frame graph where they are, and the codes are those of the loop on the CPU."""
     lm = exported.source.describe("audio")
-    spec, build = frame_of(exported)
-    slow = on_device(exported)
-    frame = open_engine(exported.file("fast_ar"), spec, provider="cuda", specialise=True, build=build)
+    slow, frame = on_device(exported, dtype="float32"), on_device(exported, "frame", "float32")
     (prompt,) = prompts(exported, 9)
     made = []
     for model in (DualAR(on_cpu(exported), on_cpu(exported, "fast_ar"), lm), DualAR(slow, frame, lm)):
@@ -323,7 +297,7 @@ def test_a_captured_call_reads_what_it_is_fed(exported: Exported) -> None:
 def test_a_device_runs_a_codec(golden_model: GoldenModel, role: str, caplog: pytest.LogCaptureFixture) -> None:
     """Codes may differ between nearly equal choices; audio may not."""
     job = golden_model._job(role, "audio")
-    engine = open_engine(golden_model.file(role), job.spec, provider="cuda", specialise=True)
+    engine = open_engine(golden_model.file(role), job.spec, provider="cuda")
     if role == "codec_decode":
         assert_nearly_the_same(engine, golden_model.engine(role), job.cases, TOLERANCES["on a device"])
     for given in (call for case in job.cases for call in case.calls if role == "codec_encode"):

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import pytest
 from onnx import TensorProto, helper
 from test_engine import SUMS, WIDTH, feeds, sums
@@ -46,7 +45,7 @@ def test_the_provider_is_told_all_that_matters(cuda: FakeCuda, tmp_path: Path, c
     assert capsys.readouterr().out == "", "audio may be written to standard output"
 
 
-def test_a_graph_that_is_not_specialised_is_run_as_it_is(cuda: FakeCuda, tmp_path: Path) -> None:
+def test_a_graph_of_standard_operators_is_run_node_by_node(cuda: FakeCuda, tmp_path: Path) -> None:
     engine = open_engine(sums(tmp_path), SUMS, provider="cuda")
     state = engine.new_state(batch=1, cache=4)
     engine.run(feeds([1, 2], 0), state)
@@ -56,31 +55,9 @@ def test_a_graph_that_is_not_specialised_is_run_as_it_is(cuda: FakeCuda, tmp_pat
     assert cuda.graphs[0].model == (tmp_path / SUMS.file).read_bytes()
 
 
-def graph(*nodes: onnx.NodeProto) -> bytes:
-    tensors = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [4]) for name in "xy"]
-    return helper.make_model(helper.make_graph(list(nodes), "g", tensors[:1], tensors[1:])).SerializeToString()
-
-
-def test_the_type_is_what_device_and_weights_are_made_for(caplog: pytest.LogCaptureFixture) -> None:
-    plain = graph(helper.make_node("Abs", ["x"], ["y"]))
-    quantised = graph(helper.make_node("DequantizeLinear", ["x", "s"], ["y"]))
-    new = replace(OLD, compute_capability=(8, 0))
-    assert [ort_cuda.computed_in(plain, gpu) for gpu in (new, OLD, None)] == ["bfloat16", "float16", "float16"]
-    assert "the device cannot be identified" in caplog.text
-    assert ort_cuda.computed_in(quantised, new) == "float16"
-
-
-def test_a_built_graph_is_captured_in_every_call(cuda: FakeCuda, tmp_path: Path) -> None:
+def test_a_graph_of_which_only_the_batch_is_open_is_captured_in_every_call(cuda: FakeCuda, tmp_path: Path) -> None:
     """It has no state, and one plan for all callers of the same shapes, who may leave their results on the device."""
-    built: list[bytes] = []
-
-    def build(portable: bytes) -> bytes:
-        built.append(portable)
-        return portable
-
-    path = double(tmp_path)
-    engine = open_engine(path, DOUBLE, provider="cuda", specialise=True, build=build)
-    assert built == [path.read_bytes()]
+    engine = open_engine(double(tmp_path), DOUBLE, provider="cuda")
     for value in (1, 2, 3):
         total = np.full((1, WIDTH), value, np.float32)
         twice = engine.run({"total": total}, resident=["twice"])["twice"]
@@ -90,21 +67,6 @@ def test_a_built_graph_is_captured_in_every_call(cuda: FakeCuda, tmp_path: Path)
     assert cuda.graphs[0].runs == [1] * 6 + [2]
 
 
-def test_a_built_graph_runs_on_a_cpu_too(tmp_path: Path) -> None:
-    for choice in (False, True):
-        engine = open_engine(double(tmp_path), DOUBLE, provider="cpu", specialise=choice, build=renamed, identity="any")
-        assert engine.run({"total": np.ones((1, WIDTH), np.float32)})["twice"].tolist() == [[3.0] * WIDTH]
-
-
-def renamed(portable: bytes) -> bytes:
-    """x + x → (x + x) + x."""
-    model = onnx.ModelProto.FromString(portable)
-    (add,) = model.graph.node
-    add.output[0] = "sum"
-    model.graph.node.append(helper.make_node("Add", ["sum", "total"], ["twice"]))
-    return model.SerializeToString()
-
-
 REFUSED = "This session cannot use the graph capture feature as requested by the user as the model has control flow nodes"
 
 
@@ -112,7 +74,7 @@ def test_a_graph_that_cannot_be_captured_is_run_and_said_to_be_slower(
     cuda: FakeCuda, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     cuda.refuses_capture = REFUSED
-    engine = open_engine(double(tmp_path), DOUBLE, provider="cuda", specialise=True, build=bytes)
+    engine = open_engine(double(tmp_path), DOUBLE, provider="cuda")
     assert engine.run({"total": np.ones((1, WIDTH), np.float32)})["twice"].tolist() == [[2.0] * WIDTH]
     assert cuda.graphs[-1].providers["CUDAExecutionProvider"]["enable_cuda_graph"] == "0"
     assert "double.onnx runs node by node, which is slower" in caplog.text
@@ -121,7 +83,7 @@ def test_a_graph_that_cannot_be_captured_is_run_and_said_to_be_slower(
 
 def test_a_capture_that_fails_is_not_tried_again(cuda: FakeCuda, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     cuda.fails_capture = "Graph capture did not complete after 3 runs"
-    engine = open_engine(double(tmp_path), DOUBLE, provider="cuda", specialise=True, build=bytes)
+    engine = open_engine(double(tmp_path), DOUBLE, provider="cuda")
     for rows in (1, 1, 2):
         assert engine.run({"total": np.ones((rows, WIDTH), np.float32)})["twice"].tolist() == [[2.0] * WIDTH] * rows
     assert cuda.graphs[0].runs == [1, -1, -1, -1]
@@ -129,7 +91,7 @@ def test_a_capture_that_fails_is_not_tried_again(cuda: FakeCuda, tmp_path: Path,
 
 
 def test_memory_that_lacks_in_a_capture_is_not_taken_for_a_refused_one(cuda: FakeCuda, tmp_path: Path) -> None:
-    engine = open_engine(double(tmp_path), DOUBLE, provider="cuda", specialise=True, build=bytes)
+    engine = open_engine(double(tmp_path), DOUBLE, provider="cuda")
     cuda.fails_capture = "CUDA failure 2: out of memory"
     with pytest.raises(FishrtError, match=r"not enough memory .*double\.onnx"):
         engine.run({"total": np.ones((1, WIDTH), np.float32)})
@@ -141,7 +103,7 @@ def test_memory_that_lacks_in_a_capture_is_not_taken_for_a_refused_one(cuda: Fak
 def test_another_failure_of_a_session_is_not_taken_for_a_refused_capture(cuda: FakeCuda, tmp_path: Path) -> None:
     cuda.refuses_capture = "NOT_IMPLEMENTED : Could not find an implementation for Twice(1) node with name 'n'"
     with pytest.raises(GraphError, match=r"double\.onnx cannot be loaded: NOT_IMPLEMENTED .* node with name 'n'"):
-        open_engine(double(tmp_path), DOUBLE, provider="cuda", specialise=True, build=bytes)
+        open_engine(double(tmp_path), DOUBLE, provider="cuda")
 
 
 @pytest.mark.parametrize("known", [True, False])
@@ -169,16 +131,20 @@ def test_weights_that_do_not_fit_are_refused_before_loading(cuda: FakeCuda, tmp_
     assert not cuda.sessions
 
 
-@pytest.mark.parametrize(
-    ("element", "weights"),
-    [("FLOAT", "4.0"), ("FLOAT16", "2.0"), ("BFLOAT16", "2.0"), ("INT8", "1.0"), ("INT4", "0.5"), ("INT64", "8.0")],
-)
-def test_weights_are_counted_as_they_are_stored(element: str, weights: str) -> None:
-    model = onnx.ModelProto.FromString(graph(helper.make_node("Abs", ["x"], ["y"])))
-    model.graph.initializer.add(name="w", dims=[1000, GB // 1000], data_type=getattr(TensorProto, element))
-    with pytest.raises(FishrtError, match=f"{weights} GB of it for weights"):
-        ort_cuda._check_room(Path("g.onnx"), model.SerializeToString(), replace(OLD, free_bytes=0))
-    ort_cuda._check_room(Path("g.onnx"), model.SerializeToString(), replace(OLD, free_bytes=10 * GB))
+def test_the_files_of_weights_are_counted(tmp_path: Path) -> None:
+    tensors = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [4]) for name in "xy"]
+    model = helper.make_model(helper.make_graph([helper.make_node("Abs", ["x"], ["y"])], "g", tensors[:1], tensors[1:]))
+    for name, file in (("v", "a.data"), ("w", "b.data"), ("x", "b.data")):
+        weight = model.graph.initializer.add(name=name, dims=[4], data_type=TensorProto.INT8, data_location=TensorProto.EXTERNAL)
+        weight.external_data.add(key="location", value=file)
+    for file, size in (("a.data", GB), ("b.data", 3 * GB)):
+        with (tmp_path / file).open("wb") as weights:
+            weights.truncate(size)
+    path = tmp_path / "g.onnx"
+    path.write_bytes(model.SerializeToString())
+    with pytest.raises(FishrtError, match=r"4\.0 GB of it for weights"):
+        ort_cuda._check_room(path, replace(OLD, free_bytes=0))
+    ort_cuda._check_room(path, replace(OLD, free_bytes=10 * GB))
 
 
 def test_where_nothing_tells_of_memory_it_is_said(cuda: FakeCuda, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -26,9 +26,9 @@ MEMORY = DeviceMemory(onnxruntime, "cpu", ["CPUExecutionProvider"])
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 
 
-def on_device(path: Path, spec: GraphSpec, **changes: object) -> OrtEngine:
-    opened = open_session(path, threads=1, specialised=False, identity=None, build=None)
-    return OrtEngine(replace(opened, memory=MEMORY, **changes), spec, "cuda")  # type: ignore[arg-type]
+def on_device(path: Path, spec: GraphSpec) -> OrtEngine:
+    opened = open_session(path, spec, threads=1)
+    return OrtEngine(replace(opened, memory=MEMORY), spec, "cuda")
 
 
 @pytest.fixture(params=DEVICES)
@@ -197,7 +197,7 @@ LOW = replace(SUMS, file="low.onnx")
 
 
 def low(folder: Path, element: str) -> OrtEngine:
-    """SUMS with a cache that is float32 in the description only."""
+    """SUMS with a cache of 16 bits."""
     kind = {"bfloat16": TensorProto.BFLOAT16, "float16": TensorProto.FLOAT16}[element]
     nodes = [
         helper.make_node("Cast", ["x"], ["rounded"], to=kind),
@@ -206,7 +206,9 @@ def low(folder: Path, element: str) -> OrtEngine:
         helper.make_node("ReduceSum", ["widened", "axes"], ["total"], keepdims=0),
     ]
     path = save(folder / LOW.file, nodes, LOW, {"axes": np.array([1, 2], np.int64)}, {"cache": kind, "cache_out": kind})
-    return on_device(path, LOW, state_type=element)
+    cache = {name: TensorSpec(name, element, LOW.state_tensors[0].shape) for name in ("cache", "cache_out")}
+    inputs, outputs = (tuple(cache.get(t.name, t) for t in tensors) for tensors in (LOW.inputs, LOW.outputs))
+    return on_device(path, replace(LOW, inputs=inputs, outputs=outputs))
 
 
 @pytest.mark.parametrize("element", ["bfloat16", "float16"])

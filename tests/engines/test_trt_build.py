@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from fake_cuda_runtime import FakeCudaRuntime
@@ -82,20 +81,6 @@ def test_another_graph_or_other_weights_give_another_plan(gpu, small, tmp_path):
     write_small(small.parent, op_type="Neg")
     assert build_plan(request_for(small))[1]
     assert len(entries(tmp_path)) == 3
-
-
-def test_a_graph_that_is_made_of_a_file_has_its_own_plan(gpu, small):
-    with pytest.raises(GraphError, match="is not a graph"):
-        build_plan(request_for(small, build=lambda _: b"nonsense"))
-    other = write_small(small.parent.parent / "other", op_type="Neg").read_bytes()
-    build_plan(request_for(small, build=lambda _: other))
-    with pytest.raises(ProviderError, match="no TensorRT plan"):
-        opened(small)
-    made = open_engine(small, SPEC, provider="tensorrt", build=lambda _: other)
-    state = made.new_state(batch=1, cache=2)
-    feeds = {"tokens": np.array([[3]]), "write_index": np.array([0])}
-    result = made.run(feeds, state)
-    np.testing.assert_allclose(result["total"], -result["each"][0])
 
 
 def test_the_options_reach_tensorrt(gpu, small):

@@ -221,7 +221,9 @@ def test_the_codecs_give_the_same(golden_model: GoldenModel, tmp_path: Path, pri
         portable = golden_model.engine(role)
         engine = opened(golden_model.file(role), portable.spec, options, folder)
         encode = role == "codec_encode"
-        for case in codec_encode_cases(config) if encode else codec_decode_cases(config, portable.spec):
+        for case in (
+            codec_encode_cases(config, config.sight) if encode else codec_decode_cases(config, portable.spec, config.sight)
+        ):
             assert largest_error(engine, portable, list(case.calls), **case.dims) <= TOLERANCES["lowered"]
 
 

@@ -345,7 +345,7 @@ def test_a_centred_codec_and_an_unknown_target_are_refused_at_once(models: Any, 
     model: GoldenModel = models(find_golden(None, "fish-1.2"))
     for checkpoint, target, says in ((model.checkpoint, "coreml", "centred"), (tiny_checkpoint, "tflite", "unknown target")):
         with pytest.raises(ExportError, match=says):
-            export_bundle(checkpoint, tmp_path / "out", static=target)
+            export_bundle(checkpoint, tmp_path / "out", targets=[target])
     assert not (tmp_path / "out").exists()
 
 

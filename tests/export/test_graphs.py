@@ -16,9 +16,10 @@ from fishrt.bundle.folder import Bundle
 from fishrt_engines import Engine
 from fishrt_engines.engine import GraphSpec, TensorSpec
 from fishrt_export.errors import ExportError
+from fishrt_export.graph.report import PEAK, Case, flipped_margin
 from fishrt_export.graph.store import store
 from fishrt_export.graph.trace import trace
-from fishrt_export.graph.verify import PEAK, Case, flipped_margin, verify
+from fishrt_export.graph.verify import verify
 from fishrt_export.models.codec.dac import Dac
 from fishrt_export.models.codec.dac_config import MAX_FRAMES, DacConfig
 from fishrt_export.models.codec.decoding import decode_spec
@@ -149,9 +150,9 @@ def test_a_tied_head_is_stored_once(s2_model: GoldenModel) -> None:
 # ---- what the graphs compute
 
 
-@pytest.fixture(params=[False, True], ids=["portable", "specialised"])
+@pytest.fixture(params=[False, True], ids=["portable", "form for CPUs"])
 def slow(s2_model: GoldenModel, request: pytest.FixtureRequest) -> Engine:
-    return s2_model.engine("slow_ar", specialise=request.param)
+    return s2_model.engine("slow_ar", fast=request.param)
 
 
 def random_prompts(s2_model: GoldenModel, *lengths: int) -> list[np.ndarray]:
@@ -276,11 +277,11 @@ def test_errors_are_measured_as_recorded(tmp_path: Path) -> None:
     store(trace(Scale(1.0), spec, {}), tmp_path / spec.file, {}, {})
     for size, error in ((2.0, 2e-3), (2 * PEAK, 1e-3 * PEAK)):
         cases = [Case(({"values": np.full((1, 4), size, np.float32)},), {})]
-        parity = verify(Scale(1.001), spec, tmp_path, cases, tolerance=1.1 * error)
+        (parity,) = verify(Scale(1.001), [spec], tmp_path, cases, tolerance=1.1 * error)
         assert parity.max_abs_error == pytest.approx(error, rel=0.01)
         assert parity.tolerance == 1.1 * error
         with pytest.raises(ExportError, match="scaled differs by"):
-            verify(Scale(1.001), spec, tmp_path, cases, tolerance=0.9 * error)
+            verify(Scale(1.001), [spec], tmp_path, cases, tolerance=0.9 * error)
 
 
 def test_the_cases_reach_the_last_position(s2_model: GoldenModel) -> None:
@@ -294,11 +295,11 @@ def test_the_cases_leave_every_window(s2_model: GoldenModel, official: bool) -> 
     codec = DacConfig.from_json(OFFICIAL) if official else s2_model.codec.config
     with torch.device("meta"):
         spec = decode_spec(Dac(codec))
-    calls = [[feeds["codes"].shape[2] for feeds in case.calls] for case in codec_decode_cases(codec, spec)]
+    calls = [[feeds["codes"].shape[2] for feeds in case.calls] for case in codec_decode_cases(codec, spec, codec.sight)]
     assert all(len(frames) > 1 for frames in calls)
     assert max(max(frames) for frames in calls) > codec.post_module.window - 1
     assert max(sum(frames) for frames in calls) > codec.post_module.window
-    length = max(case.calls[0]["audio"].shape[2] for case in codec_encode_cases(codec))
+    length = max(case.calls[0]["audio"].shape[2] for case in codec_encode_cases(codec, codec.sight))
     assert length > codec.hop * codec.pre_module.window
     for stride, transformer in zip(codec.encoder_rates, codec.encoder_transformers, strict=True):
         length //= stride
@@ -315,7 +316,7 @@ def test_a_window_that_is_left_out_is_seen(s2_model: GoldenModel, part: str) -> 
     for transformer in inner:
         transformer.window = MAX_FRAMES
     with pytest.raises(ExportError, match="is not the torch module"):
-        verify(module, job.spec, folder, job.cases, job.tolerance, job.margins and job.margins(module))
+        verify(module, [job.spec], folder, job.cases, job.tolerance, job.margins and job.margins(module))
 
 
 @pytest.mark.slow

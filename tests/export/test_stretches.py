@@ -57,8 +57,8 @@ def test_stretches_are_the_whole(tmp_path: Path, tied: bool, head: str) -> None:
         whole = job.run(folder).parity
         held = Held(folder / job.spec.file, job.weights, job.plan)
         seen: list[float] = []
-        parts = verify_stack(
-            lambda job=job: stack(job), job.spec, folder, held, job.cases, job.tolerance, budget=1, progress=seen.append
+        (parts,) = verify_stack(
+            lambda job=job: stack(job), [job.spec], folder, held, job.cases, job.tolerance, budget=1, progress=seen.append
         )
         assert parts.max_abs_error <= max(2 * whole.max_abs_error, 1e-5)
         assert seen == sorted(seen)
@@ -73,7 +73,7 @@ def test_a_weight_that_is_another_is_seen(tmp_path: Path, name: str) -> None:
     job.run(tmp_path)
     weights = {key: tensor.float() * (1.1 if key == name else 1) for key, tensor in job.weights.items()}
     with pytest.raises(ExportError, match=r"slow_ar\.onnx is not the torch module"):
-        verify_stack(lambda: stack(job), job.spec, tmp_path, weights, job.cases, job.tolerance, budget=1)
+        verify_stack(lambda: stack(job), [job.spec], tmp_path, weights, job.cases, job.tolerance, budget=1)
     assert not list(tmp_path.glob("*.stretch.onnx"))
 
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -13,21 +11,21 @@ import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from fishrt_engines import Array
 from fishrt_engines.engine import ColumnInputs
 from fishrt_export.sources.cases import fast_ar_cases, slow_ar_cases
-from fishrt_export.sources.language_model import open_language_model
 from fishrt_export.targets import edit
 from fishrt_export.targets.attention import fast_operators
 from helpers_graphs import Calls, copied, operators, places
-from synthetic import EVERYTHING, PLAIN, random_weights, write_flat
 from tiny import GoldenModel
 from tolerances import TOLERANCES
+from wide import EVERYTHING_WIDE, PLAIN_WIDE, Exported, assert_near
 
 pytest.importorskip("torch", reason="needs the export extra")
 
-PLAIN_WIDE = {**PLAIN, "head_dim": 16, "fast_head_dim": 32}
-EVERYTHING_WIDE = {**EVERYTHING, "head_dim": 32, "fast_head_dim": 16}
+
+def layer_count(exported: Exported, role: str) -> int:
+    config = exported.source.config
+    return (config.slow if role == "slow_ar" else config.fast).layers
 
 
 def rewritten(path: Path, *, feed_rows: bool = False) -> tuple[Path, ColumnInputs | None]:
@@ -39,30 +37,6 @@ def rewritten(path: Path, *, feed_rows: bool = False) -> tuple[Path, ColumnInput
     return form, columns
 
 
-def assert_near(found: Mapping[str, Array], expected: Mapping[str, Array]) -> None:
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        np.testing.assert_allclose(found[name], value, rtol=0, atol=TOLERANCES["lm"], err_msg=name)
-
-
-class Exported:
-    """The slow AR and the fast AR of a random model."""
-
-    def __init__(self, folder: Path, config: dict[str, Any]) -> None:
-        write_flat(folder, config, random_weights(config))
-        self.source = open_language_model(folder, family="s2")
-        self.folder, self.jobs = folder, {job.role: job for job in self.source.jobs("audio")}
-        for job in self.jobs.values():
-            job.run(folder)
-
-    def file(self, role: str) -> Path:
-        return self.folder / self.jobs[role].spec.file
-
-    def layers(self, role: str) -> int:
-        config = self.source.config
-        return (config.slow if role == "slow_ar" else config.fast).layers
-
-
 @pytest.fixture(scope="module", params=[PLAIN_WIDE, EVERYTHING_WIDE], ids=["plain", "everything"])
 def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Exported:
     return Exported(tmp_path_factory.mktemp("wide"), request.param)
@@ -72,7 +46,7 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 def test_every_attention_is_replaced(exported: Exported, role: str) -> None:
     form, columns = rewritten(exported.file(role))
     before, after = operators(exported.file(role)), operators(form)
-    layers = exported.layers(role)
+    layers = layer_count(exported, role)
     assert columns == ColumnInputs("write_index", "position_ids")
     assert after["GroupQueryAttention"] == before["Attention"] == layers
     assert not after.keys() & {"Attention", "TensorScatter", "RotaryEmbedding"}
@@ -85,7 +59,11 @@ def test_every_attention_is_replaced(exported: Exported, role: str) -> None:
 def test_the_results_are_the_same(exported: Exported, role: str, feed_rows: bool) -> None:
     """Results and caches are equal over several calls, rows and ragged lengths, except cache rows of padding."""
     source, spec = exported.source, exported.jobs[role].spec
-    cases = slow_ar_cases(source.config, source.ids)[:2] if role == "slow_ar" else fast_ar_cases(source.config)
+    cases = (
+        slow_ar_cases(source.config, source.ids)[:2]
+        if role == "slow_ar"
+        else fast_ar_cases(source.config, source.config.fast.dim)
+    )
     form, columns = rewritten(exported.file(role), feed_rows=feed_rows)
     assert columns is not None
     for case in cases:

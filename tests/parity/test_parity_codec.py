@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional as F
 
 from fishrt.audio.files import resample
-from fishrt_export.graph.verify import flipped_margin
+from fishrt_export.graph.report import flipped_margin
 from fishrt_export.models.codec.dac import Dac
 from fishrt_export.models.codec.firefly import Firefly
 from fishrt_export.models.codec.load import CodecConfig

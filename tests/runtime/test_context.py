@@ -135,7 +135,7 @@ def test_keys_and_values_of_another_graph_are_refused(engine: FakeEngine) -> Non
 
 def test_real_keys_and_values_are_restored(s2_model: GoldenModel) -> None:
     """Results equal those after reading the head bit for bit, and those of reading all at once up to rounding."""
-    engine, codebooks = s2_model.engine("slow_ar", specialise=True), s2_model.lm.config.num_codebooks
+    engine, codebooks = s2_model.engine("slow_ar", fast=True), s2_model.lm.config.num_codebooks
     rng = np.random.default_rng(5)
     head, rest = (np.zeros((1 + codebooks, length), np.int64) for length in (9, 4))
     head[0], rest[0] = rng.integers(0, 20, 9), rng.integers(0, 20, 4)

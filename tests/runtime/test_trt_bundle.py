@@ -20,7 +20,6 @@ from fishrt.bundle.plans import PlanOptions, plan_requests, with_positions, with
 from fishrt.codec import CodecDecoder, CodecEncoder, chunk_frames
 from fishrt.errors import FishrtError, PromptError, ProviderError
 from fishrt.language_model.batch import DualAR
-from fishrt.language_model.frame import frame_graph
 from fishrt.language_model.sampling import Sampling, SeededNoise
 from fishrt.tts import TTS
 from fishrt_engines import Engine, open_engine
@@ -41,9 +40,7 @@ def gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Simulated]:
 
 def engine(bundle: Bundle, role: str, provider: str, request: PlanRequest | None = None) -> Engine:
     spec = bundle.manifest.specs[role] if request is None else request.spec
-    build = None if request is None else request.build
-    path, identity = bundle.file(bundle.manifest.specs[role].file), bundle.manifest.specs[role].identity
-    return open_engine(path, spec, provider=provider, identity=identity, build=build)
+    return open_engine(bundle.file(spec.file), spec, provider=provider)
 
 
 def exactly(bundle: Bundle, options: PlanOptions = OPTIONS) -> dict[str, PlanRequest]:
@@ -107,7 +104,7 @@ def test_all_graphs_are_built_for_the_sizes_that_the_runtime_asks_for(tiny_bundl
         "codec_encode": "fp32",
     }
     assert requests["slow_ar"].lowering.max_len == lm.max_seq_len
-    assert requests["fast_ar"].spec == frame_graph(tiny_bundle.manifest.specs, lm)[0]
+    assert requests["fast_ar"].spec == tiny_bundle.manifest.graphs["fast_ar"].forms[-1].spec
 
 
 @pytest.mark.parametrize(

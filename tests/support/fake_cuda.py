@@ -7,6 +7,7 @@ of ONNX Runtime on a device.
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -46,7 +47,7 @@ class FakeCuda:
     def __getattr__(self, name: str) -> Any:
         return getattr(onnxruntime, name)
 
-    def InferenceSession(self, model: bytes, options: Any, *, providers: list[Any], **more: Any) -> FakeSession:  # noqa: N802
+    def InferenceSession(self, model: str | bytes, options: Any, *, providers: list[Any], **more: Any) -> FakeSession:  # noqa: N802
         session = FakeSession(
             self, model, options, dict(entry if isinstance(entry, tuple) else (entry, {}) for entry in providers)
         )
@@ -73,8 +74,9 @@ class FakeCuda:
 class FakeSession:
     """A session on the CPU that reports the CUDA provider."""
 
-    def __init__(self, cuda: FakeCuda, model: bytes, options: Any, providers: dict[str, dict[str, str]]) -> None:
-        self.cuda, self.model, self.options, self.providers = cuda, model, options, providers
+    def __init__(self, cuda: FakeCuda, model: str | bytes, options: Any, providers: dict[str, dict[str, str]]) -> None:
+        self.cuda, self.options, self.providers = cuda, options, providers
+        self.model = model if isinstance(model, bytes) else Path(model).read_bytes()
         self.asked_for: dict[str, Any] = {}
         self.captures = providers.get("CUDAExecutionProvider", {}).get("enable_cuda_graph") == "1"
         self.runs: list[int | None] = []

@@ -6,7 +6,7 @@ Tests reach these through the fixtures of conftest.py, so that each graph is exp
 from __future__ import annotations
 
 import shutil
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ import torch
 from fishrt.bundle.features import LanguageModel
 from fishrt.bundle.folder import Bundle
 from fishrt.language_model.batch import DualAR
-from fishrt.language_model.frame import frame_model, frame_spec
 from fishrt_engines import Engine, open_engine
 from fishrt_export import export_bundle
 from fishrt_export.export import halves_fit
@@ -27,6 +26,7 @@ from fishrt_export.models.fast_ar import FastAR
 from fishrt_export.models.slow_ar import SlowAR
 from fishrt_export.sources.codec import CodecSource, open_codec
 from fishrt_export.sources.language_model import LanguageModelSource, open_language_model
+from fishrt_export.targets.forms import make_forms, write_frame
 from shared import make_once
 from tolerances import TOLERANCES
 
@@ -78,7 +78,9 @@ class GoldenModel:
 
     @cached_property
     def bundle(self) -> Bundle:
-        return Bundle.load(make_once(self.folder / "bundle", lambda folder: export_bundle(self.checkpoint, folder)))
+        targets = ("cuda", "tensorrt")
+        made = make_once(self.folder / "bundle", lambda folder: export_bundle(self.checkpoint, folder, targets=targets))
+        return Bundle.load(made)
 
     def file(self, role: str, head: str = "audio") -> Path:
         """Return the file of the exported graph: the bundle's, if there is a bundle."""
@@ -87,12 +89,16 @@ class GoldenModel:
             return self.bundle.file(job.spec.file)
         return self._exported(job, f"{role}-{head}")
 
-    def engine(self, role: str, head: str = "audio", *, specialise: bool = False) -> Engine:
-        """Return an engine of the exported graph on the CPU, portable or specialised."""
-        key = role, head, specialise
+    def engine(self, role: str, head: str = "audio", *, fast: bool = False) -> Engine:
+        """Return an engine of the exported graph on the CPU: portable, or in its form for CPUs."""
+        key = role, head, fast
         if key not in self._engines:
             spec = self._job(role, head).spec
-            self._engines[key] = open_engine(self.file(role, head), spec, provider="cpu", specialise=specialise)
+            path = self.file(role, head)
+            if fast:
+                form = next(iter(make_forms(path.parent, role, {role: spec}, self.lm.describe(head), ["cpu"])), None)
+                spec = spec if form is None else form.spec
+            self._engines[key] = open_engine(path.with_name(spec.file), spec, provider="cpu")
         return self._engines[key]
 
     def engine_of(self, source: LanguageModelSource, role: str, head: str, name: str) -> Engine:
@@ -114,9 +120,9 @@ class GoldenModel:
     def frame(self, head: str, lm: LanguageModel | None = None) -> Engine:
         """Return an engine of the frame graph, with the rules of `lm` instead of the family's."""
         slow, fast, lm = self._job("slow_ar", head).spec, self._job("fast_ar", head).spec, lm or self.lm.describe(head)
-        spec = frame_spec(slow, fast, lm)
-        build = partial(frame_model, fast=fast, spec=spec, lm=lm)
-        return open_engine(self.file("fast_ar", head), spec, provider="cpu", build=build)
+        path = self.file("fast_ar", head)
+        spec = write_frame(path.parent, {"slow_ar": slow, "fast_ar": fast}, lm)
+        return open_engine(path.with_name(spec.file), spec, provider="cpu")
 
     def _job(self, role: str, head: str) -> GraphJob:
         jobs = self.codec.jobs() if role.startswith("codec") else self.lm.jobs(head)

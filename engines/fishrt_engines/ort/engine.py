@@ -184,12 +184,11 @@ class OrtEngine:
     def __init__(self, opened: Opened, spec: GraphSpec, provider: str) -> None:
         self.spec = spec
         self.provider = provider
-        self._session, self._memory, self._columns = opened.session, opened.memory, opened.columns
+        self._session, self._memory, self._columns = opened.session, opened.memory, spec.columns
         self._options = opened.run_options
         self._captures = opened.run_options is not None
         self._dtypes = {t.name: np.dtype(t.dtype) for t in spec.feeds}
         self._result_names = [t.name for t in spec.results]
-        self._state_types = {t.name: opened.state_type or t.dtype for t in spec.state_tensors}
         self._stateless = _Carried({}, {})
         self._graph_ids = itertools.count(1)
         self._idle: deque[tuple[dict[str, Tensor], _Carried]] = deque(maxlen=_IDLE_KEPT)
@@ -209,11 +208,10 @@ class OrtEngine:
                     for tensor in idle[0].values():
                         tensor.clear()
                     return OrtState(_Held(self, *idle))
-        types = self._state_types
-        nbytes = sum(prod(t.resolve(dims)) * item_size(types[t.name]) for t in self.spec.state_tensors)
+        nbytes = sum(prod(t.resolve(dims)) * item_size(t.dtype) for t in self.spec.state_tensors)
         sizes = ", ".join(f"{name} = {size}" for name, size in dims.items())
         with self.allocating(f"the state of {self.spec.file} at {sizes} ({nbytes / 1e6:,.0f} MB)"):
-            made = {t.name: self._memory.zeros(t.resolve(dims), t.dtype, types[t.name]) for t in self.spec.state_tensors}
+            made = {t.name: self._memory.zeros(t.resolve(dims), _as_read(t.dtype), t.dtype) for t in self.spec.state_tensors}
         return OrtState(_Held(self, made, _Carried(dims, {name: tensor.place for name, tensor in made.items()})))
 
     def take_back(self, tensors: dict[str, Tensor], carried: _Carried) -> None:
@@ -384,6 +382,11 @@ class OrtEngine:
             if is_memory_error(error):
                 raise out_of_memory(f"a run of {self.spec.file}", self.provider) from None
             raise GraphError(f"{self.spec.file} failed: {error}") from error
+
+
+def _as_read(element: str) -> str:
+    """Return the dtype in which a state's tensor is read and written: float32 for floats of 16 bits."""
+    return "float32" if element in ("bfloat16", "float16") else element
 
 
 def _array(feed: Any) -> Any:

@@ -1,25 +1,24 @@
-"""ONNX Runtime sessions on a CPU: their options, and the steps from a portable graph to a session.
+"""ONNX Runtime sessions on a CPU: their options, and the steps from a graph file to a session.
 
-portable file ─► specialise ─► ONNX Runtime's optimiser and packing ─► session
-                                        └─► cache ─► the next start maps it
+file ─► ONNX Runtime's optimiser and packing ─► session
+                        └─► cache ─► the next start maps it
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from .. import cache
-from ..engine import ColumnInputs, GraphSpec, TensorSpec
+from ..engine import GraphSpec, TensorSpec
 from ..errors import FishrtError
 from ..folders import cache_folder
 from ..machine import cpu_identity
 from ..providers import import_onnxruntime
-from ..rewrite.attention import specialise
 from ..rewrite.onnx_proto import external_places, parse_model
 from . import packed
 from .tensors import HostMemory, Memory
@@ -40,15 +39,10 @@ _DTYPES = {"float": "float32", "double": "float64"}
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """A session, and facts about its graph after rewriting."""
+    """A session, the memory of its tensors, and how it is run."""
 
     session: Any
-    columns: ColumnInputs | None = None
-    """The result of `specialise`."""
     memory: Memory = field(default_factory=HostMemory)
-    """The memory of its tensors."""
-    state_type: str | None = None
-    """The element type of its state tensors, if it is not the described one."""
     run_options: Callable[[int], Any] | None = None
     """Return the options of a run that is captured as a CUDA graph of this id, or not captured for -1. None: nothing is captured.
 
@@ -56,36 +50,21 @@ class Opened:
     its columns at positions that it is fed."""
 
 
-def open_session(
-    path: Path, *, threads: int, specialised: bool, identity: str | None, build: Callable[[bytes], bytes] | None
-) -> Opened:
-    """Open a session of the graph file `path` on the CPU. ONNX Runtime's errors, which have no common base, go through.
-
-    specialised: rewrite it for this machine. identity: a hash of graph and weights, under which the optimised graph is cached.
-    build: makes the graph from the file's bytes; such a graph is not cached.
-    """
+def open_session(path: Path, spec: GraphSpec, *, threads: int) -> Opened:
+    """Open a session of the graph file `path` on the CPU. ONNX Runtime's errors, which have no common base, go through."""
     ort = import_onnxruntime()
-    if not specialised:
-        options = session_options(ort, threads)
-        # In float32, as in the file. By default, ONNX Runtime rounds the activations of quantised products to 8 bits.
-        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
-        if build is None:
-            return Opened(_session(ort, graph_source(path, options), options))
-        return Opened(_session(ort, find_weights(build(path.read_bytes()), path, options), options))
-    weights, folder = path.with_name(f"{path.name}.data"), cache_folder()
-    if build or identity is None or folder is None or not weights.is_file() or weights.stat().st_size < WORTH_KEEPING:
-        return _optimised(ort, path, threads, build)
-    key = [identity, ort.__version__, cpu_identity()]
-    if (kept := cache.find(folder, key) or _keep(ort, path, folder, key)) is not None:
-        options = session_options(ort, threads)
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-        log.debug("%s as it is kept in %s", path.name, kept.folder)
-        try:
-            columns = None if kept.facts is None else ColumnInputs(**kept.facts)
-            return Opened(_session(ort, str(kept.folder / _KEPT), options), columns)
-        except Exception as error:  # ONNX Runtime's exceptions have no common base
-            cache.discard(kept.folder, f"cannot be loaded ({error})")
-    return _optimised(ort, path, threads)
+    folder = cache_folder()
+    if folder is not None and spec.identity and weight_bytes(path) >= WORTH_KEEPING:
+        key = [spec.identity, _accuracy(spec), ort.__version__, cpu_identity()]
+        if (kept := cache.find(folder, key) or _keep(ort, path, spec, folder, key)) is not None:
+            options = session_options(ort, threads)
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+            log.debug("%s as it is kept in %s", path.name, kept.folder)
+            try:
+                return Opened(_session(ort, str(kept.folder / _KEPT), options))
+            except Exception as error:  # ONNX Runtime's exceptions have no common base
+                cache.discard(kept.folder, f"cannot be loaded ({error})")
+    return Opened(_from_file(ort, path, spec, session_options(ort, threads)))
 
 
 def session_options(ort: Any, threads: int) -> Any:
@@ -99,13 +78,14 @@ def session_options(ort: Any, threads: int) -> Any:
     return options
 
 
-def find_weights(model: bytes, path: Path, options: Any) -> bytes:
-    """Return the graph of the file `path` with resolved paths of its weights, and name their folder in the session's options.
+def graph_source(path: Path, options: Any) -> str | bytes:
+    """Return the argument of a session for a graph file, and name the folder of its weights in the session's options.
 
-    ONNX Runtime refuses weights behind a link out of the folder, as in the cache of a model hub, so links are resolved.
-    model: the graph's bytes. Raises GraphError for weights that the graph itself places outside of its folder.
+    The argument is the path. ONNX Runtime refuses weights behind a link out of the folder, as in the cache of a model hub: for
+    those it is the bytes of the graph with resolved names. Raises GraphError for weights that the graph places outside of its
+    folder.
     """
-    parsed, folder = parse_model(model, path.name), path.parent.resolve()
+    parsed, folder = parse_model(path.read_bytes(), path.name), path.parent.resolve()
     places = external_places(parsed)
     files = {entry.value: (folder / entry.value).resolve() for entry in places}
     linked = any(folder / name != file for name, file in files.items())
@@ -114,14 +94,13 @@ def find_weights(model: bytes, path: Path, options: Any) -> bytes:
         for entry in places:
             entry.value = files[entry.value].relative_to(folder).as_posix()
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
-    return parsed.SerializeToString() if linked else model
+    return bytes(parsed.SerializeToString()) if linked else str(path)
 
 
-def graph_source(path: Path, options: Any) -> str | bytes:
-    """Return the argument of a session for a graph file: its path, or the graph's bytes if its weights are behind links."""
-    portable = path.read_bytes()
-    found = find_weights(portable, path, options)
-    return str(path) if found is portable else found
+def weight_bytes(path: Path) -> int:
+    """Return the bytes of the files of weights that a graph file names."""
+    names = {entry.value for entry in external_places(parse_model(path.read_bytes(), path.name))}
+    return sum(file.stat().st_size for name in names if (file := path.parent / name).is_file())
 
 
 def is_memory_error(error: Exception) -> bool:
@@ -156,27 +135,23 @@ def inconsistencies(spec: GraphSpec) -> list[str]:
     return wrong
 
 
-def differences(spec: GraphSpec, session: Any, added: Collection[str], state_type: str | None) -> list[str]:
+def differences(spec: GraphSpec, session: Any) -> list[str]:
     """Return the differences between a session's tensors and the described ones.
 
-    added: inputs that a rewrite of the graph added. state_type: the state's element type after the rewrite; None if unchanged.
     Fixed sizes are compared. Names of symbolic dimensions are not, since ONNX Runtime renames those that it computes.
     """
-    carried = {name for pair in spec.states for name in (pair.input, pair.output)}
+    added = spec.columns.rows if spec.columns else None
     found = []
     for kind, described, nodes in (
         ("input", spec.inputs, session.get_inputs()),
         ("output", spec.outputs, session.get_outputs()),
     ):
-        in_file = {node.name: node for node in nodes if node.name not in added}
+        in_file = {node.name: node for node in nodes if node.name != added}
         by_name = {t.name: t for t in described}
         found += [f"{kind} {name} is missing" for name in by_name if name not in in_file]
         found += [f"{kind} {name} is not described" for name in in_file if name not in by_name]
         for name in by_name.keys() & in_file.keys():
-            wanted = by_name[name]
-            if state_type is not None and name in carried:
-                wanted = replace(wanted, dtype=state_type)
-            found += _tensor_differences(f"{kind} {name}", wanted, element_type(in_file[name]), in_file[name].shape)
+            found += _tensor_differences(f"{kind} {name}", by_name[name], element_type(in_file[name]), in_file[name].shape)
     return sorted(found)
 
 
@@ -189,11 +164,15 @@ def _tensor_differences(what: str, described: TensorSpec, dtype: str, shape: Seq
     return [] if same else [f"{what} has shape {list(shape)} instead of {list(described.shape)}"]
 
 
-def _keep(ort: Any, path: Path, folder: Path, key: list[str]) -> cache.Entry | None:
-    """Optimise a graph and keep it; return None, with a warning, if it cannot be written or the disk is full."""
-    rewritten, columns = specialise(path.read_bytes())
+def _accuracy(spec: GraphSpec) -> str:
+    """Return ONNX Runtime's accuracy level of products with quantised weights: 4 rounds activations to 8 bits, 0 does not."""
+    return "4" if spec.rounds_activations else "0"
 
-    def write(aside: Path) -> Any:
+
+def _keep(ort: Any, path: Path, spec: GraphSpec, folder: Path, key: list[str]) -> cache.Entry | None:
+    """Optimise a graph and keep it; return None, with a warning, if it cannot be written or the disk is full."""
+
+    def write(aside: Path) -> None:
         log.info("optimising %s for this machine, once; the result is cached in %s", path.name, folder)
         saved, weights = aside / "saved.onnx", aside / "saved.data"
         options = session_options(ort, 1)
@@ -202,13 +181,12 @@ def _keep(ort: Any, path: Path, folder: Path, key: list[str]) -> cache.Entry | N
         options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
         options.add_session_config_entry("session.save_external_prepacked_constant_initializers", "1")
         try:
-            _from_bytes(ort, rewritten, path, options)
+            _from_file(ort, path, spec, options)
         except Exception as error:  # ONNX Runtime's exceptions have no common base; a full disk is one of them
             raise OSError(str(error)) from None
         packed.align(saved, weights, aside / _KEPT)
         saved.unlink()
         weights.unlink()
-        return columns and asdict(columns)
 
     try:
         return cache.keep(folder, key, write)
@@ -218,17 +196,9 @@ def _keep(ort: Any, path: Path, folder: Path, key: list[str]) -> cache.Entry | N
         return None
 
 
-def _optimised(ort: Any, path: Path, threads: int, build: Callable[[bytes], bytes] | None = None) -> Opened:
-    portable = path.read_bytes()
-    rewritten, columns = specialise(build(portable) if build else portable)
-    return Opened(_from_bytes(ort, rewritten, path, session_options(ort, threads)), columns)
-
-
-def _from_bytes(ort: Any, model: bytes, path: Path, options: Any) -> Any:
-    """Return a session of a specialised graph in memory, whose weights are in the folder of `path`."""
-    # Products with quantised weights are computed in integers: activations are rounded to 8 bits in blocks.
-    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "4")
-    return _session(ort, find_weights(model, path, options), options)
+def _from_file(ort: Any, path: Path, spec: GraphSpec, options: Any) -> Any:
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", _accuracy(spec))
+    return _session(ort, graph_source(path, options), options)
 
 
 def _session(ort: Any, model: str | bytes, options: Any) -> Any:

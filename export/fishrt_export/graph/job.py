@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from torch import Tensor, nn
 
-from fishrt.bundle.manifest import Parity
+from fishrt.bundle.manifest import Form, Parity
 from fishrt.progress import PartDone, Progress
 from fishrt_engines.engine import GraphSpec
 
 from ..checkpoint.weights import load
 from ..models.transformer import Stack
 from .recipe import Storage
+from .report import PROVIDER, Case
 from .store import store
 from .stretches import BUDGET, split, stretch_bytes, verify_stack
 from .trace import Dims, trace
-from .verify import Case, Held, Margins, verify
+from .verify import Held, Margins, verify
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +31,8 @@ class Made:
     """Bytes of its weights in memory; see store.store."""
     errors: Mapping[str, float]
     """Relative error of each quantised layer; see Held.errors."""
+    forms: tuple[Form, ...] = ()
+    """Forms of the graph, with their errors."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,13 +53,32 @@ class GraphJob:
     plan: Mapping[str, Storage] = field(default_factory=dict)
     """Storage of weights by name; weights without an entry keep the checkpoint's type."""
 
-    def run(self, folder: Path, progress: Progress = lambda _stage, _done: None) -> Made:
-        """Write the graph into `folder` and verify it. Raises ExportError."""
+    def run(
+        self,
+        folder: Path,
+        progress: Progress = lambda _stage, _done: None,
+        make_forms: Callable[[], Sequence[Form]] = lambda: (),
+    ) -> Made:
+        """Write the graph and its forms into `folder`, and verify those that a CPU runs. Raises ExportError.
+
+        make_forms: writes the forms of the portable graph into its folder.
+        """
         path = folder / self.spec.file
         memory = self._write(path, progress)
         held = Held(path, self.weights, self.plan)
         progress("verifying", 0.5)
-        return Made(self._verify(folder, held, lambda part: progress("verifying", 0.5 + 0.5 * part)), memory, held.errors)
+        forms = list(make_forms())
+        ours = [n for n, form in enumerate(forms) if form.provider == PROVIDER]
+        exact = [replace(forms[n].spec, rounds_activations=False) for n in ours]
+        rounded = [forms[n].spec for n in ours if forms[n].spec.rounds_activations]
+        parity, *errors = self._verify(
+            folder, [self.spec, *exact, *rounded], held, lambda part: progress("verifying", 0.5 + 0.5 * part)
+        )
+        for n, error in zip(ours, errors, strict=False):
+            forms[n] = replace(forms[n], parity=error)
+            if forms[n].spec.rounds_activations:
+                forms[n] = replace(forms[n], activations_error=errors[len(exact) + rounded.index(forms[n].spec)].max_abs_error)
+        return Made(parity, memory, held.errors, tuple(forms))
 
     def _write(self, path: Path, progress: Progress) -> int:
         progress("tracing", 0.0)
@@ -74,10 +96,10 @@ class GraphJob:
         sizes: list[int] = [tensor.numel() for tensor in module.state_dict().values()]
         return 2 * 4 * sum(sizes)
 
-    def _verify(self, folder: Path, held: Held, progress: PartDone) -> Parity:
+    def _verify(self, folder: Path, specs: Sequence[GraphSpec], held: Held, progress: PartDone) -> list[Parity]:
         module = self.build()
         if isinstance(module, Stack):
             build: Callable[[], Stack] = self.build  # type: ignore[assignment]
-            return verify_stack(build, self.spec, folder, held, self.cases, self.tolerance, progress=progress)
+            return verify_stack(build, specs, folder, held, self.cases, self.tolerance, progress=progress)
         module = load(module, held)
-        return verify(module, self.spec, folder, self.cases, self.tolerance, self.margins and self.margins(module))
+        return verify(module, specs, folder, self.cases, self.tolerance, self.margins and self.margins(module))

@@ -22,7 +22,8 @@ from fishrt_engines import Array, open_engine
 from fishrt_engines.engine import GraphSpec, TensorSpec
 
 from ..models.transformer import Stack
-from .verify import PROVIDER, Case, Report, compare
+from .report import PROVIDER, Case, Expected, Report, run
+from .verify import expect
 
 BUDGET = 1 << 30
 """Bytes of float32 weights in one stretch, unless a single part of the model is larger."""
@@ -50,7 +51,7 @@ def stretch_bytes(stack: Stack, parts: range) -> int:
 
 def verify_stack(
     build: Callable[[], Stack],
-    spec: GraphSpec,
+    specs: Sequence[GraphSpec],
     folder: Path,
     weights: Mapping[str, Tensor],
     cases: Sequence[Case],
@@ -58,31 +59,39 @@ def verify_stack(
     *,
     budget: int = BUDGET,
     progress: PartDone = lambda _: None,
-) -> Parity:
-    """Verify a graph as verify.verify does, with the weights looked up for each stretch.
+) -> list[Parity]:
+    """Verify graphs as verify.verify does, with the weights looked up for each stretch.
 
     build: makes the module with arbitrary weights. progress receives the completed part, 0..1. Raises ExportError.
     """
-    report = Report(spec.file, tolerance)
-    ours = theirs = list(cases)
+    reports = [Report(spec, tolerance) for spec in specs]
+    of_module, of_graphs = list(cases), [list(cases) for _ in specs]
     stretches = split(build(), budget)
     for parts in stretches:
         progress(parts.start / stretches[-1].stop)
-        path = folder / f"{Path(spec.file).stem}.stretch.onnx"
         stack = build()
-        try:
-            inner = _cut(folder / spec.file, path, spec, stack, parts)
-            module = _Stretch(stack, parts, inner)
-            stack.load_state_dict({name: weights[name] for name in _names(stack, parts)}, strict=False, assign=True)
-            stack.requires_grad_(False)
-            engine = open_engine(path, inner, provider=PROVIDER)
-            for n, (case, case_of_graph) in enumerate(zip(ours, theirs, strict=True)):
-                of_module, of_graph = compare(module, engine, _fed(case, inner), _fed(case_of_graph, inner), report)
-                ours[n], theirs[n] = _with(case, of_module), _with(case_of_graph, of_graph)
-        finally:
-            path.unlink(missing_ok=True)
-        del engine, module, stack
-    return report.parity()
+        stack.load_state_dict({name: weights[name] for name in _names(stack, parts)}, strict=False, assign=True)
+        stack.requires_grad_(False)
+        expected: list[Expected] = []
+        for spec, report, of_graph in zip(specs, reports, of_graphs, strict=True):
+            path = folder / f"{Path(spec.file).stem}.stretch.onnx"
+            try:
+                inner = _cut(folder / spec.file, path, spec, stack, parts)
+                if not expected:  # the inputs and outputs of this stretch are those of all graphs
+                    module = _Stretch(stack, parts, inner)
+                    expected = [expect(module, inner, _fed(case, inner)) for case in of_module]
+                    of_module = [_with(case, found.results) for case, found in zip(of_module, expected, strict=True)]
+                engine = open_engine(path, inner, provider=PROVIDER)
+                for n, case in enumerate(of_graph):
+                    if spec.columns is None or cases[n].is_consecutive:
+                        found = run(engine, _fed(case, inner))
+                        report.add(expected[n], found)
+                        of_graph[n] = _with(case, found.results)
+                del engine
+            finally:
+                path.unlink(missing_ok=True)
+        del stack
+    return [report.parity() for report in reports]
 
 
 class _Stretch(nn.Module):
@@ -130,6 +139,7 @@ def _names(stack: Stack, parts: range) -> list[str]:
 def _cut(whole: Path, path: Path, spec: GraphSpec, stack: Stack, parts: range) -> GraphSpec:
     """Write the graph of a stretch to `path`, in the folder of the whole graph, and return its spec."""
     model = ir.load(whole)
+    _part_norms(model.graph)
     streams = _streams(model.graph)
     layers, last = _layers(parts), _is_last(stack, parts)
     own = [pair for pair in spec.states if int(pair.input.rpartition(".")[2]) in layers]
@@ -153,6 +163,19 @@ def _cut(whole: Path, path: Path, spec: GraphSpec, stack: Stack, parts: range) -
         outputs=tuple(described_as(name) for name in outputs),
         states=tuple(own),
     )
+
+
+def _part_norms(graph: ir.Graph) -> None:
+    """Part each norm that is fused with a sum, so that a stretch can begin at the sum."""
+    for node in list(graph):
+        if node.op_type != "SkipSimplifiedLayerNormalization":
+            continue
+        tape = ir.tape.Tape()
+        total = tape.op("Add", node.inputs[:2])
+        norm = tape.op("RMSNormalization", [total, node.inputs[2]], {"epsilon": node.attributes.get_float("epsilon", 1e-5)})
+        ir.convenience.replace_nodes_and_values(
+            graph, node, [node], tape.nodes, [node.outputs[0], node.outputs[3]], [norm, total]
+        )
 
 
 def _streams(graph: ir.Graph) -> dict[int, ir.Value]:

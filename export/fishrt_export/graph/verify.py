@@ -1,6 +1,6 @@
-"""Comparison of an exported graph with the torch module, which has the weights that the file holds.
+"""Comparison of exported graphs with the torch module, which has the weights that the file holds.
 
-Both get equal calls, with the state carried, and every output is compared.
+All get equal calls, with the state carried, and every output is compared.
 """
 
 from __future__ import annotations
@@ -18,30 +18,18 @@ import torch
 from torch import Tensor, nn
 
 from fishrt.bundle.manifest import Parity
-from fishrt_engines import Array, Engine, open_engine
+from fishrt_engines import Array
 from fishrt_engines.engine import GraphSpec
 
 from ..checkpoint.weights import Lazy
 from ..errors import ExportError
 from .quantise import dequantise, relative_error, unpack
 from .recipe import Storage
+from .report import Case, Expected, Feeds, compare
 from .store import SCALES, stored_float
 
-PROVIDER = "cpu"
-PEAK = 50.0
-"""Magnitude of an output above which its error is relative, since float32 rounding grows with the numbers."""
 WORST = 0.5
 """Largest relative error of rounding. A larger one means that the integers are of another weight."""
-
-Feeds = dict[str, Array]
-
-
-@dataclass(frozen=True, slots=True)
-class Case:
-    """Calls that share one state. `dims` are the sizes of the state's symbolic dimensions."""
-
-    calls: tuple[Feeds, ...]
-    dims: Mapping[str, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,45 +45,32 @@ class Margins:
 
 
 def verify(
-    module: nn.Module, spec: GraphSpec, folder: Path, cases: Iterable[Case], tolerance: float, margins: Margins | None = None
-) -> Parity:
-    """Return the largest error and the tolerance. Raises ExportError if the error is larger.
+    module: nn.Module,
+    specs: Sequence[GraphSpec],
+    folder: Path,
+    cases: Iterable[Case],
+    tolerance: float,
+    margins: Margins | None = None,
+) -> list[Parity]:
+    """Return the error of each graph of `specs`, all of this module. Raises ExportError if one is larger than allowed.
 
-    The error of an output is its largest absolute difference, divided by max(1, largest absolute value / PEAK).
-    With `margins`, the error of codes is the largest margin of a code that differs, 0 if none does.
+    With `margins`, codes may differ whose margin is at most theirs; see report.Report. One graph at a time is in memory.
     """
-    engine = open_engine(folder / spec.file, spec, provider=PROVIDER)
-    report = Report(spec.file, tolerance if margins is None else margins.allowed)
-    for case in cases:
-        compare(module, engine, case, case, report, margins)
-    return report.parity()
+    expected = [(case, expect(module, specs[0], case, margins)) for case in cases]
+    return [compare(spec, folder, expected, tolerance if margins is None else margins.allowed) for spec in specs]
 
 
-def compare(
-    module: nn.Module, engine: Engine, case: Case, case_of_graph: Case, report: Report, margins: Margins | None = None
-) -> tuple[list[dict[str, Array]], list[dict[str, Array]]]:
-    """Compare all results and the final state in `report`. Return the results of every call, the module's and the graph's.
-
-    Both cases are equal, except for feeds that are results of an earlier stretch.
-    """
-    spec = engine.spec
-    state = engine.new_state(**case.dims) if spec.states else None
+def expect(module: nn.Module, spec: GraphSpec, case: Case, margins: Margins | None = None) -> Expected:
+    """Return what the module gives for a case."""
     carried = [torch.zeros(tensor.resolve(case.dims)) for tensor in spec.state_tensors]
-    of_module, of_graph = [], []
-    for feeds, feeds_of_graph in zip(case.calls, case_of_graph.calls, strict=True):
-        expected, carried = run_module(module, spec, feeds, carried)
-        actual = {name: value.copy() for name, value in engine.run(feeds_of_graph, state).items()}
-        for name, value in expected.items():
-            if margins is not None and value.dtype == np.int64:
-                report.codes(name, value, actual[name], _measured(margins, feeds), margins.chain)
-            else:
-                report.values(name, value, actual[name])
-        of_module.append(expected)
-        of_graph.append(actual)
-    if state is not None:
-        for tensor, kept in zip(spec.state_tensors, carried, strict=True):
-            report.values(tensor.name, kept.numpy(), state.read(tensor.name))
-    return of_module, of_graph
+    results = []
+    for feeds in case.calls:
+        found, carried = run_module(module, spec, feeds, carried)
+        results.append(found)
+    state = {tensor.name: kept.numpy() for tensor, kept in zip(spec.state_tensors, carried, strict=True)}
+    if margins is None:
+        return Expected(results, state)
+    return Expected(results, state, [_measured(margins, feeds) for feeds in case.calls], margins.chain)
 
 
 def run_module(
@@ -113,56 +88,10 @@ def run_module(
     return results, [by_name[pair.output] for pair in spec.states]
 
 
-def flipped_margin(expected: Array, actual: Array, margins: npt.NDArray[np.float32], chain: int) -> float:
-    """Return the largest margin of a code that differs; 0.0 if no code [batch, codebooks, frames] does.
-
-    Only the first difference in a chain counts: the codes after it are those of another residual.
-    """
-    differ = (expected != actual).reshape(-1, chain, expected.shape[-1])
-    first = differ & (differ.cumsum(axis=1) == 1)
-    return float(margins.reshape(differ.shape)[first].max(initial=0.0))
-
-
-def _measured(margins: Margins, feeds: Mapping[str, Array]) -> npt.NDArray[np.float32]:
+def _measured(margins: Margins, feeds: Feeds) -> npt.NDArray[np.float32]:
     (audio,) = feeds.values()
     with torch.no_grad():
         return np.asarray(margins.measure(torch.from_numpy(audio)).numpy(), np.float32)
-
-
-class Report:
-    """Comparisons for one graph: raises ExportError at the first failure, and keeps the largest error."""
-
-    def __init__(self, file: str, tolerance: float) -> None:
-        self.file, self.tolerance = file, tolerance
-        self.error = 0.0
-
-    def parity(self) -> Parity:
-        """Return the manifest's entry."""
-        return Parity(self.error, self.tolerance, PROVIDER)
-
-    def values(self, name: str, expected: Array, actual: Array) -> None:
-        """Compare two arrays of numbers."""
-        self._same_shape(name, expected, actual)
-        difference = float(np.abs(expected.astype(np.float64) - actual.astype(np.float64)).max())
-        self._add(difference / max(1.0, float(np.abs(expected).max()) / PEAK), f"{name} differs by {difference:.3g}")
-
-    def codes(self, name: str, expected: Array, actual: Array, margins: npt.NDArray[np.float32], chain: int) -> None:
-        """Compare codes int64 [batch, codebooks, frames]; see `flipped_margin`."""
-        self._same_shape(name, expected, actual)
-        count = int((expected != actual).sum())
-        self._add(flipped_margin(expected, actual, margins, chain), f"{count} of {expected.size} {name} differ")
-
-    def _add(self, error: float, what: str) -> None:
-        if not error <= self.tolerance:  # also when the error is NaN
-            raise ExportError(
-                f"{self.file} is not the torch module: {what} (error {error:.3g}; {self.tolerance:.3g} is allowed)",
-                hint="this is a fault of the export, not of the checkpoint; please report it",
-            )
-        self.error = max(self.error, error)
-
-    def _same_shape(self, name: str, expected: Array, actual: Array) -> None:
-        if expected.shape != actual.shape:
-            raise ExportError(f"{self.file}: {name} has shape {actual.shape}, the torch module gives {expected.shape}")
 
 
 class Held(Lazy):

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
+from fishrt.bundle.features import Codec, LanguageModel
 from fishrt_engines.engine import GraphSpec
 
 from ..checkpoint.config import ModelConfig
 from ..checkpoint.identify import AudioIds
-from ..graph.verify import Case, Feeds
-from ..models.codec.load import CodecConfig
+from ..graph.report import Case, Feeds
+
+if TYPE_CHECKING:
+    from ..models.codec.load import CodecConfig
 
 Ints = npt.NDArray[np.int64]
 STEPS = 3
 
 
-def slow_ar_cases(config: ModelConfig, ids: AudioIds) -> list[Case]:
+def slow_ar_cases(config: ModelConfig | LanguageModel, ids: AudioIds) -> list[Case]:
     """Return cases of prefill and single steps: one row, two rows of different lengths, and one row at the last positions.
 
     Shorter rows are padded on the right. The last case writes to the start of a short cache although its positions are high: a
@@ -33,7 +37,7 @@ def slow_ar_cases(config: ModelConfig, ids: AudioIds) -> list[Case]:
     return [*cases, replace(last, calls=tuple(high))]
 
 
-def _slow_ar_case(config: ModelConfig, ids: AudioIds, lengths: tuple[int, ...], rng: np.random.Generator) -> Case:
+def _slow_ar_case(config: ModelConfig | LanguageModel, ids: AudioIds, lengths: tuple[int, ...], rng: np.random.Generator) -> Case:
     lengths = tuple(min(length, max(config.max_seq_len - STEPS, 1)) for length in lengths)
     batch, longest = len(lengths), max(lengths)
     ends = np.array(lengths)
@@ -57,7 +61,7 @@ def _slow_ar_case(config: ModelConfig, ids: AudioIds, lengths: tuple[int, ...], 
     return Case(tuple(calls), {"batch": batch, "cache": longest + STEPS})
 
 
-def random_prompt(config: ModelConfig, ids: AudioIds, shape: tuple[int, int], rng: np.random.Generator) -> Ints:
+def random_prompt(config: ModelConfig | LanguageModel, ids: AudioIds, shape: tuple[int, int], rng: np.random.Generator) -> Ints:
     """Return a prompt int64 [batch, 1 + codebooks, length] whose columns are text or audio at random."""
     batch, length = shape
     codes = rng.integers(0, config.codebook_width, (batch, config.num_codebooks, length))
@@ -67,17 +71,20 @@ def random_prompt(config: ModelConfig, ids: AudioIds, shape: tuple[int, int], rn
     return np.concatenate([main[:, None], codes * audio[:, None]], axis=1)
 
 
-def fast_ar_cases(config: ModelConfig) -> list[Case]:
-    """Return cases of two frames on one cache: one row with positions 0 and 1 in one call, and two rows position by position."""
+def fast_ar_cases(config: ModelConfig | LanguageModel, hidden: int) -> list[Case]:
+    """Return cases of two frames on one cache: one row with positions 0 and 1 in one call, and two rows position by position.
+
+    hidden: width of the slow AR's hidden states.
+    """
     rng = np.random.default_rng(2)
-    return [_fast_ar_case(config, batch, first, rng) for batch, first in ((1, 2), (2, 1))]
+    return [_fast_ar_case(config, hidden, batch, first, rng) for batch, first in ((1, 2), (2, 1))]
 
 
-def _fast_ar_case(config: ModelConfig, batch: int, first: int, rng: np.random.Generator) -> Case:
+def _fast_ar_case(config: ModelConfig | LanguageModel, width: int, batch: int, first: int, rng: np.random.Generator) -> Case:
     last = config.num_codebooks
     calls: list[Feeds] = []
     for _ in range(2):
-        hidden = rng.standard_normal((batch, config.fast.dim)).astype(np.float32)
+        hidden = rng.standard_normal((batch, width)).astype(np.float32)
         codes = rng.integers(0, config.codebook_width, (batch, last))
         edges = [0, *range(min(first, last), last + 1)]
         for start, stop in pairwise(edges):
@@ -92,19 +99,19 @@ def _fast_ar_case(config: ModelConfig, batch: int, first: int, rng: np.random.Ge
     return Case(tuple(calls), {"batch": batch})
 
 
-def codec_encode_cases(config: CodecConfig) -> list[Case]:
-    """Return cases of noise: the shortest audio, two rows, and audio longer than the encoder's context.
+def codec_encode_cases(config: CodecConfig | Codec, sight: int) -> list[Case]:
+    """Return cases of noise: the shortest audio, two rows, and audio longer than the encoder's context, `sight` frames.
 
     Audio ends within a frame if the codec can encode that.
     """
     rng = np.random.default_rng(3)
-    sizes = ((1, config.min_samples), (2, 7 * config.hop - 1), (1, _longer_than(config) * config.hop - config.hop // 2))
+    sizes = ((1, config.min_samples), (2, 7 * config.hop - 1), (1, _longer_than(config, sight) * config.hop - config.hop // 2))
     whole = [(batch, 1, -(-samples // config.sample_multiple) * config.sample_multiple) for batch, samples in sizes]
     return [Case(({"audio": rng.uniform(-0.5, 0.5, shape).astype(np.float32)},), {}) for shape in whole]
 
 
-def codec_decode_cases(config: CodecConfig, spec: GraphSpec) -> list[Case]:
-    """Return cases of random codes: three frames, two rows, and codes longer than the decoder's context.
+def codec_decode_cases(config: CodecConfig | Codec, spec: GraphSpec, sight: int) -> list[Case]:
+    """Return cases of random codes: three frames, two rows, and codes longer than the decoder's context, `sight` frames.
 
     One frame holds codes past the codebooks' ends, and another holds −1. A graph with a state takes them in three calls: one
     frame, most of the others, and the rest.
@@ -113,7 +120,7 @@ def codec_decode_cases(config: CodecConfig, spec: GraphSpec) -> list[Case]:
     sizes = np.array(config.codebook_sizes)[:, None]
     names = [tensor.name for tensor in spec.feeds]
     cases = []
-    for batch, frames in ((1, 3), (2, 11), (1, _longer_than(config))):
+    for batch, frames in ((1, 3), (2, 11), (1, _longer_than(config, sight))):
         codes = rng.integers(0, sizes, (batch, len(sizes), frames))
         codes[0, :, -1] += sizes[:, 0]
         codes[0, -1, 0] = -1
@@ -125,6 +132,6 @@ def codec_decode_cases(config: CodecConfig, spec: GraphSpec) -> list[Case]:
     return cases
 
 
-def _longer_than(config: CodecConfig) -> int:
+def _longer_than(config: CodecConfig | Codec, sight: int) -> int:
     """Return a number of frames of which about a third is outside the context of the last, so that even codes would differ."""
-    return min(config.sight * 3 // 2 + 3, config.max_frames)
+    return min(sight * 3 // 2 + 3, config.max_frames)

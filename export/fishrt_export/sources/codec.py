@@ -83,7 +83,7 @@ class CodecSource:
                 spec=GraphSpec(file="codec_encode.onnx", inputs=(audio,), outputs=(codes,)),
                 build=lambda: encoding(self.module()),
                 weights=self.weights,
-                cases=codec_encode_cases(config),
+                cases=codec_encode_cases(config, config.sight),
                 tolerance=AUDIO_TOLERANCE,
                 dims={"samples": (config.hop, "frames") if whole else config.min_samples},
                 margins=code_margins,
@@ -93,7 +93,7 @@ class CodecSource:
                 spec=decode,
                 build=lambda: decoding(self.module()),
                 weights=self.weights,
-                cases=codec_decode_cases(config, decode),
+                cases=codec_decode_cases(config, decode, config.sight),
                 tolerance=AUDIO_TOLERANCE,
             ),
         ]

@@ -106,7 +106,7 @@ class LanguageModelSource:
                 spec=fast_ar_spec(self.config),
                 build=lambda: on_meta(self._fast_module()),
                 weights=fast,
-                cases=fast_ar_cases(self.config),
+                cases=fast_ar_cases(self.config, self.config.fast.dim),
                 tolerance=LANGUAGE_MODEL_TOLERANCE,
             ),
         ]

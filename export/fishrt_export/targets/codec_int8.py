@@ -30,6 +30,7 @@ from fishrt_engines import Engine, open_engine
 from fishrt_engines.engine import GraphSpec, TensorSpec
 
 from ..errors import ExportError
+from .attention import fast_operators
 from .edit import constant, load, numbers, only_reader, save, tidy
 
 CALL_FRAMES = 16
@@ -102,7 +103,7 @@ def int8_form(folder: Path, portable: GraphSpec, sizes: tuple[int, ...], progres
     made = replace(portable, file=f"{Path(portable.file).stem}_int8.onnx")
     for n, convolution in enumerate(found):
         _replace(model.graph, convolution, ranges, n)
-    tidy(model)
+    made = replace(made, columns=fast_operators(model))
     save(model, folder / made.file)
     ratios = _measured(folder, portable, model, _codes(rng, sizes, TEST_FRAMES))
     if min(ratios) < LEAST_SNR:

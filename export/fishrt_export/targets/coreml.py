@@ -38,10 +38,10 @@ from fishrt_engines.engine import GraphSpec, StatePair, TensorSpec
 from fishrt_engines.ort.coreml import CACHE_KEY, Part
 
 from ..errors import ExportError
-from ..graph.verify import Case, Feeds, Report
+from ..graph.report import Case, Feeds, Report
 from .edit import constant, initializer, load
 
-TARGETS = ("coreml",)
+TARGET = "coreml"
 LENGTHS = (1, 4, 16)
 """Frames of a call. Streams decode 4 to 16 at a time, and calls of these lengths add up to any number. There are few, since each
 graph in use holds all weights in memory once more."""
@@ -55,16 +55,12 @@ _FOLDED = 4096
 """Largest number of elements of a folded constant. Larger ones stay references to weights."""
 
 
-def check_target(target: str | None, decode: GraphSpec) -> None:
-    """Check the target. Raises ExportError if it is unknown, or if the codec cannot be decoded in calls of fixed length."""
-    if target is None:
-        return
-    if target not in TARGETS:
-        raise ExportError(f"unknown target {target!r} of static graphs", hint=f"choose one of: {', '.join(TARGETS)}")
+def check_codec(decode: GraphSpec) -> None:
+    """Check that the codec can be decoded in calls of fixed length. Raises ExportError otherwise."""
     if not decode.states:
         raise ExportError(
             "this codec is centred: its last frames depend on the length of the call, so that no length can be fixed",
-            hint="leave --static out; provider cpu speaks with this checkpoint",
+            hint=f"leave {TARGET} out; provider cpu speaks with this checkpoint",
         )
 
 
@@ -85,7 +81,7 @@ def static_form(
     for n, frames in enumerate(LENGTHS):
         progress(n / len(LENGTHS))
         made.append(_part(folder, portable, frames, case, tolerance, fingerprint))
-    return Form(TARGETS[0], portable, parts=tuple(made))
+    return Form(TARGET, portable, parts=tuple(made))
 
 
 def _part(folder: Path, portable: GraphSpec, frames: int, case: Case, tolerance: float, fingerprint: str) -> FixedPart:
@@ -127,7 +123,7 @@ def _parity(folder: Path, portable: GraphSpec, static: FixedPart, case: Case) ->
     whole = open_engine(folder / portable.file, portable, provider="cpu")
     front, back = (open_engine(folder / spec.file, spec, provider="cpu") for spec in (static.front, static.back))
     part, state, static_state = Part(front, back), whole.new_state(batch=1), back.new_state()
-    report = Report(static.back.file, static.parity.tolerance)
+    report = Report(static.back, static.parity.tolerance)
     for feeds in _calls(case, static.frames):
         expected, actual = whole.run(feeds, state), part.run(feeds, static_state)
         for tensor in portable.results:

@@ -11,14 +11,10 @@ from fishrt_engines import Engine, ProviderError, open_engine
 from fishrt_engines.machine import features
 from fishrt_engines.ort.coreml import Part, StaticEngine
 
-from ..language_model.frame import frame_graph
 from .folder import Bundle
 from .manifest import Form
 
 log = logging.getLogger(__name__)
-
-FUSED = ("cuda", "tensorrt")
-"""Providers that run the fast AR as the frame graph: a launch costs more there than a draw."""
 
 
 class BundleGraphs(Mapping[str, Engine]):
@@ -54,11 +50,11 @@ class BundleGraphs(Mapping[str, Engine]):
                 log.info("%s is not used: this machine has no %s", other.spec.file, lacking)
         if form is not None and form.parts:
             return self._in_parts(form)
-        spec, build = graph.spec if form is None else form.spec, None
-        path, identity = self._bundle.file(spec.file), spec.identity or None
-        if provider in FUSED and role == "fast_ar":
-            spec, build = frame_graph(manifest.specs, manifest.model)
-        return open_engine(path, spec, provider=provider, threads=self._threads, specialise=True, identity=identity, build=build)
+        if form is None and provider not in {other.provider for graph in manifest.graphs.values() for other in graph.forms}:
+            hint = f"`fishrt retarget BUNDLE --target {provider}` adds it"
+            log.warning("%s has no graphs for %s: the portable %s runs, which is slower; %s", manifest.name, provider, role, hint)
+        spec = graph.spec if form is None else form.spec
+        return open_engine(self._bundle.file(spec.file), spec, provider=provider, threads=self._threads)
 
     def _in_parts(self, form: Form) -> Engine:
         """Return an engine whose graph of a length is opened when the first call of this length comes."""

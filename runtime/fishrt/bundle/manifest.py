@@ -139,6 +139,8 @@ class Form:
     """Features that the machine must have, all of them: see `fishrt_engines.machine.features`."""
     parity: Parity | None = None
     """Error against the torch module, with the options that speaking uses. None: it was not measured, or not in this way."""
+    activations_error: float | None = None
+    """Error that rounded activations add, with `spec.rounds_activations`: its root mean square ÷ that of the results."""
     rounding: Rounding | None = None
     parts: tuple[FixedPart, ...] = ()
     """Graphs of fixed sizes that run the calls instead of a graph of `spec`, which describes the calls."""

@@ -17,7 +17,6 @@ from fishrt_engines.trt.plans import Profile
 
 from ..codec import chunk_frames
 from ..errors import FishrtError, ProviderError
-from ..language_model.frame import frame_graph
 from .features import LanguageModel
 from .folder import Bundle
 from .manifest import Manifest
@@ -66,22 +65,25 @@ def plan_requests(bundle: Bundle, options: PlanOptions, capability: tuple[int, i
     batch = (1, 1, options.max_batch)
     longest = max(limited.max_prompt, 2)
     columns = {"prefill": (2, min(_USUAL_PROMPT, longest), longest), "step": (1, 1, 1)}
-    frame, build = frame_graph(graphs, lm)
+    frame = manifest.graphs["fast_ar"].form("tensorrt", ())
+    if frame is None:
+        raise ProviderError(
+            f"{manifest.name} has no frame graph, which TensorRT runs in place of the fast AR",
+            hint=f"first: fishrt retarget {bundle.path} --target tensorrt",
+        )
 
-    def request(
-        role: str, lowering: LoweringOptions, profiles: tuple[Profile, ...], spec: GraphSpec | None = None
-    ) -> PlanRequest:
-        path = bundle.file(graphs[role].file)
-        made = None if spec is None else build
-        return PlanRequest(path, spec or graphs[role], lowering, profiles, options.workspace, graphs[role].identity, made)
+    def request(spec: GraphSpec, lowering: LoweringOptions, *profiles: Profile) -> PlanRequest:
+        return PlanRequest(bundle.file(spec.file), spec, lowering, profiles, options.workspace, spec.identity)
 
     return {
         "slow_ar": request(
-            "slow_ar", language, tuple(Profile(name, {"batch": batch, "length": length}) for name, length in columns.items())
+            graphs["slow_ar"],
+            language,
+            *(Profile(name, {"batch": batch, "length": length}) for name, length in columns.items()),
         ),
-        "fast_ar": request("fast_ar", language, (Profile("frame", {"batch": batch}),), frame),
-        "codec_decode": request("codec_decode", sound, (_decoding(manifest),)),
-        "codec_encode": request("codec_encode", sound, (_encoding(manifest, longest),)),
+        "fast_ar": request(frame.spec, language, Profile("frame", {"batch": batch})),
+        "codec_decode": request(graphs["codec_decode"], sound, _decoding(manifest)),
+        "codec_encode": request(graphs["codec_encode"], sound, _encoding(manifest, longest)),
     }
 
 

@@ -16,6 +16,7 @@ from .doctor import doctor
 from .export import export
 from .fetch import fetch
 from .inspect import inspect
+from .retarget import retarget
 from .speak import speak
 from .voice import voice
 
@@ -34,5 +35,5 @@ def main() -> None:
     """
 
 
-for command in (speak, voice, export, fetch, codec, inspect, bench, doctor, build_trt, completion, show_help):
+for command in (speak, voice, export, retarget, fetch, codec, inspect, bench, doctor, build_trt, completion, show_help):
     main.add_command(command)

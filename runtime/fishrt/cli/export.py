@@ -80,10 +80,14 @@ def _parse_keep(_ctx: click.Context, _param: click.Parameter, values: tuple[str,
     "the last one that matches a layer counts.",
 )
 @click.option(
-    "--static",
-    type=click.Choice(["coreml"]),
-    help="Add codec graphs of fixed sizes, for provider coreml on macOS. The language model runs on the CPU there.",
+    "--target",
+    "targets",
+    type=click.Choice(["cpu", "cuda", "coreml", "tensorrt"]),
+    multiple=True,
+    help="Add graphs in the form that this provider runs fastest; those for cpu are always made. May be given several times. "
+    "coreml: the codec's decoder in fixed sizes, for macOS; the language model runs on the CPU there.",
 )
+@click.option("--static", type=click.Choice(["coreml"]), help="The same as --target coreml.")
 @click.option(
     "--codec-int8",
     is_flag=True,
@@ -103,6 +107,7 @@ def export(
     lora_rank: int | None,
     precision: str,
     keep: dict[str, str],
+    targets: tuple[str, ...],
     static: str | None,
     codec_int8: bool,
     quiet: bool,
@@ -137,7 +142,7 @@ def export(
             lora=merged,
             precision=precision,
             keep=keep,
-            static=static,
+            targets=(*targets, static) if static else targets,
             codec_int8=codec_int8,
             progress=reporter.show,
         )

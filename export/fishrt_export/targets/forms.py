@@ -1,0 +1,115 @@
+"""Forms of a portable graph for CPUs, CUDA devices and TensorRT. They are made when a bundle is made; none needs torch.
+
+    portable graph ─┬─► fused operators ─► cpu: one session for each graph; products with quantised weights in integers
+                    ├─► 16 bits ─► fused operators ─► shared packed weights ─► cuda: captured, launch by launch
+                    └─► frame graph in place of the fast AR ─► cuda, tensorrt: a launch costs more there than a draw
+
+A CUDA device computes a language model in bfloat16 if it can, else in float16. With quantised weights it computes in float16, for
+which ONNX Runtime has kernels that multiply by them directly. A codec's graph stays in float32.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from fishrt.bundle.features import LanguageModel
+from fishrt.bundle.manifest import Form
+from fishrt.language_model.frame import frame_graph
+from fishrt_engines.engine import GraphSpec, TensorSpec
+
+from ..errors import ExportError
+from .attention import fast_operators
+from .edit import MICROSOFT, load, save
+from .precision import compute_in, share_weights
+
+log = logging.getLogger(__name__)
+
+TARGETS = ("cpu", "cuda", "coreml", "tensorrt")
+"""Providers that have forms of their own."""
+
+
+def check_targets(targets: Collection[str]) -> None:
+    """Check the names of targets. Raises ExportError for an unknown one."""
+    if unknown := [target for target in targets if target not in TARGETS]:
+        raise ExportError(f"unknown target {unknown[0]!r}", hint=f"choose of: {', '.join(TARGETS)}")
+
+
+def make_forms(
+    folder: Path, role: str, specs: Mapping[str, GraphSpec], lm: LanguageModel, targets: Collection[str]
+) -> list[Form]:
+    """Write the forms of one role's portable graph into its folder, and return them. specs: of all portable graphs."""
+    forms = []
+    on_cpu = _cpu(folder, specs[role])
+    if "cpu" in targets and on_cpu is not None:
+        forms.append(on_cpu)
+    if "cuda" in targets:
+        forms += _cuda(folder, role, specs, lm) if role in ("slow_ar", "fast_ar") else _as_on_cpu(on_cpu)
+    if "tensorrt" in targets and role == "fast_ar":
+        forms.append(Form("tensorrt", write_frame(folder, specs, lm)))
+    return forms
+
+
+def _cpu(folder: Path, portable: GraphSpec) -> Form | None:
+    """Return the form for CPUs; None if the portable graph is as fast."""
+    model = load(folder / portable.file)
+    rounds = any(node.op_type == "DequantizeLinear" for node in model.graph)
+    spec = replace(portable, columns=fast_operators(model), rounds_activations=rounds)
+    if any(node.domain == MICROSOFT for node in model.graph):
+        spec = replace(spec, file=_named(portable, "cpu"))
+        save(model, folder / spec.file)
+    return None if spec == portable else Form("cpu", spec)
+
+
+def _as_on_cpu(form: Form | None) -> list[Form]:
+    return [] if form is None else [replace(form, provider="cuda")]
+
+
+def _cuda(folder: Path, role: str, specs: Mapping[str, GraphSpec], lm: LanguageModel) -> list[Form]:
+    """Return forms of a language model's graph, the fastest first."""
+    portable = write_frame(folder, specs, lm) if role == "fast_ar" else specs[role]
+    quantised = any(node.op_type == "DequantizeLinear" for node in load(folder / portable.file).graph)
+    forms = []
+    for dtype in ("float16",) if quantised else ("bfloat16", "float16"):
+        if (spec := device_form(folder, portable, dtype)) is None:
+            log.warning("there is no form of %s for CUDA: its attention has no fast operator", portable.file)
+            return []
+        forms.append(Form("cuda", spec, needs=("bfloat16",) if dtype == "bfloat16" else ()))
+    return forms
+
+
+def device_form(folder: Path, portable: GraphSpec, dtype: str) -> GraphSpec | None:
+    """Write the form that a CUDA device computes in `dtype`, and return its spec; None for attention without a fast operator."""
+    model = load(folder / portable.file)
+    if dtype != "float32":
+        compute_in(model, dtype)
+    columns = fast_operators(model, feed_rows=True)
+    if columns is None and portable.states:
+        return None
+    share_weights(model)
+    spec = replace(_in(portable, dtype), file=_named(portable, dtype), columns=columns)
+    save(model, folder / spec.file)
+    return spec
+
+
+def write_frame(folder: Path, specs: Mapping[str, GraphSpec], lm: LanguageModel) -> GraphSpec:
+    """Write the frame graph, and return its spec."""
+    spec, build = frame_graph(specs, lm)
+    (folder / spec.file).write_bytes(build((folder / specs["fast_ar"].file).read_bytes()))
+    return spec
+
+
+def _in(spec: GraphSpec, dtype: str) -> GraphSpec:
+    """Return the spec with its state in another type."""
+    carried = {name for pair in spec.states for name in (pair.input, pair.output)}
+
+    def typed(tensors: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
+        return tuple(replace(tensor, dtype=dtype) if tensor.name in carried else tensor for tensor in tensors)
+
+    return replace(spec, inputs=typed(spec.inputs), outputs=typed(spec.outputs))
+
+
+def _named(spec: GraphSpec, suffix: str) -> str:
+    return f"{Path(spec.file).stem}_{suffix}.onnx"

@@ -1,0 +1,111 @@
+"""Forms are added to finished bundles without torch, and bundles of schema 3 become bundles of this schema."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fishrt import TTS
+from fishrt.bundle.folder import Bundle, embedded_bundle
+from fishrt.bundle.manifest import MANIFEST, SCHEMA
+from fishrt.errors import BundleError
+from fishrt_export.errors import ExportError
+from fishrt_export.retarget import retarget
+from fishrt_export.targets import forms
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(embedded_bundle(), tmp_path / "minnow"))
+
+
+def of_schema_3(folder: Path) -> None:
+    """Give a bundle the manifest and the files of schema 3."""
+    data = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    graphs: dict[str, Any] = data.pop("graphs")
+    for graph in graphs.values():
+        for form in graph["forms"]:
+            for name in (form["spec"]["file"], f"{form['spec']['file']}.data"):
+                if data["files"].pop(name, None):
+                    (folder / name).unlink()
+        for unknown in ("columns", "rounds_activations", "identity"):
+            graph["spec"].pop(unknown)
+    model = data.pop("model")
+    assert model.pop("kind") == "dual_ar"
+    assert data.pop("quantisation") is None
+    of_layers = {"layers": [{"name": "slow_ar.x", "precision": "int8", "block": 32, "error": 0.01, "reason": ""}]}
+    (folder / "quantisation.json").write_text(json.dumps(of_layers), encoding="utf-8")
+    old = {
+        **data,
+        "schema": SCHEMA - 1,
+        "language_model": model,
+        "graphs": {role: graph["spec"] for role, graph in graphs.items()},
+        **{name: {role: graph[name] for role, graph in graphs.items()} for name in ("precision", "memory", "parity")},
+    }
+    (folder / MANIFEST).write_text(json.dumps(old), encoding="utf-8")
+
+
+def test_a_bundle_of_schema_3_becomes_one_of_this_without_torch(folder: Path) -> None:
+    before = Bundle.load(folder).manifest
+    of_schema_3(folder)
+    with pytest.raises(BundleError, match="has schema 3") as caught:
+        Bundle.load(folder)
+    assert "fishrt retarget BUNDLE --target cpu" in str(caught.value.hint)
+    code = "import sys; sys.modules['torch'] = None; from fishrt.cli import main; main()"
+    command = [sys.executable, "-c", code, "retarget", str(folder), "--target", "cpu", "--target", "cuda"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    bundle = Bundle.load(folder)
+    bundle.verify()
+    assert bundle.manifest.quantisation is not None
+    for role, graph in bundle.manifest.graphs.items():
+        known = [form for form in before.graphs[role].forms if form.provider in ("cpu", "cuda")]
+        assert [(form.provider, form.spec, form.needs) for form in graph.forms] == [(f.provider, f.spec, f.needs) for f in known]
+        assert replace(graph, forms=()) == replace(before.graphs[role], forms=())
+    assert not (folder / "quantisation.json").exists()
+    said = TTS.load(bundle, threads=1).speak("Good morning.", seed=1, max_frames=8)
+    np.testing.assert_array_equal(said.codes, TTS.load(threads=1).speak("Good morning.", seed=1, max_frames=8).codes)
+
+
+def test_forms_of_other_providers_stay(folder: Path) -> None:
+    before = Bundle.load(folder).manifest
+    made = retarget(folder, ["cpu"]).manifest
+    for role, graph in made.graphs.items():
+        assert {form.spec for form in graph.forms} == {form.spec for form in before.graphs[role].forms}
+        assert all(form.parity is not None for form in graph.forms if form.provider == "cpu")
+    assert made.files == before.files
+
+
+def test_a_form_that_differs_changes_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = sorted(path.name for path in folder.iterdir())
+    real = forms.fast_operators
+
+    def wrong(model: Any, *, feed_rows: bool = False) -> Any:
+        columns = real(model, feed_rows=feed_rows)
+        for node in model.graph:
+            if node.op_type == "SkipSimplifiedLayerNormalization":
+                node.replace_input_with(1, node.inputs[0])
+        return columns
+
+    monkeypatch.setattr(forms, "fast_operators", wrong)
+    with pytest.raises(ExportError, match="differs by"):
+        retarget(folder, ["cpu"])
+    assert sorted(path.name for path in folder.iterdir()) == before
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+    Bundle.load(folder).verify()
+
+
+def test_an_unknown_target_and_a_folder_that_is_no_bundle(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="unknown target 'tflite'"):
+        retarget(folder, ["tflite"])
+    (tmp_path / "none").mkdir()
+    with pytest.raises(BundleError, match="is not a bundle"):
+        retarget(tmp_path / "none", ["cpu"])

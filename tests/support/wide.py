@@ -1,0 +1,48 @@
+"""The graphs of a random language model whose heads are wide enough for the fast operators."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fishrt_engines import Array, Engine, GraphSpec, State
+from fishrt_export.sources.language_model import open_language_model
+from fishrt_export.targets.forms import write_frame
+from synthetic import EVERYTHING, PLAIN, random_weights, write_flat
+from tolerances import TOLERANCES
+
+PLAIN_WIDE = {**PLAIN, "head_dim": 16, "fast_head_dim": 32}
+EVERYTHING_WIDE = {**EVERYTHING, "head_dim": 32, "fast_head_dim": 16}
+
+
+class Exported:
+    """The slow AR and the fast AR of a random model."""
+
+    def __init__(self, folder: Path, config: dict[str, Any]) -> None:
+        write_flat(folder, config, random_weights(config))
+        self.source = open_language_model(folder, family="s2")
+        self.folder, self.jobs = folder, {job.role: job for job in self.source.jobs("audio")}
+        for job in self.jobs.values():
+            job.run(folder)
+
+    def file(self, role: str) -> Path:
+        return self.folder / self.spec(role).file
+
+    def spec(self, role: str) -> GraphSpec:
+        """Return the spec of a portable graph; that of the frame graph is written first."""
+        if role == "frame":
+            return write_frame(self.folder, {r: job.spec for r, job in self.jobs.items()}, self.source.describe("audio"))
+        return self.jobs[role].spec
+
+
+def called(engine: Engine, feeds: Mapping[str, Array], state: State) -> dict[str, Array]:
+    return {name: value.copy() for name, value in engine.run(feeds, state).items()}
+
+
+def assert_near(found: Mapping[str, Array], expected: Mapping[str, Array]) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[name], value, rtol=0, atol=TOLERANCES["lm"], err_msg=name)
