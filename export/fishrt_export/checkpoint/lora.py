@@ -54,7 +54,7 @@ def merge(weights: Mapping[str, Tensor], lora: Lora) -> Mapping[str, Tensor]:
     modules = list(dict.fromkeys(name.removesuffix(end) for name in tensors for end in (_A, _B) if name.endswith(end)))
     if not modules:
         raise ExportError(f"{lora.path} holds no LoRA: none of its {len(tensors)} tensors is a lora_A or lora_B", hint=_HINT)
-    rank = lora.rank or max(_inner_size(tensors, module) for module in modules)
+    rank = lora.rank or max((t.shape[0] for name, t in tensors.items() if name.endswith(_A) and t.ndim), default=0)
     expected: dict[str, tuple[int, ...]] = {}
     problems = [] if rank else ["wrong rank: found 0"]
     for module in modules:
@@ -69,11 +69,6 @@ def merge(weights: Mapping[str, Tensor], lora: Lora) -> Mapping[str, Tensor]:
     raise_if_any([*problems, *find_problems(expected, known)], f"{lora.path} does not fit the model at rank {rank}", _HINT)
     changed = {f"{module}.weight": partial(_merged, weights, tensors, module, lora.alpha / rank) for module in modules}
     return Lazy(makers(weights) | changed)
-
-
-def _inner_size(tensors: Mapping[str, Tensor], module: str) -> int:
-    a = tensors.get(module + _A)
-    return 0 if a is None or not a.ndim else a.shape[0]
 
 
 def _merged(weights: Mapping[str, Tensor], pairs: Mapping[str, Tensor], module: str, factor: float) -> Tensor:
