@@ -38,9 +38,9 @@ from .errors import ExportError
 from .graph.job import GraphJob, Made
 from .graph.recipe import Recipe, Storage, main_precision
 from .sources.codec import CodecSource, open_codec
+from .sources.codec_start import write_start
 from .sources.language_model import LanguageModelSource, open_language_model
 from .targets.codec_int8 import check_codec, int8_form
-from .targets.codec_start import write_start
 from .targets.coreml import check_codec as check_fixed
 from .targets.coreml import static_form, step_usability
 from .targets.forms import check_targets, make_forms

@@ -84,6 +84,16 @@ def test_forms_of_other_providers_stay(folder: Path) -> None:
     assert made.files == before.files
 
 
+@pytest.mark.slow
+def test_graphs_of_fixed_sizes_are_added(folder: Path) -> None:
+    """Their weights are links to those of the bundle that is replaced."""
+    bundle = retarget(folder, ["coreml"])
+    bundle.verify()
+    (form,) = (form for form in bundle.manifest.graphs["codec_decode"].forms if form.provider == "coreml")
+    assert [part.frames for part in form.parts] == [1, 4, 16]
+    assert all(part.parity.max_abs_error <= part.parity.tolerance for part in form.parts)
+
+
 def test_a_form_that_differs_changes_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = sorted(path.name for path in folder.iterdir())
     real = forms.fast_operators

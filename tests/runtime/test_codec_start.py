@@ -96,7 +96,7 @@ def test_a_bundle_without_one_begins_from_zeros(tiny_bundle: Bundle) -> None:
 
 def test_export_writes_it_where_there_is_a_tick(folder: Path, tiny_bundle: Bundle, tmp_path: Path) -> None:
     pytest.importorskip("torch", reason="needs the export extra")
-    from fishrt_export.targets.codec_start import write_start
+    from fishrt_export.sources.codec_start import write_start
 
     shipped = read_codec_start(Bundle.load(folder))
     (folder / CODEC_START).unlink()

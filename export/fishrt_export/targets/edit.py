@@ -25,6 +25,13 @@ _PAGE, _LINE = 4096, 64
 _AGAIN = "copy or export the bundle again"
 
 
+class Weight(ir.ExternalTensor):
+    """The numbers of an initializer in a file of the graph's folder, mapped when they are read. `load` has checked the place."""
+
+    def _check_path_containment(self) -> None:
+        """Accept links, as in the cache of a model hub; onnx_ir refuses them."""
+
+
 def load(path: Path) -> ir.Model:
     """Return the graph of a file. No weights are read.
 
@@ -49,6 +56,8 @@ def load(path: Path) -> ir.Model:
                 raise ExportError(f"the weights {file} cannot be read: {error.strerror}", hint=_AGAIN) from None
         if (tensor.offset or 0) + tensor.nbytes > sizes[file]:
             raise ExportError(f"the weights {file} end before {value.name}", hint=_AGAIN)
+        place = tensor.location, tensor.offset, tensor.length, tensor.dtype
+        value.const_value = Weight(*place, shape=tensor.shape, name=tensor.name, base_dir=path.parent)
     return model
 
 
@@ -101,10 +110,6 @@ def numbers(value: ir.Value | None) -> npt.NDArray[Any]:
     """Return the numbers of an initializer, mapped from the file of weights if they are there."""
     tensor = None if value is None else value.const_value
     assert tensor is not None
-    if isinstance(tensor, ir.ExternalTensor):
-        # The file may be a link out of the folder, as in the cache of a model hub. onnx_ir refuses it below a base_dir only.
-        place, shape = Path(tensor.path).resolve(), ir.Shape(tensor.shape)
-        tensor = ir.ExternalTensor(place, tensor.offset, tensor.length, tensor.dtype, shape=shape, name=tensor.name)
     return np.asarray(tensor.numpy())
 
 

@@ -26,7 +26,7 @@ LOSS_SPECTRA = ((1024, 96), (512, 64), (256, 40), (128, 24))
 BATCH = 8
 CROP_FRAMES = 34
 WARM_UP_FRAMES = 6
-"""Frames at the start of a crop that are context: decoded, but not in the loss. `targets.codec_start` mends the tick of this."""
+"""Frames at the start of a crop that are context: decoded, but not in the loss. `sources.codec_start` mends the tick of this."""
 
 
 class DecodeModel(nn.Module):
