@@ -24,7 +24,7 @@ from fishrt_engines.ort.engine import OrtEngine
 from fishrt_engines.ort.tensors import DeviceTensor
 from helpers_lm import frames_of, row_of, spoken
 from tiny import GoldenModel, chunk_feeds, prefill_feeds
-from tolerances import TOLERANCES
+from tolerances import TOLERANCES, assert_near
 
 pytest.importorskip("torch", reason="needs the export extra")
 
@@ -32,7 +32,7 @@ from fishrt_export.graph.recipe import Recipe
 from fishrt_export.graph.report import Case
 from fishrt_export.sources.cases import random_prompt
 from fishrt_export.targets.forms import device_form, make_forms, write_frame
-from wide import EVERYTHING_WIDE, Exported, assert_near, called
+from wide import EVERYTHING_WIDE, Exported, called
 
 
 @pytest.fixture

@@ -13,13 +13,14 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from fishrt.bundle.folder import Bundle, describe_files
+from fishrt.bundle.folder import Bundle
 from fishrt.bundle.graphs import BundleGraphs
-from fishrt.bundle.manifest import MANIFEST, Form, Rounding
+from fishrt.bundle.manifest import Form, Rounding
 from fishrt.codec import CodecDecoder
 from fishrt.metrics import signal_over_error
 from fishrt_engines import Engine, machine, open_engine
 from fishrt_engines.engine import GraphSpec, TensorSpec
+from helpers_text import listed
 from tiny import GoldenModel
 
 pytest.importorskip("torch", reason="needs the export extra")
@@ -52,13 +53,6 @@ def exact(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     int8.make_exact(model)
     ir.save(model, folder / FILE)
     return listed(folder, bundle)
-
-
-def listed(folder: Path, bundle: Bundle) -> Bundle:
-    """Return the bundle with a manifest of its present files."""
-    manifest = bundle.manifest.sealed(describe_files(folder))
-    (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
-    return Bundle.load(folder)
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ import onnx_ir as ir
 
 from conftest import find_golden
 from fishrt import TTS
-from fishrt.bundle.folder import Bundle, describe_files
+from fishrt.bundle.folder import Bundle
 from fishrt.bundle.manifest import MANIFEST, FixedPart
 from fishrt.cli import main
 from fishrt.errors import BundleError
@@ -37,6 +37,7 @@ from fishrt_export.errors import ExportError
 from fishrt_export.graph.job import GraphJob, Made
 from fishrt_export.targets import coreml
 from fishrt_export.targets.coreml import LENGTHS, split_front, static_form, step_usability, to_primitives, usability
+from helpers_text import listed
 from tiny import GoldenModel
 from tolerances import TOLERANCES
 
@@ -164,13 +165,6 @@ def with_static(model: GoldenModel, folder: Path) -> Bundle:
         for role, graph in manifest.graphs.items()
     }
     return listed(folder, Bundle(folder, replace(manifest, graphs={**graphs, "codec_decode": replace(decode, forms=(form,))})))
-
-
-def listed(folder: Path, bundle: Bundle) -> Bundle:
-    """Return the bundle with a manifest of its present files."""
-    manifest = bundle.manifest.sealed(describe_files(folder))
-    (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
-    return Bundle.load(folder)
 
 
 def test_the_checker_sees_one_partition_of_all_nodes(static_bundle: Bundle) -> None:

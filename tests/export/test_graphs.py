@@ -30,7 +30,7 @@ from fishrt_export.sources.codec import AUDIO_TOLERANCE, COSINE_MARGIN
 from fishrt_export.sources.language_model import LANGUAGE_MODEL_TOLERANCE, open_language_model
 from synthetic import PLAIN, random_weights, write_flat
 from tiny import GoldenModel, chunk_feeds, prefill_feeds
-from tolerances import TOLERANCES
+from tolerances import TOLERANCES, assert_near
 
 KINDS = {
     torch.bfloat16: onnx.TensorProto.BFLOAT16,
@@ -166,13 +166,6 @@ def results(engine: Engine, calls: list[dict[str, np.ndarray]], cache: int) -> d
     for feeds in calls:
         last = {name: value.copy() for name, value in engine.run(feeds, state).items()}
     return last
-
-
-def assert_near(first: dict[str, np.ndarray], second: dict[str, np.ndarray]) -> None:
-    assert first.keys() == second.keys()
-    for name in first:
-        assert first[name].shape == second[name].shape
-        assert np.abs(first[name] - second[name]).max() <= TOLERANCES["lm"], name
 
 
 def test_prefill_and_step_are_a_longer_prefill(s2_model: GoldenModel, slow: Engine) -> None:

@@ -17,8 +17,8 @@ from fishrt_export.targets import edit
 from fishrt_export.targets.attention import fast_operators
 from helpers_graphs import Calls, copied, operators, places
 from tiny import GoldenModel
-from tolerances import TOLERANCES
-from wide import EVERYTHING_WIDE, PLAIN_WIDE, Exported, assert_near
+from tolerances import TOLERANCES, assert_near
+from wide import EVERYTHING_WIDE, PLAIN_WIDE, Exported
 
 pytest.importorskip("torch", reason="needs the export extra")
 

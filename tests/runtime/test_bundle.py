@@ -26,7 +26,7 @@ def change(folder: Path, edit: Callable[[dict[str, Any]], object]) -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    bundle_folder(tmp_path / "bundle", voices={"anna": voice()})
+    bundle_folder(tmp_path / "bundle", voices=[voice()])
     return tmp_path / "bundle"
 
 

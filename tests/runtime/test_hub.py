@@ -59,7 +59,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SmallHub]:
     for unwanted in ("demo.png", ".gitattributes", "vq-gan.pth", "samples/a.wav", "assets/LICENSE"):
         (checkpoint / unwanted).parent.mkdir(exist_ok=True)
         (checkpoint / unwanted).write_bytes(bytes(20_000))
-    write_bundle(tmp_path / "served/bundle", voices={"anna": voice()})
+    write_bundle(tmp_path / "served/bundle", voices=[voice()])
     (tmp_path / "served/bundle/picture.png").write_bytes(bytes(100))
     with serving() as served:
         served.repositories = {CHECKPOINT: checkpoint, BUNDLE: tmp_path / "served/bundle"}

@@ -12,13 +12,11 @@ from typing import Any
 import numpy as np
 
 from fishrt.bundle.features import Codec, LanguageModel
-from fishrt.bundle.folder import Bundle, describe_files
-from fishrt.bundle.manifest import Voices
+from fishrt.bundle.folder import Bundle
 from fishrt.language_model.batch import DualAR
-from fishrt.voices.store import VoiceStore
 from fishrt.voices.voice import Voice
 from fishrt_engines import Array, GraphSpec, StatePair, TensorSpec
-from helpers_text import TINY_TOKENIZER, described, manifest
+from helpers_text import bundle_folder, described, manifest
 
 HIDDEN = 3
 PEAK = np.float32(50)
@@ -237,18 +235,5 @@ def expected_codes(lm: LanguageModel, main: int) -> list[int]:
 
 def fake_bundle(folder: Path, voices: Sequence[Voice] = (), **changes: Any) -> Bundle:
     """Write a bundle that loads, with descriptions of all four graphs but no graph that runs. changes: of the manifest."""
-    (folder / "voices").mkdir(parents=True)
-    (folder / "tokenizer.json").write_bytes(TINY_TOKENIZER.read_bytes())
-    for voice in voices:
-        VoiceStore(folder / "voices").add(voice)
     plain = manifest(**changes)
-    graphs = specs(plain.model, plain.codec)
-    for spec in graphs.values():
-        (folder / spec.file).write_bytes(b"not a graph")
-    names = tuple(v.name for v in voices)
-    files = dict(describe_files(folder))
-    content = manifest(
-        **{"graphs": described(graphs), "voices": Voices(names[0], names) if names else None, "files": files, **changes}
-    )
-    (folder / "manifest.json").write_text(content.to_json(), encoding="utf-8")
-    return Bundle.load(folder)
+    return bundle_folder(folder, voices=voices, **{"graphs": described(specs(plain.model, plain.codec)), **changes})

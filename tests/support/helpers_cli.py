@@ -114,7 +114,7 @@ def tone(seconds: float) -> np.ndarray:
 @pytest.fixture
 def fake(tmp_path, monkeypatch):
     """A FakeTts that replaces every TTS; `loads` records the arguments of each load."""
-    bundle = bundle_folder(tmp_path / "bundle", voices={"minna": voice("minna"), "otto": voice("otto")})
+    bundle = bundle_folder(tmp_path / "bundle", voices=[voice("minna"), voice("otto")])
     made = FakeTts(bundle)
     made.loads = []
 

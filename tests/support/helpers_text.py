@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,10 @@ import numpy as np
 
 from fishrt.bundle.features import Codec, DecodeContext, LanguageModel, SamplingDefaults
 from fishrt.bundle.folder import Bundle, describe_files
-from fishrt.bundle.manifest import ROLES, SCHEMA, Graph, Licence, Manifest, Voices
+from fishrt.bundle.manifest import MANIFEST, ROLES, SCHEMA, Graph, Licence, Manifest, Voices
 from fishrt.language_model.sampling import Sampling, sample
 from fishrt.text.tokenizer import Tokenizer
+from fishrt.voices.store import VoiceStore
 from fishrt.voices.voice import Voice
 from fishrt_engines.engine import GraphSpec, StatePair, TensorSpec
 
@@ -121,19 +123,25 @@ def manifest(**changes: Any) -> Manifest:
     return made.sealed(made.files)
 
 
-def bundle_folder(folder: Path, *, voices: dict[str, Voice] | None = None) -> Bundle:
-    """Write a bundle that loads and verifies, although its graphs cannot run."""
-    from fishrt.voices.store import VoiceStore
-
+def bundle_folder(folder: Path, *, voices: Iterable[Voice] = (), **changes: Any) -> Bundle:
+    """Write a bundle that loads and verifies, although its graphs cannot run. changes: of the manifest."""
+    voices = tuple(voices)
     folder.mkdir(parents=True)
     (folder / "tokenizer.json").write_bytes(TINY_TOKENIZER.read_bytes())
-    for role in ROLES["dual_ar"]:
-        (folder / f"{role}.onnx").write_bytes(b"not a graph")
-    for voice in (voices or {}).values():
+    for spec in manifest(**changes).specs.values():
+        (folder / spec.file).write_bytes(b"not a graph")
+    for voice in voices:
         VoiceStore(folder / "voices").add(voice)
-    names = tuple(voices or {})
-    content = manifest(voices=Voices(names[0], names) if names else None, files=dict(describe_files(folder)))
-    (folder / "manifest.json").write_text(content.to_json(), encoding="utf-8")
+    names = tuple(voice.name for voice in voices)
+    values: dict[str, Any] = {"voices": Voices(names[0], names) if names else None, "files": describe_files(folder)}
+    (folder / MANIFEST).write_text(manifest(**{**values, **changes}).to_json(), encoding="utf-8")
+    return Bundle.load(folder)
+
+
+def listed(folder: Path, bundle: Bundle) -> Bundle:
+    """Return the bundle with a manifest of its present files."""
+    manifest = bundle.manifest.sealed(describe_files(folder))
+    (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
     return Bundle.load(folder)
 
 

@@ -19,8 +19,6 @@ from filelock import FileLock
 import fishrt_export.graph.job
 import fishrt_export.graph.trace
 
-Trace = Callable[..., ir.Model]
-
 
 def make_once(path: Path, make: Callable[[Path], object]) -> Path:
     """Return `path`, a file or folder. `make` writes it under another name first, so that it is never seen incomplete."""

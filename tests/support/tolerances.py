@@ -1,5 +1,14 @@
 """The only place for tolerances. Each is the largest absolute difference allowed, with the measurement behind it."""
 
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import numpy.typing as npt
+
+Arrays = Mapping[str, npt.NDArray[np.generic]]
+
 TOLERANCES = {
     # Probabilities after the filters. The vectors' own suggestion; measured: 3e-8 where the same entries are kept.
     "probs": 1e-6,
@@ -44,3 +53,11 @@ TOLERANCES = {
     # Logits and caches of steps of the language model made in the same way. Measured: 1.9e-5 on logits of up to 51.
     "static step": 5e-5,
 }
+
+
+def assert_near(found: Arrays, expected: Arrays) -> None:
+    """Check that two sets of results of slow or fast AR have the same names, shapes and, within "lm", values."""
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert found[name].shape == value.shape, name
+        np.testing.assert_allclose(found[name], value, rtol=0, atol=TOLERANCES["lm"], equal_nan=False, err_msg=name)

@@ -6,13 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from fishrt_engines import Array, Engine, GraphSpec, State
 from fishrt_export.sources.language_model import open_language_model
 from fishrt_export.targets.forms import write_frame
 from synthetic import EVERYTHING, PLAIN, random_weights, write_flat
-from tolerances import TOLERANCES
 
 PLAIN_WIDE = {**PLAIN, "head_dim": 16, "fast_head_dim": 32}
 EVERYTHING_WIDE = {**EVERYTHING, "head_dim": 32, "fast_head_dim": 16}
@@ -40,9 +37,3 @@ class Exported:
 
 def called(engine: Engine, feeds: Mapping[str, Array], state: State) -> dict[str, Array]:
     return {name: value.copy() for name, value in engine.run(feeds, state).items()}
-
-
-def assert_near(found: Mapping[str, Array], expected: Mapping[str, Array]) -> None:
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        np.testing.assert_allclose(found[name], value, rtol=0, atol=TOLERANCES["lm"], err_msg=name)
