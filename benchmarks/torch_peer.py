@@ -3,7 +3,7 @@
 They run in the same loop, with the same prompts, sampling and number of calls. The KV cache is efficient: columns are written in
 place, and attention reads only written rows, without a mask and without copies of the keys for each query head.
 
-On a device, the peer draws a whole column there, as fishrt does, by `torch_frame`, eager or compiled. Compiled means Inductor's
+On a device, the peer draws a whole column there, as fishrt does, by `models.frame`, eager or compiled. Compiled means Inductor's
 kernels in a CUDA graph (mode "reduce-overhead"), one for a step of the slow AR and one for all positions of the fast AR, as in
 fishrt. Modes with autotuning compile for many minutes; without a CUDA graph, launches would dominate the time. A compiled step
 has fixed shapes, so its attention reads the whole cache under a mask. Prefills are eager.
@@ -30,11 +30,11 @@ from fishrt_engines import Array, GraphSpec, State
 from fishrt_engines.engine import OneRow
 from fishrt_export.models import transformer
 from fishrt_export.models.fast_ar import FastAR, fast_ar_spec
+from fishrt_export.models.frame import Frame
 from fishrt_export.models.slow_ar import SlowAR, slow_ar_spec
 from fishrt_export.models.transformer import Stack
 from fishrt_export.sources.codec import open_codec
 from fishrt_export.sources.language_model import open_language_model
-from torch_frame import TorchFrame
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 COMPILED = {"mode": "reduce-overhead"}
@@ -72,9 +72,9 @@ def open_torch(checkpoint: Path, dtype: torch.dtype, device: str = "cpu") -> dic
 
 
 def open_torch_frames(model: TorchModel, lm: LanguageModel, compiled: Mapping[str, Any] | None = None) -> dict[str, TimedEngine]:
-    """Return slow_ar, and as fast_ar a `TorchFrame`, which draws a whole column. compiled: arguments of torch.compile, if any."""
+    """Return slow_ar, and as fast_ar a `Frame`, which draws a whole column. compiled: arguments of torch.compile, if any."""
     spec = frame_spec(model.slow_spec, model.fast_spec, lm)
-    frame = _FrameEngine(TorchFrame(model.fast, lm), spec, compiled)
+    frame = _FrameEngine(_InPlaceFrame(model.fast, lm, spec), spec, compiled)
     slow = _TorchEngine(model.slow, model.slow_spec) if compiled is None else _CompiledEngine(model, compiled)
     return {"slow_ar": TimedEngine(slow), "fast_ar": TimedEngine(frame)}
 
@@ -215,14 +215,21 @@ class _CompiledEngine(_TorchEngine):
             return self._step(*(self.put(feeds[t.name]) for t in self.spec.feeds), caches)
 
 
-class _FrameEngine:
-    """`TorchFrame` as an engine of `frame_spec`."""
+class _InPlaceFrame(Frame):
+    """A frame whose caches are written in place, so that each call of the blocks is given the whole ones."""
 
-    def __init__(self, frame: TorchFrame, spec: GraphSpec, compiled: Mapping[str, Any] | None) -> None:
+    def _run_layers(self, x: Tensor, start: int, caches: list[Tensor]) -> Tensor:
+        return super()._run_layers(x, start, list(caches))
+
+
+class _FrameEngine:
+    """`Frame` as an engine of `frame_spec`."""
+
+    def __init__(self, frame: Frame, spec: GraphSpec, compiled: Mapping[str, Any] | None) -> None:
         self.spec = spec
         self._device = frame.ids.device
         self.provider = f"torch on {self._device.type}"
-        self._draw: Callable[[dict[str, Tensor]], Tensor] = frame
+        self._draw: Callable[..., Tensor] = frame
         if compiled is not None:
             _stay([*_tensors(frame.fast), frame.ids])
             self._draw = torch.compile(frame, fullgraph=True, dynamic=False, **compiled)
@@ -232,7 +239,7 @@ class _FrameEngine:
 
     def run(self, feeds: Mapping[str, Any], _state: State | None = None, resident: Collection[str] = ()) -> dict[str, Any]:
         with torch.inference_mode(), _in_place():
-            column = self._draw({name: _tensor(feed, self._device) for name, feed in feeds.items()})
+            column = self._draw(*(_tensor(feeds[t.name], self._device) for t in self.spec.feeds))
             return _results(self.spec, [column], resident)
 
 

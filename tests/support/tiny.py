@@ -16,6 +16,7 @@ import torch
 from fishrt.bundle.features import LanguageModel
 from fishrt.bundle.folder import Bundle
 from fishrt.language_model.batch import DualAR
+from fishrt.language_model.frame import MOST_RANKED
 from fishrt_engines import Engine, open_engine
 from fishrt_export import export_bundle
 from fishrt_export.export import halves_fit
@@ -26,8 +27,8 @@ from fishrt_export.models.fast_ar import FastAR
 from fishrt_export.models.slow_ar import SlowAR
 from fishrt_export.sources.codec import CodecSource, open_codec
 from fishrt_export.sources.language_model import LanguageModelSource, open_language_model
-from fishrt_export.targets.forms import make_forms, write_frame
-from shared import make_once
+from fishrt_export.targets.forms import make_forms
+from shared import identity, make_once
 from tolerances import TOLERANCES
 
 
@@ -114,15 +115,25 @@ class GoldenModel:
         return make_once(self.folder / name, run) / job.spec.file
 
     def dual_ar(self, head: str, *, fused: bool = False) -> DualAR:
-        fast = self.frame(head) if fused else self.engine("fast_ar")
-        return DualAR(self.engine("slow_ar", head), fast, self.lm.describe(head))
+        lm = self.lm.describe(head)
+        return DualAR(self.engine("slow_ar", head), self.frame(lm) if fused else self.engine("fast_ar"), lm)
 
-    def frame(self, head: str, lm: LanguageModel | None = None) -> Engine:
-        """Return an engine of the frame graph, with the rules of `lm` instead of the family's."""
-        slow, fast, lm = self._job("slow_ar", head).spec, self._job("fast_ar", head).spec, lm or self.lm.describe(head)
-        path = self.file("fast_ar", head)
-        spec = write_frame(path.parent, {"slow_ar": slow, "fast_ar": fast}, lm)
-        return open_engine(path.with_name(spec.file), spec, provider="cpu")
+    def frame(self, lm: LanguageModel, ranked: int = MOST_RANKED) -> Engine:
+        """Return an engine of the frame graph of a model. See `LanguageModelSource.frame_job`."""
+        file = self.frame_file(lm, ranked)
+        return open_engine(file, self.lm.frame_job(lm, {}, ranked).spec, provider="cpu")
+
+    def frame_file(self, lm: LanguageModel, ranked: int = MOST_RANKED) -> Path:
+        """Return the file of the frame graph of a model, beside the fast AR's."""
+        job, fast = self.lm.frame_job(lm, {}, ranked), self.file("fast_ar", lm.head)
+
+        def run(folder: Path) -> None:
+            folder.mkdir()
+            for file in (fast, fast.with_name(f"{fast.name}.data")):
+                (folder / file.name).hardlink_to(file)
+            job.run(folder)
+
+        return make_once(self.folder / f"frame-{identity((lm, ranked))}", run) / job.spec.file
 
     def _job(self, role: str, head: str) -> GraphJob:
         jobs = self.codec.jobs() if role.startswith("codec") else self.lm.jobs(head)

@@ -16,7 +16,7 @@ from ..checkpoint.weights import load
 from ..models.transformer import Stack
 from .recipe import Storage
 from .report import PROVIDER, Case
-from .store import store
+from .store import link, store
 from .stretches import BUDGET, split, stretch_bytes, verify_stack
 from .trace import Dims, trace
 from .verify import Held, Margins, verify
@@ -28,7 +28,7 @@ class Made:
 
     parity: Parity
     memory: int
-    """Bytes of its weights in memory; see store.store."""
+    """Bytes of its own weights in memory; see store.store."""
     errors: Mapping[str, float]
     """Relative error of each quantised layer; see Held.errors."""
     forms: tuple[Form, ...] = ()
@@ -52,6 +52,8 @@ class GraphJob:
     """Makes the margins for codes that differ, from the module with the checkpoint's weights."""
     plan: Mapping[str, Storage] = field(default_factory=dict)
     """Storage of weights by name; weights without an entry keep the checkpoint's type."""
+    stored_in: str | None = None
+    """The graph file in the same folder that has the weights, without the first part of their names. None: they are written."""
 
     def run(
         self,
@@ -83,6 +85,9 @@ class GraphJob:
     def _write(self, path: Path, progress: Progress) -> int:
         progress("tracing", 0.0)
         model = trace(self.build(), self.spec, self.dims)
+        if self.stored_in is not None:
+            link(model, path, path.with_name(self.stored_in))
+            return 0
         return store(model, path, self.weights, self.plan, lambda part: progress("writing", 0.5 * part))
 
     def need(self) -> int:

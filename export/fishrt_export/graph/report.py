@@ -72,8 +72,9 @@ class Report:
     """Errors of one graph: raises ExportError at the first that is too large, and keeps the largest.
 
     The error of numbers is the largest absolute difference, divided by max(1, largest absolute value / PEAK). That of codes with
-    margins is the largest margin of a code that differs, 0 if none does. With rounded activations, it is the root mean square of
-    the difference, divided by that of the values, and ROUNDED is allowed.
+    margins is the largest margin of a code that differs, 0 if none does; that of other integers, the share of rows that differ.
+    With rounded activations, the error of numbers is the root mean square of the difference, divided by that of the values, and
+    ROUNDED is allowed.
     """
 
     spec: GraphSpec
@@ -92,10 +93,12 @@ class Report:
         """Compare all results and the final state."""
         for n, (wanted, given) in enumerate(zip(expected.results, found.results, strict=True)):
             for name, value in wanted.items():
-                if expected.margins and value.dtype == np.int64:
+                if value.dtype != np.int64:
+                    self.values(name, value, given[name])
+                elif expected.margins:
                     self._codes(name, value, given[name], expected.margins[n], expected.chain)
                 else:
-                    self.values(name, value, given[name])
+                    self._rows(name, value, given[name])
         for name, value in expected.state.items():
             self.values(name, value, found.state[name])
 
@@ -110,6 +113,12 @@ class Report:
         else:
             error = largest / max(1.0, float(np.abs(wanted).max()) / PEAK)
         self._add(error, f"{name} differs by {largest:.3g}")
+
+    def _rows(self, name: str, expected: Array, actual: Array) -> None:
+        """Compare two arrays of integers [batch, …]."""
+        self._same_shape(name, expected, actual)
+        differ = (expected != actual).reshape(len(expected), -1).any(axis=1)
+        self._add(float(differ.mean()), f"{differ.sum()} of {len(differ)} rows of {name} differ")
 
     def _codes(self, name: str, expected: Array, actual: Array, margins: npt.NDArray[np.float32], chain: int) -> None:
         """Compare codes int64 [batch, codebooks, frames]; see `flipped_margin`."""

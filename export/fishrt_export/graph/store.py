@@ -2,6 +2,8 @@
 
 A weight of 16 bits in the checkpoint keeps its type and is cast to float32 in the graph, which is bit-equal and halves the file.
 An integer weight is stored as [inputs, outputs] before a DequantizeLinear; all others keep the checkpoint's layout.
+
+A second graph with the same weights refers to the first one's file of weights.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ _KINDS = {
     torch.float16: ir.DataType.FLOAT16,
     torch.float32: ir.DataType.FLOAT,
 }
+_NARROW = (ir.DataType.BFLOAT16, ir.DataType.FLOAT16)
 _TABLES = ("cos", "sin")
 """Names of rotary tables, whose values are exact in bfloat16."""
 
@@ -60,6 +63,28 @@ def store(
                 memory += _store_as_is(graph, value, stored_float(tensor, storage.precision), data)
     ir.save(model, path)
     return memory
+
+
+def link(model: ir.Model, path: Path, stored: Path) -> None:
+    """Write a graph to `path`, with the weights that `store` has written for the graph file `stored` in the same folder.
+
+    A weight's name in `stored` is without the first part. Tensors that are not there, which are few, are stored in `path` itself.
+    """
+    graph, there = model.graph, ir.load(stored).graph.initializers
+
+    def tensor(name: str) -> ir.TensorProtocol:
+        found = there[name.partition(".")[2]].const_value
+        assert found is not None
+        found.name = name
+        return found
+
+    for name in [name for name in graph.initializers if name.partition(".")[2] in there]:
+        value = graph.initializers[name]
+        if name.partition(".")[2] + SCALES in there:
+            _read_integers(graph, value, tensor(name), tensor(name + SCALES))
+        else:
+            _read_floats(graph, value, tensor(name))
+    ir.save(model, path)
 
 
 def stored_float(tensor: Tensor, precision: str) -> Tensor:
@@ -103,16 +128,21 @@ def _constant(value: ir.Value) -> Tensor:
 
 
 def _store_as_is(graph: ir.Graph, value: ir.Value, tensor: Tensor, data: _Data) -> int:
-    """Store a tensor in its own type, with a cast behind 16 bits. Return its bytes in memory."""
+    """Store a tensor in its own type. Return its bytes in memory."""
     name, kind = value.name, _KINDS.get(tensor.dtype, value.dtype)
     assert name is not None
     assert kind is not None
-    count, width = tensor.numel(), tensor.element_size()
-    packed = data.tensor(name, tensor, kind, tuple(tensor.shape))
-    if tensor.dtype not in (torch.bfloat16, torch.float16):
-        value.const_value = packed
-        return count * width
-    narrow = ir.Value(name=name, type=ir.TensorType(kind), shape=ir.Shape(tensor.shape), const_value=packed)
+    widened = _read_floats(graph, value, data.tensor(name, tensor, kind, tuple(tensor.shape)))
+    return tensor.numel() * (4 if widened else tensor.element_size())
+
+
+def _read_floats(graph: ir.Graph, value: ir.Value, stored: ir.TensorProtocol) -> bool:
+    """Make the readers of an initialiser read a stored tensor, with a cast behind 16 bits. Return whether it is widened whole."""
+    if stored.dtype not in _NARROW:
+        value.const_value = stored
+        return False
+    name = value.name or ""
+    narrow = ir.Value(name=name, type=ir.TensorType(stored.dtype), shape=value.shape, const_value=stored)
     cast: ir.Node | None = None
     for node, index in list(value.uses()):
         if node.op_type == "Gather" and index == 0:
@@ -125,14 +155,14 @@ def _store_as_is(graph: ir.Graph, value: ir.Value, tensor: Tensor, data: _Data) 
         node.replace_input_with(index, cast.outputs[0])
     graph.initializers.pop(name)
     graph.register_initializer(narrow)
-    return count * (width if cast is None else 4)
+    return cast is not None
 
 
 def _cast_result(gather: ir.Node, table: ir.Value) -> None:
     gather.replace_input_with(0, table)
     rows = gather.outputs[0]
-    cast = ir.node("Cast", [rows], {"to": ir.DataType.FLOAT}, name=f"{table.name}.cast_rows")
-    cast.outputs[0].name = f"{table.name}.rows"
+    cast = ir.node("Cast", [rows], {"to": ir.DataType.FLOAT}, name=f"{rows.name}.cast")
+    cast.outputs[0].name = f"{rows.name}.float32"
     for node, index in list(rows.uses()):
         if node is not cast:
             node.replace_input_with(index, cast.outputs[0])
@@ -148,22 +178,30 @@ def _store_integers(graph: ir.Graph, value: ir.Value, weight: Tensor, storage: S
     integers, scales = quantise(weight, bits, block)
     kind = ir.DataType.INT4 if bits == 4 else ir.DataType.INT8
     packed = pack(integers) if bits == 4 else integers
-    values = []
-    for part, tensor, dtype, shape in (
-        (name, packed, kind, tuple(integers.shape)),
-        (name + SCALES, scales, ir.DataType.FLOAT, tuple(scales.shape)),
-    ):
-        stored = data.tensor(part, tensor, dtype, shape)
-        values.append(ir.Value(name=part, type=ir.TensorType(dtype), shape=ir.Shape(shape), const_value=stored))
-    widen = ir.node("DequantizeLinear", values, {"axis": 0, "block_size": block}, name=f"{name}.dequantize")
+    _read_integers(
+        graph,
+        value,
+        data.tensor(name, packed, kind, tuple(integers.shape)),
+        data.tensor(name + SCALES, scales, ir.DataType.FLOAT, tuple(scales.shape)),
+    )
+    return packed.nbytes + scales.nbytes
+
+
+def _read_integers(graph: ir.Graph, value: ir.Value, integers: ir.TensorProtocol, scales: ir.TensorProtocol) -> None:
+    """Make the readers of an initialiser read stored integers through a DequantizeLinear."""
+    name, block = value.name or "", integers.shape.numpy()[0] // scales.shape.numpy()[0]
+    parts = [
+        ir.Value(name=part.name, type=ir.TensorType(part.dtype), shape=ir.Shape(part.shape.numpy()), const_value=part)
+        for part in (integers, scales)
+    ]
+    widen = ir.node("DequantizeLinear", parts, {"axis": 0, "block_size": block}, name=f"{name}.dequantize")
     widen.outputs[0].name = f"{name}.float32"
     graph.insert_before(graph[0], widen)
     for node, _ in list(value.uses()):
         _read_transposed(graph, node, widen.outputs[0])
     graph.initializers.pop(name)
-    for part_value in values:
-        graph.register_initializer(part_value)
-    return packed.nbytes + scales.nbytes
+    for part in parts:
+        graph.register_initializer(part)
 
 
 def _read_transposed(graph: ir.Graph, node: ir.Node, weight: ir.Value) -> None:

@@ -9,6 +9,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from inspect import Parameter, signature
 
 import onnx_ir as ir
 import torch
@@ -64,6 +65,8 @@ def _trace(module: nn.Module, spec: GraphSpec, own_dims: Dims) -> ir.Model:
     if spec.states:
         arguments.append([example(tensor) for tensor in spec.state_tensors])
         dynamic_shapes.append([dynamic(tensor) for tensor in spec.state_tensors])
+    if any(parameter.kind is Parameter.VAR_POSITIONAL for parameter in signature(module.forward).parameters.values()):
+        dynamic_shapes = [tuple(dynamic_shapes)]
     with torch.no_grad(), _quiet():
         program = torch.onnx.export(
             module.eval(),

@@ -26,8 +26,8 @@ class Step(NamedTuple):
     sin: Tensor
     position_ids: Tensor
     """int64 [batch, length]."""
-    write_index: Tensor
-    """int64 [batch]: the cache row of the first column."""
+    write_index: Tensor | int
+    """int64 [batch], or one number for all: the cache row of the first column."""
     mask: Tensor
     """bool [batch, 1, length, cache]: True where a column attends to a row of the cache."""
 
@@ -144,11 +144,13 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor) -> Ten
     return torch.stack((even * c - odd * s, odd * c + even * s), dim=-1).flatten(-2)
 
 
-def scatter(cache: Tensor, new: Tensor, write_index: Tensor) -> Tensor:
+def scatter(cache: Tensor, new: Tensor, write_index: Tensor | int) -> Tensor:
     """Return the cache with `new` written from row write_index[b] on.
 
-    cache [batch, heads, rows, head_dim], new [batch, heads, length, head_dim], write_index int64 [batch].
+    cache [batch, heads, rows, head_dim], new [batch, heads, length, head_dim], write_index int64 [batch] or one number for all.
     """
+    if isinstance(write_index, int):
+        write_index = torch.full(cache.shape[:1], write_index, device=cache.device)
     if torch.onnx.is_in_onnx_export():
         return torch.onnx.ops.symbolic(
             "TensorScatter",

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fishrt.bundle.features import Codec, LanguageModel
+from fishrt.language_model.sampling import main_ids
 from fishrt_engines.engine import GraphSpec
 
 from ..checkpoint.config import ModelConfig
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 Ints = npt.NDArray[np.int64]
 STEPS = 3
+FRAMES = 32
+"""Rows of the case of the frame graph."""
 
 
 def slow_ar_cases(config: ModelConfig | LanguageModel, ids: AudioIds) -> list[Case]:
@@ -97,6 +100,35 @@ def _fast_ar_case(config: ModelConfig | LanguageModel, width: int, batch: int, f
                 }
             )
     return Case(tuple(calls), {"batch": batch})
+
+
+def frame_cases(lm: LanguageModel, spec: GraphSpec) -> list[Case]:
+    """Return a case of one call: FRAMES rows, each with settings and windows of its own.
+
+    A row has a token that is about as likely as all others together and often in windows. Settings let much be drawn.
+    """
+    rng, ids = np.random.default_rng(5), main_ids(lm)
+    likely = rng.integers(0, len(ids), FRAMES)
+    made: Feeds = {
+        "temperature": rng.uniform(0.5, 10, (FRAMES, 1)),
+        "top_p": rng.choice([0.5, 0.9, 1.0], (FRAMES, 1)),
+        "top_k": rng.choice([5, 30, len(ids)], (FRAMES, 1)),
+        "penalty": rng.choice([0.1, 1.0, 1.3], (FRAMES, 1)),  # the first makes the penalised the likeliest
+        "least_code": rng.integers(0, 2, (FRAMES, 1)),
+    }
+    for tensor in spec.feeds:
+        shape = tensor.resolve({"batch": FRAMES})
+        if tensor.name == "recent":
+            made["recent"] = np.where(rng.random(shape) < 0.5, ids[likely][:, None], -1)
+        elif tensor.name.startswith("penalised"):
+            made[tensor.name] = rng.integers(0, (len(ids) if tensor.name == "penalised_main" else lm.fast_candidates) + 1, shape)
+        elif tensor.name.endswith("noise"):
+            made[tensor.name] = rng.standard_exponential(shape)
+        elif tensor.name not in made:
+            made[tensor.name] = rng.standard_normal(shape)
+    places = ids[likely] if made["logits"].shape[1] > len(ids) else likely
+    made["logits"][np.arange(FRAMES), places] = np.log(len(ids)) + rng.uniform(-1, 3, FRAMES)
+    return [Case(({tensor.name: made[tensor.name].astype(tensor.dtype) for tensor in spec.feeds},), {})]
 
 
 def codec_encode_cases(config: CodecConfig | Codec, sight: int) -> list[Case]:

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from fishrt.bundle.features import LanguageModel
+from fishrt.language_model.frame import MOST_RANKED, frame_spec
 from fishrt.language_model.sampling import audio_ids
+from fishrt_engines.engine import GraphSpec
 
 from ..checkpoint.config import ModelConfig, read_config
 from ..checkpoint.content import read_text
@@ -23,9 +25,11 @@ from ..checkpoint.tokenizer import read_tokenizer, read_vocabulary
 from ..checkpoint.weights import Lazy, dequantise, expected_shapes, find_problems, flat_names, load, makers, on_meta, raise_if_any
 from ..errors import ExportError
 from ..graph.job import GraphJob
+from ..graph.recipe import Storage
 from ..models.fast_ar import FastAR, fast_ar_spec
+from ..models.frame import Frame
 from ..models.slow_ar import SlowAR, slow_ar_spec
-from .cases import fast_ar_cases, slow_ar_cases
+from .cases import FRAMES, fast_ar_cases, frame_cases, slow_ar_cases
 
 HEADS = ("audio", "full")
 LANGUAGE_MODEL_TOLERANCE = 5e-4
@@ -90,14 +94,12 @@ class LanguageModelSource:
         """Return the jobs of slow_ar and fast_ar. Raises ExportError for an unknown head."""
         if head not in HEADS:
             raise ExportError(f"unknown head {head!r}", hint=f"choose one of: {', '.join(HEADS)}")
-        slow, fast = self.slow_weights(head), self.fast_weights()
-        head_size = self.config.vocab_size if head == "full" else len(self.audio_head)
         return [
             GraphJob(
                 role="slow_ar",
-                spec=slow_ar_spec(self.config, head_size),
+                spec=self._slow_spec(head),
                 build=lambda: on_meta(self._slow_module(head)),
-                weights=slow,
+                weights=self.slow_weights(head),
                 cases=slow_ar_cases(self.config, self.ids),
                 tolerance=LANGUAGE_MODEL_TOLERANCE,
             ),
@@ -105,11 +107,29 @@ class LanguageModelSource:
                 role="fast_ar",
                 spec=fast_ar_spec(self.config),
                 build=lambda: on_meta(self._fast_module()),
-                weights=fast,
+                weights=self.fast_weights(),
                 cases=fast_ar_cases(self.config, self.config.fast.dim),
                 tolerance=LANGUAGE_MODEL_TOLERANCE,
             ),
         ]
+
+    def frame_job(self, lm: LanguageModel, plan: Mapping[str, Storage], ranked: int = MOST_RANKED) -> GraphJob:
+        """Return the job of the frame graph, which runs after the fast AR's in the same folder, and refers to its weights.
+
+        lm: from `describe`. plan: of the fast AR's job. ranked: see `Frame`.
+        """
+        fast = fast_ar_spec(self.config)
+        spec = frame_spec(self._slow_spec(lm.head), fast, lm)
+        return GraphJob(
+            role="frame",
+            spec=spec,
+            build=lambda: Frame(on_meta(self._fast_module()), lm, spec, ranked),
+            weights=Lazy({f"fast.{name}": make for name, make in makers(self.fast_weights()).items()}),
+            cases=frame_cases(lm, spec),
+            tolerance=1 / FRAMES,  # rounding may decide a draw between equals
+            plan={f"fast.{name}": storage for name, storage in plan.items()},
+            stored_in=fast.file,
+        )
 
     def slow_ar(self, head: str) -> SlowAR:
         """Return the slow AR's module with its weights, in float32."""
@@ -130,6 +150,9 @@ class LanguageModelSource:
     def fast_weights(self) -> Mapping[str, Tensor]:
         """Return the tensors under the names of FastAR."""
         return Lazy({name.removeprefix("fast_"): make for name, make in makers(self.weights).items() if _is_fast(name)})
+
+    def _slow_spec(self, head: str) -> GraphSpec:
+        return slow_ar_spec(self.config, self.config.vocab_size if head == "full" else len(self.audio_head))
 
     def _slow_module(self, head: str) -> SlowAR:
         if head == "audio":
