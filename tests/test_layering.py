@@ -203,7 +203,7 @@ ROOMS = {
     "fishrt_export": ({"errors"}, {"checkpoint"}, {"models"}, {"graph"}, {"sources", "targets"}, {"export", "retarget"}),
 }
 """The files and folders of a layer, from the lowest rank to the highest: each imports from its own rank and below."""
-UPWARD = {("bundle", "codec"), ("bundle", "language_model"), ("rewrite", "ort"), ("rewrite", "trt")}
+UPWARD = {("bundle", "codec"), ("bundle", "language_model"), ("rewrite", "ort")}
 """Graphs for devices are assembled when a bundle is opened: that needs the frame, and the codec's lengths. Rewriting in engines
 stores values as a device has them, and builds plans."""
 ALONE = {"__init__", "__main__"}

@@ -11,7 +11,9 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import shutil
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,7 +53,7 @@ class Entry:
 
 
 def entries(folder: Path) -> list[Path]:
-    """Return the folders of all entries in a folder, the one described last first."""
+    """Return the folders of all entries in a folder, the one that was made or marked last first."""
     described = folder.glob(f"[!.]*/{ENTRY}")
     return [entry.parent for entry in sorted(described, key=lambda entry: entry.stat().st_mtime_ns, reverse=True)]
 
@@ -84,6 +86,12 @@ def find(folder: Path, key: Any) -> Entry | None:
     return None
 
 
+def mark(entry: Path) -> None:
+    """Make an entry the newest."""
+    now = time.time_ns()  # finer than the time that a file system gives
+    os.utime(entry / ENTRY, ns=(now, now))
+
+
 def discard(entry: Path, why: str) -> None:
     """Remove an entry that cannot be used."""
     log.warning("what is kept in %s %s; it is made again", entry, why)
@@ -103,6 +111,7 @@ def keep(folder: Path, key: Any, write: Callable[[Path], Any]) -> Entry:
             digests = {file.name: digest(file) for file in sorted(aside.iterdir())}
             content = {"key": key, "facts": facts, "digests": digests}
             (aside / ENTRY).write_text(json.dumps(content, indent=1), encoding="utf-8")
+            mark(aside)
     except OSError:
         if (entry := find(folder, key)) is None:
             raise

@@ -26,7 +26,7 @@ def open_engine(path: Path, spec: GraphSpec, *, provider: str = "auto", threads:
     if name == "tensorrt":
         from .trt.engine import open_plan
 
-        return open_plan(path, spec, identity=spec.identity or None)
+        return open_plan(path, spec)
     if not path.is_file():
         raise GraphError(f"there is no graph file {path}")
     try:

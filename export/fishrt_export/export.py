@@ -17,7 +17,6 @@ from functools import partial
 from pathlib import Path
 
 from fishrt.audio.output import check_place
-from fishrt.bundle.conformance import tensorrt_findings
 from fishrt.bundle.features import LanguageModel
 from fishrt.bundle.folder import Bundle, describe_files
 from fishrt.bundle.manifest import MANIFEST, SCHEMA, Form, Graph, Licence, Manifest
@@ -28,7 +27,6 @@ from fishrt.progress import Progress
 from fishrt.text.tokenizer import Tokenizer
 from fishrt.version import __version__
 from fishrt_engines.aside import new_folder
-from fishrt_engines.rewrite.tensorrt_rules import errors
 
 from .checkpoint.lora import Lora
 from .checkpoint.names import DEFAULTS, TOKENIZER, checkpoint_name
@@ -44,6 +42,7 @@ from .targets.codec_int8 import check_codec, int8_form
 from .targets.coreml import check_codec as check_fixed
 from .targets.coreml import static_form, step_usability
 from .targets.forms import check_targets, make_forms
+from .targets.tensorrt_rules import errors, tensorrt_findings
 
 log = logging.getLogger(__name__)
 

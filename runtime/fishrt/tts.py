@@ -108,7 +108,7 @@ class TTS:
             bundle.verify()
         name = resolve_provider(provider)
         if name == "tensorrt":
-            from .bundle.plans import within_plans
+            from .bundle.graphs import within_plans
 
             bundle = within_plans(bundle)
         else:

@@ -15,13 +15,13 @@ import pytest
 
 import fake_tensorrt as fake
 from fake_cuda_runtime import FakeCudaRuntime
-from fishrt.bundle.plans import PlanOptions, plan_requests, within_plans
+from fishrt.bundle.graphs import within_plans
 from fishrt.codec import CodecDecoder, CodecEncoder
 from fishrt.language_model.batch import DualAR
 from fishrt.language_model.sampling import Sampling, SeededNoise
 from fishrt_engines import open_engine
-from fishrt_engines.rewrite.tensorrt_build import build_plan
 from fishrt_engines.trt.device import open_device
+from fishrt_export.targets.tensorrt_build import PlanOptions, build_plan, plan_requests
 from helpers_lm import frames_of
 from helpers_trt import request_for, write_small
 
@@ -91,9 +91,8 @@ def test_a_small_graph(cache: Path, precision: str, caplog: pytest.LogCaptureFix
     path = write_small(cache / "bundle")
     request = request_for(path, precision=precision)
     build_plan(request)
-    states = [
-        (e := open_engine(path, request.spec, provider=name), e.new_state(batch=1, cache=12)) for name in ("tensorrt", "cpu")
-    ]
+    engines = [open_engine(path, request.spec, provider=name) for name in ("tensorrt", "cpu")]
+    states = [(engine, engine.new_state(batch=1, cache=12)) for engine in engines]
     for tokens, at in (([3, 1, 4], 0), *(([n], n) for n in range(3, 12))):
         feeds = {"tokens": np.array([tokens]), "write_index": np.array([at])}
         ours, cpu = (engine.run(feeds, state)["total"].copy() for engine, state in states)
@@ -107,16 +106,14 @@ def test_a_small_graph(cache: Path, precision: str, caplog: pytest.LogCaptureFix
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
 def test_a_bundle(cache: Path, tiny_bundle: Any, precision: str, primitive: bool) -> None:
     """All graphs: logits after a prompt and after steps, whole frames, audio, and codes of audio."""
-    options = PlanOptions(max_len=256, primitive_attention=primitive)
-    requests = plan_requests(tiny_bundle, options, open_device().compute_capability)
+    options = PlanOptions(max_lens=(256,), primitive_attention=primitive)
+    requests = dict(plan_requests(tiny_bundle, options, open_device().compute_capability))
     for role in ("slow_ar", "fast_ar"):
         lowering = replace(requests[role].lowering, precision=precision, fp32_attention=precision == "fp16")
         requests[role] = replace(requests[role], lowering=lowering)
     for request in requests.values():
         build_plan(request)
-    ours = {
-        role: open_engine(r.path, r.spec, provider="tensorrt", identity=r.identity, build=r.build) for role, r in requests.items()
-    }
+    ours = {role: open_engine(r.path, r.spec, provider="tensorrt") for role, r in requests.items()}
     graphs = tiny_bundle.manifest.specs
     cpu = {role: open_engine(tiny_bundle.file(spec.file), spec, provider="cpu") for role, spec in graphs.items()}
     lm, codec = within_plans(tiny_bundle).manifest.model, tiny_bundle.manifest.codec

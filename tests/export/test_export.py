@@ -26,7 +26,6 @@ from fishrt.bundle.features import Reads, SamplingDefaults
 from fishrt.bundle.folder import Bundle
 from fishrt.errors import AudioError, BundleError, FishrtError, OutputError
 from fishrt.progress import Progress
-from fishrt_engines.rewrite.tensorrt_rules import Finding
 from fishrt_export import export_bundle
 from fishrt_export.checkpoint.families import S2
 from fishrt_export.checkpoint.names import DEFAULTS
@@ -34,6 +33,7 @@ from fishrt_export.errors import ExportError
 from fishrt_export.export import warn_of_unknown_codes
 from fishrt_export.graph.job import Made
 from fishrt_export.sources.language_model import open_language_model
+from fishrt_export.targets.tensorrt_rules import Finding
 from helpers_text import language_model
 from synthetic import EVERYTHING, random_weights, write_nested, write_reference
 

@@ -93,8 +93,8 @@ class Parser:
         parsed = onnx.ModelProto.FromString(model)
         onnx.load_external_data_for_model(parsed, str(Path(path).parent))
         for node in parsed.graph.node:
-            if node.op_type == "Det":
-                said = {"desc": "no importer is registered for this operator", "node_name": node.name, "node_operator": "Det"}
+            if node.op_type == "Acosh":
+                said = {"desc": "no importer is registered for this operator", "node_name": node.name, "node_operator": "Acosh"}
                 self._errors.append(SimpleNamespace(**{name: lambda text=text: text for name, text in said.items()}))
         self._network.model = parsed
         return not self._errors
@@ -208,6 +208,9 @@ class Engine:
         self.aliases = {name: scatters[name] for name in self.outputs if scatters.get(name) in self.inputs}
         options = onnxruntime.SessionOptions()
         options.log_severity_level, options.intra_op_num_threads = 3, 1
+        for node in model.graph.node:
+            for told in [a for a in node.attribute if a.name.startswith("TRT_")]:
+                node.attribute.remove(told)  # for TensorRT only
         self._session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
         self.shapes_of = cache(self._shapes_of)
 

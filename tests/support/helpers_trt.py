@@ -17,10 +17,8 @@ from onnx import TensorProto, helper, numpy_helper
 from fake_cuda_runtime import FakeCudaRuntime
 from fake_tensorrt import FakeTensorRT
 from fishrt_engines import GraphSpec, StatePair, TensorSpec, machine, providers
-from fishrt_engines.rewrite.tensorrt import LoweringOptions
-from fishrt_engines.rewrite.tensorrt_build import PlanRequest
 from fishrt_engines.trt.device import open_device
-from fishrt_engines.trt.plans import Profile
+from fishrt_engines.trt.plans import LoweringOptions, PlanRequest, Profile
 
 WIDTH, VOCABULARY = 4, 16
 SPEC = GraphSpec(
@@ -38,12 +36,20 @@ SPEC = GraphSpec(
         TensorSpec("columns_out.0", "float32", ("batch", 1, WIDTH)),
     ),
     (StatePair("key_cache.0", "key_cache_out.0"), StatePair("columns.0", "columns_out.0")),
+    identity="of the small graph",
 )
 """A graph that writes tokens' vectors into its cache. total: sum over the cache plus `columns`, the sum of the previous call."""
 STATELESS = GraphSpec(
     "double.onnx",
     (TensorSpec("x", "float32", ("batch", WIDTH)),),
     (TensorSpec("y", "float32", ("batch", WIDTH)),),
+    identity="of the other graph",
+)
+ATTENTION = GraphSpec(
+    "attention.onnx",
+    (TensorSpec("q", "float32", ("batch", 2, 3, WIDTH)),),
+    (TensorSpec("y", "float32", ("batch", 2, 3, WIDTH)),),
+    identity="of the attention",
 )
 
 
@@ -75,6 +81,12 @@ def write_double(folder: Path) -> Path:
     return _write(folder, STATELESS, [helper.make_node("Add", ["x", "x"], ["y"])], {})
 
 
+def write_attention(folder: Path) -> Path:
+    """Write the graph of ATTENTION: each of two heads reads its own three positions."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return _write(folder, ATTENTION, [helper.make_node("Attention", ["q", "q", "q"], ["y"])], {})
+
+
 def _write(folder: Path, spec: GraphSpec, nodes: list[Any], constants: dict[str, Any], external: Any = ()) -> Path:
     types = {"int64": TensorProto.INT64, "float32": TensorProto.FLOAT}
     inputs, outputs = (
@@ -101,7 +113,7 @@ def profiles(*, batch: int = 1, longest: int = 8) -> tuple[Profile, ...]:
 
 def request_for(path: Path, *, max_len: int = 12, precision: str = "fp32", **changes: Any) -> PlanRequest:
     options = LoweringOptions(max_len, precision, fp32_attention=precision == "fp16", primitive_attention=False)
-    spec = SPEC if path.name == SPEC.file else STATELESS
+    spec = next(spec for spec in (SPEC, STATELESS, ATTENTION) if spec.file == path.name)
     wanted = profiles() if spec is SPEC else (Profile("any", {"batch": (1, 1, 1)}),)
     return PlanRequest(path, **{"spec": spec, "lowering": options, "profiles": wanted, **changes})
 

@@ -1,4 +1,4 @@
-"""TensorRT engine: runs a plan of `tensorrt_build` with state, feeds and results in device buffers that are allocated once.
+"""TensorRT engine: runs a plan of `fishrt build-trt` with state, feeds and results in device buffers that are allocated once.
 
     feeds ──copy──► buffers of these shapes ─► context, or captured graph ─► buffers ──copy──► results, or resident results
                                       state ─►                            ─► the same state, in place
@@ -28,7 +28,7 @@ from ..engine import Array, GraphSpec, Resident, State, TensorSpec, check_feeds,
 from ..errors import FishrtError, GraphError
 from .api import checked, load_tensorrt, log_of
 from .device import Device, DeviceBuffer, Graph, open_device
-from .plans import Plan, find_plan, graph_hash, machine_of, read_portable, weights_identity
+from .plans import Plan, find_plan, machine_of
 from .state import Call, DeviceArray, Kept, Tensor, TrtState
 
 log = logging.getLogger(__name__)
@@ -41,17 +41,14 @@ _DTYPES |= {"BOOL": "bool", "UINT8": "uint8"}
 _REBUILD = "remove its folder, and run `fishrt build-trt` again"
 
 
-def open_plan(
-    path: Path, spec: GraphSpec, *, identity: str | None = None, build: Callable[[bytes], bytes] | None = None
-) -> TrtEngine:
-    """Open the plan that `fishrt build-trt` made of a graph.
+def open_plan(path: Path, spec: GraphSpec) -> TrtEngine:
+    """Open the plan that `fishrt build-trt` made of a graph. The plan is found by the identity in `spec`: the file is not read.
 
-    identity: a hash of the file and its weights. build: makes the graph from the file's bytes.
     Raises ProviderError if TensorRT, a device, or a plan for this machine is missing; GraphError for a plan that cannot be loaded
     or differs from `spec`; FishrtError if the device's memory does not suffice.
     """
     trt, device = load_tensorrt(), open_device()
-    plan = find_built(path, spec, identity=identity, build=build)
+    plan = find_built(path, spec)
     log.info("%s runs in %s, from %s", spec.file, plan.key.lowering.precision, plan.path)
     device.check_room(plan.path.stat().st_size, f"the plan of {spec.file}")
     runtime = checked(trt, "making a runtime", lambda: trt.Runtime(log_of(trt)))
@@ -60,14 +57,9 @@ def open_plan(
     return TrtEngine(trt, device, engine, spec, plan)
 
 
-def find_built(
-    path: Path, spec: GraphSpec, *, identity: str | None = None, build: Callable[[bytes], bytes] | None = None
-) -> Plan:
+def find_built(path: Path, spec: GraphSpec) -> Plan:
     """Return the plan that `open_plan` would load. Raises ProviderError if there is none for this machine."""
-    trt, device = load_tensorrt(), open_device()
-    portable = read_portable(path, build)
-    weights = identity or weights_identity(portable, path.parent)
-    return find_plan(graph_hash(portable), weights, machine_of(trt.__version__, device), path.with_name(spec.file))
+    return find_plan(path, spec, machine_of(load_tensorrt().__version__, open_device()))
 
 
 class _Context:

@@ -8,27 +8,26 @@ of that, and is compared before a plan is loaded. A plan that does not fit is ne
 
 from __future__ import annotations
 
-import hashlib
 import platform
 import shlex
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from .. import cache
 from ..engine import GraphSpec, StatePair, TensorSpec
-from ..errors import FishrtError, GraphError, ProviderError
+from ..errors import FishrtError, ProviderError
 from ..folders import cache_folder
-from ..rewrite.onnx_proto import external_places, parse_model
-from ..rewrite.tensorrt import LOWERING, LoweringOptions
 from .device import Device
 
 PLAN = "engine.plan"
+LOWERING = 2
+"""Version of the lowering, which `fishrt_export.targets.tensorrt` does; part of a plan's key."""
+PRECISIONS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+"""Precisions by name, and their element types."""
 _MEMORY_CLASS = 4 << 30
 """Bytes to which a device's memory is rounded: one model of GPU exists with different memory sizes."""
-_BLOCK = 1 << 24
-
 LARGER = "give less at once, or run fishrt build-trt with a larger --max-len or --max-batch"
 
 Range = tuple[int, int, int]
@@ -46,6 +45,20 @@ class Profile:
     def holds(self, dims: Mapping[str, int]) -> bool:
         """Return whether these sizes are in its ranges."""
         return all(least <= dims[name] <= most for name, (least, _, most) in self.dims.items() if name in dims)
+
+
+@dataclass(frozen=True, slots=True)
+class LoweringOptions:
+    """The options with which a portable graph is prepared for TensorRT."""
+
+    max_len: int | None
+    """Rows of KV caches whose number the graph leaves open."""
+    precision: str
+    """A key of PRECISIONS."""
+    fp32_attention: bool
+    """Whether attention is computed in float32 nevertheless. Recommended with fp16."""
+    primitive_attention: bool
+    """Whether attention is taken apart at once, without trying the forms that need a fused kernel."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,9 +92,7 @@ class PlanKey:
     """All that a plan depends on."""
 
     graph: str
-    """SHA-256 of the portable graph, without its weights: hex."""
-    weights: str
-    """A hash of the weights."""
+    """A hash of the portable graph and its weights."""
     machine: Machine
     lowering: LoweringOptions
     workspace: int | None
@@ -98,6 +109,8 @@ class Plan:
     spec: GraphSpec
     """Description of the lowered graph: its state may have other dtypes, and its cache length is fixed."""
     writes: ColumnWrites | None
+    attention: str
+    """The form of attention with which TensorRT could build it: fused, decomposable or primitive."""
 
     def profile_for(self, dims: Mapping[str, int]) -> int:
         """Return the index of the profile for a call of these sizes. Raises FishrtError if there is none."""
@@ -110,6 +123,20 @@ class Plan:
                 f"the TensorRT plan of {self.spec.file} takes {'; or '.join(takes)}; this call has {given}", hint=LARGER
             )
         return found
+
+
+@dataclass(frozen=True, slots=True)
+class PlanRequest:
+    """The graph and the options of one build."""
+
+    path: Path
+    """The file of the portable graph."""
+    spec: GraphSpec
+    """Its description, with its identity."""
+    lowering: LoweringOptions
+    profiles: tuple[Profile, ...]
+    workspace: int | None = None
+    """Largest workspace of kernels in bytes; None: all the device's memory."""
 
 
 def plan_folder() -> Path:
@@ -128,41 +155,14 @@ def machine_of(version: str, device: Device) -> Machine:
     return Machine(version, device.name, f"{major}.{minor}", rounded, f"{platform.system()} {platform.machine()}", LOWERING)
 
 
-def read_portable(path: Path, build: Callable[[bytes], bytes] | None) -> bytes:
-    """Return the portable graph of a file, or the one that `build` makes of it. Raises GraphError for an unreadable file."""
-    try:
-        model = path.read_bytes()
-    except OSError as error:
-        raise GraphError(f"the graph file {path} cannot be read: {error.strerror}") from None
-    return model if build is None else build(model)
-
-
-def external_files(model: bytes) -> list[str]:
-    """Return the names of a graph's files of weights. Raises GraphError as `external_places` does."""
-    return sorted({entry.value for entry in external_places(parse_model(model, "the graph"))})
-
-
-def weights_identity(model: bytes, folder: Path) -> str:
-    """Return a hash of a graph's files of weights. Takes seconds for gigabytes; a manifest stores it."""
-    whole = hashlib.sha256()
-    for name in external_files(model):
-        with (folder / name).open("rb") as file:
-            while block := file.read(_BLOCK):
-                whole.update(block)
-    return whole.hexdigest()
-
-
-def graph_hash(model: bytes) -> str:
-    """Return the hash of a portable graph."""
-    return hashlib.sha256(model).hexdigest()
-
-
-def find_plan(graph: str, weights: str, machine: Machine, path: Path) -> Plan:
+def find_plan(path: Path, spec: GraphSpec, machine: Machine) -> Plan:
     """Return the plan for a graph on this machine; of several, the one that was built or requested last.
 
-    path: of the graph file in the bundle's folder, for messages; it need not exist. Raises ProviderError, with the reasons, if no
-    plan fits.
+    path: of the graph file, for messages: the graph is known by its identity. Raises ValueError without identity; ProviderError,
+    with the reasons, if no plan fits.
     """
+    if not spec.identity:
+        raise ValueError(f"the plan of {spec.file} is found by the identity of the graph, and its description has none")
     why = []
     for folder in cache.entries(plan_folder()):
         try:
@@ -171,7 +171,7 @@ def find_plan(graph: str, weights: str, machine: Machine, path: Path) -> Plan:
         except (OSError, ValueError, KeyError, TypeError) as error:
             why.append(f"{folder} is damaged ({error})")
             continue
-        if (plan.key.graph, plan.key.weights) != (graph, weights):
+        if plan.key.graph != spec.identity:
             continue
         if differences := list(_differences(plan.key.machine, machine)):
             why.append(f"the one in {folder} {'; '.join(differences)}")
@@ -195,17 +195,17 @@ def kept_plan(key: PlanKey) -> Plan | None:
     except (ValueError, KeyError, TypeError) as error:
         cache.discard(entry.folder, f"is damaged ({error})")
         return None
-    (entry.folder / cache.ENTRY).touch()
+    cache.mark(entry.folder)
     return plan
 
 
-def keep_plan(key: PlanKey, spec: GraphSpec, writes: ColumnWrites | None, serialized: Any) -> Plan:
+def keep_plan(key: PlanKey, spec: GraphSpec, writes: ColumnWrites | None, attention: str, serialized: Any) -> Plan:
     """Write a plan. serialized: a buffer. Raises FishrtError, and leaves no files, if it cannot be written."""
 
     def write(folder: Path) -> Any:
         with (folder / PLAN).open("wb") as file:
             file.write(memoryview(serialized))
-        return {"spec": asdict(spec), "writes": writes and asdict(writes)}
+        return {"spec": asdict(spec), "writes": writes and asdict(writes), "attention": attention}
 
     try:
         entry = cache.keep(plan_folder(), asdict(key), write)
@@ -214,7 +214,7 @@ def keep_plan(key: PlanKey, spec: GraphSpec, writes: ColumnWrites | None, serial
             f"the plan cannot be written to {plan_folder()}: {error.strerror or error}",
             hint="make room there, or set FISHRT_CACHE to another folder",
         ) from None
-    return Plan(entry.folder / PLAN, key, spec, writes)
+    return Plan(entry.folder / PLAN, key, spec, writes, attention)
 
 
 def _plan(entry: cache.Entry) -> Plan:
@@ -224,13 +224,15 @@ def _plan(entry: cache.Entry) -> Plan:
         Profile(p["name"], {d: (int(a), int(b), int(c)) for d, (a, b, c) in p["dims"].items()}) for p in key["profiles"]
     )
     machine, lowering = Machine(**key["machine"]), LoweringOptions(**key["lowering"])
-    parsed = PlanKey(key["graph"], key["weights"], machine, lowering, key["workspace"], profiles)
-    return Plan(entry.folder / PLAN, parsed, _spec(entry.facts["spec"]), None if writes is None else ColumnWrites(**writes))
+    parsed = PlanKey(key["graph"], machine, lowering, key["workspace"], profiles)
+    described, placed = _spec(entry.facts["spec"]), None if writes is None else ColumnWrites(**writes)
+    return Plan(entry.folder / PLAN, parsed, described, placed, entry.facts["attention"])
 
 
 def _spec(data: Mapping[str, Any]) -> GraphSpec:
     tensors = [tuple(TensorSpec(t["name"], t["dtype"], tuple(t["shape"])) for t in data[kind]) for kind in ("inputs", "outputs")]
-    return GraphSpec(data["file"], tensors[0], tensors[1], tuple(StatePair(**pair) for pair in data["states"]))
+    states = tuple(StatePair(**pair) for pair in data["states"])
+    return GraphSpec(data["file"], tensors[0], tensors[1], states, identity=data["identity"])
 
 
 def _differences(built: Machine, here: Machine) -> Iterator[str]:

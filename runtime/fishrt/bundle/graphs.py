@@ -6,15 +6,21 @@ import logging
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 from fishrt_engines import Engine, ProviderError, open_engine
 from fishrt_engines.machine import features
 from fishrt_engines.ort.coreml import Part, StaticEngine
+from fishrt_engines.trt.engine import find_built
 
+from .features import LanguageModel
 from .folder import Bundle
 from .manifest import Form
 
 log = logging.getLogger(__name__)
+
+_SPEECH_ROOM = 2048
+"""Positions that a prompt leaves for speech, at most half of all."""
 
 
 class BundleGraphs(Mapping[str, Engine]):
@@ -86,3 +92,18 @@ def _check_coreml(bundle: Bundle) -> None:
             hint='export with `fishrt export --static coreml CHECKPOINT BUNDLE`, or use provider "cpu"',
         )
     log.info("provider coreml: %s on CoreML, all other graphs on the CPU", ", ".join(roles))
+
+
+def within_plans(bundle: Bundle) -> Bundle:
+    """Return the bundle with its model limited to the positions of its plan. Raises ProviderError if this machine has no plan."""
+    manifest = bundle.manifest
+    spec = manifest.specs["slow_ar"]
+    built = find_built(bundle.file(spec.file), spec).key.lowering.max_len
+    assert built is not None  # the slow AR's caches have a length
+    return replace(bundle, manifest=replace(manifest, model=with_positions(manifest.model, built)))
+
+
+def with_positions(lm: LanguageModel, positions: int) -> LanguageModel:
+    """Return the model with at most so many positions."""
+    prompt = positions - min(_SPEECH_ROOM, positions // 2)
+    return replace(lm, max_seq_len=min(lm.max_seq_len, positions), max_prompt=min(lm.max_prompt, prompt))

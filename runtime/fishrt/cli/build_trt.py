@@ -7,11 +7,12 @@ from pathlib import Path
 
 import click
 
-from ..bundle.plans import PRECISIONS, PlanOptions, plan_requests
 from ..language_model.context import FIRST_FRAMES
 from .base.commands import print_json
-from .base.options import Number, Whole, json_option, load_bundle, quiet_option
+from .base.options import Number, Whole, json_option, load_bundle, needs_onnx, quiet_option
 from .base.progress import Reporter
+
+PRECISIONS = ("bf16", "fp16", "fp8", "int8", "int4")
 
 
 @click.command("build-trt", short_help="Build the TensorRT plans of a bundle.")
@@ -25,9 +26,13 @@ from .base.progress import Reporter
 )
 @click.option(
     "--max-len",
+    "max_lens",
+    multiple=True,
     type=Whole(min=2 * FIRST_FRAMES),
     metavar="N",
-    help="Largest number of positions of prompt and speech together.  [default: the model's, at most 4096]",
+    help="Largest number of positions of prompt and speech together. May be repeated: a step reads all positions of its plan, so "
+    "short speech and large batches are faster from a shorter one, which takes the memory of its weights again.  [default: the "
+    "model's, at most 4096]",
 )
 @click.option(
     "--max-batch",
@@ -50,14 +55,16 @@ from .base.progress import Reporter
     help="Compute attention in float32: fp16 is inaccurate with long prompts.  [default: yes for fp16]",
 )
 @click.option(
-    "--primitive-attention", is_flag=True, help="Build attention from simple operators, for a TensorRT that has no fused one."
+    "--primitive-attention",
+    is_flag=True,
+    help="Build attention from simple operators at once. Otherwise, TensorRT's own is tried first, then the same taken apart.",
 )
 @quiet_option
 @json_option
 def build_trt(
     bundle: Path | None,
     precision: str | None,
-    max_len: int | None,
+    max_lens: tuple[int, ...],
     max_batch: int,
     workspace: float | None,
     fp32_attention: bool | None,
@@ -70,16 +77,18 @@ def build_trt(
     It takes minutes for each graph; nothing else should use the GPU meanwhile. Graphs that were built before with the same
     options are not built again. Then: fishrt speak --provider tensorrt.
     """
-    from fishrt_engines.rewrite.tensorrt_build import build_plan
     from fishrt_engines.trt.api import load_tensorrt
     from fishrt_engines.trt.device import open_device
+
+    with needs_onnx("build-trt"):
+        from fishrt_export.targets.tensorrt_build import PlanOptions, build_plan, plan_requests
 
     loaded, reporter = load_bundle(bundle), Reporter(quiet=quiet or as_json)
     load_tensorrt()
     most = None if workspace is None else int(workspace * (1 << 30))
-    options = PlanOptions(precision, max_len, max_batch, most, fp32_attention, primitive_attention)
+    options = PlanOptions(precision, max_lens, max_batch, most, fp32_attention, primitive_attention)
     plans = []
-    for role, request in plan_requests(loaded, options, open_device().compute_capability).items():
+    for role, request in plan_requests(loaded, options, open_device().compute_capability):
         begun = time.perf_counter()
 
         def show(stage: str, part: float, graph: str = request.spec.file) -> None:
@@ -88,12 +97,19 @@ def build_trt(
         plan, built = build_plan(request, show)
         seconds, size = time.perf_counter() - begun, plan.path.stat().st_size
         how = f"built in {seconds:,.0f} s" if built else "built before"
-        reporter.done(f"{size / 1e6:>10,.1f} MB  {request.spec.file} in {request.lowering.precision}, {how}")
+        if plan.attention == "decomposable":
+            how += ", with attention taken apart by TensorRT"
+        elif plan.attention == "primitive":
+            how += ", with attention of simple operators"
+        length = f" for {request.lowering.max_len:,} positions" if len(max_lens) > 1 and request.lowering.max_len else ""
+        reporter.done(f"{size / 1e6:>10,.1f} MB  {request.spec.file} in {request.lowering.precision}{length}, {how}")
         plans.append(
             {
                 "role": role,
                 "graph": request.spec.file,
                 "precision": request.lowering.precision,
+                "max_len": request.lowering.max_len,
+                "attention": plan.attention,
                 "path": str(plan.path),
                 "bytes": size,
                 "built": built,

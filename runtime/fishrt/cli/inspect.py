@@ -5,17 +5,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import click
 
-from fishrt_engines.rewrite.tensorrt_rules import Finding, errors
-
-from ..bundle.conformance import tensorrt_findings
 from ..bundle.folder import Bundle
 from ..bundle.manifest import Manifest
 from ..bundle.memory import CACHE_POSITIONS, estimate
 from .base.commands import print_json
-from .base.options import json_option, load_bundle, quiet_option
+from .base.options import json_option, load_bundle, needs_onnx, quiet_option
 from .base.progress import Reporter, size
 from .base.streams import emit
 
@@ -34,7 +32,12 @@ def inspect(bundle: Path | None, verify: bool, trt: bool, quiet: bool, as_json: 
     loaded = load_bundle(bundle)
     if verify:
         _verify(loaded, quiet=quiet or as_json)
-    findings = tensorrt_findings(loaded) if trt else {}
+    findings: Mapping[str, list[Any]] = {}
+    if trt:
+        with needs_onnx("inspect --trt"):
+            from fishrt_export.targets.tensorrt_rules import tensorrt_findings
+
+        findings = tensorrt_findings(loaded)
     if as_json:
         print_json(
             {
@@ -141,11 +144,12 @@ def _graph_size(manifest: Manifest, file: str) -> str:
     return size(sum(entry.bytes for name, entry in manifest.files.items() if name in (file, f"{file}.data")))
 
 
-def _tensorrt(findings: Mapping[str, list[Finding]]) -> list[str]:
+def _tensorrt(findings: Mapping[str, list[Any]]) -> list[str]:
+    """Return lines about findings: see `fishrt_export.targets.tensorrt_rules.Finding`."""
     lines = ["", "TensorRT, by the documented rules of its importer; TensorRT itself did not run"]
     for role, found in findings.items():
-        lines.append(f"  {role}: errors: {len(errors(found)) or 'none'}")
-        alike: dict[Finding, list[Finding]] = {}
+        lines.append(f"  {role}: errors: {sum(f.severity == 'error' for f in found) or 'none'}")
+        alike: dict[Any, list[Any]] = {}
         for finding in found:
             alike.setdefault(dataclasses.replace(finding, node=""), []).append(finding)
         lines += [f"    {first}" + (f", and {len(others)} more like it" if others else "") for first, *others in alike.values()]

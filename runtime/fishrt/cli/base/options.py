@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ import click
 
 from ...bundle.fetched import bundle_folder
 from ...bundle.folder import Bundle, embedded_bundle
+from ...errors import FishrtError
 from ...hub.repository import is_reference
 from ...voices.store import VoiceStore, user_folder
 from .commands import remember, session
@@ -24,6 +26,17 @@ if TYPE_CHECKING:
 CPU_TORCH = "install the CPU build of torch as https://pytorch.org/get-started/locally/ shows"
 """Installs torch without gigabytes of CUDA libraries, which an export does not use."""
 Command = Callable[..., Any]
+
+
+@contextmanager
+def needs_onnx(what: str) -> Iterator[None]:
+    """Import parts of the exporter that need no torch. Raises FishrtError, which names `what`, if one is missing."""
+    try:
+        yield
+    except ImportError as error:
+        if (error.name or "").split(".")[0] not in ("onnx", "onnx_ir", "onnxscript"):
+            raise
+        raise FishrtError(f"{what} needs {error.name}, which is not installed", hint="pip install onnx onnxscript") from None
 
 
 class Whole(click.IntRange):

@@ -9,16 +9,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnx
 import pytest
 
 from fake_cuda_runtime import FakeCudaRuntime
 from fishrt_engines import FishrtError, GraphError, ProviderError, open_engine
-from fishrt_engines.rewrite import tensorrt_build as trt_build
-from fishrt_engines.rewrite.tensorrt_build import build_plan
 from fishrt_engines.trt import api as trt_api
 from fishrt_engines.trt import plans as trt_plans
 from fishrt_engines.trt.device import Device
-from helpers_trt import SPEC, Simulated, profiles, request_for, simulated, write_small
+from fishrt_export.errors import ExportError
+from fishrt_export.targets import tensorrt_build as trt_build
+from fishrt_export.targets.tensorrt import FORMS
+from fishrt_export.targets.tensorrt_build import build_plan
+from helpers_trt import SPEC, Simulated, profiles, request_for, simulated, write_attention, write_small
+
+DECOMPOSABLE = "TRT_decomposable"
 
 
 @pytest.fixture
@@ -61,7 +67,7 @@ def test_a_plan_is_built_once(gpu, small, tmp_path):
         {"precision": "fp16"},
         {"profiles": profiles(longest=6)},
         {"workspace": 1 << 30},
-        {"identity": "of other weights"},
+        {"spec": replace(SPEC, identity="of other weights")},
     ],
     ids=lambda changes: next(iter(changes)),
 )
@@ -71,16 +77,15 @@ def test_whatever_a_plan_depends_on_gives_another_one(gpu, small, tmp_path, chan
     assert len(entries(tmp_path)) == 2
 
 
-def test_another_graph_or_other_weights_give_another_plan(gpu, small, tmp_path):
+def test_a_plan_is_found_by_the_identity_of_its_graph(gpu, small):
+    """The graph and its weights are not read."""
     build_plan(request_for(small))
-    weights = small.with_name("small.onnx.data")
-    weights.write_bytes(weights.read_bytes()[::-1])
+    small.write_bytes(b"not read")
+    assert opened(small).provider == "tensorrt"
     with pytest.raises(ProviderError, match=r"no TensorRT plan of small\.onnx"):
-        opened(small)
-    assert build_plan(request_for(small))[1]
-    write_small(small.parent, op_type="Neg")
-    assert build_plan(request_for(small))[1]
-    assert len(entries(tmp_path)) == 3
+        open_engine(small, replace(SPEC, identity="of other weights"), provider="tensorrt")
+    with pytest.raises(ValueError, match="its description has none"):
+        open_engine(small, replace(SPEC, identity=""), provider="tensorrt")
 
 
 def test_the_options_reach_tensorrt(gpu, small):
@@ -114,8 +119,8 @@ def test_timings_of_kernels_are_kept(gpu, small, tmp_path, caplog):
 
 
 def test_what_the_importer_does_not_take_is_told_in_full(gpu, tmp_path):
-    path = write_small(tmp_path / "bundle", op_type="Det")
-    with pytest.raises(GraphError, match=r"cannot import small\.onnx: Det the_node: no importer is registered"):
+    path = write_small(tmp_path / "bundle", op_type="Acosh")
+    with pytest.raises(GraphError, match=r"cannot import small\.onnx: Acosh the_node: no importer is registered"):
         build_plan(request_for(path))
     assert entries(tmp_path) == []
     gpu.trt.faults["parse"] = "the file ends too early"
@@ -128,10 +133,32 @@ def test_a_build_that_fails_says_why(gpu, small, tmp_path, call):
     gpu.trt.faults[call] = "could not find any implementation for node the_node"
     with pytest.raises(GraphError, match="could not find any implementation for node the_node") as error:
         build_plan(request_for(small))
-    assert call == "Builder" or "--primitive-attention" in (error.value.hint or "")
+    assert call == "Builder" or "--debug" in (error.value.hint or "")
     assert entries(tmp_path) == []
     gpu.trt.faults.clear()
     assert build_plan(request_for(small))[1]
+
+
+@pytest.mark.parametrize(("kernels", "built"), [("fused", "fused"), ("none", "decomposable"), ("nothing", "primitive")])
+def test_the_forms_of_attention_are_tried_in_turn(gpu, tmp_path, kernels, built):
+    """The first that TensorRT can build is kept, and not tried again."""
+    path = write_attention(tmp_path / "bundle")
+
+    def refuses(model: onnx.ModelProto) -> str | None:
+        told = [a.i for node in model.graph.node if node.op_type == "Attention" for a in node.attribute if a.name == DECOMPOSABLE]
+        fused = any(node.op_type == "Attention" for node in model.graph.node)
+        return None if not fused or kernels == "fused" or (kernels == "none" and told == [1]) else "no kernel for the attention"
+
+    gpu.trt.refuses = refuses
+    request = request_for(path)
+    plan, now = build_plan(request)
+    assert (plan.attention, now, len(gpu.trt.configs)) == (built, True, 1 + FORMS.index(built))
+    assert build_plan(request) == (plan, False)
+    q = np.random.default_rng(1).normal(size=(1, 2, 3, 4)).astype(np.float32)
+    ours, cpu = (open_engine(path, request.spec, provider=name).run({"q": q})["y"] for name in ("tensorrt", "cpu"))
+    np.testing.assert_allclose(ours, cpu, atol=1e-6)
+    simple = replace(request, lowering=replace(request.lowering, primitive_attention=True))
+    assert build_plan(simple)[0].attention == "primitive"
 
 
 def test_a_profile_that_is_not_taken_is_an_error(gpu, small):
@@ -181,10 +208,10 @@ def test_a_full_disk_is_seen_before_the_build(gpu, small, monkeypatch):
 
 def test_missing_weights_are_an_error(gpu, small):
     small.with_name("small.onnx.data").unlink()
-    with pytest.raises(GraphError, match=r"weights are missing: .*small\.onnx\.data"):
+    with pytest.raises(ExportError, match=r"the weights .*small\.onnx\.data cannot be read"):
         build_plan(request_for(small))
     small.unlink()
-    with pytest.raises(GraphError, match="cannot be read"):
+    with pytest.raises(ExportError, match="cannot be read"):
         build_plan(request_for(small))
 
 
@@ -302,7 +329,7 @@ def test_weights_outside_of_the_folder_are_refused(gpu, small, tmp_path):
     inside = small.read_bytes()
     (tmp_path / "secret").write_bytes(b"x" * 1000)
     small.write_bytes(inside.replace(b"small.onnx.data", b"../../../secret"))
-    with pytest.raises(GraphError, match="weights outside of its folder"):
+    with pytest.raises(ExportError, match="weights outside of its folder"):
         build_plan(request_for(small))
 
 

@@ -16,20 +16,21 @@ import numpy as np
 import pytest
 
 from fishrt.bundle.folder import Bundle
-from fishrt.bundle.plans import PlanOptions, plan_requests, with_positions, within_plans
+from fishrt.bundle.graphs import with_positions, within_plans
 from fishrt.codec import CodecDecoder, CodecEncoder, chunk_frames
 from fishrt.errors import FishrtError, PromptError, ProviderError
 from fishrt.language_model.batch import DualAR
 from fishrt.language_model.sampling import Sampling, SeededNoise
 from fishrt.tts import TTS
 from fishrt_engines import Engine, open_engine
-from fishrt_engines.rewrite.tensorrt_build import PlanRequest, build_plan
+from fishrt_engines.trt.plans import PlanRequest
+from fishrt_export.targets.tensorrt_build import PlanOptions, build_plan, plan_requests
 from helpers_cli import refused, run
 from helpers_lm import frames_of, row_of, spoken
 from helpers_trt import Simulated, simulated
 
 SM89 = (8, 9)
-OPTIONS = PlanOptions(max_len=64)
+OPTIONS = PlanOptions(max_lens=(64,))
 
 
 @pytest.fixture
@@ -45,7 +46,7 @@ def engine(bundle: Bundle, role: str, provider: str, request: PlanRequest | None
 
 def exactly(bundle: Bundle, options: PlanOptions = OPTIONS) -> dict[str, PlanRequest]:
     """Return requests in float32, so that results can be compared."""
-    requests = plan_requests(bundle, options, SM89)
+    requests = dict(plan_requests(bundle, options, SM89))
     return {role: replace(r, lowering=replace(r.lowering, precision="fp32")) for role, r in requests.items()}
 
 
@@ -86,7 +87,7 @@ def test_the_same_sound_as_on_the_cpu(gpu, tiny_bundle):
 
 def test_all_graphs_are_built_for_the_sizes_that_the_runtime_asks_for(tiny_bundle):
     lm, codec = tiny_bundle.manifest.model, tiny_bundle.manifest.codec
-    requests = plan_requests(tiny_bundle, PlanOptions(max_batch=4), SM89)
+    requests = dict(plan_requests(tiny_bundle, PlanOptions(max_batch=4), SM89))
     dims = {role: [dict(profile.dims) for profile in request.profiles] for role, request in requests.items()}
     longest = lm.max_prompt
     assert dims["slow_ar"] == [{"batch": (1, 1, 4), "length": (2, 256, longest)}, {"batch": (1, 1, 4), "length": (1, 1, 1)}]
@@ -121,10 +122,10 @@ def test_all_graphs_are_built_for_the_sizes_that_the_runtime_asks_for(tiny_bundl
 )
 def test_precisions(tiny_bundle, stored, asked, capability, computed):
     bundle = stored_in(tiny_bundle, stored)
-    lowering = plan_requests(bundle, PlanOptions(precision=asked), capability)["slow_ar"].lowering
+    lowering = dict(plan_requests(bundle, PlanOptions(precision=asked), capability))["slow_ar"].lowering
     assert lowering.precision == computed
     assert lowering.fp32_attention == (computed == "fp16")
-    chosen = plan_requests(bundle, PlanOptions(precision=asked, fp32_attention=False), capability)["slow_ar"].lowering
+    chosen = dict(plan_requests(bundle, PlanOptions(precision=asked, fp32_attention=False), capability))["slow_ar"].lowering
     assert not chosen.fp32_attention
 
 
@@ -147,17 +148,17 @@ def stored_in(bundle: Bundle, precision: str) -> Bundle:
 def test_positions(tiny_bundle):
     lm = replace(tiny_bundle.manifest.model, max_seq_len=32768, max_prompt=30720)
     wide = replace(tiny_bundle, manifest=replace(tiny_bundle.manifest, model=lm))
-    assert plan_requests(wide, PlanOptions(), SM89)["slow_ar"].lowering.max_len == 4096
-    assert plan_requests(wide, PlanOptions(max_len=20000), SM89)["slow_ar"].lowering.max_len == 20000
+    assert dict(plan_requests(wide, PlanOptions(), SM89))["slow_ar"].lowering.max_len == 4096
+    assert dict(plan_requests(wide, PlanOptions(max_lens=(20000,)), SM89))["slow_ar"].lowering.max_len == 20000
     with pytest.raises(FishrtError, match="the length is 40000; the model takes up to 32768"):
-        plan_requests(wide, PlanOptions(max_len=40000), SM89)
+        plan_requests(wide, PlanOptions(max_lens=(40000,)), SM89)
     assert (with_positions(lm, 4096).max_seq_len, with_positions(lm, 4096).max_prompt) == (4096, 2048)
     assert with_positions(lm, 1000).max_prompt == 500
     assert with_positions(lm, 50000) == lm
 
 
 def test_speech_ends_where_the_plan_does(gpu, tiny_bundle):
-    requests = exactly(tiny_bundle, PlanOptions(max_len=16))
+    requests = exactly(tiny_bundle, PlanOptions(max_lens=(16,)))
     for role in ("slow_ar", "fast_ar"):
         build_plan(requests[role])
     lm = within_plans(tiny_bundle).manifest.model
@@ -223,7 +224,7 @@ def test_the_command_without_tensorrt(tiny_bundle):
 
 def test_the_command_tells_what_tensorrt_said(gpu, tiny_bundle):
     gpu.trt.faults["build_serialized_network"] = "no tactic for node slow.0"
-    refused(run("build-trt", tiny_bundle.path), "no tactic for node slow.0", "--primitive-attention")
+    refused(run("build-trt", tiny_bundle.path), "no tactic for node slow.0", "--debug")
 
 
 def test_speaking(gpu, tiny_bundle):

@@ -11,27 +11,27 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
-import onnx
 import pytest
-from onnx import numpy_helper
 
-from fishrt.language_model.frame import frame_model, frame_spec
-from fishrt_engines import Array, Engine, GraphError, State, open_engine
+from fishrt_engines import Array, Engine, State, open_engine
 from fishrt_engines.engine import GraphSpec
-from fishrt_engines.rewrite.graph_types import infer
-from fishrt_engines.rewrite.onnx_proto import parse_model
-from fishrt_engines.rewrite.tensorrt import LoweringOptions, lower_for_tensorrt
-from fishrt_engines.rewrite.tensorrt_rules import check_for_tensorrt, errors
+from fishrt_engines.trt.plans import LoweringOptions
 
 pytest.importorskip("torch", reason="needs the export extra")
 
+import onnx_ir as ir
+
+from fishrt_export.errors import ExportError
 from fishrt_export.graph.job import GraphJob
 from fishrt_export.graph.recipe import Recipe
 from fishrt_export.sources.cases import codec_decode_cases, codec_encode_cases, random_prompt
 from fishrt_export.sources.language_model import LanguageModelSource, open_language_model
+from fishrt_export.targets.edit import infer, load, numbers
+from fishrt_export.targets.tensorrt import lower_for_tensorrt
+from fishrt_export.targets.tensorrt_rules import check_for_tensorrt, errors
 from synthetic import EVERYTHING, PLAIN, random_weights, write_flat
 from tiny import GoldenModel, chunk_feeds, prefill_feeds
 from tolerances import TOLERANCES
@@ -89,17 +89,18 @@ def exported(request: pytest.FixtureRequest, exports: Callable[[str], Exported])
     return exports(request.param)
 
 
-def lowered(path: Path, spec: GraphSpec, options: LoweringOptions) -> tuple[onnx.ModelProto, GraphSpec]:
-    data, described = lower_for_tensorrt(path.read_bytes(), spec, options, path.parent)
-    return onnx.ModelProto.FromString(data), described
+def lowered(path: Path, spec: GraphSpec, options: LoweringOptions) -> tuple[ir.Model, GraphSpec]:
+    model = load(path)
+    return model, lower_for_tensorrt(model, spec, options, "primitive" if options.primitive_attention else "fused")
 
 
 def opened(path: Path, spec: GraphSpec, options: LoweringOptions, folder: Path) -> Engine:
     """Write the lowered graph with its weights into an empty folder. Return its engine in ONNX Runtime."""
     model, described = lowered(path, spec, options)
-    data = path.with_name(f"{path.name}.data")
-    shutil.copy(data, folder / data.name)
-    (folder / path.name).write_bytes(model.SerializeToString())
+    tensors = (value.const_value for value in model.graph.initializers.values())
+    for name in {tensor.location for tensor in tensors if isinstance(tensor, ir.ExternalTensor)}:
+        shutil.copy(path.with_name(str(name)), folder)
+    (folder / path.name).write_bytes(ir.to_proto(model).SerializeToString())
     return open_engine(folder / path.name, described, provider="cpu")
 
 
@@ -233,17 +234,9 @@ def test_a_frame_is_the_same(golden_model: GoldenModel, tmp_path: Path, precisio
     """Columns are drawn with the same noise. In float16, codes may differ, but not main tokens."""
     if not golden_model.fits:
         pytest.skip("the golden language model and codec have numbers of codebooks that do not fit")
-    path, spec, model = frame(golden_model)
+    path, spec = frame(golden_model)
     options = LoweringOptions(None, precision, fp32_attention=precision == "fp16", primitive_attention=primitive)
-    data = path.with_name(f"{path.name}.data")
-    shutil.copy(data, tmp_path / data.name)
-    engines = []
-    for name, content, described in (
-        ("portable.onnx", model, spec),
-        ("lowered.onnx", *lower_for_tensorrt(model, spec, options, path.parent)),
-    ):
-        (tmp_path / name).write_bytes(content)
-        engines.append(open_engine(tmp_path / name, described, provider="cpu"))
+    engines = [open_engine(path, spec, provider="cpu"), opened(path, spec, options, tmp_path)]
     rng = np.random.default_rng(8)
     for batch in (1, 2):
         for _ in range(4):
@@ -255,12 +248,11 @@ def test_a_frame_is_the_same(golden_model: GoldenModel, tmp_path: Path, precisio
             np.testing.assert_array_equal(found[:, same], expected[:, same])
 
 
-def frame(golden_model: GoldenModel) -> tuple[Path, GraphSpec, bytes]:
-    """The file whose weights the frame graph shares, its description, and its bytes."""
-    manifest, path = golden_model.bundle.manifest, golden_model.file("fast_ar")
-    slow, fast = manifest.specs["slow_ar"], manifest.specs["fast_ar"]
-    spec = frame_spec(slow, fast, manifest.model)
-    return path, spec, frame_model(path.read_bytes(), fast, spec, manifest.model)
+def frame(golden_model: GoldenModel) -> tuple[Path, GraphSpec]:
+    """The file of the frame graph, and its description."""
+    form = golden_model.bundle.manifest.graphs["fast_ar"].form("tensorrt", ())
+    assert form is not None
+    return golden_model.bundle.file(form.spec.file), form.spec
 
 
 def frame_feeds(spec: GraphSpec, batch: int, rng: np.random.Generator) -> dict[str, Array]:
@@ -294,32 +286,26 @@ def frame_feeds(spec: GraphSpec, batch: int, rng: np.random.Generator) -> dict[s
 def test_no_family_breaks_a_rule(golden_model: GoldenModel, options: LoweringOptions) -> None:
     """The element types of all values are known: without them, the rules would find nothing."""
     specs = {job.role: job.spec for job in (*golden_model.lm.jobs("audio"), *golden_model.codec.jobs())}
-    graphs = [(golden_model.file(role), specs[role], golden_model.file(role).read_bytes()) for role in LM]
+    roles = (*LM, *CODECS) if options.precision == "fp32" else LM
+    graphs = [(golden_model.file(role), specs[role]) for role in roles]
     if golden_model.fits:
         graphs.append(frame(golden_model))
-    if options.precision == "fp32":
-        graphs += [(golden_model.file(role), specs[role], golden_model.file(role).read_bytes()) for role in CODECS]
-    for path, spec, portable in graphs:
-        model, described = lower_for_tensorrt(portable, spec, options, path.parent)
-        assert_fits(model, described)
+    for path, spec in graphs:
+        assert_fits(*lowered(path, spec, options))
 
 
 @pytest.mark.parametrize("options", FORMS)
 def test_integer_weights_break_no_rule(exported: Exported, options: LoweringOptions) -> None:
     for role in LM:
-        path = exported.file(role)
-        assert_fits(*lower_for_tensorrt(path.read_bytes(), exported.jobs[role].spec, options, path.parent))
+        assert_fits(*lowered(exported.file(role), exported.jobs[role].spec, options))
 
 
-def assert_fits(model: bytes, spec: GraphSpec) -> None:
+def assert_fits(model: ir.Model, spec: GraphSpec) -> None:
     found = check_for_tensorrt(model, spec)
     assert errors(found) == []
-    unexpected = [f for f in found if f.rule not in ("cache", "quantised") and f.operator != "Attention"]
-    assert unexpected == []
-    graph = parse_model(model, spec.file).graph
-    values = infer(graph)
-    made = [name for node in graph.node for name in node.output if name]
-    assert [name for name in made if values[name].dtype is None or values[name].shape is None] == []
+    assert [f for f in found if f.rule not in ("cache", "quantised") and f.operator != "Attention"] == []
+    made = [value for node in model.graph for value in node.outputs if value.name]
+    assert [value.name for value in made if value.dtype is None or value.shape is None] == []
 
 
 @pytest.mark.parametrize("precision", ["float16", "bfloat16"])
@@ -330,13 +316,13 @@ def test_what_computes_in_which_type(exported: Exported, precision: str, fp32: b
     options = LoweringOptions(ROWS, {"float16": "fp16", "bfloat16": "bf16"}[precision], fp32, primitive)
     for role in LM:
         spec = exported.jobs[role].spec
-        model, described = lower_for_tensorrt(exported.file(role).read_bytes(), spec, options, exported.folder)
-        graph = parse_model(model, role).graph
-        values = infer(graph)
+        model, described = lowered(exported.file(role), spec, options)
+        infer(model)
         types = {
-            op: {values[n.input[0]].dtype for n in graph.node if n.op_type == op} for op in ("MatMul", "TensorScatter", "Softmax")
+            op: {str(n.inputs[0].dtype.numpy()) for n in model.graph if n.op_type == op}
+            for op in ("MatMul", "TensorScatter", "Softmax")
         }
-        attention = {values[n.input[k]].dtype for n in graph.node if n.op_type == "Attention" for k in range(3)}
+        attention = {str(value.dtype.numpy()) for n in model.graph if n.op_type == "Attention" for value in n.inputs[:3]}
         wanted = {"float32" if fp32 else precision}
         assert types["TensorScatter"] == {precision}
         assert types["MatMul"] == ({precision} | wanted if primitive else {precision})
@@ -344,42 +330,50 @@ def test_what_computes_in_which_type(exported: Exported, precision: str, fp32: b
         assert {t.dtype for t in described.state_tensors} == {precision}
         assert described.feeds == spec.feeds
         assert described.results == spec.results
-        assert {values[t.name].dtype for t in spec.results} == {"float32"}
+        results = {t.name for t in spec.results}
+        assert {value.dtype for value in model.graph.outputs if value.name in results} == {ir.DataType.FLOAT}
 
 
 def test_caches_have_a_fixed_length(exported: Exported) -> None:
     """The length is fixed in the graph and in its description."""
     model, spec = lowered(exported.file("slow_ar"), exported.jobs["slow_ar"].spec, PLAIN_FORM)
     config = exported.source.config.slow
-    outer = {v.name: v.type.tensor_type.shape.dim for v in (*model.graph.input, *model.graph.output)}
+    outer = {value.name: value.shape for value in (*model.graph.inputs, *model.graph.outputs)}
     for pair in spec.states:
         for name in (pair.input, pair.output):
-            assert [d.dim_value or d.dim_param for d in outer[name]] == ["batch", config.kv_heads, ROWS, config.head_dim]
+            assert outer[name] == ["batch", config.kv_heads, ROWS, config.head_dim]
     assert all(t.shape == ("batch", config.kv_heads, ROWS, config.head_dim) for t in spec.state_tensors)
-    assert Counter(node.op_type for node in model.graph.node)["Range"] == 0
-    positions = [t for t in model.graph.initializer if list(t.dims) == [ROWS]]
-    assert [numpy_helper.to_array(t).tolist() for t in positions] == [list(range(ROWS))]
+    assert Counter(node.op_type for node in model.graph)["Range"] == 0
+    kept = [numbers(value) for value in model.graph.initializers.values() if value.dtype == ir.DataType.INT64]
+    assert list(range(ROWS)) in [found.ravel().tolist() for found in kept]
 
 
 def test_weights_stay_where_they_are(s2_model: GoldenModel) -> None:
     """Unknown fields, such as the version and the producer, are kept, too."""
     path = s2_model.file("slow_ar")
-    portable = onnx.load(path, load_external_data=False)
+    portable = load(path)
     spec = next(job.spec for job in s2_model.lm.jobs("audio") if job.role == "slow_ar")
     model, _ = lowered(path, spec, LoweringOptions(ROWS, "fp16", fp32_attention=True, primitive_attention=True))
     assert (model.ir_version, model.producer_name) == (portable.ir_version, portable.producer_name)
-    places = {t.name: [(e.key, e.value) for e in t.external_data] for t in portable.graph.initializer if t.external_data}
-    assert {t.name: [(e.key, e.value) for e in t.external_data] for t in model.graph.initializer if t.external_data} == places
+    places = [
+        {name: (t.location, t.offset, t.length) for name, v in of.graph.initializers.items() if is_external(t := v.const_value)}
+        for of in (portable, model)
+    ]
+    assert places[0] == places[1] != {}
+
+
+def is_external(tensor: object) -> TypeGuard[ir.ExternalTensor]:
+    return isinstance(tensor, ir.ExternalTensor)
 
 
 def test_a_cache_of_unknown_length_is_refused(exported: Exported) -> None:
     for length in (None, 0):
         options = LoweringOptions(length, "fp32", fp32_attention=False, primitive_attention=False)
-        with pytest.raises(GraphError, match=r"slow_ar\.onnx leaves the length of its caches open") as caught:
+        with pytest.raises(ExportError, match=r"slow_ar\.onnx leaves the length of its caches open") as caught:
             lowered(exported.file("slow_ar"), exported.jobs["slow_ar"].spec, options)
         assert "max_len" in str(caught.value.hint)
 
 
 def test_an_unknown_precision_is_refused(exported: Exported) -> None:
-    with pytest.raises(GraphError, match="'int2'"):
+    with pytest.raises(ExportError, match="'int2'"):
         lowered(exported.file("fast_ar"), exported.jobs["fast_ar"].spec, LoweringOptions(None, "int2", False, False))
