@@ -34,8 +34,9 @@ from harness import HERE, Made, ProcessError, compare, inner, python, shared_opt
 from record import RESULTS, environment, write_record
 from torch_peer import COMPILED
 
-RECIPES = {"fp32": (), "int8": ("--precision", "int8"), "int4": ("--precision", "int4")}
-"""Options of `fishrt export` by recipe. fp32 keeps the checkpoint's bfloat16; the engine chooses the precision of products."""
+_FORMS = ("--target", "cuda", "--target", "tensorrt")
+RECIPES = {"fp32": _FORMS, "int8": ("--precision", "int8", *_FORMS), "int4": ("--precision", "int4", *_FORMS)}
+"""Options of `fishrt export` by recipe. fp32 keeps the checkpoint's bfloat16; the device decides the precision of products."""
 REAL_TIME = 0.5
 """The largest real-time factor of a batch that counts as served."""
 MEASURED, SMOKED = ("s2", "s1", "1.5"), "1.2"

@@ -33,8 +33,7 @@ from fishrt.language_model.frame import drawn_codes
 from fishrt.language_model.sampling import Sampling, SeededNoise, main_ids
 from fishrt.metrics import Summary, frame_bytes, per_second, rtf
 from fishrt_engines import Array, Engine, GraphSpec, open_engine
-from fishrt_engines.machine import device_memory, gpus, peak_memory
-from fishrt_engines.ort.cuda import computed_in
+from fishrt_engines.machine import device_memory, features, peak_memory
 from fishrt_engines.providers import import_onnxruntime
 from torch_peer import COMPILED, DTYPES, load_torch, open_torch_decoder, open_torch_frames
 
@@ -173,15 +172,13 @@ def _graphs(found: Findings, bundle: Bundle, checkpoint: Path, provider: str, de
 
 def _precision(bundle: Bundle, provider: str) -> str:
     """Return the precision of the language model's products."""
-    path = bundle.file(bundle.manifest.specs["slow_ar"].file)
-    if provider == "cuda":
-        return computed_in(path.read_bytes(), next(iter(gpus() or ()), None))
+    graph = bundle.manifest.graphs["slow_ar"]
     if provider == "tensorrt":
         from fishrt_engines.trt.engine import find_built
 
-        spec = bundle.manifest.specs["slow_ar"]
-        return find_built(path, spec, identity=spec.identity or None).key.lowering.precision
-    return "float32"
+        return find_built(bundle.file(graph.spec.file), graph.spec, identity=graph.spec.identity or None).key.lowering.precision
+    form = graph.form(provider, features(provider))
+    return (graph.spec if form is None else form.spec).state_tensors[0].dtype  # products have the type of the caches
 
 
 def _batches(found: Findings, bundle: Bundle, provider: str, frames: int, most: int, memory: _Memory) -> None:
@@ -294,7 +291,7 @@ def _noises(spec: GraphSpec, lm: LanguageModel, batch: int) -> tuple[list[dict[s
 def _weights(bundle: Bundle, provider: str) -> dict[str, int]:
     """Return the bytes of weights read by a step of the slow AR, a step of the fast AR, and a frame."""
     manifest = bundle.manifest
-    width = 4.0 if provider == "cpu" else 2.0
+    width = 4.0 if _precision(bundle, provider) == "float32" else 2.0
     slow, fast = (bytes_read(bundle.file(manifest.specs[role].file), width) for role in ("slow_ar", "fast_ar"))
     steps = drawn_codes(manifest.model)
     return {"slow_bytes": slow, "fast_bytes": fast, "fast_steps": steps, "frame_bytes": round(frame_bytes(slow, fast, steps))}

@@ -6,6 +6,7 @@ import json
 import math
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,13 @@ pytest.importorskip("torch", reason="needs the export extra")
 import gpu
 import gpu_graphs
 import gpu_process
-from fake_cuda import FakeCuda
+from fake_cuda import OLD, FakeCuda
 from fishrt.bench.setup import bytes_read
+from fishrt.bundle.manifest import Form
 from fishrt.language_model.drawing import FrameDrawer
 from fishrt.language_model.sampling import SeededNoise
 from fishrt.tts import TTS
+from fishrt_engines.engine import GraphSpec
 from fishrt_engines.providers import find_obstacle
 
 TIMES = {"median_ms", "p95_ms", "count"}
@@ -328,11 +331,24 @@ def test_a_difference_is_told(tiny_bundle, monkeypatch):
     )
 
 
+def test_the_precision_is_that_of_the_form_that_runs(tiny_bundle, monkeypatch):
+    manifest = tiny_bundle.manifest
+    graph, fake = manifest.graphs["slow_ar"], FakeCuda(monkeypatch)
+
+    def computed_in(dtype: str) -> GraphSpec:
+        return replace(graph.spec, inputs=tuple(replace(t, dtype=dtype) if "cache" in t.name else t for t in graph.spec.inputs))
+
+    forms = (Form("cuda", computed_in("bfloat16"), needs=("bfloat16",)), Form("cuda", computed_in("float16")))
+    bundle = replace(tiny_bundle, manifest=replace(manifest, graphs={**manifest.graphs, "slow_ar": replace(graph, forms=forms)}))
+    found = [gpu_process._precision(bundle, "cpu"), gpu_process._precision(bundle, "cuda")]
+    fake.devices = (replace(OLD, compute_capability=(8, 0)),)
+    assert [*found, gpu_process._precision(bundle, "cuda")] == ["float32", "float16", "bfloat16"]
+
+
 def test_results_that_stay_on_a_device_are_measured(tiny_bundle, tiny_checkpoint, tmp_path, monkeypatch):
-    """The device is simulated (see fake_cuda): a language model in float16, the frame graph, captured runs."""
+    """The device is simulated (see fake_cuda): the frame graph, captured runs. Heads are too narrow for a form in 16 bits."""
     fake = FakeCuda(monkeypatch)
     monkeypatch.setattr("fishrt.tts.resolve_provider", lambda name: name)
-    monkeypatch.setattr(gpu_process, "gpus", lambda: fake.devices)
     monkeypatch.setattr(gpu_graphs, "FRAMES", 4)
     path, memory = tmp_path / "findings", gpu_process._Memory()
     into = gpu_process.Findings(path)
@@ -342,11 +358,11 @@ def test_results_that_stay_on_a_device_are_measured(tiny_bundle, tiny_checkpoint
     gpu_process._turn(into, "ours", tiny_bundle, tiny_checkpoint, "cuda", "cpu", 2)
     record = gpu_process.read_findings(path)
     assert '"error"' not in json.dumps(record)
-    assert record["computed_in"] == "float16"
+    assert record["computed_in"] == "float32"
     for role in ("slow_ar", "fast_ar"):
         assert all(found["relative_rms"] < 1e-2 for found in record[role]["ours against torch fp32"].values())
     assert record["frame"]["loop_on"] == "cuda"
     assert record["batch 2"]["batch"] == 2
     weights = record["weights"]
-    assert weights["slow_bytes"] == pytest.approx(bytes_read(tiny_bundle.file("slow_ar.onnx")) / 2, rel=1e-3)
+    assert weights["slow_bytes"] == bytes_read(tiny_bundle.file("slow_ar.onnx"))
     assert any(session.captures for session in fake.sessions)
