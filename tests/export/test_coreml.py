@@ -312,7 +312,7 @@ def test_a_damaged_description_is_refused(static_bundle: Bundle, tmp_path: Path,
 def test_export_adds_them(tiny_checkpoint: Path, tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Static graphs are added to traced ones."""
 
-    def made_before(jobs: list[GraphJob], folder: Path, _progress: object) -> dict[str, Made]:
+    def made_before(jobs: list[GraphJob], folder: Path, _make: object, _progress: object) -> dict[str, Made]:
         for job in jobs:
             for name in (job.spec.file, f"{job.spec.file}.data"):
                 shutil.copy(tiny_bundle.file(name), folder / name)
@@ -320,7 +320,7 @@ def test_export_adds_them(tiny_checkpoint: Path, tiny_bundle: Bundle, monkeypatc
         return {job.role: Made(graphs[job.role].parity, graphs[job.role].memory, {}) for job in jobs}
 
     monkeypatch.setattr("fishrt_export.export._run", made_before)
-    bundle = export_bundle(tiny_checkpoint, tmp_path / "bundle", static="coreml")
+    bundle = export_bundle(tiny_checkpoint, tmp_path / "bundle", targets=["coreml"])
     assert max(part.parity.max_abs_error for part in parts_of(bundle)) <= TOLERANCES["static"]
     bundle.verify()
     shown = CliRunner().invoke(main, ["inspect", str(bundle.path)])

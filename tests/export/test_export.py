@@ -367,7 +367,7 @@ def test_a_graph_that_differs_fails_and_leaves_nothing(checkpoint: Path, out: Pa
 def skip_tracing(monkeypatch: pytest.MonkeyPatch, findings: dict[str, list[Finding]] | None = None) -> None:
     from fishrt.bundle.manifest import Parity
 
-    def run(job: fishrt_export.graph.job.GraphJob, folder: Path, progress: Progress) -> Made:
+    def run(job: fishrt_export.graph.job.GraphJob, folder: Path, progress: Progress, _make_forms: object) -> Made:
         for part, name in enumerate(("tracing", "writing", "verifying")):
             progress(name, part / 3)
         (folder / job.spec.file).write_bytes(b"not a graph")
