@@ -170,6 +170,37 @@ def test_more_rows_than_the_plan_has_are_refused(gpu, small):
     assert dict(ours.limits) == {"batch": 1, "length": 8, "cache": 10}
 
 
+def test_of_plans_of_several_lengths_a_state_takes_the_shortest(gpu, small):
+    """It moves to a longer one as it grows, and for a prompt that is too long for the shorter."""
+    build_plan(request_for(small, max_len=8, profiles=profiles(longest=4)))
+    ours, cpu = engines(small, max_len=16, profiles=profiles(longest=8))
+    assert dict(ours.limits) == {"batch": 1, "length": 8, "cache": 16}
+    states, totals = [engine.new_state(batch=1, cache=6) for engine in (ours, cpu)], ([], [])
+
+    def run(tokens: list[int], at: int) -> int:
+        for engine, state, found in zip((ours, cpu), states, totals, strict=True):
+            found.append(engine.run(feeds([tokens], at), state)["total"].copy())
+        return states[0].loaded.plan.key.lowering.max_len
+
+    assert [run([3, 1, 4], 0), *(run([n], n) for n in (3, 4, 5))] == [8] * 4
+    for state in states:
+        state.grow(cache=12)
+    assert [run([n], n) for n in (6, 7, 8)] == [16] * 3
+    other = [engine.new_state(batch=1, cache=8) for engine in (ours, cpu)]
+    states[:] = other
+    assert [run([1], 0), run([2, 3, 4, 5, 6], 1), run([7], 6)] == [8, 16, 16]
+    np.testing.assert_allclose(*totals, rtol=1e-6)
+    np.testing.assert_allclose(*(state.read("key_cache.0") for state in states), rtol=1e-6)
+
+
+def test_a_shorter_plan_that_would_leave_too_little_memory_is_not_loaded(gpu, small):
+    build_plan(request_for(small, max_len=8))
+    build_plan(request_for(small, max_len=16))
+    gpu.cuda.reserved = gpu.cuda.total * 3 // 4
+    ours = open_plan(small, SPEC)
+    assert ours.new_state(batch=1, cache=4).loaded.plan.key.lowering.max_len == 16
+
+
 def test_columns_beyond_the_cache_are_refused_before_anything_is_written(gpu, small):
     ours, _ = engines(small)
     state = ours.new_state(batch=1, cache=4)

@@ -150,6 +150,8 @@ def test_positions(tiny_bundle):
     wide = replace(tiny_bundle, manifest=replace(tiny_bundle.manifest, model=lm))
     assert dict(plan_requests(wide, PlanOptions(), SM89))["slow_ar"].lowering.max_len == 4096
     assert dict(plan_requests(wide, PlanOptions(max_lens=(20000,)), SM89))["slow_ar"].lowering.max_len == 20000
+    several = plan_requests(wide, PlanOptions(max_lens=(20000, 1024)), SM89)
+    assert [r.lowering.max_len for _, r in several] == [1024, 20000, None, None, None]  # the longest last: it sets the limit
     with pytest.raises(FishrtError, match="the length is 40000; the model takes up to 32768"):
         plan_requests(wide, PlanOptions(max_lens=(40000,)), SM89)
     assert (with_positions(lm, 4096).max_seq_len, with_positions(lm, 4096).max_prompt) == (4096, 2048)

@@ -3,6 +3,9 @@
     feeds ──copy──► buffers of these shapes ─► context, or captured graph ─► buffers ──copy──► results, or resident results
                                       state ─►                            ─► the same state, in place
 
+A step reads all rows of its plan's caches, so short states and large batches are faster in a shorter plan: of several lengths, a
+state takes the shortest.
+
 Each profile of a plan has its own context, so that the captured graph of the step stays valid during a prefill. All contexts of
 all engines use the one stream of `trt.device`, one run after the other: a resident result can be fed to another engine without
 synchronisation.
@@ -17,7 +20,7 @@ from __future__ import annotations
 
 import logging
 import mmap
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,8 +31,8 @@ from ..engine import Array, GraphSpec, Resident, State, TensorSpec, check_feeds,
 from ..errors import FishrtError, GraphError
 from .api import checked, load_tensorrt, log_of
 from .device import Device, DeviceBuffer, Graph, open_device
-from .plans import Plan, find_plan, machine_of
-from .state import Call, DeviceArray, Kept, Tensor, TrtState
+from .plans import Plan, find_plans, machine_of
+from .state import Call, DeviceArray, Loaded, Tensor, TrtState
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +41,8 @@ _CALLS_KEPT = 4
 _DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT64": "int64", "INT32": "int32", "INT8": "int8"}
 _DTYPES |= {"BOOL": "bool", "UINT8": "uint8"}
 """Name of an element type in specs, by TensorRT's name."""
+_LEFT_FREE = 0.25
+"""Part of the device's memory that stays free for states when a shorter plan is loaded beside the longest."""
 _REBUILD = "remove its folder, and run `fishrt build-trt` again"
 
 
@@ -48,18 +53,27 @@ def open_plan(path: Path, spec: GraphSpec) -> TrtEngine:
     or differs from `spec`; FishrtError if the device's memory does not suffice.
     """
     trt, device = load_tensorrt(), open_device()
-    plan = find_built(path, spec)
-    log.info("%s runs in %s, from %s", spec.file, plan.key.lowering.precision, plan.path)
-    device.check_room(plan.path.stat().st_size, f"the plan of {spec.file}")
-    runtime = checked(trt, "making a runtime", lambda: trt.Runtime(log_of(trt)))
-    with plan.path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as serialized:
-        engine = checked(trt, f"loading {plan.path}", lambda: runtime.deserialize_cuda_engine(serialized), _REBUILD)
-    return TrtEngine(trt, device, engine, spec, plan)
+    loaded: list[tuple[Plan, Any]] = []
+    for plan in find_plans(path, spec, machine_of(trt.__version__, device)):
+        size, (free, total) = plan.path.stat().st_size, device.memory()
+        if loaded and free - size < total * _LEFT_FREE:
+            log.info("%s is not loaded: too little memory would be left", plan.path)
+            break
+        log.info("%s runs in %s, from %s", spec.file, plan.key.lowering.precision, plan.path)
+        device.check_room(size, f"the plan of {spec.file}")
+        runtime = checked(trt, "making a runtime", lambda: trt.Runtime(log_of(trt)))
+        loaded.append((plan, _load(trt, runtime, plan.path)))
+    return TrtEngine(trt, device, spec, loaded[::-1])
+
+
+def _load(trt: Any, runtime: Any, path: Path) -> Any:
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as serialized:
+        return checked(trt, f"loading {path}", lambda: runtime.deserialize_cuda_engine(serialized), _REBUILD)
 
 
 def find_built(path: Path, spec: GraphSpec) -> Plan:
-    """Return the plan that `open_plan` would load. Raises ProviderError if there is none for this machine."""
-    return find_plan(path, spec, machine_of(load_tensorrt().__version__, open_device()))
+    """Return the longest plan that `open_plan` would load. Raises ProviderError if there is none for this machine."""
+    return find_plans(path, spec, machine_of(load_tensorrt().__version__, open_device()))[0]
 
 
 class _Context:
@@ -112,39 +126,46 @@ class _Context:
 
 
 class TrtEngine:
-    """A loaded plan. See `engine.Engine`."""
+    """Loaded plans of one graph, which differ in the length of its caches. See `engine.Engine`."""
 
     provider = "tensorrt"
 
-    def __init__(self, trt: Any, device: Device, engine: Any, spec: GraphSpec, plan: Plan) -> None:
-        """spec: of the portable graph. Raises GraphError for a plan with other tensors, FishrtError for too little memory."""
-        if wrong := sorted(_differences(trt, engine, spec, plan)):
-            raise GraphError(f"{plan.path} differs from its description: {'; '.join(wrong)}", hint=_REBUILD)
+    def __init__(self, trt: Any, device: Device, spec: GraphSpec, plans: Sequence[tuple[Plan, Any]]) -> None:
+        """spec: of the portable graph. plans: each with TensorRT's engine, the shortest first.
+
+        Raises GraphError for a plan with other tensors, FishrtError for too little memory.
+        """
         self.spec = spec
-        self._device, self._plan, self._engine = device, plan, engine
-        in_place = {pair.input for pair in spec.states if engine.get_aliased_input_tensor(pair.output) == pair.input}
-        self._kept = Kept(device, spec, plan, in_place)
+        self._device = device
+        self._plans: list[Loaded] = []
         self._results = [t.name for t in spec.results]
         self._captures = True
         """Whether runs are captured; False after a capture has failed."""
+        for plan, engine in plans:
+            if wrong := sorted(_differences(trt, engine, spec, plan)):
+                raise GraphError(f"{plan.path} differs from its description: {'; '.join(wrong)}", hint=_REBUILD)
         with device.lock:
             # Contexts run one after the other, so all share this memory.
-            scratch = device.allocate(max(engine.device_memory_size_v2, 1), f"running {spec.file}")
-            self._contexts = [_Context(trt, device, engine, n, scratch) for n in range(engine.num_optimization_profiles)]
-        self._shared = None if spec.states else TrtState(self._kept, {})
+            needed = max(engine.device_memory_size_v2 for _, engine in plans)
+            scratch = device.allocate(max(needed, 1), f"running {spec.file}")
+            for plan, engine in plans:
+                in_place = {pair.input for pair in spec.states if engine.get_aliased_input_tensor(pair.output) == pair.input}
+                contexts = [_Context(trt, device, engine, n, scratch) for n in range(engine.num_optimization_profiles)]
+                self._plans.append(Loaded(device, spec, plan, in_place, contexts))
+        self._shared = None if spec.states else TrtState(self._plans, {})
         """The buffers of a graph without state."""
 
     @property
     def limits(self) -> Mapping[str, int]:
-        """Return the largest size of each symbolic dimension in the plan's profiles."""
-        return self._kept.limits
+        """Return the largest size of each symbolic dimension in the longest plan's profiles."""
+        return self._plans[-1].limits
 
     def new_state(self, **dims: int) -> TrtState:
         """See `engine.Engine.new_state`. Raises ValueError if `dims` does not name exactly the state's symbolic dimensions.
 
         Raises FishrtError for sizes beyond the plan's profiles or the device's memory.
         """
-        return TrtState(self._kept, dims)
+        return TrtState(self._plans, dims)
 
     def run(
         self, feeds: Mapping[str, Array | Resident], state: State | None = None, resident: Collection[str] = ()
@@ -153,7 +174,7 @@ class TrtEngine:
         if self._shared is not None and state is not None:
             raise ValueError(f"{self.spec.file} carries no state, but one was given")
         used = state if self._shared is None else self._shared
-        if not isinstance(used, TrtState) or used.kept is not self._kept:
+        if not isinstance(used, TrtState) or used.plans is not self._plans:
             raise ValueError(f"{self.spec.file} needs a state that its own new_state made")
         if unknown := set(resident) - set(self._results):
             raise ValueError(f"{names(unknown)} cannot stay on the device; the results are {names(self._results)}")
@@ -162,6 +183,7 @@ class TrtEngine:
         dims = check_feeds(self.spec, feeds, used.dims)
         self._check_writes(feeds, dims, used)
         with self._device.lock:
+            used.move_for(dims)
             call = self._call(feeds, dims, used)
             self._give(feeds, call)
             self._execute(call, used)
@@ -169,7 +191,7 @@ class TrtEngine:
 
     def _check_writes(self, feeds: Mapping[str, Array | Resident], dims: Mapping[str, int], state: TrtState) -> None:
         """Check that columns fit into the cache: TensorRT would write beyond its end. Raises ValueError otherwise."""
-        writes = self._plan.writes
+        writes = state.loaded.plan.writes
         if writes is None:
             return
         given = feeds[writes.write_index]
@@ -184,19 +206,19 @@ class TrtEngine:
         shapes = tuple(feeds[t.name].shape for t in self.spec.feeds)
         call = state.calls.get(shapes)
         if call is None:
-            call = state.calls[shapes] = self._bind(dims)
+            call = state.calls[shapes] = self._bind(dims, state.loaded)
             if len(state.calls) > _CALLS_KEPT:
                 state.calls.popitem(last=False)
         state.calls.move_to_end(shapes)
         return call
 
-    def _bind(self, dims: Mapping[str, int]) -> Call:
-        profile = self._plan.profile_for(dims)
-        shapes = {t.name: t.resolve(dims) for t in self._plan.spec.inputs}
-        context = self._contexts[profile]
+    def _bind(self, dims: Mapping[str, int], loaded: Loaded) -> Call:
+        profile, described = loaded.plan.profile_for(dims), loaded.plan.spec
+        shapes = {t.name: t.resolve(dims) for t in described.inputs}
+        context = loaded.contexts[profile]
         context.set_shapes(shapes)
-        feeds = {t.name: self._tensor(t, shapes[t.name]) for t in self._plan.spec.feeds}
-        results = {t.name: self._tensor(t, context.shape(t.name)) for t in self._plan.spec.results}
+        feeds = {t.name: self._tensor(t, shapes[t.name]) for t in described.feeds}
+        results = {t.name: self._tensor(t, context.shape(t.name)) for t in described.results}
         return Call(profile, shapes, feeds, results)
 
     def _tensor(self, spec: TensorSpec, shape: tuple[int, ...]) -> Tensor:
@@ -226,7 +248,7 @@ class TrtEngine:
                 self._device.copy(given.buffer.address, tensor.device.address, tensor.host.nbytes)
 
     def _execute(self, call: Call, state: TrtState) -> None:
-        context = self._contexts[call.profile]
+        context = state.loaded.contexts[call.profile]
         context.set_shapes(call.shapes)
         addresses = {name: tensor.device.address for name, tensor in (*call.feeds.items(), *call.results.items())}
         for pair in self.spec.states:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import platform
 import shlex
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +112,12 @@ class Plan:
     attention: str
     """The form of attention with which TensorRT could build it: fused, decomposable or primitive."""
 
+    def is_shorter_than(self, other: Plan) -> bool:
+        """Return whether it differs from another plan of its graph in shorter caches only."""
+        mine, its = self.key.lowering, other.key.lowering
+        alike = replace(mine, max_len=None) == replace(its, max_len=None) and self.key.workspace == other.key.workspace
+        return alike and (mine.max_len or 0) < (its.max_len or 0)
+
     def profile_for(self, dims: Mapping[str, int]) -> int:
         """Return the index of the profile for a call of these sizes. Raises FishrtError if there is none."""
         profiles = self.key.profiles
@@ -155,14 +161,15 @@ def machine_of(version: str, device: Device) -> Machine:
     return Machine(version, device.name, f"{major}.{minor}", rounded, f"{platform.system()} {platform.machine()}", LOWERING)
 
 
-def find_plan(path: Path, spec: GraphSpec, machine: Machine) -> Plan:
-    """Return the plan for a graph on this machine; of several, the one that was built or requested last.
+def find_plans(path: Path, spec: GraphSpec, machine: Machine) -> list[Plan]:
+    """Return the plans for a graph on this machine: the one that was built or requested last, then shorter ones, longest first.
 
-    path: of the graph file, for messages: the graph is known by its identity. Raises ValueError without identity; ProviderError,
-    with the reasons, if no plan fits.
+    Shorter ones differ in the length of caches only. path: of the graph file, for messages: the graph is known by its identity.
+    Raises ValueError without identity; ProviderError, with the reasons, if no plan fits.
     """
     if not spec.identity:
         raise ValueError(f"the plan of {spec.file} is found by the identity of the graph, and its description has none")
+    found: list[Plan] = []
     why = []
     for folder in cache.entries(plan_folder()):
         try:
@@ -177,12 +184,14 @@ def find_plan(path: Path, spec: GraphSpec, machine: Machine) -> Plan:
             why.append(f"the one in {folder} {'; '.join(differences)}")
         elif fault := entry.fault():
             why.append(f"the one in {folder} {fault}")
-        else:
-            return plan
-    raise ProviderError(
-        f"there is no TensorRT plan of {path.name} for this machine" + (f": {'; '.join(why)}" if why else ""),
-        hint=f"fishrt build-trt {shlex.quote(str(path.parent))}",
-    )
+        elif not found or plan.is_shorter_than(found[0]):
+            found.append(plan)
+    if not found:
+        raise ProviderError(
+            f"there is no TensorRT plan of {path.name} for this machine" + (f": {'; '.join(why)}" if why else ""),
+            hint=f"fishrt build-trt {shlex.quote(str(path.parent))}",
+        )
+    return sorted(found, key=lambda plan: plan.key.lowering.max_len or 0, reverse=True)
 
 
 def kept_plan(key: PlanKey) -> Plan | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -57,9 +57,9 @@ class Call:
     """`Device.waits` at its last run: while it is unchanged, copies from its arrays may be unfinished."""
 
 
-@dataclass(frozen=True, slots=True)
-class Kept:
-    """The facts common to all states of an engine."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Loaded:
+    """A plan on the device."""
 
     device: Device
     spec: GraphSpec
@@ -67,6 +67,8 @@ class Kept:
     plan: Plan
     in_place: Collection[str]
     """Input names of state tensors that the plan updates in place."""
+    contexts: Sequence[Any]
+    """The execution context of each profile: see `engine`."""
 
     @property
     def limits(self) -> dict[str, int]:
@@ -79,6 +81,11 @@ class Kept:
             most |= {name: size for name, size in pairs if isinstance(name, str) and isinstance(size, int)}
         return most
 
+    def takes(self, dims: Mapping[str, int]) -> bool:
+        """Return whether sizes of a state, or of a call, are in the ranges that it was built for."""
+        within = all(size <= self.limits.get(name, size) for name, size in dims.items())
+        return within and any(profile.holds(dims) for profile in self.plan.key.profiles)
+
     def check_sizes(self, dims: Mapping[str, int]) -> None:
         """Check that state fits into the plan's limits. Raises FishrtError otherwise."""
         limits = self.limits
@@ -90,21 +97,26 @@ class TrtState(OneRow):
     """State tensors on the device. See `engine.State`.
 
     A cache has the plan's full length from the start; `dims` holds the requested length. A tensor that the plan does not update
-    in place has two buffers, which alternate as input and output.
+    in place has two buffers, which alternate as input and output. Of several plans, a state belongs to the shortest that takes
+    its calls, and moves to a longer one as it grows.
     """
 
-    def __init__(self, kept: Kept, dims: Mapping[str, int]) -> None:
-        """Allocate zeros. Raises ValueError for other dimensions than the graph's, FishrtError beyond the plan or the memory."""
-        check_state_dims(kept.spec, dims)
-        kept.check_sizes(dims)
-        self.kept, self.dims = kept, dict(dims)
+    def __init__(self, plans: Sequence[Loaded], dims: Mapping[str, int]) -> None:
+        """Allocate zeros. plans: of the engine, the shortest first.
+
+        Raises ValueError for other dimensions than the graph's, FishrtError beyond the plans or the memory.
+        """
+        check_state_dims(plans[0].spec, dims)
+        self.plans, self.dims = plans, dict(dims)
+        self.loaded = self._that_takes(dims)
+        self.loaded.check_sizes(dims)
         self.turned = False
         self.calls: OrderedDict[tuple[tuple[int, ...], ...], Call] = OrderedDict()
         self._buffers = self._allocate()
 
     def read(self, name: str) -> Array:
         """See `engine.State.read`."""
-        device, tensor, stored = self.kept.device, *self._specs(name)
+        device, tensor, stored = self.loaded.device, *self._specs(name)
         shape = tensor.resolve(self.dims)
         raw = np.empty(math.prod(shape) * item_size(stored.dtype), np.uint8)
         with device.lock:
@@ -115,7 +127,7 @@ class TrtState(OneRow):
 
     def write(self, name: str, array: Array) -> None:
         """See `engine.State.write`. Raises ValueError for an array that does not fit."""
-        device, tensor, stored = self.kept.device, *self._specs(name)
+        device, tensor, stored = self.loaded.device, *self._specs(name)
         check_written(name, tensor.dtype, tensor.resolve(self.dims), array)
         raw = to_bytes(array, stored.dtype)
         with device.lock:
@@ -127,19 +139,33 @@ class TrtState(OneRow):
         """See `engine.State.grow`. Raises ValueError for unknown or smaller dimensions, FishrtError beyond the plan's limits."""
         check_growth(self.dims, dims)
         larger = {**self.dims, **dims}
-        self.kept.check_sizes(larger)
-        if any(stored.resolve(self.dims) != stored.resolve(larger) for stored in self.kept.plan.spec.state_tensors):
-            made = TrtState(self.kept, larger)
-            for tensor in self.kept.spec.state_tensors:
-                made.write(tensor.name, self.read(tensor.name))
-            self._buffers, self.turned = made._buffers, False
-            self.calls.clear()
+        loaded = self.loaded if self.loaded.takes(larger) else self._that_takes(larger)
+        loaded.check_sizes(larger)
+        before, after = (plan.plan.spec.state_tensors for plan in (self.loaded, loaded))
+        if any(a.resolve(self.dims) != b.resolve(larger) for a, b in zip(before, after, strict=True)):
+            self._move(loaded, larger)
         self.dims = larger
+
+    def move_for(self, dims: Mapping[str, int]) -> None:
+        """Move to a longer plan if a call of these sizes, such as a long prompt, needs one."""
+        if not self.loaded.takes(dims) and (longer := self._that_takes(dims)) is not self.loaded:
+            self._move(longer, self.dims)
+
+    def _that_takes(self, dims: Mapping[str, int]) -> Loaded:
+        """Return the shortest plan that takes these sizes; the longest if none does."""
+        return next((plan for plan in self.plans if plan.takes(dims)), self.plans[-1])
+
+    def _move(self, loaded: Loaded, dims: Mapping[str, int]) -> None:
+        made = TrtState([loaded], dims)
+        for tensor in loaded.spec.state_tensors:
+            made.write(tensor.name, self.read(tensor.name))
+        self.loaded, self._buffers, self.turned = loaded, made._buffers, False
+        self.calls.clear()
 
     def copy_rows(self, source: State, row: int, length: int) -> None:
         """See `State.copy_rows`. The copy goes through the host."""
         dims = {name: 1 if name == "batch" else length for name in self.dims}
-        for t in self.kept.spec.state_tensors:
+        for t in self.loaded.spec.state_tensors:
             self.row(row).write(t.name, source.read(t.name)[tuple(map(slice, t.resolve(dims)))])
 
     def address(self, name: str, *, after: bool = False) -> int:
@@ -152,17 +178,17 @@ class TrtState(OneRow):
         self.turned ^= any(len(buffers) > 1 for buffers in self._buffers.values())
 
     def _allocate(self) -> dict[str, tuple[DeviceBuffer, ...]]:
-        device, what = self.kept.device, f"the state of {self.kept.spec.file}"
-        tensors = self.kept.plan.spec.state_tensors
+        device, what = self.loaded.device, f"the state of {self.loaded.spec.file}"
+        tensors = self.loaded.plan.spec.state_tensors
         sizes = {t.name: math.prod(t.resolve(self.dims)) * item_size(t.dtype) for t in tensors}
-        counts = {name: 1 if name in self.kept.in_place else 2 for name in sizes}
+        counts = {name: 1 if name in self.loaded.in_place else 2 for name in sizes}
         with device.lock:
             device.check_room(sum(counts[name] * size for name, size in sizes.items()), what)
             return {name: tuple(device.allocate(size, what) for _ in range(counts[name])) for name, size in sizes.items()}
 
     def _specs(self, name: str) -> tuple[TensorSpec, TensorSpec]:
         """Return the descriptions of a state tensor for callers and in the plan. Raises KeyError for an unknown name."""
-        found = [{t.name: t for t in spec.state_tensors}[name] for spec in (self.kept.spec, self.kept.plan.spec)]
+        found = [{t.name: t for t in spec.state_tensors}[name] for spec in (self.loaded.spec, self.loaded.plan.spec)]
         return found[0], found[1]
 
     def _parts(self, stored: TensorSpec, shape: tuple[int, ...], raw: Array) -> Iterator[tuple[int, Array]]:
