@@ -33,6 +33,8 @@ class FakeCuda:
         """Whether the CUDA provider can be loaded."""
         self.refuses_capture: str | None = None
         self.fails_capture: str | None = None
+        self.failures = 100
+        """Captures that fail with `fails_capture`."""
         self.sessions: list[FakeSession] = []
         self.preloaded = 0
         self.OrtValue = SimpleNamespace(ortvalue_from_shape_and_type=self._allocate)
@@ -110,7 +112,8 @@ class FakeSession:
         assert (graph is None) != self.captures, "a session that captures takes 0 for the id of a run that has none"
         self.runs.append(graph)
         if graph is not None and graph >= 0:
-            if self.cuda.fails_capture:
+            if self.cuda.fails_capture and self.cuda.failures:
+                self.cuda.failures -= 1
                 raise RuntimeError(self.cuda.fails_capture)
             assert self.captured.setdefault(graph, binding) is binding, (
                 "a captured graph works on the addresses it was captured with"

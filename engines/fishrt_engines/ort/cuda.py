@@ -45,6 +45,8 @@ def open_cuda(path: Path, spec: GraphSpec, *, threads: int) -> Opened:
     options = session_options(ort, threads)
     # Without this, weights in 4 and 8 bits would be expanded in every run.
     options.add_session_config_entry("session.enable_dq_matmulnbits_fusion", "1")
+    # Weights lie in memory of their own, so that the arena holds no unused half of a large piece.
+    options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     session, captures = _session(ort, graph_source(path, options), options, path.name, is_captured(spec))
     _warn_of_cpu_nodes(session, path.name)
@@ -70,6 +72,8 @@ def provider_options(*, captures: bool) -> dict[str, str]:
         "cudnn_conv_algo_search": "HEURISTIC",
         "do_copy_in_default_stream": "1",
         "use_tf32": "1",
+        # Flash, memory-efficient and unfused attention. By default, new devices take cuDNN, which plans anew for each length.
+        "sdpa_kernel": "19",
         "enable_cuda_graph": str(int(captures)),
     }
 

@@ -20,7 +20,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
-import threading
 import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -53,6 +52,8 @@ _PLANS_KEPT = 4
 """Plans that a state keeps, least recently used first out. A loop uses two or three; a prefill's is not used again."""
 _IDLE_KEPT = 4
 """Released states of a device kept for the next state of their size, with their captured calls. Growth releases two or three."""
+_CAPTURES_TRIED = 2
+"""Attempts to capture a call: another program may have disturbed the first."""
 _NOT_CAPTURED = -1
 """ONNX Runtime's graph id for a run that is neither captured nor replayed."""
 
@@ -74,6 +75,8 @@ class _Plan:
     """Id of the captured graph, or _NOT_CAPTURED."""
     constants: dict[str, Any]
     """Constant feeds that are already on the device."""
+    tries: int = 1
+    """Attempts to capture it so far."""
 
 
 class _Carried:
@@ -194,9 +197,7 @@ class OrtEngine:
         self._idle: deque[tuple[dict[str, Tensor], _Carried]] = deque(maxlen=_IDLE_KEPT)
         self._dropped: list[int] = []
         """Ids of captured graphs whose plans were deleted."""
-        self._lock = None if isinstance(self._memory, HostMemory) else threading.Lock()
-        """A device's session is used by one thread at a time: all threads share the plans without state. ONNX Runtime captures
-        anew for each thread, so a server should speak from one thread only."""
+        self._on_device = not isinstance(self._memory, HostMemory)
 
     def new_state(self, **dims: int) -> OrtState:
         """See `engine.Engine.new_state`. Raises ValueError if `dims` does not name exactly the state's symbolic dimensions."""
@@ -236,20 +237,19 @@ class OrtEngine:
         if not self.spec.states and state is not None:
             raise ValueError(f"{self.spec.file} carries no state, but one was given")
         carried = state.carried if isinstance(state, OrtState) else None
-        if self._lock is None:
-            return self._run(feeds, carried, resident)
-        with self._lock:
+        with self._memory.lock:
             return self._run(feeds, carried, resident)
 
     @contextlib.contextmanager
     def allocating(self, what: str) -> Iterator[None]:
-        """Raise FishrtError for the various errors of numpy and ONNX Runtime for too little memory."""
-        try:
-            yield
-        except Exception as error:  # ONNX Runtime's exceptions have no common base
-            if not is_memory_error(error):
-                raise
-            raise out_of_memory(what, self.provider) from None
+        """Hold the device, and raise FishrtError for the various errors of numpy and ONNX Runtime for too little memory."""
+        with self._memory.lock:
+            try:
+                yield
+            except Exception as error:  # ONNX Runtime's exceptions have no common base
+                if not is_memory_error(error):
+                    raise
+                raise out_of_memory(what, self.provider) from None
 
     def _run(self, feeds: Mapping[str, Any], carried: _Carried | None, resident: Collection[str]) -> dict[str, Any]:
         if carried is not None:
@@ -267,7 +267,7 @@ class OrtEngine:
             feed = feeds[name]
             if feed is not plan.constants.get(name):
                 tensor.put(feed)
-                if self._lock and is_constant(feed):
+                if self._on_device and is_constant(feed):
                     plan.constants[name] = feed
                 else:
                     plan.constants.pop(name, None)
@@ -296,6 +296,11 @@ class OrtEngine:
             except Exception as error:  # ONNX Runtime's exceptions have no common base
                 if is_memory_error(error):
                     raise out_of_memory(f"a run of {self.spec.file}", self.provider) from None
+                if plan.tries < _CAPTURES_TRIED:
+                    self._dropped.append(plan.graph)
+                    plan.tries, plan.graph = plan.tries + 1, next(self._graph_ids)
+                    self._launch(plan, options)
+                    return
                 log.warning("%s runs node by node, which is slower: it cannot be captured (%s)", self.spec.file, error)
                 self._captures, plan.graph = False, _NOT_CAPTURED
         self._call(run, plan.binding, options(_NOT_CAPTURED))
@@ -358,7 +363,7 @@ class OrtEngine:
             if self._columns.rows is not None and self._columns.cache is not None:
                 rows = np.array(carried.places[self._columns.cache].shape[2], np.int32)
                 HostTensor(rows).place.bind_input(binding, self._columns.rows)
-        host_results = {} if self._lock else {name: tensor.result(resident=False) for name, tensor in results}
+        host_results = {} if self._on_device else {name: tensor.result(resident=False) for name, tensor in results}
         plan = _Plan(binding, feeds, results, host_results, allocated, rows, _NOT_CAPTURED, {})
         if self._captures and step:
             plan.graph = next(self._graph_ids)

@@ -11,7 +11,9 @@ has no numpy type. The code works on every device for which ONNX Runtime has ten
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -108,6 +110,8 @@ class Memory(Protocol):
     """The memory of a session's tensors."""
 
     device: str
+    lock: AbstractContextManager[object]
+    """Held by whoever runs or allocates on a device: an allocation in another thread breaks the capture of a CUDA graph."""
 
     def zeros(self, shape: Sequence[int], dtype: str, element: str) -> Tensor:
         """Return a new tensor of zeros. Errors of numpy or ONNX Runtime for too little memory go through."""
@@ -175,6 +179,7 @@ class HostMemory:
     """The host's memory. See `Memory`."""
 
     device = "cpu"
+    lock: AbstractContextManager[object] = nullcontext()
 
     def zeros(self, shape: Sequence[int], dtype: str, element: str) -> HostTensor:
         """See `Memory.zeros`. `element` must be `dtype`: on the CPU, nothing is converted."""
@@ -280,6 +285,7 @@ class DeviceMemory:
 
     def __init__(self, ort: Any, device: str, providers: Sequence[Any]) -> None:
         self.device = device
+        self.lock: AbstractContextManager[object] = threading.RLock()
         self._ort, self._providers = ort, list(providers)
 
     def zeros(self, shape: Sequence[int], dtype: str, element: str) -> DeviceTensor:
