@@ -337,27 +337,25 @@ def _monitor(trt: Any, progress: Progress) -> Any:
             """The exception of `progress`. It must not pass through TensorRT, so the build is ended first."""
             self._lock = threading.Lock()
             self._running: dict[str, tuple[str | None, int, int]] = {}
+            """Phases: the phase around each, its number of steps, and of finished ones."""
 
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
-            with self._lock:
-                self._running[phase_name] = (parent_phase, num_steps, 0)
-            self._report(phase_name)
+            self._report(phase_name, parent_phase, num_steps, 0)
 
         def step_complete(self, phase_name: str, step: int) -> bool:
-            with self._lock:
-                parent, steps, _ = self._running.get(phase_name, (None, 1, 0))
-                self._running[phase_name] = (parent, steps, step + 1)
-            self._report(phase_name)
+            parent, steps, _ = self._running.get(phase_name, (None, 1, 0))
+            self._report(phase_name, parent, steps, step + 1)
             return self.raised is None
 
         def phase_finish(self, phase_name: str) -> None:
             with self._lock:
                 self._running.pop(phase_name, None)
 
-        def _report(self, phase: str) -> None:
+        def _report(self, phase: str, parent: str | None, steps: int, done: int) -> None:
             try:
                 with self._lock:
-                    part = self._part(next((name for name, (parent, _, _) in self._running.items() if parent is None), phase))
+                    self._running[phase] = parent, steps, done
+                    part = self._part(next((name for name, (outer, _, _) in self._running.items() if outer is None), phase))
                 progress(phase, part)
             except BaseException as error:  # also the user's interrupt
                 self.raised = self.raised or error

@@ -42,8 +42,8 @@ _TABLE = [
     (_FLOATS, "RotaryEmbedding* Round Sigmoid Sin Softmax Sqrt Tanh TensorScatter* Clip*"),
     (_NUMBERS, "Add* ArgMax Div* Gemm* GreaterOrEqual* Less* LessOrEqual* MatMul* Max* Min* Mul* Pad Pow* Range* ReduceL2"),
     (_NUMBERS, "ReduceMax ReduceSum Sub* TopK"),
-    (_ALL, "Cast Concat* Equal* Expand Gather GatherElements Identity Reshape ScatterElements Shape Slice Split Squeeze"),
-    (_ALL, "Transpose Unsqueeze Where*"),
+    (_ALL, "Cast Concat* ConstantOfShape Equal* Expand Gather GatherElements Identity Reshape ScatterElements Shape Slice"),
+    (_ALL, "Split Squeeze Transpose Unsqueeze Where*"),
     ({"bool"}, "And* Or*"),
     ({"int8", "int4"}, "DequantizeLinear"),
 ]
