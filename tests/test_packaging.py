@@ -78,7 +78,7 @@ def test_the_metadata_says_who_where_and_for_whom(core):
     assert all(url.startswith(core.urls["Repository"]) for url in core.urls.values())
     assert core.keywords
     assert core.license_expression == "Apache-2.0"
-    assert set(core.optional_dependencies) == {"cpu", "cuda", "trt", "play", "export", "dev"}
+    assert set(core.optional_dependencies) == {"cpu", "cuda", "trt", "play", "retarget", "export", "dev"}
     assert all(core.optional_dependencies.values()), "an extra that installs nothing"
     lowest = re.fullmatch(r">=3\.(\d+).*", core.requires_python)
     assert lowest

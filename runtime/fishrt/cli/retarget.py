@@ -16,7 +16,7 @@ TARGETS = ("cpu", "cuda", "coreml", "tensorrt")
 
 
 @click.command(short_help="Add the graphs that another provider runs fastest.")
-@click.argument("bundle", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.argument("bundle", type=click.Path(path_type=Path))
 @click.option(
     "--target",
     "targets",
