@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from .carry import Carry, Carrying, Chain
 from .dac_config import MAX_FRAMES, DacConfig
-from .layers import CausalConv1d, CausalConvTranspose1d, ConvNeXtBlock, ResidualUnit, Snake, WindowTransformer
+from .layers import CausalConv1d, CausalConvTranspose1d, ResidualUnit, Snake, WindowTransformer, downsampling, upsampling
 
 
 class EncoderBlock(nn.Module):
@@ -120,16 +120,12 @@ class Quantizer(nn.Module):
     def __init__(self, config: DacConfig, max_frames: int) -> None:
         super().__init__()
         dim = config.latent_dim
-        self.downsample = nn.Sequential(
-            *(nn.Sequential(CausalConv1d(dim, dim, f, stride=f), ConvNeXtBlock(dim)) for f in config.downsample)
-        )
+        self.downsample = downsampling(dim, config.downsample)
         self.pre_module = WindowTransformer(config.pre_module, max_frames)
         self.semantic_quantizer = QuantizerStack(dim, 1, config.semantic_codebook_size, config.codebook_dim)
         self.quantizer = QuantizerStack(dim, config.residual_codebooks, config.codebook_size, config.codebook_dim)
         self.post_module = WindowTransformer(config.post_module, max_frames)
-        self.upsample = Chain(
-            *(Chain(CausalConvTranspose1d(dim, dim, f, f), ConvNeXtBlock(dim)) for f in reversed(config.downsample))
-        )
+        self.upsample = upsampling(dim, config.downsample)
 
     @property
     def codebooks(self) -> list[VectorQuantizer]:

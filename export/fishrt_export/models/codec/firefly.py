@@ -22,14 +22,11 @@ from fishrt.bundle.features import DecodeContext
 
 from ...checkpoint.config import Fields
 from ...checkpoint.names import CODEC_CONFIG
-from .carry import Carry, Carrying, Chain, through
+from .carry import Carry, Carrying, through
 from .dac_config import MAX_FRAMES
 from .fsq import GroupedFSQ
-from .layers import ConvNeXtBlock, conv1d, conv_transpose1d
+from .layers import KERNEL, ConvNeXtBlock, conv1d, conv_transpose1d, downsampling, upsampling
 from .mel import LogMel
-
-KERNEL = 7
-"""Kernel of the quantiser's ConvNeXt blocks and of the causal backbone's first convolution; no config field changes it."""
 
 _FIELDS = {
     "spec_transform": ("sample_rate", "n_mels", "n_fft", "hop_length", "win_length"),
@@ -250,18 +247,8 @@ class Quantizer(nn.Module):
         super().__init__()
         dim, causal = config.dims[-1], config.causal
         self.residual_fsq = GroupedFSQ(dim, config.groups, config.residuals, config.levels)
-        self.downsample = nn.Sequential(
-            *(
-                nn.Sequential(conv1d(dim, dim, f, causal=causal, stride=f), ConvNeXtBlock(dim, KERNEL, causal=causal))
-                for f in config.downsample
-            )
-        )
-        self.upsample = Chain(
-            *(
-                Chain(conv_transpose1d(dim, dim, f, f, causal=causal), ConvNeXtBlock(dim, KERNEL, causal=causal))
-                for f in reversed(config.downsample)
-            )
-        )
+        self.downsample = downsampling(dim, config.downsample, causal=causal)
+        self.upsample = upsampling(dim, config.downsample, causal=causal)
 
     def encode(self, features: Tensor) -> Tensor:
         """Return codes int64 [batch, codebooks, frames] of features [batch, dim, n]."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -11,6 +12,9 @@ from torch.nn import functional as F
 
 from ..transformer import FeedForward, apply_rope, rope_table
 from .carry import Carry, Carrying, Chain, through
+
+KERNEL = 7
+"""Kernel of the quantisers' ConvNeXt blocks and of Firefly's causal backbone's first convolution; no config field changes it."""
 
 
 class CausalConv1d(Carrying):
@@ -154,7 +158,7 @@ class ResidualUnit(Carrying):
 class ConvNeXtBlock(Carrying):
     """Depthwise convolution over time, then a two-layer network over channels, scaled by gamma and added to the input."""
 
-    def __init__(self, channels: int, kernel: int = 7, *, causal: bool = True) -> None:
+    def __init__(self, channels: int, kernel: int = KERNEL, *, causal: bool = True) -> None:
         super().__init__()
         self.dwconv = conv1d(channels, channels, kernel, causal=causal, groups=channels)
         self.norm = nn.LayerNorm(channels, eps=1e-6)
@@ -166,6 +170,18 @@ class ConvNeXtBlock(Carrying):
         y = self.norm(through(self.dwconv, x, carry).transpose(1, 2))
         y = self.gamma * self.pwconv2(F.gelu(self.pwconv1(y)))
         return x + cast(Tensor, y.transpose(1, 2))
+
+
+def downsampling(dim: int, factors: Sequence[int], *, causal: bool = True) -> nn.Sequential:
+    """Return the quantisers' layers [batch, dim, n] → [batch, dim, n / product of the factors]."""
+    stages = ((conv1d(dim, dim, f, causal=causal, stride=f), ConvNeXtBlock(dim, causal=causal)) for f in factors)
+    return nn.Sequential(*(nn.Sequential(*stage) for stage in stages))
+
+
+def upsampling(dim: int, factors: Sequence[int], *, causal: bool = True) -> Chain:
+    """Return the layers that mirror `downsampling`: [batch, dim, n] → [batch, dim, n · product of the factors]."""
+    stages = ((conv_transpose1d(dim, dim, f, f, causal=causal), ConvNeXtBlock(dim, causal=causal)) for f in reversed(factors))
+    return Chain(*(Chain(*stage) for stage in stages))
 
 
 class LayerScale(nn.Module):

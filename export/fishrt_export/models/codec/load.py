@@ -101,7 +101,11 @@ def read_stored_codec(files: CodecFiles) -> dict[str, Tensor]:
             "a codec has encoder.*, quantizer.* and decoder.*, or backbone.*, quantizer.* and head.*",
             hint="give the publisher's file of the codec",
         )
-    kept = {name: value for name, value in data.items() if name.startswith(parts[0] + _BOTH) and not _is_ignored(name)}
+    kept = {
+        name: value
+        for name, value in data.items()
+        if name.startswith(parts[0] + _BOTH) and not name.startswith(_IGNORED_STARTS) and not name.endswith(_IGNORED_ENDINGS)
+    }
     return only_tensors(kept, str(files.weights))
 
 
@@ -124,7 +128,3 @@ def fingerprint(fused: Mapping[str, Tensor], config: CodecConfig) -> str:
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
         digest.update(tensor.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def _is_ignored(name: str) -> bool:
-    return name.startswith(_IGNORED_STARTS) or name.endswith(_IGNORED_ENDINGS)
