@@ -1,4 +1,4 @@
-"""What `cpu.py` and `gpu.py` share: options, checkpoints and bundles, processes for measurements, and ratios of medians."""
+"""What `cpu.py`, `gpu.py` and `versions.py` share: options, checkpoints, bundles, processes for measurements, and medians."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class ProcessError(click.ClickException):
 
 
 def shared_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options of both programs to a function."""
+    """Add the options of these programs to a function."""
     folder = click.Path(path_type=Path)
     for option in (
         click.option("--smoke", is_flag=True, help="One tiny checkpoint, each part once, as a test. Times are meaningless."),
@@ -43,19 +43,21 @@ def shared_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-def python(*arguments: object, timeout_s: float | None = None) -> str:
+def python(*arguments: object, timeout_s: float | None = None, env: Mapping[str, str] | None = None) -> str:
     """Run a Python process that finds the modules of this folder, and return what it prints on standard output.
 
-    The last lines of its standard error are shown. Raises ProcessError if it fails or takes longer.
+    env: changes of the environment. The last lines of its standard error are shown.
+    Raises ProcessError if it fails or takes longer.
     """
-    path = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, **(env or {})}
+    environment["PYTHONPATH"] = os.pathsep.join([str(HERE), *filter(None, [environment.get("PYTHONPATH")])])
     with TemporaryFile("w+", errors="replace") as out, TemporaryFile("w+", errors="replace") as err:
         process = subprocess.Popen(
             [sys.executable, *map(str, arguments)],
             stdout=out,
             stderr=err,
             process_group=0,
-            env={**os.environ, "PYTHONPATH": path},
+            env=environment,
         )
         try:
             status = process.wait(timeout_s)
@@ -121,9 +123,9 @@ class Made:
 
 
 def compare(turns: Mapping[str, Iterable[Any]], figures: Mapping[str, tuple[str, ...]]) -> dict[str, Any]:
-    """Return medians over the rounds in milliseconds, and the speed-up of fishrt over the fastest peer.
+    """Return medians over the rounds, and for times the speed-up of the side "ours", if there is one, over the fastest peer.
 
-    turns: measurements of each side, one of them "ours". figures: the place of each figure in a measurement, which may lack it.
+    turns: measurements of each side. figures: the place of each figure in a measurement, which may lack it.
     """
     found: dict[str, Any] = {}
     for name, place in figures.items():

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from fishrt.bench.setup import describe_machine
+from fishrt_engines.machine import cpu_features
 
 PACKAGES = ("onnx", "torch", "pocketsphinx")
 """Packages whose versions are recorded in addition to the runtime's dependencies."""
-RESULTS = Path(__file__).parent / "results"
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
 
 
 def environment() -> dict[str, Any]:
@@ -24,7 +26,7 @@ def environment() -> dict[str, Any]:
             machine["versions"][name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    return {"date": datetime.now(UTC).date().isoformat(), "commit": _commit(), **machine}
+    return {"date": datetime.now(UTC).date().isoformat(), "commit": commit(HERE), "cpu_features": cpu_features(), **machine}
 
 
 def write_record(name: str, measured: dict[str, Any], path: Path | None = None) -> Path:
@@ -35,9 +37,9 @@ def write_record(name: str, measured: dict[str, Any], path: Path | None = None) 
     return path
 
 
-def _commit() -> str | None:
-    here = Path(__file__).parent
+def commit(folder: Path) -> str | None:
+    """Return the commit of a folder, with "-dirty" if tracked files differ from it; None outside of a checkout."""
     done = subprocess.run(
-        ["git", "-C", str(here), "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
+        ["git", "-C", str(folder), "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
     )
     return done.stdout.strip() or None
