@@ -228,7 +228,7 @@ def test_a_user_is_told_of_it_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(ort_session, "WORTH_KEEPING", 5_000_000)  # minnow's slow AR has more
     speak = ["speak", "Good morning.", "--max-frames", "3", "--threads", "1", "-o", str(tmp_path / "a.wav")]
     first, second = (CliRunner().invoke(main, speak) for _ in range(2))
-    assert first.stderr.count("optimising slow_ar.onnx for this machine, once") == 1
+    assert first.stderr.count("optimising slow_ar_cpu.onnx for this machine, once") == 1
     assert "optimising" not in second.stderr
     monkeypatch.setenv("FISHRT_CACHE", str(tmp_path / "another"))
     assert "optimising" not in CliRunner().invoke(main, [*speak, "--quiet"]).stderr

@@ -17,8 +17,8 @@ from fishrt.bundle.folder import Bundle, embedded_bundle, sha256
 from fishrt.bundle.manifest import MANIFEST
 from fishrt_engines import GraphError, open_engine
 from fishrt_engines.ort import session as ort_session
+from fishrt_engines.ort.packed import parse_model
 from fishrt_engines.ort.session import graph_source
-from fishrt_engines.rewrite.onnx_proto import message
 
 pytestmark = pytest.mark.slow
 
@@ -110,7 +110,7 @@ def test_so_it_does_for_other_providers(linked: Bundle) -> None:
 @pytest.mark.parametrize("name", ["../secret", "/etc/hostname", "weights/../../secret"])
 def test_a_graph_itself_cannot_lead_out_of_its_folder(tmp_path: Path, name: str) -> None:
     spec = Bundle.load(embedded_bundle()).manifest.specs["fast_ar"]
-    model = message("Model").FromString((embedded_bundle() / spec.file).read_bytes())
+    model = parse_model(embedded_bundle() / spec.file)
     for tensor in model.graph.initializer:
         for entry in tensor.external_data:
             if entry.key == "location":

@@ -19,7 +19,6 @@ from ..errors import FishrtError
 from ..folders import cache_folder
 from ..machine import cpu_identity
 from ..providers import import_onnxruntime
-from ..rewrite.onnx_proto import external_places, parse_model
 from . import packed
 from .tensors import HostMemory, Memory
 
@@ -85,8 +84,8 @@ def graph_source(path: Path, options: Any) -> str | bytes:
     those it is the bytes of the graph with resolved names. Raises GraphError for weights that the graph places outside of its
     folder.
     """
-    parsed, folder = parse_model(path.read_bytes(), path.name), path.parent.resolve()
-    places = external_places(parsed)
+    parsed, folder = packed.parse_model(path), path.parent.resolve()
+    places = packed.external_places(parsed)
     files = {entry.value: (folder / entry.value).resolve() for entry in places}
     linked = any(folder / name != file for name, file in files.items())
     if linked:
@@ -99,7 +98,7 @@ def graph_source(path: Path, options: Any) -> str | bytes:
 
 def weight_bytes(path: Path) -> int:
     """Return the bytes of the files of weights that a graph file names."""
-    names = {entry.value for entry in external_places(parse_model(path.read_bytes(), path.name))}
+    names = {entry.value for entry in packed.external_places(packed.parse_model(path))}
     return sum(file.stat().st_size for name in names if (file := path.parent / name).is_file())
 
 

@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..engine import Array
-from ..rewrite.onnx_proto import CODES, message, node
+from .packed import CODES, one_node
 
 _STORED = {"bfloat16": "uint16"}
 """Element types that numpy lacks, and the numpy type that holds their bits."""
@@ -326,27 +326,17 @@ class DeviceMemory:
 
     @cached_property
     def _clear(self) -> Any:
-        return self._session(node("ConstantOfShape", ["size"], ["zeros"]), {"size": ("int64", 1)}, {"zeros": ("float32", 1)})
+        return self._session(one_node("ConstantOfShape", {"size": ("int64", 1)}, {"zeros": ("float32", 1)}))
 
     @cached_property
     def _put_first(self) -> Any:
-        scatter = node("TensorScatter", ["target", "rows"], ["result"], axis=-2)
-        return self._session(scatter, {"target": ("float32", 4), "rows": ("float32", 4)}, {"result": ("float32", 4)})
+        inputs = {"target": ("float32", 4), "rows": ("float32", 4)}
+        return self._session(one_node("TensorScatter", inputs, {"result": ("float32", 4)}, axis=-2))
 
-    def _session(self, only: Any, inputs: dict[str, tuple[str, int]], outputs: dict[str, tuple[str, int]]) -> Any:
-        """Return a session of one node. Inputs and outputs: element type and rank by name."""
-        model = message("Model")(ir_version=10)
-        model.opset_import.add(domain="", version=24)
-        model.graph.node.append(only)
-        for values, described in ((model.graph.input, inputs), (model.graph.output, outputs)):
-            for name, (element, rank) in described.items():
-                tensor = values.add(name=name).type.tensor_type
-                tensor.elem_type = CODES[element]
-                for _ in range(rank):
-                    tensor.shape.dim.add()
+    def _session(self, model: bytes) -> Any:
         options = self._ort.SessionOptions()
         options.log_severity_level = 3
-        return self._ort.InferenceSession(model.SerializeToString(), options, providers=self._providers)
+        return self._ort.InferenceSession(model, options, providers=self._providers)
 
 
 def item_size(element: str) -> int:

@@ -18,7 +18,7 @@ import numpy as np
 from fishrt_engines import Array, Engine, GraphSpec, State
 from fishrt_engines.engine import Resident
 from fishrt_engines.machine import cpu_name, default_threads, total_memory
-from fishrt_engines.rewrite.onnx_proto import message
+from fishrt_engines.ort.packed import parse_model
 
 from ..arrays import Ints
 from ..bundle.folder import Bundle
@@ -136,7 +136,7 @@ def bytes_read(graph: Path, float_bytes: float = 4.0) -> int:
 
     float_bytes: size of a float during the computation; a CPU casts those of 16 bits to float32 when it loads the graph.
     """
-    model: Any = message("Model").FromString(graph.read_bytes())
+    model = parse_model(graph)
     stored = {node.output[0]: node.input[0] for node in model.graph.node if node.op_type == "Cast"}
     whole = {
         stored.get(name, name)
