@@ -11,6 +11,7 @@ import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from fishrt_engines import Array, GraphSpec
 from fishrt_engines.engine import ColumnInputs
 from fishrt_export.sources.cases import fast_ar_cases, slow_ar_cases
 from fishrt_export.targets import edit
@@ -79,6 +80,32 @@ def test_the_results_are_the_same(exported: Exported, role: str, feed_rows: bool
             for row, end in enumerate(ends):
                 found = specialised.state[name][row, :, :end]
                 np.testing.assert_allclose(found, cache[row, :, :end], rtol=0, atol=TOLERANCES["lm"])
+
+
+def frame_feeds(spec: GraphSpec, rows: int, rng: np.random.Generator) -> dict[str, Array]:
+    """Return feeds of the frame graph: random logits and noise, and settings that let much be drawn."""
+    settings = {"temperature": 1.5, "top_p": 0.95, "top_k": 30, "recent": -1}
+    feeds: dict[str, Array] = {}
+    for tensor in spec.feeds:
+        shape = tensor.resolve({"batch": rows})
+        drawn = rng.standard_exponential(shape) if tensor.name.endswith("noise") else rng.standard_normal(shape)
+        feeds[tensor.name] = (np.full(shape, settings[tensor.name]) if tensor.name in settings else drawn).astype(tensor.dtype)
+    return feeds
+
+
+def test_the_frame_draws_the_same_codes(exported: Exported) -> None:
+    """Its caches begin empty, so that the positions of all calls are constants."""
+    spec = exported.spec("frame")
+    portable = exported.folder / spec.file
+    form, columns = rewritten(portable)
+    assert columns is None
+    assert operators(form)["GroupQueryAttention"] == operators(portable)["Attention"] > layer_count(exported, "fast_ar")
+    assert not operators(form).keys() & {"Attention", "TensorScatter", "RotaryEmbedding"}
+    for seed in range(8):
+        feeds = frame_feeds(spec, 4, np.random.default_rng(seed))
+        expected, found = (Calls(path, spec).run(feeds)["column"] for path in (portable, form))
+        assert len(np.unique(expected)) > 2
+        np.testing.assert_array_equal(found, expected)
 
 
 def test_rows_are_an_input_of_a_device(exported: Exported) -> None:

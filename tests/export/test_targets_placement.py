@@ -8,36 +8,29 @@ from __future__ import annotations
 from pathlib import Path
 
 import onnx
+import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper
 
-import fishrt
 from cuda_placement import copied_values
+from fishrt.bundle.folder import Bundle, embedded_bundle
 from fishrt_export.targets import edit
 from fishrt_export.targets.attention import fast_operators
-from fishrt_export.targets.precision import compute_in, keep_layout, share_weights
-from helpers_graphs import copied, operators
+from fishrt_export.targets.forms import device_form, write_frame
+from helpers_graphs import copied
 from tiny import GoldenModel
 
 pytest.importorskip("torch", reason="needs the export extra")
 
-MINNOW = Path(str(fishrt.__file__)).parent / "minnow"
-
-
-def cuda_form(path: Path, dtype: str = "bfloat16", *, feed_rows: bool = True) -> Path:
-    model = edit.load(path)
-    compute_in(model, dtype)
-    fast_operators(model, feed_rows=feed_rows)
-    share_weights(model)
-    keep_layout(model)
-    edit.save(model, path.with_name(f"{path.stem}_cuda.onnx"))
-    return path.with_name(f"{path.stem}_cuda.onnx")
-
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-@pytest.mark.parametrize("role", ["slow_ar", "fast_ar"])
-def test_a_language_model_copies_nothing(golden_model: GoldenModel, tmp_path: Path, role: str, dtype: str) -> None:
-    assert copied_values(cuda_form(copied(golden_model.file(role), tmp_path), dtype)) == []
+def test_a_language_model_copies_nothing(golden_model: GoldenModel, tmp_path: Path, dtype: str) -> None:
+    specs = {job.role: job.spec for job in golden_model.lm.jobs("audio")}
+    for role in specs:
+        copied(golden_model.file(role), tmp_path)
+    for spec in (specs["slow_ar"], write_frame(tmp_path, specs, golden_model.lm.describe("audio"))):
+        form = device_form(tmp_path, spec, dtype)
+        assert form is None or copied_values(tmp_path / form.file) == []
 
 
 @pytest.mark.parametrize("role", ["codec_encode", "codec_decode"])
@@ -45,12 +38,21 @@ def test_a_codec_copies_nothing(golden_model: GoldenModel, role: str) -> None:
     assert copied_values(golden_model.file(role)) == []
 
 
+def test_no_form_of_the_embedded_voice_copies() -> None:
+    bundle = Bundle.load(embedded_bundle())
+    forms = [form for graph in bundle.manifest.graphs.values() for form in graph.forms if form.provider == "cuda"]
+    assert {form.spec.file.split("_")[0] for form in forms} == {"slow", "frame", "codec"}
+    for form in forms:
+        assert copied_values(bundle.file(form.spec.file)) == []
+
+
 @pytest.mark.parametrize(("feed_rows", "copies"), [(True, 0), (False, 1)])
 def test_rows_that_are_computed_in_the_graph_are_copied(tmp_path: Path, feed_rows: bool, copies: int) -> None:
     """The attention reads their number on the host: for a device, it is a feed."""
-    form = cuda_form(copied(MINNOW / "slow_ar.onnx", tmp_path), feed_rows=feed_rows)
-    assert operators(form)["GroupQueryAttention"] == 6
-    assert len(copied_values(form)) == copies
+    model = edit.load(embedded_bundle() / "slow_ar.onnx")
+    assert fast_operators(model, feed_rows=feed_rows)
+    ir.save(model, tmp_path / "form.onnx")
+    assert len(copied_values(tmp_path / "form.onnx")) == copies
 
 
 def write(folder: Path, nodes: list[onnx.NodeProto], result: int) -> Path:

@@ -111,12 +111,11 @@ class _Attention:
     def _count_rows(self, mask: ir.Value, position_ids: ir.Value, write_index: ir.Value, cache: ir.Value) -> Counts | None:
         """Return the counts of a call; None for an unknown form."""
         positions, start = _expanded(position_ids), _expanded(write_index)
-        if positions is not None and start is not None and mask.is_initializer():
-            seen = numbers(mask)[0, 0]
-            causal = np.arange(seen.shape[1]) <= positions[:, None]
-            if np.array_equal(positions, start + np.arange(positions.size)) and np.array_equal(seen, causal):
-                return self._constant_rows(write_index, positions)
-        if not all(value.is_graph_input() for value in (write_index, position_ids, cache)) or not _is_causal(mask, position_ids):
+        if not _is_causal(mask, position_ids, positions):
+            return None
+        if positions is not None and start is not None and np.array_equal(positions, start + np.arange(positions.size)):
+            return self._constant_rows(write_index, positions)
+        if not all(value.is_graph_input() for value in (write_index, position_ids, cache)):
             return None
         columns = ColumnInputs(str(write_index.name), str(position_ids.name))
         if self._feed_rows:
@@ -148,8 +147,14 @@ class _Attention:
         return last_row, rows
 
 
-def _is_causal(mask: ir.Value | None, position_ids: ir.Value | None) -> bool:
-    """Return whether the mask admits exactly the cache rows up to the position of each column."""
+def _is_causal(mask: ir.Value, position_ids: ir.Value, positions: npt.NDArray[np.int64] | None) -> bool:
+    """Return whether the mask admits exactly the cache rows up to the position of each column.
+
+    positions: the numbers of position_ids, if they are constants; the mask may then be one, too.
+    """
+    if mask.is_initializer():
+        seen = numbers(mask)[0, 0]
+        return positions is not None and np.array_equal(seen, np.arange(seen.shape[1]) <= positions[:, None])
     compare = producer(mask, "LessOrEqual")
     inner = compare and producer(compare.inputs[1], "Unsqueeze")
     while inner and inner.inputs[0] is not position_ids:
@@ -181,7 +186,7 @@ def _expanded(value: ir.Value) -> npt.NDArray[np.int64] | None:
     """Return the numbers of a constant that is expanded to the batch; None for another value."""
     expand = producer(value, "Expand")
     source = expand.inputs[0] if expand else None
-    return numbers(source) if source is not None and source.is_initializer() else None
+    return numbers(source).ravel() if source is not None and source.is_initializer() else None
 
 
 def _before_swap(value: ir.Value | None) -> ir.Value | None:

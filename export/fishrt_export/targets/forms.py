@@ -1,7 +1,7 @@
 """Forms of a portable graph for CPUs, CUDA devices and TensorRT. They are made when a bundle is made; none needs torch.
 
     portable graph ─┬─► fused operators ─► cpu: one session for each graph; products with quantised weights in integers
-                    ├─► 16 bits ─► fused operators ─► shared packed weights ─► cuda: captured, launch by launch
+                    ├─► 16 bits ─► fused operators ─► weights as stored or packed ─► cuda: captured
                     └─► frame graph in place of the fast AR ─► cuda, tensorrt: a launch costs more there than a draw
 
 A CUDA device computes a language model in bfloat16 if it can, else in float16. With quantised weights it computes in float16, for
@@ -23,7 +23,7 @@ from fishrt_engines.engine import GraphSpec, TensorSpec
 from ..errors import ExportError
 from .attention import fast_operators
 from .edit import MICROSOFT, load, save
-from .precision import compute_in, share_weights
+from .precision import compute_in, keep_layout, share_weights
 
 log = logging.getLogger(__name__)
 
@@ -89,6 +89,7 @@ def device_form(folder: Path, portable: GraphSpec, dtype: str) -> GraphSpec | No
     if columns is None and portable.states:
         return None
     share_weights(model)
+    keep_layout(model)
     spec = replace(_in(portable, dtype), file=_named(portable, dtype), columns=columns)
     save(model, folder / spec.file)
     return spec
