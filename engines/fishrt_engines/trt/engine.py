@@ -32,7 +32,7 @@ from ..errors import FishrtError, GraphError
 from .api import checked, load_tensorrt, log_of
 from .device import Device, DeviceBuffer, Graph, open_device
 from .plans import Plan, find_plans, machine_of
-from .state import Call, DeviceArray, Loaded, Tensor, TrtState
+from .state import Call, DeviceArray, Loaded, Tensor, TrtState, largest_sizes
 
 log = logging.getLogger(__name__)
 
@@ -151,7 +151,7 @@ class TrtEngine:
             for plan, engine in plans:
                 in_place = {pair.input for pair in spec.states if engine.get_aliased_input_tensor(pair.output) == pair.input}
                 contexts = [_Context(trt, device, engine, n, scratch) for n in range(engine.num_optimization_profiles)]
-                self._plans.append(Loaded(device, spec, plan, in_place, contexts))
+                self._plans.append(Loaded(device, spec, plan, in_place, contexts, largest_sizes(spec, plan)))
         self._shared = None if spec.states else TrtState(self._plans, {})
         """The buffers of a graph without state."""
 

@@ -69,17 +69,8 @@ class Loaded:
     """Input names of state tensors that the plan updates in place."""
     contexts: Sequence[Any]
     """The execution context of each profile: see `engine`."""
-
-    @property
-    def limits(self) -> dict[str, int]:
-        """Return the largest size of each symbolic dimension in the plan's profiles."""
-        most: dict[str, int] = {}
-        for profile in self.plan.key.profiles:
-            most |= {name: max(high, most.get(name, 0)) for name, (_, _, high) in profile.dims.items()}
-        for described, built in zip(self.spec.state_tensors, self.plan.spec.state_tensors, strict=True):
-            pairs = zip(described.shape, built.shape, strict=True)
-            most |= {name: size for name, size in pairs if isinstance(name, str) and isinstance(size, int)}
-        return most
+    limits: Mapping[str, int]
+    """The largest size of each symbolic dimension: see `largest_sizes`."""
 
     def takes(self, dims: Mapping[str, int]) -> bool:
         """Return whether sizes of a state, or of a call, are in the ranges that it was built for."""
@@ -91,6 +82,17 @@ class Loaded:
         limits = self.limits
         if beyond := [f"{name} of {size}, built for {limits[name]}" for name, size in dims.items() if size > limits[name]]:
             raise FishrtError(f"the TensorRT plan of {self.spec.file} is too small: {', '.join(beyond)}", hint=LARGER)
+
+
+def largest_sizes(spec: GraphSpec, plan: Plan) -> dict[str, int]:
+    """Return the largest size of each symbolic dimension of a portable graph in the plan's profiles and caches."""
+    most: dict[str, int] = {}
+    for profile in plan.key.profiles:
+        most |= {name: max(high, most.get(name, 0)) for name, (_, _, high) in profile.dims.items()}
+    for described, built in zip(spec.state_tensors, plan.spec.state_tensors, strict=True):
+        pairs = zip(described.shape, built.shape, strict=True)
+        most |= {name: size for name, size in pairs if isinstance(name, str) and isinstance(size, int)}
+    return most
 
 
 class TrtState(OneRow):

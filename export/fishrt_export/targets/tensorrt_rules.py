@@ -18,7 +18,7 @@ from fishrt_engines.engine import GraphSpec
 from fishrt_engines.trt.plans import PRECISIONS, LoweringOptions
 
 from ..errors import ExportError
-from .edit import infer, is_constant, load, numbers
+from .edit import infer, load, numbers
 from .tensorrt import FORMS, lower_for_tensorrt
 
 IMPORTER = "operator table of the ONNX importer, TensorRT 11"
@@ -143,7 +143,8 @@ def _of_node(node: ir.Node, states: Mapping[str, str]) -> Iterator[Issue]:
     elif node.op_type == "TensorScatter":
         yield from _tensor_scatter(node, states)
     place, what = (1, "axes") if node.op_type.startswith("Reduce") else _KNOWN.get(node.op_type, (0, ""))
-    if place and _input(node, place) is not None and not is_constant(_input(node, place)):
+    known = _input(node, place) if place else None
+    if known is not None and not known.is_initializer():
         yield "error", "constant", f"{what} must be an initializer", IMPORTER
 
 
