@@ -100,17 +100,23 @@ def test_a_broken_index_does_not_block_the_bundles_voices(fake):
     refused(run("voice", "list", *options), "index.json")
 
 
-def test_show_reads_the_voices_of_others(fake, recording):
+def others(recording) -> Path:
+    """Write a voice in each layout of another program, below the folder "own". Return the folder with the recording."""
     folder = Path("own/some one")
     folder.mkdir(parents=True)
     Path(recording).rename(folder / "a.wav")
     (folder / "a.lab").write_text("Said long ago.")
+    (folder.parent / "index.json").write_text('{"speakers": {"Zoë": "Salut."}}')
+    np.save(folder.parent / "Zoë.npy", np.ones((4, 3), np.int64))
+    return folder
+
+
+def test_show_reads_the_voices_of_others(fake, recording):
+    others(recording)
     result = run("voice", "show", "some one", "--voice-dir", "own")
     assert result.exit_code == 0, result.output
     assert "Said long ago." in result.stdout
     assert "made with its codec" in result.stdout
-    (folder.parent / "index.json").write_text('{"speakers": {"Zoë": "Salut."}}')
-    np.save(folder.parent / "Zoë.npy", np.ones((4, 3), np.int64))
     assert "Zoë\tuser" in run("voice", "list", "--voice-dir", "own").stdout
     assert "Salut." in run("voice", "show", "Zoë", "--voice-dir", "own").stdout
 
@@ -134,12 +140,7 @@ def test_a_voice_is_prepared_in_its_folder(fake, recording):
 
 
 def test_voices_of_others_are_prepared_without_touching_their_folders(fake, recording):
-    folder = Path("own/some one")
-    folder.mkdir(parents=True)
-    Path(recording).rename(folder / "a.wav")
-    (folder / "a.lab").write_text("Said long ago.")
-    (folder.parent / "index.json").write_text('{"speakers": {"Zoë": "Salut."}}')
-    np.save(folder.parent / "Zoë.npy", np.ones((4, 3), np.int64))
+    folder = others(recording)
     for name in ("some one", "Zoë"):
         result = run("voice", "prepare", name, "--voice-dir", "own")
         assert result.exit_code == 0, result.output
@@ -283,15 +284,16 @@ def test_export_passes_its_options_on(fake, monkeypatch, tmp_path):
     run("export", "ckpt", "out", "--lora", str(lora), "--lora-alpha", "0.5", "--lora-rank", "8")
     run("export", "ckpt", "out", "--precision", "int4", "--keep", "slow_ar.layers.0.*=int8", "--keep", "fast_ar.output=fp32")
     run("export", "ckpt", "out", "--static", "coreml")
+    run("export", "ckpt", "out", "--target", "cuda", "--target", "coreml")
     run("export", "ckpt", "out", "--codec-int8")
-    plain = {"head": "audio", "family": None, "lora": None, "precision": "fp32", "keep": {}, "static": None}
+    plain = {"head": "audio", "family": None, "lora": None, "precision": "fp32", "keep": {}, "targets": ()}
     plain["codec_int8"] = False
     assert {(checkpoint, out) for checkpoint, out, _ in asked} == {(Path("ckpt"), Path("out"))}
     changes = [{**options, "head": "full"} for options in (plain, plain)]
     changes += [{**plain, "family": "1.5", "lora": fishrt_export.Lora(lora, 16.0, None)}]
     changes += [{**plain, "lora": fishrt_export.Lora(lora, 0.5, 8)}]
     changes += [{**plain, "precision": "int4", "keep": {"slow_ar.layers.0.*": "int8", "fast_ar.output": "fp32"}}]
-    changes += [{**plain, "static": "coreml"}, {**plain, "codec_int8": True}]
+    changes += [{**plain, "targets": ("coreml",)}, {**plain, "targets": ("cuda", "coreml")}, {**plain, "codec_int8": True}]
     assert [options for _, _, options in asked] == changes
 
 
