@@ -21,7 +21,7 @@ from helpers_cli import refused, run
 
 ENTRIES = {
     "bundle": {"name", "precision", "bytes", "codebooks", "frame_rate"},
-    "request": {"provider", "threads", "text", "frames", "prefill_columns", "repeats", "warm_up"},
+    "request": {"provider", "threads", "text", "frames", "batch", "prefill_columns", "repeats", "warm_up"},
     "machine": {"cpu", "cores", "threads_by_default", "memory_bytes", "system", "python", "versions", "read_gb_s"},
     "load": {"cold_s", "cached_s"},
     "memory": {"cold_load_peak_bytes", "cached_load_peak_bytes", "speaking_peak_bytes"},
@@ -40,7 +40,7 @@ ENTRIES = {
 @pytest.fixture(scope="module")
 def measured() -> dict[str, Any]:
     """The JSON result of the command."""
-    result = run("bench", "--json", "--frames", "3", "--threads", "1")
+    result = run("bench", "--json", "--frames", "3", "--batch", "1,3", "--threads", "1")
     assert result.exit_code == 0, result.output
     return json.loads(result.stdout)
 
@@ -63,6 +63,7 @@ def test_every_measure_is_there_and_finite(measured):
         "warnings",
         "command",
         "contexts",
+        "batches",
         "frames_per_s",
         "fast_steps_per_frame",
         "prompt_columns",
@@ -72,6 +73,8 @@ def test_every_measure_is_there_and_finite(measured):
         number > 0 for name in ("frame", "slow_step", "fast_step", "prefill", "codec") for number in numbers(measured[name])
     )
     assert [row["context"] for row in measured["contexts"]] == [128, 256, 512, 1024]
+    assert [(row["rows"], row["count"]) for row in measured["batches"]] == [(1, 3), (3, 3)]
+    assert all(row["frames_per_s"] > 0 for row in measured["batches"])
 
 
 @pytest.mark.slow
@@ -137,6 +140,11 @@ def test_two_frames_at_least():
     with pytest.raises(SamplingError, match="1 frames"):
         BenchRequest(frames=1)
     refused(run("bench", "--frames", "1"), "--frames")
+
+
+@pytest.mark.parametrize("sizes", ["0", "2,", "a", "1,-2"])
+def test_sizes_of_batches_are_whole_numbers(sizes):
+    refused(run("bench", "--batch", sizes), "whole numbers")
 
 
 def test_a_bundle_that_is_none_is_refused(tmp_path):

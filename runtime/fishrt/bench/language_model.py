@@ -6,11 +6,13 @@ They take any engines, so that the same loop can measure others.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import numpy as np
+
+from fishrt_engines import Engine
 
 from ..arrays import Ints
 from ..bundle.features import LanguageModel
@@ -64,7 +66,7 @@ def measure_frames(bundle: Bundle, engines: Mapping[str, TimedEngine], text: str
         if len(spent) >= frames:
             break
     if not spent:
-        raise FishrtError("the model ended before there was anything to measure", hint="give another --text")
+        raise _ended()
     frame, loop, slow_step, fast_step = (Summary.of(times) for times in (spent, loops, slow_steps, fast_steps))
     per_frame = len(fast_steps) / len(spent)
     return {
@@ -76,6 +78,38 @@ def measure_frames(bundle: Bundle, engines: Mapping[str, TimedEngine], text: str
         "frames_per_s": round(per_second(len(spent), sum(spent)), 2),
         "prompt_columns": prompt.shape[1],
     }
+
+
+def measure_batches(
+    bundle: Bundle, engines: Mapping[str, Engine], text: str, frames: int, sizes: Sequence[int]
+) -> list[dict[str, Any]]:
+    """Measure the steps of batches of these sizes, about `frames` each, while all rows speak. A row that ends is replaced.
+
+    Raises FishrtError if the model ends at once with every seed.
+    """
+    lm, prompt = bundle.manifest.model, bench_prompt(bundle, text)
+    model = DualAR(engines["slow_ar"], engines["fast_ar"], lm)
+    sampling, found = Sampling().resolve(lm.sampling), []
+    for size in sizes:
+        batch, spent, rows = Batch(model, size), list[float](), list[Row]()
+        for seed in range(_TRIES * size):
+            rows.append(Row(lm, prompt, sampling, SeededNoise(seed), max_columns=frames + 1))
+            batch.admit(rows[-1])
+            while len(rows) == size and len(spent) < frames:
+                speak = all(row.begun for row in rows)
+                begun = time.perf_counter()
+                batch.step()
+                if speak:
+                    spent.append(time.perf_counter() - begun)
+                rows = [row for row in rows if row.stop_reason is None]
+            if len(spent) == frames:
+                break
+        if not spent:
+            raise _ended()
+        found.append(
+            {"rows": size, **asdict(Summary.of(spent)), "frames_per_s": round(per_second(size * len(spent), sum(spent)), 2)}
+        )
+    return found
 
 
 def measure_prefill(lm: LanguageModel, slow: TimedEngine) -> dict[str, Any]:
@@ -106,6 +140,10 @@ def measure_contexts(lm: LanguageModel, slow: TimedEngine) -> list[dict[str, Any
             slow.run(_columns(lm, context, 1), state)
         found.append({"context": context, **asdict(Summary.of([call.seconds for call in slow.take()]))})
     return found
+
+
+def _ended() -> FishrtError:
+    return FishrtError("the model ended before there was anything to measure", hint="give another --text")
 
 
 def _columns(lm: LanguageModel, start: int, length: int) -> dict[str, Ints]:

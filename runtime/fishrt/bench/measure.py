@@ -29,7 +29,7 @@ from ..progress import Progress
 from ..tts import TTS
 from ..voices.voice import Voice
 from .child import run_child
-from .language_model import PREFILL, REPEATS, measure_contexts, measure_frames, measure_prefill
+from .language_model import PREFILL, REPEATS, measure_batches, measure_contexts, measure_frames, measure_prefill
 from .setup import bench_prompt, bench_voice, bytes_read, describe_machine, made_up_voice, open_timed, read_bandwidth
 
 TEXT = "The birch canoe slid on the smooth planks, and the small dog ran after it."
@@ -46,6 +46,8 @@ class BenchRequest:
     text: str = TEXT
     frames: int = 64
     """Frames of each timed generation, unless the model ends before."""
+    batch: tuple[int, ...] = ()
+    """Sizes of batches to measure."""
 
     def __post_init__(self) -> None:
         if self.frames < 2:
@@ -72,6 +74,7 @@ def bench(bundle: Bundle, request: BenchRequest, progress: Progress = lambda *_:
     tts, engines = open_timed(bundle, provider=request.provider, threads=request.threads)
     progress("frames", 0.5)
     found |= measure_frames(bundle, engines, request.text, request.frames)
+    found["batches"] = measure_batches(bundle, engines, request.text, request.frames, request.batch)
     progress("prefill and contexts", 0.54)
     lm, slow = bundle.manifest.model, engines["slow_ar"]
     found |= {"prefill": measure_prefill(lm, slow), "contexts": measure_contexts(lm, slow)}

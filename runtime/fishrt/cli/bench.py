@@ -11,16 +11,30 @@ from .base.commands import finish
 from .base.options import Whole, load_bundle, new_reporter, output_options, threads_option
 
 
+class _Sizes(click.ParamType[tuple[int, ...]]):
+    """Whole numbers of at least 1, with commas between them."""
+
+    name = "sizes"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        """Return the numbers."""
+        sizes = value.split(",") if isinstance(value, str) else value
+        if any(str(size).strip() in ("", "0") or not str(size).strip().isdecimal() for size in sizes):
+            self.fail(f"{value!r} is no list of whole numbers such as 1,2,4,8", param, ctx)
+        return tuple(int(size) for size in sizes)
+
+
 @click.command(short_help="Measure the speed and memory of a bundle here.")
 @click.argument("bundle", required=False, type=click.Path(path_type=Path))
 @click.option("--text", help="The text that is spoken.  [default: one sentence]")
 @click.option("--frames", type=Whole(min=2), default=64, show_default=True, metavar="N", help="Frames of each timed generation.")
+@click.option("--batch", type=_Sizes(), default=(), metavar="N,…", help="Also measure batches of these sizes, such as 1,2,4,8.")
 @threads_option
 @click.option(
     "--provider", default="auto", show_default=True, metavar="NAME", help="Execution provider; see `fishrt speak --help`."
 )
 @output_options
-def bench(bundle: Path | None, text: str | None, frames: int, threads: int | None, provider: str) -> None:
+def bench(bundle: Path | None, text: str | None, frames: int, batch: tuple[int, ...], threads: int | None, provider: str) -> None:
     """Measure how fast BUNDLE (default: the embedded voice) runs on this machine, and how much memory it needs.
 
     Measured are the steps of the language model, the codec, whole requests, and loading. It takes from 15 seconds (the embedded
@@ -34,7 +48,7 @@ def bench(bundle: Path | None, text: str | None, frames: int, threads: int | Non
     loaded = load_bundle(bundle)
     reporter = new_reporter()
     options: dict[str, Any] = {} if text is None else {"text": text}
-    request = BenchRequest(provider=provider, threads=threads, frames=frames, **options)
+    request = BenchRequest(provider=provider, threads=threads, frames=frames, batch=batch, **options)
     found = bench(loaded, request, lambda stage, part: reporter.show(f"measuring {stage}", part))
     reporter.clear()
     finish(found, printed="\n".join(f"{name:26} {value}" for name, value in _rows(found)))
@@ -61,6 +75,7 @@ def _rows(found: dict[str, Any]) -> list[tuple[str, str]]:
         ("TTFA, new voice", _times(ttfa["new_voice"])),
         ("load", f"cold {load['cold_s']:.2f} s, cached {load['cached_s']:.2f} s"),
         ("peak memory", f"speaking {mb['speaking_peak_bytes']}, first load {mb['cold_load_peak_bytes']}"),
+        *((f"batch of {row['rows']}", f"{row['frames_per_s']:,.1f} frames/s; {_times(row)}") for row in found["batches"]),
         *((f"slow step at {row['context']:,}", _times(row)) for row in found["contexts"]),
     ]
 
