@@ -30,18 +30,20 @@ if TYPE_CHECKING:
     from .bundle.folder import Bundle
     from .errors import FishrtError
     from .language_model.sampling import Sampling
+    from .request import Request
     from .speech import AudioChunk, Speech
     from .tts import TTS
     from .voices.store import VoiceStore
     from .voices.voice import Voice
 
-__all__ = ["TTS", "AudioChunk", "Bundle", "FishrtError", "Sampling", "Speech", "Voice", "VoiceStore", "__version__"]
+__all__ = ["TTS", "AudioChunk", "Bundle", "FishrtError", "Request", "Sampling", "Speech", "Voice", "VoiceStore", "__version__"]
 
 _HOMES = {
     "TTS": "tts",
     "AudioChunk": "speech",
     "Bundle": "bundle.folder",
     "FishrtError": "errors",
+    "Request": "request",
     "Sampling": "language_model.sampling",
     "Speech": "speech",
     "Voice": "voices.voice",

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from fishrt_engines import Array, Engine, GraphSpec, State
 
 from .arrays import Ints, Pcm
-from .bundle.features import Codec
+from .bundle.features import USUAL, Codec, Quirks
 from .errors import AudioError, GraphError, VoiceError
 
 _ABSENT = -1
@@ -101,21 +101,22 @@ class CodecDecoder:
         """Least and most frames for one push to a stream: fewer cost far more time per frame; more save none."""
         return chunk_frames(self._engine.spec, self._codec)
 
-    def stream(self, *, upstream_compat: bool = False) -> CodecStream:
-        """Return a new stream. upstream_compat: all of its state begins as zeros."""
+    def stream(self, quirks: Quirks = USUAL) -> CodecStream:
+        """Return a new stream."""
         if not self._engine.spec.states:
             return OverlapStream(self._engine, self._codec)
-        return StatefulStream(self._engine, self._codec, {} if upstream_compat else self._start)
+        return StatefulStream(self._engine, self._codec, {} if quirks.sound else self._start)
 
-    def decode(self, codes: npt.NDArray[np.integer], *, upstream_compat: bool = False) -> Pcm:
+    def decode(self, codes: npt.NDArray[np.integer], *, quirks: Quirks = USUAL) -> Pcm:
         """Decode codes, as `check_codes` takes them, to pcm float32 [frames · hop].
 
         Fewer rows than codebooks describe the sound more coarsely: the missing codebooks add nothing.
-        upstream_compat: see `check_codes` and `stream`.
+        quirks: see `check_codes`.
         Raises VoiceError as `check_codes` does, GraphError for samples that are not numbers.
         """
-        checked = check_codes(codes, self._codec, upstream_compat=upstream_compat)
-        return self.stream(upstream_compat=upstream_compat).push(checked, last=True)
+        if quirks.sound:
+            codes = check_codes(codes, self._codec, quirks)
+        return self.stream(quirks).push(codes, last=True)
 
 
 class StatefulStream:
@@ -232,10 +233,10 @@ def _with_absent(codes: Ints, codec: Codec) -> Ints:
     return np.pad(codes, ((0, len(codec.codebook_sizes) - len(codes)), (0, 0)), constant_values=_ABSENT)
 
 
-def check_codes(codes: npt.NDArray[np.integer], codec: Codec, *, upstream_compat: bool = False) -> Ints:
+def check_codes(codes: npt.NDArray[np.integer], codec: Codec, quirks: Quirks = USUAL) -> Ints:
     """Return codes of any integer type, [k, frames] or [1, k, frames] with 1 <= k <= K, as int64 [k, frames].
 
-    upstream_compat: a value above the last entry of its codebook becomes that entry, as in the original.
+    quirks: of sound; a value above the last entry of its codebook then becomes that entry, as in the original.
     Raises VoiceError for another shape or type, no frames or too many, and values outside a codebook.
     """
     sizes = codec.codebook_sizes
@@ -246,7 +247,7 @@ def check_codes(codes: npt.NDArray[np.integer], codec: Codec, *, upstream_compat
     frames = plain.shape[1]
     if not 1 <= frames <= codec.max_frames:
         raise VoiceError(f"there are {frames} frames of codes; the codec takes 1 to {codec.max_frames}")
-    check_entries(np.minimum(plain, 0) if upstream_compat else plain, sizes[: len(plain)], "the codes")
+    check_entries(np.minimum(plain, 0) if quirks.sound else plain, sizes[: len(plain)], "the codes")
     return clamp_codes(plain.astype(np.int64), codec)
 
 

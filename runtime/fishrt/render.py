@@ -1,4 +1,4 @@
-"""Rendering of a request: frames of codes for one piece of text after the other, decoded into audio chunks as they come."""
+"""Rendering of a task: frames of codes for one piece of text after the other, decoded into audio chunks as they come."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .arrays import Ints
-from .bundle.features import USUAL, Codec, LanguageModel, Quirks
+from .bundle.features import Codec, LanguageModel
 from .bundle.memory import memory_errors
 from .codec import CodecDecoder, clamp_codes
 from .errors import FishrtError
@@ -19,7 +19,7 @@ from .language_model.batch import Batch, DualAR, Row
 from .language_model.context import ContextStore
 from .language_model.generate import generate
 from .language_model.sampling import SeededNoise
-from .request import Request
+from .request import Task
 from .speech import AudioChunk, Progress, Timings
 from .stream import Stopped
 
@@ -37,14 +37,14 @@ class Models:
 
 
 def render(
-    request: Request,
+    task: Task,
     open_models: Callable[[], Models],
     sizes: Callable[[int, int], Iterator[int]],
     progress: Callable[[Progress], None] | None,
     stop: threading.Event,
     accepted: float,
 ) -> Generator[AudioChunk]:
-    """Yield the audio chunks of a request; each piece of text begins with a fresh state of the codec.
+    """Yield the audio chunks of a task; each piece of text begins with a fresh state of the codec.
 
     open_models: called for the first chunk. sizes: least and most frames of a useful chunk → frames of each chunk. accepted: time
     of the request, in seconds of `time.perf_counter`.
@@ -54,16 +54,15 @@ def render(
     with memory_errors():
         models = open_models()
     load_s, heard, clipped = time.perf_counter() - begun, False, 0
-    lm, decoder, codec, head = models.language_model.language_model, models.decoder, models.codec, request.conversation.head
-    stream, lengths = decoder.stream(upstream_compat=request.upstream_compat), sizes(*decoder.chunk_frames)
-    noise, frames, begun = SeededNoise(request.seed), 0, time.perf_counter()
+    lm, decoder, codec, head = models.language_model.language_model, models.decoder, models.codec, task.conversation.head
+    stream, lengths = decoder.stream(task.quirks), sizes(*decoder.chunk_frames)
+    noise, frames, begun = SeededNoise(task.seed), 0, time.perf_counter()
     started = begun  # reading the voices counts as drawing of the first chunk
-    quirks = Quirks.of(lm) if request.upstream_compat else USUAL
     with memory_errors():
         batch = Batch(models.language_model, 1, models.contexts)
-    for piece, text in enumerate(request.pieces):
-        prompt = request.conversation.user(text)
-        row = Row(lm, prompt, request.sampling, noise, head=head.shape[1], max_columns=request.max_frames, quirks=quirks)
+    for piece, text in enumerate(task.pieces):
+        prompt = task.conversation.user(text)
+        row = Row(lm, prompt, task.sampling, noise, head=head.shape[1], max_columns=task.max_frames, quirks=task.quirks)
         columns = generate(batch, row, slot=0 if piece else None)
         while row.stop_reason is None:
             drawn = []
@@ -74,11 +73,11 @@ def render(
                     frames += 1
                     if progress is not None:
                         audio_s, elapsed_s = frames / codec.frame_rate, time.perf_counter() - begun
-                        progress(Progress(piece, len(request.pieces), frames, audio_s, elapsed_s))
+                        progress(Progress(piece, len(task.pieces), frames, audio_s, elapsed_s))
                     drawn.append(column)
                 # Later prompts have the columns as drawn; the codec and the caller get codes that the codec has.
                 if row.stop_reason is not None:
-                    request.conversation.assistant(row.drawn)
+                    task.conversation.assistant(row.drawn)
                 codes = spoken_codes(drawn, lm, codec)
             decoding = time.perf_counter()
             with memory_errors():
@@ -91,10 +90,10 @@ def render(
             first = len(pcm) > 0 and not heard
             timings = Timings(load_s, decoding - started, now - decoding, now - accepted if first else None)
             heard, load_s = heard or first, 0.0
-            yield AudioChunk(pcm, codec.sample_rate, codes, piece, text, row.stop_reason, request.seed, timings)
+            yield AudioChunk(pcm, codec.sample_rate, codes, piece, text, row.stop_reason, task.seed, timings)
             started = time.perf_counter()
     if clipped:
-        request.warnings.append(f"{clipped:,} samples are clipped: use a smaller volume than {request.volume:g}")
+        task.warnings.append(f"{clipped:,} samples are clipped: use a smaller volume than {task.volume:g}")
 
 
 def spoken_codes(columns: Sequence[Ints], lm: LanguageModel, codec: Codec) -> Ints:

@@ -1,28 +1,109 @@
-"""A checked request to speak, and the checks of its arguments."""
+"""A request to speak: what the caller asks for, and what that is for one bundle."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from numbers import Integral, Real
-from typing import ParamSpec, TypeVar
+from typing import Any, TypedDict
 
-from .bundle.features import Codec
+from .bundle.features import Codec, Quirks
 from .errors import ArgumentError, SamplingError
 from .language_model.prompt import Conversation
 from .language_model.sampling import Sampling
 from .voices.voice import Voice
 
-P = ParamSpec("P")
-T = TypeVar("T")
-
 LEAST_VOLUME, MOST_VOLUME = 0.01, 10.0
+
+VoiceLike = Voice | str
+"""A voice, or the name of one of the user's or the bundle's voices."""
+
+
+class Options(TypedDict, total=False):
+    """The options of a `Request`, as keywords."""
+
+    voice: VoiceLike | Sequence[VoiceLike] | None
+    sampling: Sampling | None
+    seed: int | None
+    max_frames: int | None
+    system: str | None
+    volume: float
+    upstream_compat: bool
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A text to speak, and all settings of it, resolved."""
+    """A text to speak, and how. Raises ArgumentError for a value of another type, SamplingError for one outside its range.
+
+    Attributes:
+        text: a text of any length; it is spoken in pieces.
+        voice: one or several. Voice i speaks `<|speaker:i|>`; for a model without turns of speakers, all voices are one speaker.
+            None: the bundle's default voice, or all of its voices, the default first, if the text has speaker tags. An empty
+            list: no voice. A single voice is brought to the common loudness of all voices.
+        sampling: None means the bundle's defaults.
+        seed: at least 0; None draws one, which `SpeechInfo` has. The same seed and request give the same codes.
+        max_frames: limit for each piece of text, at most the codec's; None means as many as context and codec allow.
+            `SpeechInfo` says which pieces it cut off.
+        system: replaces the model's usual instruction.
+        volume: factor on all samples, 0.01 to 10.
+        upstream_compat: the behaviour of the original to the letter, without the common loudness.
+    """
+
+    text: str
+    voice: VoiceLike | Sequence[VoiceLike] | None = None
+    sampling: Sampling | None = None
+    seed: int | None = None
+    max_frames: int | None = None
+    system: str | None = None
+    volume: float = 1.0
+    upstream_compat: bool = False
+
+    def __post_init__(self) -> None:
+        check_type("text", self.text, str, "a str")
+        for voice in self.voices or ():
+            check_type("voice", voice, (str, Voice), "the name of a voice, a Voice, or a list of them")
+        check_type("sampling", self.sampling, (Sampling, type(None)), "a Sampling, such as Sampling(temperature=0.5)")
+        check_type("system", self.system, (str, type(None)), "a str")
+        if self.seed is not None and (not isinstance(self.seed, Integral) or self.seed < 0):
+            raise SamplingError(f"the seed is {self.seed!r}", hint="it must be a whole number of at least 0")
+        if not isinstance(self.volume, Real) or not LEAST_VOLUME <= self.volume <= MOST_VOLUME:
+            raise SamplingError(
+                f"the volume is {self.volume!r}", hint=f"it must be a factor from {LEAST_VOLUME} to {MOST_VOLUME:g}"
+            )
+
+    @classmethod
+    def of(cls, text: str | Request, options: Mapping[str, Any]) -> Request:
+        """Return the request for a text with these options, or a request with these changes.
+
+        Raises ArgumentError for a field of Sampling among the options, with a hint at `sampling`.
+        """
+        if given := [f"{field.name}={options[field.name]!r}" for field in fields(Sampling) if field.name in options]:
+            name = given[0].split("=")[0]
+            raise ArgumentError(f"a request has no option {name}", hint=f"sampling=Sampling({', '.join(given)})")
+        return replace(text, **options) if isinstance(text, Request) else cls(text, **options)
+
+    @property
+    def voices(self) -> Sequence[VoiceLike] | None:
+        """The voices as a list; None: the bundle's."""
+        if self.voice is None or (isinstance(self.voice, Sequence) and not isinstance(self.voice, str)):
+            return self.voice
+        return [self.voice]
+
+    def limit(self, codec: Codec) -> int:
+        """Return the most frames of a piece of text. Raises SamplingError for a max_frames that the codec does not take."""
+        most = codec.max_frames
+        if self.max_frames is None:
+            return most
+        if not isinstance(self.max_frames, Integral) or not 1 <= self.max_frames <= most:
+            raise SamplingError(
+                f"max_frames is {self.max_frames!r}", hint=f"it must be a whole number from 1 to {most:,}, the codec's limit"
+            )
+        return int(self.max_frames)
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A request that was checked for a bundle, with all that it needs."""
 
     pieces: list[str]
     voices: tuple[str, ...]
@@ -32,7 +113,7 @@ class Request:
     """Resolved."""
     seed: int
     max_frames: int
-    upstream_compat: bool
+    quirks: Quirks
     volume: float
     levelled: Voice | None
     """The voice that is brought to TARGET_LUFS; None: no change of loudness."""
@@ -41,48 +122,8 @@ class Request:
     """Doubts about the speech, except for pieces that ended early."""
 
 
-def hints_at_sampling(method: Callable[P, T]) -> Callable[P, T]:
-    """Wrap a method: a field of Sampling among its arguments raises ArgumentError with a hint at `sampling`."""
-    settings = [field.name for field in fields(Sampling)]
-
-    @functools.wraps(method)
-    def checked(*args: P.args, **kwargs: P.kwargs) -> T:
-        if given := [f"{name}={kwargs[name]!r}" for name in settings if name in kwargs]:
-            raise ArgumentError(
-                f"{method.__name__}() takes no argument {given[0].split('=')[0]}",
-                hint=f"sampling=Sampling({', '.join(given)})",
-            )
-        return method(*args, **kwargs)
-
-    return checked
-
-
 def check_type(name: str, value: object, kinds: type | tuple[type, ...], wanted: str) -> None:
     """Check that an argument is of one of `kinds`, which `wanted` describes. Raises ArgumentError otherwise."""
     if not isinstance(value, kinds):
         found = "None" if value is None else f"of type {type(value).__name__}"
         raise ArgumentError(f"{name} is {found}; {wanted} is expected")
-
-
-def check_arguments(
-    text: str,
-    sampling: Sampling | None,
-    seed: int | None,
-    max_frames: int | None,
-    system: str | None,
-    volume: float,
-    codec: Codec,
-) -> None:
-    """Check the types and ranges of a request's arguments; see `TTS.speak`. Raises ArgumentError, SamplingError."""
-    check_type("text", text, str, "a str")
-    check_type("sampling", sampling, (Sampling, type(None)), "a Sampling, such as Sampling(temperature=0.5)")
-    check_type("system", system, (str, type(None)), "a str")
-    if seed is not None and (not isinstance(seed, Integral) or seed < 0):
-        raise SamplingError(f"the seed is {seed!r}", hint="it must be a whole number of at least 0")
-    most = codec.max_frames
-    if max_frames is not None and (not isinstance(max_frames, Integral) or not 1 <= max_frames <= most):
-        raise SamplingError(
-            f"max_frames is {max_frames!r}", hint=f"it must be a whole number from 1 to {most:,}, the codec's limit"
-        )
-    if not isinstance(volume, Real) or not LEAST_VOLUME <= volume <= MOST_VOLUME:
-        raise SamplingError(f"the volume is {volume!r}", hint=f"it must be a factor from {LEAST_VOLUME} to {MOST_VOLUME:g}")

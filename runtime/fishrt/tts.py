@@ -20,6 +20,7 @@ from dataclasses import replace
 from functools import cached_property
 from numbers import Integral
 from pathlib import Path
+from typing import Unpack
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +31,7 @@ from fishrt_engines.providers import resolve_provider
 from .arrays import Ints, Pcm
 from .audio.files import check_pcm, resample
 from .bundle.codec_start import read_codec_start
+from .bundle.features import USUAL, Quirks
 from .bundle.folder import Bundle, embedded_bundle
 from .bundle.graphs import BundleGraphs
 from .bundle.memory import check_memory, estimate, memory_errors
@@ -41,7 +43,7 @@ from .language_model.prompt import PromptBuilder
 from .language_model.sampling import Sampling
 from .metrics import rtf
 from .render import Models, render
-from .request import Request, check_arguments, check_type, hints_at_sampling
+from .request import Options, Request, Task, VoiceLike, check_type
 from .speech import AudioChunk, PieceInfo, Progress, Speech, SpeechInfo, Timings
 from .speech_warnings import piece_warnings, text_warnings
 from .stream import AsyncSpeechStream, SpeechStream, growing_chunks
@@ -58,9 +60,6 @@ VERIFIED_BYTES = 64_000_000
 of gigabytes would take longer to hash than to open: `fishrt inspect --verify` is there for it."""
 
 _KEPT_LEVELS = 64
-
-VoiceLike = Voice | str
-"""A voice, or the name of one of the user's or the bundle's voices."""
 
 
 class TTS:
@@ -148,30 +147,12 @@ class TTS:
         """Sample rate of all speech, in Hz."""
         return self.bundle.manifest.codec.sample_rate
 
-    @hints_at_sampling
     def speak(
-        self,
-        text: str,
-        *,
-        voice: VoiceLike | Sequence[VoiceLike] | None = None,
-        sampling: Sampling | None = None,
-        seed: int | None = None,
-        max_frames: int | None = None,
-        system: str | None = None,
-        volume: float = 1.0,
-        upstream_compat: bool = False,
-        progress: Callable[[Progress], None] | None = None,
+        self, text: str | Request, *, progress: Callable[[Progress], None] | None = None, **options: Unpack[Options]
     ) -> Speech:
-        """Speak a text.
+        """Speak a text, or a `Request`, in which the options then replace fields.
 
-        voice: one or several. Voice i speaks `<|speaker:i|>`; for a model without turns of speakers, all voices are one speaker.
-        None: the bundle's default voice, or all of its voices, the default first, if the text has speaker tags. An empty list:
-        no voice.
-        sampling: None means the bundle's defaults. seed: at least 0; None draws one, which `info` has. The same seed and request
-        give the same codes. max_frames: limit for each piece of text, at most the codec's; None means as many as context and
-        codec allow. `info` says which pieces it cut off.
-        system: replaces the model's usual instruction. volume: factor on all samples, 0.01 to 10. A single voice is brought to
-        the common loudness of all voices. upstream_compat: the behaviour of the original to the letter, without that loudness.
+        options: voice, sampling, seed, max_frames, system, volume, upstream_compat; see `Request`.
         progress: called after every frame.
 
         A piece that the model left silent, or that a limit cut off, is a warning in `info` and in the log.
@@ -182,9 +163,7 @@ class TTS:
         type; FishrtError if the model says nothing at all, draws codes that have no sound, or there is too little memory. Such an
         error in a later piece of the text is an UnfinishedError, whose `speech` is the part before it.
         """
-        accepted = time.perf_counter()
-        request = self._request(text, voice, sampling, seed, max_frames, system, volume, upstream_compat)
-        stream = self._stream(request, accepted, progress, lambda _, most: itertools.repeat(most))
+        stream = self._stream(Request.of(text, options), progress, lambda _, most: itertools.repeat(most))
         chunks: list[AudioChunk] = []
         try:
             for chunk in stream:
@@ -200,60 +179,26 @@ class TTS:
         codes = np.concatenate([c.codes for c in chunks], axis=1)
         return Speech(np.concatenate([c.pcm for c in chunks]), self.sample_rate, codes, info)
 
-    @hints_at_sampling
     def stream(
-        self,
-        text: str,
-        *,
-        voice: VoiceLike | Sequence[VoiceLike] | None = None,
-        sampling: Sampling | None = None,
-        seed: int | None = None,
-        max_frames: int | None = None,
-        system: str | None = None,
-        volume: float = 1.0,
-        upstream_compat: bool = False,
-        progress: Callable[[Progress], None] | None = None,
+        self, text: str | Request, *, progress: Callable[[Progress], None] | None = None, **options: Unpack[Options]
     ) -> SpeechStream:
-        """Speak a text as `speak` does, in chunks while frames are drawn: short ones first, see `growing_chunks`.
+        """Speak as `speak` does, with its options, in chunks while frames are drawn: short ones first, see `growing_chunks`.
 
         A piece for which the model said nothing has one empty chunk. The errors of a bad request are raised here, not at the
         first chunk.
         """
-        accepted = time.perf_counter()
-        request = self._request(text, voice, sampling, seed, max_frames, system, volume, upstream_compat)
-        return self._stream(request, accepted, progress, growing_chunks)
+        return self._stream(Request.of(text, options), progress, growing_chunks)
 
-    @hints_at_sampling
     def astream(
-        self,
-        text: str,
-        *,
-        voice: VoiceLike | Sequence[VoiceLike] | None = None,
-        sampling: Sampling | None = None,
-        seed: int | None = None,
-        max_frames: int | None = None,
-        system: str | None = None,
-        volume: float = 1.0,
-        upstream_compat: bool = False,
-        progress: Callable[[Progress], None] | None = None,
+        self, text: str | Request, *, progress: Callable[[Progress], None] | None = None, **options: Unpack[Options]
     ) -> AsyncSpeechStream:
-        """Speak a text as `stream` does, for `async for`: a thread computes the chunks, and the event loop goes on.
+        """Speak as `stream` does, with its options, for `async for`: a thread computes the chunks, and the event loop goes on.
 
-        The errors of a bad request are raised when the first chunk is awaited. `progress` is called in that thread.
+        The errors of a request that does not fit the bundle are raised when the first chunk is awaited. `progress` is called in
+        that thread.
         """
-        return AsyncSpeechStream(
-            lambda: self.stream(
-                text,
-                voice=voice,
-                sampling=sampling,
-                seed=seed,
-                max_frames=max_frames,
-                system=system,
-                volume=volume,
-                upstream_compat=upstream_compat,
-                progress=progress,
-            )
-        )
+        request = Request.of(text, options)
+        return AsyncSpeechStream(lambda: self._stream(request, progress, growing_chunks))
 
     def encode(self, pcm: Pcm, rate: int) -> Ints:
         """Encode pcm float [samples], mono, −1..1, at `rate` Hz, to codes int64 [K, frames]. Raises AudioError."""
@@ -269,7 +214,7 @@ class TTS:
         With fewer rows than codebooks the sound is coarser. Raises VoiceError for codes that are not this codec's.
         """
         with memory_errors():
-            return self._decoder().decode(codes, upstream_compat=upstream_compat)
+            return self._decoder().decode(codes, quirks=Quirks.of(self.bundle.manifest.model) if upstream_compat else USUAL)
 
     @property
     def voices(self) -> tuple[str, ...]:
@@ -322,7 +267,7 @@ class TTS:
         voice from its file there, or write the file if there is none; see `language_model/context.py`.
         Raises VoiceError for a voice that is unknown or not this bundle's; OutputError if the file cannot be written.
         """
-        head = self._prompts.start(self._voices(voice, ""), None, upstream_compat=False).head
+        head = self._prompts.start(self._voices(Request("", voice))).head
         path = None if folder is None else self._prepared_path(folder)
         with memory_errors():
             slow = self.engines["slow_ar"]
@@ -350,52 +295,38 @@ class TTS:
     def _decoder(self) -> CodecDecoder:
         return CodecDecoder(self.engines["codec_decode"], self.bundle.manifest.codec, self._codec_start)
 
-    def _request(
-        self,
-        text: str,
-        voice: VoiceLike | Sequence[VoiceLike] | None,
-        sampling: Sampling | None,
-        seed: int | None,
-        max_frames: int | None,
-        system: str | None,
-        volume: float,
-        upstream_compat: bool,
-    ) -> Request:
-        """Return a request after all checks that need no graph."""
-        manifest = self.bundle.manifest
-        provider = self.provider
-        codec = manifest.codec
-        check_arguments(text, sampling, seed, max_frames, system, volume, codec)
-        pieces = self._prompts.split(text, upstream_compat=upstream_compat)
-        voices = self._voices(voice, text)
-        if voices and not upstream_compat:
-            check_speakers(text, [v.transcript for v in voices])
-        conversation = self._prompts.start(voices, system, upstream_compat=upstream_compat)
+    def _task(self, request: Request) -> Task:
+        """Return the task of a request after all checks that need no graph."""
+        manifest, provider, prompts = self.bundle.manifest, self.provider, self._prompts
+        max_frames = request.limit(manifest.codec)
+        quirks = Quirks.of(manifest.model) if request.upstream_compat else USUAL
+        pieces = prompts.split(request.text, quirks=quirks)
+        voices = self._voices(request)
+        if voices and not quirks.text:
+            check_speakers(request.text, [v.transcript for v in voices])
+        conversation = prompts.start(voices, request.system, quirks=quirks)
         for piece in pieces:
             conversation.user(piece)  # raises now for a piece that is too long, not after earlier pieces are spoken
-        return Request(
+        return Task(
             pieces=pieces,
             voices=tuple(v.name for v in voices),
             conversation=conversation,
-            sampling=(Sampling() if sampling is None else sampling).resolve(manifest.model.sampling),
-            seed=secrets.randbits(32) if seed is None else int(seed),
-            max_frames=codec.max_frames if max_frames is None else int(max_frames),
-            upstream_compat=upstream_compat,
-            volume=float(volume),
-            levelled=voices[0] if len(voices) == 1 and not upstream_compat else None,
+            sampling=(request.sampling or Sampling()).resolve(manifest.model.sampling),
+            seed=secrets.randbits(32) if request.seed is None else int(request.seed),
+            max_frames=max_frames,
+            quirks=quirks,
+            volume=float(request.volume),
+            levelled=voices[0] if len(voices) == 1 and not quirks.sound else None,
             provider=provider,
-            warnings=[*text_warnings(text, len(voices), manifest)],
+            warnings=[*text_warnings(request.text, len(voices), manifest)],
         )
 
-    def _voices(self, voice: VoiceLike | Sequence[VoiceLike] | None, text: str) -> list[Voice]:
-        built_in = self.bundle.manifest.voices
-        if voice is None:
-            names = () if built_in is None else built_in.ordered if speaker_turns(text) else (built_in.default,)
+    def _voices(self, request: Request) -> list[Voice]:
+        built_in, given = self.bundle.manifest.voices, request.voices
+        if given is None:
+            names = () if built_in is None else built_in.ordered if speaker_turns(request.text) else (built_in.default,)
             voices = [self._load_voice(bundle_store(self.bundle), name) for name in names]
         else:
-            given = voice if isinstance(voice, Sequence) and not isinstance(voice, str) else [voice]
-            for v in given:
-                check_type("voice", v, (str, Voice), "the name of a voice, a Voice, or a list of them")
             voices = [self.voice(v) if isinstance(v, str) else v for v in given]
             if len(voices) == 1 and isinstance(given[0], str):
                 self._take_prepared(given[0], voices[0])
@@ -412,41 +343,38 @@ class TTS:
             self.prepare(voice, folder)
 
     def _stream(
-        self,
-        request: Request,
-        accepted: float,
-        progress: Callable[[Progress], None] | None,
-        sizes: Callable[[int, int], Iterator[int]],
+        self, request: Request, progress: Callable[[Progress], None] | None, sizes: Callable[[int, int], Iterator[int]]
     ) -> SpeechStream:
-        """Return the stream of a request. accepted, sizes: see `render`."""
+        """Return the stream of a request. sizes: see `render`."""
+        accepted = time.perf_counter()
         if progress is not None and not callable(progress):
             raise ArgumentError(f"progress is of type {type(progress).__name__}; a function is expected")
-        stop = threading.Event()
+        stop, task = threading.Event(), self._task(request)
 
         def describe(pieces: tuple[PieceInfo, ...], samples: int, timings: Timings) -> SpeechInfo:
             manifest, audio_s = self.bundle.manifest, samples / self.sample_rate
             return SpeechInfo(
-                seed=request.seed,
-                sampling=request.sampling,
-                voices=request.voices,
+                seed=task.seed,
+                sampling=task.sampling,
+                voices=task.voices,
                 pieces=pieces,
                 frames=sum(piece.frames for piece in pieces),
                 audio_s=audio_s,
                 timings=timings,
                 rtf=rtf(timings.compute_s, audio_s) if audio_s else None,
-                provider=request.provider,
+                provider=task.provider,
                 bundle=manifest.name,
                 bundle_sha256=hashlib.sha256(manifest.to_json().encode()).hexdigest(),
-                warnings=(*request.warnings, *piece_warnings(pieces, len(request.pieces))),
+                warnings=(*task.warnings, *piece_warnings(pieces, len(task.pieces))),
             )
 
-        chunks = render(request, lambda: self._models(request), sizes, progress, stop, accepted)
-        return SpeechStream(chunks, describe, stop, request.warnings)
+        chunks = render(task, lambda: self._models(task), sizes, progress, stop, accepted)
+        return SpeechStream(chunks, describe, stop, task.warnings)
 
-    def _models(self, request: Request) -> Models:
-        """Open the graphs that a request needs, and measure the loudness of its voice if it is unknown."""
-        voice, manifest = request.levelled, self.bundle.manifest
+    def _models(self, task: Task) -> Models:
+        """Open the graphs that a task needs, and measure the loudness of its voice if it is unknown."""
+        voice, manifest = task.levelled, self.bundle.manifest
         model = DualAR(self.engines["slow_ar"], self.engines["fast_ar"], manifest.model)
         decoder = self._decoder()
         loudness = voice and (voice.loudness or self.loudness(voice.codes))
-        return Models(model, decoder, manifest.codec, self._contexts, request.volume * (loudness.gain if loudness else 1.0))
+        return Models(model, decoder, manifest.codec, self._contexts, task.volume * (loudness.gain if loudness else 1.0))

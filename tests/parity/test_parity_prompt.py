@@ -23,6 +23,7 @@ from fishrt.text.tokenizer import Tokenizer
 from fishrt.voices.voice import Voice
 
 pytestmark = pytest.mark.parity
+COMPAT = Quirks(text=True, history=True)
 
 
 class Vectors:
@@ -107,12 +108,12 @@ def test_every_prompt(vectors: Vectors) -> None:
     compared = []
     for name, case in vectors.meta["prompt_cases"].items():
         builder, opening = vectors.builder(case), vectors.opening(case)
-        pieces = builder.split(case["text"], upstream_compat=True, chunk_bytes=case.get("chunk_length"))
+        pieces = builder.split(case["text"], quirks=COMPAT, chunk_bytes=case.get("chunk_length"))
         if case.get("iterative_prompt", True):
             assert [chunk.get("text", case["text"]) for chunk in case["chunks"]] == pieces, name
         else:
-            pieces = builder.split(case["text"], upstream_compat=True, chunk_bytes=10_000)
-        conversation = builder.start(vectors.voices(case), upstream_compat=True)
+            pieces = builder.split(case["text"], quirks=COMPAT, chunk_bytes=10_000)
+        conversation = builder.start(vectors.voices(case), quirks=COMPAT)
         for chunk, (piece, expected) in enumerate(zip(pieces, case["chunks"], strict=True)):
             actual = conversation.user(piece)[:, opening:]
             np.testing.assert_array_equal(actual, vectors.arrays[expected["prompt"]], err_msg=f"{name} {chunk}")

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fakes import FakeEngine, FakeState, fake_engines
-from fishrt.bundle.features import Codec, DecodeContext
+from fishrt.bundle.features import Codec, DecodeContext, Quirks
 from fishrt.codec import CodecDecoder, CodecEncoder, OverlapStream, StatefulStream, check_codes, clamp_codes
 from fishrt.errors import AudioError, GraphError, VoiceError
 from fishrt_engines import GraphSpec, StatePair, TensorSpec
@@ -105,10 +105,10 @@ def test_values_outside_a_codebook_are_named(codes: list[list[int]], says: str) 
 def test_upstream_takes_too_large_values_for_the_last_entry() -> None:
     codes = np.array([[5, 99], [8, 7], [0, 1000]])
     kept = codes.copy()
-    assert check_codes(codes, CODEC, upstream_compat=True).tolist() == [[5, 19], [7, 7], [0, 7]]
+    assert check_codes(codes, CODEC, Quirks(sound=True)).tolist() == [[5, 19], [7, 7], [0, 7]]
     np.testing.assert_array_equal(codes, kept)
     with pytest.raises(VoiceError, match="-1"):
-        check_codes(np.array([[-1]]), CODEC, upstream_compat=True)
+        check_codes(np.array([[-1]]), CODEC, Quirks(sound=True))
 
 
 @pytest.mark.parametrize(

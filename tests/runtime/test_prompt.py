@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from fishrt.bundle import features
-from fishrt.bundle.features import PunctuationSplit, TextCleaning
+from fishrt.bundle.features import USUAL, PunctuationSplit, Quirks, TextCleaning
 from fishrt.errors import PromptError, VoiceError
 from fishrt.language_model.prompt import DIALECTS, PromptBuilder
 from fishrt.text.tokenizer import Tokenizer
@@ -15,6 +15,7 @@ from helpers_text import TINY_TOKENIZER, drawn, language_model, voice
 
 TOKENIZER = Tokenizer.load(TINY_TOKENIZER)
 MODEL = language_model()
+COMPAT = Quirks(text=True, history=True)
 
 
 @pytest.fixture
@@ -108,7 +109,7 @@ def test_the_oldest_is_forgotten_first_and_never_the_voice(builder):
 
 
 def test_upstream_forgets_nothing_and_gives_up(builder):
-    conversation = builder.start(upstream_compat=True)
+    conversation = builder.start(quirks=COMPAT)
     for _ in range(5):
         conversation.user("Well.")
         conversation.assistant(drawn(np.zeros((4, 90), np.int64), MODEL))
@@ -134,7 +135,7 @@ def test_control_tokens_do_not_act(builder, bad):
         builder.start([voice(transcript=f"a {bad}")])
     with pytest.raises(PromptError, match="system"):
         builder.start(system=bad)
-    assert builder.split(f"Hello {bad} you.", upstream_compat=True) == [f"Hello {bad} you."]
+    assert builder.split(f"Hello {bad} you.", quirks=COMPAT) == [f"Hello {bad} you."]
     assert builder.split("Hello <|not_a_token|> you.") == ["Hello <|not_a_token|> you."]
 
 
@@ -143,7 +144,7 @@ def test_split_of_untagged_text(builder):
     pieces = builder.split(text)
     assert len(pieces) == 5
     assert " ".join(pieces) == text.strip()
-    assert builder.split(text, upstream_compat=True) == [text]
+    assert builder.split(text, quirks=COMPAT) == [text]
     assert builder.split(text, chunk_bytes=1000) == [text.strip()]
 
 
@@ -154,7 +155,7 @@ def test_split_of_turns(builder):
         "<|speaker:0|>A long turn of words. A long turn of words.",
         "<|speaker:0|>A long turn of words. A long turn of words. A long turn of words.",
     ]
-    assert "Before" not in "".join(builder.split(text, upstream_compat=True))
+    assert "Before" not in "".join(builder.split(text, quirks=COMPAT))
 
 
 def test_at_most_five_turns(builder):
@@ -172,7 +173,7 @@ def test_turns_with_nothing_to_speak_are_left_out(builder):
 @pytest.mark.parametrize("text", ["", " \n", "?!", "<|speaker:0|>"])
 def test_nothing_to_speak(builder, text, compat):
     with pytest.raises(PromptError, match="nothing to speak"):
-        builder.split(text, upstream_compat=compat)
+        builder.split(text, quirks=COMPAT if compat else USUAL)
 
 
 def test_tags_reach_the_model(builder):
@@ -188,8 +189,6 @@ def test_tags_reach_the_model(builder):
 def test_codes_of_another_model(builder, codes):
     with pytest.raises(VoiceError):
         builder.start([dataclasses.replace(voice(), codes=codes)])
-    with pytest.raises(VoiceError):
-        builder.encode([codes])
 
 
 def test_code_0_is_bounded_by_the_semantic_ids():
@@ -259,7 +258,7 @@ def test_the_oldest_piece_is_forgotten_first_in_each_dialect(dialect):
 @pytest.mark.parametrize(("dialect", "last"), [("segments", 3), ("instruction", 4)])
 def test_upstream_remembers_columns_as_they_were_drawn(dialect, last):
     builder = of(dialect, **OWN_CODES, history_window=512)
-    conversation = builder.start(upstream_compat=True)
+    conversation = builder.start(quirks=COMPAT)
     first = conversation.user("One.")
     np.testing.assert_array_equal(conversation.user("One."), first)
     columns = drawn(np.full((4, 3), 7), builder.model)
@@ -271,7 +270,7 @@ def test_upstream_remembers_columns_as_they_were_drawn(dialect, last):
 
 def test_upstreams_window_goes_beyond_the_limit_and_never_gives_up():
     builder = of("segments", **OWN_CODES, history_window=40)
-    conversation = builder.start(upstream_compat=True)
+    conversation = builder.start(quirks=COMPAT)
     for n in range(4):
         prompt = conversation.user(f"Number {n}.")
         conversation.assistant(drawn(np.zeros((4, 90), np.int64), builder.model))
@@ -289,13 +288,13 @@ def test_without_turns_there_are_no_tags_and_no_system_text(dialect):
         builder.start([voice(transcript="<|speaker:0|>Hello.")])
     with pytest.raises(PromptError, match="no system text"):
         builder.start(system="Be kind.")
-    assert builder.split("<|speaker:0|>Hello.<|speaker:1|>Yes.", upstream_compat=True) == ["<|speaker:0|>Hello.<|speaker:1|>Yes."]
+    assert builder.split("<|speaker:0|>Hello.<|speaker:1|>Yes.", quirks=COMPAT) == ["<|speaker:0|>Hello.<|speaker:1|>Yes."]
 
 
 def test_long_text_without_turns_is_split_but_not_by_upstream():
     text = "This is a sentence of some length, is it not? " * 5
     assert len(of("interleaved").split(text)) == 5
-    assert of("interleaved").split(text, upstream_compat=True) == [text]
+    assert of("interleaved").split(text, quirks=COMPAT) == [text]
 
 
 CLEANING = TextCleaning(
@@ -307,11 +306,9 @@ CLEANED = {"cleaning": CLEANING, "splitting": PunctuationSplit(".!?", ",")}
 def test_pieces_and_transcripts_are_cleaned():
     builder = of("instruction", **CLEANED)
     assert builder.split(" [Oh] it’s\nme 🙂 ") == ["Oh it's me."]
-    assert builder.split(" [Oh] it’s\nme 🙂 ", upstream_compat=True) == ["Oh it'sme"]
+    assert builder.split(" [Oh] it’s\nme 🙂 ", quirks=COMPAT) == ["Oh it'sme"]
     assert "user\nOh it's me<|im_end|>" in spell(builder.start([voice(transcript="[Oh] it’s\nme")]).user("Hi."))
-    assert "user\nOh it'sme<|im_end|>" in spell(
-        builder.start([voice(transcript="[Oh] it’s\nme")], upstream_compat=True).user("Hi.")
-    )
+    assert "user\nOh it'sme<|im_end|>" in spell(builder.start([voice(transcript="[Oh] it’s\nme")], quirks=COMPAT).user("Hi."))
 
 
 def test_long_text_is_split_as_the_model_says():
@@ -320,7 +317,7 @@ def test_long_text_is_split_as_the_model_says():
     with pytest.raises(PromptError, match="nothing to speak"):
         builder.split("— 🙂")
     assert builder.split(text) == ["One, two, three.", "Four!!!  Five six.", "seven eight nine.", "ten 3.14."]
-    assert builder.split(text, upstream_compat=True) == ["One, two, three.", "Four!!!  Five six", "seven eight nine", "ten 3.14."]
+    assert builder.split(text, quirks=COMPAT) == ["One, two, three.", "Four!!!  Five six", "seven eight nine", "ten 3.14."]
 
 
 def test_letters_that_cleaning_would_drop_are_refused():
@@ -329,9 +326,9 @@ def test_letters_that_cleaning_would_drop_are_refused():
         builder.split("Größer")
     with pytest.raises(PromptError, match="transcript of voice 0"):
         builder.start([voice(transcript="Größer")])
-    assert builder.split("Größer", upstream_compat=True) == ["Grer"]
+    assert builder.split("Größer", quirks=COMPAT) == ["Grer"]
     with pytest.raises(PromptError, match="nothing to speak"):
-        builder.split("öß", upstream_compat=True)
+        builder.split("öß", quirks=COMPAT)
 
 
 def test_cleaning_leaves_nothing_out_and_joins_nothing():

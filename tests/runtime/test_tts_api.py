@@ -418,23 +418,41 @@ def test_arguments_of_another_type_are_named_when_a_bundle_is_loaded(tmp_path: P
 
 @pytest.mark.parametrize("call", ["speak", "stream", "astream"])
 def test_a_setting_of_sampling_given_by_itself_is_told_where_it_goes(tts: TTS, call: str) -> None:
-    with pytest.raises(ArgumentError, match=rf"{call}\(\) takes no argument temperature") as caught:
+    with pytest.raises(ArgumentError, match="no option temperature") as caught:
         getattr(tts, call)("Hello!", temperature=0.5, top_k=3)
     assert caught.value.hint == "sampling=Sampling(temperature=0.5, top_k=3)"
     with pytest.raises(TypeError, match="loudness"):
         getattr(tts, call)("Hello!", loudness=3)
 
 
+def test_a_request_says_what_its_options_say(tts: TTS) -> None:
+    request = fishrt.Request("Hello!", voice="ben", seed=5, max_frames=9)
+    expected = tts.speak("Hello!", voice="ben", seed=5, max_frames=9)
+    np.testing.assert_array_equal(tts.speak(request).codes, expected.codes)
+    np.testing.assert_array_equal(np.concatenate([c.codes for c in tts.stream(request)], axis=1), expected.codes)
+    assert tts.speak(request, seed=6).info.seed == 6
+    assert (tts.speak(request).info.voices, request.seed) == (("ben",), 5)
+    with pytest.raises(ArgumentError, match="text is None"):
+        fishrt.Request(None)  # type: ignore[arg-type]
+
+
 # --- help ----------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "kind", [Speech, AudioChunk, SpeechInfo, PieceInfo, Timings, Progress, Sampling, Voice, Bundle], ids=lambda k: k.__name__
+    "kind",
+    [Speech, AudioChunk, SpeechInfo, PieceInfo, Timings, Progress, Sampling, Voice, Bundle, fishrt.Request],
+    ids=lambda k: k.__name__,
 )
 def test_help_tells_of_every_attribute(kind: Any) -> None:
     assert is_dataclass(kind)
     told = re.findall(r"^ {4}(\w+): ", (inspect.getdoc(kind) or "").split("Attributes:")[1], re.MULTILINE)
     assert told == [field.name for field in fields(kind)]
+
+
+def test_help_of_speak_names_every_option() -> None:
+    told = inspect.getdoc(TTS.speak) or ""
+    assert all(re.search(rf"\b{field.name}\b", told) for field in fields(fishrt.Request))
 
 
 def test_completion_offers_the_public_names_and_no_others() -> None:

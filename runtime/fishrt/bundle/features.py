@@ -25,6 +25,12 @@ VOICE_SECONDS = (10.0, 30.0)
 class Quirks:
     """Behaviour of the original to the letter, where fishrt does otherwise. Without arguments: none of it."""
 
+    text: bool = False
+    """Texts are cleaned and nothing else: no full stop is added, no turn is split, letters are dropped, control tokens act."""
+    history: bool = False
+    """All earlier pieces stay in the prompt, as the original writes them."""
+    sound: bool = False
+    """The codec begins from zeros, and no voice is brought to the common loudness."""
     draws: bool = False
     """Padding may be drawn instead of a code, and an end token in the first column does not stop."""
     trim: str | None = None
@@ -33,7 +39,7 @@ class Quirks:
     @classmethod
     def of(cls, lm: LanguageModel) -> Quirks:
         """Return all quirks of the original of a model."""
-        return cls(True, lm.upstream_trim)
+        return cls(text=True, history=True, sound=True, draws=True, trim=lm.upstream_trim)
 
 
 USUAL = Quirks()

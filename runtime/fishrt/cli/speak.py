@@ -32,9 +32,10 @@ from .base.streams import muted
 
 if TYPE_CHECKING:
     from ..arrays import Pcm
+    from ..request import VoiceLike
     from ..speech import AudioChunk, Progress, SpeechInfo
     from ..stream import SpeechStream
-    from ..tts import TTS, VoiceLike
+    from ..tts import TTS
 
 
 _NOTES = 5

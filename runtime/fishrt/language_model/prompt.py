@@ -26,7 +26,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..arrays import Ints
-from ..bundle.features import LanguageModel
+from ..bundle.features import USUAL, LanguageModel, Quirks
 from ..codec import check_entries
 from ..errors import PromptError, VoiceError
 from ..text.clean import clean_text, lost_letters, spaced, unwrap
@@ -102,7 +102,7 @@ class PromptBuilder:
         self.model = language_model
         self.dialect = DIALECTS[language_model.prompt_dialect]
 
-    def split(self, text: str, *, upstream_compat: bool = False, chunk_bytes: int | None = None) -> list[str]:
+    def split(self, text: str, *, quirks: Quirks = USUAL, chunk_bytes: int | None = None) -> list[str]:
         """Return the pieces of a text that are spoken one after the other; `chunk_bytes` (UTF-8) defaults to the manifest's.
 
         The pieces are cleaned by the model's rules, which turn line breaks into spaces. Text that is too long is split by the
@@ -110,7 +110,7 @@ class PromptBuilder:
         `chunk_bytes`; each part of a turn that is too long repeats its tag. Text before the first tag is speaker 0's. Pieces
         without a letter or digit are left out. A piece or turn that ends in a letter or digit gets a full stop.
 
-        upstream_compat: text before the first tag is dropped; no turn is split and no full stop is added; text without tags is
+        quirks: of text; text before the first tag is dropped; no turn is split and no full stop is added; text without tags is
         one piece of any length, unless there is a `splitting`; letters that the model was not trained on are dropped; control
         tokens in the text act.
 
@@ -119,10 +119,10 @@ class PromptBuilder:
         """
         model = self.model
         limit = model.chunk_bytes if chunk_bytes is None else chunk_bytes
-        text = self._prepare(text, "the text", upstream_compat)
+        text = self._prepare(text, "the text", quirks)
         check_text(text)
         turns = speaker_turns(text) if self.dialect.turns else []
-        if upstream_compat:
+        if quirks.text:
             if turns:
                 return pack_turns(turns, MAX_TURNS, limit)
             pieces = [text] if model.splitting is None else split_punctuation(text, model.splitting, limit)
@@ -135,7 +135,7 @@ class PromptBuilder:
         pieces = split_sentences(text, limit) if model.splitting is None else split_punctuation(text, model.splitting, limit)
         return [self._cleaned(with_end(piece)) for piece in pieces if speakable(piece)]
 
-    def start(self, voices: Sequence[Voice] = (), system: str | None = None, *, upstream_compat: bool = False) -> Conversation:
+    def start(self, voices: Sequence[Voice] = (), system: str | None = None, *, quirks: Quirks = USUAL) -> Conversation:
         """Begin a conversation in which voice i speaks as `<|speaker:i|>`; without turns, all voices are one speaker.
 
         `system` replaces the usual instruction. With voices, it is a separate message in front, because the message with the
@@ -146,28 +146,28 @@ class PromptBuilder:
         texts = []
         for n, voice in enumerate(voices):
             self._check_codes(voice.codes, f"voice {voice.name!r}")
-            texts.append(self._prepare(voice.transcript, f"the transcript of voice {n} ({voice.name!r})", upstream_compat))
+            texts.append(self._prepare(voice.transcript, f"the transcript of voice {n} ({voice.name!r})", quirks))
         if system is not None:
             if not dialect.turns:
                 raise PromptError("this model takes no system text", hint="leave it out")
             if not system.strip():
                 raise PromptError("the system text is empty", hint="leave it out, and the model's usual instruction is used")
-            system = self._prepare(system, "the system text", upstream_compat)
+            system = self._prepare(system, "the system text", quirks)
         if dialect.turns:
             parts = self._system_messages(texts, voices, system)
         else:
             parts = list(dialect.opening)
             for text, voice in zip(texts, voices, strict=True):
                 parts += dialect.said(text, voice.codes)
-        kind = WindowedConversation if upstream_compat and self.model.history_window is not None else Conversation
-        return kind(self, self.encode(parts), upstream_compat=upstream_compat)
+        kind = WindowedConversation if quirks.history and self.model.history_window is not None else Conversation
+        return kind(self, self.encode(parts), quirks)
 
     def check_transcript(self, text: str, what: str) -> None:
         """Check that the transcript of a voice can be part of a prompt; `what` names it. Raises PromptError otherwise."""
-        self._prepare(text, what, False)
+        self._prepare(text, what, USUAL)
 
     def encode(self, parts: Sequence[str | Ints]) -> Ints:
-        """Return the columns of parts, int64 [1 + num_codebooks, T]. Raises VoiceError for codes that are not the model's."""
+        """Return the columns of parts, int64 [1 + num_codebooks, T]."""
         nothing = np.zeros((1 + self.model.num_codebooks, 0), np.int64)
         columns = [self._text(part) if isinstance(part, str) else self._audio(part) for part in parts]
         return np.concatenate([nothing, *columns], axis=1)
@@ -189,7 +189,6 @@ class PromptBuilder:
         return columns
 
     def _audio(self, codes: Ints) -> Ints:
-        self._check_codes(codes, "a part of the prompt")
         model = self.model
         main = codes[:1] if model.code_zero == "main" else np.zeros_like(codes[:1])
         return np.concatenate((model.semantic_begin_id + main, codes + model.code_offset)).astype(np.int64)
@@ -207,10 +206,10 @@ class PromptBuilder:
                 sizes[0] = min(sizes[0], model.semantic_end_id - model.semantic_begin_id + 1)
             check_entries(codes, sizes, f"the codes of {what}")
 
-    def _prepare(self, text: str, what: str, upstream_compat: bool) -> str:
+    def _prepare(self, text: str, what: str, quirks: Quirks) -> str:
         """Return the text as the model reads it; `what` names it. Raises PromptError for text that must not be spoken."""
         check_unicode(text, what)
-        if upstream_compat:
+        if quirks.text:
             return self._cleaned(text)
         if not self.dialect.turns and (tag := SPEAKER.search(text)):
             raise PromptError(f"{what} has {tag[0]}, but this model knows no turns of speakers", hint="take the tags out")
@@ -244,10 +243,10 @@ class Conversation:
     form, and learn from it that a piece ends. The original does the same, except in the dialects of `WindowedConversation`.
     """
 
-    def __init__(self, builder: PromptBuilder, head: Ints, *, upstream_compat: bool) -> None:
+    def __init__(self, builder: PromptBuilder, head: Ints, quirks: Quirks) -> None:
         self._builder = builder
         self._head = head
-        self._upstream_compat = upstream_compat
+        self._quirks = quirks
         self._history: list[Ints] = []
         self._text = ""
 
@@ -259,14 +258,14 @@ class Conversation:
     def user(self, text: str) -> Ints:
         """Return the prompt int64 [1 + num_codebooks, T] for the next piece of `split`.
 
-        The oldest pieces are dropped when the prompt would exceed `max_prompt`; upstream_compat keeps all.
+        The oldest pieces are dropped when the prompt would exceed `max_prompt`; `Quirks.history` keeps all.
         Raises PromptError if the prompt is still too long.
         """
         self._text = text
         now = self._asked()
         fixed, limit = self._head.shape[1] + now.shape[1], self._builder.model.max_prompt
         said = sum(piece.shape[1] for piece in self._history)
-        while self._history and fixed + said > limit and not self._upstream_compat:
+        while self._history and fixed + said > limit and not self._quirks.history:
             said -= self._history.pop(0).shape[1]
         if fixed + said > limit:
             raise PromptError(
@@ -282,10 +281,10 @@ class Conversation:
         The original leaves out the last column, end token or not.
         """
         model = self._builder.model
-        spoken = columns[:, :-1] if self._upstream_compat else columns[:, columns[0] != model.end_id]
+        spoken = columns[:, :-1] if self._quirks.history else columns[:, columns[0] != model.end_id]
         if spoken.shape[1]:  # after a silent piece in the prompt, the model would stay silent
-            codes = spoken[1:] - model.code_offset
-            self._history.append(self._builder.encode(self._builder.dialect.said(self._text, codes)))
+            end = self._builder.encode([self._builder.dialect.end])
+            self._history.append(np.concatenate([self._asked(), spoken, end], axis=1))
 
     def _asked(self) -> Ints:
         return self._builder.encode(self._builder.dialect.asked(self._text))
