@@ -201,6 +201,10 @@ def test_the_command(gpu, tiny_bundle, tmp_path):
     ]
     assert all(Path(plan["path"]).stat().st_size == plan["bytes"] for plan in again["plans"])
     assert run(*arguments, "--quiet").stderr == ""
+    both = run(*arguments, "--max-len", 512, "--json")
+    plans = [(plan["role"], plan["max_len"], plan["attention"], plan["built"]) for plan in json.loads(both.stdout)["plans"]]
+    assert plans[:2] == [("slow_ar", 512, "fused", True), ("slow_ar", 600, "fused", False)]
+    assert within_plans(tiny_bundle).manifest.model.max_seq_len == 600
 
 
 @pytest.mark.parametrize(
