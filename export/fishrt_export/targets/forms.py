@@ -22,7 +22,7 @@ from fishrt_engines.engine import GraphSpec, TensorSpec
 
 from ..errors import ExportError
 from .attention import fast_operators
-from .edit import MICROSOFT, load, save
+from .edit import load, save
 from .precision import compute_in, keep_layout, share_weights
 
 log = logging.getLogger(__name__)
@@ -53,11 +53,11 @@ def make_forms(
 
 
 def _cpu(folder: Path, portable: GraphSpec) -> Form | None:
-    """Return the form for CPUs; None if the portable graph is as fast."""
+    """Return the form for CPUs; None if the portable graph is as fast: fused norms alone are not worth a file."""
     model = load(folder / portable.file)
     rounds = any(node.op_type == "DequantizeLinear" for node in model.graph)
     spec = replace(portable, columns=fast_operators(model), rounds_activations=rounds)
-    if any(node.domain == MICROSOFT for node in model.graph):
+    if spec.columns is not None:
         spec = replace(spec, file=_named(portable, "cpu"))
         save(model, folder / spec.file)
     return None if spec == portable else Form("cpu", spec)

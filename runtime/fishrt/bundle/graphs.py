@@ -30,8 +30,13 @@ class BundleGraphs(Mapping[str, Engine]):
         """Open no graph yet. Raises ProviderError for provider coreml and a bundle without graphs for it."""
         self._bundle, self.provider, self._threads = bundle, provider, threads
         self._features = features(provider)
+        made_for = {"cpu", *(form.provider for graph in bundle.manifest.graphs.values() for form in graph.forms)}
         if provider == "coreml":
             _check_coreml(bundle)
+        elif provider not in made_for:
+            hint = f"`fishrt retarget BUNDLE --target {provider}` adds them"
+            name = bundle.manifest.name
+            log.warning("%s has no graphs for %s: the portable ones run, which is slower; %s", name, provider, hint)
         self._open: dict[str, Engine] = {}
         self._lock = threading.Lock()
 
@@ -56,9 +61,6 @@ class BundleGraphs(Mapping[str, Engine]):
                 log.info("%s is not used: this machine has no %s", other.spec.file, lacking)
         if form is not None and form.parts:
             return self._in_parts(form)
-        if form is None and provider not in {other.provider for graph in manifest.graphs.values() for other in graph.forms}:
-            hint = f"`fishrt retarget BUNDLE --target {provider}` adds it"
-            log.warning("%s has no graphs for %s: the portable %s runs, which is slower; %s", manifest.name, provider, role, hint)
         spec = graph.spec if form is None else form.spec
         return open_engine(self._bundle.file(spec.file), spec, provider=provider, threads=self._threads)
 

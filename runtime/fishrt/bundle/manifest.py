@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, replace
 
@@ -281,8 +282,11 @@ class Manifest:
         return faults
 
     def to_json(self) -> str:
-        """Return the text of `manifest.json`."""
-        return json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n"
+        """Return the text of `manifest.json`: a tensor, a file and a list of numbers have a line each."""
+        text = json.dumps(asdict(self), indent=1, ensure_ascii=False)
+        for innermost in (r"\[\n[^\[\]{}]*\]", r"\{\n[^{}]*\}"):
+            text = re.sub(innermost, lambda found: re.sub(r"\n\s*", " ", found[0]), text)
+        return text + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Manifest:
