@@ -21,8 +21,7 @@ from fishrt.bench.measure import TEXT
 from fishrt.bench.setup import bench_prompt
 from fishrt.bundle.features import USUAL, LanguageModel
 from fishrt.language_model.context import SlowContext
-from fishrt.language_model.drawing import Draws, FrameDrawer, StepDrawer
-from fishrt.language_model.frame import drawn_codes
+from fishrt.language_model.drawing import Draws, FrameDrawer, StepDrawer, drawn_codes
 from fishrt.language_model.sampling import Sampling, SeededNoise
 from fishrt_engines import Array, Engine, open_engine
 from fishrt_export.sources.codec import open_codec

@@ -29,7 +29,7 @@ from fishrt.bundle.features import LanguageModel
 from fishrt.bundle.folder import Bundle
 from fishrt.errors import FishrtError
 from fishrt.language_model.context import FIRST_FRAMES
-from fishrt.language_model.frame import drawn_codes
+from fishrt.language_model.drawing import drawn_codes
 from fishrt.language_model.sampling import Sampling, SeededNoise, main_ids
 from fishrt.metrics import Summary, frame_bytes, per_second, rtf
 from fishrt_engines import Array, Engine, GraphSpec, open_engine
@@ -135,7 +135,7 @@ def open_frame(tts: TTS) -> Engine:
         return engine
     form = tts.bundle.manifest.graphs["fast_ar"].form("tensorrt", ())
     if form is None:
-        hint = f"fishrt retarget {tts.bundle.path} --target cuda --target tensorrt"
+        hint = "export it with `fishrt export --target cuda`"
         raise FishrtError(f"{tts.bundle.manifest.name} has no frame graph", hint=hint)
     return open_engine(tts.bundle.file(form.spec.file), form.spec, provider=engine.provider)
 

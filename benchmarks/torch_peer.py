@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from fishrt.bench.setup import TimedEngine
 from fishrt.bundle.features import LanguageModel
-from fishrt.language_model.frame import frame_spec
+from fishrt.language_model.drawing import frame_spec
 from fishrt_engines import Array, GraphSpec, State
 from fishrt_engines.engine import OneRow
 from fishrt_export.models import transformer

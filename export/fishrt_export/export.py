@@ -127,15 +127,23 @@ def export_bundle(
         check_codec(codec.kind)
     static_case, static_tolerance = decode.cases[-1], decode.tolerance
     del decode
-    check_memory(BASE_MEMORY + max(job.need() for job in jobs), f"exporting {checkpoint}")
     plans, known = {job.role: job.plan for job in jobs}, language_model.family
+    framed = {"cuda", "tensorrt"} & targets.keys()
+    frame = language_model.frame_job(draft.model, plans["fast_ar"]) if framed else None
+    check_memory(BASE_MEMORY + max(job.need() for job in (*jobs, *filter(None, [frame]))), f"exporting {checkpoint}")
     del codec, language_model  # each job holds its weights until it is done
     references = check_references(checkpoint, Bundle(out, draft), Tokenizer.from_json(tokenizer.encode()))
     with _written_aside(out) as folder:
         (folder / TOKENIZER).write_bytes(tokenizer.encode())
         licence = copy_licence(checkpoint, folder, known)
         graphs = 0.6 if codec_int8 else 1.0  # part of the export's time
-        make = partial(make_forms, specs=draft.specs, lm=draft.model, targets=targets)
+
+        def make(folder: Path, role: str) -> list[Form]:
+            if frame is None or role != "fast_ar":
+                return make_forms(folder, role, draft.specs[role], targets)
+            whole = Form("tensorrt", frame.spec, parity=frame.run(folder).parity)
+            return [*make_forms(folder, role, draft.specs[role], targets, whole), whole]
+
         made = _run(jobs, folder, make, lambda stage, part: progress(stage, graphs * part))
         done = {
             role: replace(graph, memory=made[role].memory, parity=made[role].parity, forms=made[role].forms)

@@ -22,6 +22,7 @@ from fishrt_engines import open_engine
 from fishrt_engines.aside import new_folder
 
 from .checkpoint.identify import AudioIds
+from .errors import ExportError
 from .graph.report import PROVIDER, Case, Expected, compare, run
 from .sources.cases import codec_decode_cases, codec_encode_cases, fast_ar_cases, slow_ar_cases
 from .targets.coreml import check_codec, static_form, step_usability
@@ -38,8 +39,8 @@ SIGHT = 40
 def retarget(path: Path, targets: Collection[str], progress: Progress = lambda _stage, _done: None) -> Bundle:
     """Make the forms of the bundle in the folder `path` for `targets` anew, and return the bundle. Its other forms stay.
 
-    The folder is replaced when all is done. Raises ExportError for an unknown target and for a form that differs from its
-    portable graph, BundleError for a folder that is no bundle, OSError.
+    The folder is replaced when all is done. Raises ExportError for an unknown target, for a bundle without frame and target
+    tensorrt, and for a form that differs from its portable graph; BundleError for a folder that is no bundle; OSError.
     """
     check_targets(targets)
     data = _data(path)
@@ -47,6 +48,9 @@ def retarget(path: Path, targets: Collection[str], progress: Progress = lambda _
     kept = {role: [form for form in graph.forms if not _is_made(form, targets)] for role, graph in manifest.graphs.items()}
     if "coreml" in targets:
         check_codec(manifest.specs["codec_decode"])
+    if "tensorrt" in targets and manifest.graphs["fast_ar"].form("tensorrt", ()) is None:
+        hint = "export the checkpoint with `fishrt export --target tensorrt`"
+        raise ExportError(f"{manifest.name} has no frame graph, which TensorRT runs in place of the fast AR", hint=hint)
     forms = [form for graph in manifest.graphs.values() for form in graph.forms if _is_made(form, targets)]
     # A file that is written again must be a new one: a link would change the bundle that is read.
     stale = {file for form in forms for file in form.files} - {spec.file for spec in manifest.specs.values()}
@@ -76,8 +80,8 @@ def _data(path: Path) -> dict[str, Any]:
 
 
 def _is_made(form: Form, targets: Collection[str]) -> bool:
-    """Return whether make_forms or static_form makes the form again. A codec in 8 bits comes from the export alone."""
-    return form.provider in targets and form.rounding is None
+    """Return whether make_forms or static_form makes the form again. A codec in 8 bits and a frame come from the export alone."""
+    return form.provider in targets and form.provider != "tensorrt" and form.rounding is None
 
 
 def _link(source: Path, target: Path) -> None:
@@ -88,7 +92,7 @@ def _link(source: Path, target: Path) -> None:
 
 
 def _with_forms(folder: Path, role: str, graph: Graph, manifest: Manifest, targets: Collection[str]) -> Graph:
-    forms, cases = make_forms(folder, role, manifest.specs, manifest.model, targets), _cases(role, manifest)
+    forms, cases = make_forms(folder, role, graph.spec, targets, graph.form("tensorrt", ())), _cases(role, manifest)
     tolerance = 1.0 if graph.parity is None else graph.parity.tolerance
     if any(form.provider == PROVIDER for form in forms):
         engine = open_engine(folder / graph.spec.file, graph.spec, provider=PROVIDER)

@@ -14,6 +14,7 @@ import pytest
 from onnx import TensorProto
 
 from fake_cuda import FakeCuda
+from fishrt.bundle.manifest import Form
 from fishrt.language_model.batch import Batch, DualAR
 from fishrt.language_model.generate import generate
 from fishrt.language_model.sampling import Sampling, SeededNoise
@@ -31,7 +32,7 @@ pytest.importorskip("torch", reason="needs the export extra")
 from fishrt_export.graph.recipe import Recipe
 from fishrt_export.graph.report import Case
 from fishrt_export.sources.cases import random_prompt
-from fishrt_export.targets.forms import device_form, make_forms, write_frame
+from fishrt_export.targets.forms import device_form, make_forms
 from wide import EVERYTHING_WIDE, Exported, called
 
 
@@ -193,8 +194,7 @@ def test_attention_without_a_fast_operator_has_no_form(
     exported: Exported, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("fishrt_export.targets.forms.fast_operators", lambda model, *, feed_rows=False: None)
-    specs = {role: exported.spec(role) for role in ("slow_ar", "fast_ar")}
-    assert make_forms(exported.folder, "slow_ar", specs, exported.source.describe("audio"), ["cuda"]) == []
+    assert make_forms(exported.folder, "slow_ar", exported.spec("slow_ar"), ["cuda"]) == []
     assert caplog.text.count("its attention has no fast operator") == 1
 
 
@@ -216,9 +216,10 @@ def test_a_frame_of_quantised_weights_expands_none_of_them(
     job = exported.jobs["fast_ar"]
     plan = Recipe(precision).plan({"fast_ar": job.build()}, {"fast_ar": job.weights})["fast_ar"]
     replace(job, plan=plan).run(tmp_path)
-    specs = {role: exported.spec(role) for role in ("slow_ar", "fast_ar")}
-    spec = write_frame(tmp_path, specs, exported.source.describe("audio"))
-    (form,) = make_forms(tmp_path, "fast_ar", specs, exported.source.describe("audio"), ["cuda"])
+    frame = exported.source.frame_job(exported.source.describe("audio"), plan)
+    frame.run(tmp_path)
+    spec = frame.spec
+    (form,) = make_forms(tmp_path, "fast_ar", job.spec, ["cuda"], Form("tensorrt", spec))
     engines = [open_engine(tmp_path / s.file, s, provider=provider) for s, provider in ((form.spec, "cuda"), (spec, "cpu"))]
     operators = {node.op_type for node in onnx.ModelProto.FromString(cuda.graphs[0].model).graph.node}
     assert "MatMulNBits" in operators

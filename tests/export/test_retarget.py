@@ -68,16 +68,24 @@ def test_a_bundle_of_schema_3_becomes_one_of_this_without_torch(folder: Path) ->
     assert bundle.manifest.quantisation is not None
     for role, graph in bundle.manifest.graphs.items():
         known = [form for form in before.graphs[role].forms if form.provider in ("cpu", "cuda")]
-        assert [(form.provider, form.spec, form.needs) for form in graph.forms] == [(f.provider, f.spec, f.needs) for f in known]
+        assert [(form.provider, form.needs) for form in graph.forms] == [(form.provider, form.needs) for form in known]
         assert replace(graph, forms=()) == replace(before.graphs[role], forms=())
+        if role == "fast_ar":  # a frame is traced, so it needs an export
+            assert all(form.spec.states for form in graph.forms)
+        else:
+            assert [form.spec for form in graph.forms] == [form.spec for form in known]
+    with pytest.raises(ExportError, match="no frame graph") as refused:
+        retarget(folder, ["tensorrt"])
+    assert "fishrt export --target tensorrt" in str(refused.value.hint)
     assert not (folder / "quantisation.json").exists()
     said = TTS.load(bundle, threads=1).speak("Good morning.", seed=1, max_frames=8)
     np.testing.assert_array_equal(said.codes, TTS.load(threads=1).speak("Good morning.", seed=1, max_frames=8).codes)
 
 
-def test_forms_of_other_providers_stay(folder: Path) -> None:
+@pytest.mark.parametrize("target", ["cpu", "cuda", "tensorrt"])
+def test_forms_of_other_providers_and_the_frame_stay(folder: Path, target: str) -> None:
     before = Bundle.load(folder).manifest
-    made = retarget(folder, ["cpu"]).manifest
+    made = retarget(folder, [target]).manifest
     for role, graph in made.graphs.items():
         assert {form.spec for form in graph.forms} == {form.spec for form in before.graphs[role].forms}
         assert all(form.parity is not None for form in graph.forms if form.provider == "cpu")

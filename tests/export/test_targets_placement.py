@@ -5,6 +5,7 @@ No device is at hand: `cuda_placement` repeats ONNX Runtime's rule.
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import onnx
@@ -16,7 +17,7 @@ from cuda_placement import copied_values
 from fishrt.bundle.folder import Bundle, embedded_bundle
 from fishrt_export.targets import edit
 from fishrt_export.targets.attention import fast_operators
-from fishrt_export.targets.forms import device_form, write_frame
+from fishrt_export.targets.forms import device_form
 from helpers_graphs import copied
 from tiny import GoldenModel
 
@@ -25,10 +26,14 @@ pytest.importorskip("torch", reason="needs the export extra")
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_a_language_model_copies_nothing(golden_model: GoldenModel, tmp_path: Path, dtype: str) -> None:
-    specs = {job.role: job.spec for job in golden_model.lm.jobs("audio")}
-    for role in specs:
+    slow, frame = (
+        golden_model._job("slow_ar", "audio").spec,
+        golden_model.lm.frame_job(golden_model.lm.describe("audio"), {}).spec,
+    )
+    for role in ("slow_ar", "fast_ar"):
         copied(golden_model.file(role), tmp_path)
-    for spec in (specs["slow_ar"], write_frame(tmp_path, specs, golden_model.lm.describe("audio"))):
+    shutil.copy(golden_model.frame_file(golden_model.lm.describe("audio")), tmp_path)
+    for spec in (slow, frame):
         form = device_form(tmp_path, spec, dtype)
         assert form is None or copied_values(tmp_path / form.file) == []
 

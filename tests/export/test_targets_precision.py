@@ -5,6 +5,7 @@ ONNX Runtime's CPU provider emulates float16 and has no bfloat16, of which only 
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,6 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from fishrt.language_model.frame import frame_model, frame_spec
 from fishrt_engines import GraphSpec
 from fishrt_export.errors import ExportError
 from fishrt_export.graph.recipe import Recipe
@@ -35,10 +35,9 @@ LENGTH = 7
 def files(golden_model: GoldenModel, folder: Path) -> dict[str, Path]:
     """Return copies of the graphs of a language model, the frame graph among them, with their weights."""
     slow, fast = (copied(golden_model.file(role), folder) for role in ("slow_ar", "fast_ar"))
-    lm, specs = golden_model.lm.describe("audio"), {job.role: job.spec for job in golden_model.lm.jobs("audio")}
-    frame = frame_model(fast.read_bytes(), specs["fast_ar"], frame_spec(specs["slow_ar"], specs["fast_ar"], lm), lm)
-    (folder / "frame.onnx").write_bytes(frame)
-    return {"slow_ar": slow, "fast_ar": fast, "frame": folder / "frame.onnx"}
+    frame = golden_model.frame_file(golden_model.lm.describe("audio"))
+    shutil.copy(frame, folder)
+    return {"slow_ar": slow, "fast_ar": fast, "frame": folder / frame.name}
 
 
 def lowered(path: Path, dtype: str) -> Path:

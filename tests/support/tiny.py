@@ -16,7 +16,7 @@ import torch
 from fishrt.bundle.features import LanguageModel
 from fishrt.bundle.folder import Bundle
 from fishrt.language_model.batch import DualAR
-from fishrt.language_model.frame import MOST_RANKED
+from fishrt.language_model.drawing import MOST_RANKED
 from fishrt_engines import Engine, open_engine
 from fishrt_export import export_bundle
 from fishrt_export.export import halves_fit
@@ -97,7 +97,7 @@ class GoldenModel:
             spec = self._job(role, head).spec
             path = self.file(role, head)
             if fast:
-                form = next(iter(make_forms(path.parent, role, {role: spec}, self.lm.describe(head), ["cpu"])), None)
+                form = next(iter(make_forms(path.parent, role, spec, ["cpu"])), None)
                 spec = spec if form is None else form.spec
             self._engines[key] = open_engine(path.with_name(spec.file), spec, provider="cpu")
         return self._engines[key]

@@ -8,7 +8,6 @@ from typing import Any
 
 from fishrt_engines import Array, Engine, GraphSpec, State
 from fishrt_export.sources.language_model import open_language_model
-from fishrt_export.targets.forms import write_frame
 from synthetic import EVERYTHING, PLAIN, random_weights, write_flat
 
 PLAIN_WIDE = {**PLAIN, "head_dim": 16, "fast_head_dim": 32}
@@ -29,9 +28,10 @@ class Exported:
         return self.folder / self.spec(role).file
 
     def spec(self, role: str) -> GraphSpec:
-        """Return the spec of a portable graph; that of the frame graph is written first."""
-        if role == "frame":
-            return write_frame(self.folder, {r: job.spec for r, job in self.jobs.items()}, self.source.describe("audio"))
+        """Return the spec of a portable graph; the frame graph is written when it is first asked for."""
+        if role == "frame" and role not in self.jobs:
+            self.jobs[role] = self.source.frame_job(self.source.describe("audio"), {})
+            self.jobs[role].run(self.folder)
         return self.jobs[role].spec
 
 

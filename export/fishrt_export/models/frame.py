@@ -4,7 +4,7 @@
     noise, windows, settings ──┴──────────┴──────────────────┘
 
 It repeats the arithmetic of `fishrt.language_model.sampling` on the same noise, so both give the same codes. A frame begins with
-an empty cache. A code that cannot be drawn is one of the negative values of `fishrt.language_model.frame`.
+an empty cache. A code that cannot be drawn is one of the negative values of `fishrt.language_model.drawing`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fishrt.bundle.features import LanguageModel
-from fishrt.language_model.frame import MOST_RANKED, NOT_NUMBERS, TOO_MANY, drawn_codes
+from fishrt.language_model.drawing import MOST_RANKED, NOT_NUMBERS, TOO_MANY, drawn_codes
 from fishrt.language_model.sampling import main_ids
 from fishrt_engines.engine import GraphSpec
 

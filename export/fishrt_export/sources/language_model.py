@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fishrt.bundle.features import LanguageModel
-from fishrt.language_model.frame import MOST_RANKED, frame_spec
+from fishrt.language_model.drawing import MOST_RANKED, frame_spec
 from fishrt.language_model.sampling import audio_ids
 from fishrt_engines.engine import GraphSpec
 

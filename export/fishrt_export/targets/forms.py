@@ -2,7 +2,7 @@
 
     portable graph ─┬─► fused operators ─► cpu: one session for each graph; products with quantised weights in integers
                     ├─► 16 bits ─► fused operators ─► weights as stored or packed ─► cuda: captured
-                    └─► frame graph in place of the fast AR ─► cuda, tensorrt: a launch costs more there than a draw
+                    └─► the fast AR's frame graph instead of it ─► cuda, tensorrt: a launch costs more there than a draw
 
 A CUDA device computes a language model in bfloat16 if it can, else in float16. With quantised weights it computes in float16, for
 which ONNX Runtime has kernels that multiply by them directly. A codec's graph stays in float32.
@@ -11,13 +11,11 @@ which ONNX Runtime has kernels that multiply by them directly. A codec's graph s
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
-from fishrt.bundle.features import LanguageModel
 from fishrt.bundle.manifest import Form
-from fishrt.language_model.frame import frame_graph
 from fishrt_engines.engine import GraphSpec, TensorSpec
 
 from ..errors import ExportError
@@ -37,18 +35,20 @@ def check_targets(targets: Collection[str]) -> None:
         raise ExportError(f"unknown target {unknown[0]!r}", hint=f"choose of: {', '.join(TARGETS)}")
 
 
-def make_forms(
-    folder: Path, role: str, specs: Mapping[str, GraphSpec], lm: LanguageModel, targets: Collection[str]
-) -> list[Form]:
-    """Write the forms of one role's portable graph into its folder, and return them. specs: of all portable graphs."""
+def make_forms(folder: Path, role: str, portable: GraphSpec, targets: Collection[str], frame: Form | None = None) -> list[Form]:
+    """Write the forms of one role's portable graph into its folder, and return them.
+
+    frame: of the fast AR, its form for TensorRT, of which those for CUDA are made.
+    """
     forms = []
-    on_cpu = _cpu(folder, specs[role])
+    on_cpu = _cpu(folder, portable)
     if "cpu" in targets and on_cpu is not None:
         forms.append(on_cpu)
     if "cuda" in targets:
-        forms += _cuda(folder, role, specs, lm) if role in ("slow_ar", "fast_ar") else _as_on_cpu(on_cpu)
-    if "tensorrt" in targets and role == "fast_ar":
-        forms.append(Form("tensorrt", write_frame(folder, specs, lm)))
+        if role == "fast_ar" and frame is None:
+            log.warning("CUDA runs the fast AR once for each code, which is slower: the export was not made with --target cuda")
+        language_model = role in ("slow_ar", "fast_ar")
+        forms += _cuda(folder, frame.spec if frame else portable) if language_model else _as_on_cpu(on_cpu)
     return forms
 
 
@@ -67,9 +67,8 @@ def _as_on_cpu(form: Form | None) -> list[Form]:
     return [] if form is None else [replace(form, provider="cuda")]
 
 
-def _cuda(folder: Path, role: str, specs: Mapping[str, GraphSpec], lm: LanguageModel) -> list[Form]:
+def _cuda(folder: Path, portable: GraphSpec) -> list[Form]:
     """Return forms of a language model's graph, the fastest first."""
-    portable = write_frame(folder, specs, lm) if role == "fast_ar" else specs[role]
     quantised = any(node.op_type == "DequantizeLinear" for node in load(folder / portable.file).graph)
     forms = []
     for dtype in ("float16",) if quantised else ("bfloat16", "float16"):
@@ -92,13 +91,6 @@ def device_form(folder: Path, portable: GraphSpec, dtype: str) -> GraphSpec | No
     keep_layout(model)
     spec = replace(_in(portable, dtype), file=_named(portable, dtype), columns=columns)
     save(model, folder / spec.file)
-    return spec
-
-
-def write_frame(folder: Path, specs: Mapping[str, GraphSpec], lm: LanguageModel) -> GraphSpec:
-    """Write the frame graph, and return its spec."""
-    spec, build = frame_graph(specs, lm)
-    (folder / spec.file).write_bytes(build((folder / specs["fast_ar"].file).read_bytes()))
     return spec
 
 

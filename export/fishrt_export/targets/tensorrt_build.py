@@ -99,7 +99,7 @@ def plan_requests(bundle: Bundle, options: PlanOptions, capability: tuple[int, i
     if frame is None:
         raise ProviderError(
             f"{manifest.name} has no frame graph, which TensorRT runs in place of the fast AR",
-            hint=f"first: fishrt retarget {bundle.path} --target tensorrt",
+            hint="export the checkpoint with `fishrt export --target tensorrt`",
         )
 
     def request(spec: GraphSpec, lowering: LoweringOptions, *profiles: Profile) -> PlanRequest:

@@ -31,7 +31,8 @@ def retarget(bundle: Path, targets: tuple[str, ...], quiet: bool, as_json: bool)
     """Make the graphs of BUNDLE again in the forms that a provider runs fastest, and compare those that a CPU runs.
 
     Weights and portable graphs stay. It needs no torch: pip install "fishrt[retarget]". A bundle of schema 3 is brought up to
-    date. The folder is replaced when all is done.
+    date. The folder is replaced when all is done. The graph that draws a whole frame on CUDA and TensorRT comes from an export
+    with that target; without it, CUDA runs the fast AR for each code.
     """
     reporter = Reporter(quiet=quiet or as_json)
     try:

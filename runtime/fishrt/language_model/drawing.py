@@ -8,13 +8,18 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from fishrt_engines import Array, Engine
+from fishrt_engines import Array, Engine, GraphSpec, TensorSpec
+from fishrt_engines.engine import Dim
 
 from ..arrays import Floats, Ints
 from ..bundle.features import LanguageModel, Quirks
 from ..errors import SamplingError
-from .frame import MOST_RANKED, NOT_NUMBERS, TOO_MANY, drawn_codes
 from .sampling import Noise, PenaltyWindow, Sampling, main_ids, not_numbers, sample, sample_main
+
+NOT_NUMBERS, TOO_MANY = -1, -2
+"""A logit is NaN or +inf, or all are -inf; more than MOST_RANKED tokens are within top_p and top_k."""
+MOST_RANKED = 3839
+"""Most of the likeliest tokens that are ranked: TensorRT sorts no more."""
 
 
 class Draws:
@@ -128,7 +133,7 @@ class StepDrawer:
 
 
 class FrameDrawer:
-    """A drawer that runs the frame graph; see `frame`."""
+    """A drawer that runs the frame graph; see `frame_spec`."""
 
     resident: tuple[str, ...] = ("logits", "hidden")
 
@@ -212,3 +217,44 @@ def _fast_feeds(codebook: int, known: int, rows: int) -> dict[str, Array]:
     """
     positions = np.tile(np.arange(0 if codebook == known else codebook, codebook + 1, dtype=np.int64), (rows, 1))
     return {"codes": np.zeros_like(positions), "position_ids": positions, "write_index": positions[:, 0].copy()}
+
+
+def frame_spec(slow: GraphSpec, fast: GraphSpec, lm: LanguageModel) -> GraphSpec:
+    """Return the inputs and outputs of the frame graph, which has no state.
+
+    main_noise, code_noise: noise for each draw of a main token (two draws with repetition-aware sampling) and of each code.
+    recent: main tokens that repetition-aware sampling draws again; -1 stands for none. penalised_main, penalised_codes: indices
+    of logits, maybe repeated; one past the last stands for none. least_code: codes below it are not drawn.
+    """
+    n = len(main_ids(lm))
+    aware, penalty = lm.sampling.repetition_aware, lm.sampling.repetition_penalty
+    by_name = {t.name: t for t in (*slow.outputs, *fast.inputs)}
+    feeds: list[tuple[str, str, tuple[Dim, ...]]] = [
+        ("logits", "float32", by_name["logits"].shape),
+        ("hidden", "float32", by_name["hidden"].shape),
+        ("main_noise", "float32", ("batch", 2 if aware else 1, n)),
+        ("code_noise", "float32", ("batch", drawn_codes(lm), lm.fast_candidates)),
+        ("temperature", "float32", ("batch", 1)),
+        ("top_p", "float32", ("batch", 1)),
+        ("top_k", "int64", ("batch", 1)),
+    ]
+    if aware:
+        feeds.append(("recent", "int64", ("batch", aware.window)))
+    if penalty:
+        feeds.append(("penalty", "float32", ("batch", 1)))
+        feeds.append(("penalised_codes", "int64", ("batch", lm.num_codebooks, penalty.window)))
+    if penalty and penalty.main != "none":
+        tokens = penalty.window if penalty.main == "row" else 1 + lm.num_codebooks
+        feeds.append(("penalised_main", "int64", ("batch", tokens)))
+    if lm.code_offset:
+        feeds.append(("least_code", "int64", ("batch", 1)))
+    return GraphSpec(
+        file="frame.onnx",
+        inputs=tuple(TensorSpec(*feed) for feed in feeds if 0 not in feed[2]),
+        outputs=(TensorSpec("column", "int64", ("batch", 1 + lm.num_codebooks)),),
+    )
+
+
+def drawn_codes(lm: LanguageModel) -> int:
+    """Return how many codes of a frame the fast AR draws: all, or all but the first."""
+    return lm.num_codebooks - (lm.code_zero == "main")
