@@ -183,7 +183,7 @@ ROOMS = {
         {"errors"},
         {"aside", "engine", "folders", "machine"},
         {"providers"},
-        {"cache", "rewrite"},
+        {"cache"},
         {"ort"},
         {"trt"},
         {"doctor", "open"},

@@ -42,7 +42,7 @@ from .targets.codec_int8 import check_codec, int8_form
 from .targets.coreml import check_codec as check_fixed
 from .targets.coreml import static_form, step_usability
 from .targets.forms import check_targets, make_forms
-from .targets.tensorrt_rules import errors, tensorrt_findings
+from .targets.tensorrt.rules import errors, tensorrt_findings
 
 log = logging.getLogger(__name__)
 

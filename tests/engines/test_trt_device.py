@@ -21,7 +21,7 @@ from fishrt.language_model.batch import DualAR
 from fishrt.language_model.sampling import Sampling, SeededNoise
 from fishrt_engines import open_engine
 from fishrt_engines.trt.device import open_device
-from fishrt_export.targets.tensorrt_build import PlanOptions, build_plan, plan_requests
+from fishrt_export.targets.tensorrt.build import PlanOptions, build_plan, plan_requests
 from helpers_lm import frames_of
 from helpers_trt import request_for, write_small
 

@@ -13,7 +13,7 @@ import pytest
 from fishrt_engines import Engine, FishrtError, GraphError, open_engine
 from fishrt_engines.trt.device import open_device
 from fishrt_engines.trt.engine import TrtEngine, open_plan
-from fishrt_export.targets.tensorrt_build import build_plan
+from fishrt_export.targets.tensorrt.build import build_plan
 from helpers_trt import SPEC, STATELESS, Simulated, profiles, request_for, simulated, write_double, write_small
 
 

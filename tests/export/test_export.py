@@ -33,7 +33,7 @@ from fishrt_export.errors import ExportError
 from fishrt_export.export import warn_of_unknown_codes
 from fishrt_export.graph.job import Made
 from fishrt_export.sources.language_model import open_language_model
-from fishrt_export.targets.tensorrt_rules import Finding
+from fishrt_export.targets.tensorrt.rules import Finding
 from helpers_text import language_model
 from synthetic import EVERYTHING, random_weights, write_nested, write_reference
 

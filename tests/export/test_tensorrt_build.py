@@ -19,9 +19,9 @@ from fishrt_engines.trt import api as trt_api
 from fishrt_engines.trt import plans as trt_plans
 from fishrt_engines.trt.device import Device
 from fishrt_export.errors import ExportError
-from fishrt_export.targets import tensorrt_build as trt_build
-from fishrt_export.targets.tensorrt import FORMS
-from fishrt_export.targets.tensorrt_build import build_plan
+from fishrt_export.targets.tensorrt import build as trt_build
+from fishrt_export.targets.tensorrt.build import build_plan
+from fishrt_export.targets.tensorrt.lowering import FORMS
 from helpers_trt import SPEC, Simulated, profiles, request_for, simulated, write_attention, write_small
 
 DECOMPOSABLE = "TRT_decomposable"

@@ -24,7 +24,7 @@ from fishrt.language_model.sampling import Sampling, SeededNoise
 from fishrt.tts import TTS
 from fishrt_engines import Engine, open_engine
 from fishrt_engines.trt.plans import PlanRequest
-from fishrt_export.targets.tensorrt_build import PlanOptions, build_plan, plan_requests
+from fishrt_export.targets.tensorrt.build import PlanOptions, build_plan, plan_requests
 from helpers_cli import refused, run
 from helpers_lm import frames_of, row_of, spoken
 from helpers_trt import Simulated, simulated

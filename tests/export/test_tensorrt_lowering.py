@@ -30,8 +30,8 @@ from fishrt_export.graph.recipe import Recipe
 from fishrt_export.sources.cases import codec_decode_cases, codec_encode_cases, random_prompt
 from fishrt_export.sources.language_model import LanguageModelSource, open_language_model
 from fishrt_export.targets.edit import infer, load, numbers
-from fishrt_export.targets.tensorrt import lower_for_tensorrt
-from fishrt_export.targets.tensorrt_rules import check_for_tensorrt, errors
+from fishrt_export.targets.tensorrt.lowering import lower_for_tensorrt
+from fishrt_export.targets.tensorrt.rules import check_for_tensorrt, errors
 from synthetic import EVERYTHING, PLAIN, random_weights, write_flat
 from tiny import GoldenModel, chunk_feeds, prefill_feeds
 from tolerances import TOLERANCES

@@ -20,8 +20,8 @@ pytest.importorskip("onnx_ir", reason="needs the export extra")
 import onnx_ir as ir
 
 from fishrt_export.errors import ExportError
-from fishrt_export.targets.tensorrt import FORMS, lower_for_tensorrt
-from fishrt_export.targets.tensorrt_rules import check_for_tensorrt
+from fishrt_export.targets.tensorrt.lowering import FORMS, lower_for_tensorrt
+from fishrt_export.targets.tensorrt.rules import check_for_tensorrt
 
 SPEC = GraphSpec("g.onnx", (), ())
 OPTIONS = LoweringOptions(None, "fp32", fp32_attention=True, primitive_attention=False)

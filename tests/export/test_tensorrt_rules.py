@@ -18,8 +18,8 @@ pytest.importorskip("onnx_ir", reason="needs the export extra")
 import onnx_ir as ir
 
 from fishrt_export.errors import ExportError
-from fishrt_export.targets import tensorrt_rules
-from fishrt_export.targets.tensorrt_rules import Finding, check_for_tensorrt, errors
+from fishrt_export.targets.tensorrt import rules as tensorrt_rules
+from fishrt_export.targets.tensorrt.rules import Finding, check_for_tensorrt, errors
 
 STATES = (StatePair("cache", "cache_out"),)
 
@@ -237,7 +237,7 @@ def test_what_cannot_be_lowered_is_found(tiny_bundle: Bundle, monkeypatch: pytes
 
 
 def test_without_the_packages_the_command_says_what_to_install(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("fishrt_export.targets.tensorrt_rules", "fishrt_export.targets.edit"):
+    for name in ("fishrt_export.targets.tensorrt.rules", "fishrt_export.targets.edit"):
         monkeypatch.delitem(__import__("sys").modules, name, raising=False)
     monkeypatch.setitem(__import__("sys").modules, "onnx_ir", None)
     refused(run("inspect", tiny_bundle.path, "--trt"), "inspect --trt needs onnx_ir", "pip install onnx onnxscript")

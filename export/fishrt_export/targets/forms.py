@@ -40,31 +40,23 @@ def make_forms(folder: Path, role: str, portable: GraphSpec, targets: Collection
 
     frame: of the fast AR, its form for TensorRT, of which those for CUDA are made.
     """
-    forms = []
-    on_cpu = _cpu(folder, portable)
-    if "cpu" in targets and on_cpu is not None:
-        forms.append(on_cpu)
-    if "cuda" in targets:
+    forms = _cpu(folder, portable) if "cpu" in targets else []
+    if "cuda" in targets and role in ("slow_ar", "fast_ar"):
         if role == "fast_ar" and frame is None:
             log.warning("CUDA runs the fast AR once for each code, which is slower: the export was not made with --target cuda")
-        language_model = role in ("slow_ar", "fast_ar")
-        forms += _cuda(folder, frame.spec if frame else portable) if language_model else _as_on_cpu(on_cpu)
+        forms += _cuda(folder, frame.spec if frame else portable)
     return forms
 
 
-def _cpu(folder: Path, portable: GraphSpec) -> Form | None:
-    """Return the form for CPUs; None if the portable graph is as fast: fused norms alone are not worth a file."""
+def _cpu(folder: Path, portable: GraphSpec) -> list[Form]:
+    """Return the form for CPUs; none if the portable graph is as fast: fused norms alone are not worth a file."""
     model = load(folder / portable.file)
     rounds = any(node.op_type == "DequantizeLinear" for node in model.graph)
     spec = replace(portable, columns=fast_operators(model), rounds_activations=rounds)
     if spec.columns is not None:
         spec = replace(spec, file=_named(portable, "cpu"))
         save(model, folder / spec.file)
-    return None if spec == portable else Form("cpu", spec)
-
-
-def _as_on_cpu(form: Form | None) -> list[Form]:
-    return [] if form is None else [replace(form, provider="cuda")]
+    return [] if spec == portable else [Form("cpu", spec)]
 
 
 def _cuda(folder: Path, portable: GraphSpec) -> list[Form]:

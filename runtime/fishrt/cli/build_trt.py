@@ -81,7 +81,7 @@ def build_trt(
     from fishrt_engines.trt.device import open_device
 
     with needs_onnx("build-trt"):
-        from fishrt_export.targets.tensorrt_build import PlanOptions, build_plan, plan_requests
+        from fishrt_export.targets.tensorrt.build import PlanOptions, build_plan, plan_requests
 
     loaded, reporter = load_bundle(bundle), Reporter(quiet=quiet or as_json)
     load_tensorrt()

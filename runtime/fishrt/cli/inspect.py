@@ -35,7 +35,7 @@ def inspect(bundle: Path | None, verify: bool, trt: bool, quiet: bool, as_json: 
     findings: Mapping[str, list[Any]] = {}
     if trt:
         with needs_onnx("inspect --trt"):
-            from fishrt_export.targets.tensorrt_rules import tensorrt_findings
+            from fishrt_export.targets.tensorrt.rules import tensorrt_findings
 
         findings = tensorrt_findings(loaded)
     if as_json:
@@ -145,7 +145,7 @@ def _graph_size(manifest: Manifest, file: str) -> str:
 
 
 def _tensorrt(findings: Mapping[str, list[Any]]) -> list[str]:
-    """Return lines about findings: see `fishrt_export.targets.tensorrt_rules.Finding`."""
+    """Return lines about findings: see `fishrt_export.targets.tensorrt.rules.Finding`."""
     lines = ["", "TensorRT, by the documented rules of its importer; TensorRT itself did not run"]
     for role, found in findings.items():
         lines.append(f"  {role}: errors: {sum(f.severity == 'error' for f in found) or 'none'}")

@@ -17,9 +17,9 @@ from fishrt.bundle.folder import Bundle
 from fishrt_engines.engine import GraphSpec
 from fishrt_engines.trt.plans import PRECISIONS, LoweringOptions
 
-from ..errors import ExportError
-from .edit import infer, load, numbers
-from .tensorrt import FORMS, lower_for_tensorrt
+from ...errors import ExportError
+from ..edit import infer, load, numbers
+from .lowering import FORMS, lower_for_tensorrt
 
 IMPORTER = "operator table of the ONNX importer, TensorRT 11"
 TYPES = "strong typing, TensorRT 11"

@@ -47,8 +47,8 @@ from fishrt_engines.trt.plans import (
     plan_folder,
 )
 
-from .edit import load
-from .tensorrt import FORMS, fix_sizes, lower_for_tensorrt
+from ..edit import load
+from .lowering import FORMS, fix_sizes, lower_for_tensorrt
 
 log = logging.getLogger(__name__)
 

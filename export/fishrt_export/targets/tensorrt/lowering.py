@@ -26,9 +26,9 @@ from onnxscript.optimizer import fold_constants
 from fishrt_engines.engine import GraphSpec, TensorSpec
 from fishrt_engines.trt.plans import PRECISIONS, LoweringOptions
 
-from ..errors import ExportError
-from .edit import constant, infer, numbers, producer, tidy
-from .precision import compute_in
+from ...errors import ExportError
+from ..edit import constant, infer, numbers, producer, tidy
+from ..precision import compute_in
 
 FORMS = ("fused", "decomposable", "primitive")
 """Forms of attention: one operator, which needs a fused kernel for its shapes; the same, which TensorRT may take apart; MatMul,

@@ -1,1 +1,0 @@
-"""Graphs rewritten for a provider when they are opened."""

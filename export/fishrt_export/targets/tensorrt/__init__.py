@@ -1,0 +1,1 @@
+"""The lowering of graphs for TensorRT, the rules of its importer, and the building of plans."""
