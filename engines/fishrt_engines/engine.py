@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import Any, Protocol, Self
 
 import numpy as np
@@ -28,6 +29,16 @@ class TensorSpec:
     def resolve(self, dims: Mapping[str, int]) -> tuple[int, ...]:
         """Return the shape with every symbolic dimension replaced. Raises KeyError for a name that `dims` lacks."""
         return tuple(dims[d] if isinstance(d, str) else d for d in self.shape)
+
+    def nbytes(self, dims: Mapping[str, int]) -> int:
+        """Return the bytes of a tensor with these sizes. Raises KeyError as `resolve`."""
+        size = 2 if self.dtype == "bfloat16" else np.dtype(self.dtype).itemsize
+        return prod(self.resolve(dims)) * size
+
+    @property
+    def as_read(self) -> str:
+        """The dtype in which a state's tensor is read and written: float32 for floats of 16 bits."""
+        return "float32" if self.dtype in ("bfloat16", "float16") else self.dtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +172,16 @@ class OneRow:
         raise ValueError(f"nothing can be copied into a {type(self).__name__}")
 
 
+@dataclass(frozen=True, slots=True)
+class Traits:
+    """What a caller may make use of."""
+
+    parts_states: bool = True
+    """A state gives rows of its batch as states, and takes copies of rows where it is kept."""
+    few_sizes: bool = False
+    """Each size of a state costs much the first time, so that few sizes should be used."""
+
+
 class Engine(Protocol):
     """One loaded graph."""
 
@@ -172,6 +193,11 @@ class Engine(Protocol):
     @property
     def provider(self) -> str:
         """Return the name of the provider in use: "cpu", "cuda", …"""
+        ...
+
+    @property
+    def traits(self) -> Traits:
+        """Return what callers may make use of."""
         ...
 
     def new_state(self, **dims: int) -> State:

@@ -12,6 +12,7 @@ from fakes import FakeEngine, FakeState, specs
 from fishrt.language_model import context
 from fishrt.language_model.context import ContextStore, SlowContext
 from fishrt_engines import Array, Engine
+from fishrt_engines.engine import Traits
 from helpers_text import language_model, manifest
 from tiny import GoldenModel
 from tolerances import TOLERANCES
@@ -85,15 +86,15 @@ def test_a_head_is_read_once_and_gives_the_same(engine: FakeEngine) -> None:
     np.testing.assert_array_equal(given[0], fresh(engine, prompt))
 
 
-def test_devices_read_a_known_head_again(engine: FakeEngine) -> None:
-    engine.provider = "cuda"
+def test_where_states_have_no_parts_a_known_head_is_read_again(engine: FakeEngine) -> None:
+    engine.traits = Traits(parts_states=False)
     store, head = ContextStore(), columns(2, 7, 1, 8)
     assert [context_of(store, engine, head).columns().shape[1] for _ in range(2)] == [4, 4]
     assert [call["prompt"].shape[2] for call in engine.calls] == [4, 4]
 
 
-def test_caches_of_a_device_have_few_sizes(engine: FakeEngine) -> None:
-    engine.provider = "cuda"
+def test_caches_have_few_sizes_where_each_costs_much(engine: FakeEngine) -> None:
+    engine.traits = Traits(few_sizes=True)
     made, state = SlowContext(engine, LM.num_codebooks), engine.states[-1]
     sizes = []
     for length in (20, 300, 900):

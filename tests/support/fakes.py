@@ -16,6 +16,7 @@ from fishrt.bundle.folder import Bundle
 from fishrt.language_model.batch import DualAR
 from fishrt.voices.voice import Voice
 from fishrt_engines import Array, GraphSpec, StatePair, TensorSpec
+from fishrt_engines.engine import Traits
 from helpers_text import bundle_folder, described, manifest
 
 HIDDEN = 3
@@ -73,7 +74,7 @@ class FakeEngine:
 
     def __init__(self, spec: GraphSpec, function: Callable[[Mapping[str, Array], Any], dict[str, Array]]) -> None:
         self.spec = spec
-        self.provider = "fake"
+        self.provider, self.traits = "fake", Traits()
         self.calls: list[dict[str, Array]] = []
         self.states: list[FakeState] = []
         self._function = function

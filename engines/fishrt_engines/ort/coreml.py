@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from ..engine import Array, Engine, GraphSpec, OneRow, Resident, State, TensorSpec, check_feeds, check_state_dims
+from ..engine import Array, Engine, GraphSpec, OneRow, Resident, State, TensorSpec, Traits, check_feeds, check_state_dims
 from ..errors import GraphError, ProviderError
 from ..folders import cache_folder
 from ..providers import import_onnxruntime
@@ -82,7 +82,7 @@ def check_static(spec: GraphSpec) -> None:
     if open_dims := sorted({d for t in (*spec.inputs, *spec.outputs) for d in t.shape if isinstance(d, str)}):
         raise ProviderError(
             f"provider 'coreml' runs only graphs of fixed sizes; {spec.file} has the open dimensions {', '.join(open_dims)}",
-            hint='export with `fishrt export --static coreml` and speak from that bundle, or use provider "cpu"',
+            hint='give it graphs of fixed sizes, or use provider "cpu"',
         )
 
 
@@ -143,7 +143,7 @@ class StaticEngine:
         Raises GraphError for other sizes, or without state.
         """
         self.spec = spec
-        self.provider = "coreml"
+        self.provider, self.traits = "coreml", Traits(parts_states=False)
         self._dimension, self._sizes = dimension, sorted(sizes, reverse=True)
         self._open_part = open_part
         self._parts: dict[int, Part] = {}

@@ -24,7 +24,6 @@ import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
-from math import prod
 from typing import Any
 
 import numpy as np
@@ -35,6 +34,7 @@ from ..engine import (
     GraphSpec,
     Resident,
     State,
+    Traits,
     check_feeds,
     check_growth,
     check_state_dims,
@@ -44,7 +44,7 @@ from ..engine import (
 )
 from ..errors import GraphError
 from .session import Opened, is_memory_error, out_of_memory
-from .tensors import HostMemory, HostTensor, Place, Tensor, item_size
+from .tensors import HostMemory, HostTensor, Place, Tensor
 
 log = logging.getLogger(__name__)
 
@@ -198,6 +198,7 @@ class OrtEngine:
         self._dropped: list[int] = []
         """Ids of captured graphs whose plans were deleted."""
         self._on_device = not isinstance(self._memory, HostMemory)
+        self.traits = Traits(few_sizes=self._captures)
 
     def new_state(self, **dims: int) -> OrtState:
         """See `engine.Engine.new_state`. Raises ValueError if `dims` does not name exactly the state's symbolic dimensions."""
@@ -209,10 +210,10 @@ class OrtEngine:
                     for tensor in idle[0].values():
                         tensor.clear()
                     return OrtState(_Held(self, *idle))
-        nbytes = sum(prod(t.resolve(dims)) * item_size(t.dtype) for t in self.spec.state_tensors)
+        nbytes = sum(t.nbytes(dims) for t in self.spec.state_tensors)
         sizes = ", ".join(f"{name} = {size}" for name, size in dims.items())
         with self.allocating(f"the state of {self.spec.file} at {sizes} ({nbytes / 1e6:,.0f} MB)"):
-            made = {t.name: self._memory.zeros(t.resolve(dims), _as_read(t.dtype), t.dtype) for t in self.spec.state_tensors}
+            made = {t.name: self._memory.zeros(t.resolve(dims), t.as_read, t.dtype) for t in self.spec.state_tensors}
         return OrtState(_Held(self, made, _Carried(dims, {name: tensor.place for name, tensor in made.items()})))
 
     def take_back(self, tensors: dict[str, Tensor], carried: _Carried) -> None:
@@ -387,11 +388,6 @@ class OrtEngine:
             if is_memory_error(error):
                 raise out_of_memory(f"a run of {self.spec.file}", self.provider) from None
             raise GraphError(f"{self.spec.file} failed: {error}") from error
-
-
-def _as_read(element: str) -> str:
-    """Return the dtype in which a state's tensor is read and written: float32 for floats of 16 bits."""
-    return "float32" if element in ("bfloat16", "float16") else element
 
 
 def _array(feed: Any) -> Any:

@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from ..engine import Array, GraphSpec, Resident, State, TensorSpec, check_feeds, is_constant, names
+from ..engine import Array, GraphSpec, Resident, State, TensorSpec, Traits, check_feeds, is_constant, names
 from ..errors import FishrtError, GraphError
 from .api import checked, load_tensorrt, log_of
 from .device import Device, DeviceBuffer, Graph, open_device
@@ -128,7 +128,7 @@ class _Context:
 class TrtEngine:
     """Loaded plans of one graph, which differ in the length of its caches. See `engine.Engine`."""
 
-    provider = "tensorrt"
+    provider, traits = "tensorrt", Traits(parts_states=False)
 
     def __init__(self, trt: Any, device: Device, spec: GraphSpec, plans: Sequence[tuple[Plan, Any]]) -> None:
         """spec: of the portable graph. plans: each with TensorRT's engine, the shortest first.

@@ -1,4 +1,4 @@
-"""`fishrt export --static coreml`: graphs of codec_decode for calls of fixed lengths, with the portable graph's weights.
+"""`--target coreml`: graphs of codec_decode for calls of fixed lengths, with the portable graph's weights.
 
 CoreML compiles for fixed sizes, and ONNX Runtime does not translate ONNX's newer operators for it. They become
 

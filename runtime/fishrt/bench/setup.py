@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fishrt_engines import Array, Engine, GraphSpec, State
-from fishrt_engines.engine import Resident
+from fishrt_engines.engine import Resident, Traits
 from fishrt_engines.machine import cpu_name, default_threads, total_memory
 from fishrt_engines.ort.packed import parse_model
 
@@ -103,6 +103,11 @@ class TimedEngine:
     def provider(self) -> str:
         """The execution provider in use."""
         return self._engine.provider
+
+    @property
+    def traits(self) -> Traits:
+        """What callers may make use of."""
+        return self._engine.traits
 
     def new_state(self, **dims: int) -> State:
         """Return a state of zeros."""

@@ -91,7 +91,7 @@ def _check_coreml(bundle: Bundle) -> None:
     if not roles:
         raise ProviderError(
             f"{manifest.name} has no static graphs, which provider 'coreml' needs",
-            hint='export with `fishrt export --static coreml CHECKPOINT BUNDLE`, or use provider "cpu"',
+            hint='`fishrt retarget BUNDLE --target coreml` adds them; or use provider "cpu"',
         )
     log.info("provider coreml: %s on CoreML, all other graphs on the CPU", ", ".join(roles))
 

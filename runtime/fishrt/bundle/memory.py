@@ -5,12 +5,9 @@ The need is that of ONNX Runtime on a CPU. It is checked before anything is load
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-
-import numpy as np
 
 from fishrt_engines.engine import GraphSpec
 from fishrt_engines.machine import available_memory
@@ -72,4 +69,4 @@ def memory_errors() -> Iterator[None]:
 
 def _state_bytes(spec: GraphSpec, dims: dict[str, int]) -> int:
     tensors = [t for t in spec.state_tensors if all(isinstance(size, int) or size in dims for size in t.shape)]
-    return sum(math.prod(t.resolve(dims)) * np.dtype(t.dtype).itemsize for t in tensors)
+    return sum(t.nbytes(dims) for t in tensors)

@@ -16,7 +16,6 @@ import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Collection, Mapping
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +34,7 @@ KEPT_BYTES = 256_000_000
 """Most bytes of keys and values that `ContextStore` keeps; the newest stays in any case. A second of a voice takes 5 MB with
 S1-mini and 0.5 MB with 1.5."""
 LEAST_ROWS = 512
-"""Fewest rows of a cache on a CUDA device. Sizes are powers of two there, so that requests share the captured CUDA graphs."""
-READ_AGAIN = ("cuda", "tensorrt")
-"""Providers that read a known voice again: by calculation, that is faster than a copy of hundreds of MB through the host."""
+"""Fewest rows of a cache where few sizes should be used. Sizes are powers of two there, so that requests share captured calls."""
 _COLUMNS = "columns"
 
 
@@ -149,7 +146,7 @@ class SlowContext:
 
     def _grow(self, rows: int) -> None:
         if rows > self.state.dims["cache"]:
-            if self.engine.provider == "cuda":
+            if self.engine.traits.few_sizes:
                 rows = max(rows, min(max(LEAST_ROWS, 1 << (rows - 1).bit_length()), int(self._most.max())))
             self.state.grow(cache=rows)
             self._columns = np.pad(self._columns, ((0, 0), (0, 0), (0, rows - self._columns.shape[2])))
@@ -174,7 +171,8 @@ class ContextStore:
         context.heads[slot] = length
 
     def _fill(self, context: SlowContext, head: Ints, slot: int) -> None:
-        if context.engine.provider in READ_AGAIN:
+        if not context.engine.traits.parts_states:
+            # Reading it again is faster than a copy of hundreds of MB through the host.
             context.read(head, slot=slot)
             return
         key = head.tobytes()
@@ -191,8 +189,7 @@ class ContextStore:
 
     def add(self, engine: Engine, head: Ints, saved: State) -> None:
         """Keep the keys and values of `head`, a state of one row."""
-        tensors = engine.spec.state_tensors
-        nbytes = sum(prod(t.resolve(saved.dims)) * np.dtype(t.dtype).itemsize for t in tensors)
+        nbytes = sum(t.nbytes(saved.dims) for t in engine.spec.state_tensors)
         with self._lock:
             self._kept[head.tobytes()] = saved, nbytes
             while len(self._kept) > 1 and sum(nbytes for _, nbytes in self._kept.values()) > KEPT_BYTES:
@@ -229,7 +226,7 @@ def read_prepared(path: Path, engine: Engine, columns: Ints) -> State | None:
         log.warning("%s cannot be read (%s); the voice is read again", path, error)
         return None
     dims = {"batch": 1, "cache": columns.shape[1]}
-    wanted = {t.name: (t.dtype, t.resolve(dims)) for t in engine.spec.state_tensors}
+    wanted = {t.name: (t.as_read, t.resolve(dims)) for t in engine.spec.state_tensors}
     if not np.array_equal(kept, columns) or {n: (a.dtype, a.shape) for n, a in stored.items()} != wanted:
         log.warning("%s was made of another state of the voice; the voice is read again", path)
         return None
