@@ -45,8 +45,7 @@ class SlowContext:
         self.engine = engine
         self.state = engine.new_state(batch=slots, cache=1)
         self._columns = np.zeros((slots, 1 + num_codebooks, 1), np.int64)
-        self._lengths = np.zeros(slots, np.int64)
-        self._most = np.ones(slots, np.int64)
+        self._lengths, self._most = [0] * slots, [1] * slots
         self.heads = [0] * slots
         """Columns at the front of each slot that were read by themselves; see `ContextStore`."""
         self._stepped = np.zeros((slots, 1 + num_codebooks, 1), np.int64)
@@ -79,7 +78,7 @@ class SlowContext:
 
         Return the rest of the prompt, at least its last column: reading it gives the logits of the first frame.
         """
-        common = min(int(self._lengths[slot]), prompt.shape[1] - 1)
+        common = min(self._lengths[slot], prompt.shape[1] - 1)
         differ = (self.columns(slot)[:, :common] != prompt[:, :common]).any(axis=0)
         length = int(differ.argmax()) if differ.any() else common
         self.keep(length, slot)
@@ -90,7 +89,7 @@ class SlowContext:
 
         resident: names of the results that stay on the device; see `Engine.run`.
         """
-        start, length = int(self._lengths[slot]), columns.shape[1]
+        start, length = self._lengths[slot], columns.shape[1]
         self._make_room(start + length)
         self._columns[slot, :, start : start + length] = columns
         self._lengths[slot] += length
@@ -107,27 +106,27 @@ class SlowContext:
 
         b: the slots up to the last of these. The results of the others mean nothing.
         """
-        slots = list(columns)
-        count = 1 + max(slots)
-        lengths = self._lengths[:count]
-        self._make_room(1 + int(lengths[slots].max()))
+        count = 1 + max(columns)
+        self._make_room(1 + max(self._lengths[slot] for slot in columns))
         # A slot that is left out has a place to write to behind its columns; if it is full, it gives up the last.
-        np.minimum(lengths, self.state.dims["cache"] - 1, out=lengths)
+        last = self.state.dims["cache"] - 1
+        self._lengths = [min(length, last) for length in self._lengths]
+        index = np.array(self._lengths[:count])
         for slot, column in columns.items():
             self._stepped[slot] = column
-            self._columns[slot, :, lengths[slot]] = column[:, 0]
+            self._columns[slot, :, self._lengths[slot]] = column[:, 0]
+            self._lengths[slot] += 1
         feeds = {
             "prompt": self._stepped[:count],
-            "position_ids": lengths[:, None].copy(),
-            "write_index": lengths.copy(),
+            "position_ids": index[:, None],
+            "write_index": index,
             "last_index": self._last_index[count],
         }
-        lengths[slots] += 1
         return self.engine.run(feeds, self.state.rows(count), resident)
 
     def save(self, slot: int = 0) -> State:
         """Return the keys and values of all columns of a slot: a state of one row and that length."""
-        length = int(self._lengths[slot])
+        length = self._lengths[slot]
         saved = self.engine.new_state(batch=1, cache=length)
         saved.copy_rows(self.state.row(slot), 0, length)
         return saved
@@ -142,12 +141,12 @@ class SlowContext:
 
     def _make_room(self, length: int) -> None:
         if length > (rows := self.state.dims["cache"]):
-            self._grow(max(length, min(2 * rows, int(self._most.max()))))
+            self._grow(max(length, min(2 * rows, max(self._most))))
 
     def _grow(self, rows: int) -> None:
         if rows > self.state.dims["cache"]:
             if self.engine.traits.few_sizes:
-                rows = max(rows, min(max(LEAST_ROWS, 1 << (rows - 1).bit_length()), int(self._most.max())))
+                rows = max(rows, min(max(LEAST_ROWS, 1 << (rows - 1).bit_length()), max(self._most)))
             self.state.grow(cache=rows)
             self._columns = np.pad(self._columns, ((0, 0), (0, 0), (0, rows - self._columns.shape[2])))
 

@@ -79,7 +79,11 @@ class StepDrawer:
         self._state = fast.new_state(batch=rows)
         # The number of codes that follow from the main token, and the feeds for each of the others, filled in for each frame.
         self._known = lm.num_codebooks - drawn_codes(lm)
-        self._feeds = {codebook: _fast_feeds(codebook, self._known, rows) for codebook in range(self._known, lm.num_codebooks)}
+        feeds = {codebook: _fast_feeds(codebook, self._known, rows) for codebook in range(self._known, lm.num_codebooks)}
+        self._feeds = [
+            {codebook: {name: feed[:count] for name, feed in of.items()} for codebook, of in feeds.items()}
+            for count in range(1 + rows)
+        ]
 
     def draw(self, results: Mapping[str, Any], rows: Sequence[Draws | None]) -> Ints:
         """See `Drawer`. The graph masks cache entries beyond a position, so nothing is cleared between frames."""
@@ -93,27 +97,28 @@ class StepDrawer:
             if columns[n, 0] != row.silent:
                 heard.append((n, row))
                 continue
-            for _ in self._feeds:
+            for _ in self._feeds[0]:
                 row.noise.fast(lm.fast_candidates)
         if not heard:
             return columns
-        places = [n for n, _ in heard]
-        hidden, codes = results["hidden"][places], columns[places, 1:]
-        state = self._state.rows(len(heard))
+        places = slice(None) if len(heard) == len(rows) else [n for n, _ in heard]
+        hidden, frames = results["hidden"][places], columns[places]
+        codes, state = frames[:, 1:], self._state.rows(len(heard))
         if self._known:
-            semantic = columns[places, 0].clip(lm.semantic_begin_id, lm.semantic_end_id) - lm.semantic_begin_id
-            codes[:, 0] = np.minimum(semantic, lm.codebook_width - 1)
-        for codebook, whole in self._feeds.items():
-            feeds = {name: feed[: len(heard)] for name, feed in whole.items()}
+            for frame in frames:
+                semantic = min(max(int(frame[0]), lm.semantic_begin_id), lm.semantic_end_id) - lm.semantic_begin_id
+                frame[1] = min(semantic, lm.codebook_width - 1)
+        for codebook, feeds in self._feeds[len(heard)].items():
+            feeds["hidden"] = hidden
             fed = feeds["codes"]
             if codebook == self._known:
                 fed[:, 1:] = codes[:, :codebook]
             else:
                 fed[:, 0] = codes[:, codebook - 1]
-            logits = self._fast.run({**feeds, "hidden": hidden}, state)["logits"][:, : lm.fast_candidates]
+            logits = self._fast.run(feeds, state)["logits"]
             for n, (_, row) in enumerate(heard):
-                codes[n, codebook] = self._draw_code(logits[n], codebook, row)
-        columns[places, 1:] = codes
+                codes[n, codebook] = self._draw_code(logits[n, : lm.fast_candidates], codebook, row)
+        columns[places] = frames
         return columns
 
     def _draw_main(self, logits: Floats, row: Draws) -> int:
