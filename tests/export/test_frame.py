@@ -229,8 +229,9 @@ def test_the_graph_refers_to_the_weights_of_the_fast_ar(s2_model: GoldenModel, t
     recipe = Recipe(precision, {"fast_ar.output": "int4"} if precision == "int8" else {})
     plan = recipe.plan({"fast_ar": fast.build()}, {"fast_ar": fast.weights})["fast_ar"]
     replace(fast, plan=plan).run(tmp_path)
-    made = s2_model.lm.frame_job(lm, plan).run(tmp_path)
-    assert made.parity.max_abs_error == 0
+    job = s2_model.lm.frame_job(lm, plan)
+    made = job.run(tmp_path)
+    assert made.parity.summary(job.spec) == "0.0% of columns differ, 3.1% are allowed"
     assert {file.name for file in tmp_path.iterdir()} == {"fast_ar.onnx", "fast_ar.onnx.data", "frame.onnx"}
     onnx.checker.check_model(str(tmp_path / "frame.onnx"), full_check=True)
     there, here = (

@@ -43,7 +43,7 @@ class Parity:
     """The largest error of a graph against the torch module, measured by the export.
 
     For numbers, the absolute difference, divided by max(1, largest value ÷ 50). For codes, the margin by which the module
-    preferred another code: 0 if all were equal.
+    preferred another code: 0 if all were equal. For whole columns, which a frame graph draws, the share of columns that differ.
     """
 
     max_abs_error: float
@@ -54,6 +54,8 @@ class Parity:
         """Return the error in words. graph: the graph that was measured."""
         if {tensor.dtype for tensor in graph.results} != {"int64"}:
             return f"largest error {self.max_abs_error:.2g} of {self.tolerance:g} allowed"
+        if graph.results[0].name == "column":
+            return f"{self.max_abs_error:.1%} of columns differ, {self.tolerance:.1%} are allowed"
         if not self.max_abs_error:
             return "0 codes differ"
         return f"codes differ where the choice was unclear, by a margin of {self.max_abs_error:.2g} of {self.tolerance:g} allowed"
