@@ -221,6 +221,35 @@ def test_rows_of_a_batch_are_drawn_alone(s2_model: GoldenModel) -> None:
     assert np.array_equal(together, np.concatenate(alone))
 
 
+def test_each_row_is_drawn_by_its_own_settings(s2_model: GoldenModel) -> None:
+    """By both drawers as alone, beside an idle row, and after a row has made room for another."""
+    lm = short(model_of(s2_model.lm.describe("audio"), RULES["all at once"]))
+    fast, frame_engine = s2_model.engine("fast_ar"), ModuleEngine(s2_model, lm)
+    drawers: list[Drawer] = [StepDrawer(fast, lm, 4), FrameDrawer(frame_engine, lm, 4)]  # type: ignore[arg-type]
+    alone: list[Drawer] = [StepDrawer(fast, lm, 1) for _ in range(4)]
+
+    def draws(slots: dict[int, int]) -> list[Draws | None]:
+        return [draws_of(lm, SETTINGS[slots[n]], slots[n]) if n in slots else None for n in range(4)]
+
+    groups = [draws({0: 0, 2: 2, 3: 1}) for _ in range(3)]
+    results = [slow_results(s2_model, "audio", seed) for seed in range(4)]
+    for step in range(8):
+        if step == 4:
+            for group, more in zip(groups, (draws({2: 5}) for _ in groups), strict=True):
+                group[2] = more[2]
+        parts = [next(result) for result in results]
+        whole = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        drawn = [drawer.draw(whole, group).copy() for drawer, group in zip(drawers, groups[:2], strict=True)]
+        for n in (0, 2, 3):
+            single = groups[2][n]
+            assert single is not None
+            column = alone[n].draw(parts[n], [single])[0].copy()
+            for columns, group in zip((drawn[0], drawn[1]), groups[:2], strict=True):
+                np.testing.assert_array_equal(columns[n], column)
+                group[n].add(column)  # type: ignore[union-attr]
+            single.add(column)
+
+
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int8", "int4"])
 def test_the_graph_refers_to_the_weights_of_the_fast_ar(s2_model: GoldenModel, tmp_path: Path, precision: str) -> None:
     """In every format, which the job verifies; what it stores itself is small."""
