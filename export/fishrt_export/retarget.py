@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fishrt.bundle.folder import Bundle, describe_files, iter_file_names
+from fishrt.bundle.folder import Bundle, describe_file
 from fishrt.bundle.manifest import MANIFEST, SCHEMA, Form, Graph, Manifest, Parity
 from fishrt.bundle.strict import parse_dataclass
 from fishrt.progress import Progress
@@ -39,12 +39,30 @@ SIGHT = 40
 def retarget(path: Path, targets: Collection[str], progress: Progress = lambda _stage, _done: None) -> Bundle:
     """Make the forms of the bundle in the folder `path` for `targets` anew, and return the bundle. Its other forms stay.
 
-    The folder is replaced when all is done. Raises ExportError for an unknown target, for a bundle without frame and target
-    tensorrt, and for a form that differs from its portable graph; BundleError for a folder that is no bundle; OSError.
+    The folder is replaced when all is done, with all files in it, also those that are not the bundle's.
+    Raises ExportError for an unknown target, for a bundle without frame and target tensorrt, for a form that differs from its
+    portable graph, for a folder that cannot be replaced, and for a bundle that another process changes meanwhile; BundleError for
+    a folder that is no bundle, and for a file that is not the one in the manifest.
     """
     check_targets(targets)
-    data = _data(path)
-    manifest = upgraded(path, data) if data.get("schema") == SCHEMA - 1 else Bundle.load(path).manifest
+    data, path = _data(path), path.resolve()  # the folder may be the current one, which is replaced
+    is_old = data.get("schema") == SCHEMA - 1
+    bundle = Bundle(path, upgraded(path, data)) if is_old else Bundle.load(path)
+    try:
+        progress("checking the files", 0.0)
+        bundle.verify()  # the new manifest vouches for the same files
+        with new_folder(path, replace=True) as aside:
+            _make(aside, bundle, targets, SIDE_FILES if is_old else (), progress)
+            if _data(path) != data:
+                raise ExportError(f"another process has changed {path} meanwhile", hint="run the command again")
+    except OSError as error:
+        raise ExportError(f"{path} cannot be replaced: {error}", hint="check the free space and your permissions") from error
+    return Bundle.load(path)
+
+
+def _make(aside: Path, bundle: Bundle, targets: Collection[str], left_out: Collection[str], progress: Progress) -> None:
+    """Write the bundle with the forms for `targets` into an empty folder, without the files `left_out`."""
+    manifest = bundle.manifest
     kept = {role: [form for form in graph.forms if not _is_made(form, targets)] for role, graph in manifest.graphs.items()}
     if "coreml" in targets:
         check_codec(manifest.specs["codec_decode"])
@@ -54,20 +72,21 @@ def retarget(path: Path, targets: Collection[str], progress: Progress = lambda _
     forms = [form for graph in manifest.graphs.values() for form in graph.forms if _is_made(form, targets)]
     # A file that is written again must be a new one: a link would change the bundle that is read.
     stale = {file for form in forms for file in form.files} - {spec.file for spec in manifest.specs.values()}
-    with new_folder(path.resolve(), replace=True) as aside:
-        for name in iter_file_names(path):
-            if name not in SIDE_FILES and name.removesuffix(".data") not in stale:
-                (aside / name).parent.mkdir(parents=True, exist_ok=True)
-                _link(path / name, aside / name)
-        graphs = {}
-        for n, (role, graph) in enumerate(manifest.graphs.items()):
-            progress(role, n / len(manifest.graphs))
-            graphs[role] = _with_forms(aside, role, replace(graph, forms=tuple(kept[role])), manifest, targets)
-        progress("hashing the files", 1.0)
-        made = replace(manifest, graphs=graphs).sealed(describe_files(aside))
-        (aside / MANIFEST).write_text(made.to_json(), encoding="utf-8")
-        Bundle.load(aside)
-    return Bundle.load(path)
+    for entry in bundle.path.iterdir():
+        if entry.is_dir():
+            shutil.copytree(entry, aside / entry.name, copy_function=_link)
+        elif entry.name not in (MANIFEST, *left_out) and entry.name.removesuffix(".data") not in stale:
+            _link(entry, aside / entry.name)
+    graphs = {}
+    for n, (role, graph) in enumerate(manifest.graphs.items()):
+        progress(role, n / len(manifest.graphs))
+        graphs[role] = _with_forms(aside, role, replace(graph, forms=tuple(kept[role])), manifest, targets)
+    files = {name: entry for name, entry in manifest.files.items() if name.removesuffix(".data") not in stale}
+    written = {name for graph in graphs.values() for file in graph.files for name in (file, f"{file}.data")} - files.keys()
+    files |= {name: describe_file(aside / name) for name in written if (aside / name).is_file()}
+    made = replace(manifest, graphs=graphs).sealed(dict(sorted(files.items())))
+    (aside / MANIFEST).write_text(made.to_json(), encoding="utf-8")
+    Bundle.load(aside)
 
 
 def _data(path: Path) -> dict[str, Any]:
@@ -84,9 +103,9 @@ def _is_made(form: Form, targets: Collection[str]) -> bool:
     return form.provider in targets and form.provider != "tensorrt" and form.rounding is None
 
 
-def _link(source: Path, target: Path) -> None:
+def _link(source: str | Path, target: str | Path) -> None:
     try:
-        os.link(source.resolve(), target)
+        os.link(Path(source).resolve(), target)
     except OSError:  # another file system, or one without links
         shutil.copyfile(source, target)
 
@@ -155,10 +174,10 @@ def upgraded(folder: Path, data: dict[str, Any]) -> Manifest:
         "model": {"kind": "dual_ar", **data["language_model"]},
         "graphs": graphs,
         "quantisation": quantisation,
-        "files": {},
+        "files": {name: entry for name, entry in data["files"].items() if name not in SIDE_FILES},
     }
-    files = {name: entry for name, entry in describe_files(folder).items() if name not in SIDE_FILES}
-    manifest = parse_dataclass(Manifest, new, "manifest").sealed(files)
+    manifest = parse_dataclass(Manifest, new, "manifest")
+    manifest = manifest.sealed(manifest.files)
     manifest.check()
     return manifest
 

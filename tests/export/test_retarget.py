@@ -127,3 +127,55 @@ def test_an_unknown_target_and_a_folder_that_is_no_bundle(folder: Path, tmp_path
     (tmp_path / "none").mkdir()
     with pytest.raises(BundleError, match="is not a bundle"):
         retarget(tmp_path / "none", ["cpu"])
+
+
+def test_files_that_are_not_the_bundles_stay_and_are_not_vouched_for(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = Bundle.load(folder).manifest
+    (folder / ".git").mkdir()
+    (folder / ".git/index").write_text("one")
+    (folder / "voices").rename(folder.parent / "voices")
+    (folder / "voices").symlink_to("../voices")
+    for name in ("notes/manifest.json", "static.json", "empty/"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).mkdir() if name.endswith("/") else (folder / name).write_text("{}")
+    monkeypatch.chdir(folder)
+    bundle = retarget(Path(), ["cpu"])
+    bundle.verify()
+    assert bundle.manifest.files == before.files
+    assert (folder / "notes/manifest.json").is_file()
+    assert (folder / "static.json").is_file()
+    (folder / ".git/index").write_text("longer")
+    assert TTS.load(folder).voices == TTS.load().voices
+
+
+@pytest.mark.parametrize("schema", [SCHEMA, SCHEMA - 1])
+def test_a_damaged_file_is_not_vouched_for(folder: Path, schema: int) -> None:
+    if schema != SCHEMA:
+        of_schema_3(folder)
+    weights = folder / "slow_ar.onnx.data"
+    data = bytearray(weights.read_bytes())
+    data[4_000_000] ^= 0x40
+    weights.write_bytes(data)
+    with pytest.raises(BundleError, match=r"slow_ar\.onnx\.data was altered"):
+        retarget(folder, ["cpu"])
+
+
+def test_a_bundle_that_changes_meanwhile_and_one_that_cannot_be_replaced_stay(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = Bundle.load(folder).manifest
+
+    def change(stage: str, _done: float) -> None:
+        if stage == "fast_ar":
+            (folder / MANIFEST).write_text(replace(other, name="of another process").to_json(), encoding="utf-8")
+
+    with pytest.raises(ExportError, match="another process"):
+        retarget(folder, ["cpu"], change)
+    assert Bundle.load(folder).manifest.name == "of another process"
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("pathlib.Path.mkdir", refuse)
+    with pytest.raises(ExportError, match=r"cannot be replaced: .*Permission denied"):
+        retarget(folder, ["cpu"])

@@ -124,6 +124,11 @@ def iter_file_names(folder: Path) -> Iterator[str]:
             yield path.relative_to(folder).as_posix()
 
 
+def describe_file(path: Path) -> FileEntry:
+    """Return a manifest's entry for a file."""
+    return FileEntry(path.stat().st_size, sha256(path))
+
+
 def describe_files(folder: Path) -> Mapping[str, FileEntry]:
     """Return the `files` entry of a manifest for all files of a folder."""
-    return {name: FileEntry((folder / name).stat().st_size, sha256(folder / name)) for name in iter_file_names(folder)}
+    return {name: describe_file(folder / name) for name in iter_file_names(folder)}
