@@ -27,7 +27,7 @@ class ChildReport:
 
 
 def run_child(bundle: Path, *, provider: str, threads: int | None, cache: Path, text: str = "", frames: int = 0) -> ChildReport:
-    """Run a process with `cache` as its folder of specialised graphs. Raises FishrtError if it fails."""
+    """Run a process with `cache` as its folder of optimised graphs. Raises FishrtError if it fails."""
     arguments = [str(bundle), provider, str(threads or 0), text, str(frames)]
     done = subprocess.run(
         [sys.executable, "-m", "fishrt.bench.child", *arguments],

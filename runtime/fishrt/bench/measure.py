@@ -1,7 +1,7 @@
 """Measurements of one bundle: loading, each graph, the loop, and whole requests.
 
 Everything runs once before it is timed. Times of graphs are taken in the engines during real work. Loading and memory are
-measured in separate processes, with a separate folder of specialised graphs.
+measured in separate processes, with a separate folder of optimised graphs.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def _describe(bundle: Bundle) -> dict[str, Any]:
 
 
 def _measure_processes(bundle: Bundle, request: BenchRequest) -> dict[str, Any]:
-    """Measure a cold start, without specialised graphs on disk (the system may cache the files), then cached starts."""
+    """Measure a cold start, without optimised graphs on disk (the system may cache the files), then cached starts."""
     with tempfile.TemporaryDirectory() as folder:
         cache = Path(folder)
 
