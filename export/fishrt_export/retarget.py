@@ -16,7 +16,8 @@ from typing import Any
 
 from fishrt.bundle.folder import Bundle, describe_file
 from fishrt.bundle.manifest import MANIFEST, SCHEMA, Form, Graph, Manifest, Parity
-from fishrt.bundle.strict import parse_dataclass
+from fishrt.bundle.strict import AGAIN, parse_dataclass
+from fishrt.errors import BundleError
 from fishrt.progress import Progress
 from fishrt_engines import open_engine
 from fishrt_engines.aside import new_folder
@@ -47,7 +48,7 @@ def retarget(path: Path, targets: Collection[str], progress: Progress = lambda _
     check_targets(targets)
     data, path = _data(path), path.resolve()  # the folder may be the current one, which is replaced
     is_old = data.get("schema") == SCHEMA - 1
-    bundle = Bundle(path, upgraded(path, data)) if is_old else Bundle.load(path)
+    bundle = Bundle(path, _upgraded(path, data)) if is_old else Bundle.load(path)
     try:
         progress("checking the files", 0.0)
         bundle.verify()  # the new manifest vouches for the same files
@@ -142,6 +143,13 @@ def _cases(role: str, manifest: Manifest) -> list[Case]:
     if role == "codec_encode":
         return codec_encode_cases(codec, SIGHT)
     return codec_decode_cases(codec, specs[role], SIGHT)
+
+
+def _upgraded(folder: Path, data: dict[str, Any]) -> Manifest:
+    try:
+        return upgraded(folder, data)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise BundleError(f"{folder} is no whole bundle of schema {SCHEMA - 1}: {error!r}", hint=AGAIN) from None
 
 
 def upgraded(folder: Path, data: dict[str, Any]) -> Manifest:

@@ -179,3 +179,13 @@ def test_a_bundle_that_changes_meanwhile_and_one_that_cannot_be_replaced_stay(
     monkeypatch.setattr("pathlib.Path.mkdir", refuse)
     with pytest.raises(ExportError, match=r"cannot be replaced: .*Permission denied"):
         retarget(folder, ["cpu"])
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("int8_codec.json", '{"nonsense": 1}'), ("int8_codec.json", "{bad"), ("static.json", '"x"')]
+)
+def test_a_damaged_bundle_of_schema_3(folder: Path, name: str, content: str) -> None:
+    of_schema_3(folder)
+    (folder / name).write_text(content)
+    with pytest.raises(BundleError, match="is no whole bundle of schema 3"):
+        retarget(folder, ["cpu"])
