@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-_HIDDEN = re.compile(r"\.fishrt-[0-9a-f]{16}")
+_HIDDEN = re.compile(r"\.fishrt-[0-9a-f]{16}(?:-(.+))?")
+"""Hidden names; the group is the name of a folder that is being replaced."""
 _ABANDONED_S = 24 * 3600
 """Age in seconds at which an unfinished folder counts as left by a killed process."""
 
@@ -35,10 +36,12 @@ def new_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
 
     replace: whether it takes the place of a folder; otherwise a folder there that is not empty is an error, and stays.
 
-    Unfinished folders of killed processes, which may hold gigabytes, are removed after a day. Raises OSError.
+    Unfinished folders of killed processes, which may hold gigabytes, are removed after a day, but none whose place is empty: a
+    process that is killed between the two renamings leaves the replaced folder as `.fishrt-…-NAME`. Raises OSError.
     """
     _remove_abandoned(target.parent)
-    aside, old = _hidden(target), _hidden(target)
+    aside = _hidden(target)
+    old = target.with_name(f"{aside.name}-{target.name}")
     aside.mkdir()  # with the umask's permissions: one user may write a cache that another reads
     try:
         yield aside
@@ -68,5 +71,8 @@ def _hidden(target: Path) -> Path:
 def _remove_abandoned(folder: Path) -> None:
     for left in folder.glob(".fishrt-*"):
         with suppress(OSError):  # another process removes it at the same time
-            if _HIDDEN.fullmatch(left.name) and left.is_dir() and time.time() - left.stat().st_mtime > _ABANDONED_S:
+            found = _HIDDEN.fullmatch(left.name)
+            if found is None or (found[1] and not (folder / found[1]).exists()):
+                continue
+            if left.is_dir() and time.time() - left.stat().st_mtime > _ABANDONED_S:
                 shutil.rmtree(left)

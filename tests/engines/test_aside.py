@@ -108,3 +108,14 @@ def test_a_folder_can_be_read_by_other_users(tmp_path: Path) -> None:
             assert aside.stat().st_mode & 0o777 == 0o755
     finally:
         os.umask(before)
+
+
+def test_a_folder_that_was_being_replaced_when_the_process_was_killed_is_not_removed(tmp_path: Path) -> None:
+    kept, left = tmp_path / ".fishrt-0123456789abcdef-bundle", tmp_path / ".fishrt-0123456789abcdef-other"
+    for folder in (kept, left, tmp_path / "other"):
+        folder.mkdir()
+        os.utime(folder, (0, 0))
+    with new_folder(tmp_path / "new"):
+        pass
+    assert kept.is_dir()
+    assert not left.exists()
