@@ -127,10 +127,11 @@ def _with_forms(folder: Path, role: str, graph: Graph, manifest: Manifest, targe
 
 def _compared(form: Form, graph: Graph, folder: Path, expected: list[tuple[Case, Expected]], tolerance: float) -> Form:
     """Return the form with its errors. Raises ExportError if they are larger than allowed."""
-    found = compare(replace(form.spec, rounds_activations=False), folder, expected, tolerance)
+    against = f"the graph {graph.spec.file}"
+    found = compare(replace(form.spec, rounds_activations=False), folder, expected, tolerance, against)
     before = 0.0 if graph.parity is None else graph.parity.max_abs_error
     parity = Parity(before + found.max_abs_error, tolerance, PROVIDER)
-    added = compare(form.spec, folder, expected, tolerance).max_abs_error if form.spec.rounds_activations else None
+    added = compare(form.spec, folder, expected, tolerance, against).max_abs_error if form.spec.rounds_activations else None
     return replace(form, parity=parity, activations_error=added)
 
 

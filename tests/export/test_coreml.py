@@ -259,7 +259,7 @@ def test_a_folder_that_cannot_be_written_to_is_told(
 def test_a_bundle_without_static_graphs_is_refused(tiny_bundle: Bundle, mac: FakeCoreMl) -> None:
     with pytest.raises(ProviderError, match="no static graphs") as caught:
         TTS.load(tiny_bundle, provider="coreml")
-    assert "fixed sizes" in (caught.value.hint or "")
+    assert "fishrt retarget BUNDLE --target coreml" in (caught.value.hint or "")
 
 
 def test_an_open_graph_is_refused(tiny_bundle: Bundle, mac: FakeCoreMl) -> None:

@@ -9,15 +9,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import onnx
+import onnx_ir as ir
 import pytest
 
 from fishrt_export.checkpoint.files import read_weights
 from fishrt_export.errors import ExportError
 from fishrt_export.graph.job import GraphJob
-from fishrt_export.graph.stretches import BUDGET, split, verify_stack
+from fishrt_export.graph.stretches import BUDGET, FUSED_NORM, split, verify_stack
 from fishrt_export.graph.verify import Held
 from fishrt_export.models.transformer import Stack
 from fishrt_export.sources.language_model import open_language_model
+from fishrt_export.targets.forms import make_forms
 from synthetic import EVERYTHING, PLAIN, random_weights, write_nested
 
 DEEP = {**EVERYTHING, "n_layer": 5, "n_fast_layer": 3}
@@ -64,6 +66,31 @@ def test_stretches_are_the_whole(tmp_path: Path, tied: bool, head: str) -> None:
         assert seen == sorted(seen)
         assert len(seen) == len(stack(job).layers) + 1
         assert {path.name for path in folder.iterdir()} == {job.spec.file, f"{job.spec.file}.data"}
+
+
+@pytest.mark.slow
+def test_a_form_is_verified_as_it_is_and_in_stretches(tmp_path: Path) -> None:
+    """Norms stay fused, except the one at which a stretch begins. A fused norm that adds something else is seen in both."""
+    job = jobs_of(tmp_path / "checkpoint", {**DEEP, "head_dim": 16})[0]
+    job.run(tmp_path)
+    (form,) = make_forms(tmp_path, "slow_ar", job.spec, ["cpu"])
+    held = Held(tmp_path / job.spec.file, job.weights, job.plan)
+
+    def verified(budget: int) -> float:
+        specs = [job.spec, form.spec]
+        _, parity = verify_stack(lambda: stack(job), specs, tmp_path, held, job.cases, job.tolerance, budget=budget)
+        return parity.max_abs_error
+
+    whole, parts = verified(BUDGET), verified(1)
+    assert 0 < parts <= max(2 * whole, 1e-5)
+    model = ir.load(tmp_path / form.spec.file)
+    fused = [node for node in model.graph if node.op_type == FUSED_NORM]
+    assert len(fused) == 2 * DEEP["n_layer"] - 1
+    fused[3].replace_input_with(1, fused[3].inputs[0])
+    ir.save(model, tmp_path / form.spec.file)
+    for budget in (BUDGET, 1):
+        with pytest.raises(ExportError, match=r"slow_ar_cpu\.onnx is not the torch module"):
+            verified(budget)
 
 
 @pytest.mark.slow

@@ -57,9 +57,11 @@ def run(engine: Engine, case: Case) -> Expected:
     return Expected(results, {} if state is None else {t.name: state.read(t.name) for t in engine.spec.state_tensors})
 
 
-def compare(spec: GraphSpec, folder: Path, cases: Sequence[tuple[Case, Expected]], tolerance: float) -> Parity:
+def compare(
+    spec: GraphSpec, folder: Path, cases: Sequence[tuple[Case, Expected]], tolerance: float, reference: str = "the torch module"
+) -> Parity:
     """Return the largest error of the graph of `spec` in the cases that it takes. Raises ExportError if it is too large."""
-    report = Report(spec, tolerance)
+    report = Report(spec, tolerance, reference)
     engine = open_engine(folder / spec.file, spec, provider=PROVIDER)
     for case, expected in cases:
         if spec.columns is None or case.is_consecutive:
@@ -79,6 +81,8 @@ class Report:
 
     spec: GraphSpec
     tolerance: float
+    reference: str = "the torch module"
+    """What the graph is compared with, for messages."""
     error: float = field(default=0.0, init=False)
 
     def __post_init__(self) -> None:
@@ -129,14 +133,14 @@ class Report:
     def _add(self, error: float, what: str) -> None:
         if not error <= self.tolerance:  # also when the error is NaN
             raise ExportError(
-                f"{self.spec.file} is not the torch module: {what} (error {error:.3g}; {self.tolerance:.3g} is allowed)",
+                f"{self.spec.file} is not {self.reference}: {what} (error {error:.3g}; {self.tolerance:.3g} is allowed)",
                 hint="this is a fault of the export, not of the checkpoint; please report it",
             )
         self.error = max(self.error, error)
 
     def _same_shape(self, name: str, expected: Array, actual: Array) -> None:
         if expected.shape != actual.shape:
-            raise ExportError(f"{self.spec.file}: {name} has shape {actual.shape}, the torch module gives {expected.shape}")
+            raise ExportError(f"{self.spec.file}: {name} has shape {actual.shape}, {self.reference} gives {expected.shape}")
 
 
 def flipped_margin(expected: Array, actual: Array, margins: npt.NDArray[np.float32], chain: int) -> float:

@@ -25,6 +25,8 @@ from ..models.transformer import Stack
 from .report import PROVIDER, Case, Expected, Report, run
 from .verify import expect
 
+FUSED_NORM = "SkipSimplifiedLayerNormalization"
+"""ONNX Runtime's operator for a residual sum and the norm of it."""
 BUDGET = 1 << 30
 """Bytes of float32 weights in one stretch, unless a single part of the model is larger."""
 
@@ -60,7 +62,7 @@ def verify_stack(
     budget: int = BUDGET,
     progress: PartDone = lambda _: None,
 ) -> list[Parity]:
-    """Verify graphs as verify.verify does, with the weights looked up for each stretch.
+    """Verify graphs as verify.verify does, with the weights looked up for each stretch. The first of `specs` is portable.
 
     build: makes the module with arbitrary weights. progress receives the completed part, 0..1. Raises ExportError.
     """
@@ -74,9 +76,10 @@ def verify_stack(
         stack.requires_grad_(False)
         expected: list[Expected] = []
         for spec, report, of_graph in zip(specs, reports, of_graphs, strict=True):
-            path = folder / f"{Path(spec.file).stem}.stretch.onnx"
+            path, inner, stretch = folder / spec.file, spec, folder / f"{Path(spec.file).stem}.stretch.onnx"
             try:
-                inner = _cut(folder / spec.file, path, spec, stack, parts)
+                if len(stretches) > 1:  # otherwise the file itself is run
+                    path, inner = stretch, _cut(path, stretch, spec, stack, parts)
                 if not expected:  # the inputs and outputs of this stretch are those of all graphs
                     module = _Stretch(stack, parts, inner)
                     expected = [expect(module, inner, _fed(case, inner)) for case in of_module]
@@ -89,7 +92,7 @@ def verify_stack(
                         of_graph[n] = _with(case, found.results)
                 del engine
             finally:
-                path.unlink(missing_ok=True)
+                stretch.unlink(missing_ok=True)
         del stack
     return [report.parity() for report in reports]
 
@@ -139,13 +142,14 @@ def _names(stack: Stack, parts: range) -> list[str]:
 def _cut(whole: Path, path: Path, spec: GraphSpec, stack: Stack, parts: range) -> GraphSpec:
     """Write the graph of a stretch to `path`, in the folder of the whole graph, and return its spec."""
     model = ir.load(whole)
-    _part_norms(model.graph)
     streams = _streams(model.graph)
     layers, last = _layers(parts), _is_last(stack, parts)
     own = [pair for pair in spec.states if int(pair.input.rpartition(".")[2]) in layers]
     result_names = [tensor.name for tensor in spec.results] if last else [streams[layers.stop].name or ""]
     outputs = [*result_names, *(pair.output for pair in own)]
     entry = None if 0 in parts else streams[layers.start]
+    if entry is not None and (fused := entry.producer()) and fused.op_type == FUSED_NORM:
+        entry = streams[layers.start] = _part(model.graph, fused)
     inputs = _needed(model.graph, outputs, entry)
     width = stack.norm.normalized_shape[0]
     for value in streams.values():
@@ -165,27 +169,28 @@ def _cut(whole: Path, path: Path, spec: GraphSpec, stack: Stack, parts: range) -
     )
 
 
-def _part_norms(graph: ir.Graph) -> None:
-    """Part each norm that is fused with a sum, so that a stretch can begin at the sum."""
-    for node in list(graph):
-        if node.op_type != "SkipSimplifiedLayerNormalization":
-            continue
-        tape = ir.tape.Tape()
-        total = tape.op("Add", node.inputs[:2])
-        norm = tape.op("RMSNormalization", [total, node.inputs[2]], {"epsilon": node.attributes.get_float("epsilon", 1e-5)})
-        ir.convenience.replace_nodes_and_values(
-            graph, node, [node], tape.nodes, [node.outputs[0], node.outputs[3]], [norm, total]
-        )
+def _part(graph: ir.Graph, fused: ir.Node) -> ir.Value:
+    """Part a norm that is fused with a sum, so that a stretch can begin at the sum, and return the sum."""
+    tape = ir.tape.Tape()
+    total = tape.op("Add", fused.inputs[:2])
+    norm = tape.op("RMSNormalization", [total, fused.inputs[2]], {"epsilon": fused.attributes.get_float("epsilon", 1e-5)})
+    ir.convenience.replace_nodes_and_values(
+        graph, fused, [fused], tape.nodes, [fused.outputs[0], fused.outputs[3]], [norm, total]
+    )
+    return total
 
 
 def _streams(graph: ir.Graph) -> dict[int, ir.Value]:
-    """Return by block the value that enters it, the input of its first norm."""
+    """Return by block the value that enters it: what its first norm reads, or the sum that is fused with this norm."""
     streams = {}
     for node in graph:
-        if node.op_type == "RMSNormalization" and (scale := node.inputs[1]) is not None:
-            layer, _, rest = (scale.name or "").removeprefix("layers.").partition(".")
-            if layer.isdecimal() and rest.startswith("attention_norm.") and (value := node.inputs[0]) is not None:
-                streams[int(layer)] = value
+        fused = node.op_type == FUSED_NORM
+        if not fused and node.op_type != "RMSNormalization":
+            continue
+        scale, value = (node.inputs[2], node.outputs[3]) if fused and len(node.outputs) > 3 else (node.inputs[1], node.inputs[0])
+        layer, _, rest = ((scale and scale.name) or "").removeprefix("layers.").partition(".")
+        if layer.isdecimal() and rest.startswith("attention_norm.") and value is not None:
+            streams[int(layer)] = value
     return streams
 
 
