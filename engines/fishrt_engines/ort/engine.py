@@ -213,7 +213,10 @@ class OrtEngine:
         nbytes = sum(t.nbytes(dims) for t in self.spec.state_tensors)
         sizes = ", ".join(f"{name} = {size}" for name, size in dims.items())
         with self.allocating(f"the state of {self.spec.file} at {sizes} ({nbytes / 1e6:,.0f} MB)"):
-            made = {t.name: self._memory.zeros(t.resolve(dims), t.as_read, t.dtype) for t in self.spec.state_tensors}
+            made = {
+                t.name: self._memory.zeros(t.resolve(dims), t.as_read if self._on_device else t.dtype, t.dtype)
+                for t in self.spec.state_tensors
+            }
         return OrtState(_Held(self, made, _Carried(dims, {name: tensor.place for name, tensor in made.items()})))
 
     def take_back(self, tensors: dict[str, Tensor], carried: _Carried) -> None:
