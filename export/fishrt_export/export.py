@@ -285,7 +285,7 @@ def _recipe_words(recipe: Recipe, *, head: str, lora: Lora | None, targets: Coll
     """Return the options of the export in words, the precision first."""
     parts = [recipe.precision, *(f"{name}={precision}" for name, precision in recipe.keep.items())]
     parts += ["codec in 8 bits"] if codec_int8 else []
-    parts += [f"forms for {', '.join(targets)}"] if len(targets) > 1 else []
+    parts += [f"graphs for {', '.join(asked)}"] if (asked := [target for target in targets if target != "cpu"]) else []
     parts += ["full head"] if head == "full" else []
     parts += [f"LoRA {lora.path.name}, alpha {lora.alpha:g}"] if lora else []
     return ", ".join(parts)

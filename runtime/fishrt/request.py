@@ -75,11 +75,14 @@ class Request:
     def of(cls, text: str | Request, options: Mapping[str, Any]) -> Request:
         """Return the request for a text with these options, or a request with these changes.
 
-        Raises ArgumentError for a field of Sampling among the options, with a hint at `sampling`.
+        Raises ArgumentError for an option that a request does not have; for a field of Sampling with a hint at `sampling`.
         """
         if given := [f"{field.name}={options[field.name]!r}" for field in fields(Sampling) if field.name in options]:
             name = given[0].split("=")[0]
             raise ArgumentError(f"a request has no option {name}", hint=f"sampling=Sampling({', '.join(given)})")
+        known = [field.name for field in fields(cls) if field.init and field.name != "text"]
+        if unknown := sorted(options.keys() - known):
+            raise ArgumentError(f"a request has no option {unknown[0]}", hint=f"its options are {', '.join(known)}")
         return replace(text, **options) if isinstance(text, Request) else cls(text, **options)
 
     @property

@@ -423,6 +423,9 @@ def test_a_setting_of_sampling_given_by_itself_is_told_where_it_goes(tts: TTS, c
     assert caught.value.hint == "sampling=Sampling(temperature=0.5, top_k=3)"
     with pytest.raises(TypeError, match="loudness"):
         getattr(tts, call)("Hello!", loudness=3)
+    with pytest.raises(ArgumentError, match="no option max_seconds") as caught:
+        tts.stream("Hello.", max_seconds=1)  # type: ignore[call-arg]
+    assert str(caught.value.hint).startswith("its options are voice, sampling, seed, max_frames")
 
 
 def test_a_request_says_what_its_options_say(tts: TTS) -> None:

@@ -49,5 +49,6 @@ def retarget(bundle: Path, targets: tuple[str, ...], quiet: bool, as_json: bool)
         for role, form in forms
         for file in form.files
     ]
-    lines += [""] if lines else ["The portable graphs are the fastest for these providers."]
-    reporter.done("\n".join([*lines, f"{bundle} holds them now; fishrt inspect {bundle} shows their errors"]))
+    named = ", ".join(targets)
+    end = f"\n{bundle} has these graphs for {named} now" if lines else f"nothing was added: {named} runs the portable graphs"
+    reporter.done("\n".join([*lines, end]))
