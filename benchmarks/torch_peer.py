@@ -27,7 +27,7 @@ from fishrt.bench.setup import TimedEngine
 from fishrt.bundle.features import LanguageModel
 from fishrt.language_model.drawing import frame_spec
 from fishrt_engines import Array, GraphSpec, State
-from fishrt_engines.engine import OneRow
+from fishrt_engines.engine import OneRow, Traits
 from fishrt_export.models import transformer
 from fishrt_export.models.fast_ar import FastAR, fast_ar_spec
 from fishrt_export.models.frame import Frame
@@ -156,7 +156,7 @@ class _TorchEngine:
         self.module, self.spec = module, spec
         weight = next(iter(module.state_dict().values()))
         self.dtype, self.device = weight.dtype, weight.device
-        self.provider = f"torch on {self.device.type}"
+        self.provider, self.traits = f"torch on {self.device.type}", Traits(parts_states=False)
 
     def new_state(self, **dims: int) -> _TorchState:
         return _TorchState(self, dims)
@@ -228,7 +228,7 @@ class _FrameEngine:
     def __init__(self, frame: Frame, spec: GraphSpec, compiled: Mapping[str, Any] | None) -> None:
         self.spec = spec
         self._device = frame.ids.device
-        self.provider = f"torch on {self._device.type}"
+        self.provider, self.traits = f"torch on {self._device.type}", Traits(parts_states=False)
         self._draw: Callable[..., Tensor] = frame
         if compiled is not None:
             _stay([*_tensors(frame.fast), frame.ids])

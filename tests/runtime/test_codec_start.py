@@ -109,5 +109,5 @@ def test_export_writes_it_where_there_is_a_tick(folder: Path, tiny_bundle: Bundl
 
     noisy = Path(shutil.copytree(tiny_bundle.path, tmp_path / "noisy"))  # its silence is noise from the first sample on
     graphs = tiny_bundle.manifest.specs
-    write_start(noisy, graphs["codec_encode"].spec, graphs["codec_decode"].spec, tiny_bundle.manifest.codec)
+    write_start(noisy, graphs["codec_encode"], graphs["codec_decode"], tiny_bundle.manifest.codec)
     assert not (noisy / CODEC_START).exists()
