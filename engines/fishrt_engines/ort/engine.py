@@ -198,7 +198,7 @@ class OrtEngine:
         self._dropped: list[int] = []
         """Ids of captured graphs whose plans were deleted."""
         self._on_device = not isinstance(self._memory, HostMemory)
-        self.traits = Traits(few_sizes=self._captures)
+        self.traits = Traits(parts_states=not self._on_device, few_sizes=self._captures)
 
     def new_state(self, **dims: int) -> OrtState:
         """See `engine.Engine.new_state`. Raises ValueError if `dims` does not name exactly the state's symbolic dimensions."""
