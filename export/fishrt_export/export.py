@@ -109,7 +109,7 @@ def export_bundle(
         codec=codec.describe(),
         tokenizer=TOKENIZER,
         graphs={job.role: Graph(job.spec, main_precision(job.plan, _sizes(job)), memory=0) for job in jobs},
-        # The fields below are replaced when the files are written, and memory.
+        # Memory and the fields below are replaced when the files are written.
         quantisation=None,
         licence=Licence("", None),
         voices=None,

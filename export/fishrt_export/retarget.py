@@ -6,7 +6,6 @@ A form is compared with its portable graph, which the export compared with torch
 from __future__ import annotations
 
 import json
-import logging
 import os
 import shutil
 from collections.abc import Collection
@@ -28,8 +27,6 @@ from .graph.report import PROVIDER, Case, Expected, compare, run
 from .sources.cases import codec_decode_cases, codec_encode_cases, fast_ar_cases, slow_ar_cases
 from .targets.coreml import check_codec, static_form, step_usability
 from .targets.forms import check_targets, make_forms
-
-log = logging.getLogger(__name__)
 
 SIDE_FILES = ("static.json", "int8_codec.json", "quantisation.json")
 """Files of a bundle of schema 3 whose content is in the manifest now."""
