@@ -176,7 +176,7 @@ def _precision(bundle: Bundle, provider: str) -> str:
     if provider == "tensorrt":
         from fishrt_engines.trt.engine import find_built
 
-        return find_built(bundle.file(graph.spec.file), graph.spec, identity=graph.spec.identity or None).key.lowering.precision
+        return find_built(bundle.file(graph.spec.file), graph.spec).key.lowering.precision
     form = graph.form(provider, features(provider))
     return (graph.spec if form is None else form.spec).state_tensors[0].dtype  # products have the type of the caches
 

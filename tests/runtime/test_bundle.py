@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import typing
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from fishrt.bundle.folder import Bundle
+from fishrt.bundle import strict
+from fishrt.bundle.folder import Bundle, embedded_bundle
 from fishrt.bundle.manifest import MANIFEST, SCHEMA, Manifest
 from fishrt.bundle.strict import AGAIN
 from fishrt.errors import BundleError
@@ -33,6 +35,16 @@ def folder(tmp_path: Path) -> Path:
 def test_round_trip() -> None:
     written = manifest()
     assert Manifest.from_json(written.to_json()) == written
+
+
+def test_the_types_of_each_class_are_evaluated_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That takes longer than all the rest of reading a manifest, which has hundreds of objects of few classes."""
+    evaluated: list[type] = []
+    evaluate = typing.get_type_hints
+    monkeypatch.setattr(typing, "get_type_hints", lambda kind: evaluated.append(kind) or evaluate(kind))
+    strict._fields.cache_clear()
+    Manifest.from_json((embedded_bundle() / MANIFEST).read_text(encoding="utf-8"))
+    assert len(evaluated) == len(set(evaluated)) > 10
 
 
 def test_a_whole_bundle_loads_and_verifies(folder: Path) -> None:

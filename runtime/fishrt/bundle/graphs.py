@@ -11,7 +11,6 @@ from dataclasses import replace
 from fishrt_engines import Engine, ProviderError, open_engine
 from fishrt_engines.machine import features
 from fishrt_engines.ort.coreml import Part, StaticEngine
-from fishrt_engines.trt.engine import find_built
 
 from .features import LanguageModel
 from .folder import Bundle
@@ -98,6 +97,8 @@ def _check_coreml(bundle: Bundle) -> None:
 
 def within_plans(bundle: Bundle) -> Bundle:
     """Return the bundle with its model limited to the positions of its plan. Raises ProviderError if this machine has no plan."""
+    from fishrt_engines.trt.engine import find_built
+
     manifest = bundle.manifest
     spec = manifest.specs["slow_ar"]
     built = find_built(bundle.file(spec.file), spec).key.lowering.max_len

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import types
 import typing
@@ -19,14 +20,19 @@ def parse_dataclass(kind: type[T], value: Any, where: str) -> T:
     """Return a dataclass from decoded JSON, strictly. where: the name of `value` in messages. Raises BundleError."""
     if not isinstance(value, dict):
         raise BundleError(f"{where} is {value!r}; expected an object", hint=AGAIN)
-    hints = typing.get_type_hints(kind)
-    known = {f.name: f for f in fields(kind)}  # type: ignore[arg-type]
-    if unknown := sorted(value.keys() - known.keys()):
+    types_by_name, required = _fields(kind)  # type: ignore[arg-type]  # mypy takes no class for Hashable
+    if unknown := sorted(value.keys() - types_by_name.keys()):
         raise BundleError(f"{where} has unknown keys: {', '.join(unknown)}", hint="update fishrt, or export again")
-    required = {name for name, f in known.items() if f.default is MISSING and f.default_factory is MISSING}
     if missing := sorted(required - value.keys()):
         raise BundleError(f"{where} lacks the keys: {', '.join(missing)}", hint=AGAIN)
-    return kind(**{name: _parse(hints[name], item, f"{where}.{name}") for name, item in value.items()})
+    return kind(**{name: _parse(types_by_name[name], item, f"{where}.{name}") for name, item in value.items()})
+
+
+@functools.cache  # evaluating the types takes longer than reading an object, and a manifest has hundreds of one class
+def _fields(kind: type[Any]) -> tuple[dict[str, Any], frozenset[str]]:
+    """Return the types of a dataclass's fields by name, and the names of those without a default."""
+    required = (f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING)
+    return typing.get_type_hints(kind), frozenset(required)
 
 
 def _fits(kind: Any, value: Any) -> bool:
