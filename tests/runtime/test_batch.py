@@ -14,6 +14,7 @@ from fakes import FakeEngine, FakeState, specs
 from fishrt import TTS
 from fishrt.bench.setup import bench_prompt
 from fishrt.bundle.features import LanguageModel, RepetitionAware, RepetitionPenalty, SamplingDefaults
+from fishrt.errors import GraphError
 from fishrt.language_model.batch import Batch, DualAR, Row
 from fishrt.language_model.context import ContextStore, SlowContext
 from fishrt.language_model.sampling import Sampling, SeededNoise
@@ -220,6 +221,59 @@ def test_a_batch_has_a_row_for_each_slot() -> None:
     with pytest.raises(ValueError, match="no idle slot"):
         batch.admit(row(2), 1)
     assert batch.admit(row(2), 0) == 0
+
+
+@pytest.mark.parametrize("part", [1, 2, 3, 100])
+def test_a_prompt_is_read_in_parts_while_others_speak(part: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fishrt.language_model.context.PART", part)
+    model = remembering_model()
+    batch, first, second = Batch(model, 2), row(12, limit=30), row(2, head=2, text=6, limit=5)
+    batch.admit(first)
+    batch.step()
+    batch.admit(second)
+    reads = list[int]()
+    while not second.begun:
+        batch.read(second)
+        reads.append(model.slow.calls[-1]["prompt"].shape[2])  # type: ignore[attr-defined]
+        batch.advance([first])
+    assert reads == {1: [1] * 11, 2: [2, 2, 1, 2, 2, 2], 3: [3, 2, 3, 3], 100: [5, 6]}[part]
+    finish(batch, [first, second])
+    np.testing.assert_array_equal(second.drawn, alone(row(2, head=2, text=6, limit=5)))
+    np.testing.assert_array_equal(first.drawn, alone(row(12, limit=30)))
+
+
+def test_rows_that_wait_stay_as_they_are() -> None:
+    batch, rows = Batch(MODEL, 3), [row(seed, limit=9) for seed in (2, 6, 12)]
+    for made in rows:
+        batch.admit(made)
+    batch.step()
+    for turn in range(40):
+        batch.advance([made for n, made in enumerate(rows) if made.goes_on and (turn + n) % 3])
+    for seed, made in zip((2, 6, 12), rows, strict=True):
+        np.testing.assert_array_equal(made.drawn, alone(row(seed, limit=9)))
+
+
+def test_an_error_ends_its_own_row_only() -> None:
+    model = remembering_model()
+    whole, broken = model.slow._function, row(6, limit=9)  # type: ignore[attr-defined]
+
+    def slow(feeds: Mapping[str, Array], state: FakeState) -> dict[str, Array]:
+        results = whole(feeds, state)
+        if len(broken.drawn[0]) == 3 and len(results["logits"]) == 2:
+            results["logits"][1] = np.nan
+        return results  # type: ignore[no-any-return]
+
+    model.slow._function = slow  # type: ignore[attr-defined]
+    batch, first = Batch(model, 2), row(12, limit=9)
+    for made in (first, broken):
+        batch.admit(made)
+    finish(batch, [first])
+    np.testing.assert_array_equal(first.drawn, alone(row(12, limit=9)))
+    assert isinstance(broken.error, GraphError)
+    assert broken.stop_reason is None
+    np.testing.assert_array_equal(broken.drawn, alone(row(6, limit=9))[:, :3])
+    assert batch.admit(row(3)) == 0
+    assert batch.admit(row(4)) == 1
 
 
 # --- real kernels --------------------------------------------------------------------------------------------------------------

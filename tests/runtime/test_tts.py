@@ -383,11 +383,11 @@ def test_a_repetition_penalty_is_the_bundles_or_the_requests(tts: TTS, tmp_path:
 
 
 def test_reading_a_voice_counts_as_work_of_the_language_model(tts: TTS, monkeypatch: pytest.MonkeyPatch) -> None:
-    read = ContextStore.load
+    read = ContextStore.restore
 
     def slow(store: ContextStore, *args: Any) -> Any:
         time.sleep(0.05)
         return read(store, *args)
 
-    monkeypatch.setattr(ContextStore, "load", slow)
+    monkeypatch.setattr(ContextStore, "restore", slow)
     assert tts.speak("Hi.", seed=1).info.timings.language_model_s > 0.05

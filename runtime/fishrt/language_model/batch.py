@@ -6,8 +6,8 @@
              slot 2  voice │ text │ speech …        ┘
 
 A column is a frame with its main token on top: int64 [1 + C]. Columns hold codes + `code_offset`. The prompt of a row is read by
-itself; all that follows is read in one call for all slots up to the last that has a row. In that call an idle slot reads behind
-the columns that it holds, so that it keeps them for a row with the same voice.
+itself, in parts; all that follows is read in one call for all slots up to the last that speaks. In that call an idle slot reads
+behind the columns that it holds, so that it keeps them for a row with the same voice.
 
 A row draws with its own noise, so that it gives the same codes whatever runs beside it, except where the kernels of a larger
 batch round otherwise: see docs/decisions.md.
@@ -15,6 +15,7 @@ batch round otherwise: see docs/decisions.md.
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,9 +25,9 @@ from fishrt_engines import Engine
 
 from ..arrays import Ints
 from ..bundle.features import USUAL, LanguageModel, Quirks
-from ..errors import PromptError, SamplingError
-from .context import ContextStore, SlowContext
-from .drawing import Drawer, Draws, FrameDrawer, StepDrawer
+from ..errors import FishrtError, PromptError, SamplingError
+from .context import ContextStore, SlowContext, part_end
+from .drawing import Drawer, Draws, FrameDrawer, StepDrawer, check_drawn
 from .sampling import Noise, Sampling, is_semantic
 
 StopReason = Literal["end", "max_frames", "max_seq_len"]
@@ -76,9 +77,16 @@ class Row:
         self.limit = room if max_columns is None else min(max_columns, room)
         self.stop_reason: StopReason | None = None
         """None: it goes on."""
+        self.error: FishrtError | None = None
+        """What ended the row, and no other row of its batch."""
         self._limit_reason: StopReason = "max_seq_len" if self.limit == room and max_columns != room else "max_frames"
         self._lm, self._quirks = lm, quirks
         self._drawn: list[Ints] = []
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether more columns can be drawn."""
+        return self.stop_reason is None and self.error is None
 
     @property
     def begun(self) -> bool:
@@ -98,7 +106,9 @@ class Row:
         """Take the next column, int64 [1 + C], and set `stop_reason` if it is the last.
 
         Return the column that is spoken next, or None: the end token's is not spoken, or another one that `Quirks.trim` names.
+        Raises GraphError and SamplingError for a column that could not be drawn.
         """
+        check_drawn(column)
         lm, literal = self._lm, self._quirks.draws
         column = column.copy()
         ends = column[0] == lm.end_id and not (literal and not self._drawn)
@@ -129,6 +139,8 @@ class Batch:
         self._context = SlowContext(model.slow, model.language_model.num_codebooks, slots)
         self._drawer = model.drawer(slots)
         self._rows: list[Row | None] = [None] * slots
+        self._fresh: set[int] = set()
+        """Slots whose row has read nothing yet; they hold what another row has read."""
 
     def admit(self, row: Row, slot: int | None = None) -> int:
         """Give a new row a slot, and return that.
@@ -140,29 +152,63 @@ class Batch:
         idle = [n for n, taken in enumerate(self._rows) if taken is None]
         if not idle or slot not in (None, *idle):
             raise ValueError(f"no idle slot for a row: {len(idle)} of {len(self._rows)} are idle")
-        if slot is None:
-            head = row.prompt[:, : row.head]
-            slot = min(idle, key=lambda n: not self._context.holds(head, n))
-            self._contexts.load(self._context, head, slot)
+        head = row.prompt[:, : row.head]
+        if slot is not None and self._context.holds(head, slot):
+            self._context.rewind(row.prompt, slot)
+        else:
+            slot = min(idle, key=lambda n: not self._context.holds(head, n)) if slot is None else slot
+            self._fresh.add(slot)
         length = row.prompt.shape[1]
         self._context.reserve(length, length + row.limit, slot)
         self._rows[slot] = row
         return slot
 
     def step(self) -> list[tuple[Row, Ints | None]]:
-        """Draw a column for every row. Return each with what its `accept` returned. A row that has ended leaves its slot."""
-        rows = {n: row for n, row in enumerate(self._rows) if row is not None}
-        begun = {n: row.pending() for n, row in rows.items() if row.begun}
-        spoken = []
-        if begun:
-            results = self._context.step(begun, self._drawer.resident)
-            columns = self._drawer.draw(results, [rows[n].draws if n in begun else None for n in range(1 + max(begun))])
-            spoken += [(rows[n], rows[n].accept(columns[n])) for n in begun]
-        for n in rows.keys() - begun.keys():
-            rest = self._context.rewind(rows[n].pending(), n)
-            (column,) = self._drawer.draw(self._context.read(rest, self._drawer.resident, n), [rows[n].draws])
-            spoken.append((rows[n], rows[n].accept(column)))
-        self._rows = [row if row and row.stop_reason is None else None for row in self._rows]
+        """Draw a column for every row, and read the prompts of new rows. See `advance` for the result."""
+        rows = [row for row in self._rows if row is not None]
+        drawn = self.advance([row for row in rows if row.begun])
+        for row in rows:
+            while row.goes_on and not row.begun:
+                drawn += self.read(row)
+        return drawn
+
+    def read(self, row: Row) -> list[tuple[Row, Ints | None]]:
+        """Read the next part of the prompt of a row. After the last part draw its first column; see `advance` for the result."""
+        slot, context, (_, length) = self._rows.index(row), self._context, row.prompt.shape
+        if slot in self._fresh:
+            self._contexts.restore(context, row.prompt[:, : row.head], slot)
+            self._fresh.remove(slot)
+        start = context.length(slot)
+        end = part_end(start, row.head, length)
+        results = context.read(row.prompt[:, start:end], self._drawer.resident, slot)
+        if end == row.head:
+            self._contexts.keep(context, end, slot)
+        if end < length:
+            return []
+        return self._accepted({slot: row}, self._drawer.draw(results, [row.draws]))
+
+    def advance(self, rows: Collection[Row]) -> list[tuple[Row, Ints | None]]:
+        """Draw the next column of some rows that have begun, in one call. Return each with what its `accept` returned.
+
+        A row that has ended leaves its slot; if what ended it is its own `error`, the others go on.
+        """
+        going = {n: row for n, row in enumerate(self._rows) if row is not None and row in rows}
+        if not going:
+            return []
+        results = self._context.step({n: row.pending() for n, row in going.items()}, self._drawer.resident)
+        draws = [going[n].draws if n in going else None for n in range(1 + max(going))]
+        return self._accepted(going, self._drawer.draw(results, draws)[list(going)])
+
+    def _accepted(self, rows: Mapping[int, Row], columns: Ints) -> list[tuple[Row, Ints | None]]:
+        spoken: list[tuple[Row, Ints | None]] = []
+        for (slot, row), column in zip(rows.items(), columns, strict=True):
+            try:
+                spoken.append((row, row.accept(column)))
+            except FishrtError as error:
+                row.error = error
+                spoken.append((row, None))
+            if not row.goes_on:
+                self._rows[slot] = None
         return spoken
 
     def leave(self, row: Row) -> None:

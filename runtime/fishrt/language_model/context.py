@@ -33,6 +33,8 @@ FIRST_FRAMES = 256
 KEPT_BYTES = 256_000_000
 """Most bytes of keys and values that `ContextStore` keeps; the newest stays in any case. A second of a voice takes 5 MB with
 S1-mini and 0.5 MB with 1.5."""
+PART = 512
+"""Most columns of a prompt that are read at once: others that speak meanwhile wait no longer, and activations stay small."""
 LEAST_ROWS = 512
 """Fewest rows of a cache where few sizes should be used. Sizes are powers of two there, so that requests share captured calls."""
 _COLUMNS = "columns"
@@ -52,6 +54,10 @@ class SlowContext:
         self._last_index = [np.zeros(n, np.int64) for n in range(1 + slots)]
         for array in self._last_index:  # constants of steps
             array.flags.writeable = False
+
+    def length(self, slot: int = 0) -> int:
+        """Return the number of columns read so far."""
+        return self._lengths[slot]
 
     def columns(self, slot: int = 0) -> Ints:
         """Return the columns read so far, int64 [1 + num_codebooks, length]."""
@@ -160,31 +166,37 @@ class ContextStore:
 
     def load(self, context: SlowContext, head: Ints, slot: int = 0) -> None:
         """Let a slot hold `head`, int64 [1 + num_codebooks, length], and nothing else; it may be empty."""
+        self.restore(context, head, slot)
+        length = head.shape[1]
+        while (start := context.length(slot)) < length:
+            context.read(head[:, start : part_end(start, length, length)], slot=slot)
+        if not context.holds(head, slot):
+            self.keep(context, length, slot)
+
+    def restore(self, context: SlowContext, head: Ints, slot: int = 0) -> None:
+        """Let a slot hold `head` and nothing else if its keys and values are known; nothing at all otherwise."""
         length = head.shape[1]
         if context.holds(head, slot):
             context.keep(length, slot)
             return
         context.keep(0, slot)
         context.reserve(length, length + FIRST_FRAMES, slot)
-        self._fill(context, head, slot)
-        context.heads[slot] = length
-
-    def _fill(self, context: SlowContext, head: Ints, slot: int) -> None:
-        if not context.engine.traits.parts_states:
-            # Reading it again is faster than a copy of hundreds of MB through the host.
-            context.read(head, slot=slot)
-            return
         key = head.tobytes()
         with self._lock:
             saved = self._kept.get(key)
             if saved is not None:
                 self._kept.move_to_end(key)
-        log.debug("the voice of %d columns is %s", head.shape[1], "read" if saved is None else "known")
+        log.debug("the voice of %d columns is %s", length, "read" if saved is None else "known")
         if saved is not None:
             context.restore(head, saved[0], slot)
-        else:
-            context.read(head, slot=slot)
-            self.add(context.engine, head, context.save(slot))
+            context.heads[slot] = length
+
+    def keep(self, context: SlowContext, length: int, slot: int = 0) -> None:
+        """Keep the keys and values of the columns of a slot: a head of this length that was read by itself."""
+        context.heads[slot] = length
+        # Where states cannot be parted, reading a head again is faster than a copy of hundreds of MB through the host.
+        if context.engine.traits.parts_states:
+            self.add(context.engine, context.columns(slot), context.save(slot))
 
     def add(self, engine: Engine, head: Ints, saved: State) -> None:
         """Keep the keys and values of `head`, a state of one row."""
@@ -193,6 +205,14 @@ class ContextStore:
             self._kept[head.tobytes()] = saved, nbytes
             while len(self._kept) > 1 and sum(nbytes for _, nbytes in self._kept.values()) > KEPT_BYTES:
                 self._kept.popitem(last=False)
+
+
+def part_end(start: int, head: int, length: int) -> int:
+    """Return the end of the part of a prompt that is read next: at most PART columns, and not beyond the head if it is in that.
+
+    start: columns read so far. length: of the prompt.
+    """
+    return min(start + PART, head if start < head else length)
 
 
 def prepared_path(folder: Path, graph: str) -> Path:

@@ -13,7 +13,7 @@ from fishrt_engines.engine import Dim
 
 from ..arrays import Floats, Ints
 from ..bundle.features import LanguageModel, Quirks
-from ..errors import SamplingError
+from ..errors import GraphError, SamplingError
 from .sampling import Noise, PenaltyWindow, Sampling, main_ids, not_numbers, sample, sample_main
 
 NOT_NUMBERS, TOO_MANY = -1, -2
@@ -60,8 +60,8 @@ class Drawer(Protocol):
     def draw(self, results: Mapping[str, Any], rows: Sequence[Draws | None]) -> Ints:
         """Return the columns int64 [b, 1 + C] that follow `logits` and `hidden` of the slow AR, [b, …].
 
-        rows: b generations; None: a row of the batch in which nothing is drawn, whose column means nothing. The next draw may
-        overwrite the result.
+        rows: b generations; None: a row of the batch in which nothing is drawn, whose column means nothing. A column that cannot
+        be drawn holds NOT_NUMBERS or TOO_MANY: `check_drawn`. The next draw may overwrite the result.
         """
         ...
 
@@ -126,7 +126,10 @@ class StepDrawer:
         noise = [row.noise.slow(len(self._ids)) for _ in range(draws)]
         if row.window:
             logits = row.window.main(logits, self._ids)
-        return sample_main(logits, self._ids, row.sampling, self._lm, row.recent, noise)
+        try:
+            return sample_main(logits, self._ids, row.sampling, self._lm, row.recent, noise)
+        except GraphError:
+            return NOT_NUMBERS
 
     def _draw_code(self, logits: Floats, codebook: int, row: Draws) -> int:
         if row.window:
@@ -134,7 +137,11 @@ class StepDrawer:
         if row.least_code:
             logits = logits.copy()
             logits[: row.least_code] = -np.inf
-        return sample(logits, row.sampling, row.noise.fast(len(logits)))
+        noise = row.noise.fast(len(logits))
+        try:
+            return sample(logits, row.sampling, noise)
+        except GraphError:
+            return NOT_NUMBERS
 
 
 class FrameDrawer:
@@ -151,21 +158,13 @@ class FrameDrawer:
         self._settings_of: list[tuple[Draws | None, bool]] = []
 
     def draw(self, results: Mapping[str, Any], rows: Sequence[Draws | None]) -> Ints:
-        """See `Drawer`. Raises GraphError as `sample` does, and SamplingError for more candidates than the graph ranks."""
+        """See `Drawer`."""
         for n, row in enumerate(rows):
             if row is not None:
                 self._fill(n, row)
         feeds: dict[str, Any] = {name: feed[: len(rows)] for name, feed in self._feeds.items()}
         feeds |= self._set(rows) | {"logits": results["logits"], "hidden": results["hidden"]}
         columns: Ints = self._frame.run(feeds)["column"]
-        drawn = columns[[n for n, row in enumerate(rows) if row is not None]]
-        if (drawn == NOT_NUMBERS).any():
-            raise not_numbers()
-        if (drawn == TOO_MANY).any():
-            raise SamplingError(
-                f"more than {MOST_RANKED:,} tokens are within top_p, which {self._frame.provider} does not rank",
-                hint=f"give a lower top_p, or a top_k of at most {MOST_RANKED}",
-            )
         return columns
 
     def _fill(self, n: int, row: Draws) -> None:
@@ -197,6 +196,18 @@ class FrameDrawer:
                     self._settings[t.name] = np.array([[values[t.name]] for values in settings], t.dtype)
                     self._settings[t.name].flags.writeable = False
         return self._settings
+
+
+def check_drawn(column: Ints) -> None:
+    """Check that a column could be drawn. Raises GraphError for NOT_NUMBERS in it, SamplingError for TOO_MANY."""
+    if column.min() >= 0:
+        return
+    if (column == NOT_NUMBERS).any():
+        raise not_numbers()
+    raise SamplingError(
+        f"more than {MOST_RANKED:,} tokens are within top_p, which the graph of a frame does not rank",
+        hint=f"give a lower top_p, or a top_k of at most {MOST_RANKED}",
+    )
 
 
 def _settings(row: Draws | None, tokens: int, lm: LanguageModel) -> dict[str, float]:

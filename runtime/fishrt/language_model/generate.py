@@ -22,13 +22,15 @@ from .batch import Batch, Row
 def generate(batch: Batch, row: Row, slot: int | None = None) -> Iterator[Ints]:
     """Yield the spoken columns of a row, int64 [1 + C] each, alone in a batch of one; then `row.stop_reason` is set.
 
-    slot: see `Batch.admit`.
+    slot: see `Batch.admit`. Raises the row's error.
     """
     batch.admit(row, slot)
     try:
-        while row.stop_reason is None:
+        while row.goes_on:
             ((_, column),) = batch.step()
             if column is not None:
                 yield column
     finally:
         batch.leave(row)
+    if row.error:
+        raise row.error
