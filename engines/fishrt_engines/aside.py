@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import secrets
 import shutil
@@ -58,10 +59,20 @@ def new_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove a folder whose whole content disappears at once. Raises OSError."""
+    """Remove a folder whose whole content disappears at once, also after a power failure. Raises OSError."""
     old = _hidden(folder)
     folder.rename(old)
+    sync(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, would survive a power failure. Raises OSError."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
 
 
 def _hidden(target: Path) -> Path:

@@ -16,11 +16,14 @@ __all__ = [
     "FishrtError",
     "GraphError",
     "HubError",
+    "KeptVoiceError",
     "OutputError",
     "PromptError",
     "ProviderError",
     "SamplingError",
+    "TakenVoiceError",
     "UnfinishedError",
+    "UnknownVoiceError",
     "VoiceError",
 ]
 
@@ -43,6 +46,18 @@ class PromptError(FishrtError):
 
 class VoiceError(FishrtError):
     """A voice or its codes are missing, damaged, out of range, or belong to another codec."""
+
+
+class UnknownVoiceError(VoiceError):
+    """No voice has the given name."""
+
+
+class TakenVoiceError(VoiceError):
+    """A voice has the name that a new one should get."""
+
+
+class KeptVoiceError(VoiceError):
+    """A voice cannot be changed: it belongs to the bundle, or another program made it."""
 
 
 class AudioError(FishrtError):

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import logging
 import os
@@ -14,13 +15,13 @@ from pathlib import Path
 
 import numpy as np
 
-from fishrt_engines.aside import new_folder, remove_folder
+from fishrt_engines.aside import new_folder, remove_folder, sync
 from fishrt_engines.folders import data_folder
 
 from ..arrays import Ints
 from ..audio.output import write_whole
 from ..bundle.folder import Bundle
-from ..errors import OutputError, VoiceError
+from ..errors import KeptVoiceError, OutputError, TakenVoiceError, UnknownVoiceError, VoiceError
 from .files import (
     CODES,
     RECORDING,
@@ -88,7 +89,9 @@ class VoiceStore:
             folder, key = self.folder, self._indexed(name)
             if key is None:
                 known = ", ".join(self.list()) or "none"
-                raise VoiceError(f"there is no voice {name!r} in {self}; there are: {known}", hint="fishrt voice add NAME …")
+                raise UnknownVoiceError(
+                    f"there is no voice {name!r} in {self}; there are: {known}", hint="fishrt voice add NAME …"
+                )
             return Voice(key, read_codes(folder / f"{key}.npy"), read_index(folder)[key], None)
         check_folder(folder)
         if layout(folder) == "fishrt":
@@ -142,45 +145,69 @@ class VoiceStore:
     def add(self, voice: Voice, *, force: bool = False) -> Path:
         """Store a voice, completely or not at all, with its recording if it has one. Return its folder.
 
-        Raises VoiceError for a taken name, unless `force`.
+        The voice is on disk at the end. Raises VoiceError; TakenVoiceError for a taken name, unless `force`.
         """
         self.check_free(voice.name, force=force)
         name = canonical(voice.name)
         target = self._find(name) or self.folder / name
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with new_folder(target, replace=True) as new:
+            with new_folder(target, replace=force) as new:
                 _write_voice(new, voice)
+            sync(self.folder)
         except OSError as error:
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST):  # another process took it since the check
+                raise self._taken(name) from None
             raise VoiceError(f"voice {voice.name!r} cannot be written to {self}: {error.strerror or error}") from None
         return target
 
     def check_free(self, name: str, *, force: bool = False) -> None:
-        """Check that `add` can use a name. Raises VoiceError for an invalid or taken name.
+        """Check that `add` can use a name. Raises VoiceError for an invalid name, TakenVoiceError for a taken one.
 
         force: a voice that `add` made may have the name.
         """
         check_name(name)
         target = self._find(name) or self.folder / canonical(name)
         if target.exists() and layout(target) != "fishrt":
-            raise VoiceError(f"{target} was not made by fishrt and is left alone", hint="choose another name")
+            raise TakenVoiceError(f"{target} was not made by fishrt and is left alone", hint="choose another name")
         if not force and (target.exists() or self._indexed(name) is not None):
-            raise VoiceError(f"there is already a voice {name!r} in {self}", hint="choose another name, or --force to replace it")
+            raise self._taken(name)
+
+    def _taken(self, name: str) -> TakenVoiceError:
+        hint = "choose another name, or --force to replace it"
+        return TakenVoiceError(f"there is already a voice {name!r} in {self}", hint=hint)
+
+    def rename(self, old: str, new: str) -> None:
+        """Give a voice another name. Raises VoiceError as `remove` and `check_free`."""
+        folder = self._own_folder(old)
+        self.check_free(new)
+        try:
+            folder.rename(self.folder / canonical(new))
+            sync(self.folder)
+        except OSError as error:
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST):  # another process took it since the check
+                raise self._taken(new) from None
+            raise VoiceError(f"voice {old!r} in {self} cannot be renamed: {error.strerror}") from None
 
     def remove(self, name: str) -> None:
-        """Delete a voice. Raises VoiceError if there is none, or if another program made it: it holds the user's recordings."""
+        """Delete a voice. Raises UnknownVoiceError if there is none; KeptVoiceError if another program made it."""
+        folder = self._own_folder(name)
+        try:
+            remove_folder(folder)
+        except OSError as error:
+            raise VoiceError(f"voice {name!r} cannot be removed from {self}: {error.strerror}") from None
+
+    def _own_folder(self, name: str) -> Path:
+        """Return the folder of a voice that `add` made; those of other programs hold the user's recordings."""
         check_name(name)
         folder = self._find(name)
         if folder is None and self._indexed(name) is None:
             self.load(name)  # raises with the reason
         if folder is None or layout(folder) != "fishrt":
-            raise VoiceError(
-                f"voice {name!r} in {self} was not made by fishrt and is left alone", hint="delete its files yourself"
+            raise KeptVoiceError(
+                f"voice {name!r} in {self} was not made by fishrt and is left alone", hint="change its files yourself"
             )
-        try:
-            remove_folder(folder)
-        except OSError as error:
-            raise VoiceError(f"voice {name!r} cannot be removed from {self}: {error.strerror}") from None
+        return folder
 
     def _survey(self) -> tuple[set[str], dict[str, str]]:
         """Return the names of all voices, and the names that are left out, each with the reason."""
@@ -268,7 +295,7 @@ def find_voice(name: str, own: VoiceStore, bundle: Bundle | None) -> VoiceStore:
     if bundle and name in built_in:
         return bundle_store(bundle)
     own.check_found(name)
-    raise VoiceError(
+    raise UnknownVoiceError(
         f"there is no voice {name!r}; yours in {own}: {', '.join(own.list()) or 'none'}; "
         f"the bundle's: {', '.join(built_in) or 'none'}",
         hint="fishrt voice add NAME --audio FILE --text TEXT",
@@ -304,6 +331,8 @@ def _write_voice(folder: Path, voice: Voice) -> None:
     codes = StoredCodes(voice.fingerprint, CODES, voice.loudness)
     stored = StoredVoice(SCHEMA, voice.transcript, None if voice.recording is None else RECORDING, (codes,))
     (folder / VOICE_JSON).write_text(stored.to_json(), encoding="utf-8")
+    for path in (*folder.iterdir(), folder):
+        sync(path)
 
 
 def _load_recordings(folder: Path, tts: Encoder) -> Voice:
