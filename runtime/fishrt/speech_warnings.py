@@ -40,13 +40,11 @@ def piece_warnings(pieces: Sequence[PieceInfo], of: int) -> list[str]:
     for way, concerned in ways.items():
         if count := sum(concerned):
             first = concerned.index(True)
-            who = (
-                f"{count:,} of {of:,} pieces were"
-                if count > 1
-                else f"piece {first + 1:,} of {of:,} was"
-                if of > 1
-                else "the text was"
-            )
+            who = f"{count:,} of {of:,} pieces" if count > 1 else f"piece {first + 1:,} of {of:,}" if of > 1 else ""
+            if way.startswith("cut off"):
+                who = f"the speech of {who} was" if who else "the speech was"
+            else:
+                who = f"{who or 'the text'} {'were' if count > 1 else 'was'}"
             which = f"; the first is piece {first + 1:,}" if count > 1 else ""
             warnings.append(f'{who} {way}{which}: "{excerpt(pieces[first].text)}"')
     return warnings

@@ -431,7 +431,7 @@ def test_what_was_streamed_before_an_error_is_written(fake, monkeypatch):
 
 def test_a_piece_that_was_cut_off_is_a_warning(fake):
     fake.stop_reason = "max_frames"
-    says = 'the text was cut off by the limit of its length: "Hi."'
+    says = 'the speech was cut off by the limit of its length: "Hi."'
     assert f"warning: {says}\n" in run("speak", "Hi.", "-q").stderr
     assert json.loads(run("speak", "Hi.", "--json").stdout)["warnings"] == [says]
 

@@ -117,7 +117,7 @@ def test_pieces_that_are_cut_off_are_one_warning(tts: TTS, caplog: pytest.LogCap
     speech = tts.speak(f"{TEXT} {TEXT}", max_frames=2)
     count = len(speech.info.pieces)
     first = "The first sentence is about a fox. The second sentence is …"
-    says = f'{count} of {count} pieces were cut off by the limit of its length; the first is piece 1: "{first}"'
+    says = f'the speech of {count} of {count} pieces was cut off by the limit of its length; the first is piece 1: "{first}"'
     assert speech.info.warnings == (says,)
     assert [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING] == [says]
     assert tts.speak("Hello!").info.warnings == ()
@@ -128,9 +128,11 @@ def test_warnings_of_each_kind() -> None:
         return piece_warnings([PieceInfo(text, frames, reason) for frames, reason in pieces], len(pieces))
 
     assert warned((3, "end"), (4, "end")) == []
-    assert warned((3, "max_seq_len")) == ['the text was cut off at the end of the model\'s context (max_seq_len): "Some words."']
+    assert warned((3, "max_seq_len")) == [
+        'the speech was cut off at the end of the model\'s context (max_seq_len): "Some words."'
+    ]
     assert warned((3, "end"), (0, "end"), (2, "max_frames")) == [
-        'piece 3 of 3 was cut off by the limit of its length: "Some words."',
+        'the speech of piece 3 of 3 was cut off by the limit of its length: "Some words."',
         'piece 2 of 3 was not spoken: the model ended at once: "Some words."',
     ]
     assert warned((0, "max_frames"), (0, "max_frames"), (9, "end")) == [
