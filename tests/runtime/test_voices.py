@@ -218,6 +218,17 @@ def test_audio_of_another_type_is_named():
         Voice.from_audio(FakeTts(manifest()), tone(1.0), "x")
 
 
+@pytest.mark.parametrize(
+    ("best", "fits", "doubted"), [((2.0, 5.0), (2.0, 5.0), (1.9, 5.1)), ((10.0, 15.0), (3.0, 15.0), (2.9, 15.1))]
+)
+def test_short_and_long_recordings_are_doubted_at_every_door(best, fits, doubted, caplog):
+    fake = FakeTts(dataclasses.replace(manifest(), model=language_model(voice_seconds=best)))
+    for seconds in (*fits, *doubted):
+        caplog.clear()
+        Voice.from_audio(fake, (tone(seconds), RATE), "word " * round(2 * seconds))
+        assert ("is best for this model" in caplog.text) == (seconds in doubted), seconds
+
+
 def test_the_length_that_suits_the_model_is_told():
     lm = language_model(voice_seconds=(2.0, 5.0))
     assert next(doubts(np.tile(SPEECH, 3), RATE, SAID * 3, lm)).endswith("2 to 5 s is best for this model")

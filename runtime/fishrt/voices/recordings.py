@@ -17,6 +17,8 @@ MIN_SECONDS = 0.2
 SILENCE = 1e-3
 """A recording whose largest sample is below this (−60 dB of full scale) holds no voice."""
 
+_SHORT = 3.0
+"""Seconds from which a recording is long enough for any model, although more may be better."""
 _QUIET_LUFS = -42.0
 _CLIPPED_LEVEL, _CLIPPED_PART = 0.98, 0.01
 """A recording is clipped if this part of its samples is above this fraction of the largest; speech has a tenth as many."""
@@ -61,7 +63,7 @@ def doubts(pcm: Pcm, rate: int, transcript: str, lm: LanguageModel) -> Iterator[
     """Yield reasons why a recording, pcm float32 [samples] as `check_recording` takes it, may make a poor voice."""
     seconds, sizes = len(pcm) / rate, np.abs(pcm)
     least, most = lm.voice_seconds
-    if not 0.5 * least <= seconds <= 1.5 * most:
+    if not min(_SHORT, least) <= seconds <= most:
         yield f"is {seconds:.1f} s long; {best_length(lm)} is best for this model"
     if np.mean(sizes > _CLIPPED_LEVEL * sizes.max()) > _CLIPPED_PART:
         yield "is clipped: its peaks are cut off; record it with less gain"
