@@ -324,7 +324,8 @@ def test_export_adds_them(tiny_checkpoint: Path, tiny_bundle: Bundle, monkeypatc
     assert max(part.parity.max_abs_error for part in parts_of(bundle)) <= TOLERANCES["static"]
     bundle.verify()
     shown = CliRunner().invoke(main, ["inspect", str(bundle.path)])
-    assert "coreml        codec_decode, 1 frames: " in shown.stdout
+    assert "coreml        codec_decode, 1 frame: " in shown.stdout
+    assert "    compared with the portable graph, on cpu: largest error " in shown.stdout
 
 
 def test_a_static_graph_that_is_not_the_portable_one_is_refused(

@@ -237,12 +237,13 @@ def test_inspect_shows_the_decoder_in_8_bits(tmp_path):
     decode = bundle.manifest.graphs["codec_decode"]
     spec = replace(decode.spec, file="codec_decode_int8.onnx")
     form = Form("cpu", spec, needs=("vnni",), rounding=Rounding(21, 64, 34.8, 32.0))
-    graphs = {**bundle.manifest.graphs, "codec_decode": replace(decode, forms=(form,))}
+    graphs = {**bundle.manifest.graphs, "codec_decode": replace(decode, forms=(form, Form("cuda", decode.spec)))}
     manifest = replace(bundle.manifest, graphs=graphs, family="A family", recipe="int4").sealed(describe_files(bundle.path))
     (bundle.path / MANIFEST).write_text(manifest.to_json())
     shown = run("inspect", bundle.path).stdout
     assert "family        A family\nrecipe        int4\n" in shown
     assert "  form for cpu with vnni: codec_decode_int8.onnx, 7 B\n    21 conv" in shown
+    assert "\n    not compared with torch: no CPU can run it" in shown
 
 
 def test_inspect_finds_what_is_wrong(fake):
@@ -326,7 +327,14 @@ def test_a_bug_in_export_is_not_called_a_missing_package(fake, monkeypatch):
 def test_doctor(fake, monkeypatch):
     result = run("doctor")
     assert result.exit_code == 0, result.output
-    for words in ("python: ", "provider cpu", "audio formats: WAV", "torch for export: ", "embedded voice: ok, test"):
+    for words in (
+        "python: ",
+        "provider cpu",
+        "audio formats: reads WAV, ",
+        "; writes wav, flac, ogg, opus, mp3, pcm (lib",
+        "torch for export: ",
+        "embedded voice: ok, test",
+    ):
         assert words in result.stdout
     monkeypatch.setattr("fishrt.cli.base.options.embedded_bundle", lambda: Path("none"))
     assert "embedded voice: not usable: none does not exist" in run("doctor").stdout

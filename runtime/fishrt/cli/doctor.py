@@ -43,11 +43,12 @@ def _audio_formats() -> str:
         import soundfile
     except (ImportError, OSError) as error:
         return f"soundfile cannot be loaded: {error}"
+    from ..audio.encode import FORMATS
+
     known: dict[str, Any] = soundfile.available_formats()
-    return (
-        ", ".join(name for name in ("WAV", "FLAC", "OGG", "MP3", "AIFF") if name in known)
-        + f" (libsndfile {soundfile.__libsndfile_version__})"
-    )
+    read = ", ".join(name for name in ("WAV", "FLAC", "OGG", "MP3", "AIFF", "AU", "CAF") if name in known)
+    written = ", ".join(name for name, kind in FORMATS.items() if kind.container in known)
+    return f"reads {read}, and others; writes {written} (libsndfile {soundfile.__libsndfile_version__})"
 
 
 def _torch() -> str:

@@ -118,6 +118,11 @@ def _describe(bundle: Bundle) -> list[str]:
                 lines.append(f"  form for {form.provider}{needs}: {file}, {_graph_size(m, file)}")
             if form.parity:
                 lines.append(f"    compared with torch, on {form.parity.provider}: {form.parity.summary(form.spec)}")
+            elif form.parts:
+                worst = max((part.parity for part in form.parts), key=lambda parity: parity.max_abs_error)
+                lines.append(f"    compared with the portable graph, on {worst.provider}: {worst.summary(form.spec)}")
+            elif not form.rounding:
+                lines.append("    not compared with torch: no CPU can run it")
             if form.rounding:
                 lines.append(f"    {form.rounding.summary()}")
     return lines
@@ -126,7 +131,7 @@ def _describe(bundle: Bundle) -> list[str]:
 def _coreml(manifest: Manifest) -> list[str]:
     """Return the usability checker's results for graphs of fixed sizes."""
     found = [
-        (f"{role}, {part.frames} frames", part.usability)
+        (f"{role}, {part.frames:,} frame{'' if part.frames == 1 else 's'}", part.usability)
         for role, graph in manifest.graphs.items()
         for form in graph.forms
         for part in form.parts
