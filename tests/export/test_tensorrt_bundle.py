@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -224,7 +225,9 @@ def test_the_command_refuses(gpu, tiny_bundle, arguments: list[Any], message):
     assert gpu.trt.builds == 0
 
 
-def test_the_command_without_tensorrt(tiny_bundle):
+def test_the_command_without_tensorrt(tiny_bundle, monkeypatch):
+    """Its extra is named first, since it brings onnx, too."""
+    monkeypatch.setitem(sys.modules, "fishrt_export.targets.tensorrt.build", None)
     refused(run("build-trt", tiny_bundle.path), "tensorrt", "fishrt[trt]")
 
 

@@ -80,11 +80,11 @@ def build_trt(
     from fishrt_engines.trt.api import load_tensorrt
     from fishrt_engines.trt.device import open_device
 
+    loaded, reporter = load_bundle(bundle), Reporter(quiet=quiet or as_json)
+    load_tensorrt()  # before onnx: the extra trt brings both
     with needs_onnx("build-trt"):
         from fishrt_export.targets.tensorrt.build import PlanOptions, build_plan, plan_requests
 
-    loaded, reporter = load_bundle(bundle), Reporter(quiet=quiet or as_json)
-    load_tensorrt()
     most = None if workspace is None else int(workspace * (1 << 30))
     options = PlanOptions(precision, max_lens, max_batch, most, fp32_attention, primitive_attention)
     plans = []
