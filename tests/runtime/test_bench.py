@@ -68,6 +68,8 @@ def test_every_measure_is_there_and_finite(measured):
         "fast_steps_per_frame",
         "prompt_columns",
     }
+    page = (Path(__file__).parents[2] / "docs/json.md").read_text(encoding="utf-8")
+    assert not [name for name in measured if f"`{name}`" not in page]
     assert all(math.isfinite(number) for number in numbers(measured))
     assert all(
         number > 0 for name in ("frame", "slow_step", "fast_step", "prefill", "codec") for number in numbers(measured[name])

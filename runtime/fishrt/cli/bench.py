@@ -28,7 +28,7 @@ class _Sizes(click.ParamType[tuple[int, ...]]):
 @click.argument("bundle", required=False, type=click.Path(path_type=Path))
 @click.option("--text", help="The text that is spoken.  [default: one sentence]")
 @click.option("--frames", type=Whole(min=2), default=64, show_default=True, metavar="N", help="Frames of each timed generation.")
-@click.option("--batch", type=_Sizes(), default=(), metavar="N,…", help="Also measure batches of these sizes, such as 1,2,4,8.")
+@click.option("--batch", type=_Sizes(), default=(), metavar="N,…", help="Also measure batches of 1,2,4,8, … generations.")
 @threads_option
 @click.option(
     "--provider", default="auto", show_default=True, metavar="NAME", help="Execution provider; see `fishrt speak --help`."
@@ -75,7 +75,10 @@ def _rows(found: dict[str, Any]) -> list[tuple[str, str]]:
         ("TTFA, new voice", _times(ttfa["new_voice"])),
         ("load", f"cold {load['cold_s']:.2f} s, cached {load['cached_s']:.2f} s"),
         ("peak memory", f"speaking {mb['speaking_peak_bytes']}, first load {mb['cold_load_peak_bytes']}"),
-        *((f"batch of {row['rows']}", f"{row['frames_per_s']:,.1f} frames/s; {_times(row)}") for row in found["batches"]),
+        *(
+            (f"batch of {row['rows']}", f"{row['frames_per_s']:,.1f} frames/s of all; step {_times(row)}")
+            for row in found["batches"]
+        ),
         *((f"slow step at {row['context']:,}", _times(row)) for row in found["contexts"]),
     ]
 
