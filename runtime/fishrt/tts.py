@@ -256,6 +256,10 @@ class TTS:
         """Check that the model can read a transcript; `what` names it. Raises PromptError."""
         self._prompts.check_transcript(text, what)
 
+    def count_tokens(self, text: str) -> int:
+        """Return the number of tokens of a text as the model reads it, without those around it."""
+        return self._prompts.count_tokens(text)
+
     def is_prepared(self, folder: Path) -> bool:
         """Return whether `prepare` wrote into the folder of a voice, for this bundle."""
         return self._prepared_path(folder).is_file()

@@ -17,6 +17,7 @@ from .export import export
 from .fetch import fetch
 from .inspect import inspect
 from .retarget import retarget
+from .serve import serve
 from .speak import speak
 from .voice import voice
 
@@ -35,5 +36,5 @@ def main() -> None:
     """
 
 
-for command in (speak, voice, export, retarget, fetch, codec, inspect, bench, doctor, build_trt, completion, show_help):
+for command in (speak, serve, voice, export, retarget, fetch, codec, inspect, bench, doctor, build_trt, completion, show_help):
     main.add_command(command)

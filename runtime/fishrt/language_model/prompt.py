@@ -102,6 +102,10 @@ class PromptBuilder:
         self.model = language_model
         self.dialect = DIALECTS[language_model.prompt_dialect]
 
+    def count_tokens(self, text: str) -> int:
+        """Return the number of tokens of a text, without those around it."""
+        return len(self._tokenizer.encode(text))
+
     def split(self, text: str, *, quirks: Quirks = USUAL, chunk_bytes: int | None = None) -> list[str]:
         """Return the pieces of a text that are spoken one after the other; `chunk_bytes` (UTF-8) defaults to the manifest's.
 

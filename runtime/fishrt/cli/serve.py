@@ -1,0 +1,148 @@
+"""`fishrt serve`: an HTTP server that speaks."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..errors import FishrtError
+from .base.commands import session
+from .base.options import EngineOptions, Whole, engine_options, quiet_option, voice_dir_option
+from .base.streams import emit, logging_to, say
+
+
+@click.command(
+    short_help="Serve speech over HTTP.",
+    context_settings={"auto_envvar_prefix": "FISHRT"},
+    epilog="Each option is also an environment variable: --max-queue is FISHRT_MAX_QUEUE, and so on. An option counts more.",
+)
+@click.option(
+    "--host", default="127.0.0.1", show_default=True, metavar="ADDRESS", help="Address to listen on; 0.0.0.0 is every one."
+)
+@click.option(
+    "--port", type=Whole(min=0, max=65535), default=8080, show_default=True, metavar="N", help="TCP port; 0 takes a free one."
+)
+@voice_dir_option
+@click.option(
+    "--api-key",
+    metavar="KEY",
+    help="The key that clients must send. Other users of the machine see it in the list of processes: set $FISHRT_API_KEY "
+    "instead, or use --api-key-file.  [default: everybody may use the server]",
+)
+@click.option("--api-key-file", type=click.Path(path_type=Path), metavar="FILE", help="A file with the key in its first line.")
+@click.option(
+    "--max-queue", type=Whole(min=0), default=64, show_default=True, metavar="N", help="Requests that may wait; more are refused."
+)
+@click.option(
+    "--max-active", type=Whole(min=1), default=8, show_default=True, metavar="N", help="Requests that speak at the same time."
+)
+@click.option(
+    "--max-text-length",
+    type=Whole(min=0),
+    default=50_000,
+    show_default=True,
+    metavar="N",
+    help="Most characters of a text; 0: any number.",
+)
+@click.option(
+    "--cors-origin",
+    "cors_origins",
+    multiple=True,
+    envvar="FISHRT_CORS_ORIGIN",
+    metavar="ORIGIN",
+    help='Origin of web pages that may use it, such as https://example.com; "*" is every one.  [default: only its page]',
+)
+@click.option("--strict-voices", is_flag=True, help="OpenAI's names of voices (alloy, …) are unknown.")
+@click.option(
+    "--pcm-rate",
+    type=Whole(min=4000, max=192_000),
+    metavar="HZ",
+    help="Sample rate of raw samples if a request names none.  [default: the model's; 24000 for OpenAI's models]",
+)
+@click.option(
+    "--media-dir",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Folder of recordings that requests may name.  [default: none]",
+)
+@click.option("--allow-url-refs", is_flag=True, help="Requests may name recordings by public URLs, which the server fetches.")
+@click.option(
+    "--wyoming-port", type=Whole(min=0, max=65535), metavar="N", help="TCP port of the Wyoming protocol.  [default: none]"
+)
+@click.option("--log-json", is_flag=True, help="Log JSON objects, one a line.")
+@engine_options
+@quiet_option
+def serve(
+    engine: EngineOptions,
+    voice_dir: Path | None,
+    api_key: str | None,
+    api_key_file: Path | None,
+    log_json: bool,
+    quiet: bool,
+    **options: Any,
+) -> None:
+    """Serve speech over HTTP, to clients of OpenAI's API and of the Fish Speech family, until SIGTERM or Ctrl-C.
+
+    \b
+    Speak with the embedded voice:
+      fishrt serve
+      curl http://127.0.0.1:8080/v1/audio/speech --json '{"input": "Good morning."}' -o hello.mp3
+    """
+    try:
+        from ..server.run import address, listen, serve
+        from ..server.settings import Settings
+    except ImportError as error:
+        hint = 'pip install "fishrt[server]"'
+        raise FishrtError(f"the server needs {error.name}, which is not installed", hint=hint) from None
+    if options["media_dir"] is not None and not options["media_dir"].is_dir():
+        raise FishrtError(f"--media-dir: there is no folder {options['media_dir']}", hint="make it, or name another")
+    if voice_dir is not None and voice_dir.exists() and not voice_dir.is_dir():
+        raise FishrtError(f"--voice-dir: {voice_dir} is no folder", hint="name a folder; it need not exist yet")
+    settings = Settings(api_key=_key(api_key, api_key_file), **options)
+    with logging_to(_Log(log_json), logging.INFO), closing(listen(settings.host, settings.port)) as sock:
+        tts = engine.load(voice_dir)
+        _ = tts.voices  # a folder that cannot be read is an error now
+        emit(f"fishrt serves {tts.bundle.manifest.name} on {address(sock)}")
+        serve(tts, settings, sock)
+
+
+def _key(given: str | None, file: Path | None) -> str | None:
+    if file is None:
+        return given or None
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise FishrtError(f"--api-key-file {file} cannot be read: {error}") from None
+    key = lines[0].strip() if lines else ""
+    if not key:
+        raise FishrtError(f"--api-key-file {file} has no key in its first line", hint="write the key into it")
+    return key
+
+
+class _Log(logging.Handler):
+    """The log on standard error. By default it has no text of users: only the server's own records are in it."""
+
+    def __init__(self, as_json: bool) -> None:
+        super().__init__()
+        self._json, self._verbose, self._quiet = as_json, session().verbose, session().quiet
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print a record."""
+        own = record.name.startswith(("fishrt.server", "fishrt_engines"))
+        if not self._verbose and (not own or (self._quiet and record.levelno < logging.WARNING)):
+            return
+        message = record.getMessage()
+        if record.exc_info and record.exc_info[1]:
+            message += f": {type(record.exc_info[1]).__name__}"
+        when = time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(record.created))
+        if not self._json:
+            say(f"{when} {record.levelname.lower()}: {message}")
+            return
+        facts = getattr(record, "request", {"message": message})
+        say(json.dumps({"time": when, "level": record.levelname.lower(), **facts}))

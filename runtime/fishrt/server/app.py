@@ -1,0 +1,69 @@
+"""The application: all routes over one `Service`, with errors in OpenAI's form."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import Response
+
+from ..errors import FishrtError
+from ..tts import TTS
+from ..version import __version__
+from . import health, openai
+from .edge import Edge
+from .problems import problem, reply
+from .service import Service
+from .settings import Settings
+
+_EXPOSED = "X-Seed X-Queue-Time X-Request-Id X-Ignored-Parameters X-Audio-Sample-Rate X-Audio-Channels X-Audio-Encoding".split()
+
+
+def create_app(tts: TTS, settings: Settings) -> FastAPI:
+    """Return the ASGI application that speaks with `tts`; `app.state.service` is its `Service`.
+
+    It refuses requests until its lifespan has begun and the model has spoken once.
+    """
+    service = Service(tts, settings)
+
+    @asynccontextmanager
+    async def life(_: FastAPI) -> AsyncIterator[None]:
+        loading = asyncio.create_task(service.load())
+        yield
+        service.drain()
+        loading.cancel()
+        await service.close()
+
+    app = FastAPI(
+        title="fishrt",
+        version=__version__,
+        summary="Text to speech",
+        lifespan=life,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+    )
+    app.state.service = service
+    for part in (openai, health):
+        app.include_router(part.routes(service))
+    for kind in (HTTPException, RequestValidationError, FishrtError, Exception):
+        app.add_exception_handler(kind, _answer)
+    app.add_middleware(Edge, settings=settings)
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=_EXPOSED,
+        )
+    return app
+
+
+async def _answer(_: Request, error: Exception) -> Response:
+    return reply(problem(error))

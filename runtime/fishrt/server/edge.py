@@ -1,0 +1,218 @@
+"""What happens to every request before and after its route: path, id, key, bounds of the body, log.
+
+client ─► canonical path ─► request id ─► origin ─► key ─► bounded body ─► route ─► safe headers ─► client
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import ipaddress
+import logging
+import re
+import secrets
+import time
+from urllib.parse import parse_qs, quote, urlsplit
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from .problems import Problem, problem, reply
+from .settings import Settings
+from .streams import GoneError
+
+log = logging.getLogger(__name__)
+
+MOST_BYTES = 32 << 20
+"""Longest body of a request."""
+_IDLE_S, _BODY_S = 20.0, 300.0
+"""Longest wait for the next part of a body, and for all of it."""
+_DISCARDED, _DISCARD_S = 64 << 20, 5.0
+"""What is still read of a body that was refused, so that its sender sees the reply instead of a broken connection."""
+
+_OPEN = re.compile(
+    r"/|/health|/v1/health|/docs|/openapi\.json|/favicon\.ico|/page/.*|/v1/models(/.*)?|/v1/audio/models|/v1/audio/voices|/v1/voices"
+)
+"""Paths that need no key to be read."""
+_SPEECH = re.compile(r"/(?:v1/)?audio/speech(?=/(?:v1/)?(?:audio|models|voices)(?:/|$))")
+_SHORT = re.compile(r"/(audio|models|voices)(?=/|$)")
+_CSP = "default-src 'self'; img-src 'self' data: blob:; media-src 'self' blob:; worker-src 'self' blob:; object-src 'none'; "
+_CSP += "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+_SAFE = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
+
+
+class Edge:
+    """The ASGI application around all routes."""
+
+    def __init__(self, app: ASGIApp, settings: Settings) -> None:
+        self._app, self._settings = app, settings
+        self._key = settings.api_key.encode() if settings.api_key else None
+        self._local = _is_loopback(settings.host)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle a request, or pass on the events of the application's life."""
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
+            return
+        scope["path"] = canonical(scope["path"])
+        headers = Headers(scope=scope)
+        exchange = _Exchange(scope, receive, send, _request_id(headers.get("x-request-id", "")))
+        try:
+            self._check_origin(scope, headers)
+            self._check_key(scope, headers)
+            exchange.check_length(headers)
+            await self._app(scope, exchange.receive, exchange.send)
+        except GoneError:
+            exchange.status = exchange.status or 499
+        except Exception as error:
+            if not isinstance(error, Problem):
+                log.exception("a request failed")
+            if not exchange.status:
+                await exchange.refuse(problem(error))
+        finally:
+            exchange.log_line()
+
+    def _check_key(self, scope: Scope, headers: Headers) -> None:
+        """Check the key, in constant time. Raises Problem 401."""
+        if self._key is None:
+            return
+        if scope["type"] == "http" and scope["method"] in ("GET", "HEAD", "OPTIONS") and _OPEN.fullmatch(scope["path"]):
+            return
+        if scope["path"] == "/v1/health":
+            return
+        kind, _, bearer = headers.get("authorization", "").partition(" ")
+        given = [headers.get("x-api-key", ""), bearer.strip() if kind.lower() == "bearer" else ""]
+        if scope["type"] == "websocket":
+            given += parse_qs(scope["query_string"].decode("latin-1")).get("api_key", [])
+        right = [hmac.compare_digest(key.encode(), self._key) for key in given]
+        if not any(right):
+            what = "the API key is wrong" if any(given) else "an API key is needed: Authorization: Bearer KEY"
+            raise Problem(401, what, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+
+    def _check_origin(self, scope: Scope, headers: Headers) -> None:
+        """Check that no web page of another site makes a browser change or start something. Raises Problem 403."""
+        origin, allowed = headers.get("origin"), self._settings.cors_origins
+        if origin is None or (scope["type"] == "http" and scope["method"] in ("GET", "HEAD", "OPTIONS")):
+            return
+        host = headers.get("host", "")
+        own = urlsplit(origin).netloc == host and (self._key is not None or not self._local or _is_loopback(_name(host)))
+        if not own and origin not in allowed and "*" not in allowed:
+            raise Problem(
+                403, "a web page of this origin may not use the server; start it with --cors-origin", code="origin_refused"
+            )
+
+
+def canonical(path: str) -> str:
+    """Return a path as its route has it: with /v1, without / at its end, and without the path of speech in front of another."""
+    path = re.sub("//+", "/", path)
+    while found := _SPEECH.match(path):
+        path = path[found.end() :]
+    path = re.sub(r"^(/v1)+(?=/v1(/|$))", "", path)
+    if len(path) > 1:
+        path = path.rstrip("/") or "/"
+    return f"/v1{path}" if _SHORT.match(path) else path
+
+
+class _Exchange:
+    """One request and its reply, as they pass."""
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send, id: str) -> None:
+        self._scope, self._receive, self._send, self._id = scope, receive, send, id
+        self._began = time.perf_counter()
+        self._read = self._sent = 0
+        self._body_ended = scope["type"] != "http"
+        self.status = 0
+        scope.setdefault("state", {})["request_id"] = id
+
+    def check_length(self, headers: Headers) -> None:
+        """Check the length that the body is said to have. Raises Problem 413."""
+        said = headers.get("content-length", "0")
+        if said.isdecimal() and int(said[:20]) > MOST_BYTES:
+            raise _too_large()
+
+    async def receive(self) -> Message:
+        """Return the next event of the client. Raises Problem 413 for a body that is too long, 408 for one that stops coming."""
+        if self._body_ended:
+            return await self._receive()
+        left = min(_IDLE_S, self._began + _BODY_S - time.perf_counter())
+        try:
+            message = await asyncio.wait_for(self._receive(), left)
+        except TimeoutError:
+            raise Problem(408, "the body did not arrive in time", code="timeout", headers={"Connection": "close"}) from None
+        if message["type"] == "http.request":
+            self._read += len(message.get("body", b""))
+            self._body_ended = not message.get("more_body", False)
+            if self._read > MOST_BYTES:
+                raise _too_large()
+        elif message["type"] == "http.disconnect":
+            self._body_ended = True
+        return message
+
+    async def send(self, message: Message) -> None:
+        """Send an event to the client, with the headers that every reply has."""
+        if message["type"] in ("http.response.start", "websocket.http.response.start"):
+            self.status = message["status"]
+            headers = MutableHeaders(scope=message)
+            headers["X-Request-Id"] = self._id
+            for name, value in _SAFE.items():
+                headers.setdefault(name, value)
+            if headers.get("content-type", "").startswith("text/html"):
+                headers.setdefault("Content-Security-Policy", _CSP)
+        elif message["type"] == "websocket.accept":
+            self.status = 101
+        elif message["type"] == "http.response.body":
+            self._sent += len(message.get("body", b""))
+            if not message.get("more_body", False) and not self._body_ended:
+                await self._send({**message, "more_body": True})
+                await self._discard()
+                message = {"type": "http.response.body", "body": b"", "more_body": False}
+        await self._send(message)
+
+    async def _discard(self) -> None:
+        """Read and drop the rest of the body, within limits."""
+        read, until = 0, time.perf_counter() + _DISCARD_S
+        while not self._body_ended and read < _DISCARDED and (left := until - time.perf_counter()) > 0:
+            try:
+                message = await asyncio.wait_for(self._receive(), left)
+            except TimeoutError:
+                return
+            read += len(message.get("body", b""))
+            self._body_ended = message["type"] != "http.request" or not message.get("more_body", False)
+
+    async def refuse(self, found: Problem) -> None:
+        """Send the reply for a problem."""
+        if self._scope["type"] == "websocket" and "websocket.http.response" not in self._scope.get("extensions", {}):
+            await self._send({"type": "websocket.close", "code": 1008})
+            return
+        await reply(found)(self._scope, self._receive, self.send)
+
+    def log_line(self) -> None:
+        """Log the request in one line; of its path only what names a route, since the rest may be a client's words."""
+        route = getattr(self._scope.get("route"), "path", None) or quote(self._scope["path"], safe="/")[:80]
+        seconds = time.perf_counter() - self._began
+        method = self._scope.get("method", "WS")
+        facts = {"method": method, "path": route, "status": self.status, "seconds": round(seconds, 3), "bytes": self._sent}
+        facts["id"] = self._id
+        line = f"{method} {route} {self.status} {seconds:.2f} s {self._sent} B {self._id}"
+        log.info("%s", line, extra={"request": facts})
+
+
+def _too_large() -> Problem:
+    return Problem(413, f"the body is longer than {MOST_BYTES >> 20} MiB", code="body_too_large", headers={"Connection": "close"})
+
+
+def _request_id(given: str) -> str:
+    """Return the client's id of a request without what a header or a log cannot hold, or a new one."""
+    return re.sub(r"[^A-Za-z0-9._:+/=-]", "", given)[:128] or f"req_{secrets.token_hex(12)}"
+
+
+def _name(host: str) -> str:
+    """Return the name in a Host header, without the port."""
+    return urlsplit(f"//{host}").hostname or ""
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,285 @@
+"""The fields of a request to speak: every spelling that clients use → one `Speak`.
+
+Clients put fields at the top level of the JSON, in an object `extra_body`, and in the objects of `provider.options`; the first of
+them that has a field wins. A field that is null is absent.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
+
+from ..language_model.sampling import Sampling
+from ..request import Request
+from ..text.split import SPEAKER, check_unicode, speakable
+from .problems import Problem
+from .service import Service
+
+FORMATS = ("mp3", "opus", "aac", "flac", "wav", "pcm")
+OPENAI_RATE = 24_000
+"""Sample rate of OpenAI's raw samples, in Hz: its clients take it for granted."""
+_OPENAI_MODEL = re.compile(r"tts-1(-|$)|gpt-4o-mini-tts")
+
+SPELLINGS = {
+    "model": (),
+    "input": ("text",),
+    "voice": ("reference_id", "voice_id", "speaker"),
+    "response_format": ("format", "output_format"),
+    "speed": ("prosody.speed",),
+    "volume_db": ("prosody.volume",),
+    "stream": ("streaming",),
+    "stream_format": (),
+    "sample_rate": (),
+    "max_new_tokens": ("max_tokens",),
+    "temperature": ("temp",),
+    "top_p": (),
+    "top_k": (),
+    "repetition_penalty": (),
+    "seed": (),
+    "instructions": (),
+    "speaker_prompt": (),
+    "mp3_bitrate": (),
+    "opus_bitrate": (),
+}
+"""Name of a field → the other spellings of it."""
+_IGNORED = frozenset(
+    "language lang_code task_type initial_codec_chunk_frames chunk_length text_chunk_size segment_max_chars min_chunk_length "
+    "normalize latency prosody.normalize_loudness features early_stop_threshold condition_on_previous_chunks use_memory_cache "
+    "batch_size n_threads min_tokens_before_end low_latency stream_decode_stride_frames stream_holdback_frames stream_start_buffer_ms "
+    "segment_sentences sentence_pause_ms codec_context_frames chunked realtime x_vector_only_mode".split()
+)
+"""Known fields that change nothing here; a reply lists them."""
+_DIFFUSION = frozenset(
+    "block_sizes num_steps cfg_scale_text cfg_scale_speaker cfg_min_t cfg_max_t truncation_factor init_scale rescale_k "
+    "rescale_sigma speaker_kv_scale speaker_kv_min_t speaker_kv_max_layers guidance_mode".split()
+)
+"""Fields of the sampler of diffusion models: they change what is heard, so another model refuses them."""
+
+
+def _voice(value: Any) -> Any:
+    """Return the name of a voice, from a name or OpenAI's object; a list gives the names of several speakers."""
+    if isinstance(value, list) and value:
+        return [_voice(each) for each in value]
+    name = value.get("id") if isinstance(value, dict) else value
+    if not isinstance(name, str):
+        raise ValueError('a name, or an object such as {"id": "…"}, is expected')
+    return name
+
+
+def _number(value: Any) -> Any:
+    """Return a number that some clients send as text."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        raise ValueError("a number is expected") from None
+
+
+def _format(value: Any) -> Any:
+    """Return the name of a format: in any case, and by the name of its samples."""
+    return {"pcm_s16le": "pcm"}.get(value.lower(), value.lower()) if isinstance(value, str) else value
+
+
+_NAME = {"type": "string"}
+_VOICE = {
+    "anyOf": [
+        _NAME,
+        {"type": "object", "properties": {"id": _NAME}, "required": ["id"]},
+        {"type": "array", "items": _NAME, "minItems": 1},
+        {"type": "null"},
+    ]
+}
+
+
+class SpeechFields(BaseModel):
+    """What `POST /v1/audio/speech` takes. Every field but `input` may be left out or null; unknown fields are no error."""
+
+    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False, json_schema_extra={"additionalProperties": True})
+
+    model: str | None = Field(None, description="Any name: the loaded model speaks. OpenAI's names give pcm at 24 kHz.")
+    input: str = Field(min_length=1, description="The text. Also: text.")
+    voice: Annotated[Any, BeforeValidator(_voice), WithJsonSchema(_VOICE)] = Field(
+        None,
+        description="A voice, one of OpenAI's 13 names, or one for each speaker. Also: reference_id, voice_id, speaker.",
+    )
+    response_format: Annotated[Literal["mp3", "opus", "aac", "flac", "wav", "pcm"] | None, BeforeValidator(_format)] = Field(
+        None, description="mp3 unless `stream` is true: then pcm, 16-bit little-endian mono samples. Also: format, output_format."
+    )
+    speed: Annotated[float | None, BeforeValidator(_number)] = Field(
+        None, ge=0.25, le=4, description="Speaking rate; the pitch stays. Also: prosody.speed."
+    )
+    volume_db: float | None = Field(None, ge=-20, le=20, description="Gain in dB. Also: prosody.volume.")
+    stream: bool | None = Field(
+        None, description="Send the audio while it is made. pcm is, unless this is false. Also: streaming."
+    )
+    stream_format: Literal["audio", "sse"] | None = Field(
+        None, description="sse: server-sent events with base64 audio; audio: its bytes, while they are made."
+    )
+    sample_rate: int | None = Field(None, ge=4000, le=192_000, description="Sample rate of the audio in Hz.")
+    max_new_tokens: int | None = Field(
+        None,
+        ge=0,
+        description="Most frames of each piece of the text; 0 or more than the model's limit is that limit. Also: max_tokens.",
+    )
+    temperature: float | None = Field(None, ge=0, lt=2, description="0 is greedy. Also: temp.")
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=-1, description="0 and -1: every token may be drawn.")
+    repetition_penalty: float | None = Field(None, ge=0.9, le=2, description="Ignored by models without one.")
+    seed: int | None = Field(None, ge=0, lt=2**64, description="The same seed gives the same speech; the reply has it in X-Seed.")
+    instructions: str | None = Field(None, max_length=4096, description="A style, for models that read tags in square brackets.")
+    speaker_prompt: str | None = Field(None, description="Replaces the system text, for models that have one.")
+    mp3_bitrate: int | None = Field(None, description="kbit/s: 64, 128 or 192.")
+    opus_bitrate: int | None = Field(None, description="bit/s, or kbit/s below 1000; -1000 is automatic.")
+
+
+@dataclass(frozen=True, slots=True)
+class Speak:
+    """A checked request, and the form of its reply."""
+
+    request: Request
+    format: str
+    rate: int
+    """Sample rate of the reply, in Hz."""
+    stream: bool
+    """Whether the reply is sent while it is made."""
+    sse: bool
+    bitrate: int | None
+    """Of mp3 and opus, in bit/s; None: the encoder's."""
+    ignored: tuple[str, ...]
+    """Fields of the request that changed nothing, as the client spelt them."""
+
+    @property
+    def silent(self) -> bool:
+        """Whether the text has nothing that is spoken, such as a full stop alone; it gives a short pause."""
+        return not speakable(self.request.text)
+
+
+def speak_of(service: Service, data: Mapping[str, Any], accept: str = "") -> Speak:
+    """Return the checked request of a JSON object. accept: the header Accept. Raises Problem."""
+    found, spelt = flatten(data)
+    try:
+        fields = SpeechFields.model_validate(found)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0])
+        raise Problem(400, f"{spelt.get(name, name)}: {first['msg']}", param=name) from None
+    _check_text(service, fields)
+    ignored = [name for name in spelt.values() if name in _IGNORED]
+    lm, codec = service.tts.bundle.manifest.model, service.tts.bundle.manifest.codec
+    if fields.repetition_penalty is not None and lm.sampling.repetition_penalty is None:
+        ignored.append(spelt["repetition_penalty"])
+        fields.repetition_penalty = None
+    text = fields.input
+    if fields.instructions:
+        if lm.reads is not None and "[]" in lm.reads.tags:
+            text = _with_tag(text, fields.instructions)
+        else:
+            ignored.append(spelt["instructions"])
+    names = fields.voice if isinstance(fields.voice, list) else [fields.voice]
+    voices = [service.voice(name) for name in names]
+    speed = fields.speed or 1.0
+    if speed != 1:
+        raise Problem(400, "speed: this version speaks at speed 1 only", param="speed")
+    sampling = Sampling(
+        fields.temperature,
+        fields.top_p,
+        lm.vocab_size if fields.top_k in (0, -1) else fields.top_k,
+        fields.repetition_penalty,
+    )
+    request = Request(
+        text,
+        voice=voices[0] if len(voices) == 1 else voices,  # type: ignore[arg-type]
+        sampling=sampling,
+        seed=fields.seed,
+        max_frames=min(fields.max_new_tokens, codec.max_frames) if fields.max_new_tokens else None,
+        system=fields.speaker_prompt,
+        volume=10 ** ((fields.volume_db or 0) / 20),
+    )
+    sse = fields.stream_format == "sse" or (fields.stream_format is None and "text/event-stream" in accept.lower())
+    kind = fields.response_format or ("pcm" if fields.stream else "mp3")
+    return Speak(
+        request,
+        kind,
+        rate=_rate(service, fields, kind),
+        stream=sse or bool(fields.stream) or fields.stream_format == "audio" or (kind == "pcm" and fields.stream is None),
+        sse=sse,
+        bitrate=_bitrate(fields, kind),
+        ignored=tuple(dict.fromkeys(ignored)),
+    )
+
+
+def flatten(data: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return the fields of a request by their names, and by the same names how the client spelt them.
+
+    Fields without a name of ours that are known to change nothing here are among the spellings. Raises Problem for a field of the
+    sampler of another kind of model, and for an `extra_body` that is no object.
+    """
+    found: dict[str, Any] = {}
+    spelt: dict[str, str] = {}
+    for layer in _layers(data):
+        for name, others in SPELLINGS.items():
+            for spelling in (name, *others):
+                if name not in found and layer.get(spelling) is not None:
+                    found[name], spelt[name] = layer[spelling], spelling
+        spelt |= {key: key for key in layer if key in _IGNORED and layer[key] is not None}
+        if other := next((key for key in layer if key in _DIFFUSION and layer[key] is not None), None):
+            raise Problem(400, f"{other}: the loaded model is no diffusion model and has no such setting", param=other)
+    return found, spelt
+
+
+def _layers(data: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield the objects that hold fields, the first to win, with the keys of `prosody` as prosody.KEY."""
+    prosody = data.get("prosody")
+    yield {**data, **{f"prosody.{key}": value for key, value in (prosody.items() if isinstance(prosody, dict) else ())}}
+    extra = data.get("extra_body")
+    if extra is not None:
+        if not isinstance(extra, dict):
+            raise Problem(400, "extra_body: an object is expected", param="extra_body")
+        yield from _layers({key: value for key, value in extra.items() if key != "extra_body"})
+    provider = data.get("provider")
+    options = provider.get("options") if isinstance(provider, dict) else None
+    for each in options.values() if isinstance(options, dict) else ():
+        if isinstance(each, dict):
+            yield from _layers({key: value for key, value in each.items() if key not in ("extra_body", "provider")})
+
+
+def _check_text(service: Service, fields: SpeechFields) -> None:
+    check_unicode(fields.input, "the text")
+    most = service.settings.max_text_length
+    if most and len(fields.input) > most:
+        raise Problem(
+            400,
+            f"input: the text has {len(fields.input):,} characters; at most {most:,} are spoken",
+            param="input",
+            code="text_too_long",
+        )
+    if not fields.input.strip():
+        raise Problem(400, "input: the text is empty", param="input")
+
+
+def _with_tag(text: str, style: str) -> str:
+    """Return the text with a style in front of its first words, as a tag in square brackets."""
+    tag = "[" + " ".join(style.replace("[", "(").replace("]", ")").split()) + "] "
+    first = SPEAKER.match(text)
+    return text[: first.end()] + tag + text[first.end() :] if first else tag + text
+
+
+def _rate(service: Service, fields: SpeechFields, kind: str) -> int:
+    if fields.sample_rate is not None:
+        return fields.sample_rate
+    if kind == "pcm" and service.settings.pcm_rate is not None:
+        return service.settings.pcm_rate
+    if kind == "pcm" and _OPENAI_MODEL.match(fields.model or ""):
+        return OPENAI_RATE
+    return service.tts.sample_rate
+
+
+def _bitrate(fields: SpeechFields, kind: str) -> int | None:
+    """Return the bit rate that was asked for. Both kbit/s and bit/s are in use; what is not above 0 is automatic."""
+    asked = {"mp3": fields.mp3_bitrate, "opus": fields.opus_bitrate}.get(kind)
+    if asked is None or asked <= 0:
+        return None
+    return asked * 1000 if asked < 1000 else asked

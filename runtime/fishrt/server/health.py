@@ -1,0 +1,32 @@
+"""Health: whether the next request would be served."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter
+from starlette.responses import JSONResponse, Response
+
+from ..version import __version__
+from .service import Service
+
+
+def routes(service: Service) -> APIRouter:
+    """Return the routes."""
+    router = APIRouter(tags=["Operation"])
+
+    @router.api_route(
+        "/health", methods=["GET", "HEAD"], summary="Health", responses={503: {"description": "Not ready; `reason` says why."}}
+    )
+    @router.api_route("/v1/health", methods=["GET", "HEAD", "POST"], include_in_schema=False)
+    async def health() -> Response:
+        """Answer 200 if the next request would be served, else 503 with the reason."""
+        ready = service.state == "ok"
+        facts: dict[str, Any] = {"status": service.state}
+        if not ready:
+            facts["reason"] = service.reason
+        facts |= {"model": service.tts.bundle.manifest.name, "version": __version__, "provider": service.provider}
+        facts["queue"] = service.queue()
+        return JSONResponse(facts, 200 if ready else 503)
+
+    return router

@@ -1,0 +1,73 @@
+"""Errors of requests: one class, from every source, with OpenAI's error object as the body of the reply."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse, Response
+
+from ..errors import ArgumentError, AudioError, FishrtError, PromptError, SamplingError, VoiceError
+
+_KINDS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+_PARAMS: Mapping[type[FishrtError], str | None] = {
+    PromptError: "input",
+    VoiceError: "voice",
+    SamplingError: None,
+    AudioError: None,
+    ArgumentError: None,
+}
+"""The errors of the runtime that are a client's mistake, with the field that they are about."""
+
+
+class Problem(HTTPException):
+    """A request that is not answered with what it asks for."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        """Make the problem. status: of HTTP. param: the field at fault. code: a word for programs. headers: of the reply."""
+        super().__init__(status, message, headers=headers)
+        self.param, self.code = param, code
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """OpenAI's error object."""
+        kind = _KINDS.get(self.status_code, "server_error" if self.status_code >= 500 else "invalid_request_error")
+        return {"error": {"message": self.detail, "type": kind, "param": self.param, "code": self.code}}
+
+
+def problem(error: Exception) -> Problem:
+    """Return the problem that an exception of any kind is to the client. A fault of the server tells nothing of its inside."""
+    if isinstance(error, Problem):
+        return error
+    if isinstance(error, HTTPException):
+        what = {404: "there is no such path", 405: "this path does not have that method"}.get(error.status_code, error.detail)
+        return Problem(error.status_code, what, code=_WORDS.get(error.status_code), headers=error.headers)
+    if isinstance(error, RequestValidationError):
+        first = error.errors()[0]
+        names = [str(part) for part in first["loc"][1:]]
+        return Problem(400, f"{'.'.join(names) or 'the body'}: {first['msg']}", param=names[0] if names else None)
+    if isinstance(error, FishrtError):
+        message = f"{error}; {error.hint}" if error.hint else str(error)
+        for kind, param in _PARAMS.items():
+            if isinstance(error, kind):
+                return Problem(400, message, param=param)
+        return Problem(500, message, code="generation_failed")
+    return Problem(500, "the server has a fault; its log has more", code="internal_error")
+
+
+_WORDS = {404: "not_found", 405: "method_not_allowed"}
+
+
+def reply(found: Problem) -> Response:
+    """Return the reply for a problem."""
+    return JSONResponse(found.body, found.status_code, dict(found.headers or {}))

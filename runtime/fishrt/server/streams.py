@@ -1,0 +1,200 @@
+"""Speech → reply: whole, in chunks while it is made, or as server-sent events.
+
+What fails before the first audio is a status. A later fault ends the reply so that the client sees it. A client that goes away
+ends its request, whether it speaks or waits.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import secrets
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
+from contextlib import aclosing
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import numpy as np
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from ..arrays import Pcm
+from ..errors import FishrtError
+from .encoders import open_encoder
+from .fields import Speak
+from .problems import Problem, problem
+from .service import Service
+
+_PAUSE_S = 0.25
+"""Silence for a text without a letter or digit."""
+_T = TypeVar("_T")
+
+
+class GoneError(Exception):
+    """The client went away."""
+
+
+class Rendering:
+    """One request: its encoded audio, and what is known of it so far."""
+
+    def __init__(self, service: Service, speak: Speak) -> None:
+        if speak.silent and speak.request.seed is None:
+            speak = replace(speak, request=replace(speak.request, seed=secrets.randbits(32)))
+        self._service, self._speak = service, speak
+        self._asked = time.perf_counter()
+        self.seed = speak.request.seed
+        self.queued_s = 0.0
+        self.frames = 0
+        self.samples = 0
+        """Spoken so far, at the model's rate."""
+        self.encoder = open_encoder(speak.format, service.tts.sample_rate, speak.rate, speak.bitrate)
+
+    async def bytes(self) -> AsyncGenerator[bytes]:
+        """Yield the encoded audio; no part is empty. Raises Problem if nothing was spoken."""
+        async with aclosing(self._pcm()) as parts:
+            async for pcm in parts:
+                self.samples += len(pcm)
+                if data := await asyncio.to_thread(self.encoder.push, pcm):
+                    yield data
+        if not self.samples:
+            raise Problem(400, "the model said nothing; try another seed, voice or text", code="nothing_spoken")
+        if data := await asyncio.to_thread(self.encoder.finish):
+            yield data
+
+    async def _pcm(self) -> AsyncGenerator[Pcm]:
+        """Yield the speech as it comes: pcm float32 [samples] at the model's rate."""
+        if self._speak.silent:
+            yield np.zeros(int(_PAUSE_S * self._service.tts.sample_rate), np.float32)
+            return
+        stream = self._service.speak(self._speak.request)
+        try:
+            async for chunk in stream:
+                self.seed = chunk.seed
+                self.frames += chunk.codes.shape[1]
+                yield chunk.pcm
+        finally:
+            await stream.aclose()
+
+    @property
+    def usage(self) -> dict[str, int]:
+        """Tokens read and frames spoken, in OpenAI's words."""
+        read = self._service.count_tokens(self._speak.request.text)
+        return {"input_tokens": read, "output_tokens": self.frames, "total_tokens": read + self.frames}
+
+    def headers(self, *, whole: bool) -> dict[str, str]:
+        """Return the headers of the reply. whole: the speech has ended."""
+        speak, headers = self._speak, {}
+        headers["Content-Type"] = "text/event-stream; charset=utf-8" if speak.sse else self.content_type
+        headers["X-Audio-Sample-Rate"] = str(self.encoder.rate)
+        headers["X-Audio-Channels"] = "1"
+        if speak.format == "pcm":
+            headers["X-Audio-Encoding"] = "pcm_s16le"
+        headers["X-Seed"] = str(self.seed)
+        headers["X-Queue-Time"] = f"{self.queued_s:.3f}"
+        if speak.ignored:
+            headers["X-Ignored-Parameters"] = ", ".join(speak.ignored)
+        headers["Cache-Control"] = "no-cache"
+        if not whole:
+            headers["X-Accel-Buffering"] = "no"
+            return headers
+        usage = self.usage
+        for name in ("input", "output", "total"):
+            headers[f"X-vLLM-Omni-{name.capitalize()}-Tokens"] = str(usage[f"{name}_tokens"])
+        headers["X-Prompt-Tokens"], headers["X-Completion-Tokens"] = str(usage["input_tokens"]), str(usage["output_tokens"])
+        headers["X-Engine-Time"] = f"{time.perf_counter() - self._asked - self.queued_s:.3f}"
+        return headers
+
+    @property
+    def content_type(self) -> str:
+        """The type of the audio; samples without a header have their rate in it."""
+        kind = self.encoder.content_type
+        return f"audio/pcm;rate={self.encoder.rate};channels=1" if self._speak.format == "pcm" else kind
+
+
+async def whole(service: Service, speak: Speak) -> tuple[bytes, Rendering]:
+    """Return the whole audio of a request, and what is known of it. Raises Problem and FishrtError."""
+    rendering = Rendering(service, speak)
+    async with aclosing(rendering.bytes()) as parts:
+        data = b"".join([part async for part in parts])
+    return rendering.encoder.complete(data), rendering
+
+
+async def reply(service: Service, speak: Speak, receive: Receive) -> Response:
+    """Return the reply to a request, whose client `receive` watches. Raises Problem and FishrtError before the first audio."""
+    if not speak.stream:
+        data, rendering = await unless_gone(whole(service, speak), receive)
+        return Response(data, headers=rendering.headers(whole=True))
+    rendering = Rendering(service, speak)
+    parts = rendering.bytes()
+    try:
+        first = await unless_gone(anext(parts), receive)
+    except BaseException:
+        await parts.aclose()
+        raise
+    return _Streamed(rendering, parts, first, sse=speak.sse)
+
+
+class _Streamed(Response):
+    """A reply that is sent while it is made."""
+
+    def __init__(self, rendering: Rendering, parts: Any, first: bytes, *, sse: bool) -> None:
+        """Make the reply. parts: the async generator of the audio behind `first`."""
+        super().__init__(headers=rendering.headers(whole=False))
+        del self.headers["content-length"]
+        self._rendering, self._parts, self._first, self._sse = rendering, parts, first, sse
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the reply. A fault of the speech cuts the connection before the end of the body, unless an event can tell it."""
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        async with aclosing(self._parts):
+            await unless_gone(self._send(send), receive)
+
+    async def _send(self, send: Send) -> None:
+        async def put(data: bytes, *, last: bool = False) -> None:
+            await send({"type": "http.response.body", "body": data, "more_body": not last})
+
+        if not self._sse:
+            await put(self._first)
+            async for part in self._parts:
+                await put(part)
+            await put(b"", last=True)
+            return
+        try:
+            await put(_delta(self._first))
+            async for part in self._parts:
+                await put(_delta(part))
+        except (FishrtError, Problem) as error:
+            await put(_event("speech.audio.error", problem(error).body), last=True)
+            return
+        await put(_event("speech.audio.done", {"usage": self._rendering.usage}), last=True)
+
+
+def _delta(data: bytes) -> bytes:
+    return _event("speech.audio.delta", {"audio": base64.b64encode(data).decode()})
+
+
+def _event(kind: str, data: dict[str, Any]) -> bytes:
+    return f"event: {kind}\ndata: {json.dumps({'type': kind, **data})}\n\n".encode()
+
+
+async def unless_gone(work: Coroutine[Any, Any, _T] | Awaitable[_T], receive: Receive) -> _T:
+    """Return the result of `work`, which is cancelled when the client goes away. Raises GoneError then."""
+    doing, gone = asyncio.ensure_future(work), asyncio.ensure_future(_gone(receive))
+    try:
+        await asyncio.wait({doing, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not doing.done():
+            raise GoneError
+        return doing.result()
+    finally:
+        gone.cancel()
+        if not doing.done():
+            doing.cancel()
+            await asyncio.wait({doing})
+
+
+async def _gone(receive: Callable[[], Awaitable[Any]]) -> None:
+    """Return when the client has gone away. Its body has been read."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
