@@ -33,6 +33,8 @@ NEVER = {
 """Modules that a layer must not import, not even inside a function."""
 EXCEPTIONS = {("fishrt", "cli", "fishrt_export")}
 """The export command imports the exporter inside a function, so that only exports need torch."""
+SERVING = {"fastapi", "starlette", "uvicorn", "pydantic", "pydantic_core"}
+"""Modules that only the folder `server` imports."""
 HEAVY = {"torch", "onnx", "onnxruntime", "onnxscript", "safetensors"}
 
 
@@ -81,6 +83,12 @@ def test_a_file_imports_only_from_its_own_and_lower_layers(package: str, path: P
     assert not set(imports(tree)) & NEVER[package] - allowed
     if package != "fishrt_export":
         assert not set(imports(at_module_level(tree))) & (HEAVY | allowed)
+
+
+@pytest.mark.parametrize(("package", "path"), files(), ids=lambda value: value.name if isinstance(value, Path) else value)
+def test_only_the_server_imports_the_libraries_of_servers(package: str, path: Path) -> None:
+    part = path.relative_to(package_folder(package)).parts[0]
+    assert (package, part) == ("fishrt", "server") or not set(imports(parsed(path))) & SERVING
 
 
 @pytest.mark.parametrize(
@@ -143,7 +151,7 @@ def test_what_names_no_release_is_not_taken_for_one(line: str) -> None:
 
 @pytest.mark.parametrize("module", ["fishrt", "fishrt_engines", "fishrt.cli"])
 def test_importing_loads_nothing_heavy(module: str) -> None:
-    code = f"import sys, {module}; print(*sorted({HEAVY!r} & sys.modules.keys()))"
+    code = f"import sys, {module}; print(*sorted({HEAVY | SERVING!r} & sys.modules.keys()))"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert loaded == []
 
@@ -198,7 +206,7 @@ ROOMS = {
         {"language_model"},
         {"request", "speech", "speech_warnings", "render", "stream"},
         {"tts"},
-        {"bench"},
+        {"bench", "server"},
         {"cli"},
     ),
     "fishrt_export": ({"errors"}, {"checkpoint"}, {"models"}, {"graph"}, {"sources", "targets"}, {"export", "retarget"}),

@@ -696,7 +696,9 @@ def test_help_of_commands(fake):
     assert run("help", "voice", "add").stdout == run("voice", "add", "--help").stdout
 
 
-@pytest.mark.parametrize(("group", "first"), [([], ["speak", "voice", "export"]), (["voice"], ["add"]), (["codec"], ["decode"])])
+@pytest.mark.parametrize(
+    ("group", "first"), [([], ["speak", "serve", "voice", "export"]), (["voice"], ["add"]), (["codec"], ["decode"])]
+)
 def test_the_commands_are_listed_by_use_and_whole(fake, group, first):
     lines = run(*group, "--help").stdout.split("Commands:")[1].split("Exit status:")[0].strip().splitlines()
     assert [line.split()[0] for line in lines][: len(first)] == first

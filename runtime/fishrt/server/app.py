@@ -24,10 +24,10 @@ from .settings import Settings
 _EXPOSED = "X-Seed X-Queue-Time X-Request-Id X-Ignored-Parameters X-Audio-Sample-Rate X-Audio-Channels X-Audio-Encoding".split()
 
 
-def create_app(tts: TTS, settings: Settings) -> FastAPI:
+def create_app(tts: TTS, settings: Settings, *, closing: bool = True) -> FastAPI:
     """Return the ASGI application that speaks with `tts`; `app.state.service` is its `Service`.
 
-    It refuses requests until its lifespan has begun and the model has spoken once.
+    It refuses requests until its lifespan has begun and the model has spoken once. closing: the end of its lifespan closes `tts`.
     """
     service = Service(tts, settings)
 
@@ -37,7 +37,8 @@ def create_app(tts: TTS, settings: Settings) -> FastAPI:
         yield
         service.drain()
         loading.cancel()
-        await service.close()
+        if closing:
+            await asyncio.to_thread(tts.close)
 
     app = FastAPI(
         title="fishrt",

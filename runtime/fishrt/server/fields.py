@@ -47,10 +47,11 @@ SPELLINGS = {
 }
 """Name of a field → the other spellings of it."""
 _IGNORED = frozenset(
-    "language lang_code task_type initial_codec_chunk_frames chunk_length text_chunk_size segment_max_chars min_chunk_length "
-    "normalize latency prosody.normalize_loudness features early_stop_threshold condition_on_previous_chunks use_memory_cache "
-    "batch_size n_threads min_tokens_before_end low_latency stream_decode_stride_frames stream_holdback_frames stream_start_buffer_ms "
-    "segment_sentences sentence_pause_ms codec_context_frames chunked realtime x_vector_only_mode".split()
+    "language lang_code task_type initial_codec_chunk_frames chunk_length text_chunk_size segment_max_chars "
+    "min_chunk_length normalize latency prosody.normalize_loudness features early_stop_threshold "
+    "condition_on_previous_chunks use_memory_cache batch_size n_threads min_tokens_before_end low_latency "
+    "stream_decode_stride_frames stream_holdback_frames stream_start_buffer_ms segment_sentences sentence_pause_ms "
+    "codec_context_frames chunked realtime x_vector_only_mode".split()
 )
 """Known fields that change nothing here; a reply lists them."""
 _DIFFUSION = frozenset(

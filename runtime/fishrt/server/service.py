@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import Sequence
 from functools import cached_property
@@ -98,7 +97,3 @@ class Service:
     def queue(self) -> dict[str, int]:
         """Return the numbers of requests that wait and that speak, and their limits."""
         return {"waiting": 0, "active": 0, "max_queue": self.settings.max_queue, "max_active": self.settings.max_active}
-
-    async def close(self) -> None:
-        """Release the TTS."""
-        await asyncio.to_thread(self.tts.close)

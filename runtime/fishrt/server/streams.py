@@ -176,7 +176,7 @@ def _delta(data: bytes) -> bytes:
 
 
 def _event(kind: str, data: dict[str, Any]) -> bytes:
-    return f"event: {kind}\ndata: {json.dumps({'type': kind, **data})}\n\n".encode()
+    return f"event: {kind}\ndata: {json.dumps({'type': kind, **data}, separators=(',', ':'))}\n\n".encode()
 
 
 async def unless_gone(work: Coroutine[Any, Any, _T] | Awaitable[_T], receive: Receive) -> _T:
