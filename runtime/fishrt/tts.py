@@ -152,8 +152,15 @@ class TTS:
     ) -> Speech:
         """Speak a text, or a `Request`, in which the options then replace fields.
 
-        options: voice, sampling, seed, max_frames, system, volume, upstream_compat; see `Request`.
         progress: called after every frame.
+        options: fields of `Request`, which says more of each:
+            voice: Voice, str, or a list of them; default None, the bundle's default voice.
+            sampling: Sampling; default None, the bundle's settings.
+            seed: int of at least 0; default None, which draws one.
+            max_frames: int, frames of each piece of the text; default None, as many as context and codec allow.
+            system: str; default None, the model's usual instruction.
+            volume: float, a factor on all samples from 0.01 to 10; default 1.0.
+            upstream_compat: bool, the behaviour of the original to the letter; default False.
 
         A piece that the model left silent, or that a limit cut off, is a warning in `info` and in the log.
 

@@ -226,6 +226,8 @@ def test_the_log_tells_what_is_done(tts: TTS, caplog: pytest.LogCaptureFixture) 
 def test_a_tts_tells_what_it_is_and_opens_nothing_for_it(tmp_path: Path) -> None:
     tts = TTS.load(fake_bundle(tmp_path / "bundle"), provider="cpu")
     assert repr(tts) == "TTS(bundle='test', provider='cpu', 16 kHz)"
+    assert re.fullmatch(r"<Bundle test \(.+\), [\d.]+ MB, in .+>", repr(tts.bundle))
+    assert repr(tts.bundle.manifest).startswith("<Manifest of test (")
     assert tts.provider == "cpu"
     with pytest.raises(GraphError):  # the files are no graphs
         tts.engines["slow_ar"]
@@ -455,9 +457,10 @@ def test_help_tells_of_every_attribute(kind: Any) -> None:
     assert told == [field.name for field in fields(kind)]
 
 
-def test_help_of_speak_names_every_option() -> None:
+def test_help_of_speak_names_every_option_with_its_default() -> None:
     told = inspect.getdoc(TTS.speak) or ""
-    assert all(re.search(rf"\b{field.name}\b", told) for field in fields(fishrt.Request))
+    for field in fields(fishrt.Request)[1:]:
+        assert re.search(rf"^ +{field.name}: \w.*; default {field.default}\b", told, re.MULTILINE), field.name
 
 
 def test_completion_offers_the_public_names_and_no_others() -> None:

@@ -31,6 +31,9 @@ class Bundle:
     path: Path
     manifest: Manifest
 
+    def __repr__(self) -> str:
+        return f"<Bundle {self.manifest.summary}, {self.manifest.total_bytes / 1e6:,.1f} MB, in {self.path}>"
+
     @classmethod
     def load(cls, path: str | Path) -> Bundle:
         """Read the manifest of a folder, or of `hf:OWNER/NAME[@REVISION]`, which is downloaded once into the hub's cache.

@@ -218,6 +218,14 @@ class Manifest:
     voices: Voices | None
     files: dict[str, FileEntry]
 
+    def __repr__(self) -> str:
+        return f"<Manifest of {self.summary}>"
+
+    @property
+    def summary(self) -> str:
+        """The name of the bundle, with its family and recipe."""
+        return f"{self.name} ({', '.join(filter(None, (self.family, self.recipe)))})"
+
     @property
     def total_bytes(self) -> int:
         """Size of all files together."""
