@@ -16,6 +16,7 @@ import click
 import pytest
 
 import fishrt
+import fishrt.errors
 from fishrt.cli import main
 
 ROOT = Path(__file__).parent.parent
@@ -118,6 +119,10 @@ def test_every_public_name_is_in_the_reference(site):
     page = (site / "api/index.html").read_text(encoding="utf-8")
     assert [name for name in fishrt.__all__ if name != "__version__" and f"fishrt.{name}" not in page] == []
     assert "float32 [samples]" in page
+    assert [name for name in fishrt.errors.__all__ if f">{name}<" not in page] == []
+    assert [
+        name for name in ("SpeechInfo", "PieceInfo", "Timings", "SpeechStream", "bundle_sha256") if f">{name}<" not in page
+    ] == []
 
 
 def test_plots_and_links_out_of_the_folder_work_on_the_site(site):
