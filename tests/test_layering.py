@@ -204,7 +204,7 @@ ROOMS = {
         {"text", "codec"},
         {"voices"},
         {"language_model"},
-        {"request", "speech", "speech_warnings", "render", "stream"},
+        {"request", "speech", "speech_warnings", "job", "turns", "stream"},
         {"tts"},
         {"bench", "server"},
         {"cli"},

@@ -6,51 +6,57 @@ import asyncio
 import itertools
 import logging
 import threading
-from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator
 
+from .job import Job
 from .speech import AudioChunk, PieceInfo, SpeechInfo, Timings
 
 log = logging.getLogger(__name__)
 
 
-class Stopped(Exception):  # noqa: N818
-    """A stream was closed while its next chunk was computed."""
+Describe = Callable[[tuple[PieceInfo, ...], int, Timings], SpeechInfo]
+"""Pieces, samples and sums of the timings of the chunks so far → a description of them."""
 
 
 class SpeechStream(Iterator[AudioChunk]):
     """The chunks of a request. `next` computes a chunk, so that a slow consumer costs no memory."""
 
-    def __init__(
-        self,
-        chunks: Generator[AudioChunk],
-        describe: Callable[[tuple[PieceInfo, ...], int, Timings], SpeechInfo],
-        stop: threading.Event,
-        warnings: Sequence[str] = (),
-    ) -> None:
-        """Wrap a generator of chunks, which raises Stopped soon after `stop` is set.
-
-        describe: pieces, samples yielded and sums of the timings → `info`. warnings: those that are known from the start.
-        """
-        self._chunks, self._describe, self._stop = chunks, describe, stop
+    def __init__(self, job: Job, turn: Callable[[], object], describe: Describe) -> None:
+        """Make a stream of the chunks of a job. turn: makes the job go on, or waits until it has."""
+        self._job, self._turn, self._describe = job, turn, describe
         self._running = threading.Lock()
+        self._ended = False
         self._pieces: list[PieceInfo] = []
         self._frames = self._samples = 0
         self._timings = Timings(0.0, 0.0, 0.0, None)
-        self._warned = set(warnings)
-        for warning in warnings:
+        self._warned = set(job.task.warnings)
+        for warning in self._warned:
             log.warning(warning)
 
     def __next__(self) -> AudioChunk:
         with self._running:
             try:
-                chunk = next(self._chunks)
-            except StopIteration:
-                self._log_end()
+                while (chunk := self._next()) is None:
+                    self._turn()
+                return chunk
+            except BaseException:
+                self._ended = True
                 raise
-            except Stopped:
-                raise StopIteration from None
+
+    def _next(self) -> AudioChunk | None:
+        """Return the next chunk; None if there is none yet. Raises the error of the job, StopIteration after the last chunk."""
+        if self._ended or self._job.closed.is_set():
+            raise StopIteration
+        done = self._job.done  # asked first: chunks may come in between
+        chunk = self._job.pop()
+        if chunk is not None:
             self._count(chunk)
-            return chunk
+        elif done:
+            if self._job.error is not None:
+                raise self._job.error
+            self._log_end()
+            raise StopIteration
+        return chunk
 
     def _count(self, chunk: AudioChunk) -> None:
         spent, sums = chunk.timings, self._timings
@@ -68,9 +74,6 @@ class SpeechStream(Iterator[AudioChunk]):
 
     def _log_end(self) -> None:
         """Log the timings of the request, and the warnings that arose while the text was spoken."""
-        if self._stop.is_set():
-            return
-        self._stop.set()
         info = self.info
         spent = info.timings
         log.info(
@@ -83,12 +86,7 @@ class SpeechStream(Iterator[AudioChunk]):
 
     def close(self) -> None:
         """End the request after the current frame. Another thread that waits for a chunk gets none."""
-        self._stop.set()
-        if self._running.acquire(blocking=False):
-            try:
-                self._chunks.close()
-            finally:
-                self._running.release()
+        self._job.close()
 
     @property
     def info(self) -> SpeechInfo:

@@ -13,9 +13,8 @@ import hashlib
 import itertools
 import logging
 import secrets
-import threading
 import time
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from numbers import Integral
@@ -37,18 +36,19 @@ from .bundle.graphs import BundleGraphs
 from .bundle.memory import check_memory, estimate, memory_errors
 from .codec import CodecDecoder, CodecEncoder
 from .errors import ArgumentError, FishrtError, UnfinishedError
+from .job import ChunkSizes, Job, Models
 from .language_model.batch import DualAR
 from .language_model.context import ContextStore, SlowContext, prepared_path, read_prepared, write_prepared
 from .language_model.prompt import PromptBuilder
 from .language_model.sampling import Sampling
 from .metrics import rtf
-from .render import Models, render
 from .request import Options, Request, Task, VoiceLike, check_type
 from .speech import AudioChunk, PieceInfo, Progress, Speech, SpeechInfo, Timings
 from .speech_warnings import piece_warnings, text_warnings
-from .stream import AsyncSpeechStream, SpeechStream, growing_chunks
+from .stream import AsyncSpeechStream, Describe, SpeechStream, growing_chunks
 from .text.split import check_speakers, speaker_turns
 from .text.tokenizer import Tokenizer
+from .turns import Turns
 from .voices.loudness import Loudness, voice_loudness
 from .voices.store import VoiceStore, bundle_store, bundle_voices, find_voice, user_folder
 from .voices.voice import Voice
@@ -353,14 +353,33 @@ class TTS:
             self._prepared[name] = voice
             self.prepare(voice, folder)
 
-    def _stream(
-        self, request: Request, progress: Callable[[Progress], None] | None, sizes: Callable[[int, int], Iterator[int]]
-    ) -> SpeechStream:
-        """Return the stream of a request. sizes: see `render`."""
+    def _stream(self, request: Request, progress: Callable[[Progress], None] | None, sizes: ChunkSizes) -> SpeechStream:
+        """Return the stream of a request, whose chunks the reader's thread computes."""
+        job = self.job(request, progress, sizes)
+        turns: Turns | None = None
+
+        def turn() -> None:
+            nonlocal turns
+            if turns is None:
+                begun = time.perf_counter()
+                with memory_errors():
+                    models, gain = self.models(), self.gain(job.task)
+                load_s = time.perf_counter() - begun
+                turns = Turns(models)
+                turns.add(job, gain, load_s)
+            turns.turn()
+
+        return SpeechStream(job, turn, self.description(job.task))
+
+    def job(self, request: Request, progress: Callable[[Progress], None] | None, sizes: ChunkSizes) -> Job:
+        """Return the job of a request after all checks that need no graph."""
         accepted = time.perf_counter()
         if progress is not None and not callable(progress):
             raise ArgumentError(f"progress is of type {type(progress).__name__}; a function is expected")
-        stop, task = threading.Event(), self._task(request)
+        return Job(self._task(request), sizes, accepted, progress)
+
+    def description(self, task: Task) -> Describe:
+        """Return what describes the chunks of a task."""
 
         def describe(pieces: tuple[PieceInfo, ...], samples: int, timings: Timings) -> SpeechInfo:
             manifest, audio_s = self.bundle.manifest, samples / self.sample_rate
@@ -379,13 +398,16 @@ class TTS:
                 warnings=(*task.warnings, *piece_warnings(pieces, len(task.pieces))),
             )
 
-        chunks = render(task, lambda: self._models(task), sizes, progress, stop, accepted)
-        return SpeechStream(chunks, describe, stop, task.warnings)
+        return describe
 
-    def _models(self, task: Task) -> Models:
-        """Open the graphs that a task needs, and measure the loudness of its voice if it is unknown."""
-        voice, manifest = task.levelled, self.bundle.manifest
+    def models(self) -> Models:
+        """Open the graphs that speaking needs."""
+        manifest = self.bundle.manifest
         model = DualAR(self.engines["slow_ar"], self.engines["fast_ar"], manifest.model)
-        decoder = self._decoder()
+        return Models(model, self._decoder(), manifest.codec, self._contexts)
+
+    def gain(self, task: Task) -> float:
+        """Return the factor on all samples of a task. It measures the loudness of a voice for which it is unknown."""
+        voice = task.levelled
         loudness = voice and (voice.loudness or self.loudness(voice.codes))
-        return Models(model, decoder, manifest.codec, self._contexts, task.volume * (loudness.gain if loudness else 1.0))
+        return task.volume * (loudness.gain if loudness else 1.0)

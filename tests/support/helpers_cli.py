@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -82,12 +83,21 @@ class FakeTts:
                 reason, timings = self.stop_reason if n == 3 else None, Timings(0.0, 0.1, 0.02, 0.2 if n == 0 else None)
                 yield AudioChunk(pcm, RATE, speech.codes[:, : 25 * (n == 3)], 0, text, reason, 1, timings)
 
+        job = SimpleNamespace(task=SimpleNamespace(warnings=[]), closed=threading.Event(), done=False, error=None)
+        made = chunks()
+
+        def pop():
+            chunk = next(made, None)
+            job.done = chunk is None
+            return chunk
+
+        job.pop, job.close = pop, job.closed.set
         return SpeechStream(
-            chunks(),
+            job,
+            lambda: None,
             lambda pieces, samples, timings: replace(
                 speech.info, pieces=pieces, frames=sum(p.frames for p in pieces), audio_s=samples / RATE, timings=timings
             ),
-            threading.Event(),
         )
 
     def voice(self, name):

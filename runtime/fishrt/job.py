@@ -1,0 +1,171 @@
+"""A request while it is spoken: a row of the language model for one piece of text after the other, and chunks of their sound."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from .arrays import Ints
+from .bundle.features import Codec, LanguageModel
+from .codec import CodecDecoder, clamp_codes
+from .errors import FishrtError
+from .language_model.batch import DualAR, Row
+from .language_model.context import ContextStore
+from .language_model.sampling import SeededNoise
+from .request import Task
+from .speech import AudioChunk, Progress, Timings
+
+ChunkSizes = Callable[[int, int], Iterator[int]]
+"""Least and most frames of a useful chunk → frames of each chunk."""
+
+
+@dataclass(frozen=True, slots=True)
+class Models:
+    """Opened models that jobs run on."""
+
+    language_model: DualAR
+    decoder: CodecDecoder
+    codec: Codec
+    contexts: ContextStore
+
+
+class Job:
+    """The state of one request. It runs no language model: it gives rows, takes the columns that are drawn, and decodes them.
+
+    One thread calls `begin`, `take`, `spend` and `decode`; another may call `close` and `pop`.
+    """
+
+    row: Row
+    """The generation of the current piece of text."""
+    slot: int | None = None
+    """Place of its rows in the batch, from the first piece to the last."""
+
+    def __init__(
+        self, task: Task, sizes: ChunkSizes, accepted: float, progress: Callable[[Progress], None] | None = None
+    ) -> None:
+        """Make a job that has not begun. accepted: time of the request, in seconds of `time.perf_counter`."""
+        self.task, self._sizes, self._accepted, self._progress = task, sizes, accepted, progress
+        self.closed = threading.Event()
+        """Set: nothing more is drawn."""
+        self.done = False
+        """No chunk follows those that are in the job. With an `error` if that is why."""
+        self.error: Exception | None = None
+        self.buffered_s = 0.0
+        """Seconds of sound that nobody has taken yet."""
+        self.heard_until: float | None = None
+        """Time at which all sound so far has been played, if it plays since the first; None before the first."""
+        self._chunks: deque[AudioChunk] = deque()
+        self._drawn: list[Ints] = []
+        self._piece = self._frames = self._clipped = 0
+        self._spent = self._load_s = 0.0
+
+    def begin(self, models: Models, gain: float, load_s: float) -> None:
+        """Make the first row. gain: factor on all samples. load_s: seconds that the opening of the models took."""
+        self._models, self._gain, self._load_s = models, gain, load_s
+        self._lengths = self._sizes(*models.decoder.chunk_frames)
+        self._stream, self._noise = models.decoder.stream(self.task.quirks), SeededNoise(self.task.seed)
+        self._began = time.perf_counter()
+        self._next_row()
+
+    def _next_row(self) -> None:
+        task, self._wanted = self.task, next(self._lengths)
+        self.row = Row(
+            self._models.language_model.language_model,
+            task.conversation.user(task.pieces[self._piece]),
+            task.sampling,
+            self._noise,
+            head=task.conversation.head.shape[1],
+            max_columns=task.max_frames,
+            quirks=task.quirks,
+        )
+
+    @property
+    def frames_wanted(self) -> int:
+        """Frames that must be drawn before a chunk is due."""
+        return self._wanted - len(self._drawn)
+
+    @property
+    def due(self) -> bool:
+        """Whether the columns of a chunk are drawn, so that `decode` comes next."""
+        return self.frames_wanted == 0 or not self.row.goes_on
+
+    def spend(self, seconds: float) -> None:
+        """Count seconds of the language model for the next chunk."""
+        self._spent += seconds
+
+    def take(self, column: Ints | None) -> None:
+        """Take what the row gave: the column that is spoken next, int64 [1 + C], or None."""
+        if column is None:
+            return
+        self._drawn.append(column)
+        self._frames += 1
+        if self._progress is not None:
+            audio_s, elapsed_s = self._frames / self._models.codec.frame_rate, time.perf_counter() - self._began
+            self._progress(Progress(self._piece, len(self.task.pieces), self._frames, audio_s, elapsed_s))
+
+    def decode(self) -> None:
+        """Decode the columns that are due into a chunk. After the last of a piece `row` is that of the next, or `done` is set.
+
+        Raises the row's error, and FishrtError for codes that have no sound.
+        """
+        task, row, begun = self.task, self.row, time.perf_counter()
+        if row.error:
+            raise row.error
+        lm, codec = self._models.language_model.language_model, self._models.codec
+        ends = row.stop_reason is not None
+        if ends:  # later prompts have the columns as drawn; the codec and the caller get codes that the codec has
+            task.conversation.assistant(row.drawn)
+        codes = spoken_codes(self._drawn, lm, codec)
+        pcm = self._stream.push(codes, last=ends) if self._drawn else self._stream.flush()
+        if self._gain != 1:
+            pcm = pcm * np.float32(self._gain)
+            self._clipped += int((np.abs(pcm) > 1).sum())
+            pcm = np.clip(pcm, -1, 1)
+        now = time.perf_counter()
+        first = len(pcm) > 0 and self.heard_until is None
+        timings = Timings(self._load_s, self._spent, now - begun, now - self._accepted if first else None)
+        piece, seconds = task.pieces[self._piece], len(pcm) / codec.sample_rate
+        if len(pcm):
+            self.heard_until = max(self.heard_until or now, now) + seconds
+        self.buffered_s += seconds
+        self._chunks.append(AudioChunk(pcm, codec.sample_rate, codes, self._piece, piece, row.stop_reason, task.seed, timings))
+        self._drawn, self._spent, self._load_s = [], 0.0, 0.0
+        if not ends:
+            self._wanted = next(self._lengths)
+            return
+        self._piece += 1
+        if self._piece < len(task.pieces):
+            self._next_row()
+            return
+        if self._clipped:
+            task.warnings.append(f"{self._clipped:,} samples are clipped: use a smaller volume than {task.volume:g}")
+        self.done = True
+
+    def fail(self, error: Exception) -> None:
+        """End the job with an error, after the chunks that it has."""
+        self.error, self.done = error, True
+
+    def pop(self) -> AudioChunk | None:
+        """Take the next chunk; None if there is none yet."""
+        if not self._chunks:
+            return None
+        chunk = self._chunks.popleft()
+        self.buffered_s -= chunk.duration_s
+        return chunk
+
+    def close(self) -> None:
+        """Let nothing more be drawn, and give no more chunks."""
+        self.closed.set()
+
+
+def spoken_codes(columns: Sequence[Ints], lm: LanguageModel, codec: Codec) -> Ints:
+    """Return the codes int64 [C, frames] of columns int64 [1 + C], as the codec has them. Raises FishrtError for padding."""
+    codes = np.stack(columns, axis=1)[1:] - lm.code_offset if columns else np.zeros((lm.num_codebooks, 0), np.int64)
+    if (codes < 0).any():
+        raise FishrtError("the model drew padding instead of a code, which has no sound", hint="try another seed")
+    return clamp_codes(codes, codec)
