@@ -337,6 +337,7 @@ def _fields(path: Path) -> dict[str, int]:
     return {line[0]: int(line[1]) for line in words if len(line) > 1 and line[1].isdecimal()}
 
 
+@functools.cache  # each graph of a bundle asks, and the file is long on a machine with many CPUs
 def _cpu_field(field: str) -> str:
     for line in _read(Path("/proc/cpuinfo")).splitlines():
         key, _, value = line.partition(":")

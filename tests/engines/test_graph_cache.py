@@ -210,6 +210,12 @@ def test_another_process_may_have_been_faster(graph: Path, monkeypatch: pytest.M
     assert entries() == [entry]
 
 
+def test_a_start_from_the_cache_parses_no_graph(graph: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = spoken(opened(graph))
+    monkeypatch.setattr(ort_session.packed, "parse_model", lambda path: pytest.fail(f"{path.name} is parsed"))
+    np.testing.assert_array_equal(spoken(opened(graph)), expected)
+
+
 def test_small_graphs_are_not_kept(graph: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ort_session, "WORTH_KEEPING", 10**9)
     opened(graph)

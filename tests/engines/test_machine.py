@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +40,13 @@ CPUS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _no_facts_of_another_cpu() -> Iterator[None]:
+    machine._cpu_field.cache_clear()
+    yield
+    machine._cpu_field.cache_clear()
+
+
 @pytest.mark.parametrize("kind", CPUS)
 def test_name_and_features_of_a_cpu(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     text, name, features = CPUS[kind]
@@ -53,6 +61,7 @@ def test_cpus_of_other_features_have_other_identities(monkeypatch: pytest.Monkey
     found = set()
     for text, *_ in CPUS.values():
         monkeypatch.setattr(machine, "_read", lambda path, text=text: text)
+        machine._cpu_field.cache_clear()
         found.add(machine.cpu_identity())
     assert len(found) == len(CPUS)
 

@@ -53,9 +53,12 @@ def open_session(path: Path, spec: GraphSpec, *, threads: int) -> Opened:
     """Open a session of the graph file `path` on the CPU. ONNX Runtime's errors, which have no common base, go through."""
     ort = import_onnxruntime()
     folder = cache_folder()
-    if folder is not None and spec.identity and weight_bytes(path) >= WORTH_KEEPING:
+    if folder is not None and spec.identity:
         key = [spec.identity, _accuracy(spec), ort.__version__, cpu_identity()]
-        if (kept := cache.find(folder, key) or _keep(ort, path, spec, folder, key)) is not None:
+        kept = cache.find(folder, key)  # first: a start from the cache does not parse the graph
+        if kept is None and weight_bytes(path) >= WORTH_KEEPING:
+            kept = _keep(ort, path, spec, folder, key)
+        if kept is not None:
             options = session_options(ort, threads)
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
             log.debug("%s as it is kept in %s", path.name, kept.folder)
