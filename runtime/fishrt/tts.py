@@ -224,6 +224,11 @@ class TTS:
             return self._decoder().decode(codes, quirks=Quirks.of(self.bundle.manifest.model) if upstream_compat else USUAL)
 
     @property
+    def store(self) -> VoiceStore:
+        """The user's own voices."""
+        return self._own
+
+    @property
     def voices(self) -> tuple[str, ...]:
         """Names of the user's voices, then of the bundle's. Raises VoiceError if the user's cannot be read."""
         return tuple(dict.fromkeys((*self._own.list(), *bundle_voices(self.bundle))))

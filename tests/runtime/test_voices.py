@@ -254,7 +254,7 @@ def test_a_failed_write_leaves_the_old_voice(store, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "write_text", failing)
-    with pytest.raises(VoiceError, match="No space left"):
+    with pytest.raises(OutputError, match="No space left"):
         store.add(voice(transcript="new"), force=True)
     assert store.load("anna").transcript == "old"
     assert [p.name for p in store.folder.iterdir()] == ["anna"]

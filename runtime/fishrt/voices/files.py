@@ -29,7 +29,7 @@ _JOINERS = "\u200c\u200d"
 """Joiners, which words of some scripts need."""
 _RESERVED = re.compile(r"(?:con|prn|aux|nul|com[0-9¹²³]|lpt[0-9¹²³])(?:\..*)?", re.IGNORECASE)
 """Names of devices on Windows, with any ending."""
-_AUDIO_SUFFIXES = {".mp3", ".wav", ".flac", ".ogg", ".opus", ".m4a", ".wma", ".aac", ".aiff", ".aif", ".aifc"}
+AUDIO_SUFFIXES = {".mp3", ".wav", ".flac", ".ogg", ".opus", ".m4a", ".wma", ".aac", ".aiff", ".aif", ".aifc"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +87,7 @@ def is_name(name: str) -> bool:
 
 def recordings(folder: Path) -> list[Path]:
     """Return the audio files in a folder, except hidden ones: macOS adds `._x.wav` to `x.wav` on some disks."""
-    found = (p for p in folder.iterdir() if p.suffix.lower() in _AUDIO_SUFFIXES)
+    found = (p for p in folder.iterdir() if p.suffix.lower() in AUDIO_SUFFIXES)
     return sorted(p for p in found if not p.name.startswith(".") and p.is_file())
 
 

@@ -13,8 +13,6 @@ from collections.abc import Hashable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-
 from fishrt_engines.aside import new_folder, remove_folder, sync
 from fishrt_engines.folders import data_folder
 
@@ -39,7 +37,7 @@ from .files import (
     read_text,
     recordings,
 )
-from .voice import Encoder, Voice, npy_bytes, read_codes
+from .voice import Encoder, Voice, joined, npy_bytes, read_codes
 
 log = logging.getLogger(__name__)
 
@@ -122,6 +120,11 @@ class VoiceStore:
         folder = self._find(name)
         return folder is not None and (layout(folder) == "recordings" or read_stored(folder).recording is not None)
 
+    def made_here(self, name: str) -> bool:
+        """Return whether a voice was made by `add`, so that it can be renamed and removed."""
+        folder = self._find(name)
+        return folder is not None and layout(folder) == "fishrt"
+
     def place(self, name: str) -> Path:
         """Return the folder that holds a voice's files."""
         return self._find(name) or self.folder
@@ -145,7 +148,7 @@ class VoiceStore:
     def add(self, voice: Voice, *, force: bool = False) -> Path:
         """Store a voice, completely or not at all, with its recording if it has one. Return its folder.
 
-        The voice is on disk at the end. Raises VoiceError; TakenVoiceError for a taken name, unless `force`.
+        The voice is on disk at the end. Raises VoiceError as `check_free`, OutputError if it cannot be written.
         """
         self.check_free(voice.name, force=force)
         name = canonical(voice.name)
@@ -158,7 +161,7 @@ class VoiceStore:
         except OSError as error:
             if error.errno in (errno.ENOTEMPTY, errno.EEXIST):  # another process took it since the check
                 raise self._taken(name) from None
-            raise VoiceError(f"voice {voice.name!r} cannot be written to {self}: {error.strerror or error}") from None
+            raise OutputError(f"voice {voice.name!r} cannot be written to {self}: {error.strerror or error}") from None
         return target
 
     def check_free(self, name: str, *, force: bool = False) -> None:
@@ -178,7 +181,7 @@ class VoiceStore:
         return TakenVoiceError(f"there is already a voice {name!r} in {self}", hint=hint)
 
     def rename(self, old: str, new: str) -> None:
-        """Give a voice another name. Raises VoiceError as `remove` and `check_free`."""
+        """Give a voice another name. Raises as `remove` and `check_free`."""
         folder = self._own_folder(old)
         self.check_free(new)
         try:
@@ -187,7 +190,7 @@ class VoiceStore:
         except OSError as error:
             if error.errno in (errno.ENOTEMPTY, errno.EEXIST):  # another process took it since the check
                 raise self._taken(new) from None
-            raise VoiceError(f"voice {old!r} in {self} cannot be renamed: {error.strerror}") from None
+            raise OutputError(f"voice {old!r} in {self} cannot be renamed: {error.strerror}") from None
 
     def remove(self, name: str) -> None:
         """Delete a voice. Raises UnknownVoiceError if there is none; KeptVoiceError if another program made it."""
@@ -195,7 +198,7 @@ class VoiceStore:
         try:
             remove_folder(folder)
         except OSError as error:
-            raise VoiceError(f"voice {name!r} cannot be removed from {self}: {error.strerror}") from None
+            raise OutputError(f"voice {name!r} cannot be removed from {self}: {error.strerror}") from None
 
     def _own_folder(self, name: str) -> Path:
         """Return the folder of a voice that `add` made; those of other programs hold the user's recordings."""
@@ -203,7 +206,7 @@ class VoiceStore:
         folder = self._find(name)
         if folder is None and self._indexed(name) is None:
             self.load(name)  # raises with the reason
-        if folder is None or layout(folder) != "fishrt":
+        if folder is None or not self.made_here(name):
             raise KeptVoiceError(
                 f"voice {name!r} in {self} was not made by fishrt and is left alone", hint="change its files yourself"
             )
@@ -339,7 +342,4 @@ def _load_recordings(folder: Path, tts: Encoder) -> Voice:
     """Return one voice of all recordings in a folder, with their codes and transcripts joined."""
     name = canonical(folder.name)
     voices = [Voice.from_audio(tts, path, read_text(path.with_suffix(".lab")), name=name) for path in recordings(folder)]
-    if len(voices) == 1:
-        return voices[0]
-    codes = np.concatenate([v.codes for v in voices], axis=1)
-    return Voice(name, codes, "\n".join(v.transcript for v in voices), voices[0].fingerprint, tts.loudness(codes))
+    return joined(voices, tts)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
@@ -111,6 +112,15 @@ class Voice:
                 hint=again,
             )
         check_entries(self.codes, sizes, f"the codes of voice {self.name!r}")
+
+
+def joined(voices: Sequence[Voice], tts: Encoder) -> Voice:
+    """Return one voice of several, which were made with the same codec, with their codes and transcripts joined."""
+    if len(voices) == 1:
+        return voices[0]
+    codes = np.concatenate([voice.codes for voice in voices], axis=1)
+    transcript = "\n".join(voice.transcript for voice in voices)
+    return Voice(voices[0].name, codes, transcript, voices[0].fingerprint, tts.loudness(codes))
 
 
 def read_codes(path: Path) -> Ints:
