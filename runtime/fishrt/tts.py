@@ -28,7 +28,8 @@ from fishrt_engines import Array, Engine
 from fishrt_engines.providers import resolve_provider
 
 from .arrays import Ints, Pcm
-from .audio.files import check_pcm, resample
+from .audio.files import check_pcm
+from .audio.resample import resample
 from .bundle.codec_start import read_codec_start
 from .bundle.features import USUAL, Quirks
 from .bundle.folder import Bundle, embedded_bundle

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from fishrt.audio.files import resample
+from fishrt.audio.resample import resample
 from fishrt_export.graph.report import flipped_margin
 from fishrt_export.models.codec.dac import Dac
 from fishrt_export.models.codec.firefly import Firefly
@@ -314,7 +314,7 @@ def test_firefly_decoder_stages(firefly: Firefly, vectors: Vectors) -> None:
 
 
 def sinc_kernel(rate: int, target: int, dtype: type[np.floating[Any]]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the samples that each phase reads, int [phases, taps], and their weights, as `fishrt.audio.files.resample` has them.
+    """Return the samples that each phase reads, int [phases, taps], and their weights, as `fishrt.audio.resample` has them.
 
     dtype: of the times in it. The originals compute these in float32.
     """

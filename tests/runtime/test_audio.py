@@ -1,4 +1,4 @@
-"""Audio files that are read, their errors, and resampling."""
+"""Audio files that are read, and their errors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fishrt.audio.encode import write_audio
-from fishrt.audio.files import check_pcm, read_audio, resample
+from fishrt.audio.files import check_pcm, read_audio
 from fishrt.errors import AudioError
 
 RATE = 16000
@@ -297,44 +297,3 @@ def test_a_pipe_that_never_ends_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
 def test_rubbish_is_refused(data: bytes, head: bytes) -> None:
     with pytest.raises(AudioError):
         read_bytes(head + data)
-
-
-def test_resampling_keeps_the_tone() -> None:
-    up = resample(TONE, RATE, 44100)
-    assert (len(up), up.dtype) == (22050, np.float32)
-    expected = 0.5 * np.sin(np.arange(22050) * 2 * np.pi * 440 / 44100)
-    assert np.abs(up - expected)[1000:-1000].max() < 1e-3
-    assert resample(TONE, RATE, RATE) is TONE
-
-
-def test_resampling_from_an_odd_rate_takes_little_memory() -> None:
-    """All kernels together would take a gigabyte."""
-    odd, target = 15_000_001, 44100
-    given = np.sin(np.arange(odd // 10) * 2 * np.pi * 1000 / odd).astype(np.float32)
-    tracemalloc.start()
-    pcm = resample(given, odd, target)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert np.abs(pcm - np.sin(np.arange(len(pcm)) * 2 * np.pi * 1000 / target))[20:-20].max() < 1e-3
-    assert peak < 100e6
-
-
-def test_resampling_refuses_nonsense() -> None:
-    with pytest.raises(AudioError, match="0 Hz"):
-        resample(TONE, 0, RATE)
-
-
-@pytest.mark.parametrize(("rate", "target", "samples"), [(48000, 8000, 1), (8000, 44100, 1), (44101, 44100, 7), (3, 2, 100)])
-def test_resampling_takes_any_rates_and_lengths(rate: int, target: int, samples: int) -> None:
-    """The number of samples is scaled and rounded up; a constant stays constant away from the ends."""
-    flat = resample(np.full(samples, 0.5, np.float32), rate, target)
-    assert len(flat) == -(-samples * target // rate)
-    if samples == 100:
-        assert np.abs(flat[20:-20] - 0.5).max() < 1e-3
-
-
-def test_resampling_in_blocks_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = resample(TONE[:1000], RATE, 44100)
-    for at_once in (1, 1000, 100_000):
-        monkeypatch.setattr("fishrt.audio.files._TAPS", at_once)
-        np.testing.assert_array_equal(resample(TONE[:1000], RATE, 44100), whole)

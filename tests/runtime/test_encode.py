@@ -15,7 +15,8 @@ import soundfile
 
 import helpers_cli
 from fishrt.audio.encode import UNKNOWN, WavWriter, encode_audio, growing_wav, pcm16, write_audio
-from fishrt.audio.files import read_audio, resample
+from fishrt.audio.files import read_audio
+from fishrt.audio.resample import resample
 from fishrt.errors import AudioError
 from helpers_cli import files, run, tone
 

@@ -19,8 +19,8 @@ import soundfile
 
 from ..arrays import Pcm
 from ..errors import AudioError
-from .files import resample
 from .output import check_place, growing, write_whole
+from .resample import resample
 
 _BLOCK = 1 << 16
 """Samples encoded at once. libsndfile puts a whole write of Vorbis on the stack, which a long one overflows."""

@@ -1,10 +1,9 @@
-"""Reading of audio files, and resampling; `encode.py` writes them. Samples are float32, mono, −1..1."""
+"""Reading of audio files; `encode.py` writes them. Samples are float32, mono, −1..1."""
 
 from __future__ import annotations
 
 import io
 import logging
-import math
 import mmap
 import stat
 import sys
@@ -16,7 +15,6 @@ from typing import BinaryIO
 
 import numpy as np
 import soundfile
-from numpy.lib.stride_tricks import sliding_window_view
 
 from ..arrays import Pcm
 from ..errors import AudioError
@@ -35,8 +33,6 @@ _LOST_S = 0.1
 """Seconds at the end that a file may lack: no word is as short."""
 _BLOCK = 1 << 16
 """Samples of all channels decoded at once."""
-_TAPS = 1 << 20
-"""Products of a sample and a kernel in resampling that are computed at once."""
 _MP3_BLOCK = 576
 """Fewest samples of an MP3 frame: a damaged frame does not take the frames before it with it."""
 _MP3_DELAY = 1105
@@ -241,35 +237,3 @@ def check_samples(pcm: Pcm, what: str) -> None:
         raise AudioError(
             f"the samples of {what} reach ±{most:,.0f}; −1 to 1 is expected", hint="divide integer samples by 32,768 (16 bits)"
         )
-
-
-def resample(pcm: Pcm, rate: int, target: int) -> Pcm:
-    """Resample pcm float32 [samples] at `rate` Hz to float32 [⌈samples · target / rate⌉]. Raises AudioError for rates below 1 Hz.
-
-    The kernel is a sinc with 6 zero crossings on each side under a Hann window, cut off at 0.99 of the lower rate, as in the
-    originals: the codes of a recording depend on it.
-    """
-    if rate < 1 or target < 1:
-        raise AudioError(f"cannot resample from {rate} Hz to {target} Hz")
-    if rate == target:
-        return pcm
-    common = math.gcd(rate, target)
-    old, new = rate // common, target // common
-    scale = 0.99 * min(old, new) / old
-    reach = math.ceil(6 / scale)
-    count = -(-len(pcm) * new // old)
-    taps = np.arange(-reach, reach + 2)
-    around = sliding_window_view(np.pad(pcm, (reach, reach + 2)), len(taps))
-    resampled = np.empty(count, np.float32)
-    # Sample j is at position j · old / new; its offset from the old samples, and so its kernel, repeats after `new` samples.
-    most = max(1, _TAPS // len(taps))
-    for first in range(0, min(new, count), most):
-        phases = np.arange(first, min(first + most, new, count))
-        t = np.clip((taps - (phases * old % new / new)[:, None]) * scale, -6, 6)
-        kernels = (np.sinc(t) * np.cos(np.pi * t / 12) ** 2 * scale).astype(np.float32)
-        step = max(1, most // len(phases)) * new
-        for start in range(0, count, step):
-            j = (np.arange(start, min(start + step, count), new)[:, None] + phases).ravel()
-            j = j[j < count]
-            resampled[j] = np.einsum("jk,jk->j", around[j * old // new], kernels[(j - first) % new])
-    return resampled

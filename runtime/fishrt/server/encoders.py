@@ -6,7 +6,7 @@ import numpy as np
 
 from ..arrays import Pcm
 from ..audio.encode import encode_audio, pcm16
-from ..audio.files import resample
+from ..audio.resample import resample
 from ..errors import AudioError
 
 _TYPES = {
