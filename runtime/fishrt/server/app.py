@@ -15,9 +15,9 @@ from starlette.responses import Response
 from ..errors import FishrtError
 from ..tts import TTS
 from ..version import __version__
-from . import health, openai
+from . import docs, health, openai
 from .edge import Edge
-from .problems import problem, reply
+from .problems import GONE, GoneError, problem, reply
 from .service import Service
 from .settings import Settings
 
@@ -52,9 +52,11 @@ def create_app(tts: TTS, settings: Settings, *, closing: bool = True) -> FastAPI
     app.state.service = service
     for part in (openai, health):
         app.include_router(part.routes(service))
-    for kind in (HTTPException, RequestValidationError, FishrtError, Exception):
+    app.include_router(docs.routes(app))
+    app.openapi = lambda: docs.describe(app)  # type: ignore[method-assign]
+    for kind in (HTTPException, RequestValidationError, FishrtError, GoneError, Exception):
         app.add_exception_handler(kind, _answer)
-    app.add_middleware(Edge, settings=settings)
+    app.add_middleware(Edge, service=service)
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware,
@@ -67,4 +69,4 @@ def create_app(tts: TTS, settings: Settings, *, closing: bool = True) -> FastAPI
 
 
 async def _answer(_: Request, error: Exception) -> Response:
-    return reply(problem(error))
+    return Response(status_code=GONE) if isinstance(error, GoneError) else reply(problem(error))

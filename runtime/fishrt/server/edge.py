@@ -12,14 +12,13 @@ import logging
 import re
 import secrets
 import time
-from urllib.parse import parse_qs, quote, urlsplit
+from urllib.parse import parse_qs, urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .problems import Problem, problem, reply
-from .settings import Settings
-from .streams import GoneError
+from .problems import GONE, GoneError, Problem, problem, reply
+from .service import Service
 
 log = logging.getLogger(__name__)
 
@@ -44,8 +43,9 @@ _SAFE = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
 class Edge:
     """The ASGI application around all routes."""
 
-    def __init__(self, app: ASGIApp, settings: Settings) -> None:
-        self._app, self._settings = app, settings
+    def __init__(self, app: ASGIApp, service: Service) -> None:
+        self._app, self._settings, self._metrics = app, service.settings, service.metrics
+        settings = service.settings
         self._key = settings.api_key.encode() if settings.api_key else None
         self._local = _is_loopback(settings.host)
 
@@ -63,14 +63,18 @@ class Edge:
             exchange.check_length(headers)
             await self._app(scope, exchange.receive, exchange.send)
         except GoneError:
-            exchange.status = exchange.status or 499
+            pass
         except Exception as error:
             if not isinstance(error, Problem):
                 log.exception("a request failed")
             if not exchange.status:
                 await exchange.refuse(problem(error))
         finally:
-            exchange.log_line()
+            status = GONE if exchange.gone else exchange.status
+            self._metrics.requests.labels(exchange.route, status).inc()
+            if status in (GONE, 429):
+                (self._metrics.refused if status == 429 else self._metrics.cancelled).inc()
+            exchange.log_line(status)
 
     def _check_key(self, scope: Scope, headers: Headers) -> None:
         """Check the key, in constant time. Raises Problem 401."""
@@ -121,7 +125,10 @@ class _Exchange:
         self._began = time.perf_counter()
         self._read = self._sent = 0
         self._body_ended = scope["type"] != "http"
+        self._replied = False
         self.status = 0
+        self.gone = False
+        """Whether the client went away before it had the reply."""
         scope.setdefault("state", {})["request_id"] = id
 
     def check_length(self, headers: Headers) -> None:
@@ -133,7 +140,9 @@ class _Exchange:
     async def receive(self) -> Message:
         """Return the next event of the client. Raises Problem 413 for a body that is too long, 408 for one that stops coming."""
         if self._body_ended:
-            return await self._receive()
+            message = await self._receive()
+            self.gone = self.gone or (message["type"] == "http.disconnect" and not self._replied)
+            return message
         left = min(_IDLE_S, self._began + _BODY_S - time.perf_counter())
         try:
             message = await asyncio.wait_for(self._receive(), left)
@@ -145,7 +154,8 @@ class _Exchange:
             if self._read > MOST_BYTES:
                 raise _too_large()
         elif message["type"] == "http.disconnect":
-            self._body_ended = True
+            self.gone = True
+            raise GoneError
         return message
 
     async def send(self, message: Message) -> None:
@@ -162,7 +172,8 @@ class _Exchange:
             self.status = 101
         elif message["type"] == "http.response.body":
             self._sent += len(message.get("body", b""))
-            if not message.get("more_body", False) and not self._body_ended:
+            self._replied = not message.get("more_body", False)
+            if self._replied and not self._body_ended:
                 await self._send({**message, "more_body": True})
                 await self._discard()
                 message = {"type": "http.response.body", "body": b"", "more_body": False}
@@ -186,15 +197,18 @@ class _Exchange:
             return
         await reply(found)(self._scope, self._receive, self.send)
 
-    def log_line(self) -> None:
-        """Log the request in one line; of its path only what names a route, since the rest may be a client's words."""
-        route = getattr(self._scope.get("route"), "path", None) or quote(self._scope["path"], safe="/")[:80]
+    @property
+    def route(self) -> str:
+        """The route with its parameters unfilled: what is in a path may be a client's words."""
+        return getattr(self._scope.get("route"), "path", None) or "unknown"
+
+    def log_line(self, status: int) -> None:
+        """Log the request in one line."""
         seconds = time.perf_counter() - self._began
         method = self._scope.get("method", "WS")
-        facts = {"method": method, "path": route, "status": self.status, "seconds": round(seconds, 3), "bytes": self._sent}
-        facts["id"] = self._id
-        line = f"{method} {route} {self.status} {seconds:.2f} s {self._sent} B {self._id}"
-        log.info("%s", line, extra={"request": facts})
+        facts = {"method": method, "route": self.route, "status": status, "seconds": round(seconds, 3), "bytes": self._sent}
+        line = f"{method} {self.route} {status} {seconds:.2f} s {self._sent} B {self._id}"
+        log.info("%s", line, extra={"request": {**facts, "id": self._id}})
 
 
 def _too_large() -> Problem:

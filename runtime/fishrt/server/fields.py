@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
@@ -158,9 +159,12 @@ class Speak:
         return not speakable(self.request.text)
 
 
-def speak_of(service: Service, data: Mapping[str, Any], accept: str = "") -> Speak:
-    """Return the checked request of a JSON object. accept: the header Accept. Raises Problem."""
-    found, spelt = flatten(data)
+def speak_of(service: Service, *data: Mapping[str, Any], accept: str = "") -> Speak:
+    """Return the checked request of a JSON object. accept: the header Accept. Raises Problem.
+
+    data: the object, and others with fields that it may leave out.
+    """
+    found, spelt = flatten(*data)
     try:
         fields = SpeechFields.model_validate(found)
     except ValidationError as error:
@@ -212,7 +216,7 @@ def speak_of(service: Service, data: Mapping[str, Any], accept: str = "") -> Spe
     )
 
 
-def flatten(data: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+def flatten(*data: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
     """Return the fields of a request by their names, and by the same names how the client spelt them.
 
     Fields without a name of ours that are known to change nothing here are among the spellings. Raises Problem for a field of the
@@ -220,7 +224,7 @@ def flatten(data: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
     """
     found: dict[str, Any] = {}
     spelt: dict[str, str] = {}
-    for layer in _layers(data):
+    for layer in chain.from_iterable(map(_layers, data)):
         for name, others in SPELLINGS.items():
             for spelling in (name, *others):
                 if name not in found and layer.get(spelling) is not None:

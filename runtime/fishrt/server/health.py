@@ -1,11 +1,12 @@
-"""Health: whether the next request would be served."""
+"""Health, whether the next request would be served; and metrics."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from fastapi import APIRouter
-from starlette.responses import JSONResponse, Response
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from ..version import __version__
 from .service import Service
@@ -15,9 +16,8 @@ def routes(service: Service) -> APIRouter:
     """Return the routes."""
     router = APIRouter(tags=["Operation"])
 
-    @router.api_route(
-        "/health", methods=["GET", "HEAD"], summary="Health", responses={503: {"description": "Not ready; `reason` says why."}}
-    )
+    @router.get("/health", summary="Health", responses={503: {"description": "Not ready; `reason` says why."}})
+    @router.head("/health", include_in_schema=False)
     @router.api_route("/v1/health", methods=["GET", "HEAD", "POST"], include_in_schema=False)
     async def health() -> Response:
         """Answer 200 if the next request would be served, else 503 with the reason."""
@@ -28,5 +28,10 @@ def routes(service: Service) -> APIRouter:
         facts |= {"model": service.tts.bundle.manifest.name, "version": __version__, "provider": service.provider}
         facts["queue"] = service.queue()
         return JSONResponse(facts, 200 if ready else 503)
+
+    @router.get("/metrics", summary="Metrics", response_class=PlainTextResponse)
+    async def metrics() -> Response:
+        """Return counts and times in the text format of Prometheus."""
+        return Response(service.metrics.text(), media_type=CONTENT_TYPE_PLAIN_0_0_4)
 
     return router

@@ -2,28 +2,49 @@
 
 from __future__ import annotations
 
+import asyncio
+import base64
+import secrets
 from typing import Any
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from ..errors import FishrtError
 from .bodies import json_object
+from .docs import AUDIO
 from .fields import SpeechFields, speak_of
-from .problems import Problem
+from .problems import Problem, problem
 from .service import Service
-from .streams import reply
+from .streams import reply, unless_gone, whole
+
+MOST_ITEMS = 32
+"""Most texts of a batch."""
 
 
 def routes(service: Service) -> APIRouter:
     """Return the routes."""
     router = APIRouter(tags=["OpenAI"])
 
-    @router.post("/v1/audio/speech", summary="Speak a text", openapi_extra=_body(SpeechFields.model_json_schema()))
+    @router.post(
+        "/v1/audio/speech",
+        summary="Speak a text",
+        response_class=Response,
+        responses=AUDIO,
+        openapi_extra=_body(SpeechFields.model_json_schema()),
+    )
     async def speech(request: Request) -> Response:
         """Answer with audio: whole, in chunks while it is made, or as server-sent events."""
         data = await json_object(request)
         service.check_ready()
-        return await reply(service, speak_of(service, data, request.headers.get("accept", "")), request.receive)
+        return await reply(service, speak_of(service, data, accept=request.headers.get("accept", "")), request.receive)
+
+    @router.post("/v1/audio/speech/batch", summary="Speak several texts", openapi_extra=_body(_batch_schema()))
+    async def batch(request: Request) -> dict[str, Any]:
+        """Answer with the audio of each item, or why there is none. An item without a field has that beside `items`."""
+        data = await json_object(request)
+        service.check_ready()
+        return await speak_batch(service, data, request)
 
     @router.get("/v1/models", summary="List the model")
     async def models() -> dict[str, Any]:
@@ -46,9 +67,56 @@ def routes(service: Service) -> APIRouter:
     return router
 
 
+async def speak_batch(service: Service, data: dict[str, Any], request: Request) -> dict[str, Any]:
+    """Return the reply to a batch; its items speak at the same time. Raises Problem for what is no batch, or if none can wait."""
+    items = data.get("items")
+    if not isinstance(items, list) or not 1 <= len(items) <= MOST_ITEMS or not all(isinstance(item, dict) for item in items):
+        raise Problem(400, f"items: a list of 1 to {MOST_ITEMS} objects is expected", param="items")
+    shared = {key: value for key, value in data.items() if key != "items"}
+    turns = asyncio.Semaphore(service.settings.max_active)
+
+    async def one(index: int, item: dict[str, Any]) -> dict[str, Any] | Problem:
+        try:
+            async with turns:
+                audio, rendering = await whole(service, speak_of(service, item, shared))
+        except (Problem, FishrtError) as error:
+            return problem(error)
+        return {
+            "index": index,
+            "status": "success",
+            "audio_data": base64.b64encode(audio).decode(),
+            "media_type": rendering.content_type,
+            "usage": rendering.usage,
+        }
+
+    done = await unless_gone(asyncio.gather(*(one(index, item) for index, item in enumerate(items))), request.receive)
+    faults = [each for each in done if isinstance(each, Problem)]
+    if len(faults) == len(done) and all(fault.status_code == 429 for fault in faults):
+        raise faults[0]
+    results = [
+        {"index": n, "status": "error", "error": each.detail} if isinstance(each, Problem) else each
+        for n, each in enumerate(done)
+    ]
+    return {
+        "id": f"batch_{secrets.token_hex(12)}",
+        "results": results,
+        "total": len(done),
+        "succeeded": len(done) - len(faults),
+        "failed": len(faults),
+    }
+
+
 def _model(service: Service) -> dict[str, Any]:
     name = service.tts.bundle.manifest.name
     return {"id": name, "name": name, "object": "model", "created": service.created, "owned_by": "fishrt"}
+
+
+def _batch_schema() -> dict[str, Any]:
+    schema = SpeechFields.model_json_schema()
+    item = {"type": "object", "properties": schema["properties"], "required": ["input"], "additionalProperties": True}
+    shared = {name: value for name, value in schema["properties"].items() if name != "input"}
+    items = {"type": "array", "items": item, "minItems": 1, "maxItems": MOST_ITEMS}
+    return {"type": "object", "properties": {"items": items, **shared}, "required": ["items"], "additionalProperties": True}
 
 
 def _body(schema: dict[str, Any]) -> dict[str, Any]:

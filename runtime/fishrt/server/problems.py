@@ -22,6 +22,14 @@ _PARAMS: Mapping[type[FishrtError], str | None] = {
 """The errors of the runtime that are a client's mistake, with the field that they are about."""
 
 
+GONE = 499
+"""The status in log and metrics of a request whose client went away; nobody receives it."""
+
+
+class GoneError(Exception):
+    """The client went away."""
+
+
 class Problem(HTTPException):
     """A request that is not answered with what it asks for."""
 

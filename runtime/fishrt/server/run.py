@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
 import socket
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +21,8 @@ from .settings import Settings
 
 DRAIN_S = 15
 """Longest time for running requests at the end."""
+_LAST_S = 18.0
+"""Longest time from a signal to the end of the process."""
 _REQUEST_S = 20.0
 """Longest time for the head of a request."""
 _STALL_S = 60.0
@@ -57,6 +61,7 @@ def serve(tts: TTS, settings: Settings, sock: socket.socket) -> None:
         app,
         http=_Connection,
         log_config=None,
+        log_level=logging.CRITICAL,  # what it would log is in the log of the application, or a client's fault
         access_log=False,
         server_header=False,
         timeout_graceful_shutdown=DRAIN_S,
@@ -84,6 +89,9 @@ class _Server(uvicorn.Server):
         self.force_exit = self.should_exit
         self.should_exit = True
         self._drain()
+        last = threading.Timer(_LAST_S, lambda: os._exit(0))  # a graph that runs cannot be interrupted
+        last.daemon = True
+        last.start()
 
 
 class _Connection(H11Protocol):

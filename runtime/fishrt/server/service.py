@@ -11,6 +11,7 @@ from ..errors import FishrtError
 from ..request import Request, VoiceLike
 from ..stream import AsyncSpeechStream
 from ..tts import TTS
+from .metrics import Metrics
 from .problems import Problem
 from .settings import Settings
 
@@ -31,6 +32,7 @@ class Service:
         self.state = "loading"
         """loading, ok, draining or dead."""
         self.reason = "the model is loading"
+        self.metrics = Metrics(self.queue)
 
     async def load(self) -> None:
         """Speak once, so that every graph is open. Until then, requests are refused."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import logging
 import secrets
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
@@ -24,16 +25,14 @@ from ..arrays import Pcm
 from ..errors import FishrtError
 from .encoders import open_encoder
 from .fields import Speak
-from .problems import Problem, problem
+from .problems import GoneError, Problem, problem
 from .service import Service
+
+log = logging.getLogger(__name__)
 
 _PAUSE_S = 0.25
 """Silence for a text without a letter or digit."""
 _T = TypeVar("_T")
-
-
-class GoneError(Exception):
-    """The client went away."""
 
 
 class Rendering:
@@ -53,13 +52,19 @@ class Rendering:
 
     async def bytes(self) -> AsyncGenerator[bytes]:
         """Yield the encoded audio; no part is empty. Raises Problem if nothing was spoken."""
+        metrics, rate = self._service.metrics, self._service.tts.sample_rate
         async with aclosing(self._pcm()) as parts:
             async for pcm in parts:
+                if len(pcm) and not self.samples:
+                    metrics.first_audio.observe(time.perf_counter() - self._asked)
+                    metrics.queued.observe(self.queued_s)
                 self.samples += len(pcm)
+                metrics.audio.inc(len(pcm) / rate)
                 if data := await asyncio.to_thread(self.encoder.push, pcm):
                     yield data
         if not self.samples:
             raise Problem(400, "the model said nothing; try another seed, voice or text", code="nothing_spoken")
+        metrics.rtf.observe((time.perf_counter() - self._asked - self.queued_s) / (self.samples / rate))
         if data := await asyncio.to_thread(self.encoder.finish):
             yield data
 
@@ -72,7 +77,9 @@ class Rendering:
         try:
             async for chunk in stream:
                 self.seed = chunk.seed
-                self.frames += chunk.codes.shape[1]
+                frames = chunk.codes.shape[1]
+                self.frames += frames
+                self._service.metrics.frames.inc(frames)
                 yield chunk.pcm
         finally:
             await stream.aclose()
@@ -149,7 +156,12 @@ class _Streamed(Response):
         """Send the reply. A fault of the speech cuts the connection before the end of the body, unless an event can tell it."""
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         async with aclosing(self._parts):
-            await unless_gone(self._send(send), receive)
+            try:
+                await unless_gone(self._send(send), receive)
+            except GoneError:
+                pass
+            except (FishrtError, Problem) as error:
+                log.warning("a reply was cut off: %s", type(error).__name__)
 
     async def _send(self, send: Send) -> None:
         async def put(data: bytes, *, last: bool = False) -> None:
