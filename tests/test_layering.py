@@ -204,7 +204,7 @@ ROOMS = {
         {"text", "codec"},
         {"voices"},
         {"language_model"},
-        {"request", "speech", "speech_warnings", "job", "turns", "stream"},
+        {"request", "speech", "speech_warnings", "job", "turns", "stream", "scheduler"},
         {"tts"},
         {"bench", "server"},
         {"cli"},

@@ -13,6 +13,7 @@ __all__ = [
     "ArgumentError",
     "AudioError",
     "BundleError",
+    "BusyError",
     "FishrtError",
     "GraphError",
     "HubError",
@@ -22,6 +23,7 @@ __all__ = [
     "ProviderError",
     "SamplingError",
     "TakenVoiceError",
+    "TimeLimitError",
     "UnfinishedError",
     "UnknownVoiceError",
     "VoiceError",
@@ -70,6 +72,22 @@ class OutputError(FishrtError):
 
 class SamplingError(FishrtError):
     """A sampling parameter, a seed or a limit of frames is outside its range."""
+
+
+class BusyError(FishrtError):
+    """Too many requests wait."""
+
+    def __init__(self, waiting: int, retry_s: int) -> None:
+        """waiting: number of requests. retry_s: seconds after which there should be room."""
+        super().__init__(f"{waiting} requests wait already", hint=f"try again in {retry_s} s")
+        self.waiting, self.retry_s = waiting, retry_s
+
+    def __reduce__(self) -> tuple[type[BusyError], tuple[int, int]]:
+        return BusyError, (self.waiting, self.retry_s)
+
+
+class TimeLimitError(FishrtError):
+    """A request waited longer than it was allowed to."""
 
 
 class UnfinishedError(FishrtError):

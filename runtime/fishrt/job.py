@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
 import time
 from collections import deque
@@ -11,14 +12,18 @@ from dataclasses import dataclass
 import numpy as np
 
 from .arrays import Ints
+from .audio.speed import Stretcher
 from .bundle.features import Codec, LanguageModel
+from .bundle.manifest import Manifest
 from .codec import CodecDecoder, clamp_codes
-from .errors import FishrtError
+from .errors import ArgumentError, FishrtError
 from .language_model.batch import DualAR, Row
 from .language_model.context import ContextStore
 from .language_model.sampling import SeededNoise
+from .metrics import rtf
 from .request import Task
-from .speech import AudioChunk, Progress, Timings
+from .speech import AudioChunk, PieceInfo, Progress, SpeechInfo, Timings
+from .speech_warnings import piece_warnings
 
 ChunkSizes = Callable[[int, int], Iterator[int]]
 """Least and most frames of a useful chunk → frames of each chunk."""
@@ -34,6 +39,10 @@ class Models:
     contexts: ContextStore
 
 
+MOST_BUFFERED_S = 10.0
+"""Seconds of sound that a job may be ahead of its reader; then it pauses."""
+
+
 class Job:
     """The state of one request. It runs no language model: it gives rows, takes the columns that are drawn, and decodes them.
 
@@ -46,17 +55,29 @@ class Job:
     """Place of its rows in the batch, from the first piece to the last."""
 
     def __init__(
-        self, task: Task, sizes: ChunkSizes, accepted: float, progress: Callable[[Progress], None] | None = None
+        self,
+        task: Task,
+        manifest: Manifest,
+        sizes: ChunkSizes,
+        accepted: float,
+        progress: Callable[[Progress], None] | None = None,
     ) -> None:
-        """Make a job that has not begun. accepted: time of the request, in seconds of `time.perf_counter`."""
+        """Make a job that has not begun. accepted: time of the request, of `time.perf_counter`.
+
+        Raises ArgumentError for a `progress` that is no function, AudioError for another speed than 1 if PyAV is not installed.
+        """
+        if progress is not None and not callable(progress):
+            raise ArgumentError(f"progress is of type {type(progress).__name__}; a function is expected")
+        self._manifest = manifest
+        self._stretcher = Stretcher(manifest.codec.sample_rate, task.speed)
         self.task, self._sizes, self._accepted, self._progress = task, sizes, accepted, progress
         self.closed = threading.Event()
         """Set: nothing more is drawn."""
         self.done = False
         """No chunk follows those that are in the job. With an `error` if that is why."""
         self.error: Exception | None = None
-        self.buffered_s = 0.0
-        """Seconds of sound that nobody has taken yet."""
+        self.most_buffered_s = MOST_BUFFERED_S
+        self._buffered_s = 0.0
         self.heard_until: float | None = None
         """Time at which all sound so far has been played, if it plays since the first; None before the first."""
         self._chunks: deque[AudioChunk] = deque()
@@ -83,6 +104,11 @@ class Job:
             max_columns=task.max_frames,
             quirks=task.quirks,
         )
+
+    @property
+    def paused(self) -> bool:
+        """Whether it waits for its reader, who has not taken what there is."""
+        return not self.done and self._buffered_s >= self.most_buffered_s
 
     @property
     def frames_wanted(self) -> int:
@@ -126,13 +152,16 @@ class Job:
             pcm = pcm * np.float32(self._gain)
             self._clipped += int((np.abs(pcm) > 1).sum())
             pcm = np.clip(pcm, -1, 1)
+        pcm = self._stretcher.push(pcm)
+        if ends and self._piece + 1 == len(task.pieces):
+            pcm = np.concatenate([pcm, self._stretcher.finish()])
         now = time.perf_counter()
         first = len(pcm) > 0 and self.heard_until is None
         timings = Timings(self._load_s, self._spent, now - begun, now - self._accepted if first else None)
         piece, seconds = task.pieces[self._piece], len(pcm) / codec.sample_rate
         if len(pcm):
             self.heard_until = max(self.heard_until or now, now) + seconds
-        self.buffered_s += seconds
+        self._buffered_s += seconds
         self._chunks.append(AudioChunk(pcm, codec.sample_rate, codes, self._piece, piece, row.stop_reason, task.seed, timings))
         self._drawn, self._spent, self._load_s = [], 0.0, 0.0
         if not ends:
@@ -155,8 +184,26 @@ class Job:
         if not self._chunks:
             return None
         chunk = self._chunks.popleft()
-        self.buffered_s -= chunk.duration_s
+        self._buffered_s -= chunk.duration_s
         return chunk
+
+    def describe(self, pieces: tuple[PieceInfo, ...], samples: int, timings: Timings) -> SpeechInfo:
+        """Describe chunks: the pieces that have ended, their samples, and the sums of their timings."""
+        task, manifest, audio_s = self.task, self._manifest, samples / self._manifest.codec.sample_rate
+        return SpeechInfo(
+            seed=task.seed,
+            sampling=task.sampling,
+            voices=task.voices,
+            pieces=pieces,
+            frames=sum(piece.frames for piece in pieces),
+            audio_s=audio_s,
+            timings=timings,
+            rtf=rtf(timings.compute_s, audio_s) if audio_s else None,
+            provider=task.provider,
+            bundle=manifest.name,
+            bundle_sha256=hashlib.sha256(manifest.to_json().encode()).hexdigest(),
+            warnings=(*task.warnings, *piece_warnings(pieces, len(task.pieces))),
+        )
 
     def close(self) -> None:
         """Let nothing more be drawn, and give no more chunks."""

@@ -8,22 +8,21 @@ import logging
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 
+import numpy as np
+
+from .errors import FishrtError, UnfinishedError
 from .job import Job
-from .speech import AudioChunk, PieceInfo, SpeechInfo, Timings
+from .speech import AudioChunk, PieceInfo, Speech, SpeechInfo, Timings
 
 log = logging.getLogger(__name__)
-
-
-Describe = Callable[[tuple[PieceInfo, ...], int, Timings], SpeechInfo]
-"""Pieces, samples and sums of the timings of the chunks so far → a description of them."""
 
 
 class SpeechStream(Iterator[AudioChunk]):
     """The chunks of a request. `next` computes a chunk, so that a slow consumer costs no memory."""
 
-    def __init__(self, job: Job, turn: Callable[[], object], describe: Describe) -> None:
+    def __init__(self, job: Job, turn: Callable[[], object]) -> None:
         """Make a stream of the chunks of a job. turn: makes the job go on, or waits until it has."""
-        self._job, self._turn, self._describe = job, turn, describe
+        self._job, self._turn = job, turn
         self._running = threading.Lock()
         self._ended = False
         self._pieces: list[PieceInfo] = []
@@ -84,6 +83,25 @@ class SpeechStream(Iterator[AudioChunk]):
             if warning not in self._warned:
                 log.warning(warning)
 
+    def whole(self) -> Speech:
+        """Return all the rest as one speech.
+
+        Raises FishrtError if nothing was said. An error after some chunks is an UnfinishedError, whose `speech` is these.
+        """
+        chunks: list[AudioChunk] = []
+        try:
+            chunks.extend(self)
+        except FishrtError as error:
+            if not sum(map(len, chunks)):
+                raise
+            raise UnfinishedError(error, self._joined(chunks)) from error
+        self.info.check_spoken()
+        return self._joined(chunks)
+
+    def _joined(self, chunks: list[AudioChunk]) -> Speech:
+        codes = np.concatenate([c.codes for c in chunks], axis=1)
+        return Speech(np.concatenate([c.pcm for c in chunks]), chunks[0].sample_rate, codes, self.info)
+
     def close(self) -> None:
         """End the request after the current frame. Another thread that waits for a chunk gets none."""
         self._job.close()
@@ -91,7 +109,7 @@ class SpeechStream(Iterator[AudioChunk]):
     @property
     def info(self) -> SpeechInfo:
         """Describe the chunks yielded so far; a piece counts when its last chunk was yielded."""
-        return self._describe(tuple(self._pieces), self._samples, self._timings)
+        return self._job.describe(tuple(self._pieces), self._samples, self._timings)
 
 
 class AsyncSpeechStream(AsyncIterator[AudioChunk]):
@@ -138,6 +156,11 @@ class AsyncSpeechStream(AsyncIterator[AudioChunk]):
         self._closed = True
         if self._stream is not None:
             self._stream.close()
+
+
+def whole_chunks(least: int, most: int) -> Iterator[int]:
+    """Yield the number of frames of each chunk of a speech that nobody hears before its end."""
+    return itertools.repeat(most)
 
 
 def growing_chunks(least: int, most: int) -> Iterator[int]:

@@ -9,12 +9,11 @@
 
 from __future__ import annotations
 
-import hashlib
-import itertools
 import logging
 import secrets
+import threading
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property
 from numbers import Integral
@@ -36,22 +35,23 @@ from .bundle.folder import Bundle, embedded_bundle
 from .bundle.graphs import BundleGraphs
 from .bundle.memory import check_memory, estimate, memory_errors
 from .codec import CodecDecoder, CodecEncoder
-from .errors import ArgumentError, FishrtError, UnfinishedError
+from .errors import ArgumentError, FishrtError
 from .job import ChunkSizes, Job, Models
 from .language_model.batch import DualAR
-from .language_model.context import ContextStore, SlowContext, prepared_path, read_prepared, write_prepared
+from .language_model.context import ContextStore, prepare, prepared_path
 from .language_model.prompt import PromptBuilder
 from .language_model.sampling import Sampling
-from .metrics import rtf
 from .request import Options, Request, Task, VoiceLike, check_type
-from .speech import AudioChunk, PieceInfo, Progress, Speech, SpeechInfo, Timings
-from .speech_warnings import piece_warnings, text_warnings
-from .stream import AsyncSpeechStream, Describe, SpeechStream, growing_chunks
+from .scheduler import ScheduledStream, Scheduler
+from .speech import Progress, Speech
+from .speech_warnings import text_warnings
+from .stream import AsyncSpeechStream, SpeechStream, growing_chunks, whole_chunks
 from .text.split import check_speakers, speaker_turns
 from .text.tokenizer import Tokenizer
 from .turns import Turns
+from .voices.known import KnownVoices
 from .voices.loudness import Loudness, voice_loudness
-from .voices.store import VoiceStore, bundle_store, bundle_voices, find_voice, user_folder
+from .voices.store import VoiceStore, user_folder
 from .voices.voice import Voice
 
 log = logging.getLogger(__name__)
@@ -73,12 +73,15 @@ class TTS:
     def __init__(self, bundle: Bundle, engines: Mapping[str, Engine], voices: Path | str | VoiceStore | None = None) -> None:
         """Make a TTS from open engines, by the role of their graph; `load` is the usual way. voices: see `load`."""
         self.bundle = bundle
-        self._own = voices if isinstance(voices, VoiceStore) else VoiceStore(user_folder() if voices is None else voices)
-        self._loaded: dict[tuple[str, str], tuple[Hashable, Voice]] = {}
+        self.store = voices if isinstance(voices, VoiceStore) else VoiceStore(user_folder() if voices is None else voices)
+        """The user's own voices."""
+        self._known = KnownVoices(self.store, self)
         self._prepared: dict[str, Voice] = {}
         self._levels: dict[bytes, Loudness | None] = {}
         self._engines: Mapping[str, Engine] | None = engines
         self._contexts = ContextStore()
+        self._making = threading.Lock()
+        self._scheduler: Scheduler | None = None
 
     @classmethod
     def load(
@@ -118,7 +121,10 @@ class TTS:
 
     def close(self) -> None:
         """Release the graphs and the cached voices. Running requests end normally; new ones raise FishrtError."""
-        self._engines = None
+        with self._making:
+            if self._scheduler is not None:
+                self._scheduler.close(None)
+            self._engines = self._scheduler = None
         self._contexts = ContextStore()
 
     def __enter__(self) -> TTS:
@@ -128,8 +134,8 @@ class TTS:
         self.close()
 
     def __repr__(self) -> str:
-        provider = "closed" if self._engines is None else f"provider={self.provider!r}"
-        return f"TTS(bundle={self.bundle.manifest.name!r}, {provider}, {self.sample_rate / 1000:g} kHz)"
+        runs = "closed" if self._engines is None else f"provider={self.provider!r}"
+        return f"TTS(bundle={self.bundle.manifest.name!r}, {runs}, {self.sample_rate / 1000:g} kHz)"
 
     @property
     def engines(self) -> Mapping[str, Engine]:
@@ -161,31 +167,18 @@ class TTS:
             max_frames: int, frames of each piece of the text; default None, as many as context and codec allow.
             system: str; default None, the model's usual instruction.
             volume: float, a factor on all samples from 0.01 to 10; default 1.0.
+            speed: float, a factor on the speaking rate from 0.25 to 4; default 1.0.
             upstream_compat: bool, the behaviour of the original to the letter; default False.
 
         A piece that the model left silent, or that a limit cut off, is a warning in `info` and in the log.
 
         Raises PromptError for text that cannot be spoken or is too long with its references, and for a system text that the model
-        does not take; VoiceError for a voice that is unknown or not this bundle's; SamplingError for a limit, seed or volume
-        outside its range, and for a repetition penalty that the model does not have; ArgumentError for an argument of another
-        type; FishrtError if the model says nothing at all, draws codes that have no sound, or there is too little memory. Such an
-        error in a later piece of the text is an UnfinishedError, whose `speech` is the part before it.
+        does not take; VoiceError for a voice that is unknown or not this bundle's; SamplingError for a limit, seed, volume or
+        speed outside its range, and for a repetition penalty that the model does not have; ArgumentError for an argument of
+        another type; AudioError for a speed without PyAV; FishrtError if the model says nothing at all, draws codes that have no
+        sound, or there is too little memory. Such an error in a later piece is an UnfinishedError with the `speech` before it.
         """
-        stream = self._stream(Request.of(text, options), progress, lambda _, most: itertools.repeat(most))
-        chunks: list[AudioChunk] = []
-        try:
-            for chunk in stream:
-                chunks.append(chunk)
-        except FishrtError as error:
-            if not sum(map(len, chunks)):
-                raise
-            raise UnfinishedError(error, self._joined(chunks, stream.info)) from error
-        stream.info.check_spoken()
-        return self._joined(chunks, stream.info)
-
-    def _joined(self, chunks: Sequence[AudioChunk], info: SpeechInfo) -> Speech:
-        codes = np.concatenate([c.codes for c in chunks], axis=1)
-        return Speech(np.concatenate([c.pcm for c in chunks]), self.sample_rate, codes, info)
+        return self._stream(Request.of(text, options), progress, whole_chunks).whole()
 
     def stream(
         self, text: str | Request, *, progress: Callable[[Progress], None] | None = None, **options: Unpack[Options]
@@ -208,6 +201,40 @@ class TTS:
         request = Request.of(text, options)
         return AsyncSpeechStream(lambda: self._stream(request, progress, growing_chunks))
 
+    def submit(
+        self,
+        text: str | Request,
+        *,
+        priority: int = 0,
+        timeout_s: float | None = None,
+        progress: Callable[[Progress], None] | None = None,
+        **options: Unpack[Options],
+    ) -> ScheduledStream:
+        """Queue a text, or a `Request`, that is spoken together with others; its chunks are for `for` and for `async for`.
+
+        A thread computes the chunks, also while nobody reads, up to some seconds of sound. With the same seed the codes are those
+        of `speak`, except for the rounding of larger batches. See `Scheduler.submit` and, for the options, `speak`.
+        """
+        request = Request.of(text, options)
+        return self.scheduler.submit(request, priority=priority, timeout_s=timeout_s, progress=progress)
+
+    def speak_many(self, texts: Iterable[str | Request], **options: Unpack[Options]) -> Iterator[Speech]:
+        """Speak many texts together, with the options of `speak`, and yield their speeches in order.
+
+        Only as many are begun ahead as are spoken together, so that `texts` may be endless. Raises what `speak` raises when the
+        turn of a text comes; those before it have been yielded.
+        """
+        return self.scheduler.speak_many(Request.of(text, options) for text in texts)
+
+    @property
+    def scheduler(self) -> Scheduler:
+        """What speaks for `submit` and `speak_many`. Raises FishrtError after `close`."""
+        with self._making:
+            if self._scheduler is None:
+                _ = self.engines
+                self._scheduler = Scheduler(self)
+            return self._scheduler
+
     def encode(self, pcm: Pcm, rate: int) -> Ints:
         """Encode pcm float [samples], mono, −1..1, at `rate` Hz, to codes int64 [K, frames]. Raises AudioError."""
         check_pcm(pcm, rate)
@@ -225,14 +252,9 @@ class TTS:
             return self._decoder().decode(codes, quirks=Quirks.of(self.bundle.manifest.model) if upstream_compat else USUAL)
 
     @property
-    def store(self) -> VoiceStore:
-        """The user's own voices."""
-        return self._own
-
-    @property
     def voices(self) -> tuple[str, ...]:
         """Names of the user's voices, then of the bundle's. Raises VoiceError if the user's cannot be read."""
-        return tuple(dict.fromkeys((*self._own.list(), *bundle_voices(self.bundle))))
+        return self._known.names
 
     @property
     def default_voice(self) -> str | None:
@@ -244,16 +266,7 @@ class TTS:
 
         A recording is encoded when it is first used with this codec.
         """
-        return self._load_voice(find_voice(name, self._own, self.bundle), name)
-
-    def _load_voice(self, store: VoiceStore, name: str) -> Voice:
-        """Return the cached voice, or load it if its files have changed."""
-        key = (str(store), name)
-        kept = self._loaded.get(key)
-        if kept is None or kept[0] != store.stamp(name):
-            voice = store.load(name, self)
-            kept = self._loaded[key] = (store.stamp(name), voice)  # after loading, which may write files
-        return kept[1]
+        return self._known.voice(name)
 
     def loudness(self, codes: Ints) -> Loudness | None:
         """Return the loudness of a voice, codes int64 [k, frames], as the codec speaks it; None for silence."""
@@ -287,15 +300,7 @@ class TTS:
         head = self._prompts.start(self._voices(Request("", voice))).head
         path = None if folder is None else self._prepared_path(folder)
         with memory_errors():
-            slow = self.engines["slow_ar"]
-            saved = None if path is None else read_prepared(path, slow, head)
-            if saved is not None:
-                self._contexts.add(slow, head, saved)
-                return
-            context = SlowContext(slow, len(head) - 1)
-            self._contexts.load(context, head)
-            if path is not None:
-                write_prepared(path, slow, head, context.save())
+            prepare(self.engines["slow_ar"], head, self._contexts, path)
 
     def _prepared_path(self, folder: Path) -> Path:
         return prepared_path(folder, self.bundle.manifest.specs["slow_ar"].identity)
@@ -333,6 +338,7 @@ class TTS:
             max_frames=max_frames,
             quirks=quirks,
             volume=float(request.volume),
+            speed=float(request.speed),
             levelled=voices[0] if len(voices) == 1 and not quirks.sound else None,
             provider=provider,
             warnings=[*text_warnings(request.text, len(voices), manifest)],
@@ -342,7 +348,7 @@ class TTS:
         built_in, given = self.bundle.manifest.voices, request.voices
         if given is None:
             names = () if built_in is None else built_in.ordered if speaker_turns(request.text) else (built_in.default,)
-            voices = [self._load_voice(bundle_store(self.bundle), name) for name in names]
+            voices = [self._known.voice(name, built_in=True) for name in names]
         else:
             voices = [self.voice(v) if isinstance(v, str) else v for v in given]
             if len(voices) == 1 and isinstance(given[0], str):
@@ -354,7 +360,7 @@ class TTS:
 
     def _take_prepared(self, name: str, voice: Voice) -> None:
         """Load the keys and values that `prepare` wrote next to the voice, if there are any."""
-        folder = find_voice(name, self._own, self.bundle).prepared_folder(name)
+        folder = self._known.prepared_folder(name)
         if self._prepared.get(name) is not voice and folder is not None and self.is_prepared(folder):
             self._prepared[name] = voice
             self.prepare(voice, folder)
@@ -370,41 +376,16 @@ class TTS:
                 begun = time.perf_counter()
                 with memory_errors():
                     models, gain = self.models(), self.gain(job.task)
-                load_s = time.perf_counter() - begun
                 turns = Turns(models)
-                turns.add(job, gain, load_s)
+                turns.add(job, gain, time.perf_counter() - begun)
             turns.turn()
 
-        return SpeechStream(job, turn, self.description(job.task))
+        return SpeechStream(job, turn)
 
     def job(self, request: Request, progress: Callable[[Progress], None] | None, sizes: ChunkSizes) -> Job:
         """Return the job of a request after all checks that need no graph."""
         accepted = time.perf_counter()
-        if progress is not None and not callable(progress):
-            raise ArgumentError(f"progress is of type {type(progress).__name__}; a function is expected")
-        return Job(self._task(request), sizes, accepted, progress)
-
-    def description(self, task: Task) -> Describe:
-        """Return what describes the chunks of a task."""
-
-        def describe(pieces: tuple[PieceInfo, ...], samples: int, timings: Timings) -> SpeechInfo:
-            manifest, audio_s = self.bundle.manifest, samples / self.sample_rate
-            return SpeechInfo(
-                seed=task.seed,
-                sampling=task.sampling,
-                voices=task.voices,
-                pieces=pieces,
-                frames=sum(piece.frames for piece in pieces),
-                audio_s=audio_s,
-                timings=timings,
-                rtf=rtf(timings.compute_s, audio_s) if audio_s else None,
-                provider=task.provider,
-                bundle=manifest.name,
-                bundle_sha256=hashlib.sha256(manifest.to_json().encode()).hexdigest(),
-                warnings=(*task.warnings, *piece_warnings(pieces, len(task.pieces))),
-            )
-
-        return describe
+        return Job(self._task(request), self.bundle.manifest, sizes, accepted, progress)
 
     def models(self) -> Models:
         """Open the graphs that speaking needs."""

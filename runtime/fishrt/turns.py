@@ -16,8 +16,6 @@ from .bundle.memory import memory_errors
 from .job import Job, Models
 from .language_model.batch import Batch
 
-MOST_BUFFERED_S = 10.0
-"""Seconds of sound that a job may have made ahead of its reader; then it pauses."""
 MOST_HELD = 8
 """Turns in a row in which prompts wait for streams that would run dry."""
 
@@ -31,6 +29,8 @@ class Turns:
             self._batch = Batch(models.language_model, slots, models.contexts)
         self.jobs: list[Job] = []
         """In the order in which their prompts are read."""
+        self.rows = 0
+        """Rows of the last step."""
         self._held = 0
         # Seconds of a part of a prompt, of a step for all rows, and of a chunk: the last ones.
         self._part_s = self._step_s = self._chunk_s = 0.0
@@ -42,28 +42,33 @@ class Turns:
             job.begin(self._models, gain, load_s)
             job.slot = self._batch.admit(job.row)
 
+    @property
+    def paused(self) -> bool:
+        """Whether a turn would do nothing: all jobs wait for their readers."""
+        return all(job.paused for job in self.jobs)
+
     def turn(self) -> list[Job]:
-        """Take one turn. Return the jobs for which something was done or that have ended; the latter are no longer in `jobs`.
+        """Take one turn. Return the jobs that have a new chunk or have ended; the latter are no longer in `jobs`.
 
         An error of one job ends that job. Raises FishrtError for any other, such as one of the graphs.
         """
         for job in self.jobs:
             if job.closed.is_set():
                 job.done = True
-        ready = [job for job in self.jobs if not job.done and job.buffered_s < MOST_BUFFERED_S]
+        ready = [job for job in self.jobs if not job.done and not job.paused]
         reading = [job for job in ready if not job.row.begun]
         if reading and self._may_read():
             self._read(reading[0])
         self._step([job for job in ready if job.row.begun and not job.due and not job.done])
-        for job in self.jobs:
-            if not job.done and job.due:  # also one that pauses: its slot must not look idle between two pieces
-                self._decode(job)
-        touched = [job for job in self.jobs if job in ready or job.done]
-        for job in touched:
-            if job.done and job.slot is not None:
+        due = [job for job in ready if not job.done and job.due]
+        for job in due:
+            self._decode(job)
+        ended = [job for job in self.jobs if job.done]
+        for job in ended:
+            if job.slot is not None:
                 self._batch.leave(job.row)
         self.jobs = [job for job in self.jobs if not job.done]
-        return touched
+        return ended + [job for job in due if not job.done]
 
     def _may_read(self) -> bool:
         """Return whether no stream would run dry while a part of a prompt is read, or prompts have waited long enough."""
@@ -90,6 +95,7 @@ class Turns:
         begun, by_row = time.perf_counter(), {id(job.row): job for job in jobs}
         with memory_errors():
             drawn = self._batch.advance([job.row for job in jobs])
+        self.rows = len(drawn)
         if drawn:
             self._step_s = time.perf_counter() - begun
         for row, column in drawn:

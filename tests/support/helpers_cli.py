@@ -92,13 +92,10 @@ class FakeTts:
             return chunk
 
         job.pop, job.close = pop, job.closed.set
-        return SpeechStream(
-            job,
-            lambda: None,
-            lambda pieces, samples, timings: replace(
-                speech.info, pieces=pieces, frames=sum(p.frames for p in pieces), audio_s=samples / RATE, timings=timings
-            ),
+        job.describe = lambda pieces, samples, timings: replace(
+            speech.info, pieces=pieces, frames=sum(p.frames for p in pieces), audio_s=samples / RATE, timings=timings
         )
+        return SpeechStream(job, lambda: None)
 
     def voice(self, name):
         return find_voice(name, self.own, self.bundle).load(name, self)

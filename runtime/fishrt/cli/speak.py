@@ -141,6 +141,14 @@ _NOTES = 5
     metavar="FACTOR",
     help="Multiply all samples; 0.5 halves the amplitude (6 dB less).",
 )
+@click.option(
+    "--speed",
+    type=Number(min=0.25, max=4),
+    default=1.0,
+    show_default=True,
+    metavar="FACTOR",
+    help="Speak faster or slower at the same pitch; 2 takes half the time.",
+)
 @click.option("--upstream-compat", is_flag=True, help="Reproduce the original implementation exactly, including its bugs.")
 @engine_options
 @output_options

@@ -223,6 +223,18 @@ def prepared_path(folder: Path, graph: str) -> Path:
     return folder / f"prepared-{graph[:16]}.npz"
 
 
+def prepare(engine: Engine, head: Ints, contexts: ContextStore, path: Path | None) -> None:
+    """Read a head, so that `contexts` has it. path: take it from the file there, or write the file if there is none."""
+    saved = None if path is None else read_prepared(path, engine, head)
+    if saved is not None:
+        contexts.add(engine, head, saved)
+        return
+    context = SlowContext(engine, len(head) - 1)
+    contexts.load(context, head)
+    if path is not None:
+        write_prepared(path, engine, head, context.save())
+
+
 def write_prepared(path: Path, engine: Engine, columns: Ints, saved: State) -> None:
     """Write the result of `SlowContext.save` for `columns`. Raises OutputError."""
     buffer = io.BytesIO()

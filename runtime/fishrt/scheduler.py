@@ -1,0 +1,362 @@
+"""Many requests at once: one thread owns the models and takes turns for all jobs that are active; the others wait.
+
+    submit ─► waiting ─► active: a slot of the batch ─► chunks ─► the reader of each request
+                 ▲            │ a reader that does not read pauses its own job
+                 └─ full: BusyError
+
+The next job is that of the highest priority, then the one that has waited longest. It knows no HTTP.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Protocol, Self
+
+from .errors import BusyError, FishrtError, TimeLimitError
+from .job import MOST_BUFFERED_S, ChunkSizes, Job, Models
+from .request import Request, Task
+from .speech import AudioChunk, Progress, Speech
+from .stream import SpeechStream, growing_chunks, whole_chunks
+from .turns import Turns
+
+log = logging.getLogger(__name__)
+
+_IDLE_S = 0.1
+"""Seconds between two looks at time limits while nothing can be done."""
+_MOST_RETRY_S = 30
+
+
+class Speaker(Protocol):
+    """What a scheduler needs of a `TTS`."""
+
+    def job(self, request: Request, progress: Callable[[Progress], None] | None, sizes: ChunkSizes) -> Job:
+        """Return the job of a request after all checks that need no graph."""
+        ...
+
+    def models(self) -> Models:
+        """Open the graphs that speaking needs."""
+        ...
+
+    def gain(self, task: Task) -> float:
+        """Return the factor on all samples of a task."""
+        ...
+
+
+@dataclass(slots=True)
+class Stats:
+    """Counts of a scheduler: now, and since it began."""
+
+    waiting: int = 0
+    active: int = 0
+    submitted: int = 0
+    finished: int = 0
+    """Spoken to the end."""
+    cancelled: int = 0
+    refused: int = 0
+    """Because the queue was full."""
+    failed: int = 0
+    """Ended by an error, those that waited too long included."""
+    turns: int = 0
+    rows: int = 0
+    """Frames that were drawn in turns; rows ÷ turns is the mean batch."""
+    busy_s: float = 0.0
+    """Seconds in turns."""
+
+
+@dataclass(slots=True, eq=False)
+class _Entry:
+    job: Job
+    gain: float
+    priority: int
+    number: int
+    submitted: float
+    latest: float | None
+    """Time at which it gives up waiting."""
+    news: Callable[[], None]
+    """Tells the reader that there is a chunk, or that there will be none."""
+    begun: float | None = None
+
+
+class Scheduler:
+    """Requests that share one model. Thread-safe."""
+
+    def __init__(self, speaker: Speaker, *, max_active: int = 8, max_queue: int | None = 64) -> None:
+        """Make a scheduler; its thread begins with the first request.
+
+        max_active: requests that are spoken together. max_queue: most requests that wait; None means any number.
+        """
+        self._speaker, self._slots, self._max_queue = speaker, max_active, max_queue
+        self._changed = threading.Condition()
+        self._waiting: list[_Entry] = []
+        self._active: dict[Job, _Entry] = {}
+        self._stats = Stats()
+        self._models: Models
+        self._thread: threading.Thread | None = None
+        self._closing = False
+        self._job_s: float | None = None
+        self.fault: Exception | None = None
+        """The error that ended all active jobs, if nothing has been spoken since."""
+
+    def submit(
+        self,
+        request: Request,
+        *,
+        priority: int = 0,
+        timeout_s: float | None = None,
+        progress: Callable[[Progress], None] | None = None,
+        sizes: ChunkSizes = growing_chunks,
+        most_buffered_s: float = MOST_BUFFERED_S,
+    ) -> ScheduledStream:
+        """Queue a request. Return its chunks, which come while it is spoken.
+
+        The caller's thread checks it, encodes its voice and opens the graphs, where that was not done before.
+
+        priority: a higher one is begun first. timeout_s: seconds that it may wait until it is begun; then its stream raises
+        TimeLimitError. progress: called in the scheduler's thread after every frame. sizes: see `growing_chunks`.
+        most_buffered_s: seconds of sound that it may be ahead of its reader.
+        Raises BusyError if too many wait, FishrtError if the scheduler is closed, and the errors of `TTS.stream`.
+        """
+        job = self._speaker.job(request, progress, sizes)
+        job.most_buffered_s = most_buffered_s
+        models, gain = self._speaker.models(), self._speaker.gain(job.task)
+        now = time.perf_counter()
+        with self._changed:
+            if self._closing:
+                raise FishrtError("the scheduler is closed", hint="load the bundle again with TTS.load")
+            self._forget_closed()
+            ahead = len(self._active) + len(self._waiting)
+            if self._max_queue is not None and ahead >= self._slots + self._max_queue:
+                self._stats.refused += 1
+                raise BusyError(len(self._waiting), self._retry_s())
+            self._stats.submitted += 1
+            self._models = models
+            entry = _Entry(
+                *(job, gain, priority, self._stats.submitted, now, None if timeout_s is None else now + timeout_s),
+                news=lambda: None,
+            )
+            stream = ScheduledStream(job, self._wake, entry)
+            self._waiting.append(entry)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="fishrt scheduler", daemon=True)
+                self._thread.start()
+            self._changed.notify_all()
+        return stream
+
+    def speak_many(self, requests: Iterable[Request]) -> Iterator[Speech]:
+        """Speak requests together, and yield their speeches in order; see `TTS.speak_many`."""
+        ahead: deque[ScheduledStream] = deque()
+        try:
+            for request in requests:
+                while len(ahead) == self._slots:
+                    yield ahead.popleft().whole()
+                try:
+                    ahead.append(self.submit(request, sizes=whole_chunks, most_buffered_s=math.inf))
+                except FishrtError:
+                    while ahead:
+                        yield ahead.popleft().whole()
+                    raise
+            while ahead:
+                yield ahead.popleft().whole()
+        finally:
+            for stream in ahead:
+                stream.close()
+
+    @property
+    def stats(self) -> Stats:
+        """Return a copy of the counts."""
+        with self._changed:
+            self._forget_closed()
+            counts = {name: getattr(self._stats, name) for name in Stats.__slots__}
+            return Stats(**counts | {"waiting": len(self._waiting), "active": len(self._active)})
+
+    def close(self, drain_s: float | None = 0.0) -> None:
+        """Take no more requests. Let those that there are go on for at most `drain_s` seconds, then end them, and the thread.
+
+        drain_s: None lets them go on to their ends, and returns at once.
+        """
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+            if drain_s is None:
+                return
+            self._changed.wait_for(lambda: not self._waiting and not self._active, drain_s)
+            for entry in (*self._waiting, *self._active.values()):
+                entry.job.fail(FishrtError("the scheduler was closed before all was spoken"))
+                entry.news()
+            self._waiting.clear()
+            self._changed.notify_all()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _wake(self) -> None:
+        with self._changed:
+            self._forget_closed()
+            self._changed.notify_all()
+
+    def _forget_closed(self) -> None:
+        """Take the closed requests out of those that wait."""
+        closed = [entry for entry in self._waiting if entry.job.closed.is_set()]
+        self._waiting = [entry for entry in self._waiting if entry not in closed]
+        self._stats.cancelled += len(closed)
+
+    def _retry_s(self) -> int:
+        """Return after how many seconds there should be room: the share of a job's time that a slot needs."""
+        return max(1, min(_MOST_RETRY_S, round((self._job_s or 1.0) / self._slots)))
+
+    # --- the thread ------------------------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        turns: Turns | None = None
+        while True:
+            with self._changed:
+                while not self._waiting and not self._active:
+                    if self._closing:
+                        return
+                    self._changed.wait()
+                begin = self._next()
+            try:
+                turns = turns or Turns(self._models, self._slots)
+                for entry in begin:
+                    turns.add(entry.job, entry.gain)
+                began = time.perf_counter()
+                news = turns.turn()
+                self._count(turns, time.perf_counter() - began)
+            except Exception as error:  # of the models: it ends all jobs that share them, and the next begin anew
+                log.exception("the models failed")
+                self.fault, turns = error, None
+                news = list(self._active)
+                for job in news:
+                    job.fail(error)
+            for job in news:
+                self._tell(self._active[job])
+            with self._changed:
+                if turns and turns.paused and (self._active or not self._waiting):
+                    self._changed.wait(_IDLE_S)
+
+    def _next(self) -> list[_Entry]:
+        """Return the entries that get a slot now, and end those that waited too long."""
+        now = time.perf_counter()
+        self._forget_closed()
+        for entry in [entry for entry in self._waiting if entry.latest is not None and entry.latest < now]:
+            self._waiting.remove(entry)
+            self._stats.failed += 1
+            entry.job.fail(TimeLimitError(f"the request was not begun within {now - entry.submitted:.1f} s"))
+            entry.news()
+        self._waiting.sort(key=lambda entry: (-entry.priority, entry.number))
+        free = self._slots - len(self._active)
+        begin, self._waiting = self._waiting[:free], self._waiting[free:]
+        for entry in begin:
+            entry.begun = now
+            self._active[entry.job] = entry
+        return begin
+
+    def _count(self, turns: Turns, seconds: float) -> None:
+        self._stats.turns += 1
+        self._stats.rows += turns.rows
+        self._stats.busy_s += seconds
+
+    def _tell(self, entry: _Entry) -> None:
+        """Tell the reader of a job of what is new, and count the job if it has ended."""
+        if entry.job.done:
+            self._end(entry)
+        entry.news()
+
+    def _end(self, entry: _Entry) -> None:
+        with self._changed:
+            del self._active[entry.job]
+            assert entry.begun is not None
+            seconds = time.perf_counter() - entry.begun
+            self._job_s = seconds if self._job_s is None else 0.8 * self._job_s + 0.2 * seconds
+            if entry.job.closed.is_set():
+                self._stats.cancelled += 1
+            elif entry.job.error is not None:
+                self._stats.failed += 1
+            else:
+                self._stats.finished += 1
+                self.fault = None
+            self._changed.notify_all()
+
+
+class ScheduledStream(SpeechStream, AsyncIterator[AudioChunk]):
+    """The chunks of a request that a scheduler speaks, for a thread or for an event loop.
+
+    A reader that takes none pauses its request when some seconds of sound are waiting for it.
+    """
+
+    def __init__(self, job: Job, wake: Callable[[], None], entry: _Entry) -> None:
+        """Make a stream of a job. wake: tells the scheduler that the reader took a chunk, or has gone."""
+        super().__init__(job, self._wait)
+        self._wake, self._entry = wake, entry
+        self._news = threading.Condition()
+        self._unread = False
+        self._listener: Callable[[], None] | None = None
+        entry.news = self._tell
+
+    @property
+    def queued_s(self) -> float:
+        """Seconds that the request has waited, until now or until it was begun."""
+        begun = self._entry.begun
+        return (time.perf_counter() if begun is None else begun) - self._entry.submitted
+
+    def _tell(self) -> None:
+        with self._news:
+            self._unread = True
+            self._news.notify_all()
+            listener = self._listener
+        if listener is not None:
+            listener()
+
+    def _wait(self) -> None:
+        with self._news:
+            self._news.wait_for(lambda: self._unread)
+            self._unread = False
+
+    def _next(self) -> AudioChunk | None:
+        chunk = super()._next()
+        if chunk is not None:
+            self._wake()
+        return chunk
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> AudioChunk:
+        """Return the next chunk. If its wait is cancelled, the request ends. Raises as `next`."""
+        loop, news = asyncio.get_running_loop(), asyncio.Event()
+        self._listener = lambda: _in_loop(loop, news.set)
+        try:
+            while (chunk := self._next()) is None:
+                await news.wait()
+                news.clear()
+        except StopIteration:
+            raise StopAsyncIteration from None
+        except BaseException:
+            self._ended = True
+            self.close()
+            raise
+        finally:
+            self._listener = None
+        return chunk
+
+    def close(self) -> None:
+        """End the request: within a frame if it is spoken, at once if it waits."""
+        super().close()
+        self._tell()
+        self._wake()
+
+    async def aclose(self) -> None:
+        """End the request, as `close` does."""
+        self.close()
+
+
+def _in_loop(loop: asyncio.AbstractEventLoop, call: Callable[[], None]) -> None:
+    with suppress(RuntimeError):  # the loop was closed, and nobody waits
+        loop.call_soon_threadsafe(call)

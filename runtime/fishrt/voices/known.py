@@ -1,0 +1,37 @@
+"""The voices that a `TTS` knows: the user's, then the bundle's, each loaded once until its files change."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from pathlib import Path
+
+from .store import VoiceStore, bundle_store, bundle_voices, find_voice
+from .voice import Encoder, Voice
+
+
+class KnownVoices:
+    """The user's voices and those of the bundle of an encoder."""
+
+    def __init__(self, own: VoiceStore, encoder: Encoder) -> None:
+        self._own, self._encoder = own, encoder
+        self._loaded: dict[tuple[str, str], tuple[Hashable, Voice]] = {}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the user's voices, then of the bundle's. Raises VoiceError if the user's cannot be read."""
+        return tuple(dict.fromkeys((*self._own.list(), *bundle_voices(self._encoder.bundle))))
+
+    def voice(self, name: str, *, built_in: bool = False) -> Voice:
+        """Return a voice of the user, else of the bundle. built_in: only of the bundle. Raises VoiceError as `find_voice`."""
+        bundle = self._encoder.bundle
+        store = bundle_store(bundle) if built_in else find_voice(name, self._own, bundle)
+        key = (str(store), name)
+        kept = self._loaded.get(key)
+        if kept is None or kept[0] != store.stamp(name):
+            voice = store.load(name, self._encoder)
+            kept = self._loaded[key] = (store.stamp(name), voice)  # after loading, which may write files
+        return kept[1]
+
+    def prepared_folder(self, name: str) -> Path | None:
+        """Return the folder for what `TTS.prepare` writes for a voice; None for one that has no folder."""
+        return find_voice(name, self._own, self._encoder.bundle).prepared_folder(name)

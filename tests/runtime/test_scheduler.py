@@ -1,0 +1,297 @@
+"""Requests that are spoken together: each gets what it gets alone, whoever comes, goes, reads slowly or fails."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from fishrt import TTS, Request, Speech
+from fishrt.errors import BusyError, FishrtError, GraphError, PromptError, TimeLimitError, UnfinishedError
+from fishrt.scheduler import ScheduledStream, Scheduler
+from fishrt.stream import SpeechStream, growing_chunks, whole_chunks
+from fishrt.turns import Turns
+
+TEXTS = ("Good morning.", "One, two, three. And four!", "The birch canoe slid on the smooth planks. Glue the sheet.")
+
+
+@pytest.fixture(scope="module")
+def tts() -> Iterator[TTS]:
+    """The embedded voice on one thread."""
+    with TTS.load(provider="cpu", threads=1) as loaded:
+        yield loaded
+
+
+@pytest.fixture
+def scheduler(tts: TTS) -> Iterator[Scheduler]:
+    made = Scheduler(tts, max_active=3, max_queue=2)
+    yield made
+    made.close()
+
+
+def request(n: int, **options: Any) -> Request:
+    return Request(TEXTS[n % len(TEXTS)], seed=n, max_frames=options.pop("max_frames", 12), **options)
+
+
+ALONE: dict[tuple[int, int], Speech] = {}
+
+
+def alone(tts: TTS, n: int, max_frames: int = 12) -> Speech:
+    if (n, max_frames) not in ALONE:
+        ALONE[n, max_frames] = tts.speak(request(n, max_frames=max_frames))
+    return ALONE[n, max_frames]
+
+
+def check(tts: TTS, n: int, speech: Speech, max_frames: int = 12) -> None:
+    """Check a speech that was made together with others: its codes are those of the request alone."""
+    expected = alone(tts, n, max_frames)
+    np.testing.assert_array_equal(speech.codes, expected.codes)
+    np.testing.assert_allclose(speech.pcm, expected.pcm, atol=1e-4)
+    assert speech.info.stop_reasons == expected.info.stop_reasons
+
+
+def until(condition: Any) -> None:
+    """Wait for another thread."""
+    for _ in range(2000):
+        if condition():
+            return
+        time.sleep(0.005)
+    raise AssertionError("nothing happened for 10 s")
+
+
+def test_many_requests_give_what_each_gives_alone(tts: TTS) -> None:
+    speeches = list(tts.speak_many(map(request, range(12))))
+    for n, speech in enumerate(speeches):
+        check(tts, n, speech)
+
+
+def test_they_share_their_steps(tts: TTS) -> None:
+    scheduler = Scheduler(tts, max_active=4)
+    streams = [scheduler.submit(request(n, max_frames=30)) for n in range(4)]
+    for stream in streams:
+        stream.whole()
+    stats = scheduler.stats
+    scheduler.close()
+    assert (stats.submitted, stats.finished, stats.waiting, stats.active) == (4, 4, 0, 0)
+    assert stats.rows > 1.5 * stats.turns
+
+
+@given(
+    schedule=st.lists(
+        st.one_of(
+            st.tuples(st.just("submit"), st.integers(0, 5), st.integers(0, 2)),
+            st.tuples(st.just("turns"), st.integers(1, 12), st.just(0)),
+            st.tuples(st.just("close"), st.integers(0, 3), st.just(0)),
+            st.tuples(st.just("read"), st.integers(0, 3), st.integers(1, 3)),
+        ),
+        max_size=20,
+    )
+)
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_schedule_gives_what_single_requests_give(tts: TTS, schedule: list[tuple[str, int, int]]) -> None:
+    """In one thread, so that a schedule is repeatable: jobs come, are read and are closed between any two turns."""
+    turns, going = Turns(tts.models(), 3), list[tuple[int, SpeechStream, list[Any]]]()
+    made = list[tuple[int, SpeechStream, list[Any]]]()
+    for verb, what, other in schedule:
+        if verb == "submit" and len(turns.jobs) < 3:
+            sizes = (growing_chunks, whole_chunks, lambda least, most: itertools.repeat(1))[other]
+            job = tts.job(request(what), None, sizes)
+            job.most_buffered_s = 0.3
+            turns.add(job, tts.gain(job.task))
+            going.append((what, SpeechStream(job, turns.turn), []))
+            made.append(going[-1])
+        elif verb == "turns":
+            for _ in range(what):
+                turns.turn()
+        elif verb == "read" and what < len(going):
+            _, stream, chunks = going[what]
+            chunks += itertools.islice(stream, other)
+        elif verb == "close" and what < len(going):
+            going.pop(what)[1].close()
+    for _, stream, chunks in going:
+        chunks += stream
+    for n, stream, chunks in made:
+        codes = np.concatenate([np.zeros((alone(tts, n).codes.shape[0], 0), np.int64), *(c.codes for c in chunks)], axis=1)
+        expected = alone(tts, n).codes
+        if stream._job.closed.is_set():
+            expected = expected[:, : codes.shape[1]]
+        np.testing.assert_array_equal(codes, expected)
+
+
+def test_for_and_async_for_say_the_same(tts: TTS, scheduler: Scheduler) -> None:
+    async def collect(streams: list[ScheduledStream]) -> list[Any]:
+        async def of(stream: ScheduledStream) -> list[Any]:
+            return [chunk async for chunk in stream]
+
+        return list(await asyncio.gather(*map(of, streams)))
+
+    found = asyncio.run(collect([scheduler.submit(request(n)) for n in range(5)]))
+    for n, chunks in enumerate(found):
+        np.testing.assert_array_equal(np.concatenate([c.codes for c in chunks], axis=1), alone(tts, n).codes)
+
+
+def test_a_full_queue_refuses(tts: TTS, scheduler: Scheduler) -> None:
+    streams = [scheduler.submit(request(n, max_frames=400)) for n in range(5)]
+    until(lambda: scheduler.stats.active == 3)
+    with pytest.raises(BusyError) as caught:
+        scheduler.submit(request(0))
+    assert 1 <= caught.value.retry_s <= 30
+    assert scheduler.stats.refused == 1
+    for stream in streams:
+        stream.close()
+    until(lambda: not scheduler.stats.active)
+    check(tts, 0, scheduler.submit(request(0)).whole())
+
+
+def test_a_closed_request_ends_whether_it_speaks_or_waits(tts: TTS, scheduler: Scheduler) -> None:
+    speaking = [scheduler.submit(request(n, max_frames=400)) for n in range(3)]
+    next(speaking[0])
+    waiting = scheduler.submit(request(4))
+    waiting.close()
+    assert scheduler.stats.waiting == 0
+    assert list(waiting) == []
+    for stream in speaking:
+        stream.close()
+        assert list(stream) == []
+    until(lambda: not scheduler.stats.active)
+    assert scheduler.stats.cancelled == 4
+
+
+def test_a_reader_that_does_not_read_pauses_its_own_request(tts: TTS) -> None:
+    scheduler = Scheduler(tts, max_active=2)
+    drawn = list[int]()
+    slow = scheduler.submit(request(2, max_frames=400), most_buffered_s=0.5, progress=lambda p: drawn.append(p.frames))
+    check(tts, 1, scheduler.submit(request(1)).whole())
+    until(lambda: slow._job.paused)
+    made = len(drawn)
+    check(tts, 0, scheduler.submit(request(0)).whole())
+    assert len(drawn) == made
+    check(tts, 2, slow.whole(), 400)
+    scheduler.close()
+
+
+def test_the_highest_priority_is_begun_first(tts: TTS) -> None:
+    scheduler, begun = Scheduler(tts, max_active=1), list[int]()
+    first = scheduler.submit(request(0, max_frames=200))
+
+    def tell(n: int) -> Any:
+        return lambda progress: begun.append(n) if progress.frames == 1 else None
+
+    others = [scheduler.submit(request(n), priority=p, progress=tell(n)) for n, p in ((1, 0), (2, 5), (3, 0), (4, 5))]
+    for stream in (first, *others):
+        stream.whole()
+    scheduler.close()
+    assert begun == [2, 4, 1, 3]
+
+
+def test_a_request_that_waits_too_long_ends(tts: TTS) -> None:
+    scheduler = Scheduler(tts, max_active=1)
+    first = scheduler.submit(request(0, max_frames=400))
+    late = scheduler.submit(request(1), timeout_s=0.0)
+    with pytest.raises(TimeLimitError, match="not begun within"):
+        late.whole()
+    assert late.queued_s > 0
+    first.close()
+    scheduler.close()
+
+
+def test_an_error_of_one_request_is_its_own(tts: TTS, scheduler: Scheduler) -> None:
+    def stops(progress: Any) -> None:
+        if progress.frames == 6:
+            raise RuntimeError("the listener went home")
+
+    broken, whole = scheduler.submit(request(2, max_frames=30), progress=stops), scheduler.submit(request(1))
+    with pytest.raises(RuntimeError, match="went home"):
+        list(broken)
+    check(tts, 1, whole.whole())
+    with pytest.raises(PromptError):
+        scheduler.submit(Request("..."))
+    assert scheduler.stats.failed == 1
+
+
+def test_an_error_of_the_models_ends_all_that_speak_and_the_next_speak_again(
+    tts: TTS, scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow, calls = tts.engines["slow_ar"], itertools.count()
+    run = slow.run
+
+    def fails(*args: Any, **options: Any) -> Any:
+        if next(calls) == 12:
+            raise GraphError("the device is gone")
+        return run(*args, **options)
+
+    monkeypatch.setattr(slow, "run", fails)
+    streams = [scheduler.submit(request(n, max_frames=60)) for n in range(3)]
+    for stream in streams:
+        with pytest.raises((GraphError, UnfinishedError), match="the device is gone"):
+            stream.whole()
+    check(tts, 0, scheduler.submit(request(0)).whole())
+    assert scheduler.fault is None
+
+
+def test_a_closing_scheduler_lets_speech_end(tts: TTS) -> None:
+    scheduler = Scheduler(tts, max_active=1)
+    streams = [scheduler.submit(request(n)) for n in range(2)]
+    threading.Thread(target=scheduler.close, args=(30.0,)).start()
+    for n, stream in enumerate(streams):
+        check(tts, n, stream.whole())
+    with pytest.raises(FishrtError, match="closed"):
+        scheduler.submit(request(0))
+
+
+def test_a_closed_scheduler_says_so_to_its_readers(tts: TTS) -> None:
+    scheduler = Scheduler(tts, max_active=1)
+    streams = [scheduler.submit(request(n, max_frames=400)) for n in range(2)]
+    next(streams[0])
+    scheduler.close()
+    for stream in streams:
+        with pytest.raises(FishrtError, match="closed before all was spoken"):
+            list(stream)
+
+
+def test_a_tts_that_is_closed_lets_speech_end() -> None:
+    with TTS.load(provider="cpu", threads=1) as tts:
+        expected = tts.speak(request(0)).codes
+        stream = tts.submit(request(0))
+    np.testing.assert_array_equal(stream.whole().codes, expected)
+    with pytest.raises(FishrtError, match="closed"):
+        tts.submit("Hello!")
+
+
+def test_streams_that_would_run_dry_go_before_prompts(tts: TTS, monkeypatch: pytest.MonkeyPatch) -> None:
+    turns = Turns(tts.models(), 2)
+    first, second = (tts.job(request(n, max_frames=60), None, growing_chunks) for n in (2, 1))
+    turns.add(first, 1.0)
+    while not turns.turn():
+        pass
+    turns.add(second, 1.0)
+    first.heard_until = time.perf_counter() + 60
+    turns._part_s = 120.0  # reading a prompt takes longer than what is left to hear
+    held = 0
+    while not second.row.begun:
+        turns.turn()
+        held += 1
+    assert held == 9, "prompts wait, but not for ever"
+
+
+def test_many_errors_come_in_their_turn(tts: TTS) -> None:
+    speeches = tts.speak_many(["Hello!", "...", "Bye."], seed=1, max_frames=8)
+    assert next(speeches).codes.shape[1] == 8
+    with pytest.raises(PromptError):
+        next(speeches)
+
+
+def test_speed_changes_the_duration_and_not_the_codes(tts: TTS) -> None:
+    normal, fast = tts.speak(request(2)), tts.speak(request(2), speed=1.5)
+    np.testing.assert_array_equal(normal.codes, fast.codes)
+    assert len(fast.pcm) == pytest.approx(len(normal.pcm) / 1.5, rel=0.02)
+    streamed = np.concatenate([chunk.pcm for chunk in tts.stream(request(2), speed=1.5)])
+    np.testing.assert_allclose(streamed, fast.pcm, atol=1e-3)
