@@ -22,7 +22,7 @@ from click.testing import CliRunner
 
 import fishrt
 import helpers_cli
-from fishrt.audio.encode import pcm16
+from fishrt.audio.encoders import pcm16
 from fishrt.cli import main
 from fishrt.cli.base.commands import Commands
 from fishrt.errors import FishrtError, GraphError, ProviderError, UnfinishedError
@@ -267,7 +267,7 @@ MISTAKES = {
     "speak Hi. -o folder.wav": "is a folder",
     "speak Hi. -o a.mp3 --format wav": "its ending says mp3",
     "speak Hi. --format aac": "unknown format 'aac'|opus",
-    "speak Hi. -o a.flac --stream": "a.flac|flac cannot grow",
+    "speak Hi. -o a.ogg --stream": "no streams of ogg",
     "speak Hi. -o no/such/a.wav --stream": "no/such",
     "speak Hi. --lines": "-o DIR",
     "speak Hi. --lines -o -": "-o DIR",

@@ -14,7 +14,8 @@ import pytest
 import soundfile
 
 import helpers_cli
-from fishrt.audio.encode import UNKNOWN, WavWriter, encode_audio, growing_wav, pcm16, write_audio
+from fishrt.audio.encode import GrowingFile, encode_audio, growing_audio, write_audio
+from fishrt.audio.encoders import UNKNOWN, open_encoder, pcm16
 from fishrt.audio.files import read_audio
 from fishrt.audio.resample import resample
 from fishrt.errors import AudioError
@@ -93,7 +94,7 @@ def test_a_rate_that_a_format_lacks_becomes_the_next_higher(format: str, rate: i
 
 def test_a_file_that_grew_is_like_one_that_was_written_whole(tmp_path: Path) -> None:
     path = tmp_path / "a.wav"
-    with growing_wav(path, RATE) as writer:
+    with growing_audio(path, RATE) as writer:
         for part in np.split(tone(1.0), 5):
             writer.write(part)
             assert not path.exists()
@@ -104,7 +105,7 @@ def test_a_file_that_grew_is_like_one_that_was_written_whole(tmp_path: Path) -> 
 
 def test_a_pipe_gets_the_sound_at_once_and_no_length() -> None:
     file = io.BytesIO()
-    writer = WavWriter(file, RATE)
+    writer = GrowingFile(file, open_encoder("wav", RATE))
     writer.write(np.array([0, 0.5, 2], np.float32))
     data = file.getvalue()
     assert struct.unpack("<I", data[4:8]) == struct.unpack("<I", data[40:44]) == (UNKNOWN,)
@@ -118,7 +119,7 @@ def test_a_named_pipe_stays_one(tmp_path: Path) -> None:
     got: list[bytes] = []
     reader = threading.Thread(target=lambda: got.append((tmp_path / "a.wav").read_bytes()))
     reader.start()
-    with growing_wav(tmp_path / "a.wav", RATE) as writer:
+    with growing_audio(tmp_path / "a.wav", RATE) as writer:
         writer.write(tone(0.1))
     reader.join()
     assert len(got[0]) == 44 + 2 * RATE // 10
@@ -143,14 +144,14 @@ def test_what_was_not_spoken_is_told(fake):
 
 def test_a_listener_who_leaves_ends_the_work(fake, monkeypatch):
     """The model is not called further, and there is no traceback."""
-    write = WavWriter.write
+    write = GrowingFile.write
 
     def leave(self, pcm):
         if fake.given == 2:
             raise BrokenPipeError(32, "Broken pipe")
         write(self, pcm)
 
-    monkeypatch.setattr(WavWriter, "write", leave)
+    monkeypatch.setattr(GrowingFile, "write", leave)
     done = run("speak", "Hi.", "--stream", "-o", "-", "-q")
     assert (fake.given, done.exit_code) == (2, 1)
     assert "Traceback" not in done.stderr

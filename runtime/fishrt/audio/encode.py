@@ -1,79 +1,25 @@
-"""Writing of audio files: whole ones in several formats, and growing ones, wav or bare samples. Samples are float32, mono, −1..1.
-
-Players can read a growing file before its length is known.
-"""
+"""Writing of audio files: whole ones, and growing ones, which can be played before their end. Samples: float32, mono, −1..1."""
 
 from __future__ import annotations
 
 import io
-import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-import numpy.typing as npt
 import soundfile
 
 from ..arrays import Pcm
 from ..errors import AudioError
+from .encoders import Encoder, open_encoder, pcm16
+from .formats import FORMATS, audio_format, next_rate
 from .output import check_place, growing, write_whole
 from .resample import resample
 
 _BLOCK = 1 << 16
 """Samples encoded at once. libsndfile puts a whole write of Vorbis on the stack, which a long one overflows."""
-UNKNOWN = 0xFFFFFFFF
-"""An unknown size in bytes: players read until the end. It is also the largest size that a wav header can state."""
-_HEADER_BYTES = 44
-
-
-@dataclass(frozen=True, slots=True)
-class Format:
-    """A kind of audio file."""
-
-    suffixes: tuple[str, ...]
-    container: str
-    """libsndfile's name of the file format."""
-    encoding: str
-    """libsndfile's name of the sample encoding."""
-    rates: tuple[int, ...] = ()
-    """Sample rates in Hz that the format can hold, ascending; empty: any."""
-
-
-FORMATS = {
-    "wav": Format((".wav",), "WAV", "PCM_16"),
-    "flac": Format((".flac",), "FLAC", "PCM_16"),
-    "ogg": Format((".ogg",), "OGG", "VORBIS"),
-    "opus": Format((".opus",), "OGG", "OPUS", (8000, 12000, 16000, 24000, 48000)),
-    "mp3": Format((".mp3",), "MP3", "MPEG_LAYER_III", (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000)),
-    "pcm": Format((".pcm", ".raw"), "RAW", "PCM_16"),
-}
-"""Name → format. pcm is 16-bit little-endian samples without a header."""
-
-_BY_SUFFIX = {suffix: name for name, kind in FORMATS.items() for suffix in kind.suffixes}
-
-
-def audio_format(path: str | Path, format: str | None = None) -> str:
-    """Return the name of the format for a file: `format`, else that of the file's ending; wav for standard output, "-".
-
-    Raises AudioError for an unknown name or ending, and for two that disagree.
-    """
-    if format is not None and format not in FORMATS:
-        raise AudioError(f"unknown format {format!r}", hint=f"known are {', '.join(FORMATS)}")
-    if str(path) == "-":
-        return format or "wav"
-    ending = Path(path).suffix
-    of_ending = _BY_SUFFIX.get(ending.lower())
-    if format is None and of_ending is None:
-        why = f"unknown format {ending!r}" if ending else "its name has no ending, which would name the format"
-        raise AudioError(f"cannot write {path}: {why}", hint=f"end the name in {', '.join(_BY_SUFFIX)}, or give the format")
-    if format is not None and of_ending not in (format, None):
-        raise AudioError(
-            f"cannot write {path}: its ending says {of_ending}, and {format} is asked for", hint="change one of them"
-        )
-    return format or of_ending or "wav"
 
 
 def check_writable(path: str | Path, format: str | None = None) -> None:
@@ -95,12 +41,14 @@ def encode_audio(pcm: Pcm, rate: int, format: str) -> bytes:
     """Return pcm float32 [samples] at `rate` Hz as the bytes of a file in one of FORMATS.
 
     A format that cannot hold the rate gets the next higher rate that it can hold, or its highest. Raises AudioError for a rate
-    that no encoder takes.
+    that no encoder takes, and for aac without PyAV.
     """
     kind = FORMATS[format]
-    if kind.rates and rate not in kind.rates:
-        target = next((r for r in kind.rates if r > rate), kind.rates[-1])
-        pcm, rate = resample(pcm, rate, target), target
+    if not kind.container:
+        encoder = open_encoder(format, rate)
+        return encoder.push(pcm) + encoder.finish()
+    target = next_rate(kind.rates, rate)
+    pcm, rate = resample(pcm, rate, target), target
     samples = pcm16(pcm) if kind.encoding == "PCM_16" else np.clip(pcm, -1, 1)
     buffer = io.BytesIO()
     endian = "LITTLE" if kind.container == "RAW" else "FILE"
@@ -113,58 +61,44 @@ def encode_audio(pcm: Pcm, rate: int, format: str) -> bytes:
     return buffer.getvalue()
 
 
-def pcm16(pcm: Pcm) -> npt.NDArray[np.int16]:
-    """Return samples float32 −1..1 as int16, rounded; a sample outside that range is clipped."""
-    scaled: Pcm = np.rint(pcm * np.float32(32768))
-    return scaled.clip(-32768, 32767).astype(np.int16)
+class GrowingFile:
+    """A writer of an audio file that is open for writing, bit by bit."""
 
-
-class WavWriter:
-    """A writer of 16-bit mono wav, or of the samples alone, to a file that is open for writing."""
-
-    def __init__(self, file: BinaryIO, rate: int, *, header: bool = True) -> None:
-        """Write the header, with an unknown length. rate: Hz. header: whether there is a header."""
-        self._file, self._rate, self._header, self._bytes = file, rate, header, 0
-        self._write_header(UNKNOWN)
+    def __init__(self, file: BinaryIO, encoder: Encoder) -> None:
+        """Write the beginning that needs no samples, such as a wav header with an unknown length."""
+        self._file, self._encoder = file, encoder
+        self._write(encoder.push(np.empty(0, np.float32)))
 
     def write(self, pcm: Pcm) -> None:
         """Write pcm float32 [samples], −1..1, and flush it; a sample outside is clipped."""
-        data = pcm16(pcm).astype("<i2", copy=False).tobytes()
-        self._bytes += len(data)
+        self._write(self._encoder.push(pcm))
+
+    def finish(self, *, changeable: bool) -> None:
+        """Write the rest. changeable: whether the header can still be changed, and so gets the length."""
+        self._write(self._encoder.finish())
+        if changeable and (header := self._encoder.header):
+            self._file.seek(0)
+            self._write(header)
+
+    def _write(self, data: bytes) -> None:
         self._file.write(data)
-        self._file.flush()
-
-    def finish(self) -> None:
-        """Write the length into the header, in a seekable file."""
-        self._file.seek(0)
-        self._write_header(self._bytes)
-
-    def _write_header(self, size: int) -> None:
-        if not self._header:
-            return
-        whole = min(size + _HEADER_BYTES - 8, UNKNOWN)
-        riff = struct.pack("<4sI4s", b"RIFF", whole, b"WAVE")
-        form = struct.pack("<4sIHHIIHH", b"fmt ", 16, 1, 1, self._rate, 2 * self._rate, 2, 16)
-        self._file.write(riff + form + struct.pack("<4sI", b"data", min(size, UNKNOWN)))
         self._file.flush()
 
 
 @contextmanager
-def growing_wav(path: str | Path, rate: int, format: str | None = None) -> Iterator[WavWriter]:
-    """Open a file of format wav or pcm that appears when the block ends without an error.
+def growing_audio(path: str | Path, rate: int, format: str | None = None) -> Iterator[GrowingFile]:
+    """Open a file that appears when the block ends without an error, for sound of `rate` Hz that is encoded as it comes.
 
-    Standard output, "-", a pipe and a device get the samples at once; the length in their wav header is unknown. Raises
-    OutputError and BrokenPipeError as `growing` does.
+    Standard output, "-", a pipe and a device get the bytes at once; the length in their header is unknown. Raises AudioError as
+    `open_encoder`, OutputError and BrokenPipeError as `growing`.
     """
     with growing(path) as (file, changeable):
-        writer = WavWriter(file, rate, header=audio_format(path, format) == "wav")
+        writer = GrowingFile(file, open_encoder(audio_format(path, format), rate))
         yield writer
-        if changeable:
-            writer.finish()
+        writer.finish(changeable=changeable)
 
 
-def check_growing_wav(path: str | Path, format: str | None = None) -> None:
-    """Check a place before long work. Raises AudioError for a format that cannot grow, OutputError as `check_place` does."""
-    if (name := audio_format(path, format)) not in ("wav", "pcm"):
-        raise AudioError(f"cannot write {path} bit by bit: {name} cannot grow", hint="use wav or pcm")
+def check_growing(path: str | Path, format: str | None = None) -> None:
+    """Check a place before long work. Raises AudioError as `audio_format` and `open_encoder`, OutputError as `check_place`."""
+    open_encoder(audio_format(path, format), 48000)
     check_place(path)

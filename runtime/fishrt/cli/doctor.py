@@ -43,11 +43,12 @@ def _audio_formats() -> str:
         import soundfile
     except (ImportError, OSError) as error:
         return f"soundfile cannot be loaded: {error}"
-    from ..audio.encode import FORMATS
+    from ..audio.formats import FORMATS
 
+    pyav = importlib.util.find_spec("av") is not None
     known: dict[str, Any] = soundfile.available_formats()
     read = ", ".join(name for name in ("WAV", "FLAC", "OGG", "MP3", "AIFF", "AU", "CAF") if name in known)
-    written = ", ".join(name for name, kind in FORMATS.items() if kind.container in known)
+    written = ", ".join(name for name, kind in FORMATS.items() if (kind.container in known if kind.container else pyav))
     return f"reads {read}, and others; writes {written} (libsndfile {soundfile.__libsndfile_version__})"
 
 

@@ -63,8 +63,9 @@ _NOTES = 5
 @click.option(
     "--stream",
     is_flag=True,
-    help="Write wav or pcm while it is made: `-o - | aplay`, or `-o - | ffplay -nodisp -autoexit -`. Its wav header "
-    "on standard output states no length; a file appears when it is complete.",
+    help="Write the audio while it is made: `-o - | aplay`, or `-o - | ffplay -nodisp -autoexit -`. Its wav header "
+    "on standard output states no length; a file appears when it is complete. Formats other than wav and pcm need: "
+    'pip install "fishrt[server]".',
 )
 @click.option(
     "--play",
@@ -243,7 +244,8 @@ class _Target:
 
     def check(self) -> None:
         """Check the target before long work. Raises AudioError for a bad format, OutputError for a place or player that fails."""
-        from ..audio.encode import audio_format, check_growing_wav, check_writable
+        from ..audio.encode import check_growing, check_writable
+        from ..audio.formats import audio_format
         from ..audio.play import check_player
 
         if self.play:
@@ -254,7 +256,7 @@ class _Target:
             audio_format("-", self.format)
             check_folder(Path(self.output))
         else:
-            (check_growing_wav if self.stream else check_writable)(self.output, self.format)
+            (check_growing if self.stream else check_writable)(self.output, self.format)
 
     @property
     def done(self) -> str:
@@ -266,7 +268,7 @@ class _Target:
 
     def speak(self, tts: TTS, text: str, request: dict[str, Any]) -> SpeechInfo:
         """Speak a text to the target. The request ends when nobody reads the audio any more."""
-        from ..audio.encode import growing_wav, write_audio
+        from ..audio.encode import growing_audio, write_audio
         from ..audio.play import playing
 
         if not self.stream and not self.play:
@@ -283,7 +285,7 @@ class _Target:
         writers: list[Callable[[Pcm], None]] = []
         with closing(tts.stream(text, **request)) as chunks, ExitStack() as stack:
             if self.stream:
-                writers.append(stack.enter_context(growing_wav(str(self.output), tts.sample_rate, self.format)).write)
+                writers.append(stack.enter_context(growing_audio(str(self.output), tts.sample_rate, self.format)).write)
             elif self.output is not None:
                 writers.append(whole.append)
             if self.play:

@@ -22,8 +22,8 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from ..arrays import Pcm
+from ..audio.encoders import open_encoder
 from ..errors import FishrtError
-from .encoders import open_encoder
 from .fields import Speak
 from .problems import GoneError, Problem, problem
 from .service import Service
@@ -48,7 +48,7 @@ class Rendering:
         self.frames = 0
         self.samples = 0
         """Spoken so far, at the model's rate."""
-        self.encoder = open_encoder(speak.format, service.tts.sample_rate, speak.rate, speak.bitrate)
+        self.encoder = open_encoder(speak.format, service.tts.sample_rate, target=speak.rate, bitrate=speak.bitrate)
 
     async def bytes(self) -> AsyncGenerator[bytes]:
         """Yield the encoded audio; no part is empty. Raises Problem if nothing was spoken."""

@@ -88,8 +88,9 @@ bundle_option = click.option(
 format_option = click.option(
     "--format",
     metavar="NAME",
-    help="Audio format, where no ending of a file names it: wav, flac, ogg, opus, mp3 or pcm. Opus has rates of 8, 12, 16, 24 "
-    "and 48 kHz: speech at 44.1 kHz is resampled to 48 kHz.  [default: by the ending, else wav]",
+    help="Audio format, where no ending of a file names it: wav, flac, ogg, opus, mp3, aac or pcm. Opus has rates of 8, 12, 16, "
+    "24 and 48 kHz: speech at 44.1 kHz is resampled to 48 kHz. aac needs: pip install "
+    '"fishrt[server]".  [default: by the ending, else wav]',
 )
 threads_option = click.option(
     "--threads",
