@@ -15,7 +15,7 @@ from starlette.responses import Response
 from ..errors import FishrtError
 from ..tts import TTS
 from ..version import __version__
-from . import docs, health, openai
+from . import docs, health, openai, voices
 from .edge import Edge
 from .problems import GONE, GoneError, problem, reply
 from .service import Service
@@ -37,6 +37,7 @@ def create_app(tts: TTS, settings: Settings, *, closing: bool = True) -> FastAPI
         yield
         service.drain()
         loading.cancel()
+        service.encoder.close()
         if closing:
             await asyncio.to_thread(tts.close)
 
@@ -50,7 +51,7 @@ def create_app(tts: TTS, settings: Settings, *, closing: bool = True) -> FastAPI
         redirect_slashes=False,
     )
     app.state.service = service
-    for part in (openai, health):
+    for part in (openai, voices, health):
         app.include_router(part.routes(service))
     app.include_router(docs.routes(app))
     app.openapi = lambda: docs.describe(app)  # type: ignore[method-assign]

@@ -6,8 +6,9 @@ them that has a field wins. A field that is null is absent.
 
 from __future__ import annotations
 
+import asyncio
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Annotated, Any, Literal
@@ -15,9 +16,11 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
 
 from ..language_model.sampling import Sampling
-from ..request import Request
+from ..request import Request, VoiceLike
 from ..text.split import SPEAKER, check_unicode, speakable
+from ..voices.voice import Voice
 from .problems import Problem
+from .references import AUDIO, TEXT, find_references
 from .service import Service
 
 FORMATS = ("mp3", "opus", "aac", "flac", "wav", "pcm")
@@ -29,6 +32,9 @@ SPELLINGS = {
     "model": (),
     "input": ("text",),
     "voice": ("reference_id", "voice_id", "speaker"),
+    "references": (),
+    "ref_audio": AUDIO[1:],
+    "ref_text": TEXT[1:],
     "response_format": ("format", "output_format"),
     "speed": ("prosody.speed",),
     "volume_db": ("prosody.volume",),
@@ -86,6 +92,10 @@ def _format(value: Any) -> Any:
 
 
 _NAME = {"type": "string"}
+_OPTIONAL = {"anyOf": [_NAME, {"type": "null"}]}
+_CODES = {"type": "array", "items": {"type": "array", "items": {"type": "integer", "minimum": 0}}}
+_REFERENCE = {"type": "object", "properties": {"audio": _NAME, "text": _NAME, "codes": _CODES}, "required": ["text"]}
+_REFERENCES = {"anyOf": [{"type": "array", "items": _REFERENCE}, {"type": "null"}]}
 _VOICE = {
     "anyOf": [
         _NAME,
@@ -106,6 +116,16 @@ class SpeechFields(BaseModel):
     voice: Annotated[Any, BeforeValidator(_voice), WithJsonSchema(_VOICE)] = Field(
         None,
         description="A voice, one of OpenAI's 13 names, or one for each speaker. Also: reference_id, voice_id, speaker.",
+    )
+    references: Annotated[Any, WithJsonSchema(_REFERENCES)] = Field(
+        None, description="Recordings of the voice, or of the voice of each speaker. They go before `voice`."
+    )
+    ref_audio: Annotated[Any, WithJsonSchema(_OPTIONAL)] = Field(
+        None,
+        description="A recording: base64, data URL, or URL or file if the server allows it. Also: reference_audio, prompt_audio.",
+    )
+    ref_text: Annotated[Any, WithJsonSchema(_OPTIONAL)] = Field(
+        None, description="The words of `ref_audio`. Also: reference_text, prompt_text."
     )
     response_format: Annotated[Literal["mp3", "opus", "aac", "flac", "wav", "pcm"] | None, BeforeValidator(_format)] = Field(
         None, description="mp3 unless `stream` is true: then pcm, 16-bit little-endian mono samples. Also: format, output_format."
@@ -159,7 +179,7 @@ class Speak:
         return not speakable(self.request.text)
 
 
-def speak_of(service: Service, *data: Mapping[str, Any], accept: str = "") -> Speak:
+async def speak_of(service: Service, *data: Mapping[str, Any], accept: str = "") -> Speak:
     """Return the checked request of a JSON object. accept: the header Accept. Raises Problem.
 
     data: the object, and others with fields that it may leave out.
@@ -183,8 +203,7 @@ def speak_of(service: Service, *data: Mapping[str, Any], accept: str = "") -> Sp
             text = _with_tag(text, fields.instructions)
         else:
             ignored.append(spelt["instructions"])
-    names = fields.voice if isinstance(fields.voice, list) else [fields.voice]
-    voices = [service.voice(name) for name in names]
+    voices = await _voices(service, fields)
     speed = fields.speed or 1.0
     if speed != 1:
         raise Problem(400, "speed: this version speaks at speed 1 only", param="speed")
@@ -196,7 +215,7 @@ def speak_of(service: Service, *data: Mapping[str, Any], accept: str = "") -> Sp
     )
     request = Request(
         text,
-        voice=voices[0] if len(voices) == 1 else voices,  # type: ignore[arg-type]
+        voice=voices,
         sampling=sampling,
         seed=fields.seed,
         max_frames=min(fields.max_new_tokens, codec.max_frames) if fields.max_new_tokens else None,
@@ -214,6 +233,22 @@ def speak_of(service: Service, *data: Mapping[str, Any], accept: str = "") -> Sp
         bitrate=_bitrate(fields, kind),
         ignored=tuple(dict.fromkeys(ignored)),
     )
+
+
+async def _voices(service: Service, fields: SpeechFields) -> VoiceLike | Sequence[VoiceLike] | None:
+    """Return the voices of a request, as `Request.voice` takes them: its references, else those that it names."""
+    given = {"references": fields.references, "ref_audio": fields.ref_audio, "ref_text": fields.ref_text, "voice": fields.voice}
+    if references := find_references(given):
+        return await service.references.voices(references)
+    if not isinstance(fields.voice, list):
+        return await asyncio.to_thread(service.library.resolve, fields.voice)
+    voices: list[VoiceLike] = []
+    for name in fields.voice:
+        voice = await asyncio.to_thread(service.library.resolve, name)
+        if not isinstance(voice, (str, Voice)):
+            raise Problem(400, f"voice: {name!r:.80} is the voice of no speaker; name one for each", param="voice")
+        voices.append(voice)
+    return voices
 
 
 def flatten(*data: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:

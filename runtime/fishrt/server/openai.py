@@ -37,7 +37,8 @@ def routes(service: Service) -> APIRouter:
         """Answer with audio: whole, in chunks while it is made, or as server-sent events."""
         data = await json_object(request)
         service.check_ready()
-        return await reply(service, speak_of(service, data, accept=request.headers.get("accept", "")), request.receive)
+        speak = speak_of(service, data, accept=request.headers.get("accept", ""))
+        return await reply(service, await unless_gone(speak, request.receive), request.receive)
 
     @router.post("/v1/audio/speech/batch", summary="Speak several texts", openapi_extra=_body(_batch_schema()))
     async def batch(request: Request) -> dict[str, Any]:
@@ -78,7 +79,7 @@ async def speak_batch(service: Service, data: dict[str, Any], request: Request) 
     async def one(index: int, item: dict[str, Any]) -> dict[str, Any] | Problem:
         try:
             async with turns:
-                audio, rendering = await whole(service, speak_of(service, item, shared))
+                audio, rendering = await whole(service, await speak_of(service, item, shared))
         except (Problem, FishrtError) as error:
             return problem(error)
         return {

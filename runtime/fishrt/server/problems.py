@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,7 +10,20 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
-from ..errors import ArgumentError, AudioError, FishrtError, PromptError, SamplingError, VoiceError
+from ..errors import (
+    ArgumentError,
+    AudioError,
+    FishrtError,
+    KeptVoiceError,
+    OutputError,
+    PromptError,
+    SamplingError,
+    TakenVoiceError,
+    UnknownVoiceError,
+    VoiceError,
+)
+
+log = logging.getLogger(__name__)
 
 _KINDS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 _PARAMS: Mapping[type[FishrtError], str | None] = {
@@ -20,6 +34,12 @@ _PARAMS: Mapping[type[FishrtError], str | None] = {
     ArgumentError: None,
 }
 """The errors of the runtime that are a client's mistake, with the field that they are about."""
+_STATUS: Mapping[type[FishrtError], tuple[int, str]] = {
+    UnknownVoiceError: (404, "voice_not_found"),
+    TakenVoiceError: (409, "voice_exists"),
+    KeptVoiceError: (403, "voice_kept"),
+}
+"""Those that have a status and a code of their own."""
 
 
 GONE = 499
@@ -68,7 +88,11 @@ def problem(error: Exception) -> Problem:
         message = f"{error}; {error.hint}" if error.hint else str(error)
         for kind, param in _PARAMS.items():
             if isinstance(error, kind):
-                return Problem(400, message, param=param)
+                status, code = _STATUS.get(type(error), (400, None))
+                return Problem(status, message, param=param, code=code)
+        if isinstance(error, OutputError):  # its message names a folder of the server
+            log.error("%s", error)
+            return Problem(500, "the server cannot write its files; its log has more", code="cannot_write")
         return Problem(500, message, code="generation_failed")
     return Problem(500, "the server has a fault; its log has more", code="internal_error")
 

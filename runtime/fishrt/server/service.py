@@ -1,25 +1,25 @@
-"""What all routes share: the TTS, the settings, whether requests can be served, and which voice a name means."""
+"""What all routes share: the TTS and its voices, the settings, and whether requests can be served."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from functools import cached_property
 
 from ..bundle.manifest import MANIFEST
 from ..errors import FishrtError
-from ..request import Request, VoiceLike
+from ..request import Request
 from ..stream import AsyncSpeechStream
 from ..tts import TTS
+from .encoding import VoiceEncoder
+from .fetch import Fetcher
+from .library import VoiceLibrary
 from .metrics import Metrics
 from .problems import Problem
+from .references import ReferenceReader
 from .settings import Settings
 
 log = logging.getLogger(__name__)
 
-OPENAI_VOICES = "alloy ash ballad coral echo fable onyx nova sage shimmer verse marin cedar".split()
-DEFAULT, NO_VOICE = "default", "unconditioned"
-"""Names with a meaning: the server's default voice, and speech without a voice."""
 _SILENT = 2
 """Frames of the request that opens all graphs before the first client speaks."""
 
@@ -33,6 +33,10 @@ class Service:
         """loading, ok, draining or dead."""
         self.reason = "the model is loading"
         self.metrics = Metrics(self.queue)
+        self.encoder = VoiceEncoder(tts)
+        self.library = VoiceLibrary(tts, self.encoder, strict=settings.strict_voices)
+        fetcher = Fetcher() if settings.allow_url_refs else None
+        self.references = ReferenceReader(tts, self.encoder, media_dir=settings.media_dir, fetcher=fetcher)
 
     async def load(self) -> None:
         """Speak once, so that every graph is open. Until then, requests are refused."""
@@ -61,26 +65,6 @@ class Service:
     def speak(self, request: Request) -> AsyncSpeechStream:
         """Start a request; its chunks come by `async for`, and `aclose` ends it."""
         return self.tts.astream(request)
-
-    def voice(self, name: str | None) -> VoiceLike | Sequence[VoiceLike] | None:
-        """Return what a request's name of a voice means, as `Request.voice` takes it. Raises Problem 404 for an unknown name."""
-        names = self.tts.voices
-        if name in names:
-            return name
-        if name in (None, "", DEFAULT):
-            return DEFAULT if DEFAULT in names else None
-        if name == NO_VOICE:
-            return []
-        if name in OPENAI_VOICES and not self.settings.strict_voices:
-            local = self._fixed_voices(names)
-            return local[OPENAI_VOICES.index(name) % len(local)] if local else None
-        known = ", ".join(names) or "none"
-        raise Problem(404, f"there is no voice {name!r:.80}; there are: {known:.500}", param="voice", code="voice_not_found")
-
-    def _fixed_voices(self, names: Sequence[str]) -> Sequence[str]:
-        """Return the voices that OpenAI's names are given to. A voice of the user that is added changes nothing, if it can be."""
-        built_in = self.tts.bundle.manifest.voices
-        return built_in.names if built_in else names
 
     def count_tokens(self, text: str) -> int:
         """Return the number of tokens that the model reads for a text."""

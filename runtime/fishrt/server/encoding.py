@@ -1,0 +1,107 @@
+"""Recordings of clients → voices, one at a time, in a thread of its own. Voices of requests are remembered for the next one."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import io
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import TypeVar
+
+import numpy as np
+
+from ..arrays import Ints, Pcm
+from ..audio.files import read_audio
+from ..tts import TTS
+from ..voices.recordings import check_recording, most_seconds
+from ..voices.voice import Voice, joined
+from .problems import Problem
+
+KEPT_BYTES = 64 << 20
+"""Codes and transcripts of requests' voices that are remembered."""
+_MOST_WAITING = 32
+_RETRY_S = "5"
+_SAMPLE_S = 10.0
+"""Longest sample of a voice."""
+_T = TypeVar("_T")
+
+
+class VoiceEncoder:
+    """Makes voices. Its methods may be called from one event loop only; recordings are the bytes of files, of any format."""
+
+    def __init__(self, tts: TTS, *, kept_bytes: int = KEPT_BYTES) -> None:
+        self._tts, self._most = tts, kept_bytes
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="voices")
+        self._waiting = 0
+        self._kept: OrderedDict[tuple[bytes, str], Voice] = OrderedDict()
+        self._size = 0
+
+    async def voice(self, audio: bytes, transcript: str, name: str) -> Voice:
+        """Return a voice with its recording, as `VoiceStore.add` keeps it. Raises as `Voice.from_audio`; Problem 429."""
+        return await self.run(lambda: Voice.from_audio(self._tts, self._read(audio), transcript, name=name))
+
+    async def reference(self, audio: bytes, transcript: str) -> Voice:
+        """Return the voice of a request, made now or remembered. Raises as `voice`."""
+        return await self.run(lambda: self._reference(audio, transcript))
+
+    async def codes(self, audio: bytes) -> Ints:
+        """Return the codes of a recording, int64 [num_codebooks, frames]. Raises AudioError, VoiceError for silence."""
+        return await self.run(lambda: self._codes(audio))
+
+    async def joined(self, voices: Sequence[Voice]) -> Voice:
+        """Return one voice of several of one speaker."""
+        return await self.run(lambda: joined(voices, self._tts))
+
+    async def sample(self, voice: Voice) -> Pcm:
+        """Return the first seconds of a voice as the codec speaks it, pcm float32 [samples], at the loudness of its speech."""
+        return await self.run(lambda: self._sample(voice))
+
+    def close(self) -> None:
+        """End the thread. What still waits is not done."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    async def run(self, work: Callable[[], _T]) -> _T:
+        """Return what a function returns, called in the thread. Raises what it raises, and Problem 429."""
+        if self._waiting >= _MOST_WAITING:
+            raise Problem(429, "too many recordings wait to be encoded", code="queue_full", headers={"Retry-After": _RETRY_S})
+        self._waiting += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+        finally:
+            self._waiting -= 1
+
+    def _read(self, audio: bytes) -> tuple[Pcm, int]:
+        manifest = self._tts.bundle.manifest
+        return read_audio(io.BytesIO(audio), max_seconds=most_seconds(manifest.model, manifest.codec))
+
+    def _reference(self, audio: bytes, transcript: str) -> Voice:
+        key = (hashlib.sha256(audio).digest(), transcript)
+        if key in self._kept:
+            self._kept.move_to_end(key)
+            return self._kept[key]
+        voice = replace(Voice.from_audio(self._tts, self._read(audio), transcript, name="reference"), recording=None)
+        self._kept[key] = voice
+        self._size += _size(voice)
+        while self._size > self._most:
+            self._size -= _size(self._kept.popitem(last=False)[1])
+        return voice
+
+    def _codes(self, audio: bytes) -> Ints:
+        manifest = self._tts.bundle.manifest
+        pcm, rate = self._read(audio)
+        check_recording(pcm, rate, manifest.model, manifest.codec, "the audio")
+        return np.asarray(self._tts.encode(pcm, rate), np.int64)
+
+    def _sample(self, voice: Voice) -> Pcm:
+        voice.check(self._tts.bundle)
+        frames = round(_SAMPLE_S * self._tts.bundle.manifest.codec.frame_rate)
+        loudness = voice.loudness or self._tts.loudness(voice.codes)
+        pcm: Pcm = self._tts.decode(voice.codes[:, :frames]) * np.float32(loudness.gain if loudness else 1.0)
+        return pcm
+
+
+def _size(voice: Voice) -> int:
+    return voice.codes.nbytes + 4 * len(voice.transcript)
