@@ -204,7 +204,7 @@ ROOMS = {
         {"text", "codec"},
         {"voices"},
         {"language_model"},
-        {"request", "speech", "speech_warnings", "job", "turns", "stream", "scheduler"},
+        {"request", "speech", "speech_warnings", "job", "turns", "known_speech", "stream", "scheduler"},
         {"tts"},
         {"bench", "server"},
         {"cli"},

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from .arrays import Ints
 from .audio.speed import Stretcher
@@ -17,7 +18,7 @@ from .bundle.features import Codec, LanguageModel
 from .bundle.manifest import Manifest
 from .codec import CodecDecoder, clamp_codes
 from .errors import ArgumentError, FishrtError
-from .language_model.batch import DualAR, Row
+from .language_model.batch import DualAR, Parked, Row, StopReason
 from .language_model.context import ContextStore
 from .language_model.sampling import SeededNoise
 from .metrics import rtf
@@ -43,6 +44,15 @@ MOST_BUFFERED_S = 10.0
 """Seconds of sound that a job may be ahead of its reader; then it pauses."""
 
 
+@dataclass(frozen=True, slots=True)
+class Spoken:
+    """One piece of text, spoken."""
+
+    codes: npt.NDArray[np.int32]
+    """[C, frames]"""
+    stop_reason: StopReason
+
+
 class Job:
     """The state of one request. It runs no language model: it gives rows, takes the columns that are drawn, and decodes them.
 
@@ -50,9 +60,13 @@ class Job:
     """
 
     row: Row
-    """The generation of the current piece of text."""
+    """The generation of the current piece of text; none if the codes are known."""
     slot: int | None = None
-    """Place of its rows in the batch, from the first piece to the last."""
+    """Place of its rows in the batch while it has one, from the first piece to the last."""
+    parked: Parked | None = None
+    """What its row has read, while it has no slot."""
+    known: Sequence[Spoken] = ()
+    """What it says, if that was said before: only the codec runs."""
 
     def __init__(
         self,
@@ -80,6 +94,10 @@ class Job:
         self._buffered_s = 0.0
         self.heard_until: float | None = None
         """Time at which all sound so far has been played, if it plays since the first; None before the first."""
+        self.begun = False
+        self.said: list[Spoken] = []
+        """What it has said: one entry for each piece that has ended."""
+        self._codes: list[Ints] = []
         self._chunks: deque[AudioChunk] = deque()
         self._drawn: list[Ints] = []
         self._piece = self._frames = self._clipped = 0
@@ -90,11 +108,13 @@ class Job:
         self._models, self._gain, self._load_s = models, gain, load_s
         self._lengths = self._sizes(*models.decoder.chunk_frames)
         self._stream, self._noise = models.decoder.stream(self.task.quirks), SeededNoise(self.task.seed)
-        self._began = time.perf_counter()
+        self._began, self.begun = time.perf_counter(), True
         self._next_row()
 
     def _next_row(self) -> None:
         task, self._wanted = self.task, next(self._lengths)
+        if self.known:
+            return
         self.row = Row(
             self._models.language_model.language_model,
             task.conversation.user(task.pieces[self._piece]),
@@ -118,7 +138,19 @@ class Job:
     @property
     def due(self) -> bool:
         """Whether the columns of a chunk are drawn, so that `decode` comes next."""
-        return self.frames_wanted == 0 or not self.row.goes_on
+        return bool(self.known) or self.frames_wanted == 0 or not self.row.goes_on
+
+    @property
+    def between_pieces(self) -> bool:
+        """Whether a piece of text has ended, and nothing of the next was read."""
+        return self._piece > 0 and not self.known and not self.row.begun
+
+    @property
+    def key(self) -> bytes:
+        """A hash of all that its codes depend on."""
+        task = self.task
+        rest = (task.pieces, task.sampling, task.seed, task.max_frames, task.quirks)
+        return hashlib.sha256(repr(rest).encode() + task.conversation.head.tobytes()).digest()
 
     def spend(self, seconds: float) -> None:
         """Count seconds of the language model for the next chunk."""
@@ -139,15 +171,10 @@ class Job:
 
         Raises the row's error, and FishrtError for codes that have no sound.
         """
-        task, row, begun = self.task, self.row, time.perf_counter()
-        if row.error:
-            raise row.error
-        lm, codec = self._models.language_model.language_model, self._models.codec
-        ends = row.stop_reason is not None
-        if ends:  # later prompts have the columns as drawn; the codec and the caller get codes that the codec has
-            task.conversation.assistant(row.drawn)
-        codes = spoken_codes(self._drawn, lm, codec)
-        pcm = self._stream.push(codes, last=ends) if self._drawn else self._stream.flush()
+        task, codec, begun = self.task, self._models.codec, time.perf_counter()
+        codes, stop_reason = self._known_codes() if self.known else self._drawn_codes()
+        ends, frames = stop_reason is not None, codes.shape[1]
+        pcm = self._stream.push(codes, last=ends) if frames else self._stream.flush()
         if self._gain != 1:
             pcm = pcm * np.float32(self._gain)
             self._clipped += int((np.abs(pcm) > 1).sum())
@@ -162,18 +189,35 @@ class Job:
         if len(pcm):
             self.heard_until = max(self.heard_until or now, now) + seconds
         self._buffered_s += seconds
-        self._chunks.append(AudioChunk(pcm, codec.sample_rate, codes, self._piece, piece, row.stop_reason, task.seed, timings))
+        self._chunks.append(AudioChunk(pcm, codec.sample_rate, codes, self._piece, piece, stop_reason, task.seed, timings))
+        self._codes.append(codes)
         self._drawn, self._spent, self._load_s = [], 0.0, 0.0
-        if not ends:
+        if stop_reason is None:
             self._wanted = next(self._lengths)
             return
-        self._piece += 1
+        self.said.append(Spoken(np.concatenate(self._codes, axis=1).astype(np.int32), stop_reason))
+        self._codes, self._piece = [], self._piece + 1
         if self._piece < len(task.pieces):
             self._next_row()
             return
         if self._clipped:
             task.warnings.append(f"{self._clipped:,} samples are clipped: use a smaller volume than {task.volume:g}")
         self.done = True
+
+    def _drawn_codes(self) -> tuple[Ints, StopReason | None]:
+        """Return the codes of the columns that are due, int64 [C, frames], and why the piece ends, if it does."""
+        if self.row.error:
+            raise self.row.error
+        if self.row.stop_reason is not None:  # later prompts have the columns as drawn; the codec gets codes that it has
+            self.task.conversation.assistant(self.row.drawn)
+        codes = spoken_codes(self._drawn, self._models.language_model.language_model, self._models.codec)
+        return codes, self.row.stop_reason
+
+    def _known_codes(self) -> tuple[Ints, StopReason | None]:
+        piece, given = self.known[self._piece], sum(codes.shape[1] for codes in self._codes)
+        codes = piece.codes[:, given : given + self._wanted].astype(np.int64)
+        self._frames += codes.shape[1]
+        return codes, piece.stop_reason if given + codes.shape[1] == piece.codes.shape[1] else None
 
     def fail(self, error: Exception) -> None:
         """End the job with an error, after the chunks that it has."""

@@ -4,12 +4,14 @@
                  ▲            │ a reader that does not read pauses its own job
                  └─ full: BusyError
 
-The next job is that of the highest priority, then the one that has waited longest. It knows no HTTP.
+The next job is that of the highest priority, then the one that has waited longest. While others wait, a job gives up its slot if
+nobody reads it, and between two pieces of its text; it keeps what it has read, and goes on later. It knows no HTTP.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import math
 import threading
@@ -22,6 +24,7 @@ from typing import Protocol, Self
 
 from .errors import BusyError, FishrtError, TimeLimitError
 from .job import MOST_BUFFERED_S, ChunkSizes, Job, Models
+from .known_speech import KNOWN_BYTES, KnownSpeech
 from .request import Request, Task
 from .speech import AudioChunk, Progress, Speech
 from .stream import SpeechStream, growing_chunks, whole_chunks
@@ -75,32 +78,41 @@ class Stats:
 class _Entry:
     job: Job
     gain: float
+    seeded: bool
+    """The same request gives the same codes again."""
     priority: int
     number: int
+    """Its turn among those of its priority."""
     submitted: float
     latest: float | None
     """Time at which it gives up waiting."""
     news: Callable[[], None]
     """Tells the reader that there is a chunk, or that there will be none."""
     begun: float | None = None
+    """Time at which it first got a slot."""
 
 
 class Scheduler:
     """Requests that share one model. Thread-safe."""
 
-    def __init__(self, speaker: Speaker, *, max_active: int = 8, max_queue: int | None = 64) -> None:
+    def __init__(
+        self, speaker: Speaker, *, max_active: int = 8, max_queue: int | None = 64, known_bytes: int = KNOWN_BYTES
+    ) -> None:
         """Make a scheduler; its thread begins with the first request.
 
-        max_active: requests that are spoken together. max_queue: most requests that wait; None means any number.
+        max_active: requests that are spoken together. max_queue: most requests that wait; None means any number. known_bytes:
+        most bytes of codes that are kept, so that a request with the same seed, text, voice and sampling runs the codec only.
         """
         self._speaker, self._slots, self._max_queue = speaker, max_active, max_queue
         self._changed = threading.Condition()
         self._waiting: list[_Entry] = []
         self._active: dict[Job, _Entry] = {}
         self._stats = Stats()
+        self._known = KnownSpeech(known_bytes)
         self._models: Models
         self._thread: threading.Thread | None = None
         self._closing = False
+        self._numbers = itertools.count()
         self._job_s: float | None = None
         self.fault: Exception | None = None
         """The error that ended all active jobs, if nothing has been spoken since."""
@@ -126,20 +138,23 @@ class Scheduler:
         """
         job = self._speaker.job(request, progress, sizes)
         job.most_buffered_s = most_buffered_s
+        if request.seed is not None:
+            job.known = self._known.find(job.key)
         models, gain = self._speaker.models(), self._speaker.gain(job.task)
         now = time.perf_counter()
         with self._changed:
             if self._closing:
                 raise FishrtError("the scheduler is closed", hint="load the bundle again with TTS.load")
             self._forget_closed()
-            ahead = len(self._active) + len(self._waiting)
-            if self._max_queue is not None and ahead >= self._slots + self._max_queue:
+            waiting = sum(entry.begun is None for entry in self._waiting)
+            if self._max_queue is not None and len(self._active) + waiting >= self._slots + self._max_queue:
                 self._stats.refused += 1
-                raise BusyError(len(self._waiting), self._retry_s())
+                raise BusyError(waiting, self._retry_s())
             self._stats.submitted += 1
             self._models = models
             entry = _Entry(
-                *(job, gain, priority, self._stats.submitted, now, None if timeout_s is None else now + timeout_s),
+                *(job, gain, request.seed is not None, priority, next(self._numbers), now),
+                latest=None if timeout_s is None else now + timeout_s,
                 news=lambda: None,
             )
             stream = ScheduledStream(job, self._wake, entry)
@@ -221,24 +236,28 @@ class Scheduler:
                     if self._closing:
                         return
                     self._changed.wait()
+                if turns is not None:
+                    self._make_room(turns)
                 begin = self._next()
             try:
                 turns = turns or Turns(self._models, self._slots)
                 for entry in begin:
                     turns.add(entry.job, entry.gain)
                 began = time.perf_counter()
-                news = turns.turn()
-                self._count(turns, time.perf_counter() - began)
+                for job in turns.turn():
+                    self._tell(self._active[job])
+                self._stats.turns += 1
+                self._stats.rows += turns.rows
+                self._stats.busy_s += time.perf_counter() - began
             except Exception as error:  # of the models: it ends all jobs that share them, and the next begin anew
                 log.exception("the models failed")
                 self.fault, turns = error, None
-                news = list(self._active)
-                for job in news:
-                    job.fail(error)
-            for job in news:
-                self._tell(self._active[job])
+                for entry in list(self._active.values()):
+                    entry.job.fail(error)
+                    self._tell(entry)
             with self._changed:
-                if turns and turns.paused and (self._active or not self._waiting):
+                full = len(self._active) == self._slots
+                if turns and turns.paused and (full or not self._ready()):
                     self._changed.wait(_IDLE_S)
 
     def _next(self) -> list[_Entry]:
@@ -250,18 +269,34 @@ class Scheduler:
             self._stats.failed += 1
             entry.job.fail(TimeLimitError(f"the request was not begun within {now - entry.submitted:.1f} s"))
             entry.news()
-        self._waiting.sort(key=lambda entry: (-entry.priority, entry.number))
-        free = self._slots - len(self._active)
-        begin, self._waiting = self._waiting[:free], self._waiting[free:]
+        begin = self._ready()[: self._slots - len(self._active)]
+        self._waiting = [entry for entry in self._waiting if entry not in begin]
         for entry in begin:
-            entry.begun = now
+            entry.begun = entry.begun or now
             self._active[entry.job] = entry
         return begin
 
-    def _count(self, turns: Turns, seconds: float) -> None:
-        self._stats.turns += 1
-        self._stats.rows += turns.rows
-        self._stats.busy_s += seconds
+    def _ready(self) -> list[_Entry]:
+        """Return the entries that wait for a slot, in their order; not those that were parked and wait for their readers."""
+        return sorted(
+            (entry for entry in self._waiting if not entry.job.paused), key=lambda entry: (-entry.priority, entry.number)
+        )
+
+    def _make_room(self, turns: Turns) -> None:
+        """Park jobs that nobody reads, and those between two pieces of text, while others wait for their slots.
+
+        At most as many are parked as there are slots: each keeps what it has read.
+        """
+        for entry in list(self._active.values()):
+            job, ready = entry.job, self._ready()
+            parked = sum(entry.begun is not None for entry in self._waiting)
+            if len(self._active) < self._slots or not ready or not turns.can_park or parked >= self._slots:
+                return
+            if job.paused or (job.between_pieces and ready[0].priority >= entry.priority):
+                turns.park(job)
+                del self._active[job]
+                entry.number = next(self._numbers)
+                self._waiting.append(entry)
 
     def _tell(self, entry: _Entry) -> None:
         """Tell the reader of a job of what is new, and count the job if it has ended."""
@@ -282,6 +317,8 @@ class Scheduler:
             else:
                 self._stats.finished += 1
                 self.fault = None
+                if entry.seeded:
+                    self._known.keep(entry.job.key, entry.job.said)
             self._changed.notify_all()
 
 

@@ -378,7 +378,7 @@ class TTS:
                     models, gain = self.models(), self.gain(job.task)
                 turns = Turns(models)
                 turns.add(job, gain, time.perf_counter() - begun)
-            turns.turn()
+            list(turns.turn())
 
         return SpeechStream(job, turn)
 

@@ -36,19 +36,22 @@ class Turns:
         self._part_s = self._step_s = self._chunk_s = 0.0
 
     def add(self, job: Job, gain: float, load_s: float = 0.0) -> None:
-        """Begin a job; see `Job.begin`. Raises ValueError if no slot is idle."""
+        """Begin a job, see `Job.begin`, or go on with one that was parked. Raises ValueError if no slot is idle."""
         self.jobs.append(job)
-        with ends(job):
-            job.begin(self._models, gain, load_s)
-            job.slot = self._batch.admit(job.row)
+        with ends(job), memory_errors():
+            if not job.begun:
+                job.begin(self._models, gain, load_s)
+            if not job.known:
+                job.slot = self._batch.admit(job.row, parked=job.parked)
+                job.parked = None
 
     @property
     def paused(self) -> bool:
         """Whether a turn would do nothing: all jobs wait for their readers."""
         return all(job.paused for job in self.jobs)
 
-    def turn(self) -> list[Job]:
-        """Take one turn. Return the jobs that have a new chunk or have ended; the latter are no longer in `jobs`.
+    def turn(self) -> Iterator[Job]:
+        """Take one turn. Yield jobs as soon as they have a new chunk, and those that have ended, which are not in `jobs` then.
 
         An error of one job ends that job. Raises FishrtError for any other, such as one of the graphs.
         """
@@ -56,19 +59,36 @@ class Turns:
             if job.closed.is_set():
                 job.done = True
         ready = [job for job in self.jobs if not job.done and not job.paused]
-        reading = [job for job in ready if not job.row.begun]
+        reading = [job for job in ready if not job.known and not job.row.begun]
         if reading and self._may_read():
             self._read(reading[0])
-        self._step([job for job in ready if job.row.begun and not job.due and not job.done])
-        due = [job for job in ready if not job.done and job.due]
-        for job in due:
-            self._decode(job)
+        self._step([job for job in ready if not job.done and not job.due and job.row.begun])
+        for job in ready:
+            if not job.done and job.due:
+                self._decode(job)
+                if not job.done:
+                    yield job
         ended = [job for job in self.jobs if job.done]
-        for job in ended:
-            if job.slot is not None:
-                self._batch.leave(job.row)
         self.jobs = [job for job in self.jobs if not job.done]
-        return ended + [job for job in due if not job.done]
+        for job in ended:
+            self._leave(job)
+            yield job
+
+    def _leave(self, job: Job) -> None:
+        if job.slot is not None:
+            self._batch.leave(job.row)
+            job.slot = None
+
+    @property
+    def can_park(self) -> bool:
+        """Whether jobs can be parked: what they have read can be taken out of the batch."""
+        return self._models.language_model.slow.traits.parts_states
+
+    def park(self, job: Job) -> None:
+        """Take out a job that goes on later, when it is added again; what it has read is kept."""
+        self.jobs.remove(job)
+        job.parked = None if job.slot is None else self._batch.park(job.row)
+        job.slot = None
 
     def _may_read(self) -> bool:
         """Return whether no stream would run dry while a part of a prompt is read, or prompts have waited long enough."""
@@ -105,10 +125,11 @@ class Turns:
                 job.take(column)
 
     def _decode(self, job: Job) -> None:
-        begun, row = time.perf_counter(), job.row
+        begun = time.perf_counter()
         with ends(job), memory_errors():
+            next_piece = not job.known and not job.row.goes_on
             job.decode()
-            if job.row is not row:
+            if next_piece and not job.done:
                 self._batch.admit(job.row, job.slot)
         self._chunk_s = time.perf_counter() - begun
 

@@ -7,6 +7,7 @@ import itertools
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fishrt import TTS, Request, Speech
+from fishrt import TTS, Request, Sampling, Speech
 from fishrt.errors import BusyError, FishrtError, GraphError, PromptError, TimeLimitError, UnfinishedError
+from fishrt.job import Spoken
+from fishrt.known_speech import KnownSpeech
 from fishrt.scheduler import ScheduledStream, Scheduler
+from fishrt.speech import Progress
 from fishrt.stream import SpeechStream, growing_chunks, whole_chunks
 from fishrt.turns import Turns
 
@@ -106,11 +110,11 @@ def test_any_schedule_gives_what_single_requests_give(tts: TTS, schedule: list[t
             job = tts.job(request(what), None, sizes)
             job.most_buffered_s = 0.3
             turns.add(job, tts.gain(job.task))
-            going.append((what, SpeechStream(job, turns.turn), []))
+            going.append((what, SpeechStream(job, lambda: list(turns.turn())), []))
             made.append(going[-1])
         elif verb == "turns":
             for _ in range(what):
-                turns.turn()
+                list(turns.turn())
         elif verb == "read" and what < len(going):
             _, stream, chunks = going[what]
             chunks += itertools.islice(stream, other)
@@ -270,14 +274,14 @@ def test_streams_that_would_run_dry_go_before_prompts(tts: TTS, monkeypatch: pyt
     turns = Turns(tts.models(), 2)
     first, second = (tts.job(request(n, max_frames=60), None, growing_chunks) for n in (2, 1))
     turns.add(first, 1.0)
-    while not turns.turn():
+    while not list(turns.turn()):
         pass
     turns.add(second, 1.0)
     first.heard_until = time.perf_counter() + 60
     turns._part_s = 120.0  # reading a prompt takes longer than what is left to hear
     held = 0
     while not second.row.begun:
-        turns.turn()
+        list(turns.turn())
         held += 1
     assert held == 9, "prompts wait, but not for ever"
 
@@ -287,6 +291,64 @@ def test_many_errors_come_in_their_turn(tts: TTS) -> None:
     assert next(speeches).codes.shape[1] == 8
     with pytest.raises(PromptError):
         next(speeches)
+
+
+def test_a_job_that_nobody_reads_gives_up_its_slot_and_goes_on_later(tts: TTS) -> None:
+    scheduler, drawn = Scheduler(tts, max_active=1, known_bytes=0), list[int]()
+    unread = scheduler.submit(request(2, max_frames=400), most_buffered_s=0.5, progress=lambda p: drawn.append(p.frames))
+    until(lambda: unread._job.paused)
+    for n in (0, 1):
+        check(tts, n, scheduler.submit(request(n)).whole())
+    assert len(drawn) < alone(tts, 2, 400).codes.shape[1]
+    check(tts, 2, unread.whole(), 400)
+    scheduler.close()
+
+
+def test_a_long_text_lets_others_speak_between_its_pieces(tts: TTS) -> None:
+    scheduler, ended = Scheduler(tts, max_active=1, known_bytes=0), list[str]()
+    long = Request(" ".join([TEXTS[2]] * 12), seed=1, max_frames=10)
+    expected = tts.speak(long)
+    assert len(expected.info.pieces) > 2
+
+    def tell(progress: Progress) -> None:
+        if progress.pieces > 2 and progress.piece + 1 == progress.pieces and "long" not in ended:
+            ended.append("long")
+        if progress.pieces < 3 and progress.frames == 1:
+            ended.append("short")
+
+    first, second = scheduler.submit(long, progress=tell), scheduler.submit(request(1), progress=tell)
+    np.testing.assert_array_equal(first.whole().codes, expected.codes)
+    check(tts, 1, second.whole())
+    scheduler.close()
+    assert ended == ["short", "long"]
+
+
+def test_what_was_said_with_the_same_seed_is_not_computed_again(tts: TTS, monkeypatch: pytest.MonkeyPatch) -> None:
+    scheduler, calls = Scheduler(tts), list[int]()
+    first = scheduler.submit(request(1)).whole()
+    run = tts.engines["slow_ar"].run
+    monkeypatch.setattr(tts.engines["slow_ar"], "run", lambda *args: (calls.append(1), run(*args))[1])
+    again = scheduler.submit(request(1)).whole()
+    assert not calls
+    np.testing.assert_array_equal(again.codes, first.codes)
+    np.testing.assert_allclose(again.pcm, first.pcm, atol=1e-5)
+    assert again.info.stop_reasons == first.info.stop_reasons
+    for other in (replace(request(1), seed=None), request(2), replace(request(1), sampling=Sampling(temperature=0.5))):
+        calls.clear()
+        scheduler.submit(other).whole()
+        assert calls
+    scheduler.close()
+
+
+def test_known_speech_is_bounded() -> None:
+    known = KnownSpeech(1000)
+    for n in range(10):
+        known.keep(bytes([n]), [Spoken(np.zeros((1, 100), np.int32), "end")])
+    assert [n for n in range(10) if known.find(bytes([n]))] == [8, 9]
+    known.keep(b"large", [Spoken(np.zeros((1, 1000), np.int32), "end")])
+    assert not known.find(b"large")
+    known.keep(b"small", [Spoken(np.zeros((1, 250), np.int32), "end")])
+    assert known.find(b"small")
 
 
 def test_speed_changes_the_duration_and_not_the_codes(tts: TTS) -> None:

@@ -21,7 +21,7 @@ from typing import Literal
 
 import numpy as np
 
-from fishrt_engines import Engine
+from fishrt_engines import Engine, State
 
 from ..arrays import Ints
 from ..bundle.features import USUAL, LanguageModel, Quirks
@@ -130,6 +130,15 @@ class Row:
         return column if column[0] != lm.end_id else None
 
 
+@dataclass(frozen=True, slots=True)
+class Parked:
+    """What a row has read that goes on later."""
+
+    columns: Ints
+    state: State
+    """Keys and values of the columns: one row."""
+
+
 class Batch:
     """Slots for rows in the state of a model. Used by one thread at a time."""
 
@@ -142,8 +151,8 @@ class Batch:
         self._fresh: set[int] = set()
         """Slots whose row has read nothing yet; they hold what another row has read."""
 
-    def admit(self, row: Row, slot: int | None = None) -> int:
-        """Give a new row a slot, and return that.
+    def admit(self, row: Row, slot: int | None = None, parked: Parked | None = None) -> int:
+        """Give a new row a slot, or one that was parked, and return that.
 
         slot: an idle one; all columns there that begin the prompt are not read again. None: any idle one, if possible one that
         holds the head; nothing else is reused, so that a row gives the same codes whatever ran there before.
@@ -161,7 +170,20 @@ class Batch:
         length = row.prompt.shape[1]
         self._context.reserve(length, length + row.limit, slot)
         self._rows[slot] = row
+        if parked is not None:
+            self._context.restore(parked.columns, parked.state, slot)
+            self._context.heads[slot] = row.head if parked.columns.shape[1] >= row.head else 0
+            self._fresh.discard(slot)
         return slot
+
+    def park(self, row: Row) -> Parked | None:
+        """Take a row out that goes on later. Return what it has read; None: nothing."""
+        slot, context = self._rows.index(row), self._context
+        nothing = slot in self._fresh or not context.length(slot)
+        parked = None if nothing else Parked(context.columns(slot).copy(), context.save(slot))
+        self.leave(row)
+        self._fresh.discard(slot)
+        return parked
 
     def step(self) -> list[tuple[Row, Ints | None]]:
         """Draw a column for every row, and read the prompts of new rows. See `advance` for the result."""
