@@ -27,7 +27,7 @@ from .job import MOST_BUFFERED_S, ChunkSizes, Job, Models
 from .known_speech import KNOWN_BYTES, KnownSpeech
 from .request import Request, Task
 from .speech import AudioChunk, Progress, Speech
-from .stream import SpeechStream, growing_chunks, whole_chunks
+from .stream import SpeechStream, chunk_sizes, whole_chunks
 from .turns import Turns
 
 log = logging.getLogger(__name__)
@@ -124,7 +124,7 @@ class Scheduler:
         priority: int = 0,
         timeout_s: float | None = None,
         progress: Callable[[Progress], None] | None = None,
-        sizes: ChunkSizes = growing_chunks,
+        sizes: ChunkSizes | None = None,
         most_buffered_s: float = MOST_BUFFERED_S,
     ) -> ScheduledStream:
         """Queue a request. Return its chunks, which come while it is spoken.
@@ -132,10 +132,11 @@ class Scheduler:
         The caller's thread checks it, encodes its voice and opens the graphs, where that was not done before.
 
         priority: a higher one is begun first. timeout_s: seconds that it may wait until it is begun; then its stream raises
-        TimeLimitError. progress: called in the scheduler's thread after every frame. sizes: see `growing_chunks`.
+        TimeLimitError. progress: called in the scheduler's thread after every frame. sizes: None means those of the mode.
         most_buffered_s: seconds of sound that it may be ahead of its reader.
         Raises BusyError if too many wait, FishrtError if the scheduler is closed, and the errors of `TTS.stream`.
         """
+        sizes = sizes or chunk_sizes(request.mode)
         job = self._speaker.job(request, progress, sizes)
         job.most_buffered_s = most_buffered_s
         if request.seed is not None:

@@ -11,7 +11,8 @@ from collections.abc import AsyncIterator, Callable, Iterator
 import numpy as np
 
 from .errors import FishrtError, UnfinishedError
-from .job import Job
+from .job import ChunkSizes, Job
+from .request import Mode
 from .speech import AudioChunk, PieceInfo, Speech, SpeechInfo, Timings
 
 log = logging.getLogger(__name__)
@@ -161,6 +162,16 @@ class AsyncSpeechStream(AsyncIterator[AudioChunk]):
 def whole_chunks(least: int, most: int) -> Iterator[int]:
     """Yield the number of frames of each chunk of a speech that nobody hears before its end."""
     return itertools.repeat(most)
+
+
+def chunk_sizes(mode: Mode) -> ChunkSizes:
+    """Return the sizes of the chunks of a stream: `growing_chunks` from half the least size, the least, or four times that."""
+    match mode:
+        case "fast":
+            return lambda least, most: growing_chunks((least + 1) // 2, most)
+        case "quality":
+            return lambda least, most: growing_chunks(min(4 * least, most), most)
+    return growing_chunks
 
 
 def growing_chunks(least: int, most: int) -> Iterator[int]:

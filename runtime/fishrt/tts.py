@@ -45,7 +45,7 @@ from .request import Options, Request, Task, VoiceLike, check_type
 from .scheduler import ScheduledStream, Scheduler
 from .speech import Progress, Speech
 from .speech_warnings import text_warnings
-from .stream import AsyncSpeechStream, SpeechStream, growing_chunks, whole_chunks
+from .stream import AsyncSpeechStream, SpeechStream, chunk_sizes, whole_chunks
 from .text.split import check_speakers, speaker_turns
 from .text.tokenizer import Tokenizer
 from .turns import Turns
@@ -167,7 +167,7 @@ class TTS:
             max_frames: int, frames of each piece of the text; default None, as many as context and codec allow.
             system: str; default None, the model's usual instruction.
             volume: float, a factor on all samples from 0.01 to 10; default 1.0.
-            speed: float, a factor on the speaking rate from 0.25 to 4; default 1.0.
+            speed: float, a factor on the speaking rate from 0.25 to 4; default 1.0. mode: of a stream; see `Request`.
             upstream_compat: bool, the behaviour of the original to the letter; default False.
 
         A piece that the model left silent, or that a limit cut off, is a warning in `info` and in the log.
@@ -183,12 +183,13 @@ class TTS:
     def stream(
         self, text: str | Request, *, progress: Callable[[Progress], None] | None = None, **options: Unpack[Options]
     ) -> SpeechStream:
-        """Speak as `speak` does, with its options, in chunks while frames are drawn: short ones first, see `growing_chunks`.
+        """Speak as `speak` does, with its options, in chunks while frames are drawn: short ones first, see `chunk_sizes`.
 
         A piece for which the model said nothing has one empty chunk. The errors of a bad request are raised here, not at the
         first chunk.
         """
-        return self._stream(Request.of(text, options), progress, growing_chunks)
+        request = Request.of(text, options)
+        return self._stream(request, progress, chunk_sizes(request.mode))
 
     def astream(
         self, text: str | Request, *, progress: Callable[[Progress], None] | None = None, **options: Unpack[Options]
@@ -199,7 +200,7 @@ class TTS:
         that thread.
         """
         request = Request.of(text, options)
-        return AsyncSpeechStream(lambda: self._stream(request, progress, growing_chunks))
+        return AsyncSpeechStream(lambda: self.stream(request, progress=progress))
 
     def submit(
         self,
@@ -215,8 +216,7 @@ class TTS:
         A thread computes the chunks, also while nobody reads, up to some seconds of sound. With the same seed the codes are those
         of `speak`, except for the rounding of larger batches. See `Scheduler.submit` and, for the options, `speak`.
         """
-        request = Request.of(text, options)
-        return self.scheduler.submit(request, priority=priority, timeout_s=timeout_s, progress=progress)
+        return self.scheduler.submit(Request.of(text, options), priority=priority, timeout_s=timeout_s, progress=progress)
 
     def speak_many(self, texts: Iterable[str | Request], **options: Unpack[Options]) -> Iterator[Speech]:
         """Speak many texts together, with the options of `speak`, and yield their speeches in order.

@@ -13,7 +13,9 @@ import pytest
 from fakes import FakeEngine, fake_bundle, fake_engines
 from fishrt import TTS
 from fishrt.bundle.features import DecodeContext
-from fishrt.stream import growing_chunks
+from fishrt.errors import ArgumentError
+from fishrt.request import Mode
+from fishrt.stream import chunk_sizes, growing_chunks
 from helpers_text import language_model, manifest
 
 LM = language_model()
@@ -43,6 +45,19 @@ def test_chunks_grow_slowly_enough_for_what_was_given_to_last() -> None:
             dry.append(left < -1e-9)
             left += frames
         assert any(dry) == runs_dry
+
+
+def test_a_mode_changes_the_chunks_and_not_the_speech(tmp_path: Path) -> None:
+    tts = talkative(tmp_path)
+    speech = tts.speak(TEXT, seed=1)
+    modes: tuple[Mode, ...] = ("fast", "balanced", "quality")
+    for mode, first in zip(modes, (2, 4, 16), strict=True):
+        assert next(chunk_sizes(mode)(4, 16)) == first
+        chunks = list(tts.stream(TEXT, seed=1, mode=mode))
+        assert chunks[0].codes.shape[1] == min(first, chunks[0].codes.shape[1])
+        np.testing.assert_array_equal(np.concatenate([c.pcm for c in chunks]), speech.pcm)
+    with pytest.raises(ArgumentError, match="mode is 'slow'"):
+        tts.stream(TEXT, mode="slow")  # type: ignore[arg-type]
 
 
 def test_chunks_of_a_stream(tmp_path: Path) -> None:
