@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -70,6 +69,8 @@ class Stretcher:
         return pcm
 
     def _filters(self) -> Any:
+        from fractions import Fraction  # takes 2 ms with its own imports, and speech of speed 1 needs no filter
+
         graph = self._av.filter.Graph()
         graph.threads = 1
         last = graph.add_abuffer(sample_rate=self._rate, format="flt", layout="mono", time_base=Fraction(1, self._rate))
