@@ -29,7 +29,7 @@ from fishrt.bundle.features import LanguageModel
 from fishrt.bundle.folder import Bundle
 from fishrt.errors import FishrtError
 from fishrt.language_model.context import FIRST_FRAMES
-from fishrt.language_model.drawing import drawn_codes
+from fishrt.language_model.drawing import drawn_codes, ranks
 from fishrt.language_model.sampling import Sampling, SeededNoise, main_ids
 from fishrt.metrics import Summary, frame_bytes, per_second, rtf
 from fishrt_engines import Array, Engine, GraphSpec, open_engine
@@ -272,8 +272,10 @@ def _noises(spec: GraphSpec, lm: LanguageModel, batch: int) -> tuple[list[dict[s
     }
     made, seconds, noise, rng = [], 0.0, SeededNoise(batch), np.random.default_rng(batch)
     for _ in range(NOISES):
-        feeds: dict[str, Array] = {}
+        feeds = ranks(lm, settings["top_k"])
         for t in spec.inputs:
+            if t.name in feeds:
+                continue
             shape = t.resolve({"batch": batch})
             if t.name.endswith("noise"):
                 begun = time.perf_counter()

@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+import torch
 
 from fishrt.bundle.features import USUAL, LanguageModel, RepetitionAware, RepetitionPenalty, SamplingDefaults
 from fishrt.errors import GraphError, SamplingError
 from fishrt.language_model import drawing
 from fishrt.language_model.drawing import Drawer, Draws, FrameDrawer, StepDrawer
-from fishrt.language_model.sampling import Sampling, SeededNoise, main_ids
+from fishrt.language_model.sampling import Sampling, SeededNoise, main_ids, sample
 from fishrt_engines import Array, GraphSpec
 from fishrt_export.errors import ExportError
 from fishrt_export.graph.recipe import Recipe
@@ -182,8 +183,9 @@ def test_logits_that_are_not_numbers_are_an_error(s2_model: GoldenModel, bad: li
 
 def test_more_candidates_than_are_ranked_are_an_error(s2_model: GoldenModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(drawing, "MOST_RANKED", 8)
+    monkeypatch.setattr(drawing, "FEW_RANKED", 8)
     lm = short(model_of(s2_model.lm.describe("audio"), {}))
-    engine, results = s2_model.frame(lm, ranked=8), next(slow_results(s2_model, "audio"))
+    engine, results = s2_model.frame(lm), next(slow_results(s2_model, "audio"))
     results["logits"][:] = 0
 
     def drawn(sampling: Sampling) -> np.ndarray:
@@ -201,11 +203,60 @@ def test_more_candidates_than_are_ranked_are_an_error(s2_model: GoldenModel, mon
     assert np.array_equal(step.draw(results, [draws_of(lm, Sampling(1.0, 0.9, 8), 0)]), drawn(Sampling(1.0, 0.9, 8)))
 
 
+@pytest.mark.parametrize(("top_ks", "few"), [([30], True), ([64, 1], True), ([64, 65], False), ([None], False), ([0, 30], True)])
+def test_few_are_ranked_if_no_row_draws_more(
+    s2_model: GoldenModel, monkeypatch: pytest.MonkeyPatch, top_ks: list[int | None], few: bool
+) -> None:
+    """0: an idle row."""
+    lm = short(model_of(s2_model.lm.describe("audio"), {}))
+    engine, fed = ModuleEngine(s2_model, lm), []
+    run = engine.run
+    monkeypatch.setattr(engine, "run", lambda feeds: fed.append(feeds) or run(feeds))
+    drawer = FrameDrawer(engine, lm, len(top_ks))  # type: ignore[arg-type]
+    results = next(slow_results(s2_model, "audio"))
+    rows = [None if top_k == 0 else draws_of(lm, Sampling(1.0, 0.9, top_k), 0) for top_k in top_ks]
+    drawer.draw({name: array.repeat(len(rows), 0) for name, array in results.items()}, rows)
+    for name, candidates in (("main_ranks", len(main_ids(lm))), ("code_ranks", lm.fast_candidates)):
+        assert candidates > 64
+        assert np.array_equal(fed[0][name], np.arange(64 if few else candidates))
+
+
+@pytest.mark.parametrize("most", [64, 3839])
+@pytest.mark.parametrize("top_p", [0.5, 0.9, 0.999, 1.0])
+def test_sums_in_float32_draw_what_sums_in_float64_draw(most: int, top_p: float) -> None:
+    """Of 4,097 candidates, as S2 has: peaked, and as flat as the ranks allow."""
+    rng, rows, count = np.random.default_rng(most), 200, 4097
+    spread = rng.uniform(2 if most == 64 or top_p > 0.99 else 0.5, 8, (rows, 1))
+    logits, noise = (
+        (spread * rng.standard_normal((rows, count))).astype("f4"),
+        rng.standard_exponential((rows, count)).astype("f4"),
+    )
+    of_torch = [torch.from_numpy(array) for array in (logits, noise)]
+    settings = torch.full((rows, 1), 0.9), torch.full((rows, 1), top_p), torch.full((rows, 1), most)
+    ranked = frame.rank(of_torch[0], torch.arange(most))
+    found = frame.draw(ranked, of_torch[1], *settings)[1][:, 0].numpy()
+    expected = [sample(logits[n], Sampling(0.9, top_p, most), noise[n]) for n in range(rows)]
+    assert np.array_equal(found, expected)
+
+
+def test_a_top_p_of_1_removes_nothing() -> None:
+    """A sum that is rounded up does not remove the last candidate."""
+    rng = np.random.default_rng(0)
+    logits = torch.from_numpy(rng.standard_normal((500, 40)).astype("f4"))
+    ranked, ones = frame.rank(logits, torch.arange(40)), torch.ones((500, 1))
+    assert (ranked.mass[:, -1:] > ranked.total).any(), "nothing is shown without such rounding"
+    last = torch.ones((500, 40)).scatter(1, ranked.order[:, -1:], 1e-9)
+    assert torch.equal(frame.draw(ranked, last, ones, ones, ones.long() * 40)[0], ranked.order[:, -1:])
+
+
 def random_feeds(spec: GraphSpec, batch: int) -> Feeds:
     rng = np.random.default_rng(0)
     feeds: Feeds = {}
     for tensor in spec.inputs:
-        shape = tensor.resolve({"batch": batch})
+        shape = tensor.resolve({"batch": batch, "main_ranked": 9, "code_ranked": 7})
+        if tensor.name.endswith("ranks"):
+            feeds[tensor.name] = np.arange(shape[0])
+            continue
         feeds[tensor.name] = rng.integers(0, 5, shape) if tensor.dtype == "int64" else rng.exponential(size=shape).astype("f4")
     feeds["top_k"] += 2
     feeds["top_p"] = np.linspace(0.3, 1, batch, dtype=np.float32)[:, None]
@@ -217,7 +268,8 @@ def test_rows_of_a_batch_are_drawn_alone(s2_model: GoldenModel) -> None:
     engine = s2_model.frame(lm)
     feeds = random_feeds(engine.spec, 3)
     together = engine.run(feeds)["column"]
-    alone = [engine.run({name: array[n : n + 1] for name, array in feeds.items()})["column"] for n in range(3)]
+    ranks = {name: feeds[name] for name in ("main_ranks", "code_ranks")}
+    alone = [engine.run({name: array[n : n + 1] for name, array in feeds.items()} | ranks)["column"] for n in range(3)]
     assert np.array_equal(together, np.concatenate(alone))
 
 

@@ -87,7 +87,10 @@ def frame_feeds(spec: GraphSpec, rows: int, rng: np.random.Generator) -> dict[st
     settings = {"temperature": 1.5, "top_p": 0.95, "top_k": 30, "recent": -1}
     feeds: dict[str, Array] = {}
     for tensor in spec.feeds:
-        shape = tensor.resolve({"batch": rows})
+        shape = tensor.resolve({"batch": rows, "main_ranked": 30, "code_ranked": 30})
+        if tensor.name.endswith("ranks"):
+            feeds[tensor.name] = np.arange(30)
+            continue
         drawn = rng.standard_exponential(shape) if tensor.name.endswith("noise") else rng.standard_normal(shape)
         feeds[tensor.name] = (np.full(shape, settings[tensor.name]) if tensor.name in settings else drawn).astype(tensor.dtype)
     return feeds

@@ -16,7 +16,6 @@ import torch
 from fishrt.bundle.features import LanguageModel
 from fishrt.bundle.folder import Bundle
 from fishrt.language_model.batch import DualAR
-from fishrt.language_model.drawing import MOST_RANKED
 from fishrt_engines import Engine, open_engine
 from fishrt_export import export_bundle
 from fishrt_export.export import halves_fit
@@ -118,14 +117,13 @@ class GoldenModel:
         lm = self.lm.describe(head)
         return DualAR(self.engine("slow_ar", head), self.frame(lm) if fused else self.engine("fast_ar"), lm)
 
-    def frame(self, lm: LanguageModel, ranked: int = MOST_RANKED) -> Engine:
+    def frame(self, lm: LanguageModel) -> Engine:
         """Return an engine of the frame graph of a model. See `LanguageModelSource.frame_job`."""
-        file = self.frame_file(lm, ranked)
-        return open_engine(file, self.lm.frame_job(lm, {}, ranked).spec, provider="cpu")
+        return open_engine(self.frame_file(lm), self.lm.frame_job(lm, {}).spec, provider="cpu")
 
-    def frame_file(self, lm: LanguageModel, ranked: int = MOST_RANKED) -> Path:
+    def frame_file(self, lm: LanguageModel) -> Path:
         """Return the file of the frame graph of a model, beside the fast AR's."""
-        job, fast = self.lm.frame_job(lm, {}, ranked), self.file("fast_ar", lm.head)
+        job, fast = self.lm.frame_job(lm, {}), self.file("fast_ar", lm.head)
 
         def run(folder: Path) -> None:
             folder.mkdir()
@@ -133,7 +131,7 @@ class GoldenModel:
                 shutil.copyfile(file, folder / file.name)
             job.run(folder)
 
-        return make_once(self.folder / f"frame-{identity((lm, ranked))}", run) / job.spec.file
+        return make_once(self.folder / f"frame-{identity(lm)}", run) / job.spec.file
 
     def _job(self, role: str, head: str) -> GraphJob:
         jobs = self.codec.jobs() if role.startswith("codec") else self.lm.jobs(head)

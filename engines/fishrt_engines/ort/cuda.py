@@ -55,9 +55,10 @@ def open_cuda(path: Path, spec: GraphSpec, *, threads: int) -> Opened:
 
 
 def is_captured(spec: GraphSpec) -> bool:
-    """Return whether runs of a graph are captured: steps of a language model, and graphs of which only the batch is open."""
-    open_dims = {dim for tensor in (*spec.inputs, *spec.outputs) for dim in tensor.shape if isinstance(dim, str)}
-    return spec.columns is not None or open_dims == {"batch"}
+    """Return whether runs of a graph are captured, since few shapes come: steps of a language model, and graphs without state
+    whose results have one size for each batch."""
+    of_results = {dim for tensor in spec.outputs for dim in tensor.shape if isinstance(dim, str)}
+    return spec.columns is not None or (not spec.states and of_results == {"batch"})
 
 
 def provider_options(*, captures: bool) -> dict[str, str]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fishrt.bundle.features import LanguageModel
-from fishrt.language_model.drawing import MOST_RANKED, NOT_NUMBERS, TOO_MANY, drawn_codes
+from fishrt.language_model.drawing import NOT_NUMBERS, TOO_MANY, drawn_codes
 from fishrt.language_model.sampling import main_ids
 from fishrt_engines.engine import GraphSpec
 
@@ -30,26 +30,26 @@ class Ranked(NamedTuple):
     logits: Tensor
     order: Tensor
     """int64: their indices in the logits."""
+    places: Tensor
+    """int64 [n]: 0, 1, …"""
     mass: Tensor
-    """float64: cumulative probability, the candidate included, times `total`."""
+    """Cumulative probability, the candidate included, times `total`."""
     total: Tensor
-    """float64 [batch, 1]."""
+    """[batch, 1]"""
     of: int
     """Number of all candidates, ranked or not."""
 
 
 class Frame(nn.Module):
-    """Module from the inputs of `frame_spec` to a column int64 [batch, 1 + C]. Values of one token or code are [batch, 1].
-
-    spec: from `frame_spec`. ranked: the most candidates of a draw that are ranked.
-    """
+    """Module from the inputs of `frame_spec` to a column int64 [batch, 1 + C]. Values of one token or code are [batch, 1]."""
 
     ids: Tensor
     """The main tokens of the logits that are drawn from."""
 
-    def __init__(self, fast: FastAR, lm: LanguageModel, spec: GraphSpec, ranked: int = MOST_RANKED) -> None:
+    def __init__(self, fast: FastAR, lm: LanguageModel, spec: GraphSpec) -> None:
+        """spec: from `frame_spec`."""
         super().__init__()
-        self.fast, self.lm, self.ranked = fast, lm, ranked
+        self.fast, self.lm = fast, lm
         self.names = tuple(tensor.name for tensor in spec.feeds)
         self.register_buffer("ids", torch.from_numpy(main_ids(lm)).to(fast.norm.weight.device), persistent=False)
 
@@ -87,7 +87,7 @@ class Frame(nn.Module):
             logits = logits[:, self.ids]
         if "penalised_main" in given:
             logits = penalised(logits, given["penalised_main"], given["penalty"])
-        ranked = rank(logits, self.ranked)
+        ranked = rank(logits, given["main_ranks"])
         noise, (temperature, top_p, top_k) = given["main_noise"], _settings(given)
         token = self._token(*draw(ranked, noise[:, 0], temperature, top_p, top_k))
         aware = lm.sampling.repetition_aware
@@ -116,28 +116,29 @@ class Frame(nn.Module):
         if "least_code" in given:
             places = torch.arange(logits.shape[1], device=logits.device)
             logits = torch.where(places < given["least_code"], -torch.inf, logits)
-        return draw(rank(logits, self.ranked), given["code_noise"][:, drawn], *_settings(given))
+        return draw(rank(logits, given["code_ranks"]), given["code_noise"][:, drawn], *_settings(given))
 
 
 def _settings(given: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     return given["temperature"], given["top_p"], given["top_k"]
 
 
-def rank(logits: Tensor, most: int) -> Ranked:
-    """Rank the likeliest of the logits [batch, n], at most `most`."""
-    likeliest, order = top(logits, min(logits.shape[1], most))
+def rank(logits: Tensor, places: Tensor) -> Ranked:
+    """Rank the likeliest of the logits [batch, n]: as many as there are places, int64 [at most n]."""
+    likeliest, order = top(logits, places)
     first = likeliest[:, :1]
-    total = torch.exp(logits - first).double().sum(dim=1, keepdim=True)
-    return Ranked(likeliest, order, torch.exp(likeliest - first).double().cumsum(dim=1), total, logits.shape[1])
+    total = torch.exp(logits - first).sum(dim=1, keepdim=True)
+    return Ranked(likeliest, order, places, torch.exp(likeliest - first).cumsum(dim=1), total, logits.shape[1])
 
 
-def top(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Return the `count` largest logits and their indices. Of equal logits, the lower index is first, as in ONNX's TopK."""
+def top(logits: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the largest logits and their indices. Of equal logits, the lower index is first, as in ONNX's TopK."""
+    count = places.shape[0]
     if torch.onnx.is_in_onnx_export():
         shape = (logits.shape[0], count)
         values, order = torch.onnx.ops.symbolic_multi_out(
             "TopK",
-            (logits, torch.tensor([count])),
+            (logits, torch.onnx.ops.symbolic("Shape", (places,), dtype=torch.int64, shape=(1,), version=ONNX_OPSET)),
             attrs={"axis": -1},
             dtypes=(logits.dtype, torch.int64),
             shapes=(shape, shape),
@@ -150,17 +151,15 @@ def top(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 def draw(ranked: Ranked, noise: Tensor, temperature: Tensor, top_p: Tensor, top_k: Tensor) -> tuple[Tensor, Tensor]:
     """Return an index, and it or else NOT_NUMBERS or TOO_MANY: int64 [batch, 1]. noise [batch, n]. See `sampling.sample`."""
-    logits, order, mass, total, of = ranked
-    count = logits.shape[1]
-    places = torch.arange(count, device=logits.device)
-    kept = (mass <= total * top_p.double()) & (places < top_k)
+    logits, order, places, mass, total, of = ranked
+    # With a top_p of 1, a sum in float32 that is rounded up would remove a likely candidate.
+    kept = ((mass <= total * top_p) | (top_p >= 1)) & (places < top_k)
     scaled = logits / temperature
     weights = torch.where(kept | (places == 0), torch.exp(scaled - scaled[:, :1]), 0.0)
     winner = (weights / noise.gather(1, order)).argmax(dim=1, keepdim=True)
     place = drawn = order.gather(1, winner)
-    if count < of:
-        drawn = torch.where(kept[:, -1:] & (top_k > count), TOO_MANY, drawn)
-    return place, torch.where(total <= of + 1, drawn, NOT_NUMBERS)  # false for NaN
+    drawn = torch.where(kept[:, -1:] & (places[-1:] + 1 < top_k.clamp(max=of)), TOO_MANY, drawn)
+    return place, torch.where(total <= 2 * of, drawn, NOT_NUMBERS)  # false for NaN
 
 
 def penalised(logits: Tensor, places: Tensor, penalty: Tensor) -> Tensor:

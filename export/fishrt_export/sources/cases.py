@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fishrt.bundle.features import Codec, LanguageModel
+from fishrt.language_model.drawing import MOST_RANKED
 from fishrt.language_model.sampling import main_ids
 from fishrt_engines.engine import GraphSpec
 
@@ -23,7 +24,9 @@ if TYPE_CHECKING:
 Ints = npt.NDArray[np.int64]
 STEPS = 3
 FRAMES = 32
-"""Rows of the case of the frame graph."""
+"""Rows of a call of the frame graph."""
+FEW = 30
+"""Candidates that it ranks in a second call."""
 
 
 def slow_ar_cases(config: ModelConfig | LanguageModel, ids: AudioIds) -> list[Case]:
@@ -103,7 +106,7 @@ def _fast_ar_case(config: ModelConfig | LanguageModel, width: int, batch: int, f
 
 
 def frame_cases(lm: LanguageModel, spec: GraphSpec) -> list[Case]:
-    """Return a case of one call: FRAMES rows, each with settings and windows of its own.
+    """Return a case of two calls: FRAMES rows, each with settings and windows of its own. In the second few are ranked.
 
     A row has a token that is about as likely as all others together and often in windows. Settings let much be drawn.
     """
@@ -112,23 +115,27 @@ def frame_cases(lm: LanguageModel, spec: GraphSpec) -> list[Case]:
     made: Feeds = {
         "temperature": rng.uniform(0.5, 10, (FRAMES, 1)),
         "top_p": rng.choice([0.5, 0.9, 1.0], (FRAMES, 1)),
-        "top_k": rng.choice([5, 30, len(ids)], (FRAMES, 1)),
+        "top_k": rng.choice([5, FEW, len(ids)], (FRAMES, 1)),
         "penalty": rng.choice([0.1, 1.0, 1.3], (FRAMES, 1)),  # the first makes the penalised the likeliest
         "least_code": rng.integers(0, 2, (FRAMES, 1)),
     }
     for tensor in spec.feeds:
-        shape = tensor.resolve({"batch": FRAMES})
+        shape = tensor.resolve({"batch": FRAMES, "main_ranked": len(ids), "code_ranked": lm.fast_candidates})
         if tensor.name == "recent":
             made["recent"] = np.where(rng.random(shape) < 0.5, ids[likely][:, None], -1)
         elif tensor.name.startswith("penalised"):
             made[tensor.name] = rng.integers(0, (len(ids) if tensor.name == "penalised_main" else lm.fast_candidates) + 1, shape)
+        elif tensor.name.endswith("ranks"):
+            made[tensor.name] = np.arange(min(shape[0], MOST_RANKED))
         elif tensor.name.endswith("noise"):
             made[tensor.name] = rng.standard_exponential(shape)
         elif tensor.name not in made:
             made[tensor.name] = rng.standard_normal(shape)
     places = ids[likely] if made["logits"].shape[1] > len(ids) else likely
     made["logits"][np.arange(FRAMES), places] = np.log(len(ids)) + rng.uniform(-1, 3, FRAMES)
-    return [Case(({tensor.name: made[tensor.name].astype(tensor.dtype) for tensor in spec.feeds},), {})]
+    feeds = {tensor.name: made[tensor.name].astype(tensor.dtype) for tensor in spec.feeds}
+    few = {name: feeds[name][:FEW] for name in ("main_ranks", "code_ranks")}
+    return [Case((feeds, {**feeds, **few, "top_k": np.minimum(feeds["top_k"], FEW)}), {})]
 
 
 def codec_encode_cases(config: CodecConfig | Codec, sight: int) -> list[Case]:

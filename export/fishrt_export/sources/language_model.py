@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fishrt.bundle.features import LanguageModel
-from fishrt.language_model.drawing import MOST_RANKED, frame_spec
+from fishrt.language_model.drawing import frame_spec
 from fishrt.language_model.sampling import audio_ids
 from fishrt_engines.engine import GraphSpec
 
@@ -113,20 +113,21 @@ class LanguageModelSource:
             ),
         ]
 
-    def frame_job(self, lm: LanguageModel, plan: Mapping[str, Storage], ranked: int = MOST_RANKED) -> GraphJob:
+    def frame_job(self, lm: LanguageModel, plan: Mapping[str, Storage]) -> GraphJob:
         """Return the job of the frame graph, which runs after the fast AR's in the same folder, and refers to its weights.
 
-        lm: from `describe`. plan: of the fast AR's job. ranked: see `Frame`.
+        lm: from `describe`. plan: of the fast AR's job.
         """
         fast = fast_ar_spec(self.config)
         spec = frame_spec(self._slow_spec(lm.head), fast, lm)
         return GraphJob(
             role="frame",
             spec=spec,
-            build=lambda: Frame(on_meta(self._fast_module()), lm, spec, ranked),
+            build=lambda: Frame(on_meta(self._fast_module()), lm, spec),
             weights=Lazy({f"fast.{name}": make for name, make in makers(self.fast_weights()).items()}),
             cases=frame_cases(lm, spec),
             tolerance=1 / FRAMES,  # rounding may decide a draw between equals
+            dims={"main_ranked": 2, "code_ranked": 1},
             plan={f"fast.{name}": storage for name, storage in plan.items()},
             stored_in=fast.file,
         )

@@ -19,7 +19,9 @@ from .sampling import Noise, PenaltyWindow, Sampling, main_ids, not_numbers, sam
 NOT_NUMBERS, TOO_MANY = -1, -2
 """A logit is NaN or +inf, or all are -inf; more than MOST_RANKED tokens are within top_p and top_k."""
 MOST_RANKED = 3839
-"""Most of the likeliest tokens that are ranked: TensorRT sorts no more."""
+"""Most of the likeliest tokens that the frame graph ranks: TensorRT sorts no more."""
+FEW_RANKED = 64
+"""Tokens that it ranks if no row has a larger top_k, as the official settings: sorting and adding up more takes longer."""
 
 
 class Draws:
@@ -153,7 +155,7 @@ class FrameDrawer:
         """rows: most generations at once."""
         self._frame, self._lm = frame, lm
         self._ids = main_ids(lm)
-        self._feeds = {t.name: np.zeros(t.resolve({"batch": rows}), t.dtype) for t in frame.spec.inputs}
+        self._feeds = {t.name: np.zeros(t.resolve({"batch": rows}), t.dtype) for t in frame.spec.inputs if "batch" in t.shape}
         self._settings: dict[str, Array] = {}
         self._settings_of: list[tuple[Draws | None, bool]] = []
 
@@ -183,7 +185,7 @@ class FrameDrawer:
                 feeds["penalised_main"][n, : len(places)] = places
 
     def _set(self, rows: Sequence[Draws | None]) -> dict[str, Array]:
-        """Return the settings, [b, 1] each. They change with the rows, and with the first frame of a row, which has no penalty.
+        """Return the settings, [b, 1] each, and `ranks`. They change with the rows, and with a row's first frame, unpenalised.
 
         They are read-only: an engine copies such an array to its device only once.
         """
@@ -191,6 +193,7 @@ class FrameDrawer:
         if settings_of != self._settings_of:
             self._settings_of = settings_of
             settings = [_settings(row, len(self._ids), self._lm) for row in rows]
+            self._settings = ranks(self._lm, int(max(values["top_k"] for values in settings)))
             for t in self._frame.spec.inputs:
                 if t.name in settings[0]:
                     self._settings[t.name] = np.array([[values[t.name]] for values in settings], t.dtype)
@@ -226,6 +229,18 @@ def _settings(row: Draws | None, tokens: int, lm: LanguageModel) -> dict[str, fl
     }
 
 
+def ranks(lm: LanguageModel, top_k: int) -> dict[str, Array]:
+    """Return the frame graph's feeds that say how many candidates of a draw are ranked, for rows of up to this top_k."""
+    most = FEW_RANKED if top_k <= FEW_RANKED else MOST_RANKED
+    made: dict[str, Array] = {
+        "main_ranks": np.arange(min(len(main_ids(lm)), most)),
+        "code_ranks": np.arange(min(lm.fast_candidates, most)),
+    }
+    for array in made.values():
+        array.flags.writeable = False
+    return made
+
+
 def _fast_feeds(codebook: int, known: int, rows: int) -> dict[str, Array]:
     """Return the feeds for the logits of one codebook: the positions up to it that were not fed before, and room for their codes.
 
@@ -239,6 +254,7 @@ def frame_spec(slow: GraphSpec, fast: GraphSpec, lm: LanguageModel) -> GraphSpec
     """Return the inputs and outputs of the frame graph, which has no state.
 
     main_noise, code_noise: noise for each draw of a main token (two draws with repetition-aware sampling) and of each code.
+    main_ranks, code_ranks: 0, 1, …; as many candidates of a draw are ranked. A top_k may be larger, but then not be reached.
     recent: main tokens that repetition-aware sampling draws again; -1 stands for none. penalised_main, penalised_codes: indices
     of logits, maybe repeated; one past the last stands for none. least_code: codes below it are not drawn.
     """
@@ -253,6 +269,8 @@ def frame_spec(slow: GraphSpec, fast: GraphSpec, lm: LanguageModel) -> GraphSpec
         ("temperature", "float32", ("batch", 1)),
         ("top_p", "float32", ("batch", 1)),
         ("top_k", "int64", ("batch", 1)),
+        ("main_ranks", "int64", ("main_ranked",)),
+        ("code_ranks", "int64", ("code_ranked",)),
     ]
     if aware:
         feeds.append(("recent", "int64", ("batch", aware.window)))

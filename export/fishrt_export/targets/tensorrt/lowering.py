@@ -6,7 +6,7 @@
     masks          get 4 axes
     Clip           of integers becomes Max and Min
     TensorScatter  into a tensor that is no input of the graph becomes Slice and Concat
-    float64        becomes float32, as in TensorRT, so that ONNX Runtime computes the same from a lowered graph
+    TopK           ranks as many as TensorRT can, instead of as many as a feed has elements: its importer needs a constant
 
 Weights are untouched: a lowered graph refers to the files of the original one. Weights in integers stay so: int4 has fused
 kernels; int8 is documented for size, not for speed. Without TensorRT, tensorrt_rules checks that lowered graphs follow its
@@ -23,6 +23,7 @@ import numpy as np
 import onnx_ir as ir
 from onnxscript.optimizer import fold_constants
 
+from fishrt.language_model.drawing import MOST_RANKED
 from fishrt_engines.engine import GraphSpec, TensorSpec
 from fishrt_engines.trt.plans import PRECISIONS, LoweringOptions
 
@@ -54,8 +55,8 @@ def lower_for_tensorrt(model: ir.Model, spec: GraphSpec, options: LoweringOption
     described = _fix_caches(graph, spec, options.max_len)
     if options.precision != "fp32":
         compute_in(model, PRECISIONS[options.precision])
-    _narrow_doubles(graph)
     infer(model)
+    described = _rank_most(graph, described)
     fold_constants(model, should_fold=lambda node: node.op_type in _FOLDED and node.outputs[0].dtype == ir.DataType.INT64)
     infer(model)
     lowering = _Lowering(graph, attention, wide=options.fp32_attention)
@@ -98,17 +99,24 @@ def _fix_caches(graph: ir.Graph, spec: GraphSpec, max_len: int | None) -> GraphS
     return replace(spec, inputs=tuple(map(fixed, spec.inputs)), outputs=tuple(map(fixed, spec.outputs)))
 
 
-def _narrow_doubles(graph: ir.Graph) -> None:
-    for value in graph.initializers.values():
-        if value.dtype == ir.DataType.DOUBLE:
-            value.const_value = ir.tensor(numbers(value).astype(np.float32), name=value.name)
-            value.dtype = ir.DataType.FLOAT
+def _rank_most(graph: ir.Graph, spec: GraphSpec) -> GraphSpec:
+    """Make constants of the frame graph's ranks; see `drawing.frame_spec`. Return the description without these inputs."""
+    made: dict[ir.Value, int] = {}
     for node in graph:
-        if node.op_type == "Cast" and node.attributes.get_int("to") == ir.DataType.DOUBLE:
-            node.attributes["to"] = ir.AttrInt64("to", ir.DataType.FLOAT)
-        for value in node.outputs:
-            if value.dtype == ir.DataType.DOUBLE:
-                value.dtype = ir.DataType.FLOAT
+        counted = producer(node.inputs[1], "Shape") if node.op_type == "TopK" else None
+        ranks, likeliest = (None, None) if counted is None else (counted.inputs[0], node.inputs[0])
+        if ranks is None or not ranks.is_graph_input():
+            continue
+        assert likeliest is not None
+        assert likeliest.shape is not None
+        candidates = likeliest.shape[-1]
+        assert isinstance(candidates, int)
+        made[ranks] = min(candidates, MOST_RANKED)
+        node.replace_input_with(1, constant(graph, f"lowered.{ranks.name}.count", [made[ranks]], np.int64))
+    for ranks, count in made.items():
+        graph.inputs.remove(ranks)
+        ir.convenience.replace_all_uses_with(ranks, constant(graph, str(ranks.name), np.arange(count)))
+    return replace(spec, inputs=tuple(tensor for tensor in spec.inputs if tensor.name not in {ranks.name for ranks in made}))
 
 
 class _Lowering:
