@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from onnx import TensorProto
 from fake_cuda import FakeCuda
 from fishrt.bundle.manifest import Form
 from fishrt.language_model.batch import Batch, DualAR
+from fishrt.language_model.context import ContextStore, SlowContext
 from fishrt.language_model.generate import generate
 from fishrt.language_model.sampling import Sampling, SeededNoise
 from fishrt_engines import Engine, open_engine
@@ -119,6 +120,34 @@ def test_calls_of_one_column_are_captured(cuda: FakeCuda, exported: Exported) ->
     step(0)
     assert session.runs[7:] == [3]
     del small, other
+
+
+def test_a_known_voice_stays_on_the_device(cuda: FakeCuda, exported: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is copied there from a longer state to a shorter one and back to any slot, and gives the same bits as reading it."""
+    engine, store = on_device(exported, dtype="float32"), ContextStore()
+    head, rest = prompts(exported, 9, 4)
+    lengths, read = [], engine.run
+    monkeypatch.setattr(engine, "run", lambda feeds, *more: lengths.append(feeds["prompt"].shape[2]) or read(feeds, *more))
+    monkeypatch.setattr(DeviceTensor, "numpy", no_cache_on_the_host(DeviceTensor.numpy))
+    found = []
+    for slots, slot in ((1, 0), (1, 0), (3, 2)):
+        made = SlowContext(engine, len(head) - 1, slots)
+        store.load(made, head, slot)
+        found.append(made.read(rest, slot=slot)["logits"])
+    assert lengths == [9, 4, 4, 4]
+    ((saved, nbytes),) = store._kept.values()
+    assert (saved.dims, made.state.dims["cache"] > 9) == ({"batch": 1, "cache": 9}, True)
+    assert nbytes == sum(saved.tensor(t.name).place.nbytes for t in engine.spec.state_tensors)
+    for logits in found[1:]:
+        np.testing.assert_array_equal(logits, found[0])
+
+
+def no_cache_on_the_host(read: Callable[[DeviceTensor], np.ndarray]) -> Callable[[DeviceTensor], np.ndarray]:
+    def checked(tensor: DeviceTensor) -> np.ndarray:
+        assert len(tensor.shape) < 4, "a cache went through the host"
+        return read(tensor)
+
+    return checked
 
 
 def test_few_states_wait_for_others(cuda: FakeCuda, exported: Exported, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -84,6 +84,26 @@ def test_new_memory_is_zeros(memory: DeviceMemory) -> None:
 
 
 @pytest.mark.parametrize("element", ["float32", "bfloat16"])
+@pytest.mark.parametrize("target_rows", [5, 4, 9])
+@pytest.mark.parametrize("source_rows", [4, 7])
+@pytest.mark.parametrize("width", [4, 3])
+def test_a_leading_part_of_a_tensor_of_any_length_is_copied(
+    memory: DeviceMemory, element: str, target_rows: int, source_rows: int, width: int
+) -> None:
+    """Rows behind it stay as they are, also within a part of a larger tensor. Rows of 3 values in 16 bits are no whole words."""
+    rng = np.random.default_rng(1)
+    whole, source = (rng.integers(-99, 99, (2, 3, n, width)).astype(np.float32) for n in (target_rows, source_rows))
+    target, given = tensor(memory, whole, element), tensor(memory, source, element)
+    if (3 * target_rows * width) % 2 == 0 and (3 * source_rows * width) % 2 == 0:  # whole words
+        target.part(1, 1).lead(given.part(0, 1), (1, 3, 3, width))
+        whole[1, :, :3] = source[0, :, :3]
+        np.testing.assert_array_equal(target.numpy(), whole)
+    target.lead(given, (2, 3, 4, width))
+    whole[:, :, :4] = source[:, :, :4]
+    np.testing.assert_array_equal(target.numpy(), whole)
+
+
+@pytest.mark.parametrize("element", ["float32", "bfloat16"])
 @pytest.mark.parametrize("part", [(2, 3, 2, 4), (1, 3, 5, 4), (2, 3, 5, 3), (2, 1, 4, 4), (2, 3, 5, 4)])
 @pytest.mark.parametrize("from_host", [True, False])
 def test_a_leading_part_is_replaced(memory: DeviceMemory, element: str, part: tuple[int, ...], from_host: bool) -> None:

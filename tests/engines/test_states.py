@@ -67,9 +67,13 @@ def test_positions_are_copied_into_a_row(engine: Engine) -> None:
     engine.run(feeds([1, 2, 4], 0), kept)
     engine.run(feeds([8, 8, 8, 8], 0, batch=2), state)
     state.copy_rows(kept, 1, 2)
-    assert state.read("cache")[:, 0, :2, 0].tolist() == [[8, 8], [1, 2]]
-    assert state.read("cache")[1, 0, 3, 0] == 8
+    assert state.read("cache")[:, 0, :, 0].tolist() == [[8, 8, 8, 8], [1, 2, 8, 8]]
     kept.copy_rows(kept, 0, 3)
+    shorter = engine.new_state(batch=1, cache=3)
+    shorter.copy_rows(state.row(1), 0, 3)
+    assert shorter.read("cache")[0, 0, :, 0].tolist() == [1, 2, 8]
+    shorter.copy_rows(state.row(0), 0, 1)
+    assert shorter.read("cache")[0, 0, :, 0].tolist() == [8, 2, 8]
     engine.new_state(batch=1, cache=4).copy_rows(state.row(1), 0, 4)
     for source, row, length in ((state, 0, 1), (kept, 2, 1), (kept, 0, 4)):
         with pytest.raises(ValueError, match=r"of one row|not among|do not fit"):

@@ -154,8 +154,9 @@ class OrtState:
         dims = {name: 1 if name == "batch" else length for name in self.dims}
         if any(size > min(source.dims[name], self.dims[name]) for name, size in dims.items()):
             raise ValueError(f"{length} positions do not fit: from {dict(source.dims)} to {dict(into.dims)}")
-        for t in self.owner.spec.state_tensors:
-            into.tensor(t.name).lead(source.tensor(t.name), t.resolve(dims))
+        with self.owner.allocating(f"a copy of {length} positions"):
+            for t in self.owner.spec.state_tensors:
+                into.tensor(t.name).lead(source.tensor(t.name), t.resolve(dims))
 
     def read(self, name: str) -> Array:
         """See `engine.State.read`."""
@@ -174,8 +175,9 @@ class OrtState:
         if self._rows is not None:
             raise ValueError("rows of a state do not grow by themselves")
         held, larger = self._held, self.owner.new_state(**{**self.dims, **dims})._held
-        for name, tensor in held.tensors.items():
-            larger.tensors[name].lead(tensor)
+        with self.owner.allocating("a larger state"):
+            for name, tensor in held.tensors.items():
+                larger.tensors[name].lead(tensor)
         # `larger` takes the old tensors, and returns them to the owner when it is deleted.
         held.tensors, larger.tensors = larger.tensors, held.tensors
         held.carried, larger.carried = larger.carried, held.carried
@@ -198,7 +200,7 @@ class OrtEngine:
         self._dropped: list[int] = []
         """Ids of captured graphs whose plans were deleted."""
         self._on_device = not isinstance(self._memory, HostMemory)
-        self.traits = Traits(parts_states=not self._on_device, few_sizes=self._captures)
+        self.traits = Traits(few_sizes=self._captures)
 
     def new_state(self, **dims: int) -> OrtState:
         """See `engine.Engine.new_state`. Raises ValueError if `dims` does not name exactly the state's symbolic dimensions."""
@@ -207,8 +209,9 @@ class OrtEngine:
             if idle[1].dims == dims:
                 with contextlib.suppress(ValueError):  # another thread has taken it
                     self._idle.remove(idle)
-                    for tensor in idle[0].values():
-                        tensor.clear()
+                    with self._memory.lock:
+                        for tensor in idle[0].values():
+                            tensor.clear()
                     return OrtState(_Held(self, *idle))
         nbytes = sum(t.nbytes(dims) for t in self.spec.state_tensors)
         sizes = ", ".join(f"{name} = {size}" for name, size in dims.items())

@@ -1,4 +1,4 @@
-"""The part of the ONNX file format that running a graph needs: where its weights are, and graphs of one node.
+"""The part of the ONNX file format that running a graph needs: where its weights are, and graphs of a node or two.
 
 ONNX Runtime depends on protobuf but not on the `onnx` package, which would add a fifth to an installation. The messages in use
 are therefore declared here, with the field numbers of `onnx.proto`. protobuf keeps unknown fields unchanged.
@@ -9,6 +9,7 @@ packed ones at other offsets wrongly: `align` moves them.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
@@ -62,13 +63,18 @@ def external_places(model: Any) -> list[Any]:
     return places
 
 
-def one_node(op_type: str, inputs: dict[str, tuple[str, int]], outputs: dict[str, tuple[str, int]], **attributes: int) -> bytes:
-    """Return a graph of one node. inputs, outputs: element type and rank by name."""
+Node = tuple[str, Sequence[str], str, Mapping[str, int]]
+"""Operator, names of inputs, name of the output, and attributes of a node."""
+
+
+def small_graph(nodes: Sequence[Node], inputs: dict[str, tuple[str, int]], outputs: dict[str, tuple[str, int]]) -> bytes:
+    """Return a graph of standard operators without weights. inputs, outputs: element type and rank by name."""
     model = _classes()["fishrt_onnx.Model"](ir_version=10)
     model.opset_import.add(version=24)
-    node = model.graph.node.add(op_type=op_type, input=list(inputs), output=list(outputs))
-    for name, value in attributes.items():
-        node.attribute.add(name=name, i=value, type=_INTEGER)
+    for op_type, given, made, attributes in nodes:
+        node = model.graph.node.add(op_type=op_type, input=given, output=[made])
+        for name, value in attributes.items():
+            node.attribute.add(name=name, i=value, type=_INTEGER)
     for values, described in ((model.graph.input, inputs), (model.graph.output, outputs)):
         for name, (element, rank) in described.items():
             tensor = values.add(name=name).type.tensor_type

@@ -4,8 +4,8 @@ Sessions are bound to addresses, so that one row of a tensor can be bound like a
 methods.
 
 A device's memory is used through ONNX Runtime alone: no library of the device's vendor is called. ONNX Runtime can allocate
-device memory and copy whole tensors to it, from it and within it. Two further operations are graphs of one node, run on the
-device: filling with zeros, and copying rows over the first rows of another tensor. Memory is allocated as bytes, since bfloat16
+device memory and copy whole tensors to it, from it and within it. Two further operations are small graphs, run on the device:
+filling with zeros, and copying the first rows of a tensor over those of another. Memory is allocated as bytes, since bfloat16
 has no numpy type. The code works on every device for which ONNX Runtime has tensors. Tests run it with "cpu".
 """
 
@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..engine import Array
-from .packed import CODES, one_node
+from .packed import CODES, Node, small_graph
 
 _STORED = {"bfloat16": "uint16"}
 """Element types that numpy lacks, and the numpy type that holds their bits."""
@@ -85,7 +85,7 @@ class Tensor(Protocol):
     def lead(self, value: Any, shape: tuple[int, ...] | None = None) -> None:
         """Copy an array, or a tensor of the same memory, into its leading part.
 
-        shape: copy only this leading part of `value`, which then may be larger; a device may copy more of what fits.
+        shape: copy only this leading part of `value`, which then may be larger.
         """
         ...
 
@@ -227,24 +227,25 @@ class DeviceTensor:
             return
         if isinstance(value, DeviceTensor) or not self._whole:
             source = value if isinstance(value, DeviceTensor) else self._uploaded(value)
-            self.memory.put_first(self._rows(1, self._nbytes), source._rows(1, self._nbytes))
+            self.memory.put_first(self._rows(1, self._nbytes), source._rows(1, self._nbytes), 1)
             return
         raw = to_bytes(value, self._element)
         self._value.update_inplace(np.pad(raw, (0, -raw.size % _WORD)) if raw.size % _WORD else raw)
 
     def lead(self, value: Array | DeviceTensor, shape: tuple[int, ...] | None = None) -> None:
-        """See `Tensor.lead`. If only one dimension is smaller, as in a cache, only `value` itself is copied, whatever `shape`."""
-        differ = [n for n, (small, large) in enumerate(zip(value.shape, self.shape, strict=True)) if small != large]
-        row = prod(self.shape[differ[0] + 1 :]) * item_size(self._element) if differ else 0
+        """See `Tensor.lead`. If all sizes but one are equal, as in a cache, nothing goes through the host."""
+        part = shape or value.shape
+        differ = [n for n, sizes in enumerate(zip(part, value.shape, self.shape, strict=True)) if len(set(sizes)) > 1]
+        row = prod(part[differ[0] + 1 :]) * item_size(self._element) if differ else 0
         if not differ:
             self.put(value)
         elif len(differ) == 1 and row % _WORD == 0:
             source = value if isinstance(value, DeviceTensor) else self._uploaded(value)
-            blocks = prod(self.shape[: differ[0]])
-            self.memory.put_first(self._rows(blocks, row), source._rows(blocks, row))
+            blocks = prod(part[: differ[0]])
+            self.memory.put_first(self._rows(blocks, row), source._rows(blocks, row), part[differ[0]])
         else:
-            whole = self.numpy()
-            whole[tuple(map(slice, value.shape))] = value.numpy() if isinstance(value, DeviceTensor) else value
+            whole, cut = self.numpy(), tuple(map(slice, part))
+            whole[cut] = (value.numpy() if isinstance(value, DeviceTensor) else value)[cut]
             self.put(whole)
 
     def clear(self) -> None:
@@ -316,22 +317,30 @@ class DeviceMemory:
         words.bind_output(binding, "zeros")
         self._clear.run_with_iobinding(binding)
 
-    def put_first(self, target: Place, rows: Place) -> None:
-        """Copy float32 [blocks, 1, n, words] over the first n rows of every block of a larger tensor."""
+    def put_first(self, target: Place, rows: Place, count: int) -> None:
+        """Copy the first `count` rows of every block, float32 [blocks, 1, n, words], over those of another tensor."""
         binding = self._put_first.io_binding()
         target.bind_input(binding, "target")
         rows.bind_input(binding, "rows")
+        blocks, one, _, words = rows.shape
+        binding.bind_cpu_input("starts", np.zeros(4, np.int64))
+        binding.bind_cpu_input("ends", np.array([blocks, one, count, words]))
         target.bind_output(binding, "result")
         self._put_first.run_with_iobinding(binding)
 
     @cached_property
     def _clear(self) -> Any:
-        return self._session(one_node("ConstantOfShape", {"size": ("int64", 1)}, {"zeros": ("float32", 1)}))
+        nodes: list[Node] = [("ConstantOfShape", ["size"], "zeros", {})]
+        return self._session(small_graph(nodes, {"size": ("int64", 1)}, {"zeros": ("float32", 1)}))
 
     @cached_property
     def _put_first(self) -> Any:
-        inputs = {"target": ("float32", 4), "rows": ("float32", 4)}
-        return self._session(one_node("TensorScatter", inputs, {"result": ("float32", 4)}, axis=-2))
+        inputs = {"target": ("float32", 4), "rows": ("float32", 4), "starts": ("int64", 1), "ends": ("int64", 1)}
+        nodes: list[Node] = [
+            ("Slice", ["rows", "starts", "ends"], "first", {}),
+            ("TensorScatter", ["target", "first"], "result", {"axis": -2}),
+        ]
+        return self._session(small_graph(nodes, inputs, {"result": ("float32", 4)}))
 
     def _session(self, model: bytes) -> Any:
         options = self._ort.SessionOptions()
