@@ -227,6 +227,25 @@ def test_the_event_loop_goes_on_and_the_queue_of_recordings_is_bounded(tts: TTS,
     assert all(isinstance(result, np.ndarray) for n, result in enumerate(results) if n not in (1, 32))
 
 
+def test_a_remembered_recording_does_not_wait_for_others(tts: TTS, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def run() -> bool:
+        encoder = VoiceEncoder(tts)
+        first = await encoder.reference(SOUND, WORDS)
+        held = threading.Event()
+        with monkeypatch.context() as patched:
+            patched.setattr(TTS, "encode", lambda *_: held.wait() and np.zeros((8, 4), np.int64))
+            other = asyncio.create_task(encoder.codes(wav(1)))
+            await asyncio.sleep(0)
+            again = await encoder.reference(SOUND, WORDS)
+            waited = other.done()
+            held.set()
+            await other
+        encoder.close()
+        return again is first and not waited
+
+    assert asyncio.run(run())
+
+
 @pytest.mark.parametrize("key", ["codes", "vq_codes"])
 def test_codes(read: Callable[..., list[Voice]], expected: np.ndarray, key: str) -> None:
     for codes in (expected.tolist(), [expected.tolist()]):

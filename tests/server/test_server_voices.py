@@ -316,6 +316,13 @@ def test_names_that_mean_the_default_or_no_voice(voiced: TestClient, spoken_by: 
         failed(speak(voiced, voice=name), 404, "voice_not_found", "there is no voice")
 
 
+@pytest.mark.parametrize("voice", [[], [[]], [["awb"]], ["awb", None], {"id": None}, {"name": "awb"}, 3, True, ["default"]])
+def test_what_names_no_voice(voiced: TestClient, voice: Any) -> None:
+    reply = speak(voiced, voice=voice)
+    assert reply.status_code == 400
+    assert reply.json()["error"]["param"] == "voice"
+
+
 def test_strict_names(start: Callable[..., TestClient]) -> None:
     strict = start(strict_voices=True)
     failed(speak(strict, voice="alloy"), 404, "voice_not_found", "alloy")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import io
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -37,7 +38,9 @@ class VoiceEncoder:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="voices")
         self._waiting = 0
         self._kept: OrderedDict[tuple[bytes, str], Voice] = OrderedDict()
+        """Hash of a recording and its transcript → its voice."""
         self._size = 0
+        self._keeping = threading.Lock()
 
     async def voice(self, audio: bytes, transcript: str, name: str) -> Voice:
         """Return a voice with its recording, as `VoiceStore.add` keeps it. Raises as `Voice.from_audio`; Problem 429."""
@@ -45,7 +48,10 @@ class VoiceEncoder:
 
     async def reference(self, audio: bytes, transcript: str) -> Voice:
         """Return the voice of a request, made now or remembered. Raises as `voice`."""
-        return await self.run(lambda: self._reference(audio, transcript))
+        key = (await asyncio.to_thread(lambda: hashlib.sha256(audio).digest()), transcript)
+        if kept := self._remembered(key):
+            return kept
+        return await self.run(lambda: self._reference(key, audio))
 
     async def codes(self, audio: bytes) -> Ints:
         """Return the codes of a recording, int64 [num_codebooks, frames]. Raises AudioError, VoiceError for silence."""
@@ -77,16 +83,22 @@ class VoiceEncoder:
         manifest = self._tts.bundle.manifest
         return read_audio(io.BytesIO(audio), max_seconds=most_seconds(manifest.model, manifest.codec))
 
-    def _reference(self, audio: bytes, transcript: str) -> Voice:
-        key = (hashlib.sha256(audio).digest(), transcript)
-        if key in self._kept:
-            self._kept.move_to_end(key)
-            return self._kept[key]
-        voice = replace(Voice.from_audio(self._tts, self._read(audio), transcript, name="reference"), recording=None)
-        self._kept[key] = voice
-        self._size += _size(voice)
-        while self._size > self._most:
-            self._size -= _size(self._kept.popitem(last=False)[1])
+    def _remembered(self, key: tuple[bytes, str]) -> Voice | None:
+        with self._keeping:
+            voice = self._kept.get(key)
+            if voice is not None:
+                self._kept.move_to_end(key)
+            return voice
+
+    def _reference(self, key: tuple[bytes, str], audio: bytes) -> Voice:
+        if kept := self._remembered(key):  # it may have been made while this waited
+            return kept
+        voice = replace(Voice.from_audio(self._tts, self._read(audio), key[1], name="reference"), recording=None)
+        with self._keeping:
+            self._kept[key] = voice
+            self._size += _size(voice)
+            while self._size > self._most:
+                self._size -= _size(self._kept.popitem(last=False)[1])
         return voice
 
     def _codes(self, audio: bytes) -> Ints:

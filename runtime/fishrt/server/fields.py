@@ -71,7 +71,7 @@ _DIFFUSION = frozenset(
 def _voice(value: Any) -> Any:
     """Return the name of a voice, from a name or OpenAI's object; a list gives the names of several speakers."""
     if isinstance(value, list) and value:
-        return [_voice(each) for each in value]
+        return [_voice([] if isinstance(each, list) else each) for each in value]
     name = value.get("id") if isinstance(value, dict) else value
     if not isinstance(name, str):
         raise ValueError('a name, or an object such as {"id": "…"}, is expected')

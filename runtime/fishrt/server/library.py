@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 
-from ..errors import KeptVoiceError, OutputError, TakenVoiceError, UnknownVoiceError, VoiceError
+from ..errors import KeptVoiceError, TakenVoiceError, UnknownVoiceError, VoiceError
 from ..request import VoiceLike
 from ..tts import TTS
 from ..voices.files import AUDIO_SUFFIXES, canonical, check_name
@@ -50,17 +50,17 @@ class VoiceLibrary:
         """Return all voices, by name. Raises VoiceError if the voice folder cannot be read."""
         own, built_in = self._tts.store, bundle_store(self._tts.bundle)
         found = {name: Entry(name, "bundle", _time(built_in.place(name))) for name in self._built_in}
-        found |= {name: Entry(name, "session", created) for name, (_, created) in tuple(self._session.items())}
         found |= {name: Entry(name, "user", _time(own.place(name))) for name in own.list()}
+        found |= {name: Entry(name, "session", created) for name, (_, created) in tuple(self._session.items())}
         return [found[name] for name in sorted(found)]
 
     def entry(self, name: str) -> Entry:
         """Return a voice as `list` has it. Raises UnknownVoiceError."""
         name = canonical(name)
-        if self._tts.store.holds(name):
-            return Entry(name, "user", _time(self._tts.store.place(name)))
         if kept := self._session.get(name):
             return Entry(name, "session", kept[1])
+        if self._tts.store.holds(name):
+            return Entry(name, "user", _time(self._tts.store.place(name)))
         if name in self._built_in:
             return Entry(name, "bundle", _time(bundle_store(self._tts.bundle).place(name)))
         raise self._unknown(name)
@@ -124,7 +124,7 @@ class VoiceLibrary:
             elif len(self._session) < _MOST_UNTIL_SHUTDOWN:
                 self._session[canonical(voice.name)] = replace(voice, recording=None), int(time.time())
             else:
-                raise OutputError(f"there are already {_MOST_UNTIL_SHUTDOWN:,} voices until shutdown", hint="delete some")
+                raise VoiceError(f"there are already {_MOST_UNTIL_SHUTDOWN:,} voices until shutdown", hint="delete some")
         return self.entry(voice.name)
 
     def rename(self, old: str, new: str) -> None:
@@ -155,7 +155,8 @@ class VoiceLibrary:
         return name in self._session or name in self._built_in or self._tts.store.holds(name)
 
     def _voice(self, name: str) -> VoiceLike:
-        return self._session[name][0] if name in self._session else name
+        kept = self._session.get(name)
+        return kept[0] if kept else name
 
     def _local(self, name: str) -> VoiceLike | None:
         """Return the voice for a name of OpenAI's: the largest hash, so that a new voice leaves most names where they are."""

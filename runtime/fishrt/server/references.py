@@ -106,13 +106,10 @@ class ReferenceReader:
             return value
         scheme = value[:8].partition(":")[0].lower()
         try:
-            if scheme == "data":
-                return _data_url(value)
             if scheme in ("http", "https"):
                 return await self._fetch(value)
-            if scheme == "file" or len(value) <= _LONGEST_NAME:
-                return await asyncio.to_thread(self._file, value)
-            return encoded_bytes(value)
+            file = scheme == "file" or (len(value) <= _LONGEST_NAME and scheme != "data")
+            return await asyncio.to_thread(self._file if file else encoded_bytes, value)
         except VoiceError as error:
             raise _bad(param, str(error), error.hint) from None
 
@@ -231,15 +228,18 @@ def _audio(value: Any, param: str) -> bytes | str:
     return value
 
 
-def _data_url(url: str) -> bytes:
-    head, comma, data = url.partition(",")
-    if not comma:
-        raise VoiceError("the data URL has no data", hint="data:audio/wav;base64,…")
-    return encoded_bytes(unquote(data)) if head.rpartition(";")[2].strip().lower() == "base64" else unquote_to_bytes(data)
-
-
 def encoded_bytes(text: str) -> bytes:
-    """Return the bytes of base64 in either alphabet, with or without line breaks and padding. Raises VoiceError."""
+    """Return the bytes of a data URL, or of base64 in either alphabet, with or without line breaks and padding.
+
+    Raises VoiceError.
+    """
+    if text[:5].lower() == "data:":
+        head, comma, text = text.partition(",")
+        if not comma:
+            raise VoiceError("the data URL has no data", hint="data:audio/wav;base64,…")
+        if head.rpartition(";")[2].strip().lower() != "base64":
+            return unquote_to_bytes(text)
+        text = unquote(text)
     text = re.sub(r"\s+", "", text).rstrip("=").translate(str.maketrans("-_", "+/"))
     try:
         return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)

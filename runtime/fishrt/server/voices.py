@@ -138,7 +138,7 @@ async def _audio(fields: Mapping[str, Any], names: Sequence[str]) -> bytes:
             case UploadFile() as file:
                 return await file.read()
             case str() as text if text:
-                return encoded_bytes(text)
+                return await asyncio.to_thread(encoded_bytes, text)
     raise Problem(
         400, f"the recording is missing; send it as the file {names[0] if names else 'audio'}", param=names[0] if names else None
     )
