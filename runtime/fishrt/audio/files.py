@@ -7,7 +7,9 @@ import logging
 import mmap
 import stat
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
+from dataclasses import replace
 from numbers import Integral
 from os import fstat
 from pathlib import Path
@@ -18,12 +20,15 @@ import soundfile
 
 from ..arrays import Pcm
 from ..errors import AudioError
-from .containers import Stated, forget_length, split_joined, stated_length, take_mp3_count
+from .containers import Stated, after_id3, forget_length, split_joined, stated_length, take_mp3_count
+from .unpack import demuxer_of, unpacked
 
 log = logging.getLogger(__name__)
 
 MAX_SECONDS = 3600.0
 """Longest file that is read if the caller gives no limit. An hour is 0.7 GB at 48 kHz; no codec takes as much."""
+MAX_RATE = 768_000
+"""Highest rate in Hz that is read: it bounds the samples of a second, and no recording has a higher one."""
 MAX_PIPED_BYTES = 1 << 30
 """Most that is read from a pipe, which may never end."""
 MOST_SAMPLE = 8.0
@@ -47,10 +52,11 @@ highest bit rate, 320 kbit/s, is 40 times as large as one of the lowest."""
 def read_audio(source: str | Path | BinaryIO, *, max_seconds: float = MAX_SECONDS) -> tuple[Pcm, int]:
     """Return an audio file, or an open one, as (pcm float32 [samples], rate in Hz); the channels are averaged.
 
-    The formats are those of libsndfile: wav, flac, ogg, mp3, aiff, …; "-" is standard input. Files are read to their end,
-    whatever length their headers state, and joined files are read one after the other.
+    The formats are those of libsndfile: wav, flac, ogg, mp3, aiff, …, and with PyAV m4a, webm, aac, wma, …; "-" is standard
+    input. Files are read to their end, whatever length their headers state, and joined files are read one after the other. What a
+    file unpacks to is bounded by `max_seconds`.
     Raises AudioError if it cannot be read, has no samples, is longer than `max_seconds` or than memory allows, has samples that
-    are not numbers or are far outside −1..1, or joins files of different rates.
+    are not numbers or are far outside −1..1, states an impossible rate, or joins files of different rates.
     """
     name = str(source) if isinstance(source, (str, Path)) else "the audio"
     if name == "-":
@@ -61,13 +67,16 @@ def read_audio(source: str | Path | BinaryIO, *, max_seconds: float = MAX_SECOND
             raise AudioError(f"{name} is an .npy array, not audio", hint="`fishrt codec decode` makes audio of codes")
         blocks, rates, samples = [], set(), 0
         for part in split_joined(data):
-            for block, rate in _decoded(part, max_seconds, name):
-                blocks.append(block)
-                rates.add(rate)
-                if (samples := samples + len(block)) > max_seconds * rate:
-                    raise AudioError(
-                        f"{name} is too long: at most {max_seconds:,.1f} s can be used", hint="cut it into shorter parts"
-                    )
+            with closing(_decoded(part, max_seconds, name)) as decoded:
+                for block, rate in decoded:
+                    if rate > MAX_RATE:
+                        raise AudioError(f"{name} states a rate of {rate:,} Hz; at most {MAX_RATE:,} is possible")
+                    blocks.append(block)
+                    rates.add(rate)
+                    if (samples := samples + len(block)) > max_seconds * rate:
+                        raise AudioError(
+                            f"{name} is too long: at most {max_seconds:,.1f} s can be used", hint="cut it into shorter parts"
+                        )
         pcm: Pcm = np.concatenate(blocks) if blocks else np.empty(0, np.float32)
     except MemoryError:
         raise AudioError(f"{name} is too long for the memory of this machine", hint="cut it into shorter parts") from None
@@ -109,10 +118,18 @@ def _bytes(source: str | Path | BinaryIO, name: str) -> memoryview:
 
 
 class _File(io.RawIOBase):
-    """A file of bytes for libsndfile, which may claim to be longer than it is."""
+    """A file of bytes for decoders, which may claim to be longer than it is."""
 
     def __init__(self, data: memoryview, size: int) -> None:
         self._data, self._size, self.position = data, size, 0
+
+    def readable(self) -> bool:
+        """See io.IOBase."""
+        return True
+
+    def seekable(self) -> bool:
+        """See io.IOBase."""
+        return True
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         """See io.IOBase."""
@@ -124,9 +141,9 @@ class _File(io.RawIOBase):
         return self.position
 
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
-        """See io.RawIOBase. Reads zeros after the data, where libsndfile looks for a tag at the claimed end."""
+        """See io.RawIOBase. Reads zeros from the data to the claimed end, where libsndfile looks for a tag."""
         part = bytes(self._data[self.position : self.position + len(buffer)])
-        if self.position > len(self._data):
+        if len(self._data) < self.position < self._size:
             part = bytes(len(buffer))
         buffer[: len(part)] = part
         self.position += len(part)
@@ -145,11 +162,19 @@ class _Forward(soundfile.SoundFile):  # type: ignore[misc]
         return False
 
 
-def _decoded(data: memoryview, max_seconds: float, name: str) -> Iterator[tuple[Pcm, int]]:
+def _decoded(data: memoryview, max_seconds: float, name: str) -> Generator[tuple[Pcm, int], None, None]:
     """Yield blocks of one file, float32 [samples], channels averaged, each with the rate in Hz. May stop after `max_seconds`."""
     stated, samples = stated_length(data), 0
     data = forget_length(data)
-    with _Forward(_File(data, len(data))) as sound:
+    try:
+        opened = _Forward(_File(data, len(data)))
+    except soundfile.LibsndfileError:
+        demuxer = demuxer_of(bytes(data[after_id3(data) :][:12]))
+        if demuxer is None:
+            raise
+        yield from _unpacked(data, demuxer, stated, name)
+        return
+    with opened as sound:
         if sound.format != "MP3":
             for block in _blocks(sound, max(1, _BLOCK // sound.channels), name):
                 samples += len(block)
@@ -157,6 +182,17 @@ def _decoded(data: memoryview, max_seconds: float, name: str) -> Iterator[tuple[
             _check_whole(samples, stated, sound.samplerate, name)
             return
     yield _mp3(data, max_seconds, name)
+
+
+def _unpacked(data: memoryview, demuxer: str, stated: Stated, name: str) -> Iterator[tuple[Pcm, int]]:
+    """Yield blocks of a file that libsndfile cannot read, as `_decoded` does."""
+    samples = 0
+    for block, rate, stated_s in unpacked(data, demuxer, name):
+        samples += len(block)
+        whole = replace(stated, samples=round(stated_s * rate))
+        yield block, rate
+    if samples:
+        _check_whole(samples, whole, rate, name)
 
 
 def _check_whole(samples: int, stated: Stated, rate: int, name: str) -> None:

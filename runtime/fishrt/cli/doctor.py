@@ -49,6 +49,7 @@ def _audio_formats() -> str:
     known: dict[str, Any] = soundfile.available_formats()
     read = ", ".join(name for name in ("WAV", "FLAC", "OGG", "MP3", "AIFF", "AU", "CAF") if name in known)
     written = ", ".join(name for name, kind in FORMATS.items() if (kind.container in known if kind.container else pyav))
+    read += ", M4A, WebM" if pyav else ""
     return f"reads {read}, and others; writes {written} (libsndfile {soundfile.__libsndfile_version__})"
 
 
