@@ -20,7 +20,7 @@ import numpy as np
 
 from fishrt import TTS
 from fishrt.metrics import signal_over_error
-from fishrt_export import export_bundle
+from fishrt_export import Options, export_bundle
 from minnow_quality import CLASSIFIER_SENTENCES, SENTENCES, VOICES, flite
 from quality import Recogniser, VoiceClassifier, mfcc_summary, word_errors, words
 from record import write_record
@@ -33,7 +33,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "all-int4": {"precision": "int4", "keep": {"fast_ar.*": "int4", "slow_ar.output": "int4"}},
     "codec-int8": {"codec_int8": True},
 }
-"""Options of export_bundle by name. The first recipe is the baseline."""
+"""Options by name. The first recipe is the baseline."""
 _DRAWS = 2000
 _loaded: dict[Path, tuple[TTS, Recogniser]] = {}
 
@@ -53,7 +53,7 @@ def main(count: int, seeds: int, workers: int, out: Path | None) -> None:
         rows: dict[str, list[dict[str, Any]]] = {}
         sizes = {}
         for name, options in RECIPES.items():
-            bundle = export_bundle(CHECKPOINT, Path(folder, name), **options)
+            bundle = export_bundle(CHECKPOINT, Path(folder, name), Options(**options))
             sizes[name] = bundle.manifest.total_bytes
         jobs = [(Path(folder), s, v, seed) for s in spoken for v in VOICES for seed in range(seeds)]
         with click.progressbar(length=len(jobs), label="Speaking", file=sys.stderr) as bar:

@@ -209,7 +209,14 @@ ROOMS = {
         {"bench", "server"},
         {"cli"},
     ),
-    "fishrt_export": ({"errors"}, {"checkpoint"}, {"models"}, {"graph"}, {"sources", "targets"}, {"export", "retarget"}),
+    "fishrt_export": (
+        {"errors", "place"},
+        {"checkpoint", "options"},
+        {"models"},
+        {"graph"},
+        {"sources", "targets"},
+        {"export", "retarget"},
+    ),
 }
 """The files and folders of a layer, from the lowest rank to the highest: each imports from its own rank and below."""
 ALONE = {"__init__", "__main__"}

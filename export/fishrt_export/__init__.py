@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from .checkpoint.lora import Lora
-    from .export import check_out, export_bundle
+from .options import Lora, Options
 
-__all__ = ["Lora", "check_out", "export_bundle"]
+if TYPE_CHECKING:
+    from .export import export_bundle
+
+__all__ = ["Lora", "Options", "export_bundle"]
 
 
 def __getattr__(name: str) -> object:
@@ -16,12 +17,4 @@ def __getattr__(name: str) -> object:
         from .export import export_bundle
 
         return export_bundle
-    if name == "check_out":
-        from .export import check_out
-
-        return check_out
-    if name == "Lora":
-        from .checkpoint.lora import Lora
-
-        return Lora
     raise AttributeError(name)

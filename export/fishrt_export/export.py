@@ -7,16 +7,11 @@ that an interrupted export leaves nothing that loads.
 from __future__ import annotations
 
 import logging
-import signal
-import sys
-import threading
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from fishrt.audio.output import check_place
 from fishrt.bundle.features import LanguageModel
 from fishrt.bundle.folder import Bundle, describe_files
 from fishrt.bundle.manifest import MANIFEST, SCHEMA, Form, Graph, Licence, Manifest
@@ -26,22 +21,23 @@ from fishrt.errors import BundleError
 from fishrt.progress import Progress
 from fishrt.text.tokenizer import Tokenizer
 from fishrt.version import __version__
-from fishrt_engines.aside import new_folder
 
-from .checkpoint.lora import Lora
+from .checkpoint.families import Family
 from .checkpoint.names import DEFAULTS, TOKENIZER, checkpoint_name
-from .checkpoint.references import check_references, copy_licence, encode_references
+from .checkpoint.references import References, check_references, copy_licence, encode_references
 from .checkpoint.weights import raise_if_any
 from .errors import ExportError
 from .graph.job import GraphJob, Made
 from .graph.recipe import Recipe, Storage, main_precision
+from .options import Options
+from .place import check_out, written_aside
 from .sources.codec import CodecSource, open_codec
 from .sources.codec_start import write_start
 from .sources.language_model import LanguageModelSource, open_language_model
 from .targets.codec_int8 import check_codec, int8_form
 from .targets.coreml import check_codec as check_fixed
 from .targets.coreml import static_form, step_usability
-from .targets.forms import check_targets, make_forms
+from .targets.forms import make_forms
 from .targets.tensorrt.rules import errors, tensorrt_findings
 
 log = logging.getLogger(__name__)
@@ -53,40 +49,61 @@ _TRACING = {"codec_encode": 60_000_000, "codec_decode": 150_000_000, "slow_ar": 
 """Time to trace each graph of any size, as the number of weights that are written and verified in that time."""
 
 
+@dataclass(slots=True)
+class _Plan:
+    """What an export writes, found before anything is written."""
+
+    manifest: Manifest
+    """Without what only the written files tell."""
+    jobs: list[GraphJob]
+    """The portable graphs. A job holds its weights, so it is taken out when it begins."""
+    frame: GraphJob | None
+    """The frame graph, which is written with the forms of the fast AR."""
+    tokenizer: bytes
+    family: Family
+    references: References | None
+
+
 def export_bundle(
     checkpoint: str | Path,
     out: str | Path,
+    options: Options = Options(),  # noqa: B008  # it is frozen
     *,
-    head: str = "audio",
-    family: str | None = None,
-    lora: Lora | None = None,
-    precision: str = "fp32",
-    keep: Mapping[str, str] | None = None,
-    targets: Collection[str] = (),
-    codec_int8: bool = False,
     progress: Progress = lambda _stage, _done: None,
 ) -> Bundle:
     """Export the checkpoint in the folder `checkpoint` as a bundle in the new or empty folder `out`, whose parent exists.
 
     A language model may have fewer codebooks than the codec. It then speaks with the first ones.
 
-    head: "audio" keeps the logits of the tokens that can be spoken, "full" those of the whole vocabulary.
-    family: a key of families.FAMILIES; None identifies it. lora: merged into the language model.
-    precision, keep: see recipe.Recipe.
-    targets: providers for which forms of the graphs are made, of forms.TARGETS; those for "cpu" are always made.
-    codec_int8: also add the codec's decoder with convolutions in 8 bits; see codec_int8.py.
     Raises ExportError for a checkpoint that is incomplete, damaged, mixed or of an unknown family, with a list of all tensors
     that do not fit; for a LoRA of another model; for an `out` that is not empty or cannot be written; for a graph that differs
     from its torch module. Raises FishrtError before anything is written if there is too little memory.
     """
     checkpoint, out = Path(checkpoint), Path(out)
-    recipe = Recipe(precision, keep or {})
-    targets = dict.fromkeys(("cpu", *targets))
-    check_targets(targets)
     check_out(out)
     progress("reading the checkpoint", 0.0)
+    plan = _planned(checkpoint, out, options)
+    storage = {job.role: job.plan for job in plan.jobs}
+    with written_aside(out) as folder:
+        (folder / TOKENIZER).write_bytes(plan.tokenizer)
+        licence = copy_licence(checkpoint, folder, plan.family)
+        graphs, errors = _write_graphs(folder, plan, options, progress)
+        write_start(folder, graphs["codec_encode"].spec, graphs["codec_decode"].spec, plan.manifest.codec)
+        voices = encode_references(plan.references, Bundle(folder, replace(plan.manifest, graphs=graphs)))
+        progress("hashing the files", 1.0)
+        manifest = replace(
+            plan.manifest, graphs=graphs, quantisation=_report(storage, errors), licence=licence, voices=voices
+        ).sealed(describe_files(folder))
+        (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+        bundle = replace(Bundle.load(folder), path=out)
+    _warn_of_tensorrt(bundle)
+    return bundle
+
+
+def _planned(checkpoint: Path, out: Path, options: Options) -> _Plan:
+    """Read and check all of the checkpoint. Raises ExportError, and FishrtError if there is too little memory."""
     codec = open_codec(checkpoint)
-    language_model = open_language_model(checkpoint, family=family, codec=codec.kind, lora=lora)
+    language_model = open_language_model(checkpoint, family=options.family, codec=codec.kind, lora=options.lora)
     raise_if_any([*language_model.problems(), *codec.problems()])
     if not halves_fit(language_model, codec):
         raise ExportError(
@@ -94,22 +111,39 @@ def export_bundle(
             f"and the codec has {len(codec.config.codebook_sizes)}",
             hint="take both from one checkpoint",
         )
-    jobs = [*_planned_codec(codec, recipe), *_planned_language_model(language_model, head, recipe)]
-    described, largest = language_model.describe(head), max(codec.config.codebook_sizes)
-    warn_of_unknown_codes(described, codec.config.codebook_sizes[0])
-    tokenizer = language_model.tokenizer
+    recipe = Recipe(options.precision, options.keep)
+    jobs = [*_planned_codec(codec, recipe), *_planned_language_model(language_model, options.head, recipe)]
+    by_role = {job.role: job for job in jobs}
+    if "coreml" in options.targets:
+        check_fixed(by_role["codec_decode"].spec)
+    if options.codec_int8:
+        check_codec(codec.kind)
+    manifest = _draft(checkpoint, language_model, codec, jobs, options)
+    warn_of_unknown_codes(manifest.model, codec.config.codebook_sizes[0])
+    framed = not {"cuda", "tensorrt"}.isdisjoint(options.targets)
+    frame = language_model.frame_job(manifest.model, by_role["fast_ar"].plan) if framed else None
+    check_memory(BASE_MEMORY + max(job.need() for job in (*jobs, *filter(None, [frame]))), f"exporting {checkpoint}")
+    tokenizer = language_model.tokenizer.encode()
+    references = check_references(checkpoint, Bundle(out, manifest), Tokenizer.from_json(tokenizer))
+    return _Plan(manifest, jobs, frame, tokenizer, language_model.family, references)
+
+
+def _draft(
+    checkpoint: Path, language_model: LanguageModelSource, codec: CodecSource, jobs: list[GraphJob], options: Options
+) -> Manifest:
+    """Return the manifest, checked, without what only the written files tell. Raises ExportError."""
+    lm, largest = language_model.describe(options.head), max(codec.config.codebook_sizes)
     draft = Manifest(
         schema=SCHEMA,
         name=checkpoint_name(checkpoint),
         exported_by=f"fishrt {__version__}",
         family=language_model.family.title,
-        recipe=_recipe_words(recipe, head=head, lora=lora, targets=targets, codec_int8=codec_int8),
+        recipe=options.words,
         # Codes that are in no codebook are not drawn.
-        model=replace(described, fast_candidates=min(described.fast_candidates, largest + described.code_offset)),
+        model=replace(lm, fast_candidates=min(lm.fast_candidates, largest + lm.code_offset)),
         codec=codec.describe(),
         tokenizer=TOKENIZER,
         graphs={job.role: Graph(job.spec, main_precision(job.plan, _sizes(job)), memory=0) for job in jobs},
-        # Memory and the fields below are replaced when the files are written.
         quantisation=None,
         licence=Licence("", None),
         voices=None,
@@ -120,64 +154,42 @@ def export_bundle(
     except BundleError as error:
         hint = f"take all files from one checkpoint, and mend its {DEFAULTS} if it has one"
         raise ExportError(f"{checkpoint} cannot become a bundle: {error}", hint=hint) from None
-    decode = next(job for job in jobs if job.role == "codec_decode")
+    return draft
+
+
+def _write_graphs(
+    folder: Path, plan: _Plan, options: Options, progress: Progress
+) -> tuple[dict[str, Graph], dict[str, Mapping[str, float]]]:
+    """Write and verify all graphs with their forms. Return them, and the errors of quantised layers, both by role."""
+    specs, codec, share = plan.manifest.specs, plan.manifest.codec, 0.6 if options.codec_int8 else 1.0  # of the time
+    case, tolerance = next((job.cases[-1], job.tolerance) for job in plan.jobs if job.role == "codec_decode")
+    targets = {"cpu", *options.targets}
+
+    def make(folder: Path, role: str) -> list[Form]:
+        if plan.frame is None or role != "fast_ar":
+            return make_forms(folder, role, specs[role], targets)
+        whole = Form("tensorrt", plan.frame.spec, parity=plan.frame.run(folder).parity)
+        return [*make_forms(folder, role, specs[role], targets, whole), whole]
+
+    made = _run(plan.jobs, folder, make, lambda stage, part: progress(stage, share * part))
+    graphs = {
+        role: replace(graph, memory=made[role].memory, parity=made[role].parity, forms=made[role].forms)
+        for role, graph in plan.manifest.graphs.items()
+    }
+    decode, forms = specs["codec_decode"], list(graphs["codec_decode"].forms)
+    if options.codec_int8:
+
+        def show(part: float) -> None:
+            progress("codec in 8 bits", share + (1 - share) * part)
+
+        forms.insert(0, int8_form(folder, decode, codec.codebook_sizes, show))
     if "coreml" in targets:
-        check_fixed(decode.spec)
-    if codec_int8:
-        check_codec(codec.kind)
-    static_case, static_tolerance = decode.cases[-1], decode.tolerance
-    del decode
-    plans, known = {job.role: job.plan for job in jobs}, language_model.family
-    framed = {"cuda", "tensorrt"} & targets.keys()
-    frame = language_model.frame_job(draft.model, plans["fast_ar"]) if framed else None
-    check_memory(BASE_MEMORY + max(job.need() for job in (*jobs, *filter(None, [frame]))), f"exporting {checkpoint}")
-    del codec, language_model  # each job holds its weights until it is done
-    references = check_references(checkpoint, Bundle(out, draft), Tokenizer.from_json(tokenizer.encode()))
-    with _written_aside(out) as folder:
-        (folder / TOKENIZER).write_bytes(tokenizer.encode())
-        licence = copy_licence(checkpoint, folder, known)
-        graphs = 0.6 if codec_int8 else 1.0  # part of the export's time
-
-        def make(folder: Path, role: str) -> list[Form]:
-            if frame is None or role != "fast_ar":
-                return make_forms(folder, role, draft.specs[role], targets)
-            whole = Form("tensorrt", frame.spec, parity=frame.run(folder).parity)
-            return [*make_forms(folder, role, draft.specs[role], targets, whole), whole]
-
-        made = _run(jobs, folder, make, lambda stage, part: progress(stage, graphs * part))
-        done = {
-            role: replace(graph, memory=made[role].memory, parity=made[role].parity, forms=made[role].forms)
-            for role, graph in draft.graphs.items()
-        }
-        write_start(folder, done["codec_encode"].spec, done["codec_decode"].spec, draft.codec)
-        portable = done["codec_decode"]
-        forms = list(portable.forms)
-        if codec_int8:
-            forms.insert(
-                0,
-                int8_form(
-                    folder,
-                    portable.spec,
-                    draft.codec.codebook_sizes,
-                    lambda part: progress("codec in 8 bits", graphs + (1 - graphs) * part),
-                ),
-            )
-        if "coreml" in targets:
-            progress("static graphs", graphs)
-            forms.append(static_form(folder, portable.spec, static_case, static_tolerance, draft.codec.fingerprint))
-            for role in ("slow_ar", "fast_ar"):
-                done[role] = replace(done[role], coreml_step=step_usability(folder, done[role].spec))
-        done["codec_decode"] = replace(portable, forms=tuple(forms))
-        voices = encode_references(references, Bundle(folder, replace(draft, graphs=done)))
-        progress("hashing the files", 1.0)
-        manifest = replace(draft, graphs=done, quantisation=_report(plans, made), licence=licence, voices=voices).sealed(
-            describe_files(folder)
-        )
-        (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
-        bundle = Bundle.load(folder)
-    bundle = replace(bundle, path=out)
-    _warn_of_tensorrt(bundle)
-    return bundle
+        progress("static graphs", share)
+        forms.append(static_form(folder, decode, case, tolerance, codec.fingerprint))
+        for role in ("slow_ar", "fast_ar"):
+            graphs[role] = replace(graphs[role], coreml_step=step_usability(folder, specs[role]))
+    graphs["codec_decode"] = replace(graphs["codec_decode"], forms=tuple(forms))
+    return graphs, {role: done.errors for role, done in made.items()}
 
 
 def _warn_of_tensorrt(bundle: Bundle) -> None:
@@ -206,46 +218,6 @@ def warn_of_unknown_codes(lm: LanguageModel, codes: int) -> None:
             codes,
             tokens,
         )
-
-
-def check_out(out: Path) -> None:
-    """Check that `out` is new or an empty folder. Raises ExportError."""
-    if out.is_dir() and not any(out.iterdir()):
-        return
-    if out.exists():
-        what = "is not empty" if out.is_dir() else "is a file"
-        raise ExportError(f"{out} exists and {what}", hint="name a folder that does not exist yet")
-    check_place(out)
-
-
-@contextmanager
-def _written_aside(out: Path) -> Iterator[Path]:
-    """Yield a new folder, which becomes `out`, a new or an empty one, if the block succeeds. Raises ExportError for OSErrors."""
-    out = out.resolve()  # a link stays, and its target is written
-    try:
-        with _terminable(), new_folder(out) as aside:
-            yield aside
-            if out.exists():
-                out.rmdir()
-    except OSError as error:
-        raise ExportError(f"{out} cannot be written: {error}", hint="check the free space and your permissions") from error
-
-
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """Make SIGTERM end the block with SystemExit, so that it cleans up. A program's own handler of the signal is kept."""
-    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
-        yield
-        return
-
-    def leave(number: int, _frame: object) -> None:
-        sys.exit(128 + number)
-
-    signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _planned_codec(codec: CodecSource, recipe: Recipe) -> list[GraphJob]:
@@ -281,24 +253,14 @@ def _run(jobs: list[GraphJob], folder: Path, make: Callable[[Path, str], list[Fo
     return made
 
 
-def _recipe_words(recipe: Recipe, *, head: str, lora: Lora | None, targets: Collection[str], codec_int8: bool) -> str:
-    """Return the options of the export in words, the precision first."""
-    parts = [recipe.precision, *(f"{name}={precision}" for name, precision in recipe.keep.items())]
-    parts += ["codec in 8 bits"] if codec_int8 else []
-    parts += [f"graphs for {', '.join(asked)}"] if (asked := [target for target in targets if target != "cpu"]) else []
-    parts += ["full head"] if head == "full" else []
-    parts += [f"LoRA {lora.path.name}, alpha {lora.alpha:g}"] if lora else []
-    return ", ".join(parts)
-
-
-def _report(plans: Mapping[str, Mapping[str, Storage]], made: Mapping[str, Made]) -> Quantisation | None:
+def _report(plans: Mapping[str, Mapping[str, Storage]], errors: Mapping[str, Mapping[str, float]]) -> Quantisation | None:
     """Return the precision and error of each layer of the language model; None if no layer is quantised."""
     layers = tuple(
         LayerReport(
             f"{role}.{name.removesuffix('.weight')}",
             storage.precision,
             storage.block,
-            made[role].errors.get(name, 0.0),
+            errors[role].get(name, 0.0),
             storage.reason,
         )
         for role in ("slow_ar", "fast_ar")

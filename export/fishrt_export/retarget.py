@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fishrt.bundle.folder import Bundle, describe_file
-from fishrt.bundle.manifest import MANIFEST, SCHEMA, Form, Graph, Manifest, Parity
+from fishrt.bundle.manifest import MANIFEST, SCHEMA, TARGETS, Form, Graph, Manifest, Parity
 from fishrt.bundle.strict import AGAIN, parse_dataclass
 from fishrt.errors import BundleError
 from fishrt.progress import Progress
@@ -22,11 +22,12 @@ from fishrt_engines import open_engine
 from fishrt_engines.aside import new_folder
 
 from .checkpoint.identify import AudioIds
-from .errors import ExportError
+from .errors import ExportError, check_known
 from .graph.report import PROVIDER, Case, Expected, compare, run
+from .place import check_replaceable
 from .sources.cases import codec_decode_cases, codec_encode_cases, fast_ar_cases, slow_ar_cases
 from .targets.coreml import check_codec, static_form, step_usability
-from .targets.forms import check_targets, make_forms
+from .targets.forms import make_forms
 
 SIDE_FILES = ("static.json", "int8_codec.json", "quantisation.json")
 """Files of a bundle of schema 3 whose content is in the manifest now."""
@@ -42,7 +43,8 @@ def retarget(path: Path, targets: Collection[str], progress: Progress = lambda _
     portable graph, for a folder that cannot be replaced, and for a bundle that another process changes meanwhile; BundleError for
     a folder that is no bundle, and for a file that is not the one in the manifest.
     """
-    check_targets(targets)
+    check_known("target", targets, TARGETS)
+    check_replaceable(path)
     data, path = _data(path), path.resolve()  # the folder may be the current one, which is replaced
     is_old = data.get("schema") == SCHEMA - 1
     bundle = Bundle(path, _upgraded(path, data)) if is_old else Bundle.load(path)

@@ -27,7 +27,7 @@ pytest.importorskip("torch", reason="needs the export extra")
 
 import torch
 
-from fishrt_export import export_bundle
+from fishrt_export import Options, export_bundle
 from fishrt_export.errors import ExportError
 from fishrt_export.targets import codec_int8 as int8
 
@@ -182,7 +182,7 @@ def test_the_exporter_adds_it(checkpoint: Path, tmp_path: Path, monkeypatch: pyt
         return Form("cpu", arguments[1])
 
     monkeypatch.setattr("fishrt_export.export.int8_form", form)
-    made = export_bundle(checkpoint, tmp_path / "out", codec_int8=True)
+    made = export_bundle(checkpoint, tmp_path / "out", Options(codec_int8=True))
     ((folder, spec, sizes),) = asked
     assert folder.parent == tmp_path
     assert (spec, sizes) == (replace(made.manifest.specs["codec_decode"], identity=""), made.manifest.codec.codebook_sizes)

@@ -18,7 +18,7 @@ import torch
 from fishrt import TTS
 from fishrt.bundle.folder import Bundle
 from fishrt_engines import open_engine
-from fishrt_export import export_bundle
+from fishrt_export import Options, export_bundle
 from fishrt_export.checkpoint.families import FAMILIES
 from fishrt_export.models.codec.carry import Carry
 from fishrt_export.models.codec.dac import Dac
@@ -383,7 +383,7 @@ def test_bundles_of_any_sizes_speak(tmp_path: Path, name: str, kind: str, head: 
     books = len(source.config.codebook_sizes)
     config = random_config(name, rng) | {"max_seq_len": 512, "n_layer": 1, "n_fast_layer": 1, "num_codebooks": books}
     write_checkpoint(folder, name, config, rng)
-    bundle = Bundle.load(export_bundle(folder, out, head=head).path)
+    bundle = Bundle.load(export_bundle(folder, out, Options(head=head)).path)
     described, spec = bundle.manifest.codec, bundle.manifest.specs["codec_encode"]
     speech = TTS.load(out, provider="cpu", threads=1).speak("word1 word2.", seed=3, max_frames=4)
     assert speech.codes.shape[0] == books

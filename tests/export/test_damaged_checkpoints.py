@@ -19,9 +19,9 @@ from fishrt_export.checkpoint.files import (
     read_tensors,
     read_weights,
 )
-from fishrt_export.checkpoint.lora import Lora
 from fishrt_export.checkpoint.weights import raise_if_any
 from fishrt_export.errors import ExportError
+from fishrt_export.options import Lora
 from fishrt_export.sources.language_model import open_language_model
 from synthetic import EVERYTHING, PLAIN, random_weights, write_flat, write_nested
 

@@ -26,7 +26,7 @@ from fishrt.bundle.features import Reads, SamplingDefaults
 from fishrt.bundle.folder import Bundle
 from fishrt.errors import AudioError, BundleError, FishrtError, OutputError
 from fishrt.progress import Progress
-from fishrt_export import export_bundle
+from fishrt_export import Options, export_bundle
 from fishrt_export.checkpoint.families import S2
 from fishrt_export.checkpoint.names import DEFAULTS
 from fishrt_export.errors import ExportError
@@ -200,7 +200,7 @@ def test_too_little_memory_is_found_out_before_anything_is_written(
 @pytest.mark.usefixtures("no_graphs")
 def test_a_layer_that_the_model_does_not_have(checkpoint: Path, out: Path) -> None:
     with refused(out, r"slow_ar\.layers\.99\.\*=int8"):
-        export_bundle(checkpoint, out, keep={"slow_ar.layers.99.*": "int8"})
+        export_bundle(checkpoint, out, Options(keep={"slow_ar.layers.99.*": "int8"}))
 
 
 @pytest.mark.usefixtures("no_graphs")

@@ -19,7 +19,7 @@ from click.testing import CliRunner
 from conftest import CHOSEN, find_golden
 from fishrt import TTS, Voice
 from fishrt.cli import main
-from fishrt_export import export_bundle
+from fishrt_export import Options, export_bundle
 from fishrt_export.checkpoint.families import FAMILIES, Family
 from fishrt_export.errors import ExportError
 from fishrt_export.models.slow_ar import SlowAR
@@ -51,7 +51,9 @@ def refused(checkpoint: Path, message: str, **options: Any) -> str:
     """The whole message of an export that fails at once."""
     stages: list[str] = []
     with pytest.raises(ExportError, match=message) as caught:
-        export_bundle(checkpoint, checkpoint.parent / "out", progress=lambda stage, _done: stages.append(stage), **options)
+        export_bundle(
+            checkpoint, checkpoint.parent / "out", Options(**options), progress=lambda stage, _done: stages.append(stage)
+        )
     assert stages == ["reading the checkpoint"]
     assert not (checkpoint.parent / "out").exists()
     return str(caught.value)
@@ -71,7 +73,6 @@ def test_every_family_is_told_by_its_files(golden_model: GoldenModel) -> None:
     ("folder", "family", "codec", "message"),
     [
         ("fish-1.2", None, None, r"may be of several families: 1\.4, 1\.2"),
-        ("fish-1.4", "1.6", None, r"unknown family '1\.6'"),
         ("fish-1.4", "1.5", None, r"cannot be of the family 1\.5, which has a tokenizer with <\|semantic:0\|>"),
         ("fish-1.4", "1.2", "firefly", r"family 1\.2, which has a codec of the kind 'centred firefly', not 'firefly'"),
         ("fish-1.5", "1.4", None, r"the tokenizer has no <\|semantic\|>"),
@@ -83,8 +84,6 @@ def test_a_family_that_the_files_do_not_tell(
     with pytest.raises(ExportError, match=message) as caught:
         open_language_model(model_of(folder).checkpoint, family=family, codec=codec)
     assert caught.value.hint
-    if family == "1.6":
-        assert all(name in caught.value.hint for name in FAMILIES)
 
 
 def test_a_config_of_another_form_needs_the_name(folder_of: Callable[[str], Path]) -> None:

@@ -27,8 +27,7 @@ from fishrt_export.models.codec.layers import WindowTransformer
 from fishrt_export.models.codec.load import OFFICIAL
 from fishrt_export.sources.cases import codec_decode_cases, codec_encode_cases, random_prompt, slow_ar_cases
 from fishrt_export.sources.codec import AUDIO_TOLERANCE, COSINE_MARGIN
-from fishrt_export.sources.language_model import LANGUAGE_MODEL_TOLERANCE, open_language_model
-from synthetic import PLAIN, random_weights, write_flat
+from fishrt_export.sources.language_model import LANGUAGE_MODEL_TOLERANCE
 from tiny import GoldenModel, chunk_feeds, prefill_feeds
 from tolerances import TOLERANCES, assert_near
 
@@ -229,12 +228,6 @@ def test_rows_of_codes_do_not_see_each_other(s2_model: GoldenModel) -> None:
     for row in range(3):
         alone = decode(engine, codes[row : row + 1])
         assert np.abs(alone[0] - together[row]).max() <= TOLERANCES["prefix"]
-
-
-def test_an_unknown_head_is_refused(tmp_path: Path) -> None:
-    write_flat(tmp_path, PLAIN, random_weights(PLAIN))
-    with pytest.raises(ExportError, match="unknown head 'half'"):
-        open_language_model(tmp_path, family="s2").jobs("half")
 
 
 def test_codes_may_differ_only_on_the_margin_and_after_it() -> None:

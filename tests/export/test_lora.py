@@ -12,8 +12,9 @@ from torch import Tensor
 
 from fishrt.bundle.features import Reads
 from fishrt_export.checkpoint.families import FAMILIES
-from fishrt_export.checkpoint.lora import Lora, merge
+from fishrt_export.checkpoint.lora import merge
 from fishrt_export.errors import ExportError
+from fishrt_export.options import Lora
 from fishrt_export.sources.language_model import open_language_model
 from synthetic import EVERYTHING, PLAIN, random_weights, write_flat
 

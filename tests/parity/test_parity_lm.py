@@ -15,8 +15,8 @@ from conftest import CHOSEN, find_golden
 from fishrt.language_model.batch import DualAR
 from fishrt.language_model.sampling import Sampling, audio_ids, main_ids
 from fishrt_engines import Engine
-from fishrt_export.checkpoint.lora import Lora
 from fishrt_export.graph.verify import run_module
+from fishrt_export.options import Lora
 from fishrt_export.sources.language_model import LanguageModelSource, open_language_model
 from helpers_lm import row_of, spoken
 from tiny import GoldenModel, assert_same_table, caches, chunk_feeds, prefill_feeds

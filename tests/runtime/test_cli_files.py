@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import threading
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -257,17 +257,25 @@ def test_inspect_finds_what_is_wrong(fake):
     refused(run("inspect", fake.bundle.path), "slow_ar.onnx is missing")
 
 
+def checkpoint_files():
+    """Make the folder ckpt with empty files of all parts of a checkpoint."""
+    Path("ckpt").mkdir()
+    for name in ("config.json", "model.pth", "tokenizer.json", "codec.pth"):
+        Path("ckpt", name).touch()
+
+
 def test_export_passes_its_options_on(fake, monkeypatch, tmp_path):
     import fishrt_export
 
     lora = tmp_path / "a.ckpt"
     lora.touch()
+    checkpoint_files()
 
     asked = []
 
-    def export(checkpoint, out, *, progress, **options):
+    def export(checkpoint, out, options, *, progress):
         progress("reading", 0.5)
-        asked.append((checkpoint, out, options))
+        asked.append((checkpoint, out, asdict(options)))
         return fake.bundle
 
     monkeypatch.setattr(fishrt_export, "export_bundle", export, raising=False)
@@ -291,8 +299,8 @@ def test_export_passes_its_options_on(fake, monkeypatch, tmp_path):
     plain["codec_int8"] = False
     assert {(checkpoint, out) for checkpoint, out, _ in asked} == {(Path("ckpt"), Path("out"))}
     changes = [{**options, "head": "full"} for options in (plain, plain)]
-    changes += [{**plain, "family": "1.5", "lora": fishrt_export.Lora(lora, 16.0, None)}]
-    changes += [{**plain, "lora": fishrt_export.Lora(lora, 0.5, 8)}]
+    changes += [{**plain, "family": "1.5", "lora": {"path": lora, "alpha": 16.0, "rank": None}}]
+    changes += [{**plain, "lora": {"path": lora, "alpha": 0.5, "rank": 8}}]
     changes += [{**plain, "precision": "int4", "keep": {"slow_ar.layers.0.*": "int8", "fast_ar.output": "fp32"}}]
     changes += [{**plain, "targets": ("coreml",)}, {**plain, "targets": ("cuda", "coreml")}, {**plain, "codec_int8": True}]
     assert [options for _, _, options in asked] == changes
@@ -307,11 +315,13 @@ def test_the_help_of_export_names_every_official_checkpoint(fake):
 
 
 def test_export_without_torch_names_the_extra(fake, monkeypatch):
+    checkpoint_files()
+    before = files()
     monkeypatch.setitem(sys.modules, "torch", None)
     for name in [m for m in sys.modules if m.startswith("fishrt_export")]:
         monkeypatch.delitem(sys.modules, name)
     refused(run("export", "ckpt", "out"), "torch", 'pip install "fishrt[export]"')
-    assert files() == []
+    assert files() == before
 
 
 def test_a_bug_in_export_is_not_called_a_missing_package(fake, monkeypatch):
@@ -319,6 +329,8 @@ def test_a_bug_in_export_is_not_called_a_missing_package(fake, monkeypatch):
 
     def broken(*_, **__):
         raise ImportError("cannot import name 'x'", name="fishrt.bundle.folder")
+
+    checkpoint_files()
 
     monkeypatch.setattr(fishrt_export, "export_bundle", broken, raising=False)
     refused(run("export", "ckpt", "out"), "fishrt has a fault: ImportError: cannot import name 'x'", kind=1)

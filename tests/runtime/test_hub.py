@@ -432,7 +432,7 @@ def test_export_of_a_repository(hub: SmallHub, tmp_path: Path, monkeypatch: pyte
 
     seen = []
 
-    def export(checkpoint: Path, out: Path, **_: object) -> Bundle:
+    def export(checkpoint: Path, *_: object, **__: object) -> Bundle:
         seen.append(checkpoint)
         return Bundle.load(hub.repositories[BUNDLE])
 

@@ -17,7 +17,7 @@ from fishrt.bundle.features import LanguageModel
 from fishrt.bundle.folder import Bundle
 from fishrt.language_model.batch import DualAR
 from fishrt_engines import Engine, open_engine
-from fishrt_export import export_bundle
+from fishrt_export import Options, export_bundle
 from fishrt_export.export import halves_fit
 from fishrt_export.graph.job import GraphJob
 from fishrt_export.models.codec.dac import Dac
@@ -79,7 +79,7 @@ class GoldenModel:
     @cached_property
     def bundle(self) -> Bundle:
         targets = ("cuda", "tensorrt")
-        made = make_once(self.folder / "bundle", lambda folder: export_bundle(self.checkpoint, folder, targets=targets))
+        made = make_once(self.folder / "bundle", lambda folder: export_bundle(self.checkpoint, folder, Options(targets=targets)))
         return Bundle.load(made)
 
     def file(self, role: str, head: str = "audio") -> Path:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..errors import ExportError, listed
 from .content import DAMAGED, is_safetensors, read_json, reading
-from .names import CODEC, CODEC_CONFIG, CONFIG, FIREFLY, INDEX, PICKLE, TOKENIZER, TOKENIZERS, WEIGHTS, lacking, read_places
+from .names import CODEC, CODEC_CONFIG, CONFIG, FIREFLY, INDEX, PICKLE, TOKENIZER, TOKENIZERS, WEIGHTS, check_parts, read_places
 from .weights import LANGUAGE_MODEL_PARTS, Lazy, Maker, makers
 
 _COMPILED = "_orig_mod."
@@ -55,7 +55,7 @@ def find_language_model(folder: Path) -> LanguageModelFiles:
 
     Raises one ExportError that names every missing file, and ExportError for several sets of weights or two tokenizers.
     """
-    _require(folder, CONFIG, PICKLE, TOKENIZER)
+    check_parts(folder, CONFIG, PICKLE, TOKENIZER)
     weights = [folder / name for name in WEIGHTS if (folder / name).is_file()]
     if len(weights) > 1 and weights[0].name == INDEX:  # a single file that the index names is a shard, not another set
         shards = set(read_places(weights[0]).values())
@@ -66,24 +66,10 @@ def find_language_model(folder: Path) -> LanguageModelFiles:
 
 def find_codec(folder: Path) -> CodecFiles:
     """Find the codec by the file names of published codecs, and read its config. Raises ExportError unless there is one codec."""
-    _require(folder, CODEC)
+    check_parts(folder, CODEC)
     found = [path for path in (folder / CODEC, *sorted(folder.glob(FIREFLY))) if path.is_file()]
     config = folder / CODEC_CONFIG
     return CodecFiles(_only(found, "codecs"), read_json(config) if config.is_file() else None)
-
-
-def _require(folder: Path, *parts: str) -> None:
-    """Check that the folder has a file of each of these parts; see `lacking`. Raises ExportError."""
-    with reading(folder):
-        if not folder.is_dir():
-            fault = "is a file, not a folder" if folder.exists() else "does not exist"
-            raise ExportError(f"{folder} {fault}", hint="give the folder of an official checkpoint, or OWNER/NAME of the Hub")
-        names = [path.name for path in folder.iterdir() if path.is_file()]
-    if missing := lacking(names, *parts):
-        raise ExportError(
-            f"{folder} is not a complete checkpoint: it lacks {', '.join(missing)}",
-            hint="give the folder of a checkpoint with all its files, the codec too",
-        )
 
 
 def _only(found: Sequence[Path], what: str) -> Path:

@@ -65,11 +65,9 @@ class AudioIds:
 def identify(evidence: Evidence, name: str | None = None) -> Family:
     """Return the one family that fits, or the family `name` if its codec and its semantic tokens fit.
 
-    Raises ExportError for an unknown name, and unless exactly one family fits.
+    Raises ExportError unless exactly one family fits.
     """
     if name is not None:
-        if name not in FAMILIES:
-            raise ExportError(f"unknown family {name!r}", hint=f"choose one of: {', '.join(FAMILIES)}")
         if wrong := list(_contradictions(FAMILIES[name], evidence)):
             raise ExportError(f"the checkpoint cannot be of the family {name}, which has {'; '.join(wrong)}", hint=_HINT)
         return FAMILIES[name]

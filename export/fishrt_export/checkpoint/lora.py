@@ -6,15 +6,13 @@ the factor alpha is in no file.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 from torch import Tensor
 
 from ..errors import ExportError
+from ..options import Lora
 from .files import read_weights
 from .weights import Lazy, find_problems, makers, raise_if_any
 
@@ -22,27 +20,6 @@ _A, _B = ".lora_A", ".lora_B"
 _EMBEDDINGS = ("embeddings", "codebook_embeddings", "fast_embeddings")
 """Modules whose LoRA matrices are those of the transposed table."""
 _HINT = "give a LoRA that was trained on this very model, and its rank"
-
-
-@dataclass(frozen=True, slots=True)
-class Lora:
-    """A LoRA and the numbers of its training."""
-
-    path: Path
-    """The file that the training wrote. Its tensor names may have a prefix, such as `model.`."""
-    alpha: float
-    """The lora_alpha of the training: the product of both matrices is multiplied by alpha / r."""
-    rank: int | None = None
-    """The expected r. None: the r of the file."""
-
-    def __post_init__(self) -> None:
-        """Check the numbers and the file before anything large is read. Raises ExportError."""
-        if not math.isfinite(self.alpha) or self.alpha <= 0:
-            raise ExportError(f"the LoRA's alpha is {self.alpha}", hint="give the lora_alpha of its training, such as 16")
-        if self.rank is not None and self.rank < 1:
-            raise ExportError(f"the LoRA's rank is {self.rank}", hint="it must be at least 1")
-        if not self.path.is_file():
-            raise ExportError(f"{self.path} is not a file", hint="give the file that the training wrote")
 
 
 def merge(weights: Mapping[str, Tensor], lora: Lora) -> Mapping[str, Tensor]:

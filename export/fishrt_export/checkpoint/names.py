@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from ..errors import ExportError, listed
-from .content import DAMAGED, read_json
+from .content import DAMAGED, read_json, reading
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -37,9 +37,26 @@ _TERMS = ("license", "licence", "notice", "readme")
 
 
 def lacking(names: Collection[str], *parts: str) -> list[str]:
-    """Return the parts of a checkpoint, of those that hold one of the names `parts`, of which no file is among `names`."""
-    wanted = {what: patterns for what, patterns in _PARTS.items() if set(patterns) & set(parts)}
+    """Return the parts of a checkpoint of which no file is among `names`.
+
+    parts: one name of each part that is asked for; none: all.
+    """
+    wanted = {what: patterns for what, patterns in _PARTS.items() if not parts or set(patterns) & set(parts)}
     return [what for what, patterns in wanted.items() if not any(fnmatchcase(name, p) for name in names for p in patterns)]
+
+
+def check_parts(folder: Path, *parts: str) -> None:
+    """Check that the folder has a file of all parts, or of these; see `lacking`. Raises ExportError."""
+    with reading(folder):
+        if not folder.is_dir():
+            fault = "is a file, not a folder" if folder.exists() else "does not exist"
+            raise ExportError(f"{folder} {fault}", hint="give the folder of an official checkpoint, or OWNER/NAME of the Hub")
+        names = [path.name for path in folder.iterdir() if path.is_file()]
+    if missing := lacking(names, *parts):
+        raise ExportError(
+            f"{folder} is not a complete checkpoint: it lacks {', '.join(missing)}",
+            hint="give the folder of a checkpoint with all its files, the codec too",
+        )
 
 
 def choose_checkpoint(names: Sequence[str], read: Callable[[str], Path]) -> list[str]:
@@ -48,7 +65,7 @@ def choose_checkpoint(names: Sequence[str], read: Callable[[str], Path]) -> list
     Of several sets of weights the first counts, in this order: shards, one safetensors file, model.pth. `read` fetches the
     index of the shards. Raises ExportError for a repository that lacks a part.
     """
-    if missing := lacking(names, CONFIG, PICKLE, TOKENIZER, CODEC):
+    if missing := lacking(names):
         raise ExportError(
             f"the repository is not a checkpoint that can be exported: it lacks {', '.join(missing)}; "
             f"it has {listed(names) or 'no files'}",

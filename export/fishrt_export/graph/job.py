@@ -69,18 +69,12 @@ class GraphJob:
         memory = self._write(path, progress)
         held = Held(path, self.weights, self.plan)
         progress("verifying", 0.5)
-        forms = list(make_forms())
-        ours = [n for n, form in enumerate(forms) if form.provider == PROVIDER]
-        exact = [replace(forms[n].spec, rounds_activations=False) for n in ours]
-        rounded = [forms[n].spec for n in ours if forms[n].spec.rounds_activations]
-        parity, *errors = self._verify(
-            folder, [self.spec, *exact, *rounded], held, lambda part: progress("verifying", 0.5 + 0.5 * part)
-        )
-        for n, error in zip(ours, errors, strict=False):
-            forms[n] = replace(forms[n], parity=error)
-            if forms[n].spec.rounds_activations:
-                forms[n] = replace(forms[n], activations_error=errors[len(exact) + rounded.index(forms[n].spec)].max_abs_error)
-        return Made(parity, memory, held.errors, tuple(forms))
+        forms = make_forms()
+        ours = [form.spec for form in forms if form.provider == PROVIDER]
+        specs = [*dict.fromkeys([self.spec, *map(_exact, ours), *ours])]
+        found = self._verify(folder, specs, held, lambda part: progress("verifying", 0.5 + 0.5 * part))
+        errors = dict(zip(specs, found, strict=True))
+        return Made(errors[self.spec], memory, held.errors, tuple(_with_errors(form, errors) for form in forms))
 
     def _write(self, path: Path, progress: Progress) -> int:
         progress("tracing", 0.0)
@@ -108,3 +102,16 @@ class GraphJob:
             return verify_stack(build, specs, folder, held, self.cases, self.tolerance, progress=progress)
         module = load(module, held)
         return verify(module, specs, folder, self.cases, self.tolerance, self.margins and self.margins(module))
+
+
+def _exact(spec: GraphSpec) -> GraphSpec:
+    """Return the spec of the same file without rounding of activations, whose errors show faults of the graph."""
+    return replace(spec, rounds_activations=False)
+
+
+def _with_errors(form: Form, errors: Mapping[GraphSpec, Parity]) -> Form:
+    """Return the form with its errors, if it was verified."""
+    if form.provider != PROVIDER:
+        return form
+    added = errors[form.spec].max_abs_error if form.spec.rounds_activations else None
+    return replace(form, parity=errors[_exact(form.spec)], activations_error=added)

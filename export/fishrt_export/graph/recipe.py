@@ -18,8 +18,6 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
-from fishrt.bundle.manifest import PRECISIONS
-
 from ..errors import ExportError
 from .quantise import BITS, BLOCKS, block_size
 
@@ -29,7 +27,7 @@ class Storage:
     """Storage of one weight."""
 
     precision: str
-    """One of PRECISIONS."""
+    """One of manifest.PRECISIONS."""
     block: int | None = None
     """Inputs that share a scale; None unless int8 or int4."""
     reason: str = field(default="", compare=False)
@@ -38,17 +36,12 @@ class Storage:
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """The options of `fishrt export` for precision. Raises ExportError for an unknown precision."""
+    """The options of an export for precision."""
 
     precision: str = "fp32"
     keep: Mapping[str, str] = field(default_factory=dict)
     """Precisions by patterns for the language model's matrices, such as `slow_ar.layers.0.*` or `fast_ar.output`. The last
     pattern that matches counts. Embeddings take fp32 and fp16 only."""
-
-    def __post_init__(self) -> None:
-        for name in (self.precision, *self.keep.values()):
-            if name not in PRECISIONS:
-                raise ExportError(f"unknown precision {name!r}", hint=f"choose one of: {', '.join(PRECISIONS)}")
 
     def plan(
         self, modules: Mapping[str, nn.Module], weights: Mapping[str, Mapping[str, Tensor]]

@@ -19,19 +19,18 @@ from ..checkpoint.content import read_text
 from ..checkpoint.families import Family, with_defaults
 from ..checkpoint.files import find_language_model, read_weights
 from ..checkpoint.identify import AudioIds, Evidence, find_ids, identify
-from ..checkpoint.lora import Lora, merge
+from ..checkpoint.lora import merge
 from ..checkpoint.names import TIKTOKEN
 from ..checkpoint.tokenizer import read_tokenizer, read_vocabulary
 from ..checkpoint.weights import Lazy, dequantise, expected_shapes, find_problems, flat_names, load, makers, on_meta, raise_if_any
-from ..errors import ExportError
 from ..graph.job import GraphJob
 from ..graph.recipe import Storage
 from ..models.fast_ar import FastAR, fast_ar_spec
 from ..models.frame import Frame
 from ..models.slow_ar import SlowAR, slow_ar_spec
+from ..options import Lora
 from .cases import FRAMES, fast_ar_cases, frame_cases, slow_ar_cases
 
-HEADS = ("audio", "full")
 LANGUAGE_MODEL_TOLERANCE = 5e-4
 SPEECH_ROOM = 2048
 """Positions that prompts leave for speech, as in the originals of S1 and S2; at most half of the model's positions."""
@@ -56,7 +55,7 @@ class LanguageModelSource:
         return find_problems(_shapes(self.config), self.weights)
 
     def describe(self, head: str) -> LanguageModel:
-        """Return the manifest's entry. head: one of HEADS."""
+        """Return the manifest's entry. head: one of features.HEADS."""
         family, width, positions = self.family, self.config.codebook_width, self.config.max_seq_len
         return LanguageModel(
             kind="dual_ar",
@@ -91,9 +90,7 @@ class LanguageModelSource:
         return [int(token) for token in audio_ids(self.describe("audio"))]
 
     def jobs(self, head: str) -> list[GraphJob]:
-        """Return the jobs of slow_ar and fast_ar. Raises ExportError for an unknown head."""
-        if head not in HEADS:
-            raise ExportError(f"unknown head {head!r}", hint=f"choose one of: {', '.join(HEADS)}")
+        """Return the jobs of slow_ar and fast_ar. head: one of features.HEADS."""
         return [
             GraphJob(
                 role="slow_ar",

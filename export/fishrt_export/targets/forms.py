@@ -18,21 +18,11 @@ from pathlib import Path
 from fishrt.bundle.manifest import Form
 from fishrt_engines.engine import GraphSpec, TensorSpec
 
-from ..errors import ExportError
 from .attention import fast_operators
 from .edit import load, save
 from .precision import compute_in, keep_layout, share_weights
 
 log = logging.getLogger(__name__)
-
-TARGETS = ("cpu", "cuda", "coreml", "tensorrt")
-"""Providers that have forms of their own."""
-
-
-def check_targets(targets: Collection[str]) -> None:
-    """Check the names of targets. Raises ExportError for an unknown one."""
-    if unknown := [target for target in targets if target not in TARGETS]:
-        raise ExportError(f"unknown target {unknown[0]!r}", hint=f"choose of: {', '.join(TARGETS)}")
 
 
 def make_forms(folder: Path, role: str, portable: GraphSpec, targets: Collection[str], frame: Form | None = None) -> list[Form]:

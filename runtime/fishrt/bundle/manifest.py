@@ -14,6 +14,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, replace
 
 from fishrt_engines import GraphSpec
+from fishrt_engines.providers import PROVIDERS
 
 from ..errors import BundleError
 from .features import Codec, LanguageModel
@@ -26,6 +27,8 @@ ROLES: Mapping[str, tuple[str, ...]] = {"dual_ar": ("slow_ar", "fast_ar", "codec
 """Roles of the graphs by the kind of model."""
 PRECISIONS = ("fp32", "fp16", "int8", "int4")
 """Formats of stored weights. fp32: as in the checkpoint, maybe in 16 bits. The computation is in float32 in any case."""
+TARGETS = tuple(PROVIDERS)
+"""Providers for which graphs may have forms."""
 RETARGET = "fishrt retarget BUNDLE --target cpu"
 """The command that turns a bundle of schema 3 into one of this schema."""
 

@@ -14,7 +14,7 @@ from fishrt_engines import GraphSpec
 from fishrt_engines.machine import peak_memory
 
 from ..bundle.folder import Bundle
-from ..bundle.manifest import MANIFEST, PRECISIONS, Parity, Rounding
+from ..bundle.manifest import MANIFEST, PRECISIONS, TARGETS, Parity, Rounding
 from ..errors import FishrtError
 from ..hub.download import download
 from ..hub.repository import Repository, names_repository
@@ -82,7 +82,7 @@ def _parse_keep(_ctx: click.Context, _param: click.Parameter, values: tuple[str,
 @click.option(
     "--target",
     "targets",
-    type=click.Choice(["cpu", "cuda", "coreml", "tensorrt"]),
+    type=click.Choice(TARGETS),
     multiple=True,
     help="Add graphs in the form that this provider runs fastest; those for cpu are always made. May be given several times. "
     "coreml: the codec's decoder in fixed sizes, for macOS; the language model runs on the CPU there.",
@@ -130,22 +130,20 @@ def export(
         raise click.UsageError(f"--revision is for OWNER/NAME of the Hugging Face Hub, and {checkpoint} is a folder")
     reporter, begun = Reporter(quiet=quiet or as_json), time.monotonic()
     try:
-        from fishrt_export import Lora, check_out, export_bundle
+        from fishrt_export import Lora, Options
+        from fishrt_export.checkpoint.names import check_parts
+        from fishrt_export.place import check_out
 
         merged = None if lora is None or lora_alpha is None else Lora(lora, lora_alpha, lora_rank)
+        asked = (*targets, static) if static else targets
+        options = Options(head, family, merged, precision, keep, asked, codec_int8)
         check_out(out)
-        bundle = export_bundle(
-            _located(checkpoint, revision, quiet=quiet or as_json),
-            out,
-            head=head,
-            family=family,
-            lora=merged,
-            precision=precision,
-            keep=keep,
-            targets=(*targets, static) if static else targets,
-            codec_int8=codec_int8,
-            progress=reporter.show,
-        )
+        if not names_repository(checkpoint):
+            check_parts(checkpoint)
+        from fishrt_export import export_bundle  # after what is checked without torch, which takes seconds to import
+
+        located = _located(checkpoint, revision, quiet=quiet or as_json)
+        bundle = export_bundle(located, out, options, progress=reporter.show)
     except ImportError as error:
         if (error.name or "").split(".")[0] not in _EXPORT_NEEDS:
             raise
