@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from fishrt.bundle.folder import Bundle
+from fishrt.cli import main
 
 NEVER = {
     "fishrt_engines": {
@@ -185,6 +186,41 @@ def test_the_public_names_are_there() -> None:
     assert len(fishrt.__all__) <= 12
     with pytest.raises(AttributeError, match="no attribute 'Speach'"):
         fishrt.Speach  # noqa: B018
+
+
+@pytest.mark.parametrize("path", [path for package, path in files() if package == "fishrt_engines"], ids=lambda path: path.name)
+def test_engines_name_no_command_and_no_model_of_ours(path: Path) -> None:
+    """The runtime adds such hints; names of pip extras are allowed."""
+    assert names_of_ours(path.read_text(encoding="utf-8")) == []
+
+
+def names_of_ours(text: str) -> list[str]:
+    return re.findall(rf"\bfishrt (?:{'|'.join(main.commands)})\b|minnow|slow_ar|fast_ar", text)
+
+
+def test_every_way_to_name_a_command_is_seen() -> None:
+    assert names_of_ours('"run `fishrt build-trt`, fishrt doctor; pip install fishrt[cpu]; fishrt plans" # minnow') == [
+        "fishrt build-trt",
+        "fishrt doctor",
+        "minnow",
+    ]
+
+
+MOST_LINES, MOST_LINES_OF_A_FOLDER = 400, 1650
+LONGER = {("fishrt", "."), ("fishrt", "server")}
+"""Folders beyond the limit: files of several ranks that need no folder, and the server, which is to be parted."""
+
+
+@pytest.mark.parametrize("package", NEVER)
+def test_no_file_and_no_folder_is_too_long(package: str) -> None:
+    folders: dict[str, int] = {}
+    for path in (path for p, path in files() if p == package):
+        lines = len(path.read_text(encoding="utf-8").splitlines())
+        assert lines <= MOST_LINES, path
+        folder = str(path.parent.relative_to(package_folder(package)))
+        folders[folder] = folders.get(folder, 0) + lines
+    long = {folder: lines for folder, lines in folders.items() if lines > MOST_LINES_OF_A_FOLDER}
+    assert {folder: lines for folder, lines in long.items() if (package, folder) not in LONGER} == {}
 
 
 ROOMS = {

@@ -1,4 +1,4 @@
-"""The report of `fishrt doctor`: this machine, the installed packages, usable providers, and remedies for the others."""
+"""The report on this machine: its hardware, the installed packages, usable providers, and remedies for the others."""
 
 from __future__ import annotations
 

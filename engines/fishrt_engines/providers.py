@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 LEAST_TENSORRT = 11
 """The first major version in which every network is strongly typed, as fishrt's plans are."""
 NEVER_BY_ITSELF = {
-    "tensorrt": "its plans must be built first, by `fishrt build-trt`",
+    "tensorrt": "its plans must be built first",
     "coreml": "it runs only the codec of a bundle with static graphs, and the language model on the CPU",
 }
 """Providers that "auto" does not choose, and the reason."""
@@ -54,7 +54,7 @@ _PROVIDERS = (
     Provider("coreml", "cpu", "CoreMLExecutionProvider", ("darwin",)),
 )
 PROVIDERS = {provider.name: provider for provider in _PROVIDERS}
-"""Providers by name, in the order of `fishrt doctor`."""
+"""Providers by name, in the order of the report of doctor.py."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -158,7 +158,7 @@ def test_more_rows_than_the_plan_has_are_refused(gpu, small):
     ours, _ = engines(small, max_len=10)
     with pytest.raises(FishrtError, match="too small: cache of 11, built for 10") as refused:
         ours.new_state(batch=1, cache=11)
-    assert "--max-len" in (refused.value.hint or "")
+    assert "a plan for more positions" in (refused.value.hint or "")
     state = ours.new_state(batch=1, cache=4)
     ours.run(feeds([[1, 2]], 0), state)
     with pytest.raises(FishrtError, match="cache of 20, built for 10"):

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from fishrt.bundle.folder import Bundle
-from fishrt.bundle.graphs import with_positions, within_plans
+from fishrt.bundle.graphs import BundleGraphs, with_positions, within_plans
 from fishrt.codec import CodecDecoder, CodecEncoder, chunk_frames
 from fishrt.errors import FishrtError, PromptError, ProviderError
 from fishrt.language_model.batch import DualAR
@@ -181,6 +181,9 @@ def test_speech_ends_where_the_plan_does(gpu, tiny_bundle):
 def test_without_plans_the_command_is_told(gpu, tiny_bundle):
     with pytest.raises(ProviderError, match="there is no TensorRT plan") as error:
         within_plans(tiny_bundle)
+    assert error.value.hint == f"fishrt build-trt {tiny_bundle.path}"
+    with pytest.raises(ProviderError) as error:
+        BundleGraphs(tiny_bundle, "tensorrt", None)["slow_ar"]
     assert error.value.hint == f"fishrt build-trt {tiny_bundle.path}"
 
 

@@ -343,7 +343,7 @@ def test_doctor(fake, monkeypatch):
         "python: ",
         "provider cpu",
         "audio formats: reads WAV, ",
-        "; writes wav, flac, ogg, opus, mp3, pcm (lib",
+        "; writes wav, flac, ogg, opus, mp3, ",
         "torch for export: ",
         "embedded voice: ok, test",
     ):

@@ -72,7 +72,7 @@ def open_coreml(path: Path, spec: GraphSpec, *, threads: int) -> Opened:
     if PROVIDER not in session.get_providers():
         raise ProviderError(
             f"ONNX Runtime did not start its CoreML provider for {path.name}, and would run it on the CPU",
-            hint='use provider "cpu"; `fishrt doctor` shows the installed providers',
+            hint='use provider "cpu"',
         )
     return Opened(session)
 

@@ -94,7 +94,7 @@ def _session(ort: Any, model: str | bytes, options: Any, name: str, captures: bo
         why = obstacle.what if obstacle else "its own messages above give the reason"
         raise ProviderError(
             f"ONNX Runtime could not start its CUDA provider for {name}: {why}",
-            hint=(obstacle and obstacle.hint) or "run `fishrt doctor` for details",
+            hint=obstacle.hint if obstacle else None,
         )
     session.disable_fallback()
     return session, captures

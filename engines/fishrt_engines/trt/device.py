@@ -154,4 +154,4 @@ def open_device() -> Device:
 
 
 def _no_device(what: str) -> ProviderError:
-    return ProviderError(what, hint="check the NVIDIA driver and CUDA_VISIBLE_DEVICES; `fishrt doctor` lists driver and devices")
+    return ProviderError(what, hint="check the NVIDIA driver and CUDA_VISIBLE_DEVICES")

@@ -1,4 +1,4 @@
-"""TensorRT engine: runs a plan of `fishrt build-trt` with state, feeds and results in device buffers that are allocated once.
+"""TensorRT engine: runs a plan with state, feeds and results in device buffers that are allocated once.
 
     feeds ──copy──► buffers of these shapes ─► context, or captured graph ─► buffers ──copy──► results, or resident results
                                       state ─►                            ─► the same state, in place
@@ -43,11 +43,11 @@ _DTYPES |= {"BOOL": "bool", "UINT8": "uint8"}
 """Name of an element type in specs, by TensorRT's name."""
 _LEFT_FREE = 0.25
 """Part of the device's memory that stays free for states when a shorter plan is loaded beside the longest."""
-_REBUILD = "remove its folder, and run `fishrt build-trt` again"
+_REBUILD = "remove its folder, and build the plan again"
 
 
 def open_plan(path: Path, spec: GraphSpec) -> TrtEngine:
-    """Open the plan that `fishrt build-trt` made of a graph. The plan is found by the identity in `spec`: the file is not read.
+    """Open the plan that was built of a graph. The plan is found by the identity in `spec`: the file is not read.
 
     Raises ProviderError if TensorRT, a device, or a plan for this machine is missing; GraphError for a plan that cannot be loaded
     or differs from `spec`; FishrtError if the device's memory does not suffice.

@@ -9,7 +9,6 @@ of that, and is compared before a plan is loaded. A plan that does not fit is ne
 from __future__ import annotations
 
 import platform
-import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -28,7 +27,7 @@ PRECISIONS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 """Precisions by name, and their element types."""
 _MEMORY_CLASS = 4 << 30
 """Bytes to which a device's memory is rounded: one model of GPU exists with different memory sizes."""
-LARGER = "give less at once, or run fishrt build-trt with a larger --max-len or --max-batch"
+LARGER = "give less at once, or build a plan for more positions or a larger batch"
 
 Range = tuple[int, int, int]
 """Smallest, usual and largest size of a symbolic dimension."""
@@ -187,10 +186,7 @@ def find_plans(path: Path, spec: GraphSpec, machine: Machine) -> list[Plan]:
         elif not found or plan.is_shorter_than(found[0]):
             found.append(plan)
     if not found:
-        raise ProviderError(
-            f"there is no TensorRT plan of {path.name} for this machine" + (f": {'; '.join(why)}" if why else ""),
-            hint=f"fishrt build-trt {shlex.quote(str(path.parent))}",
-        )
+        raise ProviderError(f"there is no TensorRT plan of {path.name} for this machine" + (f": {'; '.join(why)}" if why else ""))
     return sorted(found, key=lambda plan: plan.key.lowering.max_len or 0, reverse=True)
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import shlex
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 
-from fishrt_engines import Engine, ProviderError, open_engine
+from fishrt_engines import Engine, GraphSpec, ProviderError, open_engine
 from fishrt_engines.machine import features
 from fishrt_engines.ort.coreml import Part, StaticEngine
 
@@ -60,19 +62,19 @@ class BundleGraphs(Mapping[str, Engine]):
                 log.info("%s is not used: this machine has no %s", other.spec.file, lacking)
         if form is not None and form.parts:
             return self._in_parts(form)
-        spec = graph.spec if form is None else form.spec
-        return open_engine(self._bundle.file(spec.file), spec, provider=provider, threads=self._threads)
+        return self._engine(graph.spec if form is None else form.spec, provider)
+
+    def _engine(self, spec: GraphSpec, provider: str) -> Engine:
+        with _hints(self._bundle, provider):
+            return open_engine(self._bundle.file(spec.file), spec, provider=provider, threads=self._threads)
 
     def _in_parts(self, form: Form) -> Engine:
         """Return an engine whose graph of a length is opened when the first call of this length comes."""
         by_frames = {part.frames: part for part in form.parts}
 
         def open_part(frames: int) -> Part:
-            front, back = (
-                open_engine(self._bundle.file(spec.file), spec, provider=provider, threads=self._threads)
-                for provider, spec in (("cpu", by_frames[frames].front), (form.provider, by_frames[frames].back))
-            )
-            return Part(front, back)
+            part = by_frames[frames]
+            return Part(self._engine(part.front, "cpu"), self._engine(part.back, form.provider))
 
         return StaticEngine(form.spec, "frames", by_frames, open_part)
 
@@ -81,6 +83,17 @@ class BundleGraphs(Mapping[str, Engine]):
 
     def __len__(self) -> int:
         return len(self._bundle.manifest.graphs)
+
+
+@contextmanager
+def _hints(bundle: Bundle, provider: str) -> Iterator[None]:
+    """Add the command that helps to an error of a provider without a hint: engines know no commands."""
+    try:
+        yield
+    except ProviderError as error:
+        builds = f"fishrt build-trt {shlex.quote(str(bundle.path))}"
+        error.hint = error.hint or (builds if provider == "tensorrt" else "`fishrt doctor` shows what can run here")
+        raise
 
 
 def _check_coreml(bundle: Bundle) -> None:
@@ -101,7 +114,8 @@ def within_plans(bundle: Bundle) -> Bundle:
 
     manifest = bundle.manifest
     spec = manifest.specs["slow_ar"]
-    built = find_built(bundle.file(spec.file), spec).key.lowering.max_len
+    with _hints(bundle, "tensorrt"):
+        built = find_built(bundle.file(spec.file), spec).key.lowering.max_len
     assert built is not None  # the slow AR's caches have a length
     return replace(bundle, manifest=replace(manifest, model=with_positions(manifest.model, built)))
 

@@ -363,11 +363,8 @@ def _speak_lines(tts: TTS, texts: dict[int, str], target: _Target, request: dict
 
 def _summary(info: SpeechInfo) -> str:
     voices = f"voice{'s' if len(info.voices) > 1 else ''} {', '.join(info.voices)}" if info.voices else "no voice"
-    parts = [f"{info.audio_s:.1f} s", voices, f"seed {info.seed}"]
-    if info.rtf:
-        speed = f"{1 / info.rtf:.1f} × faster" if info.rtf < 1 else f"{info.rtf:.1f} × slower"
-        parts.append(f"{speed} than real time")
-    return ", ".join(parts)
+    speed = f"{1 / info.rtf:.1f} × faster" if info.rtf and info.rtf < 1 else f"{info.rtf or 0:.1f} × slower"
+    return f"{info.audio_s:.1f} s, {voices}, seed {info.seed}" + (f", {speed} than real time" if info.rtf else "")
 
 
 def _lines(text: str) -> dict[int, str]:
