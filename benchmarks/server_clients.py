@@ -1,7 +1,7 @@
 """Clients of a server, or threads beside each other, that measure what they hear: used by `server.py`.
 
 `python server_clients.py http URL CLIENTS REQUESTS` and `… threads BUNDLE CLIENTS REQUESTS` print JSON. Each client sends one
-one request after the other, reads its samples as they come, and plays them: sound that comes later than its turn is a gap.
+request after the other, reads the samples as they come, and plays them: sound that comes later than its turn is a gap.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def run(speak: Callable[[str, int], Parts], clients: int, requests: int) -> dict
 
 
 def over_http(url: str) -> Callable[[str, int], Parts]:
-    """Return how a client speaks by a server: OpenAI's route, raw samples, streamed. Without a seed, nothing comes from a cache."""
+    """Return how a client speaks by a server: samples are streamed. Without a seed, nothing comes from a cache."""
     where = urlsplit(url)
 
     def speak(text: str, seed: int) -> Parts:
