@@ -7,6 +7,7 @@ compared with the checkpoint's own weights, so that its errors include those of 
 from __future__ import annotations
 
 import gc
+import time
 from collections.abc import Iterator, Mapping
 from itertools import combinations
 from pathlib import Path
@@ -20,8 +21,8 @@ from fishrt.arrays import Ints
 from fishrt.bench.measure import TEXT
 from fishrt.bench.setup import bench_prompt
 from fishrt.bundle.features import USUAL, LanguageModel
-from fishrt.language_model.context import SlowContext
-from fishrt.language_model.drawing import Draws, FrameDrawer, StepDrawer, drawn_codes
+from fishrt.language_model.context import ContextStore, SlowContext
+from fishrt.language_model.drawing import FEW_RANKED, Draws, FrameDrawer, StepDrawer, drawn_codes
 from fishrt.language_model.sampling import Sampling, SeededNoise
 from fishrt_engines import Array, Engine, open_engine
 from fishrt_export.sources.codec import open_codec
@@ -32,6 +33,8 @@ STEPS = 8
 FRAMES = 32
 """Frames drawn by the frame graph and by the loop."""
 _CODEC_FRAMES = 64
+_VOICE = 256
+"""Columns of a voice of twelve seconds."""
 _NEUTRAL = 0.01
 """A top_p with which nearly always only the likeliest token can be drawn."""
 
@@ -63,15 +66,33 @@ def compare_fast_ar(tts: TTS, checkpoint: Path, device: str) -> dict[str, Any]:
 def compare_drawing(tts: TTS, frame: Engine) -> dict[str, Any]:
     """Compare frames drawn by the frame graph and by the Python loop, from the same noise and the same output of the slow AR.
 
-    The loop's columns continue the sequence. Settings are the defaults, and nearly greedy ones, with which only codes of nearly
-    equal probability can differ.
+    The loop's columns continue the sequence. Settings are the defaults, nearly greedy ones, with which only codes of nearly equal
+    probability can differ, and those with which the frame graph ranks few candidates and many.
     """
     steps = open_steps(tts)
     return {
         "loop_on": steps.provider,
         "usual": _draw_both(tts, frame, steps, Sampling()),
         "likeliest": _draw_both(tts, frame, steps, Sampling(top_p=_NEUTRAL)),
+        "few ranked": _draw_both(tts, frame, steps, Sampling(top_k=FEW_RANKED)),
+        "many ranked": _draw_both(tts, frame, steps, Sampling(top_k=FEW_RANKED + 1)),
     }
+
+
+def compare_known_voice(tts: TTS) -> dict[str, Any]:
+    """Compare the logits behind a voice that is read and behind the same voice as it is kept, and the times for both in ms."""
+    lm, slow, store = tts.bundle.manifest.model, tts.engines["slow_ar"], ContextStore()
+    head, rest = _random_columns(lm, min(_VOICE, lm.max_seq_len // 4)), _random_columns(lm, 1)
+    logits, times = [], []
+    for _ in range(3):  # the second copy is without first-time costs
+        context = SlowContext(slow, lm.num_codebooks)
+        context.reserve(head.shape[1] + 1, lm.max_seq_len // 2)
+        begun = time.perf_counter()
+        store.load(context, head)
+        times.append(round(1e3 * (time.perf_counter() - begun), 3))
+        logits.append(np.array(context.read(rest)["logits"]))
+    kept = slow.traits.parts_states
+    return {"columns": head.shape[1], "kept": kept, "ms": times, "logits": difference(logits[0], logits[-1])}
 
 
 def compare_codec(tts: TTS, checkpoint: Path, device: str) -> dict[str, Any]:

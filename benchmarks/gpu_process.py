@@ -14,6 +14,7 @@ from dataclasses import asdict
 from functools import partial
 from importlib import import_module
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import click
@@ -28,8 +29,9 @@ from fishrt.bench.setup import SPEAKING, TimedEngine, bytes_read
 from fishrt.bundle.features import LanguageModel
 from fishrt.bundle.folder import Bundle
 from fishrt.errors import FishrtError
+from fishrt.language_model.batch import Batch, DualAR
 from fishrt.language_model.context import FIRST_FRAMES
-from fishrt.language_model.drawing import drawn_codes, ranks
+from fishrt.language_model.drawing import MOST_RANKED, drawn_codes, ranks
 from fishrt.language_model.sampling import Sampling, SeededNoise, main_ids
 from fishrt.metrics import Summary, frame_bytes, per_second, rtf
 from fishrt_engines import Array, Engine, GraphSpec, open_engine
@@ -43,6 +45,8 @@ CONTEXT = 512
 NOISES = 4
 """Sets of noise that the frames of a batch use in turn: copying noise to the device is measured, drawing it is not."""
 WARM_UP = 4
+SLOTS = 8
+"""Rows at once of `fishrt serve`, by default."""
 COPIED = 1 << 31
 """Bytes of the copy that measures the device's bandwidth."""
 _COPIES = 20
@@ -166,6 +170,7 @@ def _graphs(found: Findings, bundle: Bundle, checkpoint: Path, provider: str, de
     found.attempt("computed_in", lambda: _precision(bundle, provider))
     found.attempt("frame", lambda: gpu_graphs.compare_drawing(tts, open_frame(tts)))
     found.attempt("fast_ar", lambda: gpu_graphs.compare_fast_ar(tts, checkpoint, device))
+    found.attempt("known_voice", lambda: gpu_graphs.compare_known_voice(tts))
     found.attempt("slow_ar", lambda: gpu_graphs.compare_slow_ar(tts, checkpoint, device))
     found.attempt("codec", lambda: gpu_graphs.compare_codec(tts, checkpoint, device))
 
@@ -188,6 +193,8 @@ def _batches(found: Findings, bundle: Bundle, provider: str, frames: int, most: 
     begun = time.perf_counter()
     slow, frame = tts.engines["slow_ar"], open_frame(tts)
     found.put("load_s", round(time.perf_counter() - begun, 3))
+    if slow.traits.parts_states:
+        found.attempt("slots_s", lambda: _slots(DualAR(slow, frame, bundle.manifest.model)))
     batch = 1
     while batch <= most:
         # Larger batches would fail, too, after a long time.
@@ -201,11 +208,21 @@ def _batches(found: Findings, bundle: Bundle, provider: str, frames: int, most: 
         batch *= 2
 
 
+def _slots(model: DualAR) -> list[float]:
+    """Return the seconds to make SLOTS slots for rows: the first time, when calls are captured, and again."""
+    times = []
+    for _ in range(2):
+        begun = time.perf_counter()
+        Batch(model, SLOTS)
+        times.append(round(time.perf_counter() - begun, 3))
+    return times
+
+
 def measure_batch(slow: Engine, frame: Engine, bundle: Bundle, batch: int, frames: int) -> dict[str, Any]:
     """Measure frames of `batch` sequences at once, from position CONTEXT on, with a cache of the loop's size.
 
     frame: a step of the slow AR and a call of the frame graph, from the last frame's columns to the next on the host. slow_step,
-    frame_call: each alone, with its results on the host.
+    frame_call: each alone, with its results on the host. frame_call_most_ranked: with as many candidates ranked as it ever does.
     """
     manifest = bundle.manifest
     lm, rate = manifest.model, manifest.codec.frame_rate
@@ -225,13 +242,15 @@ def measure_batch(slow: Engine, frame: Engine, bundle: Bundle, batch: int, frame
         feeds = {"prompt": columns, "position_ids": index[:, None], "write_index": index, "last_index": np.zeros(batch, np.int64)}
         return slow.run(feeds, state, resident)
 
-    def draw(results: Mapping[str, Any], n: int) -> Array:
-        column = frame.run({**noises[n % NOISES], "logits": results["logits"], "hidden": results["hidden"]})["column"]
+    def draw(results: Mapping[str, Any], n: int, ranked: Mapping[str, Array] = MappingProxyType({})) -> Array:
+        feeds = {**noises[n % NOISES], **ranked, "logits": results["logits"], "hidden": results["hidden"]}
+        column: Array = frame.run(feeds)["column"]
         if column.min() < 0:
             raise ValueError("logits are not finite")
         return column
 
-    whole, alone, calls = [], [], []
+    whole, alone, calls, widest = [], [], [], []
+    most_ranked = ranks(lm, MOST_RANKED)
     for n in range(WARM_UP + frames):
         begun = time.perf_counter()
         results = step(("logits", "hidden"))
@@ -240,6 +259,9 @@ def measure_batch(slow: Engine, frame: Engine, bundle: Bundle, batch: int, frame
         begun = time.perf_counter()
         draw(results, n)
         calls.append(time.perf_counter() - begun)
+        begun = time.perf_counter()
+        draw(results, n, most_ranked)
+        widest.append(time.perf_counter() - begun)
         begun = time.perf_counter()
         step(())
         alone.append(time.perf_counter() - begun)
@@ -251,6 +273,7 @@ def measure_batch(slow: Engine, frame: Engine, bundle: Bundle, batch: int, frame
         "frame": asdict(frame_times),
         "slow_step": asdict(Summary.of(alone[WARM_UP:])),
         "frame_call": asdict(Summary.of(calls[WARM_UP:])),
+        "frame_call_most_ranked": asdict(Summary.of(widest[WARM_UP:])),
         "noise_ms": round(1e3 * drawing, 3),
         "frames_per_s": round(per_second(batch, frame_times.median_s), 2),
         "acoustic_tokens_per_s": round(per_second(batch * lm.num_codebooks, frame_times.median_s), 1),

@@ -80,6 +80,7 @@ class TTS:
         self._levels: dict[bytes, Loudness | None] = {}
         self._engines: Mapping[str, Engine] | None = engines
         self._contexts = ContextStore()
+        self._model: DualAR | None = None
         self._making = threading.Lock()
         self._scheduler: Scheduler | None = None
 
@@ -124,7 +125,7 @@ class TTS:
         with self._making:
             if self._scheduler is not None:
                 self._scheduler.close(None)
-            self._engines = self._scheduler = None
+            self._engines = self._scheduler = self._model = None
         self._contexts = ContextStore()
 
     def __enter__(self) -> TTS:
@@ -389,8 +390,9 @@ class TTS:
 
     def models(self) -> Models:
         """Open the graphs that speaking needs."""
-        manifest = self.bundle.manifest
-        model = DualAR(self.engines["slow_ar"], self.engines["fast_ar"], manifest.model)
+        manifest, model = self.bundle.manifest, self._model
+        if model is None:
+            model = self._model = DualAR(self.engines["slow_ar"], self.engines["fast_ar"], manifest.model)
         return Models(model, self._decoder(), manifest.codec, self._contexts)
 
     def gain(self, task: Task) -> float:

@@ -36,6 +36,7 @@ BATCH = {
     "frame",
     "slow_step",
     "frame_call",
+    "frame_call_most_ranked",
     "noise_ms",
     "frames_per_s",
     "acoustic_tokens_per_s",
@@ -104,7 +105,8 @@ def test_the_record_is_whole(smoke, bundle_record):
         assert set(own["1"]) == TURN | ({"compiler"} if side == "compiled" else {"contexts", "codec"})
     rows = [bundle_record["batches"][f"batch {n}"] for n in (1, 2)]
     assert all(set(row) == BATCH for row in rows)
-    assert all(set(row[name]) == TIMES for row in rows for name in ("frame", "slow_step", "frame_call"))
+    assert all(set(row[name]) == TIMES for row in rows for name in ("frame", "slow_step", "frame_call", "frame_call_most_ranked"))
+    assert len(bundle_record["batches"]["slots_s"]) == 2
     assert [row["context"] for row in bundle_record["turns"]["ours"]["1"]["contexts"]][:2] == [128, 256]
 
 
@@ -128,7 +130,9 @@ def test_graphs_are_equal_on_a_cpu(bundle_record):
         "steps: hidden",
         "caches",
     }
-    for drawing in ("usual", "likeliest"):
+    assert graphs["known_voice"]["kept"]
+    assert graphs["known_voice"]["logits"]["max_abs_error"] == 0
+    for drawing in ("usual", "likeliest", "few ranked", "many ranked"):
         counts = graphs["frame"][drawing]
         assert counts["frames"] == gpu_graphs.FRAMES
         assert counts["main_tokens_differ"] == counts["codes_differ"] == counts["not_compared"] == 0
@@ -362,6 +366,8 @@ def test_results_that_stay_on_a_device_are_measured(tiny_bundle, tiny_checkpoint
     for role in ("slow_ar", "fast_ar"):
         assert all(found["relative_rms"] < 1e-2 for found in record[role]["ours against torch fp32"].values())
     assert record["frame"]["loop_on"] == "cuda"
+    assert record["known_voice"]["kept"]
+    assert record["known_voice"]["logits"]["max_abs_error"] == 0
     assert record["batch 2"]["batch"] == 2
     weights = record["weights"]
     assert weights["slow_bytes"] == bytes_read(tiny_bundle.file("slow_ar.onnx"))

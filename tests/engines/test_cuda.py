@@ -15,6 +15,7 @@ from onnx import TensorProto
 
 from fake_cuda import FakeCuda
 from fishrt.bundle.manifest import Form
+from fishrt.language_model import drawing
 from fishrt.language_model.batch import Batch, DualAR
 from fishrt.language_model.context import ContextStore, SlowContext
 from fishrt.language_model.generate import generate
@@ -293,8 +294,40 @@ def test_a_frame_is_two_captured_calls(cuda: FakeCuda, exported: Exported) -> No
     (_, drawn) = made[1]
     assert drawn > 5, "nothing is shown by less"
     of_slow, of_frame = cuda.graphs
-    assert of_slow.runs == [-1] + [1] * (drawn - 1)
-    assert of_frame.runs == [1] * drawn
+    assert of_slow.runs == [1, -1] + [1] * (drawn - 1)
+    assert of_frame.runs == [1, 1] + [1] * drawn
+
+
+def test_calls_are_captured_before_the_first_row(
+    cuda: FakeCuda, exported: Exported, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One for each size of batch, once for a model, whatever joins and leaves; a capture that fails is tried once more."""
+    monkeypatch.setattr(drawing, "FEW_RANKED", 5)
+    lm = exported.source.describe("audio")
+    model = DualAR(on_device(exported), on_device(exported, "frame"), lm)
+    of_slow, of_frame = cuda.graphs
+    cuda.fails_capture, cuda.failures = "an allocation of another thread", 1
+    batch = Batch(model, 6)
+    assert of_slow.runs == [1, 2, 3, 4, 5]  # batches of 1 (twice), 2, 4 and 6
+    assert of_frame.runs == [1, 2, 3, 4, 5, 6, 7, 8]  # from few and from many candidates
+    assert {array.shape[0] for plan in model.fast._stateless.plans.values() for _, array in plan.feeds[:1]} == {1, 2, 4, 6}  # type: ignore[attr-defined]
+    for _ in range(2):
+        begun, waiting = [len(session.runs) for session in cuda.graphs], []
+        for n, (prompt, top_k) in enumerate(zip(prompts(exported, 9, 7, 5, 8, 6), (None, 5, None, 3, 200), strict=True)):
+            waiting.append(row_of(model, prompt, Sampling(1.0, 0.9, top_k), SeededNoise(n), 3 + n))
+        while waiting or any(batch._rows):
+            if waiting:
+                batch.admit(waiting.pop())
+            batch.step()
+        ran = [set(session.runs[start:]) for session, start in zip(cuda.graphs, begun, strict=True)]
+        assert ran[0] <= {-1, 2, 3, 4, 5}
+        assert ran[1] <= set(range(1, 9))
+        assert len(ran[0]) > 2
+        ended = [len(session.runs) for session in cuda.graphs]
+        batch = None  # the next one gets its state
+        batch = Batch(model, 6)
+        assert [len(session.runs) for session in cuda.graphs] == ended
+    assert not caplog.records
 
 
 @pytest.mark.cuda

@@ -100,7 +100,7 @@ def test_caches_have_few_sizes_where_each_costs_much(engine: FakeEngine) -> None
     for length in (20, 300, 900):
         made.reserve(length, 1500)
         sizes.append(state.dims["cache"])
-    assert sizes == [512, 1024, 1500]
+    assert sizes == [1024, 1024, 1500]
 
 
 def test_what_one_request_adds_is_not_in_the_next(engine: FakeEngine) -> None:

@@ -49,7 +49,8 @@ from .tensors import HostMemory, HostTensor, Place, Tensor
 log = logging.getLogger(__name__)
 
 _PLANS_KEPT = 4
-"""Plans that a state keeps, least recently used first out. A loop uses two or three; a prefill's is not used again."""
+"""Plans that a state keeps, least recently used first out. A loop uses two or three; a prefill's is not used again. Captured ones
+stay: ONNX Runtime frees no capture before its session ends."""
 _IDLE_KEPT = 4
 """Released states of a device kept for the next state of their size, with their captured calls. Growth releases two or three."""
 _CAPTURES_TRIED = 2
@@ -341,8 +342,9 @@ class OrtEngine:
             dims = self._check(feeds, carried.dims)
             with self.allocating(f"a call of {self.spec.file}"):
                 plan = carried.plans[shapes] = self._bind(dims, carried)
-            if len(carried.plans) > _PLANS_KEPT:
-                carried.plans.popitem(last=False)
+            passing = [key for key, kept in carried.plans.items() if kept.graph == _NOT_CAPTURED]
+            if len(passing) > _PLANS_KEPT:
+                del carried.plans[passing[0]]
         carried.plans.move_to_end(shapes)
         return plan
 

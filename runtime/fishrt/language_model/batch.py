@@ -16,7 +16,7 @@ batch round otherwise: see docs/decisions.md.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -27,8 +27,8 @@ from ..arrays import Ints
 from ..bundle.features import USUAL, LanguageModel, Quirks
 from ..errors import FishrtError, PromptError, SamplingError
 from .context import ContextStore, SlowContext, part_end
-from .drawing import Drawer, Draws, FrameDrawer, StepDrawer, check_drawn
-from .sampling import Noise, Sampling, is_semantic
+from .drawing import MOST_RANKED, Drawer, Draws, FrameDrawer, StepDrawer, check_drawn
+from .sampling import Noise, Sampling, SeededNoise, is_semantic
 
 StopReason = Literal["end", "max_frames", "max_seq_len"]
 """Reasons of an end: the end token; the limit of frames; no position left in the model's context."""
@@ -42,6 +42,8 @@ class DualAR:
     fast: Engine
     """The fast AR, which runs for each code, or the frame graph, which draws a whole column; see `frame`."""
     language_model: LanguageModel
+    warm: set[int] = field(default_factory=set, init=False, repr=False, compare=False)
+    """Numbers of slots whose calls are captured; see `Batch`."""
 
     def drawer(self, rows: int) -> Drawer:
         """Return the drawer for this kind of fast engine, for up to `rows` generations at once."""
@@ -143,13 +145,34 @@ class Batch:
     """Slots for rows in the state of a model. Used by one thread at a time."""
 
     def __init__(self, model: DualAR, slots: int = 1, contexts: ContextStore | None = None) -> None:
-        """Make idle slots. contexts: keys and values of known heads."""
+        """Make idle slots. contexts: keys and values of known heads.
+
+        The first time that a model is given so many slots, calls whose sizes cost much the first time are made, so that no row
+        waits for that.
+        """
         self._contexts = ContextStore() if contexts is None else contexts
         self._context = SlowContext(model.slow, model.language_model.num_codebooks, slots)
         self._drawer = model.drawer(slots)
         self._rows: list[Row | None] = [None] * slots
         self._fresh: set[int] = set()
         """Slots whose row has read nothing yet; they hold what another row has read."""
+        self._most_rows = model.language_model.max_seq_len if model.slow.traits.few_sizes else None
+        """Most rows of the caches; None: as many as the rows may need."""
+        if self._most_rows and slots not in model.warm:
+            self._warm_up(model.language_model)
+            model.warm.add(slots)
+
+    def _warm_up(self, lm: LanguageModel) -> None:
+        """Take a step of every size, and draw from few and from many candidates. The slots hold nothing before and after."""
+        context, column = self._context, np.zeros((1 + lm.num_codebooks, 1), np.int64)
+        draws = [Draws(lm, Sampling(top_k=n).resolve(lm.sampling), SeededNoise(0), USUAL) for n in (1, MOST_RANKED)]
+        context.reserve(1, lm.max_seq_len)
+        for size in context.batch_sizes:
+            results = context.step({size - 1: column}, self._drawer.resident)
+            for one in draws:
+                self._drawer.draw(results, [one] * size)
+        for slot in range(len(self._rows)):
+            context.keep(0, slot)
 
     def admit(self, row: Row, slot: int | None = None, parked: Parked | None = None) -> int:
         """Give a new row a slot, or one that was parked, and return that.
@@ -168,7 +191,7 @@ class Batch:
             slot = min(idle, key=lambda n: not self._context.holds(head, n)) if slot is None else slot
             self._fresh.add(slot)
         length = row.prompt.shape[1]
-        self._context.reserve(length, length + row.limit, slot)
+        self._context.reserve(length, self._most_rows or length + row.limit, slot)
         self._rows[slot] = row
         if parked is not None:
             self._context.restore(parked.columns, parked.state, slot)
@@ -218,7 +241,7 @@ class Batch:
         if not going:
             return []
         results = self._context.step({n: row.pending() for n, row in going.items()}, self._drawer.resident)
-        draws = [going[n].draws if n in going else None for n in range(1 + max(going))]
+        draws = [going[n].draws if n in going else None for n in range(results["logits"].shape[0])]
         return self._accepted(going, self._drawer.draw(results, draws)[list(going)])
 
     def _accepted(self, rows: Mapping[int, Row], columns: Ints) -> list[tuple[Row, Ints | None]]:

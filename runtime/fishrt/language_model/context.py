@@ -35,8 +35,9 @@ KEPT_BYTES = 256_000_000
 S1-mini and 0.5 MB with 1.5."""
 PART = 512
 """Most columns of a prompt that are read at once: others that speak meanwhile wait no longer, and activations stay small."""
-LEAST_ROWS = 512
-"""Fewest rows of a cache where few sizes should be used. Sizes are powers of two there, so that requests share captured calls."""
+LEAST_ROWS = 1024
+"""Fewest rows of a cache where few sizes should be used: a long voice, a sentence, and its speech. Sizes are powers of two there,
+of rows and of batches, so that requests share captured calls."""
 _COLUMNS = "columns"
 
 
@@ -50,6 +51,9 @@ class SlowContext:
         self._lengths, self._most = [0] * slots, [1] * slots
         self.heads = [0] * slots
         """Columns at the front of each slot that were read by themselves; see `ContextStore`."""
+        few = engine.traits.few_sizes
+        self.batch_sizes = [*(1 << n for n in range((slots - 1).bit_length())), slots] if few else list(range(1, 1 + slots))
+        """Sizes of the batches of `step`, ascending."""
         self._stepped = np.zeros((slots, 1 + num_codebooks, 1), np.int64)
         self._last_index = [np.zeros(n, np.int64) for n in range(1 + slots)]
         for array in self._last_index:  # constants of steps
@@ -110,9 +114,10 @@ class SlowContext:
     def step(self, columns: Mapping[int, Ints], resident: Collection[str] = ()) -> Mapping[str, Any]:
         """Read one column, int64 [1 + num_codebooks, 1], for each of some slots. Return `logits` and `hidden` [b, …].
 
-        b: the slots up to the last of these. The results of the others mean nothing.
+        b: the slots up to the last of these, and up to a power of two where few sizes should be used. The results of the others
+        mean nothing.
         """
-        count = 1 + max(columns)
+        count = next(size for size in self.batch_sizes if size > max(columns))
         self._make_room(1 + max(self._lengths[slot] for slot in columns))
         # A slot that is left out has a place to write to behind its columns; if it is full, it gives up the last.
         last = self.state.dims["cache"] - 1
@@ -180,7 +185,6 @@ class ContextStore:
             context.keep(length, slot)
             return
         context.keep(0, slot)
-        context.reserve(length, length + FIRST_FRAMES, slot)
         key = head.tobytes()
         with self._lock:
             saved = self._kept.get(key)
