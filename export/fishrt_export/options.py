@@ -65,7 +65,15 @@ class Options:
         """The options in words, the precision first."""
         parts = [self.precision, *(f"{name}={precision}" for name, precision in self.keep.items())]
         parts += ["codec in 8 bits"] if self.codec_int8 else []
-        parts += [f"graphs for {', '.join(asked)}"] if (asked := [target for target in self.targets if target != "cpu"]) else []
         parts += ["full head"] if self.head == "full" else []
         parts += [f"LoRA {self.lora.path.name}, alpha {self.lora.alpha:g}"] if self.lora else []
-        return ", ".join(parts)
+        return with_targets(", ".join(parts), self.targets)
+
+
+def with_targets(words: str, targets: Collection[str]) -> str:
+    """Return the words of options with further targets."""
+    begin, parts = "graphs for ", words.split(", ")
+    before = [part for part in parts if part.removeprefix(begin) in TARGETS]
+    named = dict.fromkeys(target for target in (*(part.removeprefix(begin) for part in before), *targets) if target != "cpu")
+    rest = [part for part in parts if part and part not in before]
+    return ", ".join(rest + ([begin + ", ".join(named)] if named else []))

@@ -17,6 +17,7 @@ from fishrt.bundle.folder import Bundle, describe_file
 from fishrt.bundle.manifest import MANIFEST, SCHEMA, TARGETS, Form, Graph, Manifest, Parity
 from fishrt.bundle.strict import AGAIN, parse_dataclass
 from fishrt.errors import BundleError
+from fishrt.hub.repository import is_reference
 from fishrt.progress import Progress
 from fishrt_engines import open_engine
 from fishrt_engines.aside import new_folder
@@ -24,6 +25,7 @@ from fishrt_engines.aside import new_folder
 from .checkpoint.identify import AudioIds
 from .errors import ExportError, check_known
 from .graph.report import PROVIDER, Case, Expected, compare, run
+from .options import with_targets
 from .place import check_replaceable
 from .sources.cases import codec_decode_cases, codec_encode_cases, fast_ar_cases, slow_ar_cases
 from .targets.coreml import check_codec, static_form, step_usability
@@ -44,6 +46,11 @@ def retarget(path: Path, targets: Collection[str], progress: Progress = lambda _
     a folder that is no bundle, and for a file that is not the one in the manifest.
     """
     check_known("target", targets, TARGETS)
+    if is_reference(path):
+        raise ExportError(
+            f"{path} is in the cache of the hub, where no file is changed",
+            hint=f"copy it with `fishrt fetch {path.as_posix().removeprefix('hf:')} FOLDER`, and give FOLDER",
+        )
     check_replaceable(path)
     data, path = _data(path), path.resolve()  # the folder may be the current one, which is replaced
     is_old = data.get("schema") == SCHEMA - 1
@@ -84,7 +91,7 @@ def _make(aside: Path, bundle: Bundle, targets: Collection[str], left_out: Colle
     files = {name: entry for name, entry in manifest.files.items() if name.removesuffix(".data") not in stale}
     written = {name for graph in graphs.values() for file in graph.files for name in (file, f"{file}.data")} - files.keys()
     files |= {name: describe_file(aside / name) for name in written if (aside / name).is_file()}
-    made = replace(manifest, graphs=graphs).sealed(dict(sorted(files.items())))
+    made = replace(manifest, graphs=graphs, recipe=with_targets(manifest.recipe, targets)).sealed(dict(sorted(files.items())))
     (aside / MANIFEST).write_text(made.to_json(), encoding="utf-8")
     Bundle.load(aside)
 

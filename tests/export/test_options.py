@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from fishrt_export.errors import ExportError
-from fishrt_export.options import Lora, Options
+from fishrt_export.options import Lora, Options, with_targets
 from fishrt_export.place import check_out
 
 UNKNOWN = [
@@ -32,8 +32,16 @@ def test_an_unknown_name(options: dict[str, Any], says: str, hint: str) -> None:
 def test_options_in_words(tmp_path: Path) -> None:
     (tmp_path / "a.ckpt").touch()
     options = Options("full", None, Lora(tmp_path / "a.ckpt", 16.0), "int4", {"fast_ar.*": "fp32"}, ["cpu", "cuda"], True)
-    assert options.words == "int4, fast_ar.*=fp32, codec in 8 bits, graphs for cuda, full head, LoRA a.ckpt, alpha 16"
+    assert options.words == "int4, fast_ar.*=fp32, codec in 8 bits, full head, LoRA a.ckpt, alpha 16, graphs for cuda"
     assert Options().words == "fp32"
+
+
+def test_further_targets_in_words() -> None:
+    assert with_targets("fp32", ["cpu"]) == "fp32"
+    assert with_targets("int8, graphs for cuda, coreml, full head", ["coreml", "tensorrt"]) == (
+        "int8, full head, graphs for cuda, coreml, tensorrt"
+    )
+    assert with_targets("", ["cuda"]) == "graphs for cuda"  # a bundle of schema 3 may have no words
 
 
 def test_a_mount_point_is_refused_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ from fishrt.bundle.folder import Bundle, embedded_bundle
 from fishrt.bundle.manifest import MANIFEST, SCHEMA
 from fishrt.errors import BundleError
 from fishrt_export.errors import ExportError
+from fishrt_export.options import with_targets
 from fishrt_export.retarget import retarget
 from fishrt_export.targets import forms
 
@@ -119,6 +120,17 @@ def test_a_form_that_differs_changes_nothing(folder: Path, monkeypatch: pytest.M
     assert sorted(path.name for path in folder.iterdir()) == before
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
     Bundle.load(folder).verify()
+
+
+def test_the_recipe_names_the_targets(folder: Path) -> None:
+    before = Bundle.load(folder).manifest.recipe
+    assert retarget(folder, ["cuda"]).manifest.recipe == with_targets(before, ["cuda"])
+
+
+def test_a_bundle_of_the_hub_is_not_changed() -> None:
+    with pytest.raises(ExportError, match="hf:fish/bundle is in the cache of the hub") as caught:
+        retarget(Path("hf:fish/bundle"), ["cpu"])
+    assert "`fishrt fetch fish/bundle FOLDER`" in str(caught.value.hint)
 
 
 def test_an_unknown_target_and_a_folder_that_is_no_bundle(folder: Path, tmp_path: Path) -> None:
