@@ -6,6 +6,7 @@ import io
 import json
 import os
 import struct
+import sys
 import threading
 from pathlib import Path
 
@@ -135,6 +136,25 @@ def test_speech_is_written_as_it_comes(fake):
     assert (said["ok"], said["seed"], said["frames"], said["timings"]["ttfa_s"]) == (True, 3, 25, 0.2)
     piped = run("speak", "Hi.", "--stream", "-o", "-", "-q")
     assert soundfile.read(io.BytesIO(piped.stdout_bytes))[0].shape == (RATE,)
+
+
+def test_speech_is_written_as_aac(fake, monkeypatch):
+    """In a file, on standard output, and while it is made; without PyAV, it is refused before anything is spoken."""
+    for arguments in (["-o", "a.aac"], ["-o", "b.aac", "--stream"], ["-o", "-", "--format", "aac", "-q"]):
+        done = run("speak", "Hi.", *arguments)
+        assert done.exit_code == 0, done.stderr
+    assert done.stdout_bytes[:2] == b"\xff\xf1"
+    for name in ("a.aac", "b.aac"):
+        pcm, rate = read_audio(name)
+        assert rate == RATE
+        assert RATE <= len(pcm) <= RATE + 2048
+    monkeypatch.setitem(sys.modules, "av", None)
+    for arguments in (["-o", "c.aac"], ["-o", "c.flac", "--stream"]):
+        refused = run("speak", "Hi.", *arguments)
+        assert refused.exit_code == 2
+        assert "needs PyAV" in refused.stderr
+        assert "fishrt[server]" in refused.stderr
+    assert files() == ["a.aac", "b.aac"]
 
 
 def test_what_was_not_spoken_is_told(fake):
