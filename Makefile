@@ -1,4 +1,5 @@
 # make speak TEXT="…" OUT=hello.wav   speaks with the embedded voice; installs the runtime only; VOICE=… SEED=… choose another take
+# make serve                          serves speech on http://127.0.0.1:8080, for clients of OpenAI's API and others; ARGS="--port 9000"
 # make test                           installs everything, runs every test: minutes, in most of which torch traces graphs
 # make quick                          runs the tests that are not marked "slow": none traces or exports; under a minute
 # make lint                           checks style and types
@@ -19,11 +20,14 @@ export FISHRT_OUT = $(value OUT)
 export FISHRT_VOICE = $(value VOICE)
 export FISHRT_SEED = $(value SEED)
 
-.PHONY: speak test quick venv lint smoke docs clean
+.PHONY: speak serve test quick venv lint smoke docs clean
 
 speak: $(VENV)/runtime
 	@$(BIN)/fishrt speak --voice "$$FISHRT_VOICE" --seed "$$FISHRT_SEED" --output "$$FISHRT_OUT" -- "$$FISHRT_TEXT"
 	@echo 'Listen to it with any player, such as: aplay "'"$$FISHRT_OUT"'"'
+
+serve: $(VENV)/server
+	@$(BIN)/fishrt serve $(ARGS)
 
 # Torch traces on one core, so that two processes share the tests, and what tests/support/shared.py keeps for both.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --numprocesses 2 --dist worksteal
@@ -60,12 +64,17 @@ $(VENV)/runtime: pyproject.toml constraints.txt | $(VENV)/made
 	@$(PIP) --editable ".[cpu]"
 	@touch $@
 
+$(VENV)/server: pyproject.toml constraints.txt | $(VENV)/made
+	@echo "Installing the server (about 300 MB) …"
+	@$(PIP) --editable ".[cpu,server]"
+	@touch $@ $(VENV)/runtime
+
 # torch alone first: its pinned build must be there before anything asks for "torch" of any version.
 $(VENV)/dev: pyproject.toml constraints.txt | $(VENV)/made
 	@echo "Installing everything, with torch (gigabytes) …"
 	@$(PIP) torch
 	@$(PIP) --editable ".[dev]"
-	@touch $@ $(VENV)/runtime
+	@touch $@ $(VENV)/runtime $(VENV)/server
 
 clean:
 	rm -rf $(VENV) site

@@ -9,9 +9,12 @@ from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
+from starlette.testclient import WebSocketDenialResponse
+from starlette.websockets import WebSocketDisconnect
 
 from fishrt.server.edge import MOST_BYTES, canonical
 from fishrt.server.problems import problem
+from fishrt.turns import Turns
 
 Start = Callable[..., TestClient]
 SPEECH = "/v1/audio/speech"
@@ -282,3 +285,37 @@ def test_the_log_has_one_line_and_no_text(client: TestClient, caplog: pytest.Log
     assert "secret" not in "".join(lines).lower()
     assert lines[0].startswith("POST /v1/audio/speech 200 ")
     assert lines[0].endswith(" id-7")
+
+
+def test_a_key_of_any_letters_also_for_websockets(start: Start) -> None:
+    client = start(api_key="schlüssel 1")
+    assert client.post(SPEECH, json=HI, headers={"X-Api-Key": "schlüssel 1".encode()}).status_code == 200  # type: ignore[dict-item]
+    for path in ("/nothing", "/nothing?api_key=x", "/nothing?api_key=schlussel%201"):
+        with pytest.raises(WebSocketDenialResponse) as caught, client.websocket_connect(path):
+            pass
+        assert (caught.value.status_code, error(caught.value)["code"]) == (401, "invalid_api_key")
+    with pytest.raises(WebSocketDisconnect) as closed, client.websocket_connect("/nothing?api_key=schl%C3%BCssel%201"):
+        pass
+    assert not isinstance(closed.value, WebSocketDenialResponse)  # the key is right, and there is no such path
+
+
+@pytest.mark.parametrize("origin", ["http://[", "x", "", "://", "http://\u00e9"])
+def test_an_origin_that_is_none_is_refused(client: TestClient, origin: str) -> None:
+    headers = {"Origin": origin.encode("latin-1"), "Host": "[::1"}
+    assert client.post(SPEECH, json=HI, headers=headers).status_code == 403  # type: ignore[arg-type]
+
+
+def test_a_model_that_fails_is_told_by_health_until_it_speaks_again(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    client = start()
+
+    def fail(_: Turns) -> None:
+        raise RuntimeError("a device with secrets")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Turns, "turn", fail)
+        reply = client.post(SPEECH, json=HI)
+        assert (reply.status_code, "secrets" in reply.text) == (500, False)
+    health = client.get("/health")
+    assert (health.status_code, health.json()["status"]) == (503, "failing")
+    assert client.post(SPEECH, json=HI).status_code == 200
+    assert client.get("/health").status_code == 200

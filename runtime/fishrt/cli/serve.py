@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import time
-from contextlib import closing
+import traceback
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +107,11 @@ def serve(
     if voice_dir is not None and voice_dir.exists() and not voice_dir.is_dir():
         raise FishrtError(f"--voice-dir: {voice_dir} is no folder", hint="name a folder; it need not exist yet")
     settings = Settings(api_key=_key(api_key, api_key_file), **options)
-    with logging_to(_Log(log_json), logging.INFO), closing(listen(settings.host, settings.port)) as sock:
+    with (
+        _logging(_Log(log_json)),
+        closing(listen(settings.host, settings.port)) as sock,
+        suppress(KeyboardInterrupt),  # a signal while the bundle is opened ends the server as later ones do
+    ):
         tts = engine.load(voice_dir)
         _ = tts.voices  # a folder that cannot be read is an error now
         emit(f"fishrt serves {tts.bundle.manifest.name} on {address(sock)}")
@@ -114,7 +120,7 @@ def serve(
 
 def _key(given: str | None, file: Path | None) -> str | None:
     if file is None:
-        return given or None
+        return (given or "").strip() or None
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -125,23 +131,42 @@ def _key(given: str | None, file: Path | None) -> str | None:
     return key
 
 
+@contextmanager
+def _logging(log: _Log) -> Iterator[None]:
+    """Give the records of this project and of the libraries to a handler inside the block."""
+    root = logging.getLogger()
+    others = _Log(log.as_json)
+    others.addFilter(lambda record: not record.name.startswith("fishrt"))
+    root.addHandler(others)
+    try:
+        with logging_to(log, logging.INFO):
+            yield
+    finally:
+        root.removeHandler(others)
+
+
 class _Log(logging.Handler):
-    """The log on standard error. By default it has no text of users: only the server's own records are in it."""
+    """The log on standard error. By default it has no text of users: only records of the server and errors are in it."""
 
     def __init__(self, as_json: bool) -> None:
         super().__init__()
-        self._json, self._verbose, self._quiet = as_json, session().verbose, session().quiet
+        self.as_json, self._session = as_json, session()
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print a record."""
-        own = record.name.startswith(("fishrt.server", "fishrt_engines"))
-        if not self._verbose and (not own or (self._quiet and record.levelno < logging.WARNING)):
+        least = logging.WARNING if self._session.quiet else logging.INFO
+        if not record.name.startswith(("fishrt.server", "fishrt_engines")):
+            least = logging.ERROR
+        if not self._session.verbose and record.levelno < least:
             return
-        message = record.getMessage()
-        if record.exc_info and record.exc_info[1]:
-            message += f": {type(record.exc_info[1]).__name__}"
+        message = record.getMessage().partition("\n")[0]
+        if record.exc_info and (error := record.exc_info[1]):
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            message += f": {type(error).__name__} in {Path(place.filename).name}, line {place.lineno}; --debug shows more"
+            if self._session.debug:
+                message = "".join(traceback.format_exception(error))
         when = time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(record.created))
-        if not self._json:
+        if not self.as_json:
             say(f"{when} {record.levelname.lower()}: {message}")
             return
         facts = getattr(record, "request", {"message": message})

@@ -37,9 +37,9 @@ def create_app(tts: TTS, settings: Settings, *, closing: bool = True) -> FastAPI
         yield
         service.drain()
         loading.cancel()
-        service.encoder.close()
+        await asyncio.to_thread(service.close)
         if closing:
-            await asyncio.to_thread(tts.close)
+            tts.close()
 
     app = FastAPI(
         title="fishrt",
@@ -51,13 +51,14 @@ def create_app(tts: TTS, settings: Settings, *, closing: bool = True) -> FastAPI
         redirect_slashes=False,
     )
     app.state.service = service
-    for part in (openai, voices, health):
-        app.include_router(part.routes(service))
-    app.include_router(docs.routes(app))
+    routers = [part.routes(service) for part in (openai, voices, health)] + [docs.routes(app)]
+    for router in routers:
+        app.include_router(router)
     app.openapi = lambda: docs.describe(app)  # type: ignore[method-assign]
     for kind in (HTTPException, RequestValidationError, FishrtError, GoneError, Exception):
         app.add_exception_handler(kind, _answer)
-    app.add_middleware(Edge, service=service)
+    paths = frozenset(getattr(route, "path", "") for router in routers for route in router.routes)
+    app.add_middleware(Edge, service=service, paths=paths)
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware,

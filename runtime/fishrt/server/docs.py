@@ -32,7 +32,7 @@ AUDIO: dict[int | str, dict[str, Any]] = {
         "description": "The speech.",
         "content": {
             **{f"audio/{name}": _BINARY for name in ("mpeg", "ogg", "aac", "flac", "wav", "pcm")},
-            "text/event-stream": {"schema": {"type": "string"}},
+            "text/event-stream": {},
         },
     }
 }

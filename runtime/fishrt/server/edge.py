@@ -12,7 +12,8 @@ import logging
 import re
 import secrets
 import time
-from urllib.parse import parse_qs, urlsplit
+from collections.abc import Container
+from urllib.parse import parse_qs
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -43,7 +44,9 @@ _SAFE = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
 class Edge:
     """The ASGI application around all routes."""
 
-    def __init__(self, app: ASGIApp, service: Service) -> None:
+    def __init__(self, app: ASGIApp, service: Service, paths: Container[str]) -> None:
+        """Stand around `app`, whose routes have these paths."""
+        self._paths = paths
         self._app, self._settings, self._metrics = app, service.settings, service.metrics
         settings = service.settings
         self._key = settings.api_key.encode() if settings.api_key else None
@@ -57,6 +60,8 @@ class Edge:
         scope["path"] = canonical(scope["path"])
         headers = Headers(scope=scope)
         exchange = _Exchange(scope, receive, send, _request_id(headers.get("x-request-id", "")))
+        if scope["path"] in self._paths:
+            exchange.path = scope["path"]
         try:
             self._check_origin(scope, headers)
             self._check_key(scope, headers)
@@ -72,8 +77,8 @@ class Edge:
         finally:
             status = GONE if exchange.gone else exchange.status
             self._metrics.requests.labels(exchange.route, status).inc()
-            if status in (GONE, 429):
-                (self._metrics.refused if status == 429 else self._metrics.cancelled).inc()
+            if exchange.gone:
+                self._metrics.cancelled.inc()
             exchange.log_line(status)
 
     def _check_key(self, scope: Scope, headers: Headers) -> None:
@@ -85,10 +90,11 @@ class Edge:
         if scope["path"] == "/v1/health":
             return
         kind, _, bearer = headers.get("authorization", "").partition(" ")
-        given = [headers.get("x-api-key", ""), bearer.strip() if kind.lower() == "bearer" else ""]
+        given = [headers.get("x-api-key", "").encode("latin-1")]
+        given += [bearer.strip().encode("latin-1")] if kind.lower() == "bearer" else []
         if scope["type"] == "websocket":
-            given += parse_qs(scope["query_string"].decode("latin-1")).get("api_key", [])
-        right = [hmac.compare_digest(key.encode(), self._key) for key in given]
+            given += [key.encode() for key in parse_qs(scope["query_string"].decode("latin-1")).get("api_key", [])]
+        right = [hmac.compare_digest(key, self._key) for key in given]
         if not any(right):
             what = "the API key is wrong" if any(given) else "an API key is needed: Authorization: Bearer KEY"
             raise Problem(401, what, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
@@ -99,7 +105,7 @@ class Edge:
         if origin is None or (scope["type"] == "http" and scope["method"] in ("GET", "HEAD", "OPTIONS")):
             return
         host = headers.get("host", "")
-        own = urlsplit(origin).netloc == host and (self._key is not None or not self._local or _is_loopback(_name(host)))
+        own = origin.partition("://")[2] == host and (self._key is not None or not self._local or _is_loopback(_name(host)))
         if not own and origin not in allowed and "*" not in allowed:
             raise Problem(
                 403, "a web page of this origin may not use the server; start it with --cors-origin", code="origin_refused"
@@ -125,6 +131,7 @@ class _Exchange:
         self._began = time.perf_counter()
         self._read = self._sent = 0
         self._body_ended = scope["type"] != "http"
+        self.path = "unknown"
         self._replied = False
         self.status = 0
         self.gone = False
@@ -200,7 +207,7 @@ class _Exchange:
     @property
     def route(self) -> str:
         """The route with its parameters unfilled: what is in a path may be a client's words."""
-        return getattr(self._scope.get("route"), "path", None) or "unknown"
+        return getattr(self._scope.get("route"), "path", self.path)
 
     def log_line(self, status: int) -> None:
         """Log the request in one line."""
@@ -221,8 +228,8 @@ def _request_id(given: str) -> str:
 
 
 def _name(host: str) -> str:
-    """Return the name in a Host header, without the port."""
-    return urlsplit(f"//{host}").hostname or ""
+    """Return the name in a Host header, without the port and the brackets of IPv6."""
+    return re.sub(r":\d*$", "", host).strip("[]")
 
 
 def _is_loopback(host: str) -> bool:

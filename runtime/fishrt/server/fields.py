@@ -41,6 +41,7 @@ SPELLINGS = {
     "stream": ("streaming",),
     "stream_format": (),
     "sample_rate": (),
+    "mode": (),
     "max_new_tokens": ("max_tokens",),
     "temperature": ("temp",),
     "top_p": (),
@@ -141,6 +142,9 @@ class SpeechFields(BaseModel):
         None, description="sse: server-sent events with base64 audio; audio: its bytes, while they are made."
     )
     sample_rate: int | None = Field(None, ge=4000, le=192_000, description="Sample rate of the audio in Hz.")
+    mode: Literal["fast", "balanced", "quality"] | None = Field(
+        None, description="Of a stream: fast has shorter first chunks, quality longer ones. The speech is the same."
+    )
     max_new_tokens: int | None = Field(
         None,
         ge=0,
@@ -169,7 +173,7 @@ class Speak:
     """Whether the reply is sent while it is made."""
     sse: bool
     bitrate: int | None
-    """Of mp3 and opus, in bit/s; None: the encoder's."""
+    """Of mp3 and opus, in kbit/s or bit/s; None: the encoder's."""
     ignored: tuple[str, ...]
     """Fields of the request that changed nothing, as the client spelt them."""
 
@@ -198,15 +202,12 @@ async def speak_of(service: Service, *data: Mapping[str, Any], accept: str = "")
         ignored.append(spelt["repetition_penalty"])
         fields.repetition_penalty = None
     text = fields.input
-    if fields.instructions:
+    if fields.instructions and fields.instructions.strip():
         if lm.reads is not None and "[]" in lm.reads.tags:
             text = _with_tag(text, fields.instructions)
         else:
             ignored.append(spelt["instructions"])
     voices = await _voices(service, fields)
-    speed = fields.speed or 1.0
-    if speed != 1:
-        raise Problem(400, "speed: this version speaks at speed 1 only", param="speed")
     sampling = Sampling(
         fields.temperature,
         fields.top_p,
@@ -220,6 +221,8 @@ async def speak_of(service: Service, *data: Mapping[str, Any], accept: str = "")
         seed=fields.seed,
         max_frames=min(fields.max_new_tokens, codec.max_frames) if fields.max_new_tokens else None,
         system=fields.speaker_prompt,
+        speed=fields.speed or 1.0,
+        mode=fields.mode or "balanced",
         volume=10 ** ((fields.volume_db or 0) / 20),
     )
     sse = fields.stream_format == "sse" or (fields.stream_format is None and "text/event-stream" in accept.lower())
@@ -230,7 +233,7 @@ async def speak_of(service: Service, *data: Mapping[str, Any], accept: str = "")
         rate=_rate(service, fields, kind),
         stream=sse or bool(fields.stream) or fields.stream_format == "audio" or (kind == "pcm" and fields.stream is None),
         sse=sse,
-        bitrate=_bitrate(fields, kind),
+        bitrate={"mp3": fields.mp3_bitrate, "opus": fields.opus_bitrate}.get(kind),
         ignored=tuple(dict.fromkeys(ignored)),
     )
 
@@ -315,11 +318,3 @@ def _rate(service: Service, fields: SpeechFields, kind: str) -> int:
     if kind == "pcm" and _OPENAI_MODEL.match(fields.model or ""):
         return OPENAI_RATE
     return service.tts.sample_rate
-
-
-def _bitrate(fields: SpeechFields, kind: str) -> int | None:
-    """Return the bit rate that was asked for. Both kbit/s and bit/s are in use; what is not above 0 is automatic."""
-    asked = {"mp3": fields.mp3_bitrate, "opus": fields.opus_bitrate}.get(kind)
-    if asked is None or asked <= 0:
-        return None
-    return asked * 1000 if asked < 1000 else asked

@@ -21,13 +21,13 @@ def routes(service: Service) -> APIRouter:
     @router.api_route("/v1/health", methods=["GET", "HEAD", "POST"], include_in_schema=False)
     async def health() -> Response:
         """Answer 200 if the next request would be served, else 503 with the reason."""
-        ready = service.state == "ok"
-        facts: dict[str, Any] = {"status": service.state}
-        if not ready:
-            facts["reason"] = service.reason
+        fault = service.fault
+        facts: dict[str, Any] = {"status": "failing" if fault and service.state == "ok" else service.state}
+        if fault:
+            facts["reason"] = fault
         facts |= {"model": service.tts.bundle.manifest.name, "version": __version__, "provider": service.provider}
         facts["queue"] = service.queue()
-        return JSONResponse(facts, 200 if ready else 503)
+        return JSONResponse(facts, 503 if fault else 200)
 
     @router.get("/metrics", summary="Metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from ..scheduler import Stats
 
 _SECONDS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 1.5, 2, 3, 5, 10, 20, 60)
 _RTF = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.85, 1, 1.5, 2, 4)
@@ -13,12 +17,11 @@ _RTF = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.85, 1, 1.5, 2, 4)
 class Metrics:
     """The metrics of a server."""
 
-    def __init__(self, queue: Callable[[], dict[str, int]]) -> None:
-        """Make them. queue: returns `waiting` and `active`."""
+    def __init__(self, stats: Callable[[], Stats]) -> None:
+        """Make them. stats: returns the counts of the scheduler."""
         self._registry = registry = CollectorRegistry()
         self.requests = Counter("fishrt_requests", "Requests that ended.", ["route", "status"], registry=registry)
         self.cancelled = Counter("fishrt_cancelled", "Requests whose client went away.", registry=registry)
-        self.refused = Counter("fishrt_refused", "Requests that a full queue refused.", registry=registry)
         self.frames = Counter("fishrt_frames", "Frames that were spoken.", registry=registry)
         self.audio = Counter("fishrt_audio_seconds", "Seconds of speech.", registry=registry)
         self.first_audio = Histogram(
@@ -28,14 +31,26 @@ class Metrics:
         self.rtf = Histogram(
             "fishrt_rtf", "Seconds from the turn of a request to its end ÷ seconds of audio.", buckets=_RTF, registry=registry
         )
-        for name, what in (("waiting", "Requests that wait."), ("active", "Requests that speak.")):
-            gauge = Gauge(f"fishrt_{name}", what, registry=registry)
-            gauge.set_function(_counted(queue, name))
+        registry.register(_OfScheduler(stats))
 
     def text(self) -> bytes:
         """Return the metrics as Prometheus reads them."""
         return generate_latest(self._registry)
 
 
-def _counted(queue: Callable[[], dict[str, int]], name: str) -> Callable[[], float]:
-    return lambda: queue()[name]
+class _OfScheduler(Collector):
+    """The counts of the scheduler, read when they are asked for."""
+
+    def __init__(self, stats: Callable[[], Stats]) -> None:
+        self._stats = stats
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield the counts."""
+        stats = self._stats()
+        yield GaugeMetricFamily("fishrt_waiting", "Requests that wait.", value=stats.waiting)
+        yield GaugeMetricFamily("fishrt_active", "Requests that speak.", value=stats.active)
+        yield CounterMetricFamily("fishrt_refused", "Requests that the full queue refused.", value=stats.refused)
+        yield CounterMetricFamily("fishrt_failed", "Requests that ended by an error.", value=stats.failed)
+        yield CounterMetricFamily("fishrt_turns", "Turns of the batch.", value=stats.turns)
+        yield CounterMetricFamily("fishrt_rows", "Frames of turns; rows ÷ turns is the mean batch.", value=stats.rows)
+        yield CounterMetricFamily("fishrt_busy_seconds", "Seconds in turns.", value=stats.busy_s)

@@ -20,6 +20,8 @@ from .streams import reply, unless_gone, whole
 
 MOST_ITEMS = 32
 """Most texts of a batch."""
+MOST_BATCH = 256 << 20
+"""Most bytes of audio of a batch."""
 
 
 def routes(service: Service) -> APIRouter:
@@ -74,12 +76,17 @@ async def speak_batch(service: Service, data: dict[str, Any], request: Request) 
     if not isinstance(items, list) or not 1 <= len(items) <= MOST_ITEMS or not all(isinstance(item, dict) for item in items):
         raise Problem(400, f"items: a list of 1 to {MOST_ITEMS} objects is expected", param="items")
     shared = {key: value for key, value in data.items() if key != "items"}
+    room = MOST_BATCH
     turns = asyncio.Semaphore(service.settings.max_active)
 
     async def one(index: int, item: dict[str, Any]) -> dict[str, Any] | Problem:
+        nonlocal room
         try:
             async with turns:
                 audio, rendering = await whole(service, await speak_of(service, item, shared))
+            room -= len(audio)
+            if room < 0:
+                raise Problem(400, f"the batch has more than {MOST_BATCH >> 20} MiB of audio; give fewer items", param="items")
         except (Problem, FishrtError) as error:
             return problem(error)
         return {

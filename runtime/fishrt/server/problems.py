@@ -13,6 +13,7 @@ from starlette.responses import JSONResponse, Response
 from ..errors import (
     ArgumentError,
     AudioError,
+    BusyError,
     FishrtError,
     KeptVoiceError,
     OutputError,
@@ -84,6 +85,8 @@ def problem(error: Exception) -> Problem:
         first = error.errors()[0]
         names = [str(part) for part in first["loc"][1:]]
         return Problem(400, f"{'.'.join(names) or 'the body'}: {first['msg']}", param=names[0] if names else None)
+    if isinstance(error, BusyError):
+        return Problem(429, f"{error}; {error.hint}", code="queue_full", headers={"Retry-After": str(error.retry_s)})
     if isinstance(error, FishrtError):
         message = f"{error}; {error.hint}" if error.hint else str(error)
         for kind, param in _PARAMS.items():

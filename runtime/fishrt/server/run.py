@@ -11,7 +11,9 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+import h11
 import uvicorn
+from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ..errors import FishrtError
@@ -19,10 +21,14 @@ from ..tts import TTS
 from .app import create_app
 from .settings import Settings
 
+log = logging.getLogger(__name__)
+
 DRAIN_S = 15
 """Longest time for running requests at the end."""
 _LAST_S = 18.0
 """Longest time from a signal to the end of the process."""
+_IDLE_S = 60
+"""Longest time between two requests on a connection. Clients keep connections for 5 s or more; a shorter time races them."""
 _REQUEST_S = 20.0
 """Longest time for the head of a request."""
 _STALL_S = 60.0
@@ -57,18 +63,26 @@ def address(sock: socket.socket) -> str:
 def serve(tts: TTS, settings: Settings, sock: socket.socket) -> None:
     """Serve requests on a socket until SIGTERM or SIGINT; those that run then have DRAIN_S, or until a second signal."""
     app = create_app(tts, settings)
-    config = uvicorn.Config(
+    service = app.state.service
+    try:
+        _Server(configuration(app), service.drain).run(sockets=[sock])
+    finally:
+        service.close()  # a second signal leaves out the end of the application
+
+
+def configuration(app: FastAPI) -> uvicorn.Config:
+    """Return how uvicorn serves the application."""
+    return uvicorn.Config(
         app,
         http=_Connection,
         log_config=None,
         log_level=logging.CRITICAL,  # what it would log is in the log of the application, or a client's fault
         access_log=False,
         server_header=False,
+        timeout_keep_alive=_IDLE_S,
         timeout_graceful_shutdown=DRAIN_S,
         lifespan="on",
     )
-    server = _Server(config, app.state.service.drain)
-    server.run(sockets=[sock])
 
 
 class _Server(uvicorn.Server):
@@ -95,44 +109,57 @@ class _Server(uvicorn.Server):
 
 
 class _Connection(H11Protocol):
-    """A connection that is cut if its request does not begin in time, or its reader takes nothing for too long."""
+    """A connection that is cut if the head of a request does not arrive in time, or its reader takes nothing for too long."""
 
-    _timer: asyncio.TimerHandle | None = None
+    _head: asyncio.TimerHandle
+    """Runs while the head of a request is not whole; else it is cancelled."""
+    _reader: asyncio.TimerHandle
+    """Runs while the reader is slower than its speech; else it is cancelled."""
 
     def connection_made(self, transport: Any) -> None:
         """Wait for a request, but not for ever."""
         super().connection_made(transport)
-        self._timer = self.loop.call_later(_REQUEST_S, self._begin_or_end)
+        self._head = self.loop.call_later(_REQUEST_S, transport.abort)
+        self._reader = self.loop.call_later(_STALL_S, transport.abort)
+        self._reader.cancel()
 
-    def _begin_or_end(self) -> None:
-        if self.cycle is None:
-            self.transport.abort()
+    def data_received(self, data: bytes) -> None:
+        """Take data. A head has a limit from its first byte, whatever arrives later."""
+        super().data_received(data)
+        self._watch_head()
+
+    def handle_websocket_upgrade(self, event: h11.Request) -> None:
+        """Leave the connection to the protocol of WebSockets."""
+        self._head.cancel()
+        super().handle_websocket_upgrade(event)
 
     def pause_writing(self) -> None:
-        """Watch a reader that is slower than its speech."""
+        """Watch the reader."""
         super().pause_writing()
-        self._stalled(self.transport.get_write_buffer_size())
+        self._watch_reader(None)
 
     def resume_writing(self) -> None:
         """End the watch."""
-        self._cancel()
+        self._reader.cancel()
         super().resume_writing()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """End the watch."""
-        self._cancel()
+        """End all watches."""
+        self._head.cancel()
+        self._reader.cancel()
         super().connection_lost(exc)
 
-    def _stalled(self, before: int, *, checked: bool = False) -> None:
-        left = self.transport.get_write_buffer_size()
-        if checked and left >= before:
-            logging.getLogger(__name__).info("a reader took nothing for %d s; its request ends", _STALL_S)
-            self.transport.abort()
-            return
-        self._cancel()
-        self._timer = self.loop.call_later(_STALL_S, lambda: self._stalled(left, checked=True))
+    def _watch_head(self) -> None:
+        if self.transport.get_protocol() is not self or (self.cycle is not None and not self.cycle.response_complete):
+            self._head.cancel()
+        elif self._head.cancelled():
+            self._head = self.loop.call_later(_REQUEST_S, self.transport.abort)
 
-    def _cancel(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+    def _watch_reader(self, before: int | None) -> None:
+        """Cut the connection if nothing was taken of `before` bytes, else look again."""
+        left = self.transport.get_write_buffer_size()
+        if before is not None and left >= before:
+            log.info("a reader took nothing for %d s; its request ends", _STALL_S)
+            self.transport.abort()
+        else:
+            self._reader = self.loop.call_later(_STALL_S, self._watch_reader, left)

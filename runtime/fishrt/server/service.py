@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from functools import cached_property
 
 from ..bundle.manifest import MANIFEST
 from ..errors import FishrtError
 from ..request import Request
-from ..stream import AsyncSpeechStream
+from ..scheduler import ScheduledStream, Scheduler
+from ..stream import whole_chunks
 from ..tts import TTS
 from .encoding import VoiceEncoder
 from .fetch import Fetcher
@@ -32,7 +34,8 @@ class Service:
         self.state = "loading"
         """loading, ok, draining or dead."""
         self.reason = "the model is loading"
-        self.metrics = Metrics(self.queue)
+        self.scheduler = Scheduler(tts, max_active=settings.max_active, max_queue=settings.max_queue)
+        self.metrics = Metrics(lambda: self.scheduler.stats)
         self.encoder = VoiceEncoder(tts)
         self.library = VoiceLibrary(tts, self.encoder, strict=settings.strict_voices)
         fetcher = Fetcher() if settings.allow_url_refs else None
@@ -41,7 +44,7 @@ class Service:
     async def load(self) -> None:
         """Speak once, so that every graph is open. Until then, requests are refused."""
         try:
-            async for _ in self.speak(Request("Hi.", seed=0, max_frames=_SILENT)):
+            async for _ in await self.speak(Request("Hi.", seed=0, max_frames=_SILENT)):
                 pass
         except Exception as error:
             if not isinstance(error, FishrtError):
@@ -57,14 +60,35 @@ class Service:
         """Refuse new requests; those that run may end."""
         self.state, self.reason = "draining", "the server ends"
 
+    @property
+    def fault(self) -> str | None:
+        """Why the next request would not be served; None: it would."""
+        if self.state != "ok":
+            return self.reason
+        return None if self.scheduler.fault is None else "the last requests failed: the log has more"
+
+    def close(self) -> None:
+        """Cut what still runs, and wait for the frame that is drawn: a process must not end in the middle of one."""
+        self.scheduler.close()
+        self.encoder.close()
+
     def check_ready(self) -> None:
         """Check that requests are served. Raises Problem 503."""
         if self.state != "ok":
             raise Problem(503, self.reason, code=self.state, headers={"Retry-After": "2"} if self.state == "loading" else None)
 
-    def speak(self, request: Request) -> AsyncSpeechStream:
-        """Start a request; its chunks come by `async for`, and `aclose` ends it."""
-        return self.tts.astream(request)
+    async def speak(self, request: Request, *, whole: bool = False) -> ScheduledStream:
+        """Queue a request; its chunks come by `async for`, and `aclose` ends it. whole: nobody hears it before its end.
+
+        Raises BusyError if the queue is full, and the errors of a request that does not fit the model.
+        """
+        sizes = whole_chunks if whole else None
+        queued = asyncio.ensure_future(asyncio.to_thread(self.scheduler.submit, request, sizes=sizes))
+        try:
+            return await asyncio.shield(queued)
+        except asyncio.CancelledError:
+            queued.add_done_callback(_close)
+            raise
 
     def count_tokens(self, text: str) -> int:
         """Return the number of tokens that the model reads for a text."""
@@ -82,4 +106,16 @@ class Service:
 
     def queue(self) -> dict[str, int]:
         """Return the numbers of requests that wait and that speak, and their limits."""
-        return {"waiting": 0, "active": 0, "max_queue": self.settings.max_queue, "max_active": self.settings.max_active}
+        stats, limits = self.scheduler.stats, self.settings
+        return {
+            "waiting": stats.waiting,
+            "active": stats.active,
+            "max_queue": limits.max_queue,
+            "max_active": limits.max_active,
+        }
+
+
+def _close(queued: asyncio.Future[ScheduledStream]) -> None:
+    """End a request whose client went away while it was queued."""
+    if not queued.cancelled() and queued.exception() is None:
+        queued.result().close()

@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 
 _PAUSE_S = 0.25
 """Silence for a text without a letter or digit."""
+MOST_WHOLE = 64 << 20
+"""Most bytes of audio that are kept for one reply."""
 _T = TypeVar("_T")
 
 
@@ -73,10 +75,10 @@ class Rendering:
         if self._speak.silent:
             yield np.zeros(int(_PAUSE_S * self._service.tts.sample_rate), np.float32)
             return
-        stream = self._service.speak(self._speak.request)
+        stream = await self._service.speak(self._speak.request, whole=not self._speak.stream)
         try:
             async for chunk in stream:
-                self.seed = chunk.seed
+                self.seed, self.queued_s = chunk.seed, stream.queued_s
                 frames = chunk.codes.shape[1]
                 self.frames += frames
                 self._service.metrics.frames.inc(frames)
@@ -121,25 +123,43 @@ class Rendering:
 
 
 async def whole(service: Service, speak: Speak) -> tuple[bytes, Rendering]:
-    """Return the whole audio of a request, and what is known of it. Raises Problem and FishrtError."""
+    """Return the whole audio of a request, and what is known of it. Raises FishrtError, and Problem for more than MOST_WHOLE."""
     rendering = Rendering(service, speak)
     async with aclosing(rendering.bytes()) as parts:
-        data = b"".join([part async for part in parts])
+        data, ended = await _collected(parts)
+    if not ended:
+        raise Problem(400, f"the speech has more than {MOST_WHOLE >> 20} MiB; give less text", param="input")
     return rendering.encoder.complete(data), rendering
 
 
+async def _collected(parts: AsyncGenerator[bytes]) -> tuple[bytes, bool]:
+    """Return the next parts together, up to a little more than MOST_WHOLE, and whether there is no other."""
+    found, length = [], 0
+    async for part in parts:
+        found.append(part)
+        length += len(part)
+        if length > MOST_WHOLE:
+            return b"".join(found), False
+    return b"".join(found), True
+
+
 async def reply(service: Service, speak: Speak, receive: Receive) -> Response:
-    """Return the reply to a request, whose client `receive` watches. Raises Problem and FishrtError before the first audio."""
-    if not speak.stream:
-        data, rendering = await unless_gone(whole(service, speak), receive)
-        return Response(data, headers=rendering.headers(whole=True))
+    """Return the reply to a request, whose client `receive` watches. Raises Problem and FishrtError before the first audio.
+
+    A whole reply of more than MOST_WHOLE is sent while it is made, too.
+    """
     rendering = Rendering(service, speak)
     parts = rendering.bytes()
     try:
-        first = await unless_gone(anext(parts), receive)
+        if speak.stream:
+            first, ended = await unless_gone(anext(parts), receive), False
+        else:
+            first, ended = await unless_gone(_collected(parts), receive)
     except BaseException:
         await parts.aclose()
         raise
+    if ended:
+        return Response(rendering.encoder.complete(first), headers=rendering.headers(whole=True))
     return _Streamed(rendering, parts, first, sse=speak.sse)
 
 
@@ -177,7 +197,9 @@ class _Streamed(Response):
             await put(_delta(self._first))
             async for part in self._parts:
                 await put(_delta(part))
-        except (FishrtError, Problem) as error:
+        except Exception as error:
+            if not isinstance(error, FishrtError | Problem):
+                log.exception("a stream failed")
             await put(_event("speech.audio.error", problem(error).body), last=True)
             return
         await put(_event("speech.audio.done", {"usage": self._rendering.usage}), last=True)

@@ -1,0 +1,134 @@
+"""Connections that stall, on a server in a thread whose limits are short."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from http.client import HTTPConnection
+from typing import Any
+
+import pytest
+import uvicorn
+import websockets.sync.client
+from fastapi import WebSocket
+
+from fishrt import TTS, FishrtError
+from fishrt.scheduler import ScheduledStream
+from fishrt.server import edge, run
+from fishrt.server.app import create_app
+from fishrt.server.settings import Settings
+from serving import LONG, speech
+
+
+@pytest.fixture
+def served(tts: TTS, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[int, Any]]:
+    """The port and the service of a server."""
+    for module, name in ((run, "_STALL_S"), (run, "_REQUEST_S"), (edge, "_IDLE_S")):
+        monkeypatch.setattr(module, name, 0.5)
+    app = create_app(tts, Settings(), closing=False)
+    server = uvicorn.Server(run.configuration(app))
+
+    @app.websocket("/echo")
+    async def echo(socket: WebSocket) -> None:
+        await socket.accept()
+        await socket.send_text(await socket.receive_text())
+
+    with run.listen("127.0.0.1", 0) as sock:
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})
+        thread.start()
+        while app.state.service.state == "loading":
+            time.sleep(0.01)
+        yield sock.getsockname()[1], app.state.service
+        server.should_exit = True
+        thread.join()
+
+
+def connect(port: int, sent: bytes, receive_buffer: int | None = None) -> socket.socket:
+    found = socket.socket()
+    if receive_buffer is not None:
+        found.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+    found.settimeout(60)
+    found.connect(("127.0.0.1", port))
+    found.sendall(sent)
+    return found
+
+
+def test_a_reader_that_takes_nothing_ends_its_request(served: tuple[int, Any]) -> None:
+    port, service = served
+    stalled = connect(port, speech(LONG * 20, sample_rate=192_000), receive_buffer=4096)
+    assert connect(port, speech()).recv(1 << 16)
+    until = time.monotonic() + 60
+    while service.scheduler.stats.active:
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    received = b""
+    with suppress(ConnectionResetError):
+        while data := stalled.recv(1 << 16):
+            received += data
+    assert not received.endswith(b"0\r\n\r\n")
+
+
+def test_a_reader_that_is_slow_gets_everything(served: tuple[int, Any]) -> None:
+    """It takes a little all the time, so that the reply lasts many times the limit of a stalled one."""
+    port, _ = served
+    slow = connect(port, speech(LONG[:240], sample_rate=192_000), receive_buffer=1 << 16)
+    received = b""
+    while not received.endswith(b"\r\n0\r\n\r\n"):
+        data = slow.recv(1 << 16)
+        assert data
+        received += data
+        time.sleep(0.02)
+    assert len(received) > 10 * 2 * 192_000
+
+
+def test_a_request_whose_head_does_not_come_is_cut(served: tuple[int, Any]) -> None:
+    for sent in (b"", b"POST /v1/audio/speech HTTP/1.1\r\nHo"):
+        assert connect(served[0], sent).recv(1) == b""
+
+
+def test_a_head_that_does_not_come_after_another_request_is_cut(served: tuple[int, Any]) -> None:
+    """An idle connection is kept, until the next request begins."""
+    kept = HTTPConnection("127.0.0.1", served[0], timeout=60)
+    for pause in (0, 1):
+        time.sleep(pause)
+        kept.request("GET", "/health")
+        assert kept.getresponse().read()
+    for byte in b"GET /health HT":
+        kept.sock.send(bytes([byte]))
+        time.sleep(0.01)
+    assert kept.sock.recv(1) == b""
+
+
+def test_a_websocket_is_not_cut(served: tuple[int, Any]) -> None:
+    with websockets.sync.client.connect(f"ws://127.0.0.1:{served[0]}/echo") as socket:
+        time.sleep(1)
+        socket.send("Hi.")
+        assert socket.recv() == "Hi."
+
+
+def test_a_body_that_stops_is_answered(served: tuple[int, Any]) -> None:
+    asked = connect(served[0], speech()[:-3])
+    assert asked.recv(1 << 16).split()[1] == b"408"
+
+
+def test_a_fault_in_the_middle_cuts_the_connection(served: tuple[int, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without its last chunk, so that the client does not take the part for the whole."""
+    port, _ = served
+    usual, taken = ScheduledStream.__anext__, []
+
+    async def next_or_fault(stream: ScheduledStream) -> Any:
+        if len(taken) == 2:
+            raise FishrtError("the codes have no sound")
+        taken.append(await usual(stream))
+        return taken[-1]
+
+    monkeypatch.setattr(ScheduledStream, "__anext__", next_or_fault)
+    asked = connect(port, speech("Good morning."))
+    received = b""
+    while data := asked.recv(1 << 16):
+        received += data
+    assert received.startswith(b"HTTP/1.1 200")
+    assert not received.endswith(b"0\r\n\r\n")
