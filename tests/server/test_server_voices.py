@@ -18,6 +18,7 @@ pytest.importorskip("fastapi", reason="needs the server extra")
 from fastapi.testclient import TestClient
 
 from fishrt import TTS, Voice, VoiceStore
+from fishrt.audio.resample import resample
 from fishrt.server.library import OPENAI_VOICES
 
 RECORDING = Path(__file__).parents[2] / "export/minnow/references/slt/reference.flac"
@@ -100,6 +101,7 @@ def test_an_upload_answers_in_both_shapes_and_is_on_disk(voiced: TestClient, own
     }
     assert isinstance(found["created_at"], int)
     assert found["voice"]["name"] == "Anna-Lena"
+    assert found["warnings"] == []
     stored = own.load("Anna-Lena")
     assert stored.transcript == WORDS
     assert own.is_recorded("Anna-Lena")
@@ -119,6 +121,10 @@ def test_an_upload_answers_in_both_shapes_and_is_on_disk(voiced: TestClient, own
     }
     failed(voiced.delete("/v1/audio/voices/Anna-Lena"), 404, "voice_not_found", "there is no voice 'Anna-Lena'")
     failed(speak(voiced, voice="Anna-Lena"), 404, "voice_not_found", "awb, rms, slt")
+
+
+def test_an_upload_tells_what_is_poor_about_the_recording(voiced: TestClient) -> None:
+    assert any("letters of transcript" in warning for warning in add(voiced, sound=wav(1)).json()["warnings"])
 
 
 @pytest.mark.parametrize("audio", ["audio_sample", "audio", "file", "ref_audio"])
@@ -226,6 +232,35 @@ def test_recordings_that_make_no_voice(voiced: TestClient, sound: bytes, text: s
     params = {"id": "anna", "prompt": text or "?", "persist": "true"}
     assert voiced.post("/v1/audio/encoding", params=params, files={"x": sound}).status_code == 400
     assert names(voiced) == BUILT_IN
+
+
+@pytest.mark.parametrize(
+    ("muxer", "codec", "rate"), [("webm", "libopus", 48_000), ("ipod", "aac", 44_100), ("adts", "aac", 16_000)]
+)
+def test_recordings_of_browsers_and_phones(voiced: TestClient, muxer: str, codec: str, rate: int) -> None:
+    av = pytest.importorskip("av")
+    sound, was = soundfile.read(RECORDING, dtype="float32")
+    file = io.BytesIO()
+    with av.open(file, "w", muxer) as container:
+        stream = container.add_stream(codec, rate=rate, layout="mono")
+        frame = av.AudioFrame.from_ndarray(resample(sound, was, rate)[None], format="fltp", layout="mono")
+        frame.sample_rate = rate
+        resampler = av.AudioResampler(stream.codec_context.format, "mono", rate, stream.codec_context.frame_size or None)
+        for part in (*resampler.resample(frame), *resampler.resample(None)):
+            container.mux(stream.encode(part))
+        container.mux(stream.encode(None))
+    assert add(voiced, sound=file.getvalue()).status_code == 200
+    assert voiced.get("/v1/voices/anna").json()["seconds"] == pytest.approx(len(sound) / was, abs=0.2)
+
+
+def test_a_small_file_of_many_hours_is_refused(voiced: TestClient) -> None:
+    file = io.BytesIO()
+    with soundfile.SoundFile(file, "w", 8000, 1, format="FLAC") as hours:
+        for _ in range(40):
+            hours.write(np.zeros(8000 * 360, np.int16))
+    assert len(file.getvalue()) < 1 << 20
+    reply = add(voiced, sound=file.getvalue())
+    failed(reply, 400, None, "too long")
 
 
 def test_an_upload_without_a_recording(voiced: TestClient) -> None:

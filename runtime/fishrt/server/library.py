@@ -14,6 +14,7 @@ from ..errors import KeptVoiceError, TakenVoiceError, UnknownVoiceError, VoiceEr
 from ..request import VoiceLike
 from ..tts import TTS
 from ..voices.files import AUDIO_SUFFIXES, canonical, check_name
+from ..voices.recordings import doubts
 from ..voices.store import bundle_store, bundle_voices
 from ..voices.voice import Voice
 from .encoding import VoiceEncoder
@@ -35,6 +36,8 @@ class Entry:
     """user: stored here; session: until shutdown; bundle."""
     created: int
     """Seconds since 1970."""
+    warnings: tuple[str, ...] = ()
+    """Why a recording that was just added may make a poor voice."""
 
 
 class VoiceLibrary:
@@ -51,7 +54,7 @@ class VoiceLibrary:
         own, built_in = self._tts.store, bundle_store(self._tts.bundle)
         found = {name: Entry(name, "bundle", _time(built_in.place(name))) for name in self._built_in}
         found |= {name: Entry(name, "user", _time(own.place(name))) for name in own.list()}
-        found |= {name: Entry(name, "session", created) for name, (_, created) in tuple(self._session.items())}
+        found |= {name: Entry(name, "session", created) for name, (_, created) in dict(self._session).items()}
         return [found[name] for name in sorted(found)]
 
     def entry(self, name: str) -> Entry:
@@ -125,7 +128,9 @@ class VoiceLibrary:
                 self._session[canonical(voice.name)] = replace(voice, recording=None), int(time.time())
             else:
                 raise VoiceError(f"there are already {_MOST_UNTIL_SHUTDOWN:,} voices until shutdown", hint="delete some")
-        return self.entry(voice.name)
+        assert voice.recording is not None
+        poor = doubts(*voice.recording, voice.transcript, self._tts.bundle.manifest.model)
+        return replace(self.entry(voice.name), warnings=tuple(f"the recording {each}" for each in poor))
 
     def rename(self, old: str, new: str) -> None:
         """Give a voice another name. Raises UnknownVoiceError, KeptVoiceError, and as `check_free`."""

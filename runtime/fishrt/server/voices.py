@@ -64,7 +64,10 @@ def routes(service: Service) -> APIRouter:
     @router.post("/v1/audio/voices", summary="Store a voice", openapi_extra=_form(_UPLOAD))
     @router.post("/v1/voices", summary="Store a voice", openapi_extra=_form(_UPLOAD))
     async def add(request: Request) -> Any:
-        """Store a recording with its transcript as a voice. It is on disk before the reply, and every codec can use it."""
+        """Store a recording with its transcript as a voice, which is on disk before the reply.
+
+        `warnings` says why the recording may make a poor voice.
+        """
         async with _fields(request) as fields:
             if (kind := fields.get("type") or "audio_sample") != "audio_sample":
                 raise Problem(400, f"type {kind!r:.40}: voices are made of recordings; audio_sample is expected", param="type")
@@ -73,7 +76,7 @@ def routes(service: Service) -> APIRouter:
             transcript = _text(fields, _TEXT)
         entry = await library.create(name, audio, transcript)
         described = _described(entry)
-        return {**described, "object": "audio.voice", "success": True, "voice": described}
+        return {**described, "object": "audio.voice", "success": True, "voice": described, "warnings": entry.warnings}
 
     @router.get("/v1/audio/voices/{name}", summary="Show a voice")
     @router.get("/v1/voices/{name}", summary="Show a voice")
