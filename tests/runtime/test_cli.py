@@ -266,7 +266,7 @@ MISTAKES = {
     "speak Hi. -o .": "no ending",
     "speak Hi. -o folder.wav": "is a folder",
     "speak Hi. -o a.mp3 --format wav": "its ending says mp3",
-    "speak Hi. --format aac": "unknown format 'aac'|opus",
+    "speak Hi. --format amr": "unknown format 'amr'|opus",
     "speak Hi. -o a.ogg --stream": "no streams of ogg",
     "speak Hi. -o no/such/a.wav --stream": "no/such",
     "speak Hi. --lines": "-o DIR",
