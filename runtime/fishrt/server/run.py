@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import os
-import signal
 import socket
 import threading
 from collections.abc import Callable
+from types import FrameType
 from typing import Any
 
 import h11
@@ -19,6 +20,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from ..errors import FishrtError
 from ..tts import TTS
 from .app import create_app
+from .problems import Problem
 from .settings import Settings
 
 log = logging.getLogger(__name__)
@@ -92,14 +94,8 @@ class _Server(uvicorn.Server):
         super().__init__(config)
         self._drain = drain
 
-    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
-        """Serve until a signal."""
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, self._end)
-        await self._serve(sockets)
-
-    def _end(self) -> None:
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Begin to end at a signal, and cut what runs at a second one."""
         self.force_exit = self.should_exit
         self.should_exit = True
         self._drain()
@@ -148,6 +144,14 @@ class _Connection(H11Protocol):
         self._head.cancel()
         self._reader.cancel()
         super().connection_lost(exc)
+
+    def send_400_response(self, msg: str) -> None:
+        """Answer what is no HTTP, with the object that all errors have."""
+        data = json.dumps(Problem(400, "this is no valid HTTP request", code="invalid_http").body).encode()
+        headers = [("Content-Type", "application/json"), ("Content-Length", str(len(data))), ("Connection", "close")]
+        for event in (h11.Response(status_code=400, headers=headers), h11.Data(data=data), h11.EndOfMessage()):
+            self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
 
     def _watch_head(self) -> None:
         if self.transport.get_protocol() is not self or (self.cycle is not None and not self.cycle.response_complete):
