@@ -101,6 +101,10 @@ def test_a_taken_port_is_named(tmp_path: Path) -> None:
         ("--host", "not a host"),
         ("--provider", "abacus"),
         ("--api-key-file", "nowhere"),
+        ("--api-key-file", os.devnull),
+        ("--api-key", " "),
+        ("--api-key", "x", "--api-key-file", __file__),
+        ("--wyoming-port", "10200"),
     ],
     ids=lambda options: options[0],
 )
@@ -191,6 +195,12 @@ def test_logs_as_json_have_no_text_and_no_key(tmp_path: Path) -> None:
     assert [each["status"] for each in requests] == [200, 401]
     assert {"method", "route", "status", "seconds", "bytes", "id", "time", "level"} == requests[0].keys()
     assert "ecret" not in server.log
+
+
+def test_an_empty_key_in_the_environment_does_not_open_the_server(tmp_path: Path) -> None:
+    process = start("--voice-dir", str(tmp_path), FISHRT_API_KEY="")
+    _, said = process.communicate(timeout=60)
+    assert (process.returncode, said.startswith("error: the API key is empty")) == (2, True)
 
 
 def test_options_from_the_environment_and_the_key_from_a_file(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import time
 import traceback
 from collections.abc import Iterator
@@ -106,6 +107,8 @@ def serve(
         raise FishrtError(f"--media-dir: there is no folder {options['media_dir']}", hint="make it, or name another")
     if voice_dir is not None and voice_dir.exists() and not voice_dir.is_dir():
         raise FishrtError(f"--voice-dir: {voice_dir} is no folder", hint="name a folder; it need not exist yet")
+    if options["wyoming_port"] is not None:
+        raise FishrtError("--wyoming-port: this version does not speak Wyoming", hint="leave it out")
     settings = Settings(api_key=_key(api_key, api_key_file), **options)
     with (
         _logging(_Log(log_json)),
@@ -119,16 +122,18 @@ def serve(
 
 
 def _key(given: str | None, file: Path | None) -> str | None:
-    if file is None:
-        return (given or "").strip() or None
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise FishrtError(f"--api-key-file {file} cannot be read: {error}") from None
-    key = lines[0].strip() if lines else ""
-    if not key:
-        raise FishrtError(f"--api-key-file {file} has no key in its first line", hint="write the key into it")
-    return key
+    """Return the key. An empty one is an error: it would leave the server open, against what its owner means."""
+    given = os.environ.get("FISHRT_API_KEY") if given is None else given
+    if given is not None and file is not None:
+        raise click.UsageError("--api-key and --api-key-file (or their variables) are the same: give one of them")
+    if file is not None:
+        try:
+            given = "".join(file.read_text(encoding="utf-8").splitlines()[:1])
+        except (OSError, UnicodeDecodeError) as error:
+            raise FishrtError(f"--api-key-file {file} cannot be read: {error}") from None
+    if given is not None and not given.strip():
+        raise FishrtError("the API key is empty", hint="give a key, or none: unset FISHRT_API_KEY and leave out --api-key")
+    return given and given.strip()
 
 
 @contextmanager
