@@ -13,6 +13,8 @@ import re
 import socket
 import ssl
 from collections.abc import Awaitable, Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 from urllib.parse import quote, urlsplit
 
@@ -25,6 +27,8 @@ MOST_BYTES = 32 << 20
 MOST_SECONDS = 20.0
 """Longest time for all of it: name, connection and body."""
 _MOST_AT_ONCE = 8
+_NAMES = ThreadPoolExecutor(4, thread_name_prefix="names")
+"""Threads of their own: names that nobody answers for must not fill those that the rest of the server uses."""
 _PORTS = {"http": 80, "https": 443}
 _NUMBER = re.compile(r"(?:0x[0-9a-f]*|[0-9]+)\.?", re.IGNORECASE)
 """The last label of a host that is a number in some spelling: 127.1, 0x7f.0.0.1, 2130706433."""
@@ -50,7 +54,8 @@ class FetchError(VoiceError):
 
 async def resolve(host: str, port: int) -> list[str]:
     """Return the addresses of a name, as the system gives them. Raises OSError."""
-    found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    ask = partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
+    found = await asyncio.get_running_loop().run_in_executor(_NAMES, ask)
     return list(dict.fromkeys(str(address[0]) for *_, address in found))
 
 
