@@ -76,7 +76,7 @@ def measure(bundle: str, way: str, options: Sequence[str], sizes: Sequence[int],
             before, cpu_s = metrics(url), cpu_seconds(process.pid)
             found[n] = figures(clients(url, n, requests))
             after = metrics(url)
-            rows, batches = (after[name] - before[name] for name in ("fishrt_rows_total", "fishrt_turns_total"))
+            rows, batches = (after[name] - before[name] for name in ("fishrt_rows_total", "fishrt_steps_total"))
             found[n] |= {
                 "cpu_s": cpu_seconds(process.pid) - cpu_s,
                 "batch": rows / batches if batches else 0.0,

@@ -100,7 +100,9 @@ class Job:
         self._codes: list[Ints] = []
         self._chunks: deque[AudioChunk] = deque()
         self._drawn: list[Ints] = []
-        self._piece = self._frames = self._clipped = 0
+        self.piece = 0
+        """Number of the current piece of text, 0-based."""
+        self._frames = self._clipped = 0
         self._spent = self._load_s = 0.0
 
     def begin(self, models: Models, gain: float, load_s: float) -> None:
@@ -117,7 +119,7 @@ class Job:
             return
         self.row = Row(
             self._models.language_model.language_model,
-            task.conversation.user(task.pieces[self._piece]),
+            task.conversation.user(task.pieces[self.piece]),
             task.sampling,
             self._noise,
             head=task.conversation.head.shape[1],
@@ -143,7 +145,7 @@ class Job:
     @property
     def between_pieces(self) -> bool:
         """Whether a piece of text has ended, and nothing of the next was read."""
-        return self._piece > 0 and not self.known and not self.row.begun
+        return self.piece > 0 and not self.known and not self.row.begun
 
     @property
     def key(self) -> bytes:
@@ -164,7 +166,7 @@ class Job:
         self._frames += 1
         if self._progress is not None:
             audio_s, elapsed_s = self._frames / self._models.codec.frame_rate, time.perf_counter() - self._began
-            self._progress(Progress(self._piece, len(self.task.pieces), self._frames, audio_s, elapsed_s))
+            self._progress(Progress(self.piece, len(self.task.pieces), self._frames, audio_s, elapsed_s))
 
     def decode(self) -> None:
         """Decode the columns that are due into a chunk. After the last of a piece `row` is that of the next, or `done` is set.
@@ -180,24 +182,24 @@ class Job:
             self._clipped += int((np.abs(pcm) > 1).sum())
             pcm = np.clip(pcm, -1, 1)
         pcm = self._stretcher.push(pcm)
-        if ends and self._piece + 1 == len(task.pieces):
+        if ends and self.piece + 1 == len(task.pieces):
             pcm = np.concatenate([pcm, self._stretcher.finish()])
         now = time.perf_counter()
         first = len(pcm) > 0 and self.heard_until is None
         timings = Timings(self._load_s, self._spent, now - begun, now - self._accepted if first else None)
-        piece, seconds = task.pieces[self._piece], len(pcm) / codec.sample_rate
+        piece, seconds = task.pieces[self.piece], len(pcm) / codec.sample_rate
         if len(pcm):
             self.heard_until = max(self.heard_until or now, now) + seconds
         self._buffered_s += seconds
-        self._chunks.append(AudioChunk(pcm, codec.sample_rate, codes, self._piece, piece, stop_reason, task.seed, timings))
+        self._chunks.append(AudioChunk(pcm, codec.sample_rate, codes, self.piece, piece, stop_reason, task.seed, timings))
         self._codes.append(codes)
         self._drawn, self._spent, self._load_s = [], 0.0, 0.0
         if stop_reason is None:
             self._wanted = next(self._lengths)
             return
         self.said.append(Spoken(np.concatenate(self._codes, axis=1).astype(np.int32), stop_reason))
-        self._codes, self._piece = [], self._piece + 1
-        if self._piece < len(task.pieces):
+        self._codes, self.piece = [], self.piece + 1
+        if self.piece < len(task.pieces):
             self._next_row()
             return
         if self._clipped:
@@ -214,7 +216,7 @@ class Job:
         return codes, self.row.stop_reason
 
     def _known_codes(self) -> tuple[Ints, StopReason | None]:
-        piece, given = self.known[self._piece], sum(codes.shape[1] for codes in self._codes)
+        piece, given = self.known[self.piece], sum(codes.shape[1] for codes in self._codes)
         codes = piece.codes[:, given : given + self._wanted].astype(np.int64)
         self._frames += codes.shape[1]
         return codes, piece.stop_reason if given + codes.shape[1] == piece.codes.shape[1] else None

@@ -67,9 +67,9 @@ class Stats:
     """Because the queue was full."""
     failed: int = 0
     """Ended by an error, those that waited too long included."""
-    turns: int = 0
+    steps: int = 0
     rows: int = 0
-    """Frames that were drawn in turns; rows ÷ turns is the mean batch."""
+    """Sum over the steps; rows ÷ steps is the mean batch."""
     busy_s: float = 0.0
     """Seconds in turns."""
 
@@ -90,6 +90,8 @@ class _Entry:
     """Tells the reader that there is a chunk, or that there will be none."""
     begun: float | None = None
     """Time at which it first got a slot."""
+    piece: int = 0
+    """Its piece of text when it last got one."""
 
 
 class Scheduler:
@@ -247,7 +249,7 @@ class Scheduler:
                 began = time.perf_counter()
                 for job in turns.turn():
                     self._tell(self._active[job])
-                self._stats.turns += 1
+                self._stats.steps += bool(turns.rows)
                 self._stats.rows += turns.rows
                 self._stats.busy_s += time.perf_counter() - began
             except Exception as error:  # of the models: it ends all jobs that share them, and the next begin anew
@@ -265,7 +267,8 @@ class Scheduler:
         """Return the entries that get a slot now, and end those that waited too long."""
         now = time.perf_counter()
         self._forget_closed()
-        for entry in [entry for entry in self._waiting if entry.latest is not None and entry.latest < now]:
+        late = [entry for entry in self._waiting if entry.begun is None and entry.latest is not None and entry.latest < now]
+        for entry in late:
             self._waiting.remove(entry)
             self._stats.failed += 1
             entry.job.fail(TimeLimitError(f"the request was not begun within {now - entry.submitted:.1f} s"))
@@ -273,7 +276,7 @@ class Scheduler:
         begin = self._ready()[: self._slots - len(self._active)]
         self._waiting = [entry for entry in self._waiting if entry not in begin]
         for entry in begin:
-            entry.begun = entry.begun or now
+            entry.begun, entry.piece = entry.begun or now, entry.job.piece
             self._active[entry.job] = entry
         return begin
 
@@ -284,16 +287,13 @@ class Scheduler:
         )
 
     def _make_room(self, turns: Turns) -> None:
-        """Park jobs that nobody reads, and those between two pieces of text, while others wait for their slots.
-
-        At most as many are parked as there are slots: each keeps what it has read.
-        """
+        """Park jobs that nobody reads, and those between two pieces, while others wait: at most as many as there are slots."""
         for entry in list(self._active.values()):
             job, ready = entry.job, self._ready()
             parked = sum(entry.begun is not None for entry in self._waiting)
             if len(self._active) < self._slots or not ready or not turns.can_park or parked >= self._slots:
                 return
-            if job.paused or (job.between_pieces and ready[0].priority >= entry.priority):
+            if job.paused or (job.between_pieces and job.piece > entry.piece and ready[0].priority >= entry.priority):
                 turns.park(job)
                 del self._active[job]
                 entry.number = next(self._numbers)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import math
 import threading
 import time
 from collections.abc import Iterator
@@ -85,7 +86,7 @@ def test_they_share_their_steps(tts: TTS) -> None:
     stats = scheduler.stats
     scheduler.close()
     assert (stats.submitted, stats.finished, stats.waiting, stats.active) == (4, 4, 0, 0)
-    assert stats.rows > 1.5 * stats.turns
+    assert stats.rows > 1.5 * stats.steps
 
 
 @given(
@@ -321,6 +322,16 @@ def test_a_long_text_lets_others_speak_between_its_pieces(tts: TTS) -> None:
     check(tts, 1, second.whole())
     scheduler.close()
     assert ended == ["short", "long"]
+
+
+def test_long_texts_share_a_slot(tts: TTS) -> None:
+    """Each goes on from where it was, with what it had read."""
+    scheduler = Scheduler(tts, max_active=1, known_bytes=0)
+    texts = [Request(" ".join([TEXTS[2]] * 12), seed=n, max_frames=6) for n in range(3)]
+    streams = [scheduler.submit(text, timeout_s=60.0, most_buffered_s=math.inf) for text in texts]
+    for text, stream in zip(texts, streams, strict=True):
+        np.testing.assert_array_equal(stream.whole().codes, tts.speak(text).codes)
+    scheduler.close()
 
 
 def test_what_was_said_with_the_same_seed_is_not_computed_again(tts: TTS, monkeypatch: pytest.MonkeyPatch) -> None:

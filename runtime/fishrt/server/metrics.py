@@ -51,6 +51,6 @@ class _OfScheduler(Collector):
         yield GaugeMetricFamily("fishrt_active", "Requests that speak.", value=stats.active)
         yield CounterMetricFamily("fishrt_refused", "Requests that the full queue refused.", value=stats.refused)
         yield CounterMetricFamily("fishrt_failed", "Requests that ended by an error.", value=stats.failed)
-        yield CounterMetricFamily("fishrt_turns", "Turns of the batch.", value=stats.turns)
-        yield CounterMetricFamily("fishrt_rows", "Frames of turns; rows ÷ turns is the mean batch.", value=stats.rows)
+        yield CounterMetricFamily("fishrt_steps", "Steps of the batch.", value=stats.steps)
+        yield CounterMetricFamily("fishrt_rows", "Frames of steps; rows ÷ steps is the mean batch.", value=stats.rows)
         yield CounterMetricFamily("fishrt_busy_seconds", "Seconds in turns.", value=stats.busy_s)
