@@ -49,10 +49,9 @@ from .tensors import HostMemory, HostTensor, Place, Tensor
 log = logging.getLogger(__name__)
 
 _PLANS_KEPT = 4
-"""Plans that a state keeps, least recently used first out. A loop uses two or three; a prefill's is not used again. Captured ones
-stay: ONNX Runtime frees no capture before its session ends."""
+"""Plans that a state keeps beside captured ones, which ONNX Runtime never frees; least recently used first out."""
 _IDLE_KEPT = 4
-"""Released states of a device kept for the next state of their size, with their captured calls. Growth releases two or three."""
+"""Released states of a device that wait for the next of their size, with their captured calls. Growth releases two or three."""
 _CAPTURES_TRIED = 2
 """Attempts to capture a call: another program may have disturbed the first."""
 _NOT_CAPTURED = -1
@@ -342,9 +341,8 @@ class OrtEngine:
             dims = self._check(feeds, carried.dims)
             with self.allocating(f"a call of {self.spec.file}"):
                 plan = carried.plans[shapes] = self._bind(dims, carried)
-            passing = [key for key, kept in carried.plans.items() if kept.graph == _NOT_CAPTURED]
-            if len(passing) > _PLANS_KEPT:
-                del carried.plans[passing[0]]
+            for passing in [key for key, kept in carried.plans.items() if kept.graph == _NOT_CAPTURED][:-_PLANS_KEPT]:
+                del carried.plans[passing]
         carried.plans.move_to_end(shapes)
         return plan
 
