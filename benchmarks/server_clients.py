@@ -25,6 +25,8 @@ TEXTS = (
     "The juice of lemons makes fine punch.",
     "The box was thrown beside the parked truck.",
 )
+MOST_FRAMES = 64
+"""Frames of a reply: full-size checkpoints of random weights do not end by themselves."""
 Parts = Iterator[float]
 """Seconds of sound in each part of a reply, as it comes."""
 
@@ -69,7 +71,7 @@ def over_http(url: str) -> Callable[[str, int], Parts]:
 
     def speak(text: str, seed: int) -> Parts:
         connection = http.client.HTTPConnection(str(where.hostname), where.port, timeout=600)
-        body = {"input": text, "response_format": "pcm", "stream": True}
+        body = {"input": text, "response_format": "pcm", "stream": True, "max_new_tokens": MOST_FRAMES}
         connection.request("POST", "/v1/audio/speech", json.dumps(body), {"Content-Type": "application/json"})
         reply = connection.getresponse()
         if reply.status != 200:
@@ -90,7 +92,7 @@ def in_threads(bundle: str) -> Callable[[str, int], Parts]:
     tts.speak(TEXTS[0], max_frames=2)
 
     def speak(text: str, seed: int) -> Parts:
-        for chunk in tts.stream(text):
+        for chunk in tts.stream(text, max_frames=MOST_FRAMES):
             if len(chunk):
                 yield chunk.duration_s
 
