@@ -22,6 +22,8 @@ from fishrt.server.app import create_app
 from fishrt.server.settings import Settings
 from serving import LONG, speech
 
+pytestmark = pytest.mark.slow  # it waits
+
 
 @pytest.fixture
 def served(tts: TTS, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[int, Any]]:
@@ -107,6 +109,20 @@ def test_a_websocket_is_not_cut(served: tuple[int, Any]) -> None:
         time.sleep(1)
         socket.send("Hi.")
         assert socket.recv() == "Hi."
+
+
+def test_the_bodies_of_all_requests_together_are_bounded(served: tuple[int, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(edge, "MOST_HELD", 200_000)
+    monkeypatch.setattr(edge, "_IDLE_S", 60)
+    long = speech("Hi.", unknown="x" * 150_000)
+    with connect(served[0], long[:-10]):
+        until = time.monotonic() + 30
+        while (refused := connect(served[0], long).recv(100)).split()[1] != b"429":
+            assert time.monotonic() < until
+        assert b"retry-after: 5" in refused
+        assert connect(served[0], speech()).recv(100).split()[1] == b"200"
+    while connect(served[0], long).recv(100).split()[1] != b"200":
+        assert time.monotonic() < until
 
 
 def test_a_body_that_stops_is_answered(served: tuple[int, Any]) -> None:

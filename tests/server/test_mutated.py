@@ -6,11 +6,14 @@ import json
 from typing import Any
 from urllib.parse import quote
 
+import pytest
 from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fishrt.server.fields import SPELLINGS
+
+pytestmark = pytest.mark.slow  # hundreds of requests
 
 _SPELLINGS = sorted(
     {*SPELLINGS, *(other for others in SPELLINGS.values() for other in others), "extra_body", "provider", "items"}

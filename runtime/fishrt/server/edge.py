@@ -12,7 +12,7 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from urllib.parse import parse_qs
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -25,6 +25,10 @@ log = logging.getLogger(__name__)
 
 MOST_BYTES = 32 << 20
 """Longest body of a request."""
+MOST_HELD = 256 << 20
+"""Most bytes of the bodies of all requests that are not answered yet."""
+_SMALL = 1 << 16
+"""A body up to so many bytes is always taken."""
 _IDLE_S, _BODY_S = 20.0, 300.0
 """Longest wait for the next part of a body, and for all of it."""
 _DISCARDED, _DISCARD_S = 64 << 20, 5.0
@@ -47,6 +51,8 @@ class Edge:
     def __init__(self, app: ASGIApp, service: Service, paths: Container[str]) -> None:
         """Stand around `app`, whose routes have these paths."""
         self._paths = paths
+        self._held: list[_Exchange] = []
+        """The requests that are not answered yet."""
         self._app, self._settings, self._metrics = app, service.settings, service.metrics
         settings = service.settings
         self._key = settings.api_key.encode() if settings.api_key else None
@@ -59,7 +65,8 @@ class Edge:
             return
         scope["path"] = canonical(scope["path"])
         headers = Headers(scope=scope)
-        exchange = _Exchange(scope, receive, send, _request_id(headers.get("x-request-id", "")))
+        exchange = _Exchange(scope, receive, send, _request_id(headers.get("x-request-id", "")), self._held)
+        self._held.append(exchange)
         if scope["path"] in self._paths:
             exchange.path = scope["path"]
         try:
@@ -75,6 +82,7 @@ class Edge:
             if not exchange.status:
                 await exchange.refuse(problem(error))
         finally:
+            self._held.remove(exchange)
             status = GONE if exchange.gone else exchange.status
             self._metrics.requests.labels(exchange.route, status).inc()
             if exchange.gone:
@@ -126,7 +134,9 @@ def canonical(path: str) -> str:
 class _Exchange:
     """One request and its reply, as they pass."""
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send, id: str) -> None:
+    def __init__(self, scope: Scope, receive: Receive, send: Send, id: str, all: Sequence[_Exchange]) -> None:
+        """Begin an exchange. all: those that are not answered yet."""
+        self._all = all
         self._scope, self._receive, self._send, self._id = scope, receive, send, id
         self._began = time.perf_counter()
         self._read = self._sent = 0
@@ -160,6 +170,8 @@ class _Exchange:
             self._body_ended = not message.get("more_body", False)
             if self._read > MOST_BYTES:
                 raise _too_large()
+            if self._read > _SMALL and sum(each._read for each in self._all) > MOST_HELD:
+                raise Problem(429, "too many long bodies are held", code="bodies_full", headers={"Retry-After": "5"})
         elif message["type"] == "http.disconnect":
             self.gone = True
             raise GoneError
