@@ -16,7 +16,7 @@ import torch
 from fishrt.bundle.features import USUAL, LanguageModel, RepetitionAware, RepetitionPenalty, SamplingDefaults
 from fishrt.errors import GraphError, SamplingError
 from fishrt.language_model import drawing
-from fishrt.language_model.drawing import Drawer, Draws, FrameDrawer, StepDrawer
+from fishrt.language_model.drawing import Drawer, Draws, FrameDrawer, StepDrawer, check_drawn
 from fishrt.language_model.sampling import Sampling, SeededNoise, main_ids, sample
 from fishrt_engines import Array, GraphSpec
 from fishrt_export.errors import ExportError
@@ -177,8 +177,9 @@ def test_logits_that_are_not_numbers_are_an_error(s2_model: GoldenModel, bad: li
     else:
         results[where][0, 3 : 3 + len(bad)] = bad
     drawer = FrameDrawer(s2_model.frame(lm), lm, 1)
+    (column,) = drawer.draw(results, [draws_of(lm, SETTINGS[0], 0)])
     with pytest.raises(GraphError, match="not numbers"):
-        drawer.draw(results, [draws_of(lm, SETTINGS[0], 0)])
+        check_drawn(column)
 
 
 def test_more_candidates_than_are_ranked_are_an_error(s2_model: GoldenModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,7 +190,9 @@ def test_more_candidates_than_are_ranked_are_an_error(s2_model: GoldenModel, mon
     results["logits"][:] = 0
 
     def drawn(sampling: Sampling) -> np.ndarray:
-        return FrameDrawer(engine, lm, 1).draw(results, [draws_of(lm, sampling, 0)])
+        columns = FrameDrawer(engine, lm, 1).draw(results, [draws_of(lm, sampling, 0)])
+        check_drawn(columns[0])
+        return columns
 
     with pytest.raises(SamplingError, match="more than 8 tokens") as caught:
         drawn(Sampling(1.0, 0.99, None))
