@@ -10,10 +10,12 @@ from contextlib import suppress
 from http.client import HTTPConnection
 from typing import Any
 
+import msgpack
 import pytest
 import uvicorn
 import websockets.sync.client
 from fastapi import WebSocket
+from websockets.sync.client import connect as websocket
 
 from fishrt import TTS, FishrtError
 from fishrt.scheduler import ScheduledStream
@@ -148,3 +150,12 @@ def test_a_fault_in_the_middle_cuts_the_connection(served: tuple[int, Any], monk
         received += data
     assert received.startswith(b"HTTP/1.1 200")
     assert not received.endswith(b"0\r\n\r\n")
+
+
+def test_a_socket_may_be_idle(served: tuple[int, Any]) -> None:
+    """Clients keep it for their next text: the limit for the head of a request is not for it."""
+    with websocket(f"ws://127.0.0.1:{served[0]}/v1/tts/live") as socket:
+        time.sleep(2)
+        socket.send(msgpack.packb({"event": "start", "request": {"text": "Hi.", "format": "pcm"}}))
+        socket.send(msgpack.packb({"event": "stop"}))
+        assert msgpack.unpackb(socket.recv())["event"] == "audio"

@@ -189,6 +189,8 @@ class _Exchange:
                 headers.setdefault("Content-Security-Policy", _CSP)
         elif message["type"] == "websocket.accept":
             self.status = 101
+        elif message["type"] == "websocket.send":
+            self._sent += len(message.get("bytes") or message.get("text") or "")
         elif message["type"] == "http.response.body":
             self._sent += len(message.get("body", b""))
             self._replied = not message.get("more_body", False)
@@ -214,7 +216,7 @@ class _Exchange:
         if self._scope["type"] == "websocket" and "websocket.http.response" not in self._scope.get("extensions", {}):
             await self._send({"type": "websocket.close", "code": 1008})
             return
-        await reply(found)(self._scope, self._receive, self.send)
+        await reply(found, self._scope)(self._scope, self._receive, self.send)
 
     @property
     def route(self) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Annotated, Any, Literal
 
@@ -62,7 +62,7 @@ _IGNORED = frozenset(
     "codec_context_frames chunked realtime x_vector_only_mode".split()
 )
 """Known fields that change nothing here; a reply lists them."""
-_DIFFUSION = frozenset(
+DIFFUSION = frozenset(
     "block_sizes num_steps cfg_scale_text cfg_scale_speaker cfg_min_t cfg_max_t truncation_factor init_scale rescale_k "
     "rescale_sigma speaker_kv_scale speaker_kv_min_t speaker_kv_max_layers guidance_mode".split()
 )
@@ -176,6 +176,12 @@ class Speak:
     """Of mp3 and opus, in kbit/s or bit/s; None: the encoder's."""
     ignored: tuple[str, ...]
     """Fields of the request that changed nothing, as the client spelt them."""
+    style: str | None
+    """In front of every text, for a model that reads tags."""
+
+    def of(self, text: str) -> Speak:
+        """Return the same request for another text."""
+        return replace(self, request=replace(self.request, text=_with_tag(text, self.style)))
 
     @property
     def silent(self) -> bool:
@@ -183,14 +189,15 @@ class Speak:
         return not speakable(self.request.text)
 
 
-async def speak_of(service: Service, *data: Mapping[str, Any], accept: str = "") -> Speak:
-    """Return the checked request of a JSON object. accept: the header Accept. Raises Problem.
+async def speak_of(service: Service, *data: Mapping[str, Any], accept: str = "", usual: str = "mp3", lax: bool = False) -> Speak:
+    """Return the checked request of a JSON object. Raises Problem.
 
-    data: the object, and others with fields that it may leave out.
+    data: the object, and others with fields that it may leave out. accept: the header Accept. usual: the format of audio that is
+    not streamed. lax: numbers and truth values may be text, as in a form.
     """
     found, spelt = flatten(*data)
     try:
-        fields = SpeechFields.model_validate(found)
+        fields = SpeechFields.model_validate(found, strict=not lax)
     except ValidationError as error:
         first = error.errors()[0]
         name = str(first["loc"][0])
@@ -201,12 +208,13 @@ async def speak_of(service: Service, *data: Mapping[str, Any], accept: str = "")
     if fields.repetition_penalty is not None and lm.sampling.repetition_penalty is None:
         ignored.append(spelt["repetition_penalty"])
         fields.repetition_penalty = None
-    text = fields.input
-    if fields.instructions and fields.instructions.strip():
-        if lm.reads is not None and "[]" in lm.reads.tags:
-            text = _with_tag(text, fields.instructions)
-        else:
-            ignored.append(spelt["instructions"])
+    if (fields.max_new_tokens or 0) > codec.max_frames:
+        ignored.append(spelt["max_new_tokens"])
+        fields.max_new_tokens = codec.max_frames
+    style = (fields.instructions or "").strip() or None
+    if style and not (lm.reads is not None and "[]" in lm.reads.tags):
+        ignored.append(spelt["instructions"])
+        style = None
     voices = await _voices(service, fields)
     sampling = Sampling(
         fields.temperature,
@@ -215,18 +223,18 @@ async def speak_of(service: Service, *data: Mapping[str, Any], accept: str = "")
         fields.repetition_penalty,
     )
     request = Request(
-        text,
+        _with_tag(fields.input, style),
         voice=voices,
         sampling=sampling,
         seed=fields.seed,
-        max_frames=min(fields.max_new_tokens, codec.max_frames) if fields.max_new_tokens else None,
+        max_frames=fields.max_new_tokens or None,
         system=fields.speaker_prompt,
         speed=fields.speed or 1.0,
         mode=fields.mode or "balanced",
         volume=10 ** ((fields.volume_db or 0) / 20),
     )
     sse = fields.stream_format == "sse" or (fields.stream_format is None and "text/event-stream" in accept.lower())
-    kind = fields.response_format or ("pcm" if fields.stream else "mp3")
+    kind = fields.response_format or ("pcm" if fields.stream else usual)
     return Speak(
         request,
         kind,
@@ -235,6 +243,7 @@ async def speak_of(service: Service, *data: Mapping[str, Any], accept: str = "")
         sse=sse,
         bitrate={"mp3": fields.mp3_bitrate, "opus": fields.opus_bitrate}.get(kind),
         ignored=tuple(dict.fromkeys(ignored)),
+        style=style,
     )
 
 
@@ -268,7 +277,7 @@ def flatten(*data: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
                 if name not in found and layer.get(spelling) is not None:
                     found[name], spelt[name] = layer[spelling], spelling
         spelt |= {key: key for key in layer if key in _IGNORED and layer[key] is not None}
-        if other := next((key for key in layer if key in _DIFFUSION and layer[key] is not None), None):
+        if other := next((key for key in layer if key in DIFFUSION and layer[key] is not None), None):
             raise Problem(400, f"{other}: the loaded model is no diffusion model and has no such setting", param=other)
     return found, spelt
 
@@ -303,8 +312,10 @@ def _check_text(service: Service, fields: SpeechFields) -> None:
         raise Problem(400, "input: the text is empty", param="input")
 
 
-def _with_tag(text: str, style: str) -> str:
+def _with_tag(text: str, style: str | None) -> str:
     """Return the text with a style in front of its first words, as a tag in square brackets."""
+    if style is None:
+        return text
     tag = "[" + " ".join(style.replace("[", "(").replace("]", ")").split()) + "] "
     first = SPEAKER.match(text)
     return text[: first.end()] + tag + text[first.end() :] if first else tag + text

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
+from starlette.types import Scope
 
 from ..errors import (
     ArgumentError,
@@ -23,6 +25,7 @@ from ..errors import (
     UnknownVoiceError,
     VoiceError,
 )
+from .encodings import answer
 
 log = logging.getLogger(__name__)
 
@@ -103,6 +106,16 @@ def problem(error: Exception) -> Problem:
 _WORDS = {404: "not_found", 405: "method_not_allowed"}
 
 
-def reply(found: Problem) -> Response:
-    """Return the reply for a problem."""
-    return JSONResponse(found.body, found.status_code, dict(found.headers or {}))
+_NATIVE = re.compile(r"/v1/(tts|references|vqgan)(/|$)|/model(/|$)|/generate$")
+"""Paths whose clients read more than OpenAI's object."""
+PACKED = re.compile(r"/v1/(references|vqgan)/")
+"""Paths that answer in MessagePack, unless JSON is asked for."""
+
+
+def reply(found: Problem, scope: Scope) -> Response:
+    """Return the reply to a request for a problem."""
+    body, path = found.body, scope["path"]
+    if _NATIVE.match(path):
+        said = {"statusCode": found.status_code, "message": found.detail, "detail": found.detail, "success": False}
+        return answer(said | body, scope, found.status_code, found.headers, packed=PACKED.match(path) is not None)
+    return JSONResponse(body, found.status_code, dict(found.headers or {}))

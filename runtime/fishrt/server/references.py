@@ -20,6 +20,7 @@ from urllib.parse import unquote, unquote_to_bytes, urlsplit
 
 import numpy as np
 
+from ..arrays import Ints
 from ..errors import AudioError, PromptError, VoiceError
 from ..tts import TTS
 from ..voices.voice import Voice
@@ -32,6 +33,7 @@ TEXT = ("ref_text", "reference_text", "prompt_text")
 _ITEM_AUDIO = ("audio", "audio_path", *AUDIO)
 _ITEM_TEXT = ("text", "transcript", *TEXT)
 _ITEM_CODES = ("codes", "vq_codes")
+_NO_CODES = "the codes are no list of codebooks, each a list of whole numbers of the same length"
 _MOST = 64
 """Most references of one request."""
 _LONGEST_NAME = 255
@@ -124,15 +126,12 @@ class ReferenceReader:
 
     def _coded(self, reference: Reference) -> Voice:
         """Return the voice of codes, after all checks."""
-        try:
-            codes = np.asarray(reference.codes)
-        except (ValueError, OverflowError):
-            codes = np.empty(0)
+        codes = codes_of(reference.codes)
         if codes.ndim == 3 and codes.shape[0] == 1:
             codes = codes[0]
-        if codes.dtype.kind not in "iu" or codes.ndim != 2:
-            raise VoiceError("the codes are no list of codebooks, each a list of whole numbers of the same length")
-        voice = Voice("reference", codes.astype(np.int64), reference.text, None)
+        if codes.ndim != 2:
+            raise VoiceError(_NO_CODES)
+        voice = Voice("reference", codes, reference.text, None)
         voice.check(self._tts.bundle)
         self._tts.check_transcript(voice.transcript, "the transcript of the reference")
         return voice
@@ -226,6 +225,17 @@ def _audio(value: Any, param: str) -> bytes | str:
     if not isinstance(value, (bytes, str)):
         raise _bad(param, f"{param}: the audio is neither bytes nor text", "give the bytes of the file in base64, or a URL")
     return value
+
+
+def codes_of(value: Any) -> Ints:
+    """Return codes that are lists of numbers as int64 of any shape, which nothing has checked. Raises VoiceError."""
+    try:
+        codes = np.asarray(value)
+    except (ValueError, OverflowError):
+        codes = np.empty(0)
+    if codes.dtype.kind not in "iu":
+        raise VoiceError(_NO_CODES)
+    return codes.astype(np.int64)
 
 
 def encoded_bytes(text: str) -> bytes:

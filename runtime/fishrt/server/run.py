@@ -16,6 +16,7 @@ import h11
 import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
 from ..errors import FishrtError
 from ..tts import TTS
@@ -77,6 +78,9 @@ def configuration(app: FastAPI) -> uvicorn.Config:
     return uvicorn.Config(
         app,
         http=_Connection,
+        ws=_Socket,
+        ws_ping_timeout=_STALL_S,
+        ws_per_message_deflate=False,
         log_config=None,
         log_level=logging.CRITICAL,  # what it would log is in the log of the application, or a client's fault
         access_log=False,
@@ -167,3 +171,12 @@ class _Connection(H11Protocol):
             self.transport.abort()
         else:
             self._reader = self.loop.call_later(_STALL_S, self._watch_reader, left)
+
+
+class _Socket(WebSocketsSansIOProtocol):
+    """A WebSocket that the end of the server leaves to the application, which speaks to the end what it has begun."""
+
+    def shutdown(self) -> None:
+        """End the connection only if it has not begun."""
+        if not self.handshake_complete:
+            super().shutdown()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 from functools import cached_property
 
 from ..bundle.manifest import MANIFEST
@@ -34,6 +35,8 @@ class Service:
         self.state = "loading"
         """loading, ok, draining or dead."""
         self.reason = "the model is loading"
+        self.at_end: set[Callable[[], None]] = set()
+        """Called when no new requests are taken any more."""
         self.scheduler = Scheduler(tts, max_active=settings.max_active, max_queue=settings.max_queue)
         self.metrics = Metrics(lambda: self.scheduler.stats)
         self.encoder = VoiceEncoder(tts)
@@ -59,6 +62,8 @@ class Service:
     def drain(self) -> None:
         """Refuse new requests; those that run may end."""
         self.state, self.reason = "draining", "the server ends"
+        for call in tuple(self.at_end):
+            call()
 
     @property
     def fault(self) -> str | None:

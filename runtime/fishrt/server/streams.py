@@ -12,7 +12,7 @@ import json
 import logging
 import secrets
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -38,12 +38,13 @@ _T = TypeVar("_T")
 
 
 class Rendering:
-    """One request: its encoded audio, and what is known of it so far."""
+    """One request, or several that are spoken as one: the encoded audio, and what is known of it so far."""
 
-    def __init__(self, service: Service, speak: Speak) -> None:
+    def __init__(self, service: Service, speak: Speak, more: AsyncIterator[Speak] | None = None) -> None:
+        """Prepare a request. more: those that follow in the same stream of bytes; they have the same form."""
         if speak.silent and speak.request.seed is None:
             speak = replace(speak, request=replace(speak.request, seed=secrets.randbits(32)))
-        self._service, self._speak = service, speak
+        self._service, self._speak, self._more = service, speak, more
         self._asked = time.perf_counter()
         self.seed = speak.request.seed
         self.queued_s = 0.0
@@ -66,16 +67,28 @@ class Rendering:
                     yield data
         if not self.samples:
             raise Problem(400, "the model said nothing; try another seed, voice or text", code="nothing_spoken")
-        metrics.rtf.observe((time.perf_counter() - self._asked - self.queued_s) / (self.samples / rate))
+        if self._more is None:
+            metrics.rtf.observe((time.perf_counter() - self._asked - self.queued_s) / (self.samples / rate))
         if data := await asyncio.to_thread(self.encoder.finish):
             yield data
 
     async def _pcm(self) -> AsyncGenerator[Pcm]:
         """Yield the speech as it comes: pcm float32 [samples] at the model's rate."""
-        if self._speak.silent:
+        async with aclosing(self._spoken(self._speak)) as parts:
+            async for pcm in parts:
+                yield pcm
+        if self._more is None:
+            return
+        async for speak in self._more:
+            async with aclosing(self._spoken(speak)) as parts:
+                async for pcm in parts:
+                    yield pcm
+
+    async def _spoken(self, speak: Speak) -> AsyncGenerator[Pcm]:
+        if speak.silent:
             yield np.zeros(int(_PAUSE_S * self._service.tts.sample_rate), np.float32)
             return
-        stream = await self._service.speak(self._speak.request, whole=not self._speak.stream)
+        stream = await self._service.speak(speak.request, whole=not speak.stream)
         try:
             async for chunk in stream:
                 self.seed, self.queued_s = chunk.seed, stream.queued_s

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request
-from starlette.datastructures import UploadFile
 from starlette.responses import Response
 
 from ..audio.encode import encode_audio
 from ..voices.files import canonical
 from ..voices.voice import npy_bytes
-from .bodies import json_object
-from .edge import MOST_BYTES
+from .bodies import fields_of
 from .library import Entry
 from .problems import Problem
 from .references import encoded_bytes
@@ -68,13 +65,11 @@ def routes(service: Service) -> APIRouter:
 
         `warnings` says why the recording may make a poor voice.
         """
-        async with _fields(request) as fields:
-            if (kind := fields.get("type") or "audio_sample") != "audio_sample":
-                raise Problem(400, f"type {kind!r:.40}: voices are made of recordings; audio_sample is expected", param="type")
-            name = _text(fields, ("name", "id"))
-            audio = await _audio(fields, _AUDIO)
-            transcript = _text(fields, _TEXT)
-        entry = await library.create(name, audio, transcript)
+        fields = await fields_of(request)
+        if (kind := fields.get("type") or "audio_sample") != "audio_sample":
+            raise Problem(400, f"type {kind!r:.40}: voices are made of recordings; audio_sample is expected", param="type")
+        name, transcript = text_of(fields, ("name", "id")), text_of(fields, _TEXT)
+        entry = await library.create(name, await recording_of(fields, _AUDIO), transcript)
         described = _described(entry)
         return {**described, "object": "audio.voice", "success": True, "voice": described, "warnings": entry.warnings}
 
@@ -112,8 +107,8 @@ def routes(service: Service) -> APIRouter:
         """
         if bool(id) != bool(prompt) or (persist and not id):
             raise Problem(400, "a voice needs both id and prompt, its transcript", param="prompt" if id else "id")
-        async with _fields(request) as fields:
-            audio = await _audio(fields, tuple(fields))
+        fields = await fields_of(request)
+        audio = await recording_of(fields, tuple(fields))
         if not id:
             codes = await encoder.codes(audio)
         else:
@@ -124,22 +119,12 @@ def routes(service: Service) -> APIRouter:
     return router
 
 
-@asynccontextmanager
-async def _fields(request: Request) -> AsyncIterator[Mapping[str, Any]]:
-    """Give the fields of a form or of a JSON object; the files of a form are open in the block. Raises Problem 400."""
-    if not request.headers.get("content-type", "").lower().startswith(("multipart/", "application/x-www-form-urlencoded")):
-        yield await json_object(request)
-        return
-    async with request.form(max_files=8, max_fields=64, max_part_size=MOST_BYTES) as form:
-        yield form
-
-
-async def _audio(fields: Mapping[str, Any], names: Sequence[str]) -> bytes:
+async def recording_of(fields: Mapping[str, Any], names: Sequence[str]) -> bytes:
     """Return the recording: a file of the form, or bytes in base64. Raises Problem 400 if there is none."""
     for name in names:
         match fields.get(name):
-            case UploadFile() as file:
-                return await file.read()
+            case bytes() as data:
+                return data
             case str() as text if text:
                 return await asyncio.to_thread(encoded_bytes, text)
     raise Problem(
@@ -147,7 +132,7 @@ async def _audio(fields: Mapping[str, Any], names: Sequence[str]) -> bytes:
     )
 
 
-def _text(fields: Mapping[str, Any], names: Sequence[str]) -> str:
+def text_of(fields: Mapping[str, Any], names: Sequence[str]) -> str:
     """Return the first of these fields that is given, else ""."""
     found = next((fields[name] for name in names if fields.get(name)), "")
     if not isinstance(found, str):

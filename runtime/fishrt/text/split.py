@@ -151,6 +151,12 @@ def split_sentences(text: str, max_bytes: int) -> list[str]:
     return [text[start:end].strip() for start, end in units]
 
 
+def sentence_ends(text: str) -> list[int]:
+    """Return the positions behind each whole sentence of a text that goes on. White space after a sentence belongs to it."""
+    fixed = [match.span() for match in _MARKUP.finditer(text)]
+    return list(_cuts(_SENTENCE_END, text + "a", fixed, 0, len(text) + 1))
+
+
 Span = tuple[int, int]
 
 
