@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,8 +13,12 @@ from fastapi.testclient import TestClient
 from starlette.testclient import WebSocketDenialResponse
 from starlette.websockets import WebSocketDisconnect
 
+from fishrt import TTS, FishrtError
+from fishrt.cli.serve import serve
+from fishrt.server.app import create_app
 from fishrt.server.edge import MOST_BYTES, canonical
 from fishrt.server.problems import problem
+from fishrt.server.settings import Settings
 from fishrt.turns import Turns
 
 Start = Callable[..., TestClient]
@@ -319,3 +324,55 @@ def test_a_model_that_fails_is_told_by_health_until_it_speaks_again(start: Start
     assert (health.status_code, health.json()["status"]) == (503, "failing")
     assert client.post(SPEECH, json=HI).status_code == 200
     assert client.get("/health").status_code == 200
+
+
+def test_a_server_that_loads_refuses_with_its_reason(tts: TTS) -> None:
+    client = TestClient(create_app(tts, Settings()))  # not entered: its life has not begun
+    health = client.get("/health")
+    assert (health.status_code, health.json()["status"], bool(health.json()["reason"])) == (503, "loading", True)
+    reply = client.post(SPEECH, json=HI)
+    assert (reply.status_code, error(reply)["code"], reply.headers["retry-after"]) == (503, "loading", "2")
+    assert client.get("/v1/models").status_code == 200
+
+
+def test_a_model_that_cannot_speak_is_dead(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: Turns) -> None:
+        raise FishrtError("a graph is damaged")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Turns, "turn", fail)
+        client = start()
+    health = client.get("/health")
+    assert (health.status_code, health.json()["status"]) == (503, "dead")
+    assert "a graph is damaged" in health.json()["reason"]
+    assert (client.post(SPEECH, json=HI).status_code, client.get("/v1/models").status_code) == (503, 200)
+
+
+def test_every_option_is_a_variable_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    values = {
+        "HOST": "::1",
+        "PORT": "1",
+        "API_KEY": "a key",
+        "MAX_QUEUE": "2",
+        "MAX_ACTIVE": "3",
+        "MAX_TEXT_LENGTH": "4",
+        "CORS_ORIGIN": "https://a.example https://b.example",
+        "STRICT_VOICES": "1",
+        "PCM_RATE": "8000",
+        "ALLOW_URL_REFS": "true",
+        "WYOMING_PORT": "5",
+        "LOG_JSON": "yes",
+        "PROVIDER": "cpu",
+        "THREADS": "6",
+        **{name: str(tmp_path / name) for name in ("BUNDLE", "VOICE_DIR", "MEDIA_DIR", "API_KEY_FILE")},
+    }
+    named = {option.name for option in serve.params if option.expose_value and option.name != "quiet"}
+    assert named == {name.lower().replace("origin", "origins") for name in values}
+    for name, value in values.items():
+        monkeypatch.setenv(f"FISHRT_{name}", value)
+    found = serve.make_context("serve", []).params
+    assert (found["host"], found["port"], found["max_queue"], found["pcm_rate"]) == ("::1", 1, 2, 8000)
+    assert found["cors_origins"] == ("https://a.example", "https://b.example")
+    assert (found["strict_voices"], found["allow_url_refs"], found["log_json"]) == (True, True, True)
+    assert (found["bundle"], found["media_dir"]) == (tmp_path / "BUNDLE", tmp_path / "MEDIA_DIR")
+    assert serve.make_context("serve", ["--max-queue", "9"]).params["max_queue"] == 9
