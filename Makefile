@@ -2,10 +2,12 @@
 # make serve                          serves speech on http://127.0.0.1:8080, for clients of OpenAI's API and others; ARGS="--port 9000"
 # make test                           installs everything, runs every test: minutes, in most of which torch traces graphs
 # make quick                          runs the tests that are not marked "slow": none traces or exports; under a minute
+# make clients                        installs clients of the server (800 MB), and tests it with them
 # make lint                           checks style and types
 # make smoke                          runs the benchmark once on a tiny checkpoint, to see that it works
 # make docs                           builds the documentation into site/
 VENV   := .venv
+CLIENTS := .venv-clients
 PYTHON ?= python3
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
@@ -20,7 +22,7 @@ export FISHRT_OUT = $(value OUT)
 export FISHRT_VOICE = $(value VOICE)
 export FISHRT_SEED = $(value SEED)
 
-.PHONY: speak serve test quick venv lint smoke docs clean
+.PHONY: speak serve test quick clients venv lint smoke docs clean
 
 speak: $(VENV)/runtime
 	@$(BIN)/fishrt speak --voice "$$FISHRT_VOICE" --seed "$$FISHRT_SEED" --output "$$FISHRT_OUT" -- "$$FISHRT_TEXT"
@@ -33,10 +35,14 @@ serve: $(VENV)/server
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --numprocesses 2 --dist worksteal
 
 test: venv
-	$(PYTEST)
+	$(PYTEST) -m "not clients"
 
 quick: venv
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "not slow and not clients"
+
+# Each process starts servers of its own, so that a file is not shared between two.
+clients: venv $(CLIENTS)/made
+	$(BIN)/python -m pytest tests/clients --numprocesses 2 --dist loadfile
 
 lint: venv
 	$(BIN)/ruff check .
@@ -76,5 +82,12 @@ $(VENV)/dev: pyproject.toml constraints.txt | $(VENV)/made
 	@$(PIP) --editable ".[dev]"
 	@touch $@ $(VENV)/runtime $(VENV)/server
 
+$(CLIENTS)/made: tests/clients/requirements.txt tests/clients/package-lock.json | $(VENV)/made
+	@echo "Installing clients of the server (about 800 MB) …"
+	@$(PYTHON) -m venv --clear $(CLIENTS)
+	@$(CLIENTS)/bin/python -m pip install --quiet --disable-pip-version-check --requirement tests/clients/requirements.txt
+	@! command -v npm >/dev/null || npm ci --prefix tests/clients --no-audit --no-fund --loglevel error
+	@touch $@
+
 clean:
-	rm -rf $(VENV) site
+	rm -rf $(VENV) $(CLIENTS) tests/clients/node_modules site

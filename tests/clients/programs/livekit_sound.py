@@ -1,0 +1,28 @@
+"""What the programs of LiveKit's plugins share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from livekit import rtc
+from livekit.agents import APIConnectOptions, APIStatusError
+from report import FOLDER
+
+ONCE = APIConnectOptions(max_retry=0)
+
+
+async def keep(stream: Any, name: str) -> dict[str, Any]:
+    """Write the sound of a stream to a file, and return what is known of it."""
+    frames = [event.frame async for event in stream]
+    whole = rtc.combine_audio_frames(frames)
+    (FOLDER / f"{name}.wav").write_bytes(whole.to_wav_bytes())
+    return {"frames": len(frames), "rate": whole.sample_rate, "seconds": whole.duration}
+
+
+async def refused(stream: Any) -> int:
+    try:
+        async for _ in stream:
+            pass
+    except APIStatusError as error:
+        return error.status_code
+    raise AssertionError("no error")
