@@ -51,6 +51,7 @@ def test_the_wheel_holds_the_packages_and_the_embedded_voice(wheel):
         path.relative_to(ROOT / "runtime").as_posix() for path in (ROOT / "runtime/fishrt/minnow").rglob("*") if path.is_file()
     }
     assert voice <= wheel.keys()
+    assert {f"fishrt/server/page/{name}" for name in ("index.html", "style.css", "main.js", "icon.svg")} <= wheel.keys()
 
 
 def test_the_recipe_of_the_embedded_voice_is_not_published(wheel, sdist):

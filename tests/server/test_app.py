@@ -235,6 +235,7 @@ def test_health(client: TestClient) -> None:
         "model": "minnow",
         "version": "0.1.0",
         "provider": "cpu",
+        "needs_key": False,
         "queue": {"waiting": 0, "active": 0, "max_queue": 64, "max_active": 8},
     }
     assert client.post("/v1/health").json() == reply.json()

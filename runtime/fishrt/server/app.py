@@ -15,7 +15,7 @@ from starlette.responses import Response
 from ..errors import FishrtError
 from ..tts import TTS
 from ..version import __version__
-from . import docs, health, live, native, openai, stored, voices
+from . import docs, health, live, native, openai, page, stored, voices
 from .edge import Edge
 from .problems import GONE, GoneError, problem, reply
 from .service import Service
@@ -51,7 +51,8 @@ def create_app(tts: TTS, settings: Settings, *, closing: bool = True) -> FastAPI
         redirect_slashes=False,
     )
     app.state.service = service
-    routers = [part.routes(service) for part in (openai, native, stored, live, voices, health)] + [docs.routes(app)]
+    routers = [part.routes(service) for part in (openai, native, stored, live, voices, health)]
+    routers += [page.routes(), docs.routes(app)]
     for router in routers:
         app.include_router(router)
     app.openapi = lambda: docs.describe(app)  # type: ignore[method-assign]

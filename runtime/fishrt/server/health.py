@@ -26,6 +26,7 @@ def routes(service: Service) -> APIRouter:
         if fault:
             facts["reason"] = fault
         facts |= {"model": service.tts.bundle.manifest.name, "version": __version__, "provider": service.provider}
+        facts["needs_key"] = service.settings.api_key is not None
         facts["queue"] = service.queue()
         return JSONResponse(facts, 503 if fault else 200)
 

@@ -11,6 +11,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from ..errors import FishrtError
+from ..language_model.prompt import DIALECTS
 from .bodies import json_object
 from .docs import AUDIO
 from .fields import SpeechFields, speak_of
@@ -115,8 +116,25 @@ async def speak_batch(service: Service, data: dict[str, Any], request: Request) 
 
 
 def _model(service: Service) -> dict[str, Any]:
-    name = service.tts.bundle.manifest.name
-    return {"id": name, "name": name, "object": "model", "created": service.created, "owned_by": "fishrt"}
+    """Return the model as OpenAI's clients read it, and what is known of it."""
+    manifest = service.tts.bundle.manifest
+    lm, sampling = manifest.model, manifest.model.sampling
+    penalty = sampling.repetition_penalty
+    facts = {"id": manifest.name, "name": manifest.name, "object": "model", "created": service.created, "owned_by": "fishrt"}
+    return {
+        **facts,
+        "family": manifest.family,
+        "languages": lm.reads.languages if lm.reads else (),
+        "sample_rate": service.tts.sample_rate,
+        "speakers": DIALECTS[lm.prompt_dialect].turns,
+        "voice_seconds": lm.voice_seconds,
+        "sampling": {
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "top_k": sampling.top_k,
+            "repetition_penalty": penalty.penalty if penalty else None,
+        },
+    }
 
 
 def _batch_schema() -> dict[str, Any]:

@@ -1,0 +1,37 @@
+// Seed, sampling, speed and volume. An empty field is left out of the request, so that the model's value counts.
+
+import { byId } from "./dom.js";
+
+const form = byId("settings");
+const USUAL = { speed: "1", volume_db: "0" };
+
+function show() {
+  byId("speed-shown").textContent = `${Number(form.speed.value).toFixed(2)} ×`;
+  byId("volume_db-shown").textContent = `${form.volume_db.value} dB`;
+}
+
+/** Show the model's values in the empty fields. */
+export function setDefaults(sampling) {
+  for (const [name, value] of Object.entries(sampling)) form[name].placeholder = value ?? "all";
+  const penalty = sampling.repetition_penalty !== null;
+  for (const element of [form.repetition_penalty, form.querySelector("label[for=repetition_penalty]")]) element.hidden = !penalty;
+}
+
+/** Return the fields of a request that are set; the browser shows what is out of range, and null is returned then. */
+export function settings() {
+  if (!form.reportValidity()) return null;
+  const given = [...new FormData(form)].filter(([name, value]) => value !== "" && value !== USUAL[name]);
+  return Object.fromEntries(given.map(([name, value]) => [name, Number(value)]));
+}
+
+/** Set the fields as a request had them. */
+export function restore(values) {
+  form.reset();
+  for (const [name, value] of Object.entries(values)) form[name].value = value;
+  show();
+}
+
+form.addEventListener("input", show);
+form.addEventListener("submit", (event) => event.preventDefault());
+byId("reset").addEventListener("click", () => restore({}));
+show();
