@@ -8,7 +8,7 @@ import os
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -107,18 +107,20 @@ def serve(
         raise FishrtError(f"--media-dir: there is no folder {options['media_dir']}", hint="make it, or name another")
     if voice_dir is not None and voice_dir.exists() and not voice_dir.is_dir():
         raise FishrtError(f"--voice-dir: {voice_dir} is no folder", hint="name a folder; it need not exist yet")
-    if options["wyoming_port"] is not None:
-        raise FishrtError("--wyoming-port: this version does not speak Wyoming", hint="leave it out")
     settings = Settings(api_key=_key(api_key, api_key_file), **options)
+    port = settings.wyoming_port
     with (
         _logging(_Log(log_json)),
         closing(listen(settings.host, settings.port)) as sock,
+        nullcontext() if port is None else closing(listen(settings.host, port, "--wyoming-port")) as wyoming,
         suppress(KeyboardInterrupt),  # a signal while the bundle is opened ends the server as later ones do
     ):
         tts = engine.load(voice_dir)
         _ = tts.voices  # a folder that cannot be read is an error now
         emit(f"fishrt serves {tts.bundle.manifest.name} on {address(sock)}")
-        serve(tts, settings, sock)
+        if wyoming is not None:
+            emit(f"Wyoming: {address(wyoming, 'tcp')}")
+        serve(tts, settings, sock, wyoming)
 
 
 def _key(given: str | None, file: Path | None) -> str | None:

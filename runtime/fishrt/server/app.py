@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -20,22 +21,25 @@ from .edge import Edge
 from .problems import GONE, GoneError, problem, reply
 from .service import Service
 from .settings import Settings
+from .wyoming import serving
 
 _EXPOSED = "X-Seed X-Queue-Time X-Request-Id X-Ignored-Parameters X-Audio-Sample-Rate X-Audio-Channels X-Audio-Encoding".split()
 
 
-def create_app(tts: TTS, settings: Settings, *, closing: bool = True) -> FastAPI:
+def create_app(tts: TTS, settings: Settings, *, closing: bool = True, wyoming: socket.socket | None = None) -> FastAPI:
     """Return the ASGI application that speaks with `tts`; `app.state.service` is its `Service`.
 
     It refuses requests until its lifespan has begun and the model has spoken once. closing: the end of its lifespan closes `tts`.
+    wyoming: a listening socket on which it speaks Wyoming's protocol, too.
     """
     service = Service(tts, settings)
 
     @asynccontextmanager
     async def life(_: FastAPI) -> AsyncIterator[None]:
         loading = asyncio.create_task(service.load())
-        yield
-        service.drain()
+        async with serving(service, wyoming) if wyoming else nullcontext():
+            yield
+            service.drain()
         loading.cancel()
         await asyncio.to_thread(service.close)
         if closing:

@@ -61,7 +61,9 @@ class Dictation:
         self._over = True
 
     def refuse(self, found: Problem) -> None:
-        """End the text with a problem."""
+        """End the text with a problem, before what has not been spoken."""
+        while not self._waiting.empty():
+            self._waiting.get_nowait()
         self._waiting.put_nowait(found)
         self._over = True
 
@@ -110,7 +112,7 @@ class Conversation(ABC):
         """Speak a text. Raises Problem and FishrtError."""
 
     @abstractmethod
-    async def _fail(self, found: Problem) -> None:
+    async def _fail(self, dictation: Dictation, found: Problem) -> None:
         """Tell the client why a text is not spoken to its end."""
 
     def _stop(self) -> None:
@@ -149,7 +151,7 @@ class Conversation(ABC):
                 if not isinstance(error, FishrtError | Problem):
                     log.exception("a text of a connection failed")
                 dictation.drop()
-                await self._fail(problem(error))
+                await self._fail(dictation, problem(error))
 
 
 class TooManyError(Exception):

@@ -126,7 +126,7 @@ class _Live(_Socket):
                             await self._send({"event": "audio", "audio": audio})
         await self._send({"event": "finish", "reason": "stop"})
 
-    async def _fail(self, found: Problem) -> None:
+    async def _fail(self, dictation: Dictation, found: Problem) -> None:
         await self._send({"event": "finish", "reason": "error", "message": found.detail, **found.body})
 
     async def _send(self, event: dict[str, Any]) -> None:
@@ -176,7 +176,7 @@ class _Stream(_Socket):
                     await self._socket.send_bytes(frame)
         await self._send({"type": "audio.done", "sentence_index": about["sentence_index"], "total_bytes": sent, "error": False})
 
-    async def _fail(self, found: Problem) -> None:
+    async def _fail(self, dictation: Dictation, found: Problem) -> None:
         await self._send({"type": "error", "message": found.detail, **found.body})
         await self._send({"type": "session.done", "total_sentences": 0})
 

@@ -22,12 +22,11 @@ from ..errors import FishrtError
 from ..tts import TTS
 from .app import create_app
 from .problems import Problem
+from .service import DRAIN_S
 from .settings import Settings
 
 log = logging.getLogger(__name__)
 
-DRAIN_S = 15
-"""Longest time for running requests at the end."""
 _LAST_S = 18.0
 """Longest time from a signal to the end of the process."""
 _IDLE_S = 60
@@ -38,8 +37,8 @@ _STALL_S = 60.0
 """Longest time in which a reader takes no byte."""
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """Return a socket that listens. Raises FishrtError if the address is unknown or the port is taken."""
+def listen(host: str, port: int, option: str = "--port") -> socket.socket:
+    """Return a socket that listens; `option` sets the port. Raises FishrtError if the address is unknown or the port is taken."""
     try:
         family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
     except OSError as error:
@@ -51,21 +50,24 @@ def listen(host: str, port: int) -> socket.socket:
         found.listen(2048)
     except OSError as error:
         found.close()
-        hint = "give another --port, or end the program that has it; --port 0 takes a free one"
+        hint = f"give another {option}, or end the program that has it; {option} 0 takes a free one"
         raise FishrtError(f"cannot listen on {host}, port {port}: {error.strerror}", hint=hint) from None
     found.setblocking(False)
     return found
 
 
-def address(sock: socket.socket) -> str:
+def address(sock: socket.socket, scheme: str = "http") -> str:
     """Return the URL of a listening socket."""
     host, port = sock.getsockname()[:2]
-    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
 
 
-def serve(tts: TTS, settings: Settings, sock: socket.socket) -> None:
-    """Serve requests on a socket until SIGTERM or SIGINT; those that run then have DRAIN_S, or until a second signal."""
-    app = create_app(tts, settings)
+def serve(tts: TTS, settings: Settings, sock: socket.socket, wyoming: socket.socket | None = None) -> None:
+    """Serve requests on a socket until SIGTERM or SIGINT; those that run then have DRAIN_S, or until a second signal.
+
+    wyoming: a socket for Wyoming's protocol.
+    """
+    app = create_app(tts, settings, wyoming=wyoming)
     service = app.state.service
     try:
         _Server(configuration(app), service.drain).run(sockets=[sock])

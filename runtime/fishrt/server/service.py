@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable
 from functools import cached_property
 
@@ -23,6 +24,8 @@ from .settings import Settings
 
 log = logging.getLogger(__name__)
 
+DRAIN_S = 15
+"""Longest time for running requests at the end."""
 _SILENT = 2
 """Frames of the request that opens all graphs before the first client speaks."""
 
@@ -37,6 +40,8 @@ class Service:
         self.reason = "the model is loading"
         self.at_end: set[Callable[[], None]] = set()
         """Called when no new requests are taken any more."""
+        self.drained_at = 0.0
+        """When that was, by the monotonic clock in seconds."""
         self.scheduler = Scheduler(tts, max_active=settings.max_active, max_queue=settings.max_queue)
         self.metrics = Metrics(lambda: self.scheduler.stats)
         self.encoder = VoiceEncoder(tts)
@@ -61,7 +66,9 @@ class Service:
 
     def drain(self) -> None:
         """Refuse new requests; those that run may end."""
-        self.state, self.reason = "draining", "the server ends"
+        if self.state == "draining":
+            return
+        self.state, self.reason, self.drained_at = "draining", "the server ends", time.monotonic()
         for call in tuple(self.at_end):
             call()
 
