@@ -155,7 +155,7 @@ def test_a_checkpoint_may_bring_its_own_defaults(checkpoint: Path) -> None:
         (own_defaults(repetition_aware={"window": 0, "temperature": 1.0, "top_p": 0.9}), r"repetition_aware\.window is 0"),
         (own_defaults(repetition_aware={"window": 10, "temperature": 2.5, "top_p": 0.9}), r"repetition_aware\.temperature is 2"),
         (own_defaults(repetition_penalty={"window": 0, "penalty": 1.2, "main": "row"}), r"repetition_penalty\.window is 0"),
-        (own_defaults(repetition_penalty={"window": 16, "penalty": 2.0, "main": "row"}), r"repetition_penalty is 2\.0"),
+        (own_defaults(repetition_penalty={"window": 16, "penalty": 2.5, "main": "row"}), r"repetition_penalty is 2\.5"),
     ],
 )
 def test_defaults_that_are_not_valid(checkpoint: Path, out: Path, text: str, message: str) -> None:

@@ -284,7 +284,7 @@ MISTAKES = {
     "speak Hi. --top-p 1.5": "--top-p|1.5 is not in the range 0<x<=1",
     "speak Hi. --top-k 0": "--top-k|0 is not in the range x>=1",
     "speak Hi. --top-k 7.5": "--top-k|'7.5' is not a whole number",
-    "speak Hi. --repetition-penalty 2": "--repetition-penalty|2.0 is not in the range 0<x<2",
+    "speak Hi. --repetition-penalty 2.1": "--repetition-penalty|2.1 is not in the range 0<x<=2",
     "speak Hi. --seed -1": "--seed|-1 is not in the range x>=0",
     "speak Hi. --seed abc": "--seed|'abc' is not a whole number",
     "speak Hi. --max-frames 0": "--max-frames|0 is not in the range x>=1",

@@ -285,7 +285,7 @@ def test_the_second_draw_has_the_rules_temperature_and_top_p_but_the_requests_to
         {"top_k": -3},
         {"top_k": 1.5},
         {"repetition_penalty": 0},
-        {"repetition_penalty": 2},
+        {"repetition_penalty": 2.1},
         {"repetition_penalty": "some"},
         {"temperature": "warm"},
         {"top_p": "all"},

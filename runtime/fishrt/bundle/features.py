@@ -283,5 +283,5 @@ def sampling_faults(temperature: object, top_p: object, top_k: object, repetitio
         yield f"top_p is {top_p}", "it must be above 0 and at most 1"
     if top_k is not None and (not isinstance(top_k, Integral) or top_k < 1):
         yield f"top_k is {top_k}", "it must be a whole number of at least 1"
-    if repetition_penalty is not None and (not isinstance(repetition_penalty, Real) or not 0 < float(repetition_penalty) < 2):
-        yield f"repetition_penalty is {repetition_penalty}", "it must be above 0 and below 2"
+    if repetition_penalty is not None and (not isinstance(repetition_penalty, Real) or not 0 < float(repetition_penalty) <= 2):
+        yield f"repetition_penalty is {repetition_penalty}", "it must be above 0 and at most 2"

@@ -113,7 +113,7 @@ _NOTES = 5
 )
 @click.option(
     "--repetition-penalty",
-    type=Number(min=0, min_open=True, max=2, max_open=True),
+    type=Number(min=0, min_open=True, max=2),
     metavar="R",
     help="Make the tokens of the last frames less probable by this factor; 1 changes nothing. Only for models that are sampled "
     "with one.  [default: the bundle's]",

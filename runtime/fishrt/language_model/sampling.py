@@ -28,7 +28,7 @@ class Sampling:
         temperature: at least 0, below 2. Below 1 the likely tokens become likelier. 0 is greedy: the likeliest token is drawn.
         top_p: above 0, at most 1. Nucleus sampling: only the likeliest tokens within this sum of probabilities are drawn.
         top_k: at least 1. Only this many of the likeliest tokens are drawn. As many as there are tokens, or more, removes none.
-        repetition_penalty: above 0, below 2. Above 1, tokens of the last frames become less likely; 1 changes nothing.
+        repetition_penalty: above 0, at most 2. Above 1, tokens of the last frames become less likely; 1 changes nothing.
     """
 
     temperature: float | None = None
