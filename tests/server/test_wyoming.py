@@ -24,9 +24,11 @@ from wyoming.ping import Ping
 from wyoming.tts import Synthesize, SynthesizeChunk, SynthesizeStart, SynthesizeStop, SynthesizeVoice
 
 from fishrt import TTS
+from fishrt.bundle.features import Reads
 from fishrt.server import run
 from fishrt.server.app import create_app
 from fishrt.server.settings import Settings
+from fishrt.server.wyoming import languages_of
 from serving import LONG, serving, start
 
 WORDS = "The birds sing in the trees, and the sun shines on the sea."
@@ -230,6 +232,17 @@ def test_a_real_server_tells_its_port_and_speaks_to_the_end(tmp_path: Path) -> N
         kinds = talk(int(found[1]), work)
         assert (kinds[0], kinds[-1]) == ("audio-start", "audio-stop")
         assert server.process.wait(60) == 0
+
+
+def test_a_model_of_unknown_languages_is_offered_for_many() -> None:
+    assert {"de", "en", "ja", "zh"} <= set(languages_of(None)) == set(languages_of(Reads((), None, ("[]",))))
+    assert languages_of(Reads(("en",), None, ())) == ["en"]
+
+
+def test_a_key_does_not_guard_wyoming_and_the_log_says_so(tmp_path: Path) -> None:
+    with serving(tmp_path, "--wyoming-port", "0", FISHRT_API_KEY="sesame") as server:
+        assert "warning: Wyoming has no keys" in server.log
+        assert "sesame" not in server.log
 
 
 def test_a_taken_port_is_named(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from wyoming.info import Attribution, Describe, Info, TtsProgram, TtsVoice
 from wyoming.ping import Ping, Pong
 from wyoming.tts import Synthesize, SynthesizeChunk, SynthesizeStart, SynthesizeStop, SynthesizeStopped
 
+from ..bundle.features import Reads
 from ..version import __version__
 from .dictation import Conversation, Dictation, TooManyError, with_seed
 from .fields import speak_of
@@ -33,6 +34,8 @@ from .streams import Rendering
 log = logging.getLogger(__name__)
 
 _URL = "https://github.com/fishrt/fishrt"
+_USUAL_LANGUAGES = "ar cs da de el en es fi fr he hi hu id it ja ko nl no pl pt ro ru sv th tr uk vi zh".split()
+"""Of a model that does not say which languages it reads."""
 _MOST_BYTES = 1 << 20
 """Longest part of an event."""
 _CHUNK_BYTES = 32 << 10
@@ -50,6 +53,8 @@ async def serving(service: Service, sock: socket.socket) -> AsyncIterator[None]:
         running.add(task)
         task.add_done_callback(running.discard)
 
+    if service.settings.api_key is not None:
+        log.warning("Wyoming has no keys: everybody who reaches port %d may speak", sock.getsockname()[1])
     server = await asyncio.start_server(connected, sock=sock, limit=_MOST_BYTES)
     try:
         yield
@@ -144,11 +149,11 @@ class _Connection(Conversation):
     def _info(self) -> Info:
         """Return what this server can speak: the default voice comes first."""
         manifest, library = self._service.tts.bundle.manifest, self._service.library
-        languages = list(manifest.model.reads.languages) if manifest.model.reads else []
+        languages = languages_of(manifest.model.reads)
         by = Attribution("fishrt", _URL)
         names = sorted((entry.name for entry in library.list()), key=lambda name: (name != library.default, name))
         voices = [
-            TtsVoice(name=name, attribution=by, installed=True, description=name, version=None, languages=languages or ["en"])
+            TtsVoice(name=name, attribution=by, installed=True, description=name, version=None, languages=languages)
             for name in names
         ]
         program = TtsProgram(
@@ -178,6 +183,11 @@ class _Reader:
         if size > _MOST_BYTES:
             raise ValueError("too long")
         return await self._reader.readexactly(size)
+
+
+def languages_of(reads: Reads | None) -> list[str]:
+    """Return the languages that a model is offered for: clients choose a voice by language, and show none that has none."""
+    return list(reads.languages if reads and reads.languages else _USUAL_LANGUAGES)
 
 
 def _fields(data: dict[str, Any]) -> dict[str, Any]:
