@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import re
 import shutil
-import time
 import wave
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from browsing import LISTEN, heard, pcm, same, speak, until
 from serving import LONG, Server, serving
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs Playwright: pip install playwright")
@@ -22,21 +22,6 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 pytestmark = [pytest.mark.browser, pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")]
 
 SAID = "The quick brown fox jumps over the lazy dog."
-LISTEN = """
-window.heard = [];      // { at, samples } of each part that was given to the loudspeaker
-window.replied = [];    // when the body of a speech had been read
-const start = AudioBufferSourceNode.prototype.start;
-AudioBufferSourceNode.prototype.start = function (at) {
-  heard.push({ at, now: performance.now(), rate: this.context.sampleRate, samples: [...this.buffer.getChannelData(0)] });
-  return start.call(this, at);
-};
-const read = ReadableStreamDefaultReader.prototype.read;
-ReadableStreamDefaultReader.prototype.read = async function () {
-  const part = await read.call(this);
-  if (part.done) replied.push(performance.now());
-  return part;
-};
-"""
 
 
 @pytest.fixture(scope="module")
@@ -69,8 +54,8 @@ def visit(chromium: Any) -> Iterator[Callable[..., Any]]:
     faults: list[str] = []
     contexts = []
 
-    def opened(server: Server, *, expected: int | None = None, **options: Any) -> Any:
-        """expected: the status of replies that are errors."""
+    def opened(server: Server, *, expected: str = "", **options: Any) -> Any:
+        """expected: a pattern of what the browser says of replies that are errors."""
         context = chromium.new_context(permissions=["microphone"], **options)
         contexts.append(context)
         page = context.new_page()
@@ -78,7 +63,7 @@ def visit(chromium: Any) -> Iterator[Callable[..., Any]]:
         page.add_init_script(LISTEN)
 
         def said(message: Any) -> None:
-            if message.type in ("error", "warning") and not (expected and f"status of {expected}" in message.text):
+            if message.type in ("error", "warning") and not (expected and re.search(expected, message.text)):
                 faults.append(message.text)
 
         def asked(request: Any) -> None:
@@ -99,48 +84,12 @@ def visit(chromium: Any) -> Iterator[Callable[..., Any]]:
     assert faults == []
 
 
-def until(page: Any, condition: str) -> None:
-    """Wait until something holds in the page. (Playwright's own wait needs `eval` there, which the policy forbids.)"""
-    end = time.monotonic() + 30
-    while not page.evaluate(condition):
-        assert time.monotonic() < end, (condition, page.text_content("#error"))
-        page.wait_for_timeout(20)
-
-
-def speak(page: Any, text: str | None = None, *, takes: int = 1) -> Any:
-    """Speak, wait for the end, and return the body of the request."""
-    if text is not None:
-        page.fill("#text", text)
-    with page.expect_request("**/audio/speech") as asked:
-        page.click("#speak")
-    until(page, f"document.querySelectorAll('#history li').length === {takes}")
-    return asked.value.post_data_json
-
-
-def pcm(server: Server, body: dict[str, Any]) -> np.ndarray:
-    """The samples of a request, from another client."""
-    reply = server.ask("POST", "/v1/audio/speech", body)
-    assert reply.status == 200
-    return np.frombuffer(reply.read(), "<i2")
-
-
-def same(one: np.ndarray, other: np.ndarray) -> bool:
-    """Whether the sound is the same; the codec's chunks may end elsewhere, which changes the rounding of a sample."""
-    return one.shape == other.shape and int(np.abs(one.astype(int) - other).max()) <= 1
-
-
-def heard(page: Any) -> np.ndarray:
-    """The samples that the loudspeaker was given, int16."""
-    parts = page.evaluate("heard.map(({ samples }) => samples)")
-    return np.round(np.concatenate([np.array(part) for part in parts]) * 32768).astype(np.int16)
-
-
 def test_speech_is_heard_while_it_is_made_without_gap_or_loss(server: Server, visit: Any) -> None:
     page = visit(server)
     assert page.inner_text("#model") == "minnow · Fish Audio S2-Pro · English · 16\u00a0kHz"
     assert [each.split("\n")[0] for each in page.locator("#voices label").all_inner_texts()] == ["awb", "rms", "slt"]
     body = speak(page, f"{SAID} " * 3)
-    parts = page.evaluate("heard.map(({ at, now, rate, samples }) => [at, now, rate, samples.length])")
+    parts = page.evaluate("heard.map(({ at, sounds, rate, samples }) => [at, sounds, rate, samples.length])")
     assert len(parts) > 2
     assert parts[0][1] < page.evaluate("replied[0]"), "sound begins before the reply ends"
     assert {rate for _, _, rate, _ in parts} == {16000}
@@ -250,13 +199,13 @@ def test_a_file_is_a_reference_too(server: Server, visit: Any) -> None:
     page.click("summary")
     page.set_input_files("#upload", {"name": "me.wav", "mimeType": "audio/wav", "buffer": spoken})
     page.fill("#transcript", SAID)
-    page.wait_for_selector("input[name=voice]:checked >> nth=0")
+    assert page.is_checked("#voices li:first-child input")
     assert speak(page, "Hi.")["ref_audio"].startswith("data:audio/wav;base64,")
     assert len(heard(page))
 
 
 def test_errors_are_the_servers_words(server: Server, visit: Any) -> None:
-    page = visit(server, expected=400)
+    page = visit(server, expected="status of 400")
     page.fill("#text", " ")
     with page.expect_response("**/audio/speech") as replied:
         page.click("#speak")
@@ -270,6 +219,31 @@ def test_errors_are_the_servers_words(server: Server, visit: Any) -> None:
     page.click("#keep")
     page.wait_for_selector("#error")
     assert page.inner_text("#kept") == ""
+
+
+def test_a_server_that_goes_away_is_an_error_and_what_was_heard_stays(visit: Any, tmp_path: Path) -> None:
+    with serving(tmp_path) as server:
+        page = visit(server, expected="ERR_INCOMPLETE_CHUNKED_ENCODING|ERR_CONNECTION")
+        page.fill("#text", LONG)
+        page.click("#speak")
+        until(page, "heard.length > 1")
+        server.process.kill()
+        page.wait_for_selector("#error:text('The server broke the speech off')")
+        assert "broken off" in page.inner_text("#history")
+        assert page.is_enabled("#play")
+        page.click("#speak")
+        page.wait_for_selector("#error:text('The server cannot be reached')")
+        assert page.is_disabled("#stop")
+        assert page.locator("#history li").count() == 1
+
+
+def test_a_microphone_that_is_refused_is_an_error(server: Server, visit: Any) -> None:
+    page = visit(server)
+    page.evaluate("() => { navigator.mediaDevices.getUserMedia = async () => { throw new DOMException('Permission denied') } }")
+    page.click("summary")
+    page.click("#record")
+    page.wait_for_selector("#error:text('Permission denied')")
+    assert page.is_enabled("#record:text('Record')")
 
 
 def test_a_dialogue_has_a_speaker_for_each_voice(server: Server, visit: Any) -> None:
@@ -310,7 +284,7 @@ def test_the_history_is_heard_again_without_the_server_and_comes_back(server: Se
 
 def test_a_key_is_asked_for_and_kept_for_the_tab_only(visit: Any, tmp_path: Path) -> None:
     with serving(tmp_path, FISHRT_API_KEY="secret") as server:
-        page = visit(server, expected=401)
+        page = visit(server, expected="status of 401")
         assert page.is_visible("#key")
         page.click("#speak")
         page.wait_for_selector("#error:text('an API key is needed')")

@@ -19,7 +19,7 @@ const player = new Player();
 const dialogue = createDialogue();
 const voices = createVoices({ changed: showModes, failed });
 const reference = createReference({
-  changed: () => voices.offerRecording().catch(failed),
+  changed: voices.offerRecording,
   kept: (name) => voices.refresh(name),
   failed,
 });

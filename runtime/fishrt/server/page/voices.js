@@ -12,6 +12,7 @@ export function createVoices({ changed, failed }) {
   const player = new Audio();
   const samples = new Map(); // name → URL
   let language = "";
+  let list = null; // as the server gave it
   let own = false; // whether there is a recording of the user's
 
   const chosen = () => document.querySelector("input[name=voice]:checked")?.value;
@@ -48,7 +49,9 @@ export function createVoices({ changed, failed }) {
     make("button", { type: "button", className: "quiet", textContent: sign, title: what, ariaLabel: what, onclick: act });
 
   /** Show the voices that the server lists and, if there is one, the user's recording; choose `name`, else what was chosen. */
-  function show({ voices, default_voice: usual }, name = chosen()) {
+  function show(found, name = chosen()) {
+    list = found;
+    const { voices, default_voice: usual } = found;
     const names = voices.map((voice) => voice.name);
     const rows = voices.map((voice) =>
       row(
@@ -83,9 +86,9 @@ export function createVoices({ changed, failed }) {
     stop: () => player.pause(),
     setLanguage: (words) => (language = words),
     /** List the user's recording, and choose it. */
-    async offerRecording() {
+    offerRecording() {
       own = true;
-      await refresh(RECORDING);
+      if (list) show(list, RECORDING);
     },
   };
 }
