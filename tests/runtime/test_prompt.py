@@ -355,3 +355,15 @@ def test_cleaning_makes_no_control_token_act():
 
 def test_every_dialect_of_the_manifest_is_known():
     assert DIALECTS.keys() == set(features.DIALECTS)
+
+
+def test_texts_that_cannot_fit_are_refused_before_their_tokens_are_counted(builder, monkeypatch):
+    monkeypatch.setattr(builder._tokenizer, "encode", lambda text: pytest.fail("the text is tokenised"))
+    long = "a " * 32 * builder.model.max_prompt + "a"
+    for refused in (
+        lambda: builder.start(system=long),
+        lambda: builder.start([dataclasses.replace(voice(), transcript=long)]),
+        lambda: builder.check_transcript(long, "the transcript"),
+    ):
+        with pytest.raises(PromptError, match="is too long"):
+            refused()

@@ -47,6 +47,8 @@ from ..text.split import (
 from ..text.tokenizer import Tokenizer
 from ..voices.voice import Voice
 
+_TOKEN_CHARACTERS = 64
+"""More characters than the tokens of a text have on average. To count the tokens of a text takes many times its memory."""
 Parts = list[str | Ints]
 """Parts of a prompt: texts, and codes int64 [num_codebooks, frames]."""
 
@@ -150,13 +152,13 @@ class PromptBuilder:
         texts = []
         for n, voice in enumerate(voices):
             self._check_codes(voice.codes, f"voice {voice.name!r}")
-            texts.append(self._prepare(voice.transcript, f"the transcript of voice {n} ({voice.name!r})", quirks))
+            texts.append(self._prepare_whole(voice.transcript, f"the transcript of voice {n} ({voice.name!r})", quirks))
         if system is not None:
             if not dialect.turns:
                 raise PromptError("this model takes no system text", hint="leave it out")
             if not system.strip():
                 raise PromptError("the system text is empty", hint="leave it out, and the model's usual instruction is used")
-            system = self._prepare(system, "the system text", quirks)
+            system = self._prepare_whole(system, "the system text", quirks)
         if dialect.turns:
             parts = self._system_messages(texts, voices, system)
         else:
@@ -168,7 +170,7 @@ class PromptBuilder:
 
     def check_transcript(self, text: str, what: str) -> None:
         """Check that the transcript of a voice can be part of a prompt; `what` names it. Raises PromptError otherwise."""
-        self._prepare(text, what, USUAL)
+        self._prepare_whole(text, what, USUAL)
 
     def encode(self, parts: Sequence[str | Ints]) -> Ints:
         """Return the columns of parts, int64 [1 + num_codebooks, T]."""
@@ -209,6 +211,15 @@ class PromptBuilder:
             if model.code_zero == "main":
                 sizes[0] = min(sizes[0], model.semantic_end_id - model.semantic_begin_id + 1)
             check_entries(codes, sizes, f"the codes of {what}")
+
+    def _prepare_whole(self, text: str, what: str, quirks: Quirks) -> str:
+        """Return a text that is one part of a prompt, as `_prepare` does. Raises PromptError also for one that cannot fit."""
+        if len(text) > _TOKEN_CHARACTERS * self.model.max_prompt:
+            raise PromptError(
+                f"{what} is too long: {len(text):,} characters, but the model takes {self.model.max_prompt:,} tokens",
+                hint="use a shorter one",
+            )
+        return self._prepare(text, what, quirks)
 
     def _prepare(self, text: str, what: str, quirks: Quirks) -> str:
         """Return the text as the model reads it; `what` names it. Raises PromptError for text that must not be spoken."""

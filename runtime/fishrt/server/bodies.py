@@ -11,13 +11,18 @@ import msgpack
 from starlette.datastructures import UploadFile
 from starlette.requests import Request
 
-from .edge import MOST_BYTES
 from .encodings import MSGPACK_TYPES
 from .problems import Problem
 
+MOST_BYTES = 32 << 20
+"""Longest body of a request."""
 _LONG = 1 << 20
 """From so many bytes, other requests would notice the parsing."""
 _MOST_FILES, _MOST_FIELDS = 64, 256
+MOST_VALUES = 200_000
+"""Most values of an object, those inside included: each takes many times the bytes that it has in the body."""
+_MOST_URLENCODED = 1 << 19
+"""Longest form that is not multipart: it is parsed letter by letter."""
 
 
 async def fields_of(request: Request) -> dict[str, Any]:
@@ -50,7 +55,7 @@ def object_of(data: bytes | str) -> dict[str, Any]:
     if not data.strip():
         raise Problem(400, "the body is empty; a JSON object is expected", code="invalid_json")
     try:
-        value = json.loads(data, parse_constant=_refuse)
+        value = json_value(data)
     except (ValueError, RecursionError) as error:
         raise Problem(400, f"the body is no valid JSON: {error}", code="invalid_json") from None
     if not isinstance(value, dict):
@@ -58,15 +63,35 @@ def object_of(data: bytes | str) -> dict[str, Any]:
     return value
 
 
+def json_value(data: bytes | str) -> Any:
+    """Return the value of JSON. Raises ValueError for what is none, and for more than MOST_VALUES; RecursionError."""
+    if sum(map(data.count, ",[{") if isinstance(data, str) else map(data.count, b",[{")) > MOST_VALUES:
+        raise _too_many()
+    return json.loads(data, parse_constant=_refuse)
+
+
 def unpacked(data: bytes) -> dict[str, Any]:
     """Return the map in MessagePack. Raises Problem 400 for what is none."""
+    count = 0
+
+    def counted(value: Any) -> Any:
+        nonlocal count
+        count += 1 + len(value)
+        if count > MOST_VALUES:
+            raise _too_many()
+        return value
+
     try:
-        value = msgpack.unpackb(data)
+        value = msgpack.unpackb(data, list_hook=counted, object_hook=counted, max_array_len=MOST_VALUES, max_map_len=MOST_VALUES)
     except (ValueError, RecursionError) as error:
         raise Problem(400, f"the body is no valid MessagePack: {error}", code="invalid_msgpack") from None
     if not isinstance(value, dict):
         raise Problem(400, "the body is MessagePack, but no map", code="invalid_msgpack")
     return value
+
+
+def _too_many() -> ValueError:
+    return ValueError(f"it has more than {MOST_VALUES:,} values")
 
 
 def _refuse(name: str) -> None:
@@ -79,6 +104,8 @@ def _kind(request: Request) -> str:
 
 async def _form(request: Request) -> dict[str, Any]:
     found: dict[str, Any] = {}
+    if not _kind(request).startswith("multipart/") and len(await request.body()) > _MOST_URLENCODED:
+        raise Problem(413, f"a form of more than {_MOST_URLENCODED >> 10} KiB must be multipart/form-data", code="body_too_large")
     async with request.form(max_files=_MOST_FILES, max_fields=_MOST_FIELDS, max_part_size=MOST_BYTES) as form:
         for name in form:
             values = [await value.read() if isinstance(value, UploadFile) else value for value in form.getlist(name)]

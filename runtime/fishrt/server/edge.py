@@ -18,13 +18,12 @@ from urllib.parse import parse_qs
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from .bodies import MOST_BYTES
 from .problems import GONE, GoneError, Problem, problem, reply
 from .service import Service
 
 log = logging.getLogger(__name__)
 
-MOST_BYTES = 32 << 20
-"""Longest body of a request."""
 MOST_HELD = 256 << 20
 """Most bytes of the bodies of all requests that are not answered yet."""
 _SMALL = 1 << 16

@@ -26,6 +26,10 @@ from .service import Service
 FORMATS = ("mp3", "opus", "aac", "flac", "wav", "pcm")
 OPENAI_RATE = 24_000
 """Sample rate of OpenAI's raw samples, in Hz: its clients take it for granted."""
+MOST_SPEAKERS = 64
+"""Most voices of one request."""
+_MOST_OPTIONS = 16
+"""Most objects in `provider.options`."""
 _OPENAI_MODEL = re.compile(r"tts-1(-|$)|gpt-4o-mini-tts")
 
 SPELLINGS = {
@@ -72,6 +76,8 @@ DIFFUSION = frozenset(
 def _voice(value: Any) -> Any:
     """Return the name of a voice, from a name or OpenAI's object; a list gives the names of several speakers."""
     if isinstance(value, list) and value:
+        if len(value) > MOST_SPEAKERS:
+            raise ValueError(f"at most {MOST_SPEAKERS} voices are expected")
         return [_voice([] if isinstance(each, list) else each) for each in value]
     name = value.get("id") if isinstance(value, dict) else value
     if not isinstance(name, str):
@@ -293,6 +299,8 @@ def _layers(data: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         yield from _layers({key: value for key, value in extra.items() if key != "extra_body"})
     provider = data.get("provider")
     options = provider.get("options") if isinstance(provider, dict) else None
+    if isinstance(options, dict) and len(options) > _MOST_OPTIONS:
+        raise Problem(400, f"provider.options: at most {_MOST_OPTIONS} objects are expected", param="provider")
     for each in options.values() if isinstance(options, dict) else ():
         if isinstance(each, dict):
             yield from _layers({key: value for key, value in each.items() if key not in ("extra_body", "provider")})

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import json
 import os
 import re
 import stat
@@ -24,6 +23,7 @@ from ..arrays import Ints
 from ..errors import AudioError, PromptError, VoiceError
 from ..tts import TTS
 from ..voices.voice import Voice
+from .bodies import json_value
 from .encoding import VoiceEncoder
 from .fetch import MOST_BYTES, Fetcher
 from .problems import Problem
@@ -176,7 +176,7 @@ def _list(value: Any) -> list[Any]:
     """Return the references, which a form has as JSON text."""
     if isinstance(value, str):
         try:
-            value = json.loads(value)
+            value = json_value(value)
         except (ValueError, RecursionError):
             value = None
     if isinstance(value, Mapping):
