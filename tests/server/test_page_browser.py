@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 import shutil
 import wave
@@ -36,14 +37,10 @@ def chromium(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     spoken = server.ask("POST", "/v1/audio/speech", {"input": SAID, "seed": 1, "response_format": "wav"}).read()
     file = tmp_path_factory.mktemp("microphone") / "speech.wav"
     file.write_bytes(spoken)
-    options = [
-        "--use-fake-ui-for-media-stream",
-        "--use-fake-device-for-media-stream",
-        f"--use-file-for-fake-audio-capture={file}",
-    ]
-    options += ["--autoplay-policy=no-user-gesture-required", "--no-sandbox"]
+    options = f"use-fake-ui-for-media-stream use-fake-device-for-media-stream use-file-for-fake-audio-capture={file}".split()
+    options += ["autoplay-policy=no-user-gesture-required", "no-sandbox"]
     with playwright.sync_playwright() as play:
-        browser = play.chromium.launch(executable_path=CHROMIUM, args=options)
+        browser = play.chromium.launch(executable_path=CHROMIUM, args=[f"--{option}" for option in options])
         yield browser
         browser.close()
 
@@ -54,8 +51,8 @@ def visit(chromium: Any) -> Iterator[Callable[..., Any]]:
     faults: list[str] = []
     contexts = []
 
-    def opened(server: Server, *, expected: str = "", **options: Any) -> Any:
-        """expected: a pattern of what the browser says of replies that are errors."""
+    def opened(server: Server, *, expected: str = "", prepare: Any = None, **options: Any) -> Any:
+        """expected: a pattern of what the browser says of replies that are errors. prepare: called before the page loads."""
         context = chromium.new_context(permissions=["microphone"], **options)
         contexts.append(context)
         page = context.new_page()
@@ -73,6 +70,8 @@ def visit(chromium: Any) -> Iterator[Callable[..., Any]]:
         page.on("console", said)
         page.on("pageerror", lambda error: faults.append(str(error)))
         page.on("request", asked)
+        if prepare:
+            prepare(page)
         page.goto(f"http://127.0.0.1:{server.port}/")
         page.wait_for_selector("#state[data-state=ok]")
         page.wait_for_selector("#voices li")
@@ -144,6 +143,28 @@ def test_settings_are_in_the_request(server: Server, visit: Any) -> None:
     assert not requests
     page.click("#reset")
     assert set(speak(page, takes=2)) == {*common, "seed"}
+
+
+def test_what_the_model_lacks_is_not_offered_and_what_it_ignores_is_said(server: Server, visit: Any) -> None:
+    """The model says that it has a repetition penalty, but neither speakers nor voices; minnow ignores the penalty."""
+
+    def prepare(page: Any) -> None:
+        (model,) = json.loads(server.ask("GET", "/v1/models").read())["data"]
+        sampling = {**model["sampling"], "repetition_penalty": 1.2}
+        other = {**model, "family": "Another", "languages": [], "speakers": False, "sampling": sampling}
+        page.route("**/v1/models", lambda route: route.fulfill(json={"data": [other]}))
+        page.route("**/v1/voices", lambda route: route.fulfill(json={"voices": [], "default_voice": None}))
+
+    page = visit(server, prepare=prepare)
+    assert page.inner_text("#model") == "minnow · Another · 16\u00a0kHz"
+    assert page.is_hidden("#modes")
+    assert page.locator("#voices label").all_inner_texts() == ["No voice\nthe model chooses one"]
+    assert page.get_attribute("#repetition_penalty", "placeholder") == "1.2"
+    page.fill("#repetition_penalty", "1.1")
+    body = speak(page, "Hi.")
+    assert "voice" not in body
+    assert body["repetition_penalty"] == 1.1
+    assert page.inner_text("#progress") == "Not used by this model: repetition_penalty."
 
 
 def test_downloads_have_the_same_speech_in_each_format(server: Server, visit: Any) -> None:
@@ -329,9 +350,9 @@ def test_every_control_has_a_name_and_a_visible_focus(server: Server, visit: Any
         !each.ariaLabel && !each.textContent.trim() && !each.labels?.length).map((each) => each.outerHTML)"""
     assert page.evaluate(nameless) == []
     page.focus("#text")
-    ring = """for (let at = document.activeElement; at; at = at.parentElement)
-        if (at === document.body || getComputedStyle(at).outlineStyle !== "none") return true;
-        return false;"""
+    ring = """for (let at = document.activeElement; at && at !== document.body; at = at.parentElement)
+        if (getComputedStyle(at).outlineStyle !== "none") return true;
+        return document.activeElement === document.body;"""
     for _ in range(25):
         page.keyboard.press("Tab")
         assert page.evaluate(f"() => {{ {ring} }}"), page.evaluate("document.activeElement.outerHTML")
