@@ -86,9 +86,16 @@ def share_understood() -> Callable[..., float]:
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server that anybody may use."""
-    with serving(tmp_path_factory.mktemp("server")) as started:
+    """A server that anybody may use; the next line of its output is the address of Wyoming."""
+    with serving(tmp_path_factory.mktemp("server"), "--wyoming-port", "0") as started:
         yield started
+
+
+@pytest.fixture(scope="session")
+def wyoming_url(server: Server) -> str:
+    """The address of the server in Wyoming's protocol."""
+    assert server.process.stdout
+    return server.process.stdout.readline().removeprefix("Wyoming: ").strip()
 
 
 @pytest.fixture(scope="session")
@@ -131,7 +138,9 @@ class Report:
 
 
 @pytest.fixture(scope="session")
-def drive(server: Server, keyed_server: Server, sample: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Report]:
+def drive(
+    server: Server, keyed_server: Server, wyoming_url: str, sample: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Report]:
     """Run a program against the servers, and return what it saw."""
 
     def driven(program: str, *command: str) -> Report:
@@ -142,7 +151,7 @@ def drive(server: Server, keyed_server: Server, sample: Path, tmp_path_factory: 
         urls = [f"http://127.0.0.1:{each.port}" for each in (server, keyed_server)]
         kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         done = subprocess.run(
-            [*(command or [str(PYTHON)]), str(HERE / "programs" / program), *urls, str(folder)],
+            [*(command or [str(PYTHON)]), str(HERE / "programs" / program), *urls, wyoming_url, str(folder)],
             env=kept,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

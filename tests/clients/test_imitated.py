@@ -12,6 +12,7 @@ import wave
 from pathlib import Path
 from typing import Any
 
+import msgpack
 import pytest
 
 SENTENCES = ("Good morning!", "The sun is shining, and the birds are singing in the trees.")
@@ -111,3 +112,55 @@ def test_sillytavern(server: Any, hear: Any, share_understood: Any, text: str, t
     assert reply.status == 200
     (tmp_path / "speech.mp3").write_bytes(reply.read())
     assert share_understood(hear(tmp_path / "speech.mp3")) > 0.5
+
+
+# Fish Speech's api_client: MessagePack; the query's `format` is the encoding of errors
+
+
+def asked(server: Any, **fields: Any) -> Any:
+    body = {
+        "references": [],
+        "reference_id": None,
+        "format": "wav",
+        "max_new_tokens": 1024,
+        "chunk_length": 300,
+        "top_p": 0.8,
+        "repetition_penalty": 1.1,
+        "temperature": 0.8,
+        "streaming": False,
+        "use_memory_cache": "off",
+        "seed": None,
+        **fields,
+    }
+    connection = server.connect()
+    headers = {"Authorization": "Bearer YOUR_API_KEY", "Content-Type": "application/msgpack"}
+    connection.request("POST", "/v1/tts?format=msgpack", msgpack.packb(body), headers)
+    return connection.getresponse()
+
+
+def test_api_client_speaks(server: Any, hear: Any, share_understood: Any, text: str, sample: Path, tmp_path: Path) -> None:
+    for name, fields in {
+        "usual": {},
+        "voice": {"reference_id": "slt", "format": "mp3", "seed": 1},
+        "cloned": {"references": [{"audio": sample.read_bytes(), "text": "May you live in interesting times."}], "seed": 1},
+    }.items():
+        reply = asked(server, text=text, **fields)
+        assert reply.status == 200
+        (tmp_path / name).write_bytes(reply.read())
+        assert share_understood(hear(tmp_path / name)) > 0.5
+
+
+def test_api_client_streams(server: Any, hear: Any, share_understood: Any, text: str, tmp_path: Path) -> None:
+    reply = asked(server, text=text, streaming=True)
+    assert reply.getheader("Transfer-Encoding") == "chunked"
+    (tmp_path / "stream.wav").write_bytes(reply.read())
+    assert share_understood(hear(tmp_path / "stream.wav")) > 0.5
+
+
+def test_api_client_is_told_of_a_mistake(server: Any) -> None:
+    reply = asked(server, text="Hi.", reference_id="nobody")
+    assert (reply.status, reply.getheader("Content-Type")) == (404, "application/msgpack")
+    error = msgpack.unpackb(reply.read())
+    assert error["statusCode"] == 404
+    assert error["message"] == error["detail"] == error["error"]["message"]
+    assert "nobody" in error["message"]

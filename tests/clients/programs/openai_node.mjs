@@ -3,7 +3,7 @@ import { readFileSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import OpenAI, { APIError } from "openai";
 
-const [url, keyedUrl, folder] = process.argv.slice(2);
+const [url, keyedUrl, , folder] = process.argv.slice(2);
 const read = (name) => readFileSync(join(folder, name));
 const write = (name, data) => writeFileSync(join(folder, name), data);
 const text = read("text.txt").toString();

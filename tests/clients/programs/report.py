@@ -1,8 +1,9 @@
 """The frame of a program that drives one client: it runs scenarios, and writes what each saw as JSON.
 
-    python PROGRAM URL KEYED_URL FOLDER
-URL: a server that anybody may use. KEYED_URL: one whose key is "secret"; it speaks one request at a time, and none may wait.
-FOLDER: it has a recording, sample.wav; the sound that a client receives and report.json go there.
+    python PROGRAM URL KEYED_URL WYOMING_URL FOLDER
+URL: a server that anybody may use. WYOMING_URL: the same, in Wyoming's protocol.
+KEYED_URL: a server whose key is "secret"; it speaks one request at a time, and none may wait.
+FOLDER: it has a text, and a recording with its words; the sound that a client receives and report.json go there.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-URL, KEYED_URL, FOLDER = sys.argv[1], sys.argv[2], Path(sys.argv[3])
+URL, KEYED_URL, WYOMING_URL, FOLDER = *sys.argv[1:4], Path(sys.argv[4])
 TEXT = (FOLDER / "text.txt").read_text(encoding="utf-8")
 """What is spoken to be understood."""
 SAMPLE_TEXT = (FOLDER / "sample.txt").read_text(encoding="utf-8")
