@@ -57,8 +57,7 @@ from .voices.voice import Voice
 log = logging.getLogger(__name__)
 
 VERIFIED_BYTES = 64_000_000
-"""Bundles up to this size are hashed whenever they are loaded: a fraction of a second. That covers the embedded voice. A bundle
-of gigabytes would take longer to hash than to open: `fishrt inspect --verify` is there for it."""
+"""Bundles up to this size are hashed whenever they are loaded, in a fraction of a second; `fishrt inspect --verify` hashes any."""
 
 _KEPT_LEVELS = 64
 
@@ -390,10 +389,9 @@ class TTS:
 
     def models(self) -> Models:
         """Open the graphs that speaking needs."""
-        manifest, model = self.bundle.manifest, self._model
-        if model is None:
-            model = self._model = DualAR(self.engines["slow_ar"], self.engines["fast_ar"], manifest.model)
-        return Models(model, self._decoder(), manifest.codec, self._contexts)
+        manifest, engines = self.bundle.manifest, self.engines
+        self._model = self._model or DualAR(engines["slow_ar"], engines["fast_ar"], manifest.model)
+        return Models(self._model, self._decoder(), manifest.codec, self._contexts)
 
     def gain(self, task: Task) -> float:
         """Return the factor on all samples of a task. It measures the loudness of a voice for which it is unknown."""
