@@ -57,7 +57,7 @@ from .voices.voice import Voice
 log = logging.getLogger(__name__)
 
 VERIFIED_BYTES = 64_000_000
-"""Bundles up to this size are hashed whenever they are loaded, in a fraction of a second; `fishrt inspect --verify` hashes any."""
+"""Bundles up to this size are hashed whenever they are loaded, in part of a second; `fishrt inspect --verify` hashes any."""
 
 _KEPT_LEVELS = 64
 
