@@ -32,6 +32,7 @@ def served(tts: TTS, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[int, Any
     """The port and the service of a server."""
     for module, name in ((run, "_STALL_S"), (run, "_REQUEST_S"), (edge, "_IDLE_S")):
         monkeypatch.setattr(module, name, 0.5)
+    monkeypatch.setattr(run, "_PING_S", 3.0)  # a reply fills the buffers of the system in less
     app = create_app(tts, Settings(), closing=False)
     server = uvicorn.Server(run.configuration(app))
 
@@ -150,6 +151,21 @@ def test_a_fault_in_the_middle_cuts_the_connection(served: tuple[int, Any], monk
         received += data
     assert received.startswith(b"HTTP/1.1 200")
     assert not received.endswith(b"0\r\n\r\n")
+
+
+def test_a_socket_whose_client_reads_nothing_is_cut(served: tuple[int, Any]) -> None:
+    port, service = served
+    url, sock = f"ws://127.0.0.1:{port}/v1/tts/live", connect(port, b"", receive_buffer=4096)
+    with websocket(url, sock=sock, compression=None, max_queue=1, ping_interval=None, close_timeout=1) as stalled:
+        request = {"text": LONG * 20, "format": "pcm", "sample_rate": 192_000}
+        stalled.send(msgpack.packb({"event": "start", "request": request}))
+        stalled.send(msgpack.packb({"event": "flush"}))
+        assert msgpack.unpackb(stalled.recv())["event"] == "audio"
+        assert service.at_end
+        until = time.monotonic() + 60
+        while service.at_end or service.scheduler.stats.active:
+            assert time.monotonic() < until
+            time.sleep(0.05)
 
 
 def test_a_socket_may_be_idle(served: tuple[int, Any]) -> None:

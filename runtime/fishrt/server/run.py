@@ -33,6 +33,8 @@ _IDLE_S = 60
 """Longest time between two requests on a connection. Clients keep connections for 5 s or more; a shorter time races them."""
 _REQUEST_S = 20.0
 """Longest time for the head of a request."""
+_PING_S = 20.0
+"""Seconds between pings on a WebSocket."""
 _STALL_S = 60.0
 """Longest time in which a reader takes no byte."""
 
@@ -81,6 +83,7 @@ def configuration(app: FastAPI) -> uvicorn.Config:
         app,
         http=_Connection,
         ws=_Socket,
+        ws_ping_interval=_PING_S,
         ws_ping_timeout=_STALL_S,
         ws_per_message_deflate=False,
         log_config=None,
@@ -182,3 +185,8 @@ class _Socket(WebSocketsSansIOProtocol):
         """End the connection only if it has not begun."""
         if not self.handshake_complete:
             super().shutdown()
+
+    def keepalive_timeout(self) -> None:
+        """Cut a connection whose client answers no ping: it would not take what is left to send either."""
+        super().keepalive_timeout()
+        self.transport.abort()
