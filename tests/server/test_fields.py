@@ -136,6 +136,8 @@ def test_null_is_absent(of: Of) -> None:
         ({"sample_rate": 192_001}, "sample_rate"),
         ({"sample_rate": "24000"}, "sample_rate"),
         ({"max_new_tokens": -1}, "max_new_tokens"),
+        ({"mp3_bitrate": 5}, "mp3_bitrate"),
+        ({"response_format": "opus", "opus_bitrate": -5}, "opus_bitrate"),
         ({"max_new_tokens": 1.5}, "max_new_tokens"),
         ({"temperature": -0.1}, "temperature"),
         ({"temperature": 2}, "temperature"),

@@ -375,3 +375,15 @@ def test_generate(client: TestClient, tts: TTS, recording: bytes) -> None:
     assert cloned[0].content == cloned[1].content == cloned[2].content != voices[0]
     assert client.post("/generate", data={"text": "Hi."}, files={"reference": recording}).status_code == 400
     assert client.post("/generate", data={"text": "Hi.", "params": "[1]"}).json()["statusCode"] == 400
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [("get", "/v1/references/list", "200"), ("post", "/v1/vqgan/encode", "4XX"), ("post", "/v1/tts", "4XX")],
+)
+@pytest.mark.parametrize("format", ["json", "msgpack"])
+def test_the_description_has_both_encodings(client: TestClient, method: str, path: str, status: str, format: str) -> None:
+    reply = client.request(method, path, params={"format": format})
+    described = client.get("/openapi.json").json()["paths"][path][method]["responses"][status]
+    assert reply.headers["content-type"] == f"application/{format}"
+    assert f"application/{format}" in described["content"]

@@ -10,6 +10,9 @@ from fastapi import APIRouter, FastAPI
 from fastapi.openapi.utils import get_openapi
 from starlette.responses import HTMLResponse
 
+from .encodings import MSGPACK
+from .problems import NATIVE, PACKED
+
 ERROR = {
     "type": "object",
     "required": ["error"],
@@ -54,11 +57,14 @@ def describe(app: FastAPI) -> dict[str, Any]:
     """Return the OpenAPI description; FastAPI's own says that a wrong request is answered with 422."""
     if app.openapi_schema is None:
         schema = get_openapi(title=app.title, version=app.version, summary=app.summary, routes=app.routes)
-        for _, _, operation in _operations(schema):
+        for path, _, operation in _operations(schema):
             operation["responses"].pop("422", None)
             for status, what in (("4XX", "The request is at fault."), ("503", "Not ready.")):
                 content = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
                 operation["responses"].setdefault(status, {"description": what, "content": content})
+            for status, response in operation["responses"].items() if NATIVE.match(path) else ():
+                if status != "200" or PACKED.match(path):
+                    response["content"][MSGPACK] = response["content"]["application/json"]
         schemas = schema.setdefault("components", {}).setdefault("schemas", {})
         for name in ("HTTPValidationError", "ValidationError"):
             schemas.pop(name, None)

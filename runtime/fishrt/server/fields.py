@@ -15,6 +15,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
 
+from ..audio.formats import bit_rate
+from ..errors import AudioError
 from ..language_model.sampling import Sampling
 from ..request import Request, VoiceLike
 from ..text.split import SPEAKER, check_unicode, speakable
@@ -241,13 +243,18 @@ async def speak_of(service: Service, *data: Mapping[str, Any], accept: str = "",
     )
     sse = fields.stream_format == "sse" or (fields.stream_format is None and "text/event-stream" in accept.lower())
     kind = fields.response_format or ("pcm" if fields.stream else usual)
+    bitrate = {"mp3": fields.mp3_bitrate, "opus": fields.opus_bitrate}.get(kind)
+    try:
+        bit_rate(kind, bitrate)
+    except AudioError as error:
+        raise Problem(400, f"{kind}_bitrate: {error}; {error.hint}", param=f"{kind}_bitrate") from None
     return Speak(
         request,
         kind,
         rate=_rate(service, fields, kind),
         stream=sse or bool(fields.stream) or fields.stream_format == "audio" or (kind == "pcm" and fields.stream is None),
         sse=sse,
-        bitrate={"mp3": fields.mp3_bitrate, "opus": fields.opus_bitrate}.get(kind),
+        bitrate=bitrate,
         ignored=tuple(dict.fromkeys(ignored)),
         style=style,
     )

@@ -106,7 +106,7 @@ def problem(error: Exception) -> Problem:
 _WORDS = {404: "not_found", 405: "method_not_allowed"}
 
 
-_NATIVE = re.compile(r"/v1/(tts|references|vqgan)(/|$)|/model(/|$)|/generate$")
+NATIVE = re.compile(r"/v1/(tts|references|vqgan)(/|$)|/model(/|$)|/generate$")
 """Paths whose clients read more than OpenAI's object."""
 PACKED = re.compile(r"/v1/(references|vqgan)/")
 """Paths that answer in MessagePack, unless JSON is asked for."""
@@ -115,7 +115,7 @@ PACKED = re.compile(r"/v1/(references|vqgan)/")
 def reply(found: Problem, scope: Scope) -> Response:
     """Return the reply to a request for a problem."""
     body, path = found.body, scope["path"]
-    if _NATIVE.match(path):
+    if NATIVE.match(path):
         said = {"statusCode": found.status_code, "message": found.detail, "detail": found.detail, "success": False}
         return answer(said | body, scope, found.status_code, found.headers, packed=PACKED.match(path) is not None)
     return JSONResponse(body, found.status_code, dict(found.headers or {}))
