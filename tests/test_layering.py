@@ -207,8 +207,8 @@ def test_every_way_to_name_a_command_is_seen() -> None:
 
 
 MOST_LINES, MOST_LINES_OF_A_FOLDER = 400, 1650
-LONGER = {("fishrt", "."), ("fishrt", "server")}
-"""Folders beyond the limit: files of several ranks that need no folder, and the server, which is to be parted."""
+LONGER = {("fishrt", ".")}
+"""Folders beyond the limit: files of several ranks that need no folder."""
 
 
 @pytest.mark.parametrize("package", NEVER)

@@ -10,7 +10,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from fishrt.server.bodies import MOST_VALUES
-from fishrt.server.fields import MOST_SPEAKERS
+from fishrt.server.speech.fields import MOST_SPEAKERS
 
 HI = {"input": "Hi.", "max_new_tokens": 2}
 MANY: list[Any] = [[]] * (MOST_VALUES + 1)

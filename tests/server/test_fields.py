@@ -12,10 +12,10 @@ from fastapi.testclient import TestClient
 
 from fishrt import TTS, FishrtError
 from fishrt.bundle.features import RepetitionPenalty
-from fishrt.server.fields import Speak, speak_of
 from fishrt.server.problems import Problem, problem
 from fishrt.server.service import Service
 from fishrt.server.settings import Settings
+from fishrt.server.speech.fields import Speak, speak_of
 
 Of = Callable[..., Speak]
 

@@ -12,7 +12,7 @@ from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fishrt.server.fields import SPELLINGS
+from fishrt.server.speech.fields import SPELLINGS
 
 pytestmark = pytest.mark.slow  # hundreds of requests
 

@@ -14,7 +14,7 @@ import soundfile
 from fastapi.testclient import TestClient
 
 from fishrt import TTS, FishrtError
-from fishrt.server import openai, streams
+from fishrt.server.speech import openai, streams
 
 SPEECH = "/v1/audio/speech"
 

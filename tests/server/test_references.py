@@ -18,11 +18,12 @@ import soundfile
 
 pytest.importorskip("fastapi", reason="needs the server extra")
 
+from fishrt.server.voices.routes.encoding import VoiceEncoder
+from fishrt.server.voices.routes.fetch import MOST_BYTES, Fetcher
+from fishrt.server.voices.routes.references import Reference, ReferenceReader, find_references, is_audio
+
 from fishrt import TTS, Voice
-from fishrt.server.encoding import VoiceEncoder
-from fishrt.server.fetch import MOST_BYTES, Fetcher
 from fishrt.server.problems import Problem
-from fishrt.server.references import Reference, ReferenceReader, find_references, is_audio
 
 RECORDING = Path(__file__).parents[2] / "export/minnow/references/slt/reference.flac"
 WORDS = "Please call my brother, and ask him to bring the big blue bag from the kitchen."

@@ -28,7 +28,7 @@ from fishrt.bundle.features import Reads
 from fishrt.server import run
 from fishrt.server.app import create_app
 from fishrt.server.settings import Settings
-from fishrt.server.wyoming import languages_of
+from fishrt.server.speech.wyoming import languages_of
 from serving import LONG, serving, start
 
 WORDS = "The birds sing in the trees, and the sun shines on the sea."

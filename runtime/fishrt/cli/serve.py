@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import logging
 import os
-import time
-import traceback
-from collections.abc import Iterator
-from contextlib import closing, contextmanager, nullcontext, suppress
+from contextlib import closing, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 import click
 
 from ..errors import FishrtError
-from .base.commands import session
 from .base.options import EngineOptions, Whole, engine_options, quiet_option, voice_dir_option
-from .base.streams import emit, logging_to, say
+from .base.server_log import Log, logging_server
+from .base.streams import emit
 
 
 @click.command(
@@ -110,7 +105,7 @@ def serve(
     settings = Settings(api_key=_key(api_key, api_key_file), **options)
     port = settings.wyoming_port
     with (
-        _logging(_Log(log_json)),
+        logging_server(Log(log_json)),
         closing(listen(settings.host, settings.port)) as sock,
         nullcontext() if port is None else closing(listen(settings.host, port, "--wyoming-port")) as wyoming,
         suppress(KeyboardInterrupt),  # a signal while the bundle is opened ends the server as later ones do
@@ -136,45 +131,3 @@ def _key(given: str | None, file: Path | None) -> str | None:
     if given is not None and not given.strip():
         raise FishrtError("the API key is empty", hint="give a key, or none: unset FISHRT_API_KEY and leave out --api-key")
     return given and given.strip()
-
-
-@contextmanager
-def _logging(log: _Log) -> Iterator[None]:
-    """Give the records of this project and of the libraries to a handler inside the block."""
-    root = logging.getLogger()
-    others = _Log(log.as_json)
-    others.addFilter(lambda record: not record.name.startswith("fishrt"))
-    root.addHandler(others)
-    try:
-        with logging_to(log, logging.INFO):
-            yield
-    finally:
-        root.removeHandler(others)
-
-
-class _Log(logging.Handler):
-    """The log on standard error. By default it has no text of users: only records of the server and errors are in it."""
-
-    def __init__(self, as_json: bool) -> None:
-        super().__init__()
-        self.as_json, self._session = as_json, session()
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Print a record."""
-        least = logging.WARNING if self._session.quiet else logging.INFO
-        if not record.name.startswith(("fishrt.server", "fishrt_engines")):
-            least = logging.ERROR
-        if not self._session.verbose and record.levelno < least:
-            return
-        message = record.getMessage().partition("\n")[0]
-        if record.exc_info and (error := record.exc_info[1]):
-            place = traceback.extract_tb(error.__traceback__)[-1]
-            message += f": {type(error).__name__} in {Path(place.filename).name}, line {place.lineno}; --debug shows more"
-            if self._session.debug:
-                message = "".join(traceback.format_exception(error))
-        when = time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(record.created))
-        if not self.as_json:
-            say(f"{when} {record.levelname.lower()}: {message}")
-            return
-        facts = getattr(record, "request", {"message": message})
-        say(json.dumps({"time": when, "level": record.levelname.lower(), **facts}))

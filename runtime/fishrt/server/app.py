@@ -16,12 +16,15 @@ from starlette.responses import Response
 from ..errors import FishrtError
 from ..tts import TTS
 from ..version import __version__
-from . import docs, health, live, native, openai, page, stored, voices
+from . import docs, health, page
 from .edge import Edge
 from .problems import GONE, GoneError, problem, reply
 from .service import Service
 from .settings import Settings
-from .wyoming import serving
+from .speech import live, native, openai
+from .speech.wyoming import serving
+from .voices import routes as voices
+from .voices import stored
 
 _EXPOSED = "X-Seed X-Queue-Time X-Request-Id X-Ignored-Parameters X-Audio-Sample-Rate X-Audio-Channels X-Audio-Encoding".split()
 

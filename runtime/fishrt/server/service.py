@@ -14,13 +14,13 @@ from ..request import Request
 from ..scheduler import ScheduledStream, Scheduler
 from ..stream import whole_chunks
 from ..tts import TTS
-from .encoding import VoiceEncoder
-from .fetch import Fetcher
-from .library import VoiceLibrary
 from .metrics import Metrics
 from .problems import Problem
-from .references import ReferenceReader
 from .settings import Settings
+from .voices.encoding import VoiceEncoder
+from .voices.fetch import Fetcher
+from .voices.library import VoiceLibrary
+from .voices.references import ReferenceReader
 
 log = logging.getLogger(__name__)
 

@@ -23,12 +23,12 @@ from wyoming.info import Attribution, Describe, Info, TtsProgram, TtsVoice
 from wyoming.ping import Ping, Pong
 from wyoming.tts import Synthesize, SynthesizeChunk, SynthesizeStart, SynthesizeStop, SynthesizeStopped
 
-from ..bundle.features import Reads
-from ..version import __version__
+from ...bundle.features import Reads
+from ...version import __version__
+from ..problems import Problem
+from ..service import DRAIN_S, Service
 from .dictation import Conversation, Dictation, TooManyError, with_seed
 from .fields import speak_of
-from .problems import Problem
-from .service import DRAIN_S, Service
 from .streams import Rendering
 
 log = logging.getLogger(__name__)

@@ -20,12 +20,12 @@ import msgpack
 from fastapi import APIRouter, WebSocket
 from starlette.websockets import WebSocketState
 
-from .bodies import object_of, unpacked
+from ..bodies import object_of, unpacked
+from ..problems import Problem
+from ..service import Service
 from .dictation import Conversation, Dictation, TooManyError, with_seed
 from .fields import Speak, speak_of
 from .native import native_speak
-from .problems import Problem
-from .service import Service
 from .streams import Rendering, whole
 
 _AGAIN = 1012

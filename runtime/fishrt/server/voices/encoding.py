@@ -14,12 +14,12 @@ from typing import TypeVar
 
 import numpy as np
 
-from ..arrays import Ints, Pcm
-from ..audio.files import read_audio
-from ..tts import TTS
-from ..voices.recordings import check_recording, most_seconds
-from ..voices.voice import Voice, joined
-from .problems import Problem
+from ...arrays import Ints, Pcm
+from ...audio.files import read_audio
+from ...tts import TTS
+from ...voices.recordings import check_recording, most_seconds
+from ...voices.voice import Voice, joined
+from ..problems import Problem
 
 KEPT_BYTES = 64 << 20
 """Codes and transcripts of requests' voices that are remembered."""

@@ -11,14 +11,14 @@ from typing import Any
 from fastapi import APIRouter, Query, Request
 from starlette.responses import Response
 
-from ..voices.files import canonical
-from .bodies import fields_of
-from .encodings import MSGPACK, answer
+from ...voices.files import canonical
+from ..bodies import fields_of
+from ..encodings import MSGPACK, answer
+from ..problems import Problem
+from ..service import Service
 from .library import Entry
-from .problems import Problem
 from .references import codes_of, encoded_bytes
-from .service import Service
-from .voices import recording_of, text_of
+from .routes import recording_of, text_of
 
 _MOST = 16
 """Most recordings, and most arrays of codes, of one request."""

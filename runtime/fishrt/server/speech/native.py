@@ -12,12 +12,12 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from .bodies import fields_of, is_form, object_of
-from .docs import AUDIO
-from .encodings import MSGPACK
+from ..bodies import fields_of, is_form, object_of
+from ..docs import AUDIO
+from ..encodings import MSGPACK
+from ..problems import Problem
+from ..service import Service
 from .fields import DIFFUSION, Speak, speak_of
-from .problems import Problem
-from .service import Service
 from .streams import reply, unless_gone
 
 _BYTES = {"type": "string", "format": "binary"}

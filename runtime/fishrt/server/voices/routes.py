@@ -9,14 +9,14 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from ..audio.encode import encode_audio
-from ..voices.files import canonical
-from ..voices.voice import npy_bytes
-from .bodies import fields_of
+from ...audio.encode import encode_audio
+from ...voices.files import canonical
+from ...voices.voice import npy_bytes
+from ..bodies import fields_of
+from ..problems import Problem
+from ..service import Service
 from .library import Entry
-from .problems import Problem
 from .references import encoded_bytes
-from .service import Service
 
 _AUDIO = ("audio_sample", "audio", "file", "ref_audio")
 _TEXT = ("ref_text", "text", "transcript")

@@ -16,11 +16,11 @@ from typing import Any
 
 from starlette.websockets import WebSocketDisconnect
 
-from ..errors import FishrtError
-from ..text.growing import GrowingText
+from ...errors import FishrtError
+from ...text.growing import GrowingText
+from ..problems import Problem, problem
+from ..service import Service
 from .fields import Speak
-from .problems import Problem, problem
-from .service import Service
 
 log = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ from urllib.parse import quote, urlsplit
 
 import httpcore2
 
-from ..errors import VoiceError
+from ...errors import VoiceError
 
 MOST_BYTES = 32 << 20
 """Longest recording that is fetched."""

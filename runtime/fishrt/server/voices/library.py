@@ -10,13 +10,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 
-from ..errors import KeptVoiceError, TakenVoiceError, UnknownVoiceError, VoiceError
-from ..request import VoiceLike
-from ..tts import TTS
-from ..voices.files import AUDIO_SUFFIXES, canonical, check_name
-from ..voices.recordings import doubts
-from ..voices.store import bundle_store, bundle_voices
-from ..voices.voice import Voice
+from ...errors import KeptVoiceError, TakenVoiceError, UnknownVoiceError, VoiceError
+from ...request import VoiceLike
+from ...tts import TTS
+from ...voices.files import AUDIO_SUFFIXES, canonical, check_name
+from ...voices.recordings import doubts
+from ...voices.store import bundle_store, bundle_voices
+from ...voices.voice import Voice
 from .encoding import VoiceEncoder
 
 OPENAI_VOICES = frozenset("alloy ash ballad coral echo fable onyx nova sage shimmer verse marin cedar".split())

@@ -21,12 +21,12 @@ import numpy as np
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from ..arrays import Pcm
-from ..audio.encoders import open_encoder
-from ..errors import FishrtError
+from ...arrays import Pcm
+from ...audio.encoders import open_encoder
+from ...errors import FishrtError
+from ..problems import GoneError, Problem, problem
+from ..service import Service
 from .fields import Speak
-from .problems import GoneError, Problem, problem
-from .service import Service
 
 log = logging.getLogger(__name__)
 

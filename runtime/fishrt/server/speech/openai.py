@@ -10,13 +10,13 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from ..errors import FishrtError
-from ..language_model.prompt import DIALECTS
-from .bodies import json_object
-from .docs import AUDIO
+from ...errors import FishrtError
+from ...language_model.prompt import DIALECTS
+from ..bodies import json_object
+from ..docs import AUDIO
+from ..problems import Problem, problem
+from ..service import Service
 from .fields import SpeechFields, speak_of
-from .problems import Problem, problem
-from .service import Service
 from .streams import reply, unless_gone, whole
 
 MOST_ITEMS = 32

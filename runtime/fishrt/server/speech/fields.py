@@ -15,15 +15,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
 
-from ..audio.formats import bit_rate
-from ..errors import AudioError
-from ..language_model.sampling import Sampling
-from ..request import Request, VoiceLike
-from ..text.split import SPEAKER, check_unicode, speakable
-from ..voices.voice import Voice
-from .problems import Problem
-from .references import AUDIO, TEXT, find_references
-from .service import Service
+from ...audio.formats import bit_rate
+from ...errors import AudioError
+from ...language_model.sampling import Sampling
+from ...request import Request, VoiceLike
+from ...text.split import SPEAKER, check_unicode, speakable
+from ...voices.voice import Voice
+from ..problems import Problem
+from ..service import Service
+from ..voices.references import AUDIO, TEXT, find_references
 
 FORMATS = ("mp3", "opus", "aac", "flac", "wav", "pcm")
 OPENAI_RATE = 24_000

@@ -19,14 +19,14 @@ from urllib.parse import unquote, unquote_to_bytes, urlsplit
 
 import numpy as np
 
-from ..arrays import Ints
-from ..errors import AudioError, PromptError, VoiceError
-from ..tts import TTS
-from ..voices.voice import Voice
-from .bodies import json_value
+from ...arrays import Ints
+from ...errors import AudioError, PromptError, VoiceError
+from ...tts import TTS
+from ...voices.voice import Voice
+from ..bodies import json_value
+from ..problems import Problem
 from .encoding import VoiceEncoder
 from .fetch import MOST_BYTES, Fetcher
-from .problems import Problem
 
 AUDIO = ("ref_audio", "reference_audio", "prompt_audio", "reference")
 TEXT = ("ref_text", "reference_text", "prompt_text")

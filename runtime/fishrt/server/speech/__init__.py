@@ -1,0 +1,1 @@
+"""Speech over HTTP, WebSockets and Wyoming: fields of every dialect, and replies."""

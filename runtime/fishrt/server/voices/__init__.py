@@ -1,0 +1,1 @@
+"""Voices of a server, and recordings inside requests."""
