@@ -18,14 +18,14 @@ import soundfile
 pytest.importorskip("fastapi", reason="needs the server extra")
 
 from fishrt import TTS
-from quality import Recogniser, word_errors, words
+from quality import Recogniser, VoiceClassifier, mfcc_summary, word_errors, words
 from serving import Server, serving
 
 HERE = Path(__file__).parent
 ENVIRONMENT = HERE.parents[1] / ".venv-clients"
 PYTHON = ENVIRONMENT / "bin/python"
 TEXT = "Good morning! The sun is shining, and the birds are singing in the trees."
-SAMPLE_TEXT = "May you live in interesting times."
+SAMPLE_TEXT, SAMPLE_VOICE = "May you live in interesting times.", "slt"
 KEY = "secret"
 _RATE = 16_000
 
@@ -113,13 +113,29 @@ def text() -> str:
 
 
 @pytest.fixture(scope="session")
-def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A recording of `SAMPLE_TEXT`."""
+def tts() -> Iterator[TTS]:
+    with TTS.load(threads=1) as loaded:
+        yield loaded
+
+
+@pytest.fixture(scope="session")
+def sample(tts: TTS, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A recording of `SAMPLE_TEXT`, in a voice that is not the default one."""
     path = tmp_path_factory.mktemp("sample") / "sample.wav"
-    with TTS.load(threads=1) as tts:
-        speech = tts.speak(SAMPLE_TEXT, voice="awb", seed=1)
+    speech = tts.speak(SAMPLE_TEXT, voice=SAMPLE_VOICE, seed=1)
     soundfile.write(path, speech.pcm, speech.sample_rate)
     return path
+
+
+@pytest.fixture(scope="session")
+def voice_of(tts: TTS) -> Callable[[Heard], str]:
+    """Return which of the embedded voices a sound is like."""
+    examples = {
+        name: [mfcc_summary(tts.speak(TEXT, voice=name, seed=seed).pcm, _RATE) for seed in range(4)]
+        for name in tts.bundle.manifest.voices.ordered  # type: ignore[union-attr]
+    }
+    classifier = VoiceClassifier(examples)
+    return lambda sound: classifier(mfcc_summary(sound.pcm, _RATE))
 
 
 class Report:

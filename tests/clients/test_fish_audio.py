@@ -40,9 +40,11 @@ def test_speech(told: Any, hear: Any, share_understood: Any, scenario: str, name
 @pytest.mark.parametrize(
     ("scenario", "name"), [("cloned", "cloned.mp3"), ("voices", "stored.mp3"), ("old_half", "old-cloned.wav")]
 )
-def test_cloned_speech(told: Any, hear: Any, share_understood: Any, scenario: str, name: str) -> None:
+def test_cloned_speech(told: Any, hear: Any, share_understood: Any, voice_of: Any, scenario: str, name: str) -> None:
     told(scenario)
-    assert share_understood(hear(told.folder / name)) > 0.5
+    sound = hear(told.folder / name)
+    assert share_understood(sound) > 0.5
+    assert voice_of(sound) == "slt"
 
 
 def test_a_socket_gives_audio_in_parts(told: Any) -> None:

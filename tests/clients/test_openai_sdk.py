@@ -67,13 +67,15 @@ def test_every_preset_voice(told: Any) -> None:
     assert len(told("presets")) == 13
 
 
-def test_voices(told: Any, hear: Any, share_understood: Any) -> None:
+def test_voices(told: Any, hear: Any, share_understood: Any, voice_of: Any) -> None:
     seen = told("voices")
     made = seen["made"]
     assert made["name"] == "mine"
     assert (made["object"], made["type"]) == ("audio.voice", "audio_sample")
     assert isinstance(made["created_at"], int)
-    assert share_understood(hear(told.folder / "cloned.mp3")) > 0.5
+    sound = hear(told.folder / "cloned.mp3")
+    assert share_understood(sound) > 0.5
+    assert voice_of(sound) == "slt"
     deleted = seen["deleted"]
     assert (deleted["id"], deleted["deleted"], deleted["object"]) == (made["id"], True, "audio.voice.deleted")
     for name in ("unknown", "again"):

@@ -20,10 +20,12 @@ def test_what_the_server_speaks(told: Any) -> None:
     assert seen["voices"] == {name: ["en"] for name in ("awb", "rms", "slt")}
 
 
-@pytest.mark.parametrize(("scenario", "name"), [("whole", "whole"), ("by_language", "language")])
-def test_a_text(told: Any, hear: Any, share_understood: Any, scenario: str, name: str) -> None:
+@pytest.mark.parametrize(("scenario", "voice"), [("whole", "rms"), ("by_language", "awb")])
+def test_a_text(told: Any, hear: Any, share_understood: Any, voice_of: Any, scenario: str, voice: str) -> None:
     assert told(scenario) == ["audio-start", "audio-stop"]
-    assert share_understood(hear(told.folder / f"{name}.wav")) > 0.5
+    sound = hear(told.folder / f"{scenario}.wav")
+    assert share_understood(sound) > 0.5
+    assert voice_of(sound) == voice
 
 
 def test_a_stream_is_spoken_once(told: Any, hear: Any, share_understood: Any) -> None:

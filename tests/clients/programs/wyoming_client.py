@@ -65,7 +65,7 @@ async def whole() -> list[Any]:
 
 @scenario
 async def by_language() -> list[Any]:
-    return await answered("language", Synthesize(text=TEXT, voice=SynthesizeVoice(language="en")), last=AudioStop)
+    return await answered("by_language", Synthesize(text=TEXT, voice=SynthesizeVoice(language="en")), last=AudioStop)
 
 
 @scenario
