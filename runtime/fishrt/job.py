@@ -8,6 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +23,7 @@ from .language_model.batch import DualAR, Parked, Row, StopReason
 from .language_model.context import ContextStore
 from .language_model.sampling import SeededNoise
 from .metrics import rtf
-from .request import Task
+from .request import Request, Task
 from .speech import AudioChunk, PieceInfo, Progress, SpeechInfo, Timings
 from .speech_warnings import piece_warnings
 
@@ -51,6 +52,22 @@ class Spoken:
     codes: npt.NDArray[np.int32]
     """[C, frames]"""
     stop_reason: StopReason
+
+
+class Speaker(Protocol):
+    """What makes jobs: a `TTS`."""
+
+    def job(self, request: Request, progress: Callable[[Progress], None] | None, sizes: ChunkSizes) -> Job:
+        """Return the job of a request after all checks that need no graph."""
+        ...
+
+    def models(self) -> Models:
+        """Open the graphs that speaking needs."""
+        ...
+
+    def gain(self, task: Task) -> float:
+        """Return the factor on all samples of a task."""
+        ...
 
 
 class Job:
@@ -89,7 +106,7 @@ class Job:
         """Set: nothing more is drawn."""
         self.done = False
         """No chunk follows those that are in the job. With an `error` if that is why."""
-        self.error: Exception | None = None
+        self.error: BaseException | None = None
         self.most_buffered_s = MOST_BUFFERED_S
         self._buffered_s = 0.0
         self.heard_until: float | None = None
@@ -221,7 +238,7 @@ class Job:
         self._frames += codes.shape[1]
         return codes, piece.stop_reason if given + codes.shape[1] == piece.codes.shape[1] else None
 
-    def fail(self, error: Exception) -> None:
+    def fail(self, error: BaseException) -> None:
         """End the job with an error, after the chunks that it has."""
         self.error, self.done = error, True
 

@@ -10,6 +10,8 @@ from .job import Spoken
 
 KNOWN_BYTES = 32_000_000
 """Most bytes of codes that are kept for requests that come again: some hours of speech."""
+_ENTRY_BYTES = 500
+"""Bytes that an entry and each of its pieces take beside their codes, about."""
 
 
 class KnownSpeech:
@@ -32,7 +34,9 @@ class KnownSpeech:
     def keep(self, key: bytes, said: Sequence[Spoken]) -> None:
         """Keep what was said for `Job.key`."""
         with self._lock:
-            self._bytes += _nbytes(said) - _nbytes(self._kept.pop(key, ()))
+            if key in self._kept:
+                self._bytes -= _nbytes(self._kept.pop(key))
+            self._bytes += _nbytes(said)
             self._kept[key] = said
             while self._bytes > self._most_bytes:
                 _, oldest = self._kept.popitem(last=False)
@@ -40,4 +44,4 @@ class KnownSpeech:
 
 
 def _nbytes(said: Sequence[Spoken]) -> int:
-    return sum(piece.codes.nbytes for piece in said)
+    return _ENTRY_BYTES + sum(piece.codes.nbytes + _ENTRY_BYTES for piece in said)

@@ -16,16 +16,18 @@ import logging
 import math
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Protocol, Self
+from numbers import Integral, Real
+from typing import Self
 
-from .errors import BusyError, FishrtError, TimeLimitError
-from .job import MOST_BUFFERED_S, ChunkSizes, Job, Models
+from .errors import ArgumentError, BusyError, FishrtError, TimeLimitError
+from .job import MOST_BUFFERED_S, ChunkSizes, Job, Models, Speaker
 from .known_speech import KNOWN_BYTES, KnownSpeech
-from .request import Request, Task
+from .request import Request, check_type
 from .speech import AudioChunk, Progress, Speech
 from .stream import SpeechStream, chunk_sizes, whole_chunks
 from .turns import Turns
@@ -35,22 +37,6 @@ log = logging.getLogger(__name__)
 _IDLE_S = 0.1
 """Seconds between two looks at time limits while nothing can be done."""
 _MOST_RETRY_S = 30
-
-
-class Speaker(Protocol):
-    """What a scheduler needs of a `TTS`."""
-
-    def job(self, request: Request, progress: Callable[[Progress], None] | None, sizes: ChunkSizes) -> Job:
-        """Return the job of a request after all checks that need no graph."""
-        ...
-
-    def models(self) -> Models:
-        """Open the graphs that speaking needs."""
-        ...
-
-    def gain(self, task: Task) -> float:
-        """Return the factor on all samples of a task."""
-        ...
 
 
 @dataclass(slots=True)
@@ -86,7 +72,7 @@ class _Entry:
     submitted: float
     latest: float | None
     """Time at which it gives up waiting."""
-    news: Callable[[], None]
+    news: Callable[[], object]
     """Tells the reader that there is a chunk, or that there will be none."""
     begun: float | None = None
     """Time at which it first got a slot."""
@@ -116,7 +102,7 @@ class Scheduler:
         self._closing = False
         self._numbers = itertools.count()
         self._job_s: float | None = None
-        self.fault: Exception | None = None
+        self.fault: BaseException | None = None
         """The error that ended all active jobs, if nothing has been spoken since."""
 
     def submit(
@@ -135,24 +121,21 @@ class Scheduler:
 
         priority: a higher one is begun first. timeout_s: seconds that it may wait until it is begun; then its stream raises
         TimeLimitError. progress: called in the scheduler's thread after every frame. sizes: None means those of the mode.
-        most_buffered_s: seconds of sound that it may be ahead of its reader.
+        most_buffered_s: seconds of sound that it may be ahead of its reader. A stream that is dropped ends its request.
         Raises BusyError if too many wait, FishrtError if the scheduler is closed, and the errors of `TTS.stream`.
         """
-        sizes = sizes or chunk_sizes(request.mode)
-        job = self._speaker.job(request, progress, sizes)
+        check_type("priority", priority, Integral, "a whole number")
+        if timeout_s is not None and not (isinstance(timeout_s, Real) and timeout_s >= 0):
+            raise ArgumentError(f"timeout_s is {timeout_s!r}", hint="it must be a number of seconds of at least 0, or None")
+        self._check_room()  # before work that would be in vain
+        job = self._speaker.job(request, progress, sizes or chunk_sizes(request.mode))
         job.most_buffered_s = most_buffered_s
         if request.seed is not None:
             job.known = self._known.find(job.key)
         models, gain = self._speaker.models(), self._speaker.gain(job.task)
         now = time.perf_counter()
         with self._changed:
-            if self._closing:
-                raise FishrtError("the scheduler is closed", hint="load the bundle again with TTS.load")
-            self._forget_closed()
-            waiting = sum(entry.begun is None for entry in self._waiting)
-            if self._max_queue is not None and len(self._active) + waiting >= self._slots + self._max_queue:
-                self._stats.refused += 1
-                raise BusyError(waiting, self._retry_s())
+            self._check_room()
             self._stats.submitted += 1
             self._models = models
             entry = _Entry(
@@ -172,17 +155,18 @@ class Scheduler:
         """Speak requests together, and yield their speeches in order; see `TTS.speak_many`."""
         ahead: deque[ScheduledStream] = deque()
         try:
-            for request in requests:
+            coming = iter(requests)
+            while True:
                 while len(ahead) == self._slots:
                     yield ahead.popleft().whole()
                 try:
-                    ahead.append(self.submit(request, sizes=whole_chunks, most_buffered_s=math.inf))
-                except FishrtError:
+                    ahead.append(self.submit(next(coming), sizes=whole_chunks, most_buffered_s=math.inf))
+                except Exception as error:
                     while ahead:
                         yield ahead.popleft().whole()
+                    if isinstance(error, StopIteration):
+                        return
                     raise
-            while ahead:
-                yield ahead.popleft().whole()
         finally:
             for stream in ahead:
                 stream.close()
@@ -214,6 +198,17 @@ class Scheduler:
         if self._thread is not None:
             self._thread.join()
 
+    def _check_room(self) -> None:
+        """Raise FishrtError if the scheduler is closed, BusyError if too many wait."""
+        with self._changed:
+            if self._closing:
+                raise FishrtError("the scheduler is closed", hint="load the bundle again with TTS.load")
+            self._forget_closed()
+            waiting = sum(entry.begun is None for entry in self._waiting)
+            if self._max_queue is not None and len(self._active) + waiting >= self._slots + self._max_queue:
+                self._stats.refused += 1
+                raise BusyError(waiting, self._retry_s())
+
     def _wake(self) -> None:
         with self._changed:
             self._forget_closed()
@@ -229,8 +224,6 @@ class Scheduler:
         """Return after how many seconds there should be room: the share of a job's time that a slot needs."""
         return max(1, min(_MOST_RETRY_S, round((self._job_s or 1.0) / self._slots)))
 
-    # --- the thread ------------------------------------------------------------------------------------------------------------
-
     def _run(self) -> None:
         turns: Turns | None = None
         while True:
@@ -239,10 +232,11 @@ class Scheduler:
                     if self._closing:
                         return
                     self._changed.wait()
-                if turns is not None:
-                    self._make_room(turns)
-                begin = self._next()
             try:
+                with self._changed:
+                    if turns is not None:
+                        self._make_room(turns)
+                    begin = self._next()
                 turns = turns or Turns(self._models, self._slots)
                 for entry in begin:
                     turns.add(entry.job, entry.gain)
@@ -252,7 +246,7 @@ class Scheduler:
                 self._stats.steps += bool(turns.rows)
                 self._stats.rows += turns.rows
                 self._stats.busy_s += time.perf_counter() - began
-            except Exception as error:  # of the models: it ends all jobs that share them, and the next begin anew
+            except BaseException as error:  # of the models: it ends all jobs that share them, and the next begin anew
                 log.exception("the models failed")
                 self.fault, turns = error, None
                 for entry in list(self._active.values()):
@@ -331,12 +325,20 @@ class ScheduledStream(SpeechStream, AsyncIterator[AudioChunk]):
 
     def __init__(self, job: Job, wake: Callable[[], None], entry: _Entry) -> None:
         """Make a stream of a job. wake: tells the scheduler that the reader took a chunk, or has gone."""
-        super().__init__(job, self._wait)
-        self._wake, self._entry = wake, entry
-        self._news = threading.Condition()
-        self._unread = False
+        unread = threading.Event()
+
+        def wait() -> None:  # without `self`: the stream is dropped as soon as nobody has it
+            unread.wait()
+            unread.clear()
+
+        super().__init__(job, wait)
+        self._wake, self._entry, self._unread = wake, entry, unread
         self._listener: Callable[[], None] | None = None
-        entry.news = self._tell
+        myself = weakref.WeakMethod(self._tell)
+        entry.news = lambda: (tell := myself()) and tell()
+
+    def __del__(self) -> None:
+        self._job.close()  # nobody reads it; the scheduler's thread sees that
 
     @property
     def queued_s(self) -> float:
@@ -345,17 +347,9 @@ class ScheduledStream(SpeechStream, AsyncIterator[AudioChunk]):
         return (time.perf_counter() if begun is None else begun) - self._entry.submitted
 
     def _tell(self) -> None:
-        with self._news:
-            self._unread = True
-            self._news.notify_all()
-            listener = self._listener
-        if listener is not None:
+        self._unread.set()
+        if (listener := self._listener) is not None:
             listener()
-
-    def _wait(self) -> None:
-        with self._news:
-            self._news.wait_for(lambda: self._unread)
-            self._unread = False
 
     def _next(self) -> AudioChunk | None:
         chunk = super()._next()
@@ -367,7 +361,9 @@ class ScheduledStream(SpeechStream, AsyncIterator[AudioChunk]):
         return self
 
     async def __anext__(self) -> AudioChunk:
-        """Return the next chunk. If its wait is cancelled, the request ends. Raises as `next`."""
+        """Return the next chunk. If its wait is cancelled, the request ends. Raises as `next`; RuntimeError for two at once."""
+        if self._listener is not None:
+            raise RuntimeError("another task already waits for the next chunk")
         loop, news = asyncio.get_running_loop(), asyncio.Event()
         self._listener = lambda: _in_loop(loop, news.set)
         try:

@@ -53,7 +53,7 @@ class SpeechStream(Iterator[AudioChunk]):
             self._count(chunk)
         elif done:
             if self._job.error is not None:
-                raise self._job.error
+                raise _not_stopping(self._job.error)
             self._log_end()
             raise StopIteration
         return chunk
@@ -157,6 +157,15 @@ class AsyncSpeechStream(AsyncIterator[AudioChunk]):
         self._closed = True
         if self._stream is not None:
             self._stream.close()
+
+
+def _not_stopping(error: BaseException) -> BaseException:
+    """Return an error, of a function of the caller, in a form that does not look like the end of the chunks."""
+    if not isinstance(error, StopIteration | StopAsyncIteration):
+        return error
+    found = RuntimeError(f"{type(error).__name__} was raised while a text was spoken")
+    found.__cause__ = error
+    return found
 
 
 def whole_chunks(least: int, most: int) -> Iterator[int]:

@@ -171,7 +171,6 @@ class TTS:
             upstream_compat: bool, the behaviour of the original to the letter; default False.
 
         A piece that the model left silent, or that a limit cut off, is a warning in `info` and in the log.
-
         Raises PromptError for text that cannot be spoken or is too long with its references, and for a system text that the model
         does not take; VoiceError for a voice that is unknown or not this bundle's; SamplingError for a limit, seed, volume or
         speed outside its range, and for a repetition penalty that the model does not have; ArgumentError for an argument of
@@ -196,8 +195,7 @@ class TTS:
     ) -> AsyncSpeechStream:
         """Speak as `stream` does, with its options, for `async for`: a thread computes the chunks, and the event loop goes on.
 
-        The errors of a request that does not fit the bundle are raised when the first chunk is awaited. `progress` is called in
-        that thread.
+        Errors of a request that does not fit the bundle come with the first chunk. `progress` is called in that thread.
         """
         request = Request.of(text, options)
         return AsyncSpeechStream(lambda: self.stream(request, progress=progress))
@@ -213,16 +211,16 @@ class TTS:
     ) -> ScheduledStream:
         """Queue a text, or a `Request`, that is spoken together with others; its chunks are for `for` and for `async for`.
 
-        A thread computes the chunks, also while nobody reads, up to some seconds of sound. With the same seed the codes are those
-        of `speak`, except for the rounding of larger batches. See `Scheduler.submit` and, for the options, `speak`.
+        A thread computes the chunks, up to some seconds of sound ahead of the reader. With the same seed the codes are those of
+        `speak`, except for the rounding of larger batches. See `Scheduler.submit` and, for the options, `speak`.
         """
         return self.scheduler.submit(Request.of(text, options), priority=priority, timeout_s=timeout_s, progress=progress)
 
     def speak_many(self, texts: Iterable[str | Request], **options: Unpack[Options]) -> Iterator[Speech]:
         """Speak many texts together, with the options of `speak`, and yield their speeches in order.
 
-        Only as many are begun ahead as are spoken together, so that `texts` may be endless. Raises what `speak` raises when the
-        turn of a text comes; those before it have been yielded.
+        Only as many are begun ahead as are spoken together, so that `texts` may be endless. Raises what `speak` or `texts` raises
+        when its turn comes; the speeches before it have been yielded.
         """
         return self.scheduler.speak_many(Request.of(text, options) for text in texts)
 

@@ -136,8 +136,10 @@ class Turns:
 
 @contextmanager
 def ends(job: Job) -> Iterator[None]:
-    """Let an error in the block end a job, and nothing else."""
+    """Let an error in the block end a job, and nothing else: also one that would end the thread, but for Ctrl-C."""
     try:
         yield
-    except Exception as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
         job.fail(error)

@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fishrt import TTS, Request, Sampling, Speech
-from fishrt.errors import BusyError, FishrtError, GraphError, PromptError, TimeLimitError, UnfinishedError
+from fishrt.errors import ArgumentError, BusyError, FishrtError, GraphError, PromptError, TimeLimitError, UnfinishedError
 from fishrt.job import Spoken
 from fishrt.known_speech import KnownSpeech
 from fishrt.scheduler import ScheduledStream, Scheduler
@@ -352,7 +352,7 @@ def test_what_was_said_with_the_same_seed_is_not_computed_again(tts: TTS, monkey
 
 
 def test_known_speech_is_bounded() -> None:
-    known = KnownSpeech(1000)
+    known = KnownSpeech(3000)
     for n in range(10):
         known.keep(bytes([n]), [Spoken(np.zeros((1, 100), np.int32), "end")])
     assert [n for n in range(10) if known.find(bytes([n]))] == [8, 9]
@@ -360,6 +360,95 @@ def test_known_speech_is_bounded() -> None:
     assert not known.find(b"large")
     known.keep(b"small", [Spoken(np.zeros((1, 250), np.int32), "end")])
     assert known.find(b"small")
+    for n in range(100):
+        known.keep(bytes([n]), [])
+    assert sum(key in known._kept for key in map(bytes, zip(range(100), strict=True))) == 6  # nothing said takes room, too
+
+
+@pytest.mark.parametrize("error", [SystemExit(3), StopIteration(), asyncio.CancelledError(), ZeroDivisionError()], ids=repr)
+def test_any_error_of_progress_is_its_requests_own(tts: TTS, scheduler: Scheduler, error: BaseException) -> None:
+    def progress(_: Progress) -> None:
+        raise error
+
+    broken, other = scheduler.submit(request(0), progress=progress), scheduler.submit(request(1))
+    with pytest.raises(RuntimeError if isinstance(error, StopIteration) else type(error)):
+        broken.whole()
+    check(tts, 1, other.whole())
+    check(tts, 2, scheduler.submit(request(2)).whole())
+
+
+def test_progress_that_stops_an_iteration_does_not_cut_a_speech_off(tts: TTS) -> None:
+    given = iter([None] * 5)
+    with pytest.raises(RuntimeError, match="StopIteration"):
+        tts.speak(request(0), progress=lambda _: next(given))
+
+
+@pytest.mark.parametrize("options", [{"priority": "high"}, {"priority": 1.5}, {"timeout_s": "1"}, {"timeout_s": math.nan}])
+def test_arguments_of_another_type_are_refused(tts: TTS, options: dict[str, Any]) -> None:
+    with pytest.raises(ArgumentError, match=next(iter(options))):
+        tts.submit(request(0), **options)
+    check(tts, 1, tts.submit(request(1)).whole())
+
+
+def test_dropped_streams_leave_room(tts: TTS, scheduler: Scheduler) -> None:
+    """Of more than are active and parked: without an end, the last would never speak."""
+    for n in range(12):
+        stream = scheduler.submit(request(n, max_frames=None))
+        next(stream)
+        del stream
+        until(lambda: scheduler.stats.active == 0)
+    assert scheduler.stats.cancelled == 12
+    check(tts, 1, scheduler.submit(request(1)).whole())
+
+
+def test_a_refused_request_costs_nothing(tts: TTS, scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = [scheduler.submit(request(n, max_frames=None)) for n in range(5)]
+    monkeypatch.setattr(TTS, "job", lambda *_: pytest.fail("the text is read"))
+    with pytest.raises(BusyError):
+        scheduler.submit(request(5))
+    assert (scheduler.stats.refused, len(held)) == (1, 5)
+
+
+def test_two_waits_at_once_are_refused(scheduler: Scheduler) -> None:
+    async def twice() -> None:
+        stream = scheduler.submit(request(0))
+        first = asyncio.ensure_future(anext(stream))
+        await asyncio.sleep(0)
+        with pytest.raises(RuntimeError, match="another task"):
+            await anext(stream)
+        assert (await first).sample_rate
+
+    asyncio.run(twice())
+
+
+@pytest.mark.parametrize("last", [5, OSError("the file has gone")], ids=repr)
+def test_many_yields_what_was_asked_for_before_an_error_of_the_caller(tts: TTS, last: Any) -> None:
+    def texts() -> Iterator[Any]:
+        yield request(0)
+        yield request(1)
+        if isinstance(last, OSError):
+            raise last
+        yield last
+
+    speeches = tts.speak_many(texts())
+    check(tts, 0, next(speeches))
+    check(tts, 1, next(speeches))
+    with pytest.raises(OSError if isinstance(last, OSError) else ArgumentError):
+        next(speeches)
+
+
+def test_an_error_while_a_job_is_parked_ends_no_thread(tts: TTS, monkeypatch: pytest.MonkeyPatch) -> None:
+    scheduler = Scheduler(tts, max_active=1)
+    idle = scheduler.submit(request(0, max_frames=None), most_buffered_s=0.01)
+    next(idle)
+    with monkeypatch.context() as patched:
+        patched.setattr(Turns, "park", lambda *_: 1 // 0)
+        refused = scheduler.submit(request(1))
+        until(lambda: scheduler.stats.failed)
+        with pytest.raises(ZeroDivisionError):
+            idle.whole()
+        check(tts, 1, refused.whole())
+    scheduler.close()
 
 
 def test_speed_changes_the_duration_and_not_the_codes(tts: TTS) -> None:
