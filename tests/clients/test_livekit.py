@@ -29,3 +29,8 @@ def test_with_the_defaults_of_the_plugin(told: Any, hear: Any, share_understood:
 
 def test_an_unknown_voice_is_a_status(told: Any) -> None:
     assert told("unknown_voice") == 404
+
+
+def test_an_interruption_ends_the_speech(told: Any) -> None:
+    """The server has one place: what comes next would be refused."""
+    assert told("an_interruption") > 0.3

@@ -35,3 +35,8 @@ def test_prosody(told: Any) -> None:
 
 def test_an_unknown_voice(told: Any) -> None:
     assert told("unknown_voice") == [404, -1]
+
+
+def test_an_interruption_ends_the_speech(told: Any) -> None:
+    """The server has one place: what comes next would be refused."""
+    assert min(told("an_interruption")) > 0.3

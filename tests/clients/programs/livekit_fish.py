@@ -6,8 +6,8 @@ from typing import Any
 
 import aiohttp
 from livekit.plugins import fishaudio
-from livekit_sound import ONCE, keep, refused
-from report import TEXT, URL, run, scenario
+from livekit_sound import ONCE, interrupted, keep, refused
+from report import KEYED_URL, LONG, TEXT, URL, run, scenario
 
 
 @scenario
@@ -78,6 +78,23 @@ async def socket() -> dict[str, Any]:
                 seen[name] = await keep(stream, name)
             await tts.aclose()
     return seen
+
+
+@scenario
+async def an_interruption() -> list[float]:
+    async with aiohttp.ClientSession() as session:
+        tts = fishaudio.TTS(base_url=KEYED_URL, api_key="secret", voice_id="awb", http_session=session)
+        stream = tts.stream(conn_options=ONCE)
+        stream.push_text(LONG)
+        stream.end_input()
+        await interrupted(stream)
+        again = tts.stream(conn_options=ONCE)
+        again.push_text("Good morning.")
+        again.end_input()
+        seconds = [(await keep(again, "again"))["seconds"]]
+        seconds.append((await keep(tts.synthesize("Good morning.", conn_options=ONCE), "then"))["seconds"])
+        await tts.aclose()
+    return seconds
 
 
 run()

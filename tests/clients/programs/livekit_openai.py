@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from livekit.plugins import openai
-from livekit_sound import ONCE, keep, refused
-from report import TEXT, URL, run, scenario
+from livekit_sound import ONCE, interrupted, keep, refused
+from report import KEYED_URL, LONG, TEXT, URL, run, scenario
 
 
 @scenario
@@ -31,6 +31,13 @@ async def usual() -> dict[str, Any]:
 async def unknown_voice() -> int:
     async with openai.TTS(base_url=f"{URL}/v1", api_key="any", voice="nobody") as tts:
         return await refused(tts.synthesize("Hi.", conn_options=ONCE))
+
+
+@scenario
+async def an_interruption() -> float:
+    async with openai.TTS(base_url=f"{KEYED_URL}/v1", api_key="secret") as tts:
+        await interrupted(tts.synthesize(LONG, conn_options=ONCE))
+        return (await keep(tts.synthesize("Good morning.", conn_options=ONCE), "then"))["seconds"]
 
 
 run()

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
+import urllib.request
 from typing import Any
 
 from livekit import rtc
 from livekit.agents import APIConnectOptions, APIStatusError
-from report import FOLDER
+from report import FOLDER, KEYED_URL
 
 ONCE = APIConnectOptions(max_retry=0)
 
@@ -26,3 +29,17 @@ async def refused(stream: Any) -> int:
     except APIStatusError as error:
         return error.status_code
     raise AssertionError("no error")
+
+
+async def interrupted(stream: Any) -> None:
+    """Take one frame of a long speech, and leave, as an agent does whose user speaks; return when nothing speaks."""
+    await anext(stream)
+    await stream.aclose()
+    async with asyncio.timeout(60):
+        while (await asyncio.to_thread(_health))["queue"]["active"]:
+            await asyncio.sleep(0.05)
+
+
+def _health() -> Any:
+    with urllib.request.urlopen(f"{KEYED_URL}/health") as reply:
+        return json.load(reply)
