@@ -15,7 +15,7 @@ import pytest
 
 pytest.importorskip("httpcore2", reason="needs the server extra")
 
-from fishrt.server.voices.routes.fetch import Fetcher, FetchError, is_public, resolve
+from fishrt.server.voices.fetch import Fetcher, FetchError, is_public, resolve
 
 Answer = Callable[[asyncio.StreamWriter], Awaitable[None]]
 

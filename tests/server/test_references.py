@@ -18,12 +18,11 @@ import soundfile
 
 pytest.importorskip("fastapi", reason="needs the server extra")
 
-from fishrt.server.voices.routes.encoding import VoiceEncoder
-from fishrt.server.voices.routes.fetch import MOST_BYTES, Fetcher
-from fishrt.server.voices.routes.references import Reference, ReferenceReader, find_references, is_audio
-
 from fishrt import TTS, Voice
 from fishrt.server.problems import Problem
+from fishrt.server.voices.encoding import VoiceEncoder
+from fishrt.server.voices.fetch import MOST_BYTES, Fetcher
+from fishrt.server.voices.references import Reference, ReferenceReader, find_references, is_audio
 
 RECORDING = Path(__file__).parents[2] / "export/minnow/references/slt/reference.flac"
 WORDS = "Please call my brother, and ask him to bring the big blue bag from the kitchen."

@@ -16,10 +16,10 @@ import soundfile
 pytest.importorskip("fastapi", reason="needs the server extra")
 
 from fastapi.testclient import TestClient
-from fishrt.server.voices.routes.library import OPENAI_VOICES
 
 from fishrt import TTS, Voice, VoiceStore
 from fishrt.audio.resample import resample
+from fishrt.server.voices.library import OPENAI_VOICES
 
 RECORDING = Path(__file__).parents[2] / "export/minnow/references/slt/reference.flac"
 WORDS = "Please call my brother, and ask him to bring the big blue bag from the kitchen."
