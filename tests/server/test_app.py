@@ -67,13 +67,19 @@ def test_speech_below_every_base_url(client: TestClient, path: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "path", "status"),
-    [("GET", "/nothing", 404), ("POST", "/v1/tts/nothing", 404), ("GET", SPEECH, 405), ("DELETE", "/v1/models", 405)],
+    ("method", "path", "status", "message"),
+    [
+        ("GET", "/nothing", 404, "no such path"),
+        ("POST", "/v1/tts/nothing", 404, "no such path"),
+        ("GET", SPEECH, 405, "takes POST;"),
+        ("DELETE", "/v1/models", 405, "takes GET"),
+    ],
 )
-def test_errors_of_routing_have_the_object_too(client: TestClient, method: str, path: str, status: int) -> None:
+def test_errors_of_routing_have_the_object_too(client: TestClient, method: str, path: str, status: int, message: str) -> None:
     reply = client.request(method, path)
     assert reply.status_code == status
     assert error(reply)["type"] == "invalid_request_error"
+    assert message in error(reply)["message"]
 
 
 @pytest.mark.parametrize(

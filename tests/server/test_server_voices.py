@@ -175,6 +175,7 @@ def test_names_that_no_voice_can_have(voiced: TestClient, own: VoiceStore, name:
     reply = add(voiced, name)
     assert reply.status_code == 400
     assert "name" in reply.json()["error"]["message"]
+    assert name or "the voice has no name; use letters" in reply.json()["error"]["message"]
     assert names(voiced) == BUILT_IN
     assert not list(own.folder.iterdir())
     reply = voiced.post("/v1/audio/encoding", params={"id": name, "prompt": WORDS, "persist": True}, files={"x": SOUND})

@@ -126,8 +126,10 @@ def _key(given: str | None, file: Path | None) -> str | None:
     if file is not None:
         try:
             given = "".join(file.read_text(encoding="utf-8").splitlines()[:1])
-        except (OSError, UnicodeDecodeError) as error:
-            raise FishrtError(f"--api-key-file {file} cannot be read: {error}") from None
+        except OSError as error:
+            raise FishrtError(f"--api-key-file {file} cannot be read: {error.strerror}") from None
+        except UnicodeDecodeError:
+            raise FishrtError(f"--api-key-file {file} cannot be read: it is no UTF-8 text") from None
     if given is not None and not given.strip():
         raise FishrtError("the API key is empty", hint="give a key, or none: unset FISHRT_API_KEY and leave out --api-key")
     return given and given.strip()

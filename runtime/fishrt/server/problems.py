@@ -82,7 +82,11 @@ def problem(error: Exception) -> Problem:
     if isinstance(error, Problem):
         return error
     if isinstance(error, HTTPException):
-        what = {404: "there is no such path", 405: "this path does not have that method"}.get(error.status_code, error.detail)
+        what = error.detail
+        if error.status_code == 404:
+            what = "there is no such path; /docs lists all"
+        elif error.status_code == 405:
+            what = f"this path takes {(error.headers or {}).get('Allow', 'another method')}; /docs lists all"
         return Problem(error.status_code, what, code=_WORDS.get(error.status_code), headers=error.headers)
     if isinstance(error, RequestValidationError):
         first = error.errors()[0]

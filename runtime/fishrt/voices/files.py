@@ -67,7 +67,7 @@ def check_name(name: str) -> None:
     """Check that a voice, and its folder, can have this name on every system. Raises VoiceError otherwise."""
     if not is_name(name):
         raise VoiceError(
-            f"{name!r} cannot be the name of a voice",
+            f"{name!r} cannot be the name of a voice" if name else "the voice has no name",
             hint="use letters and digits of any script, '-' and '_'; spaces and dots only inside; at most 255 bytes",
         )
 

@@ -254,7 +254,8 @@ def encoded_bytes(text: str) -> bytes:
     try:
         return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
     except ValueError:
-        raise VoiceError("the audio is no valid base64") from None
+        hint = "give base64 or a data URL; a form may have the file itself: with curl, @ stands before its name"
+        raise VoiceError("the audio is no valid base64", hint=hint) from None
 
 
 def _bad(param: str, message: str, hint: str | None) -> Problem:
