@@ -54,7 +54,7 @@ def encode(audio: Path, output: str, engine: EngineOptions) -> None:
     "--output",
     default="speech.wav",
     show_default=True,
-    help="The audio file to write or replace: .wav, .flac, .ogg, .opus, .mp3 or .pcm; - is standard output.",
+    help="The audio file to write or replace: .wav, .flac, .ogg, .opus, .mp3, .aac or .pcm; - is standard output.",
 )
 @format_option
 @engine_options

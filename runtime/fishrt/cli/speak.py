@@ -55,8 +55,8 @@ _NOTES = 5
     "-o",
     "--output",
     metavar="FILE",
-    help="The audio file to write or replace: .wav, .flac, .ogg (Vorbis), .opus, .mp3, or .pcm (16-bit little-endian samples "
-    "without a header). Its folder must exist. - is standard output, and --json then goes to standard error.  "
+    help="The audio file to write or replace: .wav, .flac, .ogg (Vorbis), .opus, .mp3, .aac, or .pcm (16-bit little-endian "
+    "samples without a header). Its folder must exist. - is standard output, and --json then goes to standard error.  "
     "[default: speech.wav; none with --play]",
 )
 @format_option
@@ -87,8 +87,8 @@ _NOTES = 5
     multiple=True,
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="A recording to imitate (wav, flac, ogg, mp3) or its codes (.npy), each with a --reference-text. Speakers are counted "
-    "over --voice first.",
+    help='A recording to imitate (wav, flac, ogg, mp3; m4a and others need: pip install "fishrt[server]") or its codes (.npy), '
+    "each with a --reference-text. Speakers are counted over --voice first.",
 )
 @click.option(
     "--reference-text", "reference_texts", multiple=True, metavar="TEXT", help="The words of the --reference, exactly as spoken."
@@ -148,7 +148,7 @@ _NOTES = 5
     default=1.0,
     show_default=True,
     metavar="FACTOR",
-    help="Speak faster or slower at the same pitch; 2 takes half the time.",
+    help='Speak faster or slower at the same pitch; 2 takes half the time. Needs: pip install "fishrt[server]".',
 )
 @click.option("--upstream-compat", is_flag=True, help="Reproduce the original implementation exactly, including its bugs.")
 @engine_options
