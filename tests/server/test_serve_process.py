@@ -137,6 +137,8 @@ def test_a_client_that_leaves_a_batch_ends_its_items(server: Server) -> None:
         while outstanding(server) != 8:
             time.sleep(0.02)
     until_idle(server)
+    assert server.ask("POST", "/v1/audio/speech", {"input": "Hi."}).status == 200
+    assert " error: " not in server.log
 
 
 def test_half_sent_requests_hold_nothing_up(server: Server) -> None:

@@ -239,6 +239,8 @@ async def unless_gone(work: Coroutine[Any, Any, _T] | Awaitable[_T], receive: Re
         if not doing.done():
             doing.cancel()
             await asyncio.wait({doing})
+            if not doing.cancelled():
+                doing.exception()  # nobody is there to be told; asyncio would log it
 
 
 async def _gone(receive: Callable[[], Awaitable[Any]]) -> None:
