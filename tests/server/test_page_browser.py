@@ -240,6 +240,14 @@ def test_errors_are_the_servers_words(server: Server, visit: Any) -> None:
     page.click("#keep")
     page.wait_for_selector("#error")
     assert page.inner_text("#kept") == ""
+    short = server.ask("POST", "/v1/audio/speech", {"input": "Hi.", "seed": 3, "response_format": "wav"}).read()
+    page.set_input_files("#upload", {"name": "me.wav", "mimeType": "audio/wav", "buffer": short})
+    page.fill("#transcript", "Hi.")
+    page.fill("#name", "short")
+    page.click("#keep")
+    page.wait_for_selector("#kept:text('Kept as short. Warning: the recording is')")
+    assert page.is_hidden("#error")
+    server.ask("DELETE", "/v1/voices/short").read()
 
 
 def test_a_server_that_goes_away_is_an_error_and_what_was_heard_stays(visit: Any, tmp_path: Path) -> None:

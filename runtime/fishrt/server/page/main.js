@@ -20,7 +20,10 @@ const dialogue = createDialogue();
 const voices = createVoices({ changed: showModes, failed });
 const reference = createReference({
   changed: voices.offerRecording,
-  kept: (name) => voices.refresh(name),
+  kept: (name) => {
+    byId("error").hidden = true;
+    return voices.refresh(name);
+  },
   failed,
 });
 const history = createHistory({ play: (chosen) => play(chosen), reuse });

@@ -44,10 +44,10 @@ export function createReference({ changed, kept, failed }) {
     byId("keep").disabled = true;
     byId("kept").textContent = "Keeping…";
     try {
-      const { name } = await addVoice(byId("name").value.trim(), audio, byId("transcript").value);
+      const { name, warnings } = await addVoice(byId("name").value.trim(), audio, byId("transcript").value);
       await kept(name);
       byId("name").value = "";
-      byId("kept").textContent = `Kept as ${name}.`;
+      byId("kept").textContent = [`Kept as ${name}.`, ...warnings.map((each) => `Warning: ${each}`)].join(" ");
     } catch (error) {
       byId("kept").textContent = "";
       failed(error);
