@@ -37,6 +37,8 @@ log = logging.getLogger(__name__)
 _IDLE_S = 0.1
 """Seconds between two looks at time limits while nothing can be done."""
 _MOST_RETRY_S = 30
+PARKED_BYTES = 1_000_000_000
+"""Bytes of what parked jobs have read, beyond which no other job is parked."""
 
 
 @dataclass(slots=True)
@@ -281,11 +283,11 @@ class Scheduler:
         )
 
     def _make_room(self, turns: Turns) -> None:
-        """Park jobs that nobody reads, and those between two pieces, while others wait: at most as many as there are slots."""
+        """Park jobs that nobody reads, and those between two pieces, while others wait."""
         for entry in list(self._active.values()):
             job, ready = entry.job, self._ready()
-            parked = sum(entry.begun is not None for entry in self._waiting)
-            if len(self._active) < self._slots or not ready or not turns.can_park or parked >= self._slots:
+            parked = sum(entry.job.parked.nbytes for entry in self._waiting if entry.job.parked)
+            if len(self._active) < self._slots or not ready or not turns.can_park or parked >= PARKED_BYTES:
                 return
             if job.paused or (job.between_pieces and job.piece > entry.piece and ready[0].priority >= entry.priority):
                 turns.park(job)

@@ -305,6 +305,25 @@ def test_a_job_that_nobody_reads_gives_up_its_slot_and_goes_on_later(tts: TTS) -
     scheduler.close()
 
 
+def test_any_number_of_readers_may_stall(tts: TTS) -> None:
+    scheduler = Scheduler(tts, max_active=2, known_bytes=0)
+    stalled = [scheduler.submit(request(2, max_frames=400), most_buffered_s=0.2) for _ in range(7)]
+    until(lambda: all(stream._job.paused for stream in stalled))
+    check(tts, 1, scheduler.submit(request(1)).whole())
+    check(tts, 2, stalled[6].whole(), 400)
+    scheduler.close()
+
+
+def test_what_is_parked_is_bounded(tts: TTS, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fishrt.scheduler.PARKED_BYTES", 1)
+    scheduler = Scheduler(tts, max_active=1, known_bytes=0)
+    stalled = [scheduler.submit(request(2, max_frames=400), most_buffered_s=0.2) for _ in range(3)]
+    until(lambda: stalled[1]._job.paused)
+    assert stalled[2].queued_s > 0
+    assert not stalled[2]._job.begun, "one is parked, one has the slot, and one waits"
+    scheduler.close()
+
+
 def test_a_long_text_lets_others_speak_between_its_pieces(tts: TTS) -> None:
     scheduler, ended = Scheduler(tts, max_active=1, known_bytes=0), list[str]()
     long = Request(" ".join([TEXTS[2]] * 12), seed=1, max_frames=10)

@@ -139,6 +139,8 @@ class Parked:
     columns: Ints
     state: State
     """Keys and values of the columns: one row."""
+    nbytes: int
+    """Bytes of the state."""
 
 
 class Batch:
@@ -203,7 +205,11 @@ class Batch:
         """Take a row out that goes on later. Return what it has read; None: nothing."""
         slot, context = self._rows.index(row), self._context
         nothing = slot in self._fresh or not context.length(slot)
-        parked = None if nothing else Parked(context.columns(slot).copy(), context.save(slot))
+        parked = None
+        if not nothing:
+            state = context.save(slot)
+            nbytes = sum(t.nbytes(state.dims) for t in context.engine.spec.state_tensors)
+            parked = Parked(context.columns(slot).copy(), state, nbytes)
         self.leave(row)
         self._fresh.discard(slot)
         return parked
