@@ -79,13 +79,16 @@ def storing(start: Callable[..., TestClient], tmp_path_factory: pytest.TempPathF
         yield start(own), folder
 
 
-@pytest.mark.parametrize("body", ["json", "msgpack", "multipart", "urlencoded"])
+@pytest.mark.parametrize("body", ["json", "json as curl sends it", "msgpack", "multipart", "urlencoded"])
 def test_speech_in_each_encoding_is_that_of_the_library(client: TestClient, tts: TTS, body: str) -> None:
     wanted = tts.speak("Hi.", seed=1, sampling=Sampling(0.5, 0.9)).pcm
     fields: dict[str, Any] = {"text": "Hi.", "seed": 1, "temperature": 0.5, "top_p": 0.9, "streaming": False}
     form = {name: str(value) for name, value in fields.items()}
     if body == "json":
         reply = client.post(TTS_PATH, json=fields)
+    elif body == "json as curl sends it":
+        headers = {"Content-Type": "application/x-www-form-urlencoded"}
+        reply = client.post(TTS_PATH, content=json.dumps(fields), headers=headers)
     elif body == "msgpack":
         reply = packed(client, TTS_PATH, fields)
     elif body == "multipart":

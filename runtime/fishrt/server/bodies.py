@@ -28,12 +28,16 @@ _MOST_URLENCODED = 1 << 19
 async def fields_of(request: Request) -> dict[str, Any]:
     """Return the fields of a body: of MessagePack or a form if its Content-Type says so, else of JSON. Raises Problem 400.
 
-    The files of a form are bytes; a name that comes several times has a list.
+    The files of a form are bytes; a name that comes several times has a list. JSON in the name of a form, as curl sends it
+    without a header, is JSON.
     """
     kind = _kind(request)
     if kind in MSGPACK_TYPES:
         return await _parsed(unpacked, await request.body())
-    return await _form(request) if is_form(request) else await json_object(request)
+    multipart = kind.startswith("multipart/")
+    if multipart or (is_form(request) and not (await request.body()).lstrip().startswith(b"{")):
+        return await _form(request)
+    return await json_object(request)
 
 
 def is_form(request: Request) -> bool:
