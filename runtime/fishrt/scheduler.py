@@ -267,7 +267,7 @@ class Scheduler:
         for entry in late:
             self._waiting.remove(entry)
             self._stats.failed += 1
-            entry.job.fail(TimeLimitError(f"the request was not begun within {now - entry.submitted:.1f} s"))
+            entry.job.fail(TimeLimitError(f"the request waited {now - entry.submitted:.2f} s, longer than it may"))
             entry.news()
         begin = self._ready()[: self._slots - len(self._active)]
         self._waiting = [entry for entry in self._waiting if entry not in begin]
