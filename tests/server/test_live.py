@@ -376,3 +376,16 @@ def test_a_server_that_ends_speaks_what_it_has_begun(tmp_path: Path) -> None:
             assert caught.value.rcvd.code == 1012
         assert last == {"event": "finish", "reason": "stop"}
         assert server.process.wait(60) == 0
+
+
+def test_waiting_answers_to_bad_events_are_bounded(client: TestClient, caplog: pytest.LogCaptureFixture) -> None:
+    with client.websocket_connect(LIVE) as socket:
+        live = Live(socket)
+        live.start(text=LONG)
+        for _ in range(20):
+            socket.send_bytes(b"\xc1")
+        message = {"type": "websocket.send"}
+        while message["type"] == "websocket.send":
+            message = socket.receive()
+        assert (message["type"], message["code"]) == ("websocket.close", 1008)
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]

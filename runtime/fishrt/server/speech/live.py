@@ -72,10 +72,11 @@ class _Socket(Conversation):
     async def _listen(self) -> None:
         while (message := await self._socket.receive())["type"] == "websocket.receive":
             try:
-                if not self._take(message.get("bytes"), message.get("text")):
-                    return
-            except Problem as found:
-                self._refuse(found)
+                try:
+                    if not self._take(message.get("bytes"), message.get("text")):
+                        return
+                except Problem as found:
+                    self._refuse(found)
             except TooManyError:
                 await self._socket.close(_TOO_MANY, "too many texts wait")
                 return

@@ -85,9 +85,10 @@ class _Connection(Conversation):
     async def _listen(self) -> None:
         while (event := await self._event()) is not None:
             try:
-                await self._take(event)
-            except Problem as found:
-                self._refuse(found)
+                try:
+                    await self._take(event)
+                except Problem as found:
+                    self._refuse(found)
             except TooManyError:
                 return
 
