@@ -223,8 +223,10 @@ class Scheduler:
         self._stats.cancelled += len(closed)
 
     def _retry_s(self) -> int:
-        """Return after how many seconds there should be room: the share of a job's time that a slot needs."""
-        return max(1, min(_MOST_RETRY_S, round((self._job_s or 1.0) / self._slots)))
+        """Return after how many seconds there should be room: a slot's share of a job's time, of those that ended or of these."""
+        now = time.perf_counter()
+        spoken_s = sum(now - entry.begun for entry in self._active.values() if entry.begun is not None) / self._slots
+        return max(1, min(_MOST_RETRY_S, round(max(self._job_s or 1.0, spoken_s) / self._slots)))
 
     def _run(self) -> None:
         turns: Turns | None = None

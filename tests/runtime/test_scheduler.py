@@ -476,3 +476,20 @@ def test_speed_changes_the_duration_and_not_the_codes(tts: TTS) -> None:
     assert len(fast.pcm) == pytest.approx(len(normal.pcm) / 1.5, rel=0.02)
     streamed = np.concatenate([chunk.pcm for chunk in tts.stream(request(2), speed=1.5)])
     np.testing.assert_allclose(streamed, fast.pcm, atol=1e-3)
+
+
+def test_a_refusal_counts_on_jobs_that_speak_for_long(tts: TTS) -> None:
+    """What ended so far was short; those that have the slots now have had them for 16 s on average."""
+    scheduler = Scheduler(tts, max_active=2, max_queue=0)
+    scheduler.submit(request(0, max_frames=2)).whole()
+    held = [scheduler.submit(Request(TEXTS[0] * 20, seed=n), most_buffered_s=0.1) for n in range(2)]
+    until(lambda: scheduler.stats.active == 2)
+    for entry, seconds in zip(scheduler._active.values(), (10, 22), strict=True):
+        assert entry.begun is not None
+        entry.begun -= seconds
+    with pytest.raises(BusyError) as refused:
+        scheduler.submit(request(1))
+    assert refused.value.retry_s == 8
+    for stream in held:
+        stream.close()
+    scheduler.close()
