@@ -134,7 +134,7 @@ class TTS:
         self.close()
 
     def __repr__(self) -> str:
-        runs = "closed" if self._engines is None else f"provider={self.provider!r}"
+        runs = f"provider={self.provider!r}" if self._engines else "closed"
         return f"TTS(bundle={self.bundle.manifest.name!r}, {runs}, {self.sample_rate / 1000:g} kHz)"
 
     @property
@@ -167,7 +167,8 @@ class TTS:
             max_frames: int, frames of each piece of the text; default None, as many as context and codec allow.
             system: str; default None, the model's usual instruction.
             volume: float, a factor on all samples from 0.01 to 10; default 1.0.
-            speed: float, a factor on the speaking rate from 0.25 to 4; default 1.0. mode: of a stream; see `Request`.
+            speed: float, a factor on the speaking rate from 0.25 to 4; default 1.0.
+            mode: str, "fast", "balanced" or "quality", the chunks of a stream; default balanced.
             upstream_compat: bool, the behaviour of the original to the letter; default False.
 
         A piece that the model left silent, or that a limit cut off, is a warning in `info` and in the log.

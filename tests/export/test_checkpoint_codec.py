@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 
-from conftest import CHOSEN, find_golden
 from fishrt_export.checkpoint.files import CodecFiles, find_codec
 from fishrt_export.errors import ExportError
 from fishrt_export.models.codec.dac import Dac
@@ -19,6 +18,7 @@ from fishrt_export.models.codec.firefly import Firefly
 from fishrt_export.models.codec.load import fingerprint, read_codec_config, read_stored_codec
 from fishrt_export.sources.codec import CodecSource, open_codec
 from synthetic import millions
+from vectors import CHOSEN, find_golden
 
 pytestmark = pytest.mark.slow
 CopyCodec = Callable[[str], Path]

@@ -23,7 +23,6 @@ pytest.importorskip("torch", reason="needs the export extra")
 
 import onnx_ir as ir
 
-from conftest import find_golden
 from fishrt import TTS
 from fishrt.bundle.folder import Bundle
 from fishrt.bundle.manifest import MANIFEST, FixedPart
@@ -40,6 +39,7 @@ from fishrt_export.targets.coreml import LENGTHS, split_front, static_form, step
 from helpers_text import listed
 from tiny import GoldenModel
 from tolerances import TOLERANCES
+from vectors import find_golden
 
 COREML = "CoreMLExecutionProvider"
 

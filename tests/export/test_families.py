@@ -16,7 +16,6 @@ import soundfile
 import torch
 from click.testing import CliRunner
 
-from conftest import CHOSEN, find_golden
 from fishrt import TTS, Voice
 from fishrt.cli import main
 from fishrt_export import Options, export_bundle
@@ -25,6 +24,7 @@ from fishrt_export.errors import ExportError
 from fishrt_export.models.slow_ar import SlowAR
 from fishrt_export.sources.language_model import open_language_model
 from tiny import GoldenModel
+from vectors import CHOSEN, find_golden
 
 FOLDERS = {"s2-pro": "s2", "s1-mini": "s1", "fish-1.5": "1.5", "fish-1.4": "1.4", "fish-1.2": "1.2"}
 ModelOf = Callable[[str], GoldenModel]

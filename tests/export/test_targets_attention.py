@@ -86,10 +86,12 @@ def frame_feeds(spec: GraphSpec, rows: int, rng: np.random.Generator) -> dict[st
     """Return feeds of the frame graph: random logits and noise, and settings that let much be drawn."""
     settings = {"temperature": 1.5, "top_p": 0.95, "top_k": 30, "recent": -1}
     feeds: dict[str, Array] = {}
+    last = {tensor.name: tensor.shape[-1] for tensor in spec.feeds}
+    sizes = {"batch": rows, "main_ranked": min(30, int(last["main_noise"])), "code_ranked": min(30, int(last["code_noise"]))}
     for tensor in spec.feeds:
-        shape = tensor.resolve({"batch": rows, "main_ranked": 30, "code_ranked": 30})
+        shape = tensor.resolve(sizes)
         if tensor.name.endswith("ranks"):
-            feeds[tensor.name] = np.arange(30)
+            feeds[tensor.name] = np.arange(*shape)
             continue
         drawn = rng.standard_exponential(shape) if tensor.name.endswith("noise") else rng.standard_normal(shape)
         feeds[tensor.name] = (np.full(shape, settings[tensor.name]) if tensor.name in settings else drawn).astype(tensor.dtype)

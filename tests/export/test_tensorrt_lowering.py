@@ -278,7 +278,8 @@ def frame_feeds(spec: GraphSpec, batch: int, rng: np.random.Generator) -> dict[s
             return rng.integers(0, noise[-1] + 1, shape)
         return rng.standard_normal(shape)
 
-    sizes = {"batch": batch, "main_ranked": 30, "code_ranked": 30}
+    ranked = {f"{draw}_ranked": min(30, int(spec_of[f"{draw}_noise"].shape[-1])) for draw in ("main", "code")}
+    sizes = {"batch": batch, **ranked}
     return {name: feed(name, t.resolve(sizes)).astype(t.dtype) for name, t in spec_of.items()}
 
 

@@ -133,11 +133,3 @@ def test_a_cache_within_a_graph_that_is_written_to_anywhere_is_refused() -> None
     )
     with pytest.raises(ExportError, match="writes to unknown rows"):
         lowered(model)
-
-
-def test_doubles_become_singles() -> None:
-    model = built(
-        "(float[N] x) => (float[N] y) { d = Cast <to = 11> (x) e = Add (d, third) y = Cast <to = 1> (e) }", third=np.array(1 / 3)
-    )
-    (made, _), x = lowered(model), {"x": np.arange(4, dtype=np.float32)}
-    np.testing.assert_allclose(ran(made, x), ran(model, x), rtol=0, atol=TOLERANCES["lowered"])

@@ -12,12 +12,12 @@ import pytest
 import tiktoken
 import tokenizers
 
-from conftest import CHOSEN, find_golden
 from fishrt.text.tokenizer import Tokenizer
 from fishrt_export.checkpoint.families import FISH_1_5, S1
 from fishrt_export.checkpoint.tokenizer import PATTERN, convert_tiktoken, read_ranks, read_tokenizer
 from fishrt_export.errors import ExportError
 from tiny import GoldenModel
+from vectors import CHOSEN, find_golden
 
 STRINGS = 12000
 PIECES = (

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import CHOSEN, find_golden
 from fishrt.language_model.batch import DualAR
 from fishrt.language_model.sampling import Sampling, audio_ids, main_ids
 from fishrt_engines import Engine
@@ -21,6 +20,7 @@ from fishrt_export.sources.language_model import LanguageModelSource, open_langu
 from helpers_lm import row_of, spoken
 from tiny import GoldenModel, assert_same_table, caches, chunk_feeds, prefill_feeds
 from tolerances import TOLERANCES
+from vectors import CHOSEN, find_golden
 
 pytestmark = pytest.mark.parity
 HEADS = ("audio", "full")

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import tokenizers
 
-from conftest import CHOSEN
 from fishrt.bundle.features import LanguageModel, Quirks, TextCleaning
 from fishrt.language_model.batch import Row
 from fishrt.language_model.prompt import PromptBuilder
@@ -21,6 +20,7 @@ from fishrt.text.clean import clean_text, lost_letters, spaced, unwrap
 from fishrt.text.split import pack_turns, speaker_turns, split_punctuation, with_end
 from fishrt.text.tokenizer import Tokenizer
 from fishrt.voices.voice import Voice
+from vectors import CHOSEN
 
 pytestmark = pytest.mark.parity
 COMPAT = Quirks(text=True, history=True)

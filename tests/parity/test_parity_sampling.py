@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from conftest import CHOSEN
 from fishrt.bundle.features import LanguageModel, RepetitionAware
 from fishrt.language_model.sampling import Sampling, audio_ids, penalised, sample, sample_main
 from helpers_text import filtered, language_model
 from tolerances import TOLERANCES
+from vectors import CHOSEN
 
 pytestmark = pytest.mark.parity
 

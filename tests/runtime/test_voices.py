@@ -266,7 +266,7 @@ BAD_NAMES = "# # a#a #..#.#a/b#a\\b#a\n#.a#a.#a:b#a\ud800#CON#nul.x#a\u202eb".sp
 @pytest.mark.parametrize("name", [*BAD_NAMES, "a" * 256, "é" * 128])
 def test_bad_names(store, name):
     for action in (lambda: store.add(voice(name)), lambda: store.load(name), lambda: store.remove(name)):
-        with pytest.raises(VoiceError, match="cannot be the name"):
+        with pytest.raises(VoiceError, match="cannot be the name" if name else "the voice has no name"):
             action()
     assert not store.folder.exists()
 
