@@ -16,8 +16,8 @@ from .bundle.memory import memory_errors
 from .job import Job, Models
 from .language_model.batch import Batch
 
-MOST_HELD = 8
-"""Turns in a row in which prompts wait for streams that would run dry."""
+MOST_HELD = 1
+"""Turns in a row in which prompts wait for streams that would run dry. Where all run dry, a longer wait helps none of them."""
 
 
 class Turns:
