@@ -19,6 +19,9 @@ from fishrt import TTS
 from fishrt.server.app import create_app
 from fishrt.server.settings import Settings
 
+HERE = {"Host": "127.0.0.1:8080"}
+"""What a client of this machine sends; httpx and Starlette would name a host of their own."""
+
 
 @pytest.fixture(scope="session")
 def voice_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -39,7 +42,7 @@ def start(tts: TTS) -> Iterator[Callable[..., TestClient]]:
 
         def started(own: TTS | None = None, **settings: Any) -> TestClient:
             app = create_app(own or tts, Settings(**settings), closing=False)
-            client = stack.enter_context(TestClient(app, raise_server_exceptions=False))
+            client = stack.enter_context(TestClient(app, headers=HERE, raise_server_exceptions=False))
             while client.get("/health").json()["status"] == "loading":
                 time.sleep(0.01)
             return client

@@ -227,6 +227,45 @@ def test_the_page_itself_may_speak(client: TestClient, host: str, origin: str, s
     assert client.post(SPEECH, json=HI, headers={"Host": host, "Origin": origin}).status_code == status
 
 
+READ = ["/", "/health", "/v1/health", "/v1/voices", "/metrics", "/openapi.json", "/page/main.js", "/nothing"]
+
+
+@pytest.mark.parametrize("path", READ)
+def test_a_page_of_another_name_reads_nothing_of_this_machine(client: TestClient, path: str) -> None:
+    """A name whose owner lets it lead to this machine: what a browser gets there has no Origin, and is a page's to read."""
+    for host in ("rebound.example:8080", "rebound.example", "127.0.0.1.rebound.example", "10.0.0.1:8080", "[fe80::1]", "x"):
+        reply = client.get(path, headers={"Host": host})
+        assert (reply.status_code, error(reply)["code"]) == (403, "host_refused")
+        assert "--api-key" in error(reply)["message"]
+        assert client.post(SPEECH, json=HI, headers={"Host": host}).status_code == 403
+        with pytest.raises(WebSocketDenialResponse), client.websocket_connect("/v1/tts/live", headers={"Host": host}):
+            pass
+
+
+@pytest.mark.parametrize("host", ["localhost", "LOCALHOST:1", "127.0.0.1:8080", "127.9.9.9", "[::1]", "[::1]:8080", ""])
+def test_this_machine_is_answered_by_each_of_its_names(client: TestClient, host: str) -> None:
+    assert client.get("/metrics", headers={"Host": host}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("settings", "host", "status"),
+    [
+        ({"cors_origins": ("https://tts.example",)}, "tts.example", 200),
+        ({"cors_origins": ("https://tts.example:8443",)}, "tts.example", 200),
+        ({"cors_origins": ("https://tts.example",)}, "other.example", 403),
+        ({"cors_origins": ("*",)}, "other.example", 200),
+        ({"api_key": "sesame"}, "tts.example", 200),
+        ({"host": "0.0.0.0"}, "tts.example", 200),
+        ({"host": "localhost"}, "tts.example", 403),
+        ({"host": "::1"}, "tts.example", 403),
+    ],
+)
+def test_the_names_of_a_server_behind_a_proxy(start: Start, settings: dict[str, Any], host: str, status: int) -> None:
+    sent = {"Host": host, "X-Api-Key": "sesame"}
+    assert start(**settings).get("/v1/voices", headers=sent).status_code == status
+    assert start(**settings).post(SPEECH, json=HI, headers={**sent, "Origin": f"https://{host}"}).status_code == status
+
+
 def test_replies_are_what_they_say(client: TestClient) -> None:
     for path in ("/health", "/docs", "/nothing"):
         assert client.get(path).headers["x-content-type-options"] == "nosniff"
@@ -334,7 +373,7 @@ def test_a_model_that_fails_is_told_by_health_until_it_speaks_again(start: Start
 
 
 def test_a_server_that_loads_refuses_with_its_reason(tts: TTS) -> None:
-    client = TestClient(create_app(tts, Settings()))  # not entered: its life has not begun
+    client = TestClient(create_app(tts, Settings()), headers={"Host": "localhost"})  # not entered: its life has not begun
     health = client.get("/health")
     assert (health.status_code, health.json()["status"], bool(health.json()["reason"])) == (503, "loading", True)
     reply = client.post(SPEECH, json=HI)

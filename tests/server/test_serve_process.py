@@ -30,7 +30,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 def upload(key: str, body: bytes) -> bytes:
     """Return the bytes of a request with a multipart body."""
-    head = f"POST /v1/voices HTTP/1.1\r\nHost: x\r\nX-Api-Key: {key}\r\nContent-Length: {len(body)}\r\n"
+    head = f"POST /v1/voices HTTP/1.1\r\nHost: localhost\r\nX-Api-Key: {key}\r\nContent-Length: {len(body)}\r\n"
     return f"{head}Content-Type: multipart/form-data; boundary=b\r\n\r\n".encode() + body
 
 
@@ -132,7 +132,7 @@ def test_a_client_that_goes_away_ends_its_request(server: Server) -> None:
 
 def test_a_client_that_leaves_a_batch_ends_its_items(server: Server) -> None:
     body = json.dumps({"items": [{"input": LONG * 5}] * 12}).encode()
-    head = b"POST /v1/audio/speech/batch HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body)
+    head = b"POST /v1/audio/speech/batch HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(body)
     with server.socket(head + body):
         while outstanding(server) != 8:
             time.sleep(0.02)
@@ -162,7 +162,7 @@ def test_half_sent_requests_hold_nothing_up(server: Server) -> None:
     ],
 )
 def test_headers_that_lie_about_the_body(server: Server, head: bytes, status: int) -> None:
-    with server.socket(b"POST /v1/audio/speech HTTP/1.1\r\nHost: x\r\n" + head + b"\r\n{}") as asked:
+    with server.socket(b"POST /v1/audio/speech HTTP/1.1\r\nHost: localhost\r\n" + head + b"\r\n{}") as asked:
         asked.shutdown(socket.SHUT_WR)
         reply = HTTPResponse(asked)
         reply.begin()
@@ -171,7 +171,7 @@ def test_headers_that_lie_about_the_body(server: Server, head: bytes, status: in
 
 
 def test_a_long_body_in_parts_is_refused_while_it_arrives(server: Server) -> None:
-    with server.socket(b"POST /v1/audio/speech HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n") as asked:
+    with server.socket(b"POST /v1/audio/speech HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n") as asked:
         for _ in range(40):
             asked.sendall(b"100000\r\n" + b"a" * (1 << 20) + b"\r\n")
         assert asked.recv(100).split()[1] == b"413"

@@ -94,4 +94,4 @@ def start(*options: str, log: Any = subprocess.PIPE, **variables: str) -> subpro
 def speech(text: str = "Hi.", **fields: Any) -> bytes:
     """Return the bytes of a whole request for speech."""
     body = json.dumps({"input": text, "seed": 1, "response_format": "pcm", **fields}).encode()
-    return b"POST /v1/audio/speech HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)
+    return b"POST /v1/audio/speech HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)

@@ -54,7 +54,8 @@ from .base.streams import emit
     multiple=True,
     envvar="FISHRT_CORS_ORIGIN",
     metavar="ORIGIN",
-    help='Origin of web pages that may use it, such as https://example.com; "*" is every one.  [default: only its page]',
+    help="Origin of web pages that may use it, and address by which it may be asked through a proxy, such as "
+    'https://example.com; "*" is every one.  [default: only its page]',
 )
 @click.option("--strict-voices", is_flag=True, help="OpenAI's names of voices (alloy, …) are unknown.")
 @click.option(

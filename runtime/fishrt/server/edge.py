@@ -1,6 +1,6 @@
 """What happens to every request before and after its route: path, id, key, bounds of the body, log.
 
-client ─► canonical path ─► request id ─► origin ─► key ─► bounded body ─► route ─► safe headers ─► client
+client ─► canonical path ─► request id ─► host, origin ─► key ─► bounded body ─► route ─► safe headers ─► client
 """
 
 from __future__ import annotations
@@ -55,7 +55,10 @@ class Edge:
         self._app, self._settings, self._metrics = app, service.settings, service.metrics
         settings = service.settings
         self._key = settings.api_key.encode() if settings.api_key else None
-        self._local = _is_loopback(settings.host)
+        self._only_here = self._key is None and _is_loopback(settings.host)
+        """Whether nobody but this machine is to reach the server."""
+        self._named = {_name(_host(origin)) for origin in settings.cors_origins}
+        """Hosts of the pages that may use the server."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle a request, or pass on the events of the application's life."""
@@ -69,6 +72,7 @@ class Edge:
         if scope["path"] in self._paths:
             exchange.path = scope["path"]
         try:
+            self._check_host(headers)
             self._check_origin(scope, headers)
             self._check_key(scope, headers)
             exchange.check_length(headers)
@@ -106,14 +110,28 @@ class Edge:
             what = "the API key is wrong" if any(given) else "an API key is needed: Authorization: Bearer KEY"
             raise Problem(401, what, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
 
+    def _check_host(self, headers: Headers) -> None:
+        """Check that a server for this machine alone is asked by a name of it. Raises Problem 403.
+
+        The owner of another name can let it lead to this machine. For a browser, pages of that name are then pages of this
+        server, and may read every reply.
+        """
+        name = _name(headers.get("host", ""))
+        if not self._only_here or not name or _is_loopback(name) or name in self._named or "*" in self._settings.cors_origins:
+            return
+        raise Problem(
+            403,
+            "a server without a key answers to names of this machine only, such as localhost; "
+            "start it with --api-key, or with the public address: --cors-origin https://NAME",
+            code="host_refused",
+        )
+
     def _check_origin(self, scope: Scope, headers: Headers) -> None:
         """Check that no web page of another site makes a browser change or start something. Raises Problem 403."""
         origin, allowed = headers.get("origin"), self._settings.cors_origins
         if origin is None or (scope["type"] == "http" and scope["method"] in ("GET", "HEAD", "OPTIONS")):
             return
-        host = headers.get("host", "")
-        own = origin.partition("://")[2] == host and (self._key is not None or not self._local or _is_loopback(_name(host)))
-        if not own and origin not in allowed and "*" not in allowed:
+        if _host(origin) != headers.get("host", "-") and origin not in allowed and "*" not in allowed:
             raise Problem(
                 403, "a web page of this origin may not use the server; start it with --cors-origin", code="origin_refused"
             )
@@ -240,9 +258,14 @@ def _request_id(given: str) -> str:
     return re.sub(r"[^A-Za-z0-9._:+/=-]", "", given)[:128] or f"req_{secrets.token_hex(12)}"
 
 
+def _host(origin: str) -> str:
+    """Return what a Host header has for an origin."""
+    return origin.partition("://")[2]
+
+
 def _name(host: str) -> str:
     """Return the name in a Host header, without the port and the brackets of IPv6."""
-    return re.sub(r":\d*$", "", host).strip("[]")
+    return re.sub(r":\d*$", "", host).strip("[]").lower()
 
 
 def _is_loopback(host: str) -> bool:

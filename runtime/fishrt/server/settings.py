@@ -17,7 +17,8 @@ class Settings:
         max_queue: requests that may wait. The next one is refused with 429.
         max_active: requests that speak at the same time.
         max_text_length: longest text of a request, in characters; 0: any length that fits in a body.
-        cors_origins: origins of web pages that may use the server, such as "https://example.com"; "*" is every one.
+        cors_origins: origins of web pages that may use the server, such as "https://example.com"; "*": all. Without a key,
+            a server on a loopback address is asked by names of this machine or by the hosts of these.
         strict_voices: whether OpenAI's names of voices are unknown, unless there is a voice of that name.
         pcm_rate: sample rate of raw samples if a request names none, in Hz; None: the model's, or 24 kHz for OpenAI's models.
         media_dir: folder below which requests may name recordings by `file:`; None: nowhere.
