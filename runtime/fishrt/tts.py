@@ -36,19 +36,19 @@ from .bundle.graphs import BundleGraphs
 from .bundle.memory import check_memory, estimate, memory_errors
 from .codec import CodecDecoder, CodecEncoder
 from .errors import ArgumentError, FishrtError
-from .job import ChunkSizes, Job, Models
 from .language_model.batch import DualAR
 from .language_model.context import ContextStore, prepare, prepared_path
 from .language_model.prompt import PromptBuilder
 from .language_model.sampling import Sampling
 from .request import Options, Request, Task, VoiceLike, check_type
-from .scheduler import ScheduledStream, Scheduler
+from .speaking.job import ChunkSizes, Job, Models
+from .speaking.scheduler import ScheduledStream, Scheduler
+from .speaking.stream import AsyncSpeechStream, SpeechStream, chunk_sizes, whole_chunks
+from .speaking.turns import Turns
+from .speaking.warnings import text_warnings
 from .speech import Progress, Speech
-from .speech_warnings import text_warnings
-from .stream import AsyncSpeechStream, SpeechStream, chunk_sizes, whole_chunks
 from .text.split import check_speakers, speaker_turns
 from .text.tokenizer import Tokenizer
-from .turns import Turns
 from .voices.known import KnownVoices
 from .voices.loudness import Loudness, voice_loudness
 from .voices.store import VoiceStore, user_folder

@@ -18,12 +18,12 @@ from hypothesis import strategies as st
 
 from fishrt import TTS, Request, Sampling, Speech
 from fishrt.errors import ArgumentError, BusyError, FishrtError, GraphError, PromptError, TimeLimitError, UnfinishedError
-from fishrt.job import Spoken
-from fishrt.known_speech import KnownSpeech
-from fishrt.scheduler import ScheduledStream, Scheduler
+from fishrt.speaking.job import Spoken
+from fishrt.speaking.known import KnownSpeech
+from fishrt.speaking.scheduler import ScheduledStream, Scheduler
+from fishrt.speaking.stream import SpeechStream, growing_chunks, whole_chunks
+from fishrt.speaking.turns import Turns
 from fishrt.speech import Progress
-from fishrt.stream import SpeechStream, growing_chunks, whole_chunks
-from fishrt.turns import Turns
 
 TEXTS = ("Good morning.", "One, two, three. And four!", "The birch canoe slid on the smooth planks. Glue the sheet.")
 
@@ -315,7 +315,7 @@ def test_any_number_of_readers_may_stall(tts: TTS) -> None:
 
 
 def test_what_is_parked_is_bounded(tts: TTS, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fishrt.scheduler.PARKED_BYTES", 1)
+    monkeypatch.setattr("fishrt.speaking.scheduler.PARKED_BYTES", 1)
     scheduler = Scheduler(tts, max_active=1, known_bytes=0)
     stalled = [scheduler.submit(request(2, max_frames=400), most_buffered_s=0.2) for _ in range(3)]
     until(lambda: stalled[1]._job.paused)

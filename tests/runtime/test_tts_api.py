@@ -27,8 +27,8 @@ from fakes import FakeEngine, fake_bundle, fake_engines
 from fishrt import TTS, AudioChunk, Bundle, FishrtError, Sampling, Speech, Voice
 from fishrt.bundle.features import Reads
 from fishrt.errors import ArgumentError, AudioError, GraphError, OutputError, PromptError, UnfinishedError
+from fishrt.speaking.warnings import piece_warnings
 from fishrt.speech import PieceInfo, Progress, SpeechInfo, Timings
-from fishrt.speech_warnings import piece_warnings
 from helpers_text import language_model, manifest, voice
 
 LM = language_model()
@@ -215,7 +215,7 @@ def test_the_log_tells_what_is_done(tts: TTS, caplog: pytest.LogCaptureFixture) 
         tts.speak("Hello!", seed=1)
         tts.speak("Hello!", seed=1)
     told = [(record.name, record.getMessage()) for record in caplog.records]
-    assert [name for name, _ in told] == ["fishrt.language_model.context", "fishrt.stream"] * 2
+    assert [name for name, _ in told] == ["fishrt.language_model.context", "fishrt.speaking.stream"] * 2
     assert [text.rpartition(" ")[2] for name, text in told if name == "fishrt.language_model.context"] == ["read", "known"]
     assert told[1][1].startswith("spoke 1 pieces: 1.00 s of speech in ")
 

@@ -15,7 +15,7 @@ from fishrt import TTS
 from fishrt.bundle.features import DecodeContext
 from fishrt.errors import ArgumentError
 from fishrt.request import Mode
-from fishrt.stream import chunk_sizes, growing_chunks
+from fishrt.speaking.stream import chunk_sizes, growing_chunks
 from helpers_text import language_model, manifest
 
 LM = language_model()

@@ -19,7 +19,7 @@ from fishrt.server.app import create_app
 from fishrt.server.edge import MOST_BYTES, canonical
 from fishrt.server.problems import problem
 from fishrt.server.settings import Settings
-from fishrt.turns import Turns
+from fishrt.speaking.turns import Turns
 
 Start = Callable[..., TestClient]
 SPEECH = "/v1/audio/speech"

@@ -18,10 +18,10 @@ from fastapi import WebSocket
 from websockets.sync.client import connect as websocket
 
 from fishrt import TTS, FishrtError
-from fishrt.scheduler import ScheduledStream
 from fishrt.server import edge, run
 from fishrt.server.app import create_app
 from fishrt.server.settings import Settings
+from fishrt.speaking.scheduler import ScheduledStream
 from serving import LONG, speech
 
 pytestmark = pytest.mark.slow  # it waits

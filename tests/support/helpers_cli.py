@@ -16,9 +16,9 @@ import fishrt.tts
 from fishrt.cli import main
 from fishrt.errors import PromptError
 from fishrt.language_model.context import prepared_path
+from fishrt.speaking.stream import SpeechStream
+from fishrt.speaking.warnings import piece_warnings
 from fishrt.speech import AudioChunk, PieceInfo, Progress, Speech, SpeechInfo, Timings
-from fishrt.speech_warnings import piece_warnings
-from fishrt.stream import SpeechStream
 from fishrt.voices.loudness import Loudness
 from fishrt.voices.store import VoiceStore, find_voice, user_folder
 from helpers_text import bundle_folder, voice

@@ -172,7 +172,7 @@ def measure_requests(tts: TTS, request: BenchRequest) -> dict[str, Any]:
 @contextmanager
 def _cut_off() -> Iterator[None]:
     """Drop the warnings of requests: the limit of frames cuts them off on purpose."""
-    logger = logging.getLogger("fishrt.stream")
+    logger = logging.getLogger("fishrt.speaking.stream")
     logger.addFilter(_below_warning)
     try:
         yield

@@ -33,8 +33,8 @@ from .base.streams import muted
 if TYPE_CHECKING:
     from ..arrays import Pcm
     from ..request import VoiceLike
+    from ..speaking.stream import SpeechStream
     from ..speech import AudioChunk, Progress, SpeechInfo
-    from ..stream import SpeechStream
     from ..tts import TTS
 
 
@@ -339,7 +339,7 @@ def _speak_lines(tts: TTS, texts: dict[int, str], target: _Target, request: dict
         path = str(folder / f"{number:04}.{suffix}")
         try:
             check_text(text)
-            with muted("fishrt.stream"):  # its warnings are in `info`
+            with muted("fishrt.speaking.stream"):  # its warnings are in `info`
                 info = dataclasses.replace(target, output=path, lines=False).speak(tts, text, request)
         except FishrtError as error:
             if type(error) not in (FishrtError, PromptError, UnfinishedError):  # every line would have it

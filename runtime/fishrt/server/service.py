@@ -11,8 +11,8 @@ from functools import cached_property
 from ..bundle.manifest import MANIFEST
 from ..errors import FishrtError
 from ..request import Request
-from ..scheduler import ScheduledStream, Scheduler
-from ..stream import whole_chunks
+from ..speaking.scheduler import ScheduledStream, Scheduler
+from ..speaking.stream import whole_chunks
 from ..tts import TTS
 from .metrics import Metrics
 from .problems import Problem

@@ -12,9 +12,9 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from .bundle.memory import memory_errors
+from ..bundle.memory import memory_errors
+from ..language_model.batch import Batch
 from .job import Job, Models
-from .language_model.batch import Batch
 
 MOST_HELD = 1
 """Turns in a row in which prompts wait for streams that would run dry. Where all run dry, a longer wait helps none of them."""

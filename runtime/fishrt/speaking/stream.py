@@ -10,10 +10,10 @@ from collections.abc import AsyncIterator, Callable, Iterator
 
 import numpy as np
 
-from .errors import FishrtError, UnfinishedError
+from ..errors import FishrtError, UnfinishedError
+from ..request import Mode
+from ..speech import AudioChunk, PieceInfo, Speech, SpeechInfo, Timings
 from .job import ChunkSizes, Job
-from .request import Mode
-from .speech import AudioChunk, PieceInfo, Speech, SpeechInfo, Timings
 
 log = logging.getLogger(__name__)
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from .bundle.manifest import Manifest
-from .language_model.prompt import DIALECTS
-from .speech import PieceInfo
-from .text.reading import unread
-from .text.split import excerpt, speaker_turns
+from ..bundle.manifest import Manifest
+from ..language_model.prompt import DIALECTS
+from ..speech import PieceInfo
+from ..text.reading import unread
+from ..text.split import excerpt, speaker_turns
 
 
 def text_warnings(text: str, voices: int, manifest: Manifest) -> Iterator[str]:

@@ -24,11 +24,11 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Self
 
-from .errors import ArgumentError, BusyError, FishrtError, TimeLimitError
+from ..errors import ArgumentError, BusyError, FishrtError, TimeLimitError
+from ..request import Request, check_type
+from ..speech import AudioChunk, Progress, Speech
 from .job import MOST_BUFFERED_S, ChunkSizes, Job, Models, Speaker
-from .known_speech import KNOWN_BYTES, KnownSpeech
-from .request import Request, check_type
-from .speech import AudioChunk, Progress, Speech
+from .known import KNOWN_BYTES, KnownSpeech
 from .stream import SpeechStream, chunk_sizes, whole_chunks
 from .turns import Turns
 

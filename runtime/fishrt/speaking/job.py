@@ -13,19 +13,19 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from .arrays import Ints
-from .audio.speed import Stretcher
-from .bundle.features import Codec, LanguageModel
-from .bundle.manifest import Manifest
-from .codec import CodecDecoder, clamp_codes
-from .errors import ArgumentError, FishrtError
-from .language_model.batch import DualAR, Parked, Row, StopReason
-from .language_model.context import ContextStore
-from .language_model.sampling import SeededNoise
-from .metrics import rtf
-from .request import Request, Task
-from .speech import AudioChunk, PieceInfo, Progress, SpeechInfo, Timings
-from .speech_warnings import piece_warnings
+from ..arrays import Ints
+from ..audio.speed import Stretcher
+from ..bundle.features import Codec, LanguageModel
+from ..bundle.manifest import Manifest
+from ..codec import CodecDecoder, clamp_codes
+from ..errors import ArgumentError, FishrtError
+from ..language_model.batch import DualAR, Parked, Row, StopReason
+from ..language_model.context import ContextStore
+from ..language_model.sampling import SeededNoise
+from ..metrics import rtf
+from ..request import Request, Task
+from ..speech import AudioChunk, PieceInfo, Progress, SpeechInfo, Timings
+from .warnings import piece_warnings
 
 ChunkSizes = Callable[[int, int], Iterator[int]]
 """Least and most frames of a useful chunk → frames of each chunk."""
