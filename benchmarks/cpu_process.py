@@ -61,8 +61,8 @@ def main(what: str, bundle: Path, checkpoint: Path, frames: int, threads: int | 
 def _measure(bundle: Bundle, engines: Any, decode: Any, frames: int, *, codec: bool) -> dict[str, Any]:
     manifest = bundle.manifest
     found = measure_frames(bundle, engines, TEXT, frames)
-    found["prefill"] = measure_prefill(manifest.model, engines["slow_ar"])
-    found["contexts"] = measure_contexts(manifest.model, engines["slow_ar"])
+    found["prefill"] = measure_prefill(manifest.language_model, engines["slow_ar"])
+    found["contexts"] = measure_contexts(manifest.language_model, engines["slow_ar"])
     if codec:
         found["codec"] = measure_codec(manifest.codec, decode)
     return found
@@ -70,7 +70,7 @@ def _measure(bundle: Bundle, engines: Any, decode: Any, frames: int, *, codec: b
 
 def _measure_texts(bundle: Bundle, counts: list[int], threads: int | None) -> dict[str, Any]:
     tts, voice, rows, manifest = TTS.load(bundle, threads=threads), bench_voice(bundle), [], bundle.manifest
-    prompts = PromptBuilder(Tokenizer.load(bundle.file(manifest.tokenizer)), manifest.model)
+    prompts = PromptBuilder(Tokenizer.load(bundle.tokenizer), manifest.language_model)
     tts.speak(TEXT, voice=voice, seed=0, max_frames=4)
     for count in counts:
         text = " ".join([TEXT] * count)

@@ -43,7 +43,7 @@ Outputs = dict[str, Array]
 
 def compare_slow_ar(tts: TTS, checkpoint: Path, device: str) -> dict[str, Any]:
     """Compare a prefill and single columns: logits, hidden, and the caches at the end."""
-    lm, prompt = tts.bundle.manifest.model, bench_prompt(tts.bundle, TEXT)
+    lm, prompt = tts.bundle.manifest.language_model, bench_prompt(tts.bundle, TEXT)
     columns = _random_columns(lm, STEPS)
     return _compare(
         _slow_outputs(tts.engines["slow_ar"], lm, prompt, columns),
@@ -53,7 +53,7 @@ def compare_slow_ar(tts: TTS, checkpoint: Path, device: str) -> dict[str, Any]:
 
 def compare_fast_ar(tts: TTS, checkpoint: Path, device: str) -> dict[str, Any]:
     """Compare the logits of every code of a frame with given codes."""
-    lm = tts.bundle.manifest.model
+    lm = tts.bundle.manifest.language_model
     width = next(t.shape[1] for t in tts.bundle.manifest.specs["fast_ar"].feeds if t.name == "hidden")
     hidden = np.random.default_rng(1).standard_normal((1, int(width))).astype(np.float32)
     codes = _random_columns(lm, 1)[1:, 0]
@@ -81,7 +81,7 @@ def compare_drawing(tts: TTS, frame: Engine) -> dict[str, Any]:
 
 def compare_known_voice(tts: TTS) -> dict[str, Any]:
     """Compare the logits behind a voice that is read and behind the same voice as it is kept, and the times for both in ms."""
-    lm, slow, store = tts.bundle.manifest.model, tts.engines["slow_ar"], ContextStore()
+    lm, slow, store = tts.bundle.manifest.language_model, tts.engines["slow_ar"], ContextStore()
     head, rest = _random_columns(lm, min(_VOICE, lm.max_seq_len // 4)), _random_columns(lm, 1)
     logits, times = [], []
     for _ in range(3):  # the second copy is without first-time costs
@@ -187,7 +187,7 @@ def _fast_outputs(engine: Engine, lm: LanguageModel, hidden: Array, codes: Ints)
 
 
 def _draw_both(tts: TTS, frame: Engine, steps: Engine, sampling: Sampling) -> dict[str, Any]:
-    lm, prompt = tts.bundle.manifest.model, bench_prompt(tts.bundle, TEXT)
+    lm, prompt = tts.bundle.manifest.language_model, bench_prompt(tts.bundle, TEXT)
     resolved = sampling.resolve(lm.sampling)
     drawers = [kind(engine, lm, 1) for kind, engine in ((StepDrawer, steps), (FrameDrawer, frame))]
     rows = [Draws(lm, resolved, SeededNoise(0), USUAL) for _ in drawers]

@@ -194,7 +194,7 @@ def _batches(found: Findings, bundle: Bundle, provider: str, frames: int, most: 
     slow, frame = tts.engines["slow_ar"], open_frame(tts)
     found.put("load_s", round(time.perf_counter() - begun, 3))
     if slow.traits.parts_states:
-        found.attempt("slots_s", lambda: _slots(DualAR(slow, frame, bundle.manifest.model)))
+        found.attempt("slots_s", lambda: _slots(DualAR(slow, frame, bundle.manifest.language_model)))
     batch = 1
     while batch <= most:
         # Larger batches would fail, too, after a long time.
@@ -225,7 +225,7 @@ def measure_batch(slow: Engine, frame: Engine, bundle: Bundle, batch: int, frame
     frame_call: each alone, with its results on the host. frame_call_most_ranked: with as many candidates ranked as it ever does.
     """
     manifest = bundle.manifest
-    lm, rate = manifest.model, manifest.codec.frame_rate
+    lm, rate = manifest.language_model, manifest.codec.frame_rate
     steps = 2 * (WARM_UP + frames)
     start = max(0, min(CONTEXT, lm.max_seq_len - steps))
     rows = min(lm.max_seq_len, start + max(FIRST_FRAMES, steps))
@@ -318,7 +318,7 @@ def _weights(bundle: Bundle, provider: str) -> dict[str, int]:
     manifest = bundle.manifest
     width = 4.0 if _precision(bundle, provider) == "float32" else 2.0
     slow, fast = (bytes_read(bundle.file(manifest.specs[role].file), width) for role in ("slow_ar", "fast_ar"))
-    steps = drawn_codes(manifest.model)
+    steps = drawn_codes(manifest.language_model)
     return {"slow_bytes": slow, "fast_bytes": fast, "fast_steps": steps, "frame_bytes": round(frame_bytes(slow, fast, steps))}
 
 
@@ -333,7 +333,7 @@ def _speech(found: Findings, bundle: Bundle, provider: str, frames: int) -> None
 
 
 def _turn(found: Findings, side: str, bundle: Bundle, checkpoint: Path, provider: str, device: str, frames: int) -> None:
-    lm = bundle.manifest.model
+    lm = bundle.manifest.language_model
     if side == "ours":
         tts = TTS.load(bundle, provider=provider)
         bundle, decode = tts.bundle, tts.decode

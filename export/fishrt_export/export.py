@@ -119,9 +119,9 @@ def _planned(checkpoint: Path, out: Path, options: Options) -> _Plan:
     if options.codec_int8:
         check_codec(codec.kind)
     manifest = _draft(checkpoint, language_model, codec, jobs, options)
-    warn_of_unknown_codes(manifest.model, codec.config.codebook_sizes[0])
+    warn_of_unknown_codes(manifest.language_model, codec.config.codebook_sizes[0])
     framed = not {"cuda", "tensorrt"}.isdisjoint(options.targets)
-    frame = language_model.frame_job(manifest.model, by_role["fast_ar"].plan) if framed else None
+    frame = language_model.frame_job(manifest.language_model, by_role["fast_ar"].plan) if framed else None
     check_memory(BASE_MEMORY + max(job.need() for job in (*jobs, *filter(None, [frame]))), f"exporting {checkpoint}")
     tokenizer = language_model.tokenizer.encode()
     references = check_references(checkpoint, Bundle(out, manifest), Tokenizer.from_json(tokenizer))

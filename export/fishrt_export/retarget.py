@@ -142,7 +142,7 @@ def _compared(form: Form, graph: Graph, folder: Path, expected: list[tuple[Case,
 
 
 def _cases(role: str, manifest: Manifest) -> list[Case]:
-    lm, codec, specs = manifest.model, manifest.codec, manifest.specs
+    lm, codec, specs = manifest.language_model, manifest.codec, manifest.specs
     if role == "slow_ar":
         return slow_ar_cases(lm, AudioIds(range(lm.semantic_begin_id, lm.semantic_end_id + 1), lm.end_id))
     if role == "fast_ar":

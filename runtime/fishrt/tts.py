@@ -248,7 +248,8 @@ class TTS:
         With fewer rows than codebooks the sound is coarser. Raises VoiceError for codes that are not this codec's.
         """
         with memory_errors():
-            return self._decoder().decode(codes, quirks=Quirks.of(self.bundle.manifest.model) if upstream_compat else USUAL)
+            quirks = Quirks.of(self.bundle.manifest.language_model) if upstream_compat else USUAL
+            return self._decoder().decode(codes, quirks=quirks)
 
     @property
     def voices(self) -> tuple[str, ...]:
@@ -306,8 +307,7 @@ class TTS:
 
     @cached_property
     def _prompts(self) -> PromptBuilder:
-        manifest = self.bundle.manifest
-        return PromptBuilder(Tokenizer.load(self.bundle.file(manifest.tokenizer)), manifest.model)
+        return PromptBuilder(Tokenizer.load(self.bundle.tokenizer), self.bundle.manifest.language_model)
 
     @cached_property
     def _codec_start(self) -> Mapping[str, Array]:
@@ -320,7 +320,7 @@ class TTS:
         """Return the task of a request after all checks that need no graph."""
         manifest, provider, prompts = self.bundle.manifest, self.provider, self._prompts
         max_frames = request.limit(manifest.codec)
-        quirks = Quirks.of(manifest.model) if request.upstream_compat else USUAL
+        quirks = Quirks.of(manifest.language_model) if request.upstream_compat else USUAL
         pieces = prompts.split(request.text, quirks=quirks)
         voices = self._voices(request)
         if voices and not quirks.text:
@@ -332,7 +332,7 @@ class TTS:
             pieces=pieces,
             voices=tuple(v.name for v in voices),
             conversation=conversation,
-            sampling=(request.sampling or Sampling()).resolve(manifest.model.sampling),
+            sampling=(request.sampling or Sampling()).resolve(manifest.language_model.sampling),
             seed=secrets.randbits(32) if request.seed is None else int(request.seed),
             max_frames=max_frames,
             quirks=quirks,
@@ -355,7 +355,7 @@ class TTS:
         for v in voices:
             v.check(self.bundle)
         # The codec may have more codebooks than the model.
-        return [replace(v, codes=v.codes[: self.bundle.manifest.model.num_codebooks]) for v in voices]
+        return [replace(v, codes=v.codes[: self.bundle.manifest.language_model.num_codebooks]) for v in voices]
 
     def _take_prepared(self, name: str, voice: Voice) -> None:
         """Load the keys and values that `prepare` wrote next to the voice, if there are any."""
@@ -389,7 +389,7 @@ class TTS:
     def models(self) -> Models:
         """Open the graphs that speaking needs."""
         manifest, engines = self.bundle.manifest, self.engines
-        self._model = self._model or DualAR(engines["slow_ar"], engines["fast_ar"], manifest.model)
+        self._model = self._model or DualAR(engines["slow_ar"], engines["fast_ar"], manifest.language_model)
         return Models(self._model, self._decoder(), manifest.codec, self._contexts)
 
     def gain(self, task: Task) -> float:

@@ -117,7 +117,7 @@ class _Listener:
 
     def __init__(self, bundle: Bundle, tokenizer: Tokenizer) -> None:
         self.bundle = bundle
-        self._prompts = PromptBuilder(tokenizer, bundle.manifest.model)
+        self._prompts = PromptBuilder(tokenizer, bundle.manifest.language_model)
 
     def encode(self, _pcm: npt.NDArray[np.float32], _rate: int) -> npt.NDArray[np.int64]:
         """Return one frame of zeros."""

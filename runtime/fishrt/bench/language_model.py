@@ -41,9 +41,9 @@ def measure_frames(bundle: Bundle, engines: Mapping[str, TimedEngine], text: str
     """
     manifest = bundle.manifest
     slow, fast = engines["slow_ar"], engines["fast_ar"]
-    model = DualAR(slow, fast, manifest.model)
+    model = DualAR(slow, fast, manifest.language_model)
     prompt = bench_prompt(bundle, text)
-    sampling = Sampling().resolve(manifest.model.sampling)
+    sampling = Sampling().resolve(manifest.language_model.sampling)
     spent: list[float] = []
     loops: list[float] = []
     slow_steps: list[float] = []
@@ -87,7 +87,7 @@ def measure_batches(
 
     Raises FishrtError if the model ends at once with every seed.
     """
-    lm, prompt = bundle.manifest.model, bench_prompt(bundle, text)
+    lm, prompt = bundle.manifest.language_model, bench_prompt(bundle, text)
     model = DualAR(engines["slow_ar"], engines["fast_ar"], lm)
     sampling, found = Sampling().resolve(lm.sampling), []
     for size in sizes:

@@ -76,7 +76,7 @@ def bench(bundle: Bundle, request: BenchRequest, progress: Progress = lambda *_:
     found |= measure_frames(bundle, engines, request.text, request.frames)
     found["batches"] = measure_batches(bundle, engines, request.text, request.frames, request.batch)
     progress("prefill and contexts", 0.54)
-    lm, slow = bundle.manifest.model, engines["slow_ar"]
+    lm, slow = bundle.manifest.language_model, engines["slow_ar"]
     found |= {"prefill": measure_prefill(lm, slow), "contexts": measure_contexts(lm, slow)}
     progress("codec", 0.55)
     found["codec"] = measure_codec(bundle.manifest.codec, tts.decode, tts.encode)
@@ -95,7 +95,7 @@ def _describe(bundle: Bundle) -> dict[str, Any]:
         "name": manifest.name,
         "precision": {role: graph.precision for role, graph in manifest.graphs.items()},
         "bytes": manifest.total_bytes,
-        "codebooks": manifest.model.num_codebooks,
+        "codebooks": manifest.language_model.num_codebooks,
         "frame_rate": manifest.codec.frame_rate,
     }
 

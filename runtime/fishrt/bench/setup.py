@@ -51,8 +51,8 @@ _PACKAGES = ("fishrt", "numpy", "onnxruntime", "tokenizers")
 def bench_prompt(bundle: Bundle, text: str) -> Ints:
     """Return the prompt for the first piece of a text in `bench_voice`: int64 [1 + C, length]. Raises PromptError."""
     manifest, voice = bundle.manifest, bench_voice(bundle)
-    lm = manifest.model
-    prompts = PromptBuilder(Tokenizer.load(bundle.file(manifest.tokenizer)), lm)
+    lm = manifest.language_model
+    prompts = PromptBuilder(Tokenizer.load(bundle.tokenizer), lm)
     heard = replace(voice, codes=voice.codes[: lm.num_codebooks])  # the codec may have more codebooks than the model
     return prompts.start([heard], None).user(prompts.split(text)[0])
 
@@ -67,7 +67,7 @@ def bench_voice(bundle: Bundle) -> Voice:
 
 def made_up_voice(manifest: Manifest, seed: int) -> Voice:
     """Return a voice of random codes. Voices of different seeds begin differently."""
-    codec, lm = manifest.codec, manifest.model
+    codec, lm = manifest.codec, manifest.language_model
     frames = max(1, min(round(SECONDS * codec.frame_rate), lm.max_prompt // _SHARE))
     # Codes that both the codec and the model's tables have.
     sizes = [min(size, lm.codebook_width - lm.code_offset) for size in codec.codebook_sizes]

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from numbers import Integral, Real
+from typing import Literal
 
-KINDS = ("dual_ar",)
 HEADS = ("audio", "full")
 MAIN_TOKENS = ("audio", "any")
 CODE_ZERO = ("main", "fast")
@@ -121,8 +121,7 @@ class Reads:
 class LanguageModel:
     """Ids and rules of the dual-AR model."""
 
-    kind: str
-    """Kind of model: "dual_ar"."""
+    kind: Literal["dual_ar"]
     num_codebooks: int
     """If the codec has more, the model uses the first ones."""
     codebook_width: int
@@ -185,7 +184,6 @@ class LanguageModel:
         }
         yield from (f"{name} is {count}, below 1" for name, count in counts.items() if count < 1)
         choices = (
-            ("kind", self.kind, KINDS),
             ("head", self.head, HEADS),
             ("main_tokens", self.main_tokens, MAIN_TOKENS),
             ("code_zero", self.code_zero, CODE_ZERO),
@@ -235,13 +233,14 @@ class DecodeContext:
 
 @dataclass(frozen=True, slots=True)
 class Codec:
-    """Waveform ↔ codes."""
+    """Waveform ↔ codes, or ↔ latents."""
 
     sample_rate: int
     """Hz."""
     hop: int
     """Samples per frame."""
     codebook_sizes: tuple[int, ...]
+    """Empty: the codec has latents."""
     max_frames: int
     """Longest sequence that the graphs take, in frames."""
     min_samples: int
@@ -252,6 +251,8 @@ class Codec:
     """None: a frame depends on every earlier one."""
     fingerprint: str
     """SHA-256 over the codec's weights and sizes; voices of another codec raise an error."""
+    channels: int | None = None
+    """Numbers of one latent frame. None: the codec has codes."""
 
     @property
     def frame_rate(self) -> float:
@@ -266,9 +267,12 @@ class Codec:
             "max_frames": self.max_frames,
             "min_samples": self.min_samples,
             "sample_multiple": self.sample_multiple,
+            **({} if self.channels is None else {"channels": self.channels}),
             **{f"codebook_sizes[{n}]": size for n, size in enumerate(self.codebook_sizes)},
         }
         yield from (f"{name} is {count}, below 1" for name, count in counts.items() if count < 1)
+        if bool(self.codebook_sizes) == (self.channels is not None):
+            yield f"channels is {self.channels} with {len(self.codebook_sizes)} codebook_sizes; a codec has latents or codes"
         if self.context and min(self.context.left, self.context.ahead) < 0:
             yield f"context is {self.context.left} and {self.context.ahead} frames, below 0"
         if self.context and self.context.left + self.context.ahead >= self.max_frames:

@@ -50,7 +50,7 @@ class Bundle:
                 found = "is missing" if size is None else f"has {size:,} bytes instead of {entry.bytes:,}"
                 raise BundleError(f"{file} {found}", hint=AGAIN)
         graphs = [file for graph in bundle.manifest.graphs.values() for file in graph.files]
-        wanted = [bundle.manifest.tokenizer, *graphs]
+        wanted = [*filter(None, [bundle.manifest.tokenizer]), *graphs]
         if missing := [name for name in wanted if name not in bundle.manifest.files]:
             raise BundleError(f"{MANIFEST} names files that it does not list: {', '.join(missing)}", hint=AGAIN)
         weights = {f"{file}.data" for file in graphs}
@@ -72,6 +72,13 @@ class Bundle:
         if pure.is_absolute() or ".." in pure.parts or not pure.parts:
             raise BundleError(f"{MANIFEST} names a file outside the bundle: {name!r}", hint=AGAIN)
         return self.path.joinpath(*pure.parts)
+
+    @property
+    def tokenizer(self) -> Path:
+        """The file of a language model's tokenizer. Raises BundleError for a model of another kind, whose tokens are bytes."""
+        if self.manifest.tokenizer is None:
+            raise BundleError(f"{self.manifest.name} has no tokenizer: its tokens are bytes")
+        return self.file(self.manifest.tokenizer)
 
     def verify(self, progress: Callable[[int], None] = lambda _: None) -> None:
         """Hash every file; `progress` receives the bytes of each piece. Raises BundleError that names the first altered one."""

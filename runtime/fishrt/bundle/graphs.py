@@ -117,7 +117,7 @@ def within_plans(bundle: Bundle) -> Bundle:
     with _hints(bundle, "tensorrt"):
         built = find_built(bundle.file(spec.file), spec).key.lowering.max_len
     assert built is not None  # the slow AR's caches have a length
-    return replace(bundle, manifest=replace(manifest, model=with_positions(manifest.model, built)))
+    return replace(bundle, manifest=replace(manifest, model=with_positions(manifest.language_model, built)))
 
 
 def with_positions(lm: LanguageModel, positions: int) -> LanguageModel:

@@ -17,14 +17,19 @@ from fishrt_engines import GraphSpec
 from fishrt_engines.providers import PROVIDERS
 
 from ..errors import BundleError
+from .diffusion import Diffusion
 from .features import Codec, LanguageModel
 from .quantisation import Quantisation
 from .strict import AGAIN, parse_dataclass
 
 SCHEMA = 4
 MANIFEST = "manifest.json"
-ROLES: Mapping[str, tuple[str, ...]] = {"dual_ar": ("slow_ar", "fast_ar", "codec_encode", "codec_decode")}
-"""Roles of the graphs by the kind of model."""
+_CODEC = ("codec_encode", "codec_decode")
+ROLES: Mapping[str, tuple[str, ...]] = {
+    "dual_ar": ("slow_ar", "fast_ar", *_CODEC),
+    "diffusion": ("text_cond", "speaker_cond", "latent_cond", "schedule", "denoise", *_CODEC),
+}
+"""Roles of the graphs by the kind of model. Only a blockwise diffusion model has latent_cond."""
 PRECISIONS = ("fp32", "fp16", "int8", "int4")
 """Formats of stored weights. fp32: as in the checkpoint, maybe in 16 bits. The computation is in float32 in any case."""
 TARGETS = tuple(PROVIDERS)
@@ -209,14 +214,14 @@ class Manifest:
     """Releases whose layout the checkpoint has, for people only."""
     recipe: str
     """Options of `fishrt export`, for people only: the precision, then those that differ from the defaults."""
-    model: LanguageModel
+    model: LanguageModel | Diffusion
     codec: Codec
-    tokenizer: str
-    """File name of the tokenizer."""
+    tokenizer: str | None
+    """File name of the tokenizer. None: the tokens are bytes."""
     graphs: dict[str, Graph]
-    """Graphs by role: all ROLES of the model's kind."""
+    """Graphs by role: all `roles`."""
     quantisation: Quantisation | None
-    """Rounding errors of the language model's layers. None: none is quantised."""
+    """Rounding errors of the model's layers. None: none is quantised."""
     licence: Licence
     voices: Voices | None
     files: dict[str, FileEntry]
@@ -228,6 +233,26 @@ class Manifest:
     def summary(self) -> str:
         """The name of the bundle, with its family and recipe."""
         return f"{self.name} ({', '.join(filter(None, (self.family, self.recipe)))})"
+
+    @property
+    def language_model(self) -> LanguageModel:
+        """The model, for code that runs language models only. Raises BundleError for a model of another kind."""
+        if isinstance(self.model, LanguageModel):
+            return self.model
+        raise BundleError(f"this is for language models; {self.name} is a {self.model.kind} model")
+
+    @property
+    def diffusion(self) -> Diffusion:
+        """The model, for code that runs diffusion models only. Raises BundleError for a model of another kind."""
+        if isinstance(self.model, Diffusion):
+            return self.model
+        raise BundleError(f"this is for diffusion models; {self.name} is a language model")
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """Roles of the graphs that the bundle must have."""
+        whole = isinstance(self.model, Diffusion) and not self.model.blockwise
+        return tuple(role for role in ROLES[self.model.kind] if not (whole and role == "latent_cond"))
 
     @property
     def total_bytes(self) -> int:
@@ -245,16 +270,23 @@ class Manifest:
 
     def check(self) -> None:
         """Check all values. Raises one BundleError that lists those that are out of range or contradict each other."""
-        lm, codec, roles = self.model, self.codec, ROLES.get(self.model.kind, ())
-        faults = [*lm.faults(), *codec.faults()]
+        model, codec, roles = self.model, self.codec, self.roles
+        faults = [*model.faults(), *codec.faults()]
+        if isinstance(model, LanguageModel):
+            fits = model.num_codebooks <= len(codec.codebook_sizes)
+            unfit = f"num_codebooks is {model.num_codebooks}, but there are {len(codec.codebook_sizes)} codebook_sizes"
+        else:
+            fits = codec.channels == model.channels
+            unfit = f"channels is {model.channels}, but those of the codec are {codec.channels}"
         rules = (
-            (
-                lm.num_codebooks <= len(codec.codebook_sizes),
-                f"num_codebooks is {lm.num_codebooks}, but there are {len(codec.codebook_sizes)} codebook_sizes",
-            ),
+            (fits, unfit),
             (
                 self.graphs.keys() == set(roles),
                 f"the graphs are {', '.join(self.graphs) or 'none'}; they must be {', '.join(roles)}",
+            ),
+            (
+                isinstance(model, LanguageModel) == (self.tokenizer is not None),
+                f"the tokenizer is {self.tokenizer} for a model of the kind {model.kind}",
             ),
             (
                 self.voices is None or self.voices.default in self.voices.names,
@@ -274,25 +306,38 @@ class Manifest:
             raise BundleError(f"{MANIFEST} cannot be right: {'; '.join(faults)}", hint="update fishrt, or export again")
 
     def _misfits(self) -> list[str]:
-        """Return a message for each tensor whose second dimension contradicts the manifest. All roles must be there."""
-        lm, books = self.model, len(self.codec.codebook_sizes)
-        rows = lm.vocab_size if lm.head == "full" else lm.semantic_end_id - lm.semantic_begin_id + 2
-        widths = (
-            ("slow_ar", "prompt", 1 + lm.num_codebooks),
-            ("slow_ar", "logits", rows),
-            ("fast_ar", "logits", lm.codebook_width),
-            ("codec_encode", "codes", books),
-            ("codec_decode", "codes", books),
-        )
+        """Return a message for each tensor of which a dimension contradicts the manifest. All roles must be there."""
         faults = []
-        for role, name, width in widths:
+        for role, name, axis, width in self._widths():
             spec = self.graphs[role].spec
             shapes = [tensor.shape for tensor in (*spec.inputs, *spec.outputs) if tensor.name == name]
-            if not shapes or len(shapes[0]) < 2 or shapes[0][1] != width:
-                faults.append(
-                    f"{name} of {role} is {list(shapes[0]) if shapes else 'missing'}, expected a second dimension of {width}"
-                )
+            if not shapes or len(shapes[0]) < 2 or shapes[0][axis] != width:
+                found = list(shapes[0]) if shapes else "missing"
+                which = "second" if axis == 1 else "last"
+                faults.append(f"{name} of {role} is {found}, expected a {which} dimension of {width}")
         return faults
+
+    def _widths(self) -> list[tuple[str, str, int, int]]:
+        """Return role, name, axis and size of the tensors that tell whether the graphs are of this model and codec."""
+        model, books = self.model, len(self.codec.codebook_sizes)
+        if isinstance(model, LanguageModel):
+            rows = model.vocab_size if model.head == "full" else model.semantic_end_id - model.semantic_begin_id + 2
+            return [
+                ("slow_ar", "prompt", 1, 1 + model.num_codebooks),
+                ("slow_ar", "logits", 1, rows),
+                ("fast_ar", "logits", 1, model.codebook_width),
+                ("codec_encode", "codes", 1, books),
+                ("codec_decode", "codes", 1, books),
+            ]
+        return [
+            ("text_cond", "text_keys", -1, model.head_dim),
+            ("speaker_cond", "speaker_keys", -1, model.head_dim),
+            ("schedule", "modulation", 1, model.layers),
+            ("schedule", "modulation", -1, model.width),
+            ("denoise", "velocity", -1, model.channels),
+            ("codec_encode", "latents", -1, model.channels),
+            ("codec_decode", "latents", -1, model.channels),
+        ]
 
     def to_json(self) -> str:
         """Return the text of `manifest.json`: a tensor, a file and a list of numbers have a line each."""

@@ -13,6 +13,7 @@ from fishrt_engines.engine import GraphSpec
 from fishrt_engines.machine import available_memory
 
 from ..errors import FishrtError
+from .features import LanguageModel
 from .manifest import Manifest
 
 CACHE_POSITIONS = 1000
@@ -25,25 +26,30 @@ class MemoryNeed:
     disk: int
     """All of its files."""
     speaking: int
-    """Weights of the language model and of the codec's decoder."""
+    """Weights of the model and of the codec's decoder."""
     encoding: int
     """Weights of the codec's encoder, which is loaded when a voice is made."""
     state: int
-    """State of one request that does not grow with its length: the fast AR's cache and the codec's state."""
+    """State of one request that does not grow with its length: the codec's, and the fast AR's cache."""
     cache: int
-    """The slow AR's cache for CACHE_POSITIONS positions of prompt and speech."""
+    """The slow AR's cache for CACHE_POSITIONS positions of prompt and speech, or the keys and values of as many tokens of text
+    or patches of a voice."""
 
 
 def estimate(manifest: Manifest) -> MemoryNeed:
     """Return the memory that a bundle needs, without activations: small, except a few hundred MB for long pieces in the codec."""
-    graphs = manifest.specs
+    specs, model = manifest.specs, manifest.model
     memory = {role: graph.memory for role, graph in manifest.graphs.items()}
+    if isinstance(model, LanguageModel):
+        cache = _state_bytes(specs.pop("slow_ar"), {"batch": 1, "cache": CACHE_POSITIONS})
+    else:
+        cache = 2 * 4 * model.layers * model.heads * model.head_dim * CACHE_POSITIONS
     return MemoryNeed(
         disk=manifest.total_bytes,
-        speaking=sum(memory[role] for role in ("slow_ar", "fast_ar", "codec_decode")),
+        speaking=sum(count for role, count in memory.items() if role != "codec_encode"),
         encoding=memory["codec_encode"],
-        state=sum(_state_bytes(graphs[role], {"batch": 1}) for role in ("fast_ar", "codec_decode")),
-        cache=_state_bytes(graphs["slow_ar"], {"batch": 1, "cache": CACHE_POSITIONS}),
+        state=sum(_state_bytes(spec, {"batch": 1}) for spec in specs.values()),
+        cache=cache,
     )
 
 

@@ -14,6 +14,8 @@ from ..errors import BundleError
 T = TypeVar("T")
 AGAIN = "copy the bundle again, or export the checkpoint again"
 """The hint for a damaged file of a bundle."""
+UPDATE = "update fishrt, or export again"
+"""The hint for a bundle of another version."""
 
 
 def parse_dataclass(kind: type[T], value: Any, where: str) -> T:
@@ -22,7 +24,7 @@ def parse_dataclass(kind: type[T], value: Any, where: str) -> T:
         raise BundleError(f"{where} is {value!r}; expected an object", hint=AGAIN)
     types_by_name, required = _fields(kind)  # type: ignore[arg-type]  # mypy takes no class for Hashable
     if unknown := sorted(value.keys() - types_by_name.keys()):
-        raise BundleError(f"{where} has unknown keys: {', '.join(unknown)}", hint="update fishrt, or export again")
+        raise BundleError(f"{where} has unknown keys: {', '.join(unknown)}", hint=UPDATE)
     if missing := sorted(required - value.keys()):
         raise BundleError(f"{where} lacks the keys: {', '.join(missing)}", hint=AGAIN)
     return kind(**{name: _parse(types_by_name[name], item, f"{where}.{name}") for name, item in value.items()})
@@ -35,6 +37,18 @@ def _fields(kind: type[Any]) -> tuple[dict[str, Any], frozenset[str]]:
     return typing.get_type_hints(kind), frozenset(required)
 
 
+def _of_kind(options: tuple[Any, ...], value: dict[str, Any], where: str) -> type[Any]:
+    """Return the one of several dataclasses whose field `kind`, a Literal, may have the object's value. Raises BundleError."""
+    if "kind" not in value:
+        raise BundleError(f"{where} lacks the keys: kind", hint=AGAIN)
+    known = [(name, option) for option in options for name in typing.get_args(_fields(option)[0]["kind"])]
+    for name, option in known:
+        if name == value["kind"]:
+            return option  # type: ignore[no-any-return]
+    names = ", ".join(name for name, _ in known)
+    raise BundleError(f"{where}.kind is {value['kind']!r}; known are {names}", hint=UPDATE)
+
+
 def _fits(kind: Any, value: Any) -> bool:
     if kind is float:
         return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
@@ -44,6 +58,8 @@ def _fits(kind: Any, value: Any) -> bool:
         return isinstance(value, dict)
     if typing.get_origin(kind) is tuple:
         return isinstance(value, list)
+    if typing.get_origin(kind) is typing.Literal:
+        return value in typing.get_args(kind)
     return typing.get_origin(kind) is not None or isinstance(value, kind)
 
 
@@ -57,6 +73,8 @@ def _parse(kind: Any, value: Any, where: str) -> Any:
         return parse_dataclass(kind, value, where)  # type: ignore[arg-type]
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (types.UnionType, typing.Union):
+        if isinstance(value, dict) and all(map(is_dataclass, arguments)):
+            return parse_dataclass(_of_kind(arguments, value, where), value, where)
         for option in arguments:
             if option is type(None) and value is None:
                 return None

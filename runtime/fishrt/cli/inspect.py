@@ -9,6 +9,8 @@ from typing import Any
 
 import click
 
+from ..bundle.diffusion import Diffusion
+from ..bundle.features import Codec, LanguageModel
 from ..bundle.folder import Bundle
 from ..bundle.manifest import Manifest
 from ..bundle.memory import CACHE_POSITIONS, estimate
@@ -70,13 +72,7 @@ def _verify(bundle: Bundle, *, quiet: bool) -> None:
 
 
 def _describe(bundle: Bundle) -> list[str]:
-    m, lm, codec = bundle.manifest, bundle.manifest.model, bundle.manifest.codec
-    s, need = lm.sampling, estimate(m)
-    sampling = f"temperature {s.temperature:g}, top-p {s.top_p:g}, top-k {s.top_k or 'off'}"
-    if ras := s.repetition_aware:
-        sampling += f"; repeats within {ras.window} frames drawn again at temperature {ras.temperature:g}, top-p {ras.top_p:g}"
-    if penalty := s.repetition_penalty:
-        sampling += f"; repetition penalty {penalty.penalty:g} over the last {penalty.window} frames"
+    m, codec, need = bundle.manifest, bundle.manifest.codec, estimate(bundle.manifest)
     report = m.quantisation
     stored = {role: (report and report.precisions(role)) or graph.precision for role, graph in m.graphs.items()}
     lines = [
@@ -90,11 +86,11 @@ def _describe(bundle: Bundle) -> list[str]:
         f"              {size(need.cache)} for {CACHE_POSITIONS:,} positions of context, {size(need.state)} for other state",
         f"licence       {m.licence.name}" + (f" ({m.licence.file})" if m.licence.file else ""),
         f"precision     {'; '.join(f'{role} {stored[role]}' for role in m.graphs)}",
-        f"prompts       {lm.prompt_dialect}; context {lm.max_seq_len:,} positions; pieces of about {lm.chunk_bytes} bytes",
-        f"speaks        {lm.num_codebooks} codebooks of {lm.codebook_width:,}; vocabulary {lm.vocab_size:,}; {lm.head} head",
-        f"sampling      {sampling}",
+        *(_language_model(m.model) if isinstance(m.model, LanguageModel) else _diffusion(m.model, codec)),
         f"codec         {codec.sample_rate:,} Hz, {codec.frame_rate:.2f} frames/s, at most {codec.max_frames:,} frames",
-        f"              codebooks {', '.join(f'{size:,}' for size in codec.codebook_sizes)}",
+        f"              codebooks {', '.join(f'{size:,}' for size in codec.codebook_sizes)}"
+        if codec.channels is None
+        else f"              latents of {codec.channels} channels",
         f"              fingerprint {codec.fingerprint}",
         f"voices        {', '.join(m.voices.names) + f' (default {m.voices.default})' if m.voices else 'none'}",
     ]
@@ -147,6 +143,31 @@ def _coreml(manifest: Manifest) -> list[str]:
 def _graph_size(manifest: Manifest, file: str) -> str:
     """Return the size of a graph with its weights."""
     return size(sum(entry.bytes for name, entry in manifest.files.items() if name in (file, f"{file}.data")))
+
+
+def _language_model(lm: LanguageModel) -> list[str]:
+    s = lm.sampling
+    sampling = f"temperature {s.temperature:g}, top-p {s.top_p:g}, top-k {s.top_k or 'off'}"
+    if ras := s.repetition_aware:
+        sampling += f"; repeats within {ras.window} frames drawn again at temperature {ras.temperature:g}, top-p {ras.top_p:g}"
+    if penalty := s.repetition_penalty:
+        sampling += f"; repetition penalty {penalty.penalty:g} over the last {penalty.window} frames"
+    return [
+        f"prompts       {lm.prompt_dialect}; context {lm.max_seq_len:,} positions; pieces of about {lm.chunk_bytes} bytes",
+        f"speaks        {lm.num_codebooks} codebooks of {lm.codebook_width:,}; vocabulary {lm.vocab_size:,}; {lm.head} head",
+        f"sampling      {sampling}",
+    ]
+
+
+def _diffusion(model: Diffusion, codec: Codec) -> list[str]:
+    d = model.denoising
+    guided = f"guidance by text {d.cfg_text:g}, by voice {d.cfg_speaker:g}, for t from {d.cfg_min_t:g} to {d.cfg_max_t:g}"
+    most = model.max_frames / codec.frame_rate
+    return [
+        f"texts         at most {model.max_tokens:,} bytes; voices of at most {model.max_voice_frames / codec.frame_rate:.0f} s",
+        f"speaks        at most {most:.1f} s at once, {'in blocks or whole' if model.blockwise else 'as a whole, not in blocks'}",
+        f"denoising     {d.steps} steps; {guided}",
+    ]
 
 
 def _tensorrt(findings: Mapping[str, list[Any]]) -> list[str]:

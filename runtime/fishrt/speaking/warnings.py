@@ -16,7 +16,7 @@ def text_warnings(text: str, voices: int, manifest: Manifest) -> Iterator[str]:
 
     voices: the number of voices.
     """
-    lm = manifest.model
+    lm = manifest.language_model
     if lm.reads is not None and (found := unread(text, lm.reads)):
         yield f"{manifest.name} does not read well: {'; '.join(found)}"
     if voices > 1 and DIALECTS[lm.prompt_dialect].turns and not speaker_turns(text):

@@ -82,7 +82,7 @@ class Voice:
         _check_transcript(transcript, name)
         tts.check_transcript(transcript, f"the transcript of voice {name!r}")
         manifest = tts.bundle.manifest
-        lm, codec = manifest.model, manifest.codec
+        lm, codec = manifest.language_model, manifest.codec
         what = f"the recording of voice {name!r}" if isinstance(audio, tuple) else str(audio)
         pcm, rate = audio if isinstance(audio, tuple) else read_audio(audio, max_seconds=most_seconds(lm, codec))
         check_recording(pcm, rate, lm, codec, what)

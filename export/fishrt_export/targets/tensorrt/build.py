@@ -89,7 +89,7 @@ def plan_requests(bundle: Bundle, options: PlanOptions, capability: tuple[int, i
     fishrt does not have; FishrtError for more positions than the model's.
     """
     manifest = bundle.manifest
-    graphs, lm, precision = manifest.specs, manifest.model, _computed_in(manifest, options.precision, capability)
+    graphs, lm, precision = manifest.specs, manifest.language_model, _computed_in(manifest, options.precision, capability)
     limited = [with_positions(lm, length) for length in _lengths(lm, options.max_lens)]
     wide = options.fp32_attention if options.fp32_attention is not None else precision == "fp16"
     language = LoweringOptions(None, precision, wide, options.primitive_attention)

@@ -84,7 +84,7 @@ def tensorrt_findings(bundle: Bundle) -> dict[str, list[Finding]]:
     The language model's graphs are checked in every precision, the codec's in float32, in which they stay. A graph that cannot be
     lowered is an error. Raises ExportError for a damaged file.
     """
-    specs, max_len, found = dict(bundle.manifest.specs), bundle.manifest.model.max_seq_len, dict[str, list[Finding]]()
+    specs, max_len, found = dict(bundle.manifest.specs), bundle.manifest.language_model.max_seq_len, dict[str, list[Finding]]()
     if frame := bundle.manifest.graphs["fast_ar"].form("tensorrt", ()):
         specs["frame"] = frame.spec
     for role, spec in specs.items():

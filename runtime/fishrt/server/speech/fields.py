@@ -212,7 +212,7 @@ async def speak_of(service: Service, *data: Mapping[str, Any], accept: str = "",
         raise Problem(400, f"{spelt.get(name, name)}: {first['msg']}", param=name) from None
     _check_text(service, fields)
     ignored = [name for name in spelt.values() if name in _IGNORED]
-    lm, codec = service.tts.bundle.manifest.model, service.tts.bundle.manifest.codec
+    lm, codec = service.tts.bundle.manifest.language_model, service.tts.bundle.manifest.codec
     if fields.repetition_penalty is not None and lm.sampling.repetition_penalty is None:
         ignored.append(spelt["repetition_penalty"])
         fields.repetition_penalty = None

@@ -118,7 +118,7 @@ async def speak_batch(service: Service, data: dict[str, Any], request: Request) 
 def _model(service: Service) -> dict[str, Any]:
     """Return the model as OpenAI's clients read it, and what is known of it."""
     manifest = service.tts.bundle.manifest
-    lm, sampling = manifest.model, manifest.model.sampling
+    lm, sampling = manifest.language_model, manifest.language_model.sampling
     penalty = sampling.repetition_penalty
     facts = {"id": manifest.name, "name": manifest.name, "object": "model", "created": service.created, "owned_by": "fishrt"}
     return {

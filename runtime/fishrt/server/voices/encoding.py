@@ -81,7 +81,7 @@ class VoiceEncoder:
 
     def _read(self, audio: bytes) -> tuple[Pcm, int]:
         manifest = self._tts.bundle.manifest
-        return read_audio(io.BytesIO(audio), max_seconds=most_seconds(manifest.model, manifest.codec))
+        return read_audio(io.BytesIO(audio), max_seconds=most_seconds(manifest.language_model, manifest.codec))
 
     def _remembered(self, key: tuple[bytes, str]) -> Voice | None:
         with self._keeping:
@@ -104,7 +104,7 @@ class VoiceEncoder:
     def _codes(self, audio: bytes) -> Ints:
         manifest = self._tts.bundle.manifest
         pcm, rate = self._read(audio)
-        check_recording(pcm, rate, manifest.model, manifest.codec, "the audio")
+        check_recording(pcm, rate, manifest.language_model, manifest.codec, "the audio")
         return np.asarray(self._tts.encode(pcm, rate), np.int64)
 
     def _sample(self, voice: Voice) -> Pcm:

@@ -129,7 +129,7 @@ class VoiceLibrary:
             else:
                 raise VoiceError(f"there are already {_MOST_UNTIL_SHUTDOWN:,} voices until shutdown", hint="delete some")
         assert voice.recording is not None
-        poor = doubts(*voice.recording, voice.transcript, self._tts.bundle.manifest.model)
+        poor = doubts(*voice.recording, voice.transcript, self._tts.bundle.manifest.language_model)
         return replace(self.entry(voice.name), warnings=tuple(f"the recording {each}" for each in poor))
 
     def rename(self, old: str, new: str) -> None:
