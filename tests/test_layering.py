@@ -236,7 +236,7 @@ ROOMS = {
         {"audio", "bundle"},
         {"text", "codec"},
         {"voices"},
-        {"language_model"},
+        {"language_model", "diffusion"},
         {"request", "speech"},
         {"speaking"},
         {"tts"},
