@@ -84,6 +84,23 @@ def test_the_nulls_and_defaults_of_the_sdk_are_taken(live: Live, tts: TTS) -> No
     same(samples(live.heard()), tts.speak("Hi.", seed=1).pcm)
 
 
+def test_misspelt_fields_are_named_in_the_log_once(client: TestClient, caplog: pytest.LogCaptureFixture) -> None:
+    """No event of these protocols has a place for them. Those that count here are none."""
+    caplog.set_level("INFO", "fishrt.server.speech")
+    with client.websocket_connect(LIVE) as socket:
+        live = Live(socket)
+        for _ in range(2):
+            live.start(chunk_length=100, sead=1, **{"my secret words": 1})
+            live.send("stop")
+            live.next()
+    with client.websocket_connect(STREAM) as socket:
+        socket.send_json({"type": "session.config", "stream_audio": False, "voise": "slt"})
+        socket.send_json({"type": "input.done"})
+        assert socket.receive_json()["type"] == "session.done"
+    said = [record.getMessage() for record in caplog.records if "change nothing" in record.getMessage()]
+    assert [each.rpartition(": ")[2] for each in said] == ["sead, ?", "voise"]
+
+
 def test_several_starts_on_one_socket_and_unknown_events(live: Live, tts: TTS) -> None:
     for voice in ("awb", "slt"):
         live.start(reference_id=voice)

@@ -26,6 +26,7 @@ from ..errors import (
     VoiceError,
 )
 from .encodings import answer
+from .words import expected
 
 log = logging.getLogger(__name__)
 
@@ -91,7 +92,7 @@ def problem(error: Exception) -> Problem:
     if isinstance(error, RequestValidationError):
         first = error.errors()[0]
         names = [str(part) for part in first["loc"][1:]]
-        return Problem(400, f"{'.'.join(names) or 'the body'}: {first['msg']}", param=names[0] if names else None)
+        return Problem(400, f"{'.'.join(names)}: {expected(first)}", param=names[0])
     if isinstance(error, BusyError):
         return Problem(429, f"{error}; {error.hint}", code="queue_full", headers={"Retry-After": str(error.retry_s)})
     if isinstance(error, FishrtError):

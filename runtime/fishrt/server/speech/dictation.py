@@ -20,6 +20,7 @@ from ...errors import FishrtError
 from ...text.growing import GrowingText
 from ..problems import Problem, problem
 from ..service import Service
+from ..words import listed
 from .fields import Speak
 
 log = logging.getLogger(__name__)
@@ -94,6 +95,7 @@ class Conversation(ABC):
         self._dictations: asyncio.Queue[Dictation | None] = asyncio.Queue()
         self._current: Dictation | None = None
         """The text whose fragments come now."""
+        self._ignored: set[str] = set()
 
     async def run(self) -> None:
         """Listen and speak until the client goes away, or until the server ends and everything was spoken."""
@@ -140,6 +142,15 @@ class Conversation(ABC):
         self._begin({}).refuse(found)
         self._current = None
 
+    def _checked(self, speak: Speak) -> Speak:
+        """Return the request of a text with a seed, which all its parts share. Log fields without effect: no event has them."""
+        new = [name for name in speak.ignored if name not in self._ignored]
+        self._ignored.update(new)
+        if new:
+            log.info("fields of a connection that change nothing: %s", listed(new))
+        seed = secrets.randbits(32) if speak.request.seed is None else speak.request.seed
+        return replace(speak, request=replace(speak.request, seed=seed))
+
     async def _speak(self) -> None:
         while (dictation := await self._dictations.get()) is not None:
             try:
@@ -156,12 +167,6 @@ class Conversation(ABC):
 
 class TooManyError(Exception):
     """More texts wait than a connection may have."""
-
-
-def with_seed(speak: Speak) -> Speak:
-    """Return the request with a seed, which all parts of its text share."""
-    seed = secrets.randbits(32) if speak.request.seed is None else speak.request.seed
-    return replace(speak, request=replace(speak.request, seed=seed))
 
 
 async def _first_of(*work: Coroutine[Any, Any, None]) -> None:

@@ -24,6 +24,7 @@ from ...voices.voice import Voice
 from ..problems import Problem
 from ..service import Service
 from ..voices.references import AUDIO, TEXT, find_references
+from ..words import expected
 
 FORMATS = ("mp3", "opus", "aac", "flac", "wav", "pcm")
 OPENAI_RATE = 24_000
@@ -59,15 +60,8 @@ SPELLINGS = {
     "mp3_bitrate": (),
     "opus_bitrate": (),
 }
-"""Name of a field → the other spellings of it."""
-_IGNORED = frozenset(
-    "language lang_code task_type initial_codec_chunk_frames chunk_length text_chunk_size segment_max_chars "
-    "min_chunk_length normalize latency prosody.normalize_loudness features early_stop_threshold "
-    "condition_on_previous_chunks use_memory_cache batch_size n_threads min_tokens_before_end low_latency "
-    "stream_decode_stride_frames stream_holdback_frames stream_start_buffer_ms segment_sentences sentence_pause_ms "
-    "codec_context_frames chunked realtime x_vector_only_mode".split()
-)
-"""Known fields that change nothing here; a reply lists them."""
+"""Name of a field → the other spellings of it. All other fields change nothing here; a reply lists them."""
+_SPELT = frozenset(chain.from_iterable((name, *others) for name, others in SPELLINGS.items()))
 DIFFUSION = frozenset(
     "block_sizes num_steps cfg_scale_text cfg_scale_speaker cfg_min_t cfg_max_t truncation_factor init_scale rescale_k "
     "rescale_sigma speaker_kv_scale speaker_kv_min_t speaker_kv_max_layers guidance_mode".split()
@@ -203,15 +197,14 @@ async def speak_of(service: Service, *data: Mapping[str, Any], accept: str = "",
     data: the object, and others with fields that it may leave out. accept: the header Accept. usual: the format of audio that is
     not streamed. lax: numbers and truth values may be text, as in a form.
     """
-    found, spelt = flatten(*data)
+    found, spelt, ignored = flatten(*data)
     try:
         fields = SpeechFields.model_validate(found, strict=not lax)
     except ValidationError as error:
         first = error.errors()[0]
         name = str(first["loc"][0])
-        raise Problem(400, f"{spelt.get(name, name)}: {first['msg']}", param=name) from None
+        raise Problem(400, f"{spelt.get(name, 'input (or text)')}: {expected(first)}", param=name) from None
     _check_text(service, fields)
-    ignored = [name for name in spelt.values() if name in _IGNORED]
     lm, codec = service.tts.bundle.manifest.language_model, service.tts.bundle.manifest.codec
     if fields.repetition_penalty is not None and lm.sampling.repetition_penalty is None:
         ignored.append(spelt["repetition_penalty"])
@@ -276,38 +269,44 @@ async def _voices(service: Service, fields: SpeechFields) -> VoiceLike | Sequenc
     return voices
 
 
-def flatten(*data: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return the fields of a request by their names, and by the same names how the client spelt them.
+def flatten(*data: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str], list[str]]:
+    """Return the fields of a request by their names; by the same names how the client spelt them; and the fields without effect.
 
-    Fields without a name of ours that are known to change nothing here are among the spellings. Raises Problem for a field of the
-    sampler of another kind of model, and for an `extra_body` that is no object.
+    Raises Problem for a field of the sampler of another kind of model, and for an `extra_body` that is no object.
     """
     found: dict[str, Any] = {}
     spelt: dict[str, str] = {}
+    ignored: list[str] = []
     for layer in chain.from_iterable(map(_layers, data)):
-        for name, others in SPELLINGS.items():
-            for spelling in (name, *others):
-                if name not in found and layer.get(spelling) is not None:
-                    found[name], spelt[name] = layer[spelling], spelling
-        spelt |= {key: key for key in layer if key in _IGNORED and layer[key] is not None}
-        if other := next((key for key in layer if key in DIFFUSION and layer[key] is not None), None):
+        given = {name: value for name, value in layer.items() if value is not None}
+        if other := next((name for name in given if name in DIFFUSION), None):
             raise Problem(400, f"{other}: the loaded model is no diffusion model and has no such setting", param=other)
-    return found, spelt
+        ignored += [name for name in given if name not in _SPELT]
+        for name, others in SPELLINGS.items():
+            spellings = [spelling for spelling in (name, *others) if spelling in given]
+            ignored += spellings[1:]
+            if spellings and name not in found:
+                found[name], spelt[name] = given[spellings[0]], spellings[0]
+    return found, spelt, ignored
 
 
 def _layers(data: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yield the objects that hold fields, the first to win, with the keys of `prosody` as prosody.KEY."""
-    prosody = data.get("prosody")
-    yield {**data, **{f"prosody.{key}": value for key, value in (prosody.items() if isinstance(prosody, dict) else ())}}
+    """Yield the objects that hold fields, the first to win, with the keys of `prosody` and `provider` as prosody.KEY."""
+    layer = {name: value for name, value in data.items() if name != "extra_body"}
+    for name in ("prosody", "provider"):
+        if isinstance(layer.get(name), dict):
+            layer |= {f"{name}.{key}": value for key, value in layer.pop(name).items()}
+    options = layer.get("provider.options")
+    if isinstance(options, dict):
+        del layer["provider.options"]
+        if len(options) > _MOST_OPTIONS:
+            raise Problem(400, f"provider.options: at most {_MOST_OPTIONS} objects are expected", param="provider")
+    yield layer
     extra = data.get("extra_body")
     if extra is not None:
         if not isinstance(extra, dict):
             raise Problem(400, "extra_body: an object is expected", param="extra_body")
         yield from _layers({key: value for key, value in extra.items() if key != "extra_body"})
-    provider = data.get("provider")
-    options = provider.get("options") if isinstance(provider, dict) else None
-    if isinstance(options, dict) and len(options) > _MOST_OPTIONS:
-        raise Problem(400, f"provider.options: at most {_MOST_OPTIONS} objects are expected", param="provider")
     for each in options.values() if isinstance(options, dict) else ():
         if isinstance(each, dict):
             yield from _layers({key: value for key, value in each.items() if key not in ("extra_body", "provider")})

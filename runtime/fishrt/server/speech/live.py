@@ -23,7 +23,7 @@ from starlette.websockets import WebSocketState
 from ..bodies import object_of, unpacked
 from ..problems import Problem
 from ..service import Service
-from .dictation import Conversation, Dictation, TooManyError, with_seed
+from .dictation import Conversation, Dictation, TooManyError
 from .fields import Speak, speak_of
 from .native import native_speak
 from .streams import Rendering, whole
@@ -105,7 +105,8 @@ class _Live(_Socket):
                 if not isinstance(request, dict):
                     raise Problem(400, "request: a map is expected", param="request")
                 least = request.get("chunk_length")
-                self._begin(request, least=least if isinstance(least, int) and least > 0 else _USUAL_LENGTH)
+                fields = {name: value for name, value in request.items() if name not in ("text", "chunk_length")}
+                self._begin(fields, least=least if isinstance(least, int) and least > 0 else _USUAL_LENGTH)
                 self._add(request.get("text") or "", "start")
             case "text":
                 self._add(event.get("text"), "start")
@@ -116,7 +117,7 @@ class _Live(_Socket):
         return True
 
     async def _say(self, dictation: Dictation) -> None:
-        speak = with_seed(await native_speak(self._service, {**dictation.fields, "input": "."}))
+        speak = self._checked(await native_speak(self._service, {**dictation.fields, "input": "."}))
         speak = replace(speak, stream=True)
         async with aclosing(dictation.parts()) as texts:
             async for first in texts:
@@ -141,7 +142,8 @@ class _Stream(_Socket):
         event = object_of(text)
         match event.get("type"):
             case "session.config":
-                self._begin({"stream": event.get("stream_audio"), **event})
+                fields = {name: value for name, value in event.items() if name not in ("type", "stream_audio")}
+                self._begin({"stream": event.get("stream_audio"), **fields})
             case "input.text":
                 self._add(event.get("text"), "session.config")
             case "input.done":
@@ -151,7 +153,7 @@ class _Stream(_Socket):
         return True
 
     async def _say(self, dictation: Dictation) -> None:
-        speak = with_seed(await speak_of(self._service, {**dictation.fields, "input": "."}, usual="wav"))
+        speak = self._checked(await speak_of(self._service, {**dictation.fields, "input": "."}, usual="wav"))
         nth = -1
         async with aclosing(dictation.parts()) as texts:
             async for text in texts:

@@ -120,11 +120,10 @@ async def _generate(service: Service, fields: Mapping[str, Any]) -> Speak:
     params = fields.get("params") or "{}"
     if not isinstance(params, str):
         raise Problem(400, "params: the text of a JSON object is expected", param="params")
-    found = {name: value for name, value in fields.items() if name not in ("params", "voice_dir") and value != ""}
+    found = {name: value for name, value in fields.items() if name != "params" and value != ""}
     if "voice_profile" in found:
         found.setdefault("voice", found.pop("voice_profile"))
-    speak = await speak_of(service, found, object_of(params), lax=True, usual="wav")
-    return replace(speak, ignored=(*speak.ignored, *(["voice_dir"] if fields.get("voice_dir") else [])))
+    return await speak_of(service, found, object_of(params), lax=True, usual="wav")
 
 
 def _body(schema: dict[str, Any], *kinds: str) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from ..bodies import json_object
 from ..docs import AUDIO
 from ..problems import Problem, problem
 from ..service import Service
+from ..words import ignored_header
 from .fields import SpeechFields, speak_of
 from .streams import reply, unless_gone, whole
 
@@ -44,11 +45,13 @@ def routes(service: Service) -> APIRouter:
         return await reply(service, await unless_gone(speak, request.receive), request.receive)
 
     @router.post("/v1/audio/speech/batch", summary="Speak several texts", openapi_extra=_body(_batch_schema()))
-    async def batch(request: Request) -> dict[str, Any]:
+    async def batch(request: Request, response: Response) -> dict[str, Any]:
         """Answer with the audio of each item, or why there is none. An item without a field has that beside `items`."""
         data = await json_object(request)
         service.check_ready()
-        return await speak_batch(service, data, request)
+        done, ignored = await speak_batch(service, data, request)
+        response.headers.update(ignored_header(ignored))
+        return done
 
     @router.get("/v1/models", summary="List the model")
     async def models() -> dict[str, Any]:
@@ -71,20 +74,26 @@ def routes(service: Service) -> APIRouter:
     return router
 
 
-async def speak_batch(service: Service, data: dict[str, Any], request: Request) -> dict[str, Any]:
-    """Return the reply to a batch; its items speak at the same time. Raises Problem for what is no batch, or if none can wait."""
+async def speak_batch(service: Service, data: dict[str, Any], request: Request) -> tuple[dict[str, Any], list[str]]:
+    """Return the reply to a batch, and the fields that change nothing. Its items speak at the same time.
+
+    Raises Problem for what is no batch, or if none can wait.
+    """
     items = data.get("items")
     if not isinstance(items, list) or not 1 <= len(items) <= MOST_ITEMS or not all(isinstance(item, dict) for item in items):
         raise Problem(400, f"items: a list of 1 to {MOST_ITEMS} objects is expected", param="items")
     shared = {key: value for key, value in data.items() if key != "items"}
     room = MOST_BATCH
     turns = asyncio.Semaphore(service.settings.max_active)
+    ignored: list[str] = []
 
     async def one(index: int, item: dict[str, Any]) -> dict[str, Any] | Problem:
         nonlocal room
         try:
             async with turns:
-                audio, rendering = await whole(service, await speak_of(service, item, shared))
+                speak = await speak_of(service, item, shared)
+                ignored.extend(speak.ignored)
+                audio, rendering = await whole(service, speak)
             room -= len(audio)
             if room < 0:
                 raise Problem(400, f"the batch has more than {MOST_BATCH >> 20} MiB of audio; give fewer items", param="items")
@@ -106,13 +115,14 @@ async def speak_batch(service: Service, data: dict[str, Any], request: Request) 
         {"index": n, "status": "error", "error": each.detail} if isinstance(each, Problem) else each
         for n, each in enumerate(done)
     ]
-    return {
+    reply = {
         "id": f"batch_{secrets.token_hex(12)}",
         "results": results,
         "total": len(done),
         "succeeded": len(done) - len(faults),
         "failed": len(faults),
     }
+    return reply, ignored
 
 
 def _model(service: Service) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from ...audio.encoders import open_encoder
 from ...errors import FishrtError
 from ..problems import GoneError, Problem, problem
 from ..service import Service
+from ..words import ignored_header
 from .fields import Speak
 
 log = logging.getLogger(__name__)
@@ -115,8 +116,7 @@ class Rendering:
             headers["X-Audio-Encoding"] = "pcm_s16le"
         headers["X-Seed"] = str(self.seed)
         headers["X-Queue-Time"] = f"{self.queued_s:.3f}"
-        if speak.ignored:
-            headers["X-Ignored-Parameters"] = ", ".join(speak.ignored)
+        headers |= ignored_header(speak.ignored)
         headers["Cache-Control"] = "no-cache"
         if not whole:
             headers["X-Accel-Buffering"] = "no"

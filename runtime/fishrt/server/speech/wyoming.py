@@ -27,7 +27,7 @@ from ...bundle.features import Reads
 from ...version import __version__
 from ..problems import Problem
 from ..service import DRAIN_S, Service
-from .dictation import Conversation, Dictation, TooManyError, with_seed
+from .dictation import Conversation, Dictation, TooManyError
 from .fields import speak_of
 from .streams import Rendering
 
@@ -122,7 +122,7 @@ class _Connection(Conversation):
 
     async def _say(self, dictation: Dictation) -> None:
         fields = {"input": ".", "voice": dictation.fields.get("voice"), "response_format": "pcm", "stream": True}
-        speak = with_seed(await speak_of(self._service, fields))
+        speak = self._checked(await speak_of(self._service, fields))
         async with aclosing(dictation.parts()) as texts:
             async for first in texts:
                 rendering = Rendering(self._service, speak.of(first), (speak.of(text) async for text in texts))
