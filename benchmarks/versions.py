@@ -1,8 +1,9 @@
 """Two checkouts of fishrt, compared on this CPU: `python benchmarks/versions.py BEFORE AFTER` writes results/versions.json.
 
 Each checkout exports minnow and a checkpoint of official size with random weights, once. Then the checkouts alternate for
-`--rounds` rounds. A turn with a bundle is two new processes: one loads it with an empty cache, the other loads it from that cache
-and speaks. minnow speaks from the bundle that its checkout embeds. Ratios are after ÷ before, of medians over the rounds.
+`--rounds` rounds, and the other one begins each round: what a turn wrote may still be on its way to the disk in the next. A turn
+with a bundle is two new processes: one loads it with an empty cache, the other loads it from that cache and speaks.
+minnow speaks from the bundle that its checkout embeds. Ratios are after ÷ before, of medians over the rounds.
 Needs the `dev` extra, an otherwise idle machine, 8 GB of memory and 6 GB of disk.
 """
 
@@ -106,7 +107,8 @@ def main(checkouts: tuple[Path, Path], size: str, precision: str, budget_s: floa
                 spoken[family, name] = side.checkout / "runtime/fishrt/minnow" if family == "minnow" else made.bundle(recipe)
         for n in range(rounds):
             begun = time.monotonic()
-            for (family, name), bundle in spoken.items():
+            for (family, name), bundle in [*spoken.items()][:: -1 if n % 2 else 1]:
+                os.sync()
                 tell(f"round {n + 1} of {rounds}: {family}, {name}")
                 found[family]["turns"][name].append(sides[name].turn(bundle, threads, frames))
             now = time.monotonic()
