@@ -355,6 +355,21 @@ def test_models_are_the_voices(storing: tuple[TestClient, Path], recording: byte
     assert client.get("/model?page_size=0").status_code == 400
 
 
+def test_a_model_of_several_recordings_is_one_voice(storing: tuple[TestClient, Path], recording: bytes) -> None:
+    client, folder = storing
+    files = [("voices", (f"{n}.wav", recording, "audio/wav")) for n in range(2)]
+    made = client.post("/model", data={"title": "emma", "texts": [WORDS, "Good morning."]}, files=files)
+    assert made.status_code == 200, made.text
+    kept, _ = soundfile.read(folder / "emma/recording.wav")
+    one, rate = decoded(recording)
+    assert len(kept) == 2 * len(one) + rate // 4
+    np.testing.assert_allclose(kept[-len(one) :], one, atol=1e-4)
+    assert client.get("/v1/voices/emma").json()["transcript"] == f"{WORDS}\nGood morning."
+    fewer = client.post("/model", data={"title": "fred", "texts": WORDS}, files=files)
+    assert (fewer.status_code, fewer.json()["error"]["param"]) == (400, "texts")
+    assert client.delete("/model/emma").status_code == 200
+
+
 def test_generate(client: TestClient, tts: TTS, recording: bytes) -> None:
     params = json.dumps({"temperature": 0.5, "top_p": 0.9, "top_k": 30, "seed": 1, "n_threads": 4})
     reply = client.post("/generate", data={"text": "Hi.", "params": params, "voice_dir": "/etc"})

@@ -117,9 +117,13 @@ WRONG = [
     ({"references": [BOTH, [[]]]}, "is no object", "references[1][0]"),
     ({"references": [[]]}, "is no object", "references[0]"),
     ({"references": [{"text": "words"}]}, "neither audio nor codes", "references[0]"),
-    ({"references": [{"audio": "a", "audio_path": "b"}]}, "audio and audio_path are both given", "references[0]"),
-    ({"references": [{"audio": 3}]}, "neither bytes nor text", "references[0]"),
-    ({"references": [{"audio": "a", "text": ["words"]}]}, "transcript is no text", "references[0]"),
+    (
+        {"references": [{"audio": "a", "audio_path": "b"}]},
+        "audio and references.0..audio_path are both given",
+        "references[0].audio_path",
+    ),
+    ({"references": [{"audio": 3}]}, "neither bytes nor text", "references[0].audio"),
+    ({"references": [{"audio": "a", "text": ["words"]}]}, "transcript is no text", "references[0].text"),
     ({"ref_audio": {"a": 1}}, "neither bytes nor text", "ref_audio"),
     ({"references": [BOTH] * 65}, "more than 64", "references"),
 ]
@@ -158,7 +162,12 @@ def wav(seconds: float, level: float = 0.5, rate: int = 16_000) -> bytes:
     ],
 )
 def test_recordings_that_make_no_voice(read: Callable[..., list[Voice]], audio: Any, text: str, message: str) -> None:
-    refused(lambda: read({"references": [{"audio": audio, "text": text}]}), message, "references[0]")
+    about = "audio" if text == WORDS else "text"
+    refused(lambda: read({"references": [{"audio": audio, "text": text}]}), message, f"references[0].{about}")
+    other = {"audio": "ref_audio", "text": "ref_text"}
+    refused(lambda: read({"ref_audio": audio, "ref_text": text}), message, other[about])
+    param = "references[0][0]." + {"audio": "audio_path", "text": "transcript" if text else "text"}[about]
+    refused(lambda: read({"references": [[{"audio_path": audio, "transcript": text}]]}), message, param)
 
 
 def test_a_voice_for_each_speaker_and_one_voice_of_several_recordings(read: Callable[..., list[Voice]]) -> None:
@@ -185,13 +194,13 @@ def test_a_repeated_recording_is_encoded_once(tts: TTS, monkeypatch: pytest.Monk
     async def run() -> list[Voice]:
         encoder = VoiceEncoder(tts, kept_bytes=2 * 8 * 5000)
         reader = ReferenceReader(tts, encoder)
-        same = [[Reference("a", WORDS, audio)] for audio in (SOUND, BASE64, f"data:;base64,{BASE64}")]
+        same = [[Reference("a", WORDS, "b", audio)] for audio in (SOUND, BASE64, f"data:;base64,{BASE64}")]
         together = await asyncio.gather(*(reader.voices([each]) for each in same))
         assert len(encoded) == 1
-        await reader.voices([[Reference("a", "Other words.", SOUND)]])
+        await reader.voices([[Reference("a", "Other words.", "b", SOUND)]])
         assert len(encoded) == 2
         for n in range(20):
-            await reader.voices([[Reference("a", "Words.", wav(3 + n / 100))]])
+            await reader.voices([[Reference("a", "Words.", "b", wav(3 + n / 100))]])
         assert len(encoded) == 22
         await reader.voices(same)
         assert len(encoded) == 23  # it had to make room
@@ -282,12 +291,13 @@ def changed(codes: np.ndarray, value: Any) -> list[list[Any]]:
     ],
 )
 def test_what_are_no_codes(read: Callable[..., list[Voice]], expected: np.ndarray, change: Any, message: str) -> None:
-    refused(lambda: read({"references": [{"codes": change(expected), "text": WORDS}]}), message, "references[0]")
+    refused(lambda: read({"references": [{"codes": change(expected), "text": WORDS}]}), message, "references[0].codes")
 
 
 def test_codes_need_a_transcript_too(read: Callable[..., list[Voice]], expected: np.ndarray) -> None:
-    refused(lambda: read({"references": [{"codes": expected.tolist()}]}), "no transcript")
-    refused(lambda: read({"references": [{"codes": expected.tolist(), "text": "<|im_end|>"}]}), "would steer the model")
+    refused(lambda: read({"references": [{"codes": expected.tolist()}]}), "no transcript", "references[0].text")
+    fields = {"references": [{"codes": expected.tolist(), "text": "<|im_end|>"}]}
+    refused(lambda: read(fields), "would steer the model", "references[0].text")
 
 
 @pytest.fixture
@@ -328,7 +338,9 @@ def test_files_below_the_media_folder(read: Callable[..., list[Voice]], expected
 def test_files_elsewhere_look_as_if_they_were_not_there(read: Callable[..., list[Voice]], media: Path, name: str) -> None:
     fields = {"references": [{"audio_path": name.format(media, media.parent), "text": WORDS}]}
     refused(
-        lambda: read(fields, media_dir=media), "there is no such file below the media folder of this server$", "references[0]"
+        lambda: read(fields, media_dir=media),
+        "there is no such file below the media folder of this server$",
+        "references[0].audio_path",
     )
 
 

@@ -235,6 +235,67 @@ def test_recordings_that_make_no_voice(voiced: TestClient, sound: bytes, text: s
     assert names(voiced) == BUILT_IN
 
 
+OLD, NEW = "old_reference_id", "new_reference_id"
+
+
+@pytest.mark.parametrize(
+    ("path", "name", "audio", "text"),
+    [
+        ("/v1/audio/voices", "name", "audio_sample", "ref_text"),
+        ("/v1/audio/voices", "id", "file", "transcript"),
+        ("/v1/references/add", "id", "audio", "text"),
+        ("/model", "title", "voices", "texts"),
+    ],
+)
+def test_an_error_names_the_field_at_fault(voiced: TestClient, path: str, name: str, audio: str, text: str) -> None:
+    right = {name: "anna", audio: base64.b64encode(SOUND).decode(), text: WORDS}
+    wrong: list[tuple[str, Any]] = [
+        *((name, value) for value in ("awb", "a/b", "default")),
+        *((audio, value) for value in ("bm8gYXVkaW8=", "?", base64.b64encode(wav(1, level=0)).decode())),
+        *((text, value) for value in ("?!", "<|im_end|>")),
+    ]
+    for field, value in wrong:
+        reply = voiced.post(f"{path}?format=json", json={**right, field: value})
+        assert reply.status_code in (400, 403)
+        assert reply.json()["error"]["param"] in (field, f"{field}[0]"), (field, value)
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "fields", "param"),
+    [
+        ("POST", "/v1/audio/encoding?id=a/b&prompt=x", {"x": "UklG"}, "id"),
+        ("POST", "/v1/audio/encoding?id=a&prompt=%3F", {"x": "UklG"}, "prompt"),
+        ("POST", "/v1/audio/encoding?id=a&prompt=x", {"x": "UklG"}, "x"),
+        ("POST", "/v1/audio/encoding", {"x": "UklG"}, "x"),
+        ("POST", "/v1/vqgan/encode", {"audios": [base64.b64encode(SOUND).decode(), "UklG"]}, "audios[1]"),
+        ("POST", "/v1/vqgan/encode", {"audios": [5]}, "audios[0]"),
+        ("POST", "/v1/vqgan/decode", {"tokens": [[[10**6]]]}, "tokens[0]"),
+        ("POST", "/v1/references/update", {OLD: "nobody", NEW: "x"}, OLD),
+        ("POST", "/v1/references/update", {OLD: "awb", NEW: "x"}, OLD),
+        ("POST", "/v1/references/update", {OLD: "anna", NEW: "awb"}, NEW),
+        ("POST", "/v1/references/update", {OLD: "anna", NEW: "a/b"}, NEW),
+        ("DELETE", "/v1/references/delete", {"reference_id": "nobody"}, "reference_id"),
+    ],
+)
+def test_an_error_of_other_routes_names_the_field_at_fault(
+    voiced: TestClient, method: str, path: str, fields: Any, param: str
+) -> None:
+    assert add(voiced).status_code == 200
+    reply = voiced.request(method, path, json=fields, headers={"Accept": "application/json"})
+    assert (reply.status_code // 100, reply.json()["error"]["param"]) == (4, param)
+
+
+def test_what_is_not_kept_of_a_voice_is_named(voiced: TestClient) -> None:
+    """OpenAI's consent among it."""
+    found = [add(voiced, consent="cons_1", speaker_description="warm", type="audio_sample")]
+    sound = base64.b64encode(SOUND).decode()
+    found.append(voiced.post("/v1/references/add", json={"id": "ben", "audio": sound, "text": WORDS, "tekst": "x"}))
+    found.append(voiced.post("/model", json={"title": "carl", "voices": sound, "texts": WORDS, "visibility": "private"}))
+    assert [reply.status_code for reply in found] == [200] * 3
+    named = [set(reply.headers["x-ignored-parameters"].split(", ")) for reply in found]
+    assert named == [{"consent", "speaker_description"}, {"tekst"}, {"visibility"}]
+
+
 @pytest.mark.parametrize(
     ("muxer", "codec", "rate"), [("webm", "libopus", 48_000), ("ipod", "aac", 44_100), ("adts", "aac", 16_000)]
 )

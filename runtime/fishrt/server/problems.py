@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from fastapi.exceptions import RequestValidationError
@@ -106,6 +107,16 @@ def problem(error: Exception) -> Problem:
             return Problem(500, "the server cannot write its files; its log has more", code="cannot_write")
         return Problem(500, message, code="generation_failed")
     return Problem(500, "the server has a fault; its log has more", code="internal_error")
+
+
+@contextmanager
+def about(param: str, code: str | None = None) -> Iterator[None]:
+    """Let an error of a client's value in the block name the field that has it. code: of errors that have none."""
+    try:
+        yield
+    except (AudioError, PromptError, VoiceError) as error:
+        found = problem(error)
+        raise Problem(found.status_code, found.detail, param=param, code=found.code or code) from None
 
 
 _WORDS = {404: "not_found", 405: "method_not_allowed"}

@@ -79,8 +79,7 @@ class Voice:
 
         if not isinstance(audio, (str, Path, tuple)):
             raise ArgumentError(f"audio is a {type(audio).__name__}", hint="give a file, or samples with their rate: (pcm, rate)")
-        _check_transcript(transcript, name)
-        tts.check_transcript(transcript, f"the transcript of voice {name!r}")
+        check_words(tts, transcript, name)
         manifest = tts.bundle.manifest
         lm, codec = manifest.language_model, manifest.codec
         what = f"the recording of voice {name!r}" if isinstance(audio, tuple) else str(audio)
@@ -174,6 +173,12 @@ def _embedded_path() -> Path | None:
         return embedded_bundle()
     except FishrtError:
         return None
+
+
+def check_words(tts: Encoder, transcript: str, name: str) -> None:
+    """Check that the model can read the transcript of a voice. Raises VoiceError if nothing can be spoken, PromptError."""
+    _check_transcript(transcript, name)
+    tts.check_transcript(transcript, f"the transcript of voice {name!r}")
 
 
 def _check_transcript(transcript: str, name: str) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 
 from ...arrays import Ints, Pcm
 from ...audio.files import read_audio
+from ...audio.resample import resample
 from ...tts import TTS
 from ...voices.recordings import check_recording, most_seconds
 from ...voices.voice import Voice, joined
@@ -27,6 +28,8 @@ _MOST_WAITING = 32
 _RETRY_S = "5"
 _SAMPLE_S = 10.0
 """Longest sample of a voice."""
+_PAUSE_S = 0.25
+"""Silence between two recordings of one voice."""
 _T = TypeVar("_T")
 
 
@@ -42,9 +45,12 @@ class VoiceEncoder:
         self._size = 0
         self._keeping = threading.Lock()
 
-    async def voice(self, audio: bytes, transcript: str, name: str) -> Voice:
-        """Return a voice with its recording, as `VoiceStore.add` keeps it. Raises as `Voice.from_audio`; Problem 429."""
-        return await self.run(lambda: Voice.from_audio(self._tts, self._read(audio), transcript, name=name))
+    async def voice(self, recordings: Sequence[bytes], transcript: str, name: str) -> Voice:
+        """Return a voice with its recording, as `VoiceStore.add` keeps it; several are joined, with a pause between them.
+
+        Raises as `Voice.from_audio`; Problem 429.
+        """
+        return await self.run(lambda: Voice.from_audio(self._tts, self._joined(recordings), transcript, name=name))
 
     async def reference(self, audio: bytes, transcript: str) -> Voice:
         """Return the voice of a request, made now or remembered. Raises as `voice`."""
@@ -82,6 +88,13 @@ class VoiceEncoder:
     def _read(self, audio: bytes) -> tuple[Pcm, int]:
         manifest = self._tts.bundle.manifest
         return read_audio(io.BytesIO(audio), max_seconds=most_seconds(manifest.language_model, manifest.codec))
+
+    def _joined(self, recordings: Sequence[bytes]) -> tuple[Pcm, int]:
+        pcm, rate = self._read(recordings[0])
+        for recording in recordings[1:]:
+            more, other = self._read(recording)
+            pcm = np.concatenate([pcm, np.zeros(int(_PAUSE_S * rate), np.float32), resample(more, other, rate)])
+        return pcm, rate
 
     def _remembered(self, key: tuple[bytes, str]) -> Voice | None:
         with self._keeping:

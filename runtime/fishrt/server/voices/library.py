@@ -16,7 +16,8 @@ from ...tts import TTS
 from ...voices.files import AUDIO_SUFFIXES, canonical, check_name
 from ...voices.recordings import doubts
 from ...voices.store import bundle_store, bundle_voices
-from ...voices.voice import Voice
+from ...voices.voice import Voice, check_words
+from ..problems import about
 from .encoding import VoiceEncoder
 
 OPENAI_VOICES = frozenset("alloy ash ballad coral echo fable onyx nova sage shimmer verse marin cedar".split())
@@ -38,6 +39,18 @@ class Entry:
     """Seconds since 1970."""
     warnings: tuple[str, ...] = ()
     """Why a recording that was just added may make a poor voice."""
+
+
+@dataclass(frozen=True, slots=True)
+class NewVoice:
+    """A voice that a client adds, and the fields of its request that have the parts."""
+
+    name: str
+    name_field: str
+    recordings: Sequence[bytes]
+    recordings_field: str
+    transcript: str
+    transcript_field: str
 
 
 class VoiceLibrary:
@@ -110,14 +123,19 @@ class VoiceLibrary:
             raise TakenVoiceError(f"there is already a voice {name!r}", hint="choose another name, or delete that voice first")
         self._tts.store.check_free(name)
 
-    async def create(self, name: str, audio: bytes, transcript: str, *, keep: bool = True) -> Entry:
-        """Add a recording as a voice. keep: in the voice folder, whole on disk at the end; otherwise until shutdown.
+    async def create(self, new: NewVoice, *, keep: bool = True) -> Entry:
+        """Add recordings as a voice. keep: in the voice folder, whole on disk at the end; otherwise until shutdown.
 
-        Raises as `check_free` and `VoiceEncoder.voice`; OutputError if it cannot be written.
+        Raises Problem for what `check_free` and `VoiceEncoder.voice` refuse; OutputError if it cannot be written.
         """
-        await asyncio.to_thread(self.check_free, name)
-        voice = await self._encoder.voice(audio, transcript, name)
-        return await asyncio.to_thread(self._add, voice, keep=keep)
+        with about(new.name_field):
+            await asyncio.to_thread(self.check_free, new.name)
+        with about(new.transcript_field):
+            await asyncio.to_thread(check_words, self._tts, new.transcript, new.name)
+        with about(new.recordings_field):
+            voice = await self._encoder.voice(new.recordings, new.transcript, new.name)
+        with about(new.name_field):
+            return await asyncio.to_thread(self._add, voice, keep=keep)
 
     def _add(self, voice: Voice, *, keep: bool) -> Entry:
         with self._changing:
@@ -135,7 +153,7 @@ class VoiceLibrary:
     def rename(self, old: str, new: str) -> None:
         """Give a voice another name. Raises UnknownVoiceError, KeptVoiceError, and as `check_free`."""
         with self._changing:
-            entry = self._changeable(old)
+            entry = self.changeable(old)
             self.check_free(new)
             if entry.origin == "user":
                 self._tts.store.rename(entry.name, new)
@@ -146,11 +164,20 @@ class VoiceLibrary:
     def remove(self, name: str) -> None:
         """Delete a voice. Raises UnknownVoiceError, KeptVoiceError."""
         with self._changing:
-            entry = self._changeable(name)
+            entry = self.changeable(name)
             if entry.origin == "user":
                 self._tts.store.remove(entry.name)
             else:
                 del self._session[entry.name]
+
+    def changeable(self, name: str) -> Entry:
+        """Return a voice that clients may rename and delete. Raises UnknownVoiceError, KeptVoiceError."""
+        entry = self.entry(name)
+        if entry.origin == "bundle":
+            raise KeptVoiceError(f"the voice {entry.name!r} belongs to the bundle and stays as it is")
+        if entry.origin == "user" and not self._tts.store.made_here(entry.name):
+            raise KeptVoiceError(f"the voice {entry.name!r} was not made by fishrt and is left alone")
+        return entry
 
     @property
     def _built_in(self) -> Sequence[str]:
@@ -167,15 +194,6 @@ class VoiceLibrary:
         """Return the voice for a name of OpenAI's: the largest hash, so that a new voice leaves most names where they are."""
         local = self._built_in or self._tts.store.list()
         return max(local, key=lambda voice: hashlib.sha256(f"{name}\0{voice}".encode()).digest(), default=None)
-
-    def _changeable(self, name: str) -> Entry:
-        """Return a voice that clients may rename and delete. Raises UnknownVoiceError, KeptVoiceError."""
-        entry = self.entry(name)
-        if entry.origin == "bundle":
-            raise KeptVoiceError(f"the voice {entry.name!r} belongs to the bundle and stays as it is")
-        if entry.origin == "user" and not self._tts.store.made_here(entry.name):
-            raise KeptVoiceError(f"the voice {entry.name!r} was not made by fishrt and is left alone")
-        return entry
 
     def _unknown(self, name: str) -> UnknownVoiceError:
         names = [entry.name for entry in self.list()]

@@ -20,11 +20,11 @@ from urllib.parse import unquote, unquote_to_bytes, urlsplit
 import numpy as np
 
 from ...arrays import Ints
-from ...errors import AudioError, PromptError, VoiceError
+from ...errors import VoiceError
 from ...tts import TTS
-from ...voices.voice import Voice
+from ...voices.voice import Voice, check_words
 from ..bodies import json_value
-from ..problems import Problem
+from ..problems import Problem, about
 from .encoding import VoiceEncoder
 from .fetch import MOST_BYTES, Fetcher
 
@@ -36,6 +36,7 @@ _ITEM_CODES = ("codes", "vq_codes")
 _NO_CODES = "the codes are no list of codebooks, each a list of whole numbers of the same length"
 _MOST = 64
 """Most references of one request."""
+_CODE = "invalid_reference"
 _LONGEST_NAME = 255
 """Longest name of a voice and longest path, in characters: what is longer is audio."""
 
@@ -45,8 +46,9 @@ class Reference:
     """A reference as a request has it, not yet read."""
 
     param: str
-    """Where it is in the request, for errors."""
+    """Where its audio or its codes are in the request, for errors."""
     text: str
+    text_param: str
     audio: bytes | str | None = None
     codes: Any = None
 
@@ -72,7 +74,7 @@ def find_references(fields: Mapping[str, Any]) -> References:
     if not found and not audio and is_audio(given.get("voice")):
         audio = "voice"
     if audio:
-        found = [[Reference(audio, _text(given, text), _audio(given[audio], audio))]]
+        found = [[Reference(audio, _text(given, text), text or TEXT[0], _audio(given[audio], audio))]]
     elif text and not found:
         raise _bad(text, f"{text} is given without a recording", "give ref_audio, too")
     elif text:
@@ -107,22 +109,20 @@ class ReferenceReader:
         if isinstance(value, bytes):
             return value
         scheme = value[:8].partition(":")[0].lower()
-        try:
+        with about(param, _CODE):
             if scheme in ("http", "https"):
                 return await self._fetch(value)
             file = scheme == "file" or (len(value) <= _LONGEST_NAME and scheme != "data")
             return await asyncio.to_thread(self._file if file else encoded_bytes, value)
-        except VoiceError as error:
-            raise _bad(param, str(error), error.hint) from None
 
     async def _voice(self, reference: Reference) -> Voice:
-        try:
+        with about(reference.text_param, _CODE):
+            await asyncio.to_thread(check_words, self._tts, reference.text, "reference")
+        with about(reference.param, _CODE):
             if reference.codes is not None:
                 return await asyncio.to_thread(self._coded, reference)
             assert reference.audio is not None
             return await self._encoder.reference(await self.audio(reference.audio, reference.param), reference.text)
-        except (AudioError, PromptError, VoiceError) as error:
-            raise _bad(reference.param, str(error), error.hint) from None
 
     def _coded(self, reference: Reference) -> Voice:
         """Return the voice of codes, after all checks."""
@@ -133,7 +133,6 @@ class ReferenceReader:
             raise VoiceError(_NO_CODES)
         voice = Voice("reference", codes, reference.text, None)
         voice.check(self._tts.bundle)
-        self._tts.check_transcript(voice.transcript, "the transcript of the reference")
         return voice
 
     async def _fetch(self, url: str) -> bytes:
@@ -198,26 +197,28 @@ def _reference(value: Any, param: str) -> Reference:
         raise _bad(param, f"{param} is no object", 'give {"audio": …, "text": …}')
     given = {name: each for name, each in value.items() if each not in (None, "", [])}
     audio, codes = _one(given, _ITEM_AUDIO, param), _one(given, _ITEM_CODES, param)
-    text = _text(given, _one(given, _ITEM_TEXT, param), param)
+    words = _one(given, _ITEM_TEXT, param)
+    text, text_param = _text(given, words, f"{param}."), f"{param}.{words or _ITEM_TEXT[0]}"
     if codes:  # clients that send codes may send the recording, too
-        return Reference(param, text, codes=given[codes])
+        return Reference(f"{param}.{codes}", text, text_param, codes=given[codes])
     if not audio:
         raise _bad(param, f"{param} has neither audio nor codes", 'give {"audio": …, "text": …}')
-    return Reference(param, text, _audio(given[audio], param))
+    return Reference(f"{param}.{audio}", text, text_param, _audio(given[audio], f"{param}.{audio}"))
 
 
 def _one(given: Mapping[str, Any], names: Sequence[str], param: str) -> str:
     """Return which of several spellings is given; "" if none is. Raises Problem for two."""
     found = [name for name in names if name in given]
     if len(found) > 1:
-        raise _bad(param or found[1], f"{param and param + ': '}{found[0]} and {found[1]} are both given", "give one of them")
+        place = param and f"{param}."
+        raise _bad(f"{place}{found[1]}", f"{place}{found[0]} and {place}{found[1]} are both given", "give one of them")
     return found[0] if found else ""
 
 
-def _text(given: Mapping[str, Any], name: str, param: str = "") -> str:
+def _text(given: Mapping[str, Any], name: str, place: str = "") -> str:
     value = given.get(name, "")
     if not isinstance(value, str):
-        raise _bad(param or name, f"{param or name}: the transcript is no text", "give the words of the recording")
+        raise _bad(f"{place}{name}", f"{place}{name}: the transcript is no text", "give the words of the recording")
     return value
 
 
@@ -258,5 +259,5 @@ def encoded_bytes(text: str) -> bytes:
         raise VoiceError("the audio is no valid base64", hint=hint) from None
 
 
-def _bad(param: str, message: str, hint: str | None) -> Problem:
-    return Problem(400, f"{message}; {hint}" if hint else message, param=param, code="invalid_reference")
+def _bad(param: str, message: str, hint: str) -> Problem:
+    return Problem(400, f"{message}; {hint}", param=param, code=_CODE)

@@ -13,11 +13,13 @@ from ...audio.encode import encode_audio
 from ...voices.files import canonical
 from ...voices.voice import npy_bytes
 from ..bodies import fields_of
-from ..problems import Problem
+from ..problems import Problem, about
 from ..service import Service
-from .library import Entry
+from ..words import ignored_header
+from .library import Entry, NewVoice
 from .references import encoded_bytes
 
+_NAME = ("name", "id")
 _AUDIO = ("audio_sample", "audio", "file", "ref_audio")
 _TEXT = ("ref_text", "text", "transcript")
 _UPLOAD = {
@@ -27,7 +29,7 @@ _UPLOAD = {
         "name": {"type": "string"},
         "audio_sample": {"type": "string", "format": "binary", "description": "The recording. Also: audio, file, ref_audio."},
         "ref_text": {"type": "string", "description": "The words of the recording. Also: text, transcript."},
-        "consent": {"type": "string", "description": "Taken, and not kept."},
+        "consent": {"type": "string", "description": "Not kept: X-Ignored-Parameters of the reply names it."},
         "type": {"type": "string", "enum": ["audio_sample"]},
     },
 }
@@ -60,7 +62,7 @@ def routes(service: Service) -> APIRouter:
 
     @router.post("/v1/audio/voices", summary="Store a voice", openapi_extra=_form(_UPLOAD))
     @router.post("/v1/voices", summary="Store a voice", openapi_extra=_form(_UPLOAD))
-    async def add(request: Request) -> Any:
+    async def add(request: Request, response: Response) -> Any:
         """Store a recording with its transcript as a voice, which is on disk before the reply.
 
         `warnings` says why the recording may make a poor voice.
@@ -68,8 +70,8 @@ def routes(service: Service) -> APIRouter:
         fields = await fields_of(request)
         if (kind := fields.get("type") or "audio_sample") != "audio_sample":
             raise Problem(400, f"type {kind!r:.40}: voices are made of recordings; audio_sample is expected", param="type")
-        name, transcript = text_of(fields, ("name", "id")), text_of(fields, _TEXT)
-        entry = await library.create(name, await recording_of(fields, _AUDIO), transcript)
+        entry = await library.create(await new_voice(fields, _NAME, _AUDIO, _TEXT))
+        response.headers.update(ignored_header(fields.keys() - {"type", *_NAME, *_AUDIO, *_TEXT}))
         described = _described(entry)
         return {**described, "object": "audio.voice", "success": True, "voice": described, "warnings": entry.warnings}
 
@@ -108,36 +110,50 @@ def routes(service: Service) -> APIRouter:
         if bool(id) != bool(prompt) or (persist and not id):
             raise Problem(400, "a voice needs both id and prompt, its transcript", param="prompt" if id else "id")
         fields = await fields_of(request)
-        audio = await recording_of(fields, tuple(fields))
+        field, audio = await recording_of(fields, tuple(fields) or ("audio",))
         if not id:
-            codes = await encoder.codes(audio)
+            with about(field):
+                codes = await encoder.codes(audio)
         else:
-            await library.create(id, audio, prompt, keep=persist)
+            await library.create(NewVoice(id, "id", [audio], field, prompt, "prompt"), keep=persist)
             codes = library.load(id).codes
         return Response(npy_bytes(codes), media_type="application/x-npy")
 
     return router
 
 
-async def recording_of(fields: Mapping[str, Any], names: Sequence[str]) -> bytes:
-    """Return the recording: a file of the form, or bytes in base64. Raises Problem 400 if there is none."""
+async def new_voice(
+    fields: Mapping[str, Any], names: Sequence[str], recordings: Sequence[str], transcripts: Sequence[str]
+) -> NewVoice:
+    """Return the voice that the fields of a request describe, each part in one of several spellings. Raises Problem 400."""
+    field, audio = await recording_of(fields, recordings)
+    (name_field, name), (text_field, text) = text_of(fields, names), text_of(fields, transcripts)
+    return NewVoice(name, name_field, [audio], field, text, text_field)
+
+
+async def recording_of(fields: Mapping[str, Any], names: Sequence[str]) -> tuple[str, bytes]:
+    """Return which field has the recording, and it: a file of the form, or base64. Raises Problem 400 if there is none."""
     for name in names:
-        match fields.get(name):
-            case bytes() as data:
-                return data
-            case str() as text if text:
-                return await asyncio.to_thread(encoded_bytes, text)
-    raise Problem(
-        400, f"the recording is missing; send it as the file {names[0] if names else 'audio'}", param=names[0] if names else None
-    )
+        if (data := await bytes_of(fields.get(name), name)) is not None:
+            return name, data
+    raise Problem(400, f"the recording is missing; send it as the file {names[0]}", param=names[0])
 
 
-def text_of(fields: Mapping[str, Any], names: Sequence[str]) -> str:
-    """Return the first of these fields that is given, else ""."""
-    found = next((fields[name] for name in names if fields.get(name)), "")
+async def bytes_of(value: Any, field: str) -> bytes | None:
+    """Return the bytes of a file, or of base64; None for anything else. Raises Problem 400 for text that is no base64."""
+    if isinstance(value, str) and value:
+        with about(field):
+            return await asyncio.to_thread(encoded_bytes, value)
+    return value if isinstance(value, bytes) else None
+
+
+def text_of(fields: Mapping[str, Any], names: Sequence[str]) -> tuple[str, str]:
+    """Return which of these fields is given, and its text; the first and "" if none is. Raises Problem 400 for no text."""
+    field = next((name for name in names if fields.get(name)), names[0])
+    found = fields.get(field) or ""
     if not isinstance(found, str):
-        raise Problem(400, f"{names[0]} is no text", param=names[0])
-    return found
+        raise Problem(400, f"{field}: a text is expected", param=field)
+    return field, found
 
 
 def _described(entry: Entry) -> dict[str, Any]:

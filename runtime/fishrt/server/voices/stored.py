@@ -14,11 +14,12 @@ from starlette.responses import Response
 from ...voices.files import canonical
 from ..bodies import fields_of
 from ..encodings import MSGPACK, answer
-from ..problems import Problem
+from ..problems import Problem, about
 from ..service import Service
-from .library import Entry
-from .references import codes_of, encoded_bytes
-from .routes import recording_of, text_of
+from ..words import ignored_header
+from .library import Entry, NewVoice
+from .references import codes_of
+from .routes import bytes_of, new_voice, text_of
 
 _MOST = 16
 """Most recordings, and most arrays of codes, of one request."""
@@ -35,9 +36,11 @@ def routes(service: Service) -> APIRouter:
     async def add(request: Request) -> Response:
         """Store a recording with its transcript. Answers in MessagePack unless JSON is asked for."""
         fields = await fields_of(request)
-        name = _name(fields, "id")
-        entry = await library.create(name, await recording_of(fields, ("audio",)), text_of(fields, ("text",)))
-        return _done(request, f"stored the voice {entry.name!r}", reference_id=entry.name)
+        _name(fields, "id")
+        entry = await library.create(await new_voice(fields, ("id",), ("audio",), ("text",)))
+        done = _done(request, f"stored the voice {entry.name!r}", reference_id=entry.name)
+        done.headers.update(ignored_header(fields.keys() - {"id", "audio", "text"}))
+        return done
 
     @router.get("/v1/references/list", summary="List the voices")
     async def listed(request: Request) -> Response:
@@ -51,7 +54,8 @@ def routes(service: Service) -> APIRouter:
         name = _name(
             dict(request.query_params) if "reference_id" in request.query_params else await fields_of(request), "reference_id"
         )
-        await asyncio.to_thread(library.remove, name)
+        with about("reference_id"):
+            await asyncio.to_thread(library.remove, name)
         return _done(request, f"deleted the voice {canonical(name)!r}", reference_id=canonical(name))
 
     @router.post(
@@ -61,7 +65,10 @@ def routes(service: Service) -> APIRouter:
         """Give a voice that was stored here another name. Answers in MessagePack unless JSON is asked for."""
         fields = await fields_of(request)
         old, new = _name(fields, "old_reference_id"), _name(fields, "new_reference_id")
-        await asyncio.to_thread(library.rename, old, new)
+        with about("old_reference_id"):
+            await asyncio.to_thread(library.changeable, old)
+        with about("new_reference_id"):
+            await asyncio.to_thread(library.rename, old, new)
         names = {"old_reference_id": canonical(old), "new_reference_id": canonical(new)}
         return _done(request, f"renamed the voice {canonical(old)!r} to {canonical(new)!r}", **names)
 
@@ -70,10 +77,11 @@ def routes(service: Service) -> APIRouter:
         """Return `tokens`: for each of `audios` its codes, [codebooks, frames]. In MessagePack unless JSON is asked for."""
         tokens = []
         for nth, audio in enumerate(_list(await fields_of(request), "audios")):
-            data = encoded_bytes(audio) if isinstance(audio, str) else audio
-            if not isinstance(data, bytes):
-                raise Problem(400, f"audios[{nth}]: neither bytes nor base64", param="audios")
-            tokens.append((await service.encoder.codes(data)).tolist())
+            data = await bytes_of(audio, field := f"audios[{nth}]")
+            if data is None:
+                raise Problem(400, f"{field}: bytes or base64 are expected", param=field)
+            with about(field):
+                tokens.append((await service.encoder.codes(data)).tolist())
         return answer({"tokens": tokens}, request.scope, packed=True)
 
     @router.post(
@@ -85,9 +93,9 @@ def routes(service: Service) -> APIRouter:
         In MessagePack unless JSON is asked for; in JSON the samples are base64.
         """
         audios = []
-        for tokens in _list(await fields_of(request), "tokens"):
-            codes = codes_of(tokens)
-            pcm = await service.encoder.run(partial(service.tts.decode, codes))
+        for nth, tokens in enumerate(_list(await fields_of(request), "tokens")):
+            with about(f"tokens[{nth}]"):
+                pcm = await service.encoder.run(partial(service.tts.decode, codes_of(tokens)))
             audios.append(pcm.astype("<f2").tobytes())
         headers = {"X-Audio-Sample-Rate": str(service.tts.sample_rate)}
         return answer({"audios": audios}, request.scope, headers=headers, packed=True)
@@ -106,15 +114,24 @@ def routes(service: Service) -> APIRouter:
         return {"total": len(found), "items": [_item(service, entry) for entry in found[first : first + page_size]]}
 
     @router.post(
-        "/model", summary="Store a voice, as Fish Audio's SDK does", openapi_extra=_body(title=_TEXT, voices=_AUDIO, texts=_TEXT)
+        "/model",
+        summary="Store a voice, as Fish Audio's SDK does",
+        openapi_extra=_body(title=_TEXT, voices={"type": "array", "items": _AUDIO}, texts={"type": "array", "items": _TEXT}),
     )
-    async def create(request: Request) -> Any:
-        """Store a recording, `voices`, with its transcript, `texts`, as the voice `title`."""
+    async def create(request: Request, response: Response) -> Any:
+        """Store `voices`, one recording or several of one speaker, with `texts`, the words of each, as the voice `title`."""
         fields = await fields_of(request)
-        if isinstance(fields.get("voices"), list):
-            raise Problem(400, "voices: one recording is stored as a voice; join them to one", param="voices")
-        audio, transcript = await recording_of(fields, ("voices",)), text_of(fields, ("texts",))
-        return _item(service, await library.create(_name(fields, "title"), audio, transcript))
+        name, recordings, texts = _name(fields, "title"), [], _list(fields, "texts")
+        for nth, audio in enumerate(_list(fields, "voices")):
+            data = await bytes_of(audio, field := f"voices[{nth}]")
+            if data is None:
+                raise Problem(400, f"{field}: a file, or base64, is expected", param=field)
+            recordings.append(data)
+        if len(texts) != len(recordings) or not all(isinstance(text, str) for text in texts):
+            raise Problem(400, f"texts: the words of each recording are expected, {len(recordings)} texts", param="texts")
+        made = await library.create(NewVoice(name, "title", recordings, "voices", "\n".join(texts), "texts"))
+        response.headers.update(ignored_header(fields.keys() - {"title", "voices", "texts"}))
+        return _item(service, made)
 
     @router.get("/model/{name}", summary="Show a voice, as Fish Audio's SDK reads it")
     async def model(name: str) -> Any:
@@ -136,7 +153,7 @@ def _done(request: Request, message: str, **facts: Any) -> Response:
 
 def _name(fields: dict[str, Any], field: str) -> str:
     """Return the name of a voice. Raises Problem 400 if it is missing."""
-    name = text_of(fields, (field,))
+    _, name = text_of(fields, (field,))
     if not name:
         raise Problem(400, f"{field} is missing; give the name of a voice", param=field)
     return name
