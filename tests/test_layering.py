@@ -239,6 +239,7 @@ ROOMS = {
         {"language_model", "diffusion"},
         {"request", "speech"},
         {"speaking"},
+        {"kinds"},
         {"tts"},
         {"bench", "server"},
         {"cli"},

@@ -1,4 +1,4 @@
-"""A request to speak: what the caller asks for, and what that is for one bundle."""
+"""A request to speak: what the caller asks for."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from numbers import Integral, Real
 from typing import Any, Literal, TypedDict, get_args
 
 from .audio.speed import FASTEST, SLOWEST
-from .bundle.features import Codec, Quirks
+from .bundle.features import Codec
 from .errors import ArgumentError, SamplingError
-from .language_model.prompt import Conversation
 from .language_model.sampling import Sampling
 from .voices.voice import Voice
 
@@ -113,28 +112,6 @@ class Request:
                 f"max_frames is {self.max_frames!r}", hint=f"it must be a whole number from 1 to {most:,}, the codec's limit"
             )
         return int(self.max_frames)
-
-
-@dataclass(frozen=True, slots=True)
-class Task:
-    """A request that was checked for a bundle, with all that it needs."""
-
-    pieces: list[str]
-    voices: tuple[str, ...]
-    """Names of the voices that speak."""
-    conversation: Conversation
-    sampling: Sampling
-    """Resolved."""
-    seed: int
-    max_frames: int
-    quirks: Quirks
-    volume: float
-    speed: float
-    levelled: Voice | None
-    """The voice that is brought to TARGET_LUFS; None: no change of loudness."""
-    provider: str
-    warnings: list[str]
-    """Doubts about the speech, except for pieces that ended early."""
 
 
 def check_type(name: str, value: object, kinds: type | tuple[type, ...], wanted: str) -> None:

@@ -1,8 +1,7 @@
-"""Text to speech with a bundle's graphs, prompt, loop and codec.
+"""Text to speech with a bundle: its graphs, its voices, its codec, and the model of its kind.
 
-    text ─► pieces ─► for each: prompt ─► frames of codes ─► pcm ─► AudioChunk          (a voice gives its codes to the prompt)
-                        ▲                    │
-                        └─ earlier pieces ◄──┘
+    Request ─► Model.job ─► Job: pieces of text ─► turns: frames ─► the codec: pcm ─► AudioChunk
+                            kinds/                                                    speaking/
 
 `stream()` yields chunks while frames are drawn; `speak()` drains the same generator, so that the two cannot drift apart.
 """
@@ -10,15 +9,13 @@
 from __future__ import annotations
 
 import logging
-import secrets
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import replace
 from functools import cached_property
 from numbers import Integral
 from pathlib import Path
-from typing import Unpack
+from typing import Any, Unpack
 
 import numpy as np
 import numpy.typing as npt
@@ -36,19 +33,14 @@ from .bundle.graphs import BundleGraphs
 from .bundle.memory import check_memory, estimate, memory_errors
 from .codec import CodecDecoder, CodecEncoder
 from .errors import ArgumentError, FishrtError
-from .language_model.batch import DualAR
-from .language_model.context import ContextStore, prepare, prepared_path
-from .language_model.prompt import PromptBuilder
-from .language_model.sampling import Sampling
-from .request import Options, Request, Task, VoiceLike, check_type
-from .speaking.job import ChunkSizes, Job, Models
+from .kinds.dual_ar import DualARModel
+from .kinds.model import Model
+from .request import Options, Request, VoiceLike, check_type
+from .speaking.job import ChunkSizes, Job, Task
 from .speaking.scheduler import ScheduledStream, Scheduler
 from .speaking.stream import AsyncSpeechStream, SpeechStream, chunk_sizes, whole_chunks
-from .speaking.turns import Turns
-from .speaking.warnings import text_warnings
+from .speaking.turns import MakeTurns, Turns
 from .speech import Progress, Speech
-from .text.split import check_speakers, speaker_turns
-from .text.tokenizer import Tokenizer
 from .voices.known import KnownVoices
 from .voices.loudness import Loudness, voice_loudness
 from .voices.store import VoiceStore, user_folder
@@ -60,6 +52,7 @@ VERIFIED_BYTES = 64_000_000
 """Bundles up to this size are hashed whenever they are loaded, in part of a second; `fishrt inspect --verify` hashes any."""
 
 _KEPT_LEVELS = 64
+_KINDS: Mapping[str, type[Model]] = {"dual_ar": DualARModel}
 
 
 class TTS:
@@ -75,11 +68,9 @@ class TTS:
         self.store = voices if isinstance(voices, VoiceStore) else VoiceStore(user_folder() if voices is None else voices)
         """The user's own voices."""
         self._known = KnownVoices(self.store, self)
-        self._prepared: dict[str, Voice] = {}
+        self._model = _KINDS[bundle.manifest.model.kind](self, self._known)
         self._levels: dict[bytes, Loudness | None] = {}
         self._engines: Mapping[str, Engine] | None = engines
-        self._contexts = ContextStore()
-        self._model: DualAR | None = None
         self._making = threading.Lock()
         self._scheduler: Scheduler | None = None
 
@@ -124,8 +115,8 @@ class TTS:
         with self._making:
             if self._scheduler is not None:
                 self._scheduler.close(None)
-            self._engines = self._scheduler = self._model = None
-        self._contexts = ContextStore()
+            self._engines = self._scheduler = None
+        self._model.forget()
 
     def __enter__(self) -> TTS:
         return self
@@ -147,7 +138,7 @@ class TTS:
     @property
     def provider(self) -> str:
         """The execution provider that runs the graphs. Raises FishrtError after `close`."""
-        return self.engines.provider if isinstance(self.engines, BundleGraphs) else self.engines["slow_ar"].provider
+        return self.engines.provider if isinstance(self.engines, BundleGraphs) else next(iter(self.engines.values())).provider
 
     @property
     def sample_rate(self) -> int:
@@ -249,7 +240,7 @@ class TTS:
         """
         with memory_errors():
             quirks = Quirks.of(self.bundle.manifest.language_model) if upstream_compat else USUAL
-            return self._decoder().decode(codes, quirks=quirks)
+            return self.decoder().decode(codes, quirks=quirks)
 
     @property
     def voices(self) -> tuple[str, ...]:
@@ -275,20 +266,20 @@ class TTS:
             with memory_errors():
                 if len(self._levels) >= _KEPT_LEVELS:
                     self._levels.clear()
-                self._levels[key] = voice_loudness(self._decoder(), codes, self.bundle.manifest.codec)
+                self._levels[key] = voice_loudness(self.decoder(), codes, self.bundle.manifest.codec)
         return self._levels[key]
 
     def check_transcript(self, text: str, what: str) -> None:
         """Check that the model can read a transcript; `what` names it. Raises PromptError."""
-        self._prompts.check_transcript(text, what)
+        self._model.check_transcript(text, what)
 
     def count_tokens(self, text: str) -> int:
         """Return the number of tokens of a text as the model reads it, without those around it."""
-        return self._prompts.count_tokens(text)
+        return self._model.count_tokens(text)
 
     def is_prepared(self, folder: Path) -> bool:
         """Return whether `prepare` wrote into the folder of a voice, for this bundle."""
-        return self._prepared_path(folder).is_file()
+        return self._model.is_prepared(folder)
 
     def prepare(self, voice: VoiceLike, folder: Path | None = None) -> None:
         """Prefill the slow AR with a voice, so that requests with this voice alone and no system text start at their text.
@@ -297,85 +288,28 @@ class TTS:
         voice from its file there, or write the file if there is none; see `language_model/context.py`.
         Raises VoiceError for a voice that is unknown or not this bundle's; OutputError if the file cannot be written.
         """
-        head = self._prompts.start(self._voices(Request("", voice))).head
-        path = None if folder is None else self._prepared_path(folder)
-        with memory_errors():
-            prepare(self.engines["slow_ar"], head, self._contexts, path)
-
-    def _prepared_path(self, folder: Path) -> Path:
-        return prepared_path(folder, self.bundle.manifest.specs["slow_ar"].identity)
-
-    @cached_property
-    def _prompts(self) -> PromptBuilder:
-        return PromptBuilder(Tokenizer.load(self.bundle.tokenizer), self.bundle.manifest.language_model)
+        self._model.prepare(voice, folder)
 
     @cached_property
     def _codec_start(self) -> Mapping[str, Array]:
         return read_codec_start(self.bundle)
 
-    def _decoder(self) -> CodecDecoder:
+    def decoder(self) -> CodecDecoder:
+        """Return the codec's decoder. Raises FishrtError after `close`."""
         return CodecDecoder(self.engines["codec_decode"], self.bundle.manifest.codec, self._codec_start)
-
-    def _task(self, request: Request) -> Task:
-        """Return the task of a request after all checks that need no graph."""
-        manifest, provider, prompts = self.bundle.manifest, self.provider, self._prompts
-        max_frames = request.limit(manifest.codec)
-        quirks = Quirks.of(manifest.language_model) if request.upstream_compat else USUAL
-        pieces = prompts.split(request.text, quirks=quirks)
-        voices = self._voices(request)
-        if voices and not quirks.text:
-            check_speakers(request.text, [v.transcript for v in voices])
-        conversation = prompts.start(voices, request.system, quirks=quirks)
-        for piece in pieces:
-            conversation.user(piece)  # raises now for a piece that is too long, not after earlier pieces are spoken
-        return Task(
-            pieces=pieces,
-            voices=tuple(v.name for v in voices),
-            conversation=conversation,
-            sampling=(request.sampling or Sampling()).resolve(manifest.language_model.sampling),
-            seed=secrets.randbits(32) if request.seed is None else int(request.seed),
-            max_frames=max_frames,
-            quirks=quirks,
-            volume=float(request.volume),
-            speed=float(request.speed),
-            levelled=voices[0] if len(voices) == 1 and not quirks.sound else None,
-            provider=provider,
-            warnings=[*text_warnings(request.text, len(voices), manifest)],
-        )
-
-    def _voices(self, request: Request) -> list[Voice]:
-        built_in, given = self.bundle.manifest.voices, request.voices
-        if given is None:
-            names = () if built_in is None else built_in.ordered if speaker_turns(request.text) else (built_in.default,)
-            voices = [self._known.voice(name, built_in=True) for name in names]
-        else:
-            voices = [self.voice(v) if isinstance(v, str) else v for v in given]
-            if len(voices) == 1 and isinstance(given[0], str):
-                self._take_prepared(given[0], voices[0])
-        for v in voices:
-            v.check(self.bundle)
-        # The codec may have more codebooks than the model.
-        return [replace(v, codes=v.codes[: self.bundle.manifest.language_model.num_codebooks]) for v in voices]
-
-    def _take_prepared(self, name: str, voice: Voice) -> None:
-        """Load the keys and values that `prepare` wrote next to the voice, if there are any."""
-        folder = self._known.prepared_folder(name)
-        if self._prepared.get(name) is not voice and folder is not None and self.is_prepared(folder):
-            self._prepared[name] = voice
-            self.prepare(voice, folder)
 
     def _stream(self, request: Request, progress: Callable[[Progress], None] | None, sizes: ChunkSizes) -> SpeechStream:
         """Return the stream of a request, whose chunks the reader's thread computes."""
         job = self.job(request, progress, sizes)
-        turns: Turns | None = None
+        turns: Turns[Any] | None = None
 
         def turn() -> None:
             nonlocal turns
             if turns is None:
                 begun = time.perf_counter()
                 with memory_errors():
-                    models, gain = self.models(), self.gain(job.task)
-                turns = Turns(models)
+                    make_turns, gain = self.opened(), self.gain(job.task)
+                turns = make_turns(1)
                 turns.add(job, gain, time.perf_counter() - begun)
             list(turns.turn())
 
@@ -383,14 +317,11 @@ class TTS:
 
     def job(self, request: Request, progress: Callable[[Progress], None] | None, sizes: ChunkSizes) -> Job:
         """Return the job of a request after all checks that need no graph."""
-        accepted = time.perf_counter()
-        return Job(self._task(request), self.bundle.manifest, sizes, accepted, progress)
+        return self._model.job(request, progress, sizes)
 
-    def models(self) -> Models:
-        """Open the graphs that speaking needs."""
-        manifest, engines = self.bundle.manifest, self.engines
-        self._model = self._model or DualAR(engines["slow_ar"], engines["fast_ar"], manifest.language_model)
-        return Models(self._model, self._decoder(), manifest.codec, self._contexts)
+    def opened(self) -> MakeTurns:
+        """Open the graphs that speaking needs. Return what makes turns for its jobs."""
+        return self._model.opened()
 
     def gain(self, task: Task) -> float:
         """Return the factor on all samples of a task. It measures the loudness of a voice for which it is unknown."""

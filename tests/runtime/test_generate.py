@@ -11,10 +11,10 @@ import pytest
 from fakes import expected_codes, fake_dual_ar
 from fishrt.bundle.features import RepetitionAware, RepetitionPenalty
 from fishrt.errors import FishrtError, PromptError, SamplingError
+from fishrt.kinds.columns import spoken_codes
 from fishrt.language_model import context
 from fishrt.language_model.batch import DualAR
 from fishrt.language_model.sampling import Sampling, SeededNoise
-from fishrt.speaking.job import spoken_codes
 from helpers_lm import columns_of, frames_of, row_of, spoken
 from helpers_text import language_model, manifest
 

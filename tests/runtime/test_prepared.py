@@ -47,7 +47,7 @@ def test_a_prepared_voice_is_not_read_again(tts: TTS, tmp_path: Path, monkeypatc
     run = slow.run
     monkeypatch.setattr(slow, "run", lambda feeds, *rest: lengths.append(feeds["prompt"].shape[2]) or run(feeds, *rest))
     codes(other, "slt")
-    whole = other._prompts.start([other.voice("slt")])
+    whole = other._model._prompts.start([other.voice("slt")])
     assert lengths[0] == whole.user("Good morning.").shape[1] - whole.head.shape[1]
     assert set(lengths[1:]) <= {1}
 

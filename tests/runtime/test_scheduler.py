@@ -103,7 +103,7 @@ def test_they_share_their_steps(tts: TTS) -> None:
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_schedule_gives_what_single_requests_give(tts: TTS, schedule: list[tuple[str, int, int]]) -> None:
     """In one thread, so that a schedule is repeatable: jobs come, are read and are closed between any two turns."""
-    turns, going = Turns(tts.models(), 3), list[tuple[int, SpeechStream, list[Any]]]()
+    turns, going = tts.opened()(3), list[tuple[int, SpeechStream, list[Any]]]()
     made = list[tuple[int, SpeechStream, list[Any]]]()
     for verb, what, other in schedule:
         if verb == "submit" and len(turns.jobs) < 3:
@@ -272,7 +272,7 @@ def test_a_tts_that_is_closed_lets_speech_end() -> None:
 
 
 def test_streams_that_would_run_dry_go_before_prompts(tts: TTS, monkeypatch: pytest.MonkeyPatch) -> None:
-    turns = Turns(tts.models(), 2)
+    turns = tts.opened()(2)
     first, second = (tts.job(request(n, max_frames=60), None, growing_chunks) for n in (2, 1))
     turns.add(first, 1.0)
     while not list(turns.turn()):

@@ -22,15 +22,15 @@ from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import Self
+from typing import Any, Self
 
 from ..errors import ArgumentError, BusyError, FishrtError, TimeLimitError
 from ..request import Request, check_type
 from ..speech import AudioChunk, Progress, Speech
-from .job import MOST_BUFFERED_S, ChunkSizes, Job, Models, Speaker
+from .job import MOST_BUFFERED_S, ChunkSizes, Job
 from .known import KNOWN_BYTES, KnownSpeech
 from .stream import SpeechStream, chunk_sizes, whole_chunks
-from .turns import Turns
+from .turns import MakeTurns, Speaker, Turns
 
 log = logging.getLogger(__name__)
 
@@ -99,7 +99,7 @@ class Scheduler:
         self._active: dict[Job, _Entry] = {}
         self._stats = Stats()
         self._known = KnownSpeech(known_bytes)
-        self._models: Models
+        self._make_turns: MakeTurns
         self._thread: threading.Thread | None = None
         self._closing = False
         self._numbers = itertools.count()
@@ -134,12 +134,12 @@ class Scheduler:
         job.most_buffered_s = most_buffered_s
         if request.seed is not None:
             job.known = self._known.find(job.key)
-        models, gain = self._speaker.models(), self._speaker.gain(job.task)
+        make_turns, gain = self._speaker.opened(), self._speaker.gain(job.task)
         now = time.perf_counter()
         with self._changed:
             self._check_room()
             self._stats.submitted += 1
-            self._models = models
+            self._make_turns = make_turns
             entry = _Entry(
                 *(job, gain, request.seed is not None, priority, next(self._numbers), now),
                 latest=None if timeout_s is None else now + timeout_s,
@@ -229,7 +229,7 @@ class Scheduler:
         return max(1, min(_MOST_RETRY_S, round(max(self._job_s or 1.0, spoken_s) / self._slots)))
 
     def _run(self) -> None:
-        turns: Turns | None = None
+        turns: Turns[Any] | None = None
         while True:
             with self._changed:
                 while not self._waiting and not self._active:
@@ -241,7 +241,7 @@ class Scheduler:
                     if turns is not None:
                         self._make_room(turns)
                     begin = self._next()
-                turns = turns or Turns(self._models, self._slots)
+                turns = turns or self._make_turns(self._slots)
                 for entry in begin:
                     turns.add(entry.job, entry.gain)
                 began = time.perf_counter()
@@ -284,11 +284,11 @@ class Scheduler:
             (entry for entry in self._waiting if not entry.job.paused), key=lambda entry: (-entry.priority, entry.number)
         )
 
-    def _make_room(self, turns: Turns) -> None:
+    def _make_room(self, turns: Turns[Any]) -> None:
         """Park jobs that nobody reads, and those between two pieces, while others wait."""
         for entry in list(self._active.values()):
             job, ready = entry.job, self._ready()
-            parked = sum(entry.job.parked.nbytes for entry in self._waiting if entry.job.parked)
+            parked = sum(entry.job.parked_bytes for entry in self._waiting)
             if len(self._active) < self._slots or not ready or not turns.can_park or parked >= PARKED_BYTES:
                 return
             if job.paused or (job.between_pieces and job.piece > entry.piece and ready[0].priority >= entry.priority):

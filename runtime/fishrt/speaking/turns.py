@@ -1,56 +1,55 @@
 """Turns of jobs that run together on the same models, in one thread.
 
-    turn    one part of a prompt ─► one column for every row ─► the chunks that are due ─► the next turn
-
-A prompt waits where reading it would let a stream run dry, but not for ever. What a job gives does not depend on the others,
-except for the rounding of larger batches; see `language_model/batch.py`.
+turn    a share of the models' work for the jobs ─► the chunks that are due ─► the next turn
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any, Generic, Protocol, TypeVar
 
 from ..bundle.memory import memory_errors
-from ..language_model.batch import Batch
-from .job import Job, Models
+from ..codec import CodecDecoder
+from ..request import Request
+from ..speech import Progress
+from .job import ChunkSizes, Job, Task
 
-MOST_HELD = 1
-"""Turns in a row in which prompts wait for streams that would run dry. Where all run dry, a longer wait helps none of them."""
+J = TypeVar("J", bound=Job)
 
 
-class Turns:
-    """Jobs and the slots of their rows. Used by one thread, jobs apart."""
+class Turns(ABC, Generic[J]):
+    """Jobs, and what the models hold for them. Used by one thread, jobs apart."""
 
-    def __init__(self, models: Models, slots: int = 1) -> None:
-        self._models = models
-        with memory_errors():
-            self._batch = Batch(models.language_model, slots, models.contexts)
-        self.jobs: list[Job] = []
-        """In the order in which their prompts are read."""
+    can_park: bool
+    """Whether jobs can be parked: what they have read can be taken out of the models."""
+
+    def __init__(self, decoder: CodecDecoder) -> None:
+        self._decoder = decoder
+        self.jobs: list[J] = []
+        """In the order in which they get a share."""
         self.rows = 0
         """Rows of the last step."""
-        self._held = 0
-        # Seconds of a part of a prompt, of a step for all rows, and of a chunk: the last ones.
-        self._part_s = self._step_s = self._chunk_s = 0.0
+        self._chunk_s = 0.0
+        """Seconds of the last chunk."""
 
-    def add(self, job: Job, gain: float, load_s: float = 0.0) -> None:
+    def add(self, job: J, gain: float, load_s: float = 0.0) -> None:
         """Begin a job, see `Job.begin`, or go on with one that was parked. Raises ValueError if no slot is idle."""
         self.jobs.append(job)
         with ends(job), memory_errors():
             if not job.begun:
-                job.begin(self._models, gain, load_s)
+                job.begin(self._decoder, gain, load_s)
             if not job.known:
-                job.slot = self._batch.admit(job.row, parked=job.parked)
-                job.parked = None
+                self._enter(job)
 
     @property
     def paused(self) -> bool:
         """Whether a turn would do nothing: all jobs wait for their readers."""
         return all(job.paused for job in self.jobs)
 
-    def turn(self) -> Iterator[Job]:
+    def turn(self) -> Iterator[J]:
         """Take one turn. Yield jobs as soon as they have a new chunk, and those that have ended, which are not in `jobs` then.
 
         An error of one job ends that job. Raises FishrtError for any other, such as one of the graphs.
@@ -59,10 +58,7 @@ class Turns:
             if job.closed.is_set():
                 job.done = True
         ready = [job for job in self.jobs if not job.done and not job.paused]
-        reading = [job for job in ready if not job.known and not job.row.begun]
-        if reading and self._may_read():
-            self._read(reading[0])
-        self._step([job for job in ready if not job.done and not job.due and job.row.begun])
+        self._compute(ready)
         for job in ready:
             if not job.done and job.due:
                 self._decode(job)
@@ -74,64 +70,55 @@ class Turns:
             self._leave(job)
             yield job
 
-    def _leave(self, job: Job) -> None:
-        if job.slot is not None:
-            self._batch.leave(job.row)
-            job.slot = None
-
-    @property
-    def can_park(self) -> bool:
-        """Whether jobs can be parked: what they have read can be taken out of the batch."""
-        return self._models.language_model.slow.traits.parts_states
-
-    def park(self, job: Job) -> None:
+    def park(self, job: J) -> None:
         """Take out a job that goes on later, when it is added again; what it has read is kept."""
         self.jobs.remove(job)
-        job.parked = None if job.slot is None else self._batch.park(job.row)
-        job.slot = None
+        self._park(job)
 
-    def _may_read(self) -> bool:
-        """Return whether no stream would run dry while a part of a prompt is read, or prompts have waited long enough."""
-        now, self._held = time.perf_counter(), self._held + 1
-        for job in self.jobs:
-            if job.heard_until is not None and self._held <= MOST_HELD:
-                needed_s = self._part_s + job.frames_wanted * self._step_s + self._chunk_s
-                if now < job.heard_until < now + needed_s:  # one that is dry already is not helped by a turn
-                    return False
-        self._held = 0
-        return True
-
-    def _read(self, job: Job) -> None:
-        begun = time.perf_counter()
-        with memory_errors():
-            drawn = self._batch.read(job.row)
-        self._part_s = time.perf_counter() - begun
-        job.spend(self._part_s)
-        with ends(job):
-            for _, column in drawn:
-                job.take(column)
-
-    def _step(self, jobs: list[Job]) -> None:
-        begun, by_row = time.perf_counter(), {id(job.row): job for job in jobs}
-        with memory_errors():
-            drawn = self._batch.advance([job.row for job in jobs])
-        self.rows = len(drawn)
-        if drawn:
-            self._step_s = time.perf_counter() - begun
-        for row, column in drawn:
-            job = by_row[id(row)]
-            job.spend(self._step_s / len(drawn))
-            with ends(job):
-                job.take(column)
-
-    def _decode(self, job: Job) -> None:
+    def _decode(self, job: J) -> None:
         begun = time.perf_counter()
         with ends(job), memory_errors():
-            next_piece = not job.known and not job.row.goes_on
+            piece = job.piece
             job.decode()
-            if next_piece and not job.done:
-                self._batch.admit(job.row, job.slot)
+            if job.piece > piece and not job.done and not job.known:
+                self._enter(job)
         self._chunk_s = time.perf_counter() - begun
+
+    @abstractmethod
+    def _compute(self, ready: Sequence[J]) -> None:
+        """Give the jobs that are ready a share of the models' work."""
+
+    @abstractmethod
+    def _enter(self, job: J) -> None:
+        """Give the models what they need of a piece of text that begins, or goes on after it was parked."""
+
+    @abstractmethod
+    def _leave(self, job: J) -> None:
+        """Take out of the models what they have of a job that has ended."""
+
+    @abstractmethod
+    def _park(self, job: J) -> None:
+        """Take it out for later."""
+
+
+MakeTurns = Callable[[int], Turns[Any]]
+"""Most jobs at once → turns for them."""
+
+
+class Speaker(Protocol):
+    """What makes jobs and their turns: a `TTS`."""
+
+    def job(self, request: Request, progress: Callable[[Progress], None] | None, sizes: ChunkSizes) -> Job:
+        """Return the job of a request after all checks that need no graph."""
+        ...
+
+    def opened(self) -> MakeTurns:
+        """Open the graphs that speaking needs. Return what makes turns for its jobs."""
+        ...
+
+    def gain(self, task: Task) -> float:
+        """Return the factor on all samples of a task."""
+        ...
 
 
 @contextmanager
