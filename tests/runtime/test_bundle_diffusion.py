@@ -60,6 +60,7 @@ def test_the_kind_decides_how_a_model_is_read() -> None:
         (lambda m: m["model"]["denoising"].update(steps=0), r"denoising\.steps is 0; it must be a whole number"),
         (lambda m: m["model"]["denoising"].update(truncation=0.0), r"denoising\.truncation is 0.0; .* above 0"),
         (lambda m: m["model"]["denoising"].update(rescale_k=1.2), "give both or neither"),
+        (lambda m: m["model"]["denoising"].update(cfg_min_t=1.5), r"denoising\.cfg_min_t 1.5 is above cfg_max_t 1.0"),
         (lambda m: m["codec"].update(channels=9), "channels is 8, but those of the codec are 9"),
         (lambda m: m["codec"].update(codebook_sizes=[4]), "a codec has latents or codes"),
         (lambda m: m["codec"].update(channels=None), "channels is None with 0 codebook_sizes"),
@@ -131,7 +132,6 @@ def test_inspect(tmp_path: Path) -> None:
         ({"cfg_text": float("nan"), "cfg_speaker": "8"}, ["cfg_text is nan", "cfg_speaker is 8"]),
         ({"cfg_min_t": None}, ["cfg_min_t is None"]),
         ({"truncation": float("inf")}, ["truncation is inf"]),
-        ({"rescale_sigma": 3.0}, ["rescale_k is None and rescale_sigma is 3.0"]),
     ],
 )
 def test_settings_that_are_out_of_range(settings: dict[str, Any], wrong: list[str]) -> None:

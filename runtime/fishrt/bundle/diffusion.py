@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from math import isfinite
 from numbers import Integral, Real
-from typing import Literal
+from typing import Any, Literal
 
 from .features import VOICE_SECONDS, Reads
 
@@ -86,7 +86,9 @@ class Diffusion:
         for name in ("max_frames", "max_voice_frames"):
             if self.patch > 0 and counts[name] % self.patch:
                 yield f"{name} is {counts[name]}, which are no whole patches of {self.patch}"
-        yield from (f"denoising.{what}; {rule}" for what, rule in denoising_faults(asdict(self.denoising)))
+        settings = asdict(self.denoising)
+        faults = [*denoising_faults(settings), *contradictions(settings)]
+        yield from (f"denoising.{what}; {rule}" for what, rule in faults)
         if len(self.voice_seconds) != 2 or not 0 < self.voice_seconds[0] <= self.voice_seconds[1]:
             yield f"voice_seconds is {list(self.voice_seconds)}, which is no least and most length"
 
@@ -107,9 +109,15 @@ def denoising_faults(settings: Mapping[str, object]) -> Iterator[tuple[str, str]
             yield f"{name} is {value}", "it must be a finite number"
         if name in _POSITIVE and value is not None and not (_is_finite(value) and value > 0):  # type: ignore[operator]
             yield f"{name} is {value}", "it must be a finite number above 0"
-    sigma, k = settings.get("rescale_sigma"), settings.get("rescale_k")
+
+
+def contradictions(settings: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield a pair for settings, as `denoising_faults` takes them, that contradict each other: the values found, and the rule."""
+    sigma, k = settings["rescale_sigma"], settings["rescale_k"]
     if (sigma is None) != (k is None):
         yield f"rescale_k is {k} and rescale_sigma is {sigma}", "give both or neither"
+    if settings["cfg_min_t"] > settings["cfg_max_t"]:
+        yield f"cfg_min_t {settings['cfg_min_t']} is above cfg_max_t {settings['cfg_max_t']}", "no step would be guided"
 
 
 def _is_finite(value: object) -> bool:
