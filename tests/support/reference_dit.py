@@ -39,6 +39,43 @@ def read_weights(path: Path) -> dict[str, np.ndarray]:
     return found
 
 
+def random_weights(seed: int = 0, *, blockwise: bool = True) -> dict[str, np.ndarray]:
+    """Return the weights of a small model, of the sizes of `helpers_diffusion.diffusion_model`."""
+    noise = np.random.default_rng(seed)
+    channels, patch, width, layers, heads, inner, narrow, rank = 8, 4, 12, 2, 2, 20, 8, 3
+    encoders = ("text", "speaker", "latent") if blockwise else ("text", "speaker")
+    sizes: dict[str, tuple[int, ...]] = {
+        "text_encoder.text_embedding": (256, narrow),
+        "cond_module.0": (width, 16),
+        "cond_module.2": (width, width),
+        "cond_module.4": (3 * width, width),
+        "in_proj": (width, channels),
+        "out_proj": (channels, width),
+    }
+    ones: dict[str, tuple[int, ...]] = {"out_norm": (width,)}
+    biases = {"in_proj": width, "out_proj": channels}
+    for of in encoders:
+        ones[f"{of}_norm"] = (narrow,)
+        if of != "text":
+            sizes[f"{of}_encoder.in_proj"], biases[f"{of}_encoder.in_proj"] = (narrow, patch * channels), narrow
+        name = f"{of}_encoder.blocks.0"
+        sizes |= {f"{name}.attention.{part}": (narrow, narrow) for part in ("wq", "wk", "wv", "wo", "gate")}
+        sizes |= {f"{name}.mlp.w1": (inner, narrow), f"{name}.mlp.w3": (inner, narrow), f"{name}.mlp.w2": (narrow, inner)}
+        ones |= {f"{name}.attention.{part}": (2, narrow // 2) for part in ("q_norm", "k_norm")}
+        ones |= {f"{name}.{part}": (narrow,) for part in ("attention_norm", "mlp_norm")}
+    for layer in range(layers):
+        name = f"blocks.{layer}"
+        sizes |= {f"{name}.attention.{part}": (width, width) for part in ("wq", "wk", "wv", "wo", "gate")}
+        sizes |= {f"{name}.attention.w{part}_{of}": (width, narrow) for part in "kv" for of in encoders}
+        sizes |= {f"{name}.mlp.w1": (inner, width), f"{name}.mlp.w3": (inner, width), f"{name}.mlp.w2": (width, inner)}
+        ones |= {f"{name}.attention.{part}": (heads, width // heads) for part in ("q_norm", "k_norm")}
+        for part in (f"{name}.{norm}_adaln.{kind}" for norm in ("attention", "mlp") for kind in ("shift", "scale", "gate")):
+            sizes[f"{part}_down"], sizes[f"{part}_up"], biases[f"{part}_up"] = (rank, width), (width, rank), width
+    found = {f"{name}.weight": noise.normal(0, size[-1] ** -0.5, size) for name, size in sizes.items()}
+    found |= {f"{name}.weight": noise.uniform(0.5, 1.5, size) for name, size in ones.items()}
+    return found | {f"{name}.bias": noise.normal(0, 0.1, size) for name, size in biases.items()}
+
+
 class ReferenceDiT:
     """The graphs of one checkpoint as functions of their feeds."""
 

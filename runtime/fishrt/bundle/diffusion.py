@@ -61,7 +61,7 @@ class Diffusion:
     max_voice_frames: int
     """Most latent frames of a voice."""
     voice_part_frames: int
-    """Latent frames of a recording that are encoded at once; the last part is padded with silence."""
+    """Latent frames of a recording that are encoded at once."""
     denoising: DenoisingDefaults
     voice_seconds: tuple[float, ...] = VOICE_SECONDS
     """Shortest and longest recording that the model imitates well, in seconds."""

@@ -121,7 +121,7 @@ class Denoising:
         """Yield a pair for each resolved setting that does not fit the others or the model."""
         assert self.blocks is not None
         if self.force_speaker is None and (self.force_min_t is not None or self.force_layers is not None):
-            yield "force_min_t or force_layers is given without force_speaker", "give force_speaker, such as 1.2"
+            yield "force_min_t or force_layers is given without force_speaker", "give force_speaker, such as 1.3"
         total = sum(self.blocks)
         if self.frames != total:
             yield f"the blocks {list(self.blocks)} are {total} frames, but frames is {self.frames}", "leave one of them out"
