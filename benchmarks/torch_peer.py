@@ -32,7 +32,7 @@ from fishrt_export.models import transformer
 from fishrt_export.models.fast_ar import FastAR, fast_ar_spec
 from fishrt_export.models.frame import Frame
 from fishrt_export.models.slow_ar import SlowAR, slow_ar_spec
-from fishrt_export.models.transformer import Stack
+from fishrt_export.models.transformer import Transformer
 from fishrt_export.sources.codec import open_codec
 from fishrt_export.sources.language_model import open_language_model
 
@@ -93,7 +93,7 @@ def open_torch_decoder(checkpoint: Path, dtype: torch.dtype, device: str = "cpu"
     return decode
 
 
-def _fill(module: Stack, weights: Mapping[str, Tensor], dtype: torch.dtype, device: str) -> None:
+def _fill(module: Transformer, weights: Mapping[str, Tensor], dtype: torch.dtype, device: str) -> None:
     module.load_state_dict({name: weights[name].to(device, dtype) for name in module.state_dict()}, assign=True)
     module.requires_grad_(False).eval()
     module.cos, module.sin = module.cos.to(device), module.sin.to(device)
@@ -152,7 +152,7 @@ class _TorchEngine:
     As usual in torch, a call does not wait for resident results.
     """
 
-    def __init__(self, module: Stack, spec: GraphSpec) -> None:
+    def __init__(self, module: Transformer, spec: GraphSpec) -> None:
         self.module, self.spec = module, spec
         weight = next(iter(module.state_dict().values()))
         self.dtype, self.device = weight.dtype, weight.device
@@ -254,7 +254,7 @@ def _tensor(value: Any, device: torch.device) -> Tensor:
     return value.tensor if isinstance(value, TorchResident) else torch.tensor(value, device=device)
 
 
-def _tensors(module: Stack) -> list[Tensor]:
+def _tensors(module: Transformer) -> list[Tensor]:
     """Return all parameters and buffers of a module."""
     parts = [module, *module.layers]
     return [module.cos, module.sin, *(tensor for part in parts for tensor in part.state_dict().values())]

@@ -16,6 +16,7 @@ from fishrt_engines.providers import find_obstacle
 from vectors import CHOSEN, FAMILIES, find_golden, present_families
 
 if TYPE_CHECKING:
+    from echo_model import EchoModel
     from fishrt.bundle.folder import Bundle
     from tiny import GoldenModel
 
@@ -25,7 +26,9 @@ RUNNING = pytest.StashKey[pytest.Item]()
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark the tests of fixtures that trace; `make quick` leaves them out."""
     for item in items:
-        if {"golden_model", "s2_model", "tiny_bundle", "exported", "exports"} & set(getattr(item, "fixturenames", ())):
+        if {"golden_model", "s2_model", "tiny_bundle", "exported", "exports", "echo_model"} & set(
+            getattr(item, "fixturenames", ())
+        ):
             item.add_marker("slow")
 
 
@@ -94,6 +97,18 @@ def golden_model(models: Callable[[Path], GoldenModel], golden: Path) -> GoldenM
 def s2_model(models: Callable[[Path], GoldenModel], s2_golden: Path) -> GoldenModel:
     """S2-Pro's, for tests of behaviour common to all families."""
     return models(s2_golden)
+
+
+@pytest.fixture(scope="session")
+def echo_model(shared_folder: Path) -> EchoModel:
+    """Modules and exported graphs of the golden diffusion model."""
+    pytest.importorskip("torch", reason="needs the export extra")
+    from echo_model import EchoModel
+    from echo_vectors import echo_golden
+
+    golden, folder = echo_golden(), shared_folder / "echo"
+    folder.mkdir(exist_ok=True)
+    return EchoModel(golden, folder)
 
 
 @pytest.fixture(scope="session")

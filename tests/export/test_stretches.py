@@ -17,7 +17,7 @@ from fishrt_export.errors import ExportError
 from fishrt_export.graph.job import GraphJob
 from fishrt_export.graph.stretches import BUDGET, FUSED_NORM, split, verify_stack
 from fishrt_export.graph.verify import Held
-from fishrt_export.models.transformer import Stack
+from fishrt_export.models.stack import Stack
 from fishrt_export.sources.language_model import open_language_model
 from fishrt_export.targets.forms import make_forms
 from synthetic import EVERYTHING, PLAIN, random_weights, write_nested

@@ -13,7 +13,7 @@ from fishrt.progress import PartDone, Progress
 from fishrt_engines.engine import GraphSpec
 
 from ..checkpoint.weights import load
-from ..models.transformer import Stack
+from ..models.stack import Stack
 from .recipe import Storage
 from .report import PROVIDER, Case
 from .store import link, store

@@ -1,4 +1,4 @@
-"""Verification of a language model's graph in stretches of a few blocks, of which only one is in memory.
+"""Verification of a large model's graph in stretches of a few blocks, of which only one is in memory.
 
 The graph is cut at the inputs of blocks, the residual stream. Each stretch is a graph of its own that refers to the same file of
 weights. It runs all calls of all cases before the next stretch is opened. The graph's stretches run on the graph's stream and the
@@ -21,7 +21,7 @@ from fishrt.progress import PartDone
 from fishrt_engines import Array, open_engine
 from fishrt_engines.engine import GraphSpec, TensorSpec
 
-from ..models.transformer import Stack
+from ..models.stack import Stack
 from .report import PROVIDER, Case, Expected, Report, run
 from .verify import expect
 
@@ -81,8 +81,10 @@ def verify_stack(
                 if len(stretches) > 1:  # otherwise the file itself is run
                     path, inner = stretch, _cut(path, stretch, spec, stack, parts)
                 if not expected:  # the inputs and outputs of this stretch are those of all graphs
-                    module = _Stretch(stack, parts, inner)
-                    expected = [expect(module, inner, _fed(case, inner)) for case in of_module]
+                    # The module takes all feeds: a graph may read the size of a dimension from another one than the module does.
+                    wide = replace(inner, inputs=(*inner.inputs, *(t for t in spec.feeds if t not in inner.inputs)))
+                    module = _Stretch(stack, parts, wide)
+                    expected = [expect(module, wide, _fed(case, wide)) for case in of_module]
                     of_module = [_with(case, found.results) for case, found in zip(of_module, expected, strict=True)]
                 engine = open_engine(path, inner, provider=PROVIDER)
                 for n, case in enumerate(of_graph):
@@ -111,7 +113,8 @@ class _Stretch(nn.Module):
         updated: list[Tensor] = []
         if layers := _layers(parts):
             span = slice(layers.start, layers.stop)
-            x, updated = stack.run_layers(x, feeds["position_ids"], feeds["write_index"], arguments[-1], span)
+            shared = {name: feeds[name] for name in stack.SHARED if name in feeds}
+            x, updated = stack.run_layers(x, caches=arguments[-1] if self.spec.states else (), layers=span, **shared)
         results = stack.leave(x, *(feeds[name] for name in stack.LEAVES)) if _is_last(stack, parts) else (x,)
         return *results, *updated
 
@@ -129,6 +132,8 @@ def _parts_of(stack: Stack, name: str) -> tuple[int, ...]:
     first, last = 0, len(stack.layers)
     if name.startswith("layers."):
         return (int(name.split(".")[1]) + 1,)
+    if name.startswith(stack.ENTRY):
+        return (first,)
     if isinstance(stack.get_submodule(name.rpartition(".")[0]), nn.Embedding):
         tied = name == "embeddings.weight" and getattr(stack, "output", None) is None
         return (first, last) if tied else (first,)
@@ -151,15 +156,15 @@ def _cut(whole: Path, path: Path, spec: GraphSpec, stack: Stack, parts: range) -
     if entry is not None and (fused := entry.producer()) and fused.op_type == FUSED_NORM:
         entry = streams[layers.start] = _part(model.graph, fused)
     inputs = _needed(model.graph, outputs, entry)
-    width = stack.norm.normalized_shape[0]
+    shape = (*stack.STREAM, stack.width)
     for value in streams.values():
-        value.type, value.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape(("batch", "length", width))
+        value.type, value.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape(shape)
     graph = ir.convenience.extract(model.graph, [value.name or "" for value in inputs], outputs)
     ir.save(ir.Model(graph, ir_version=model.ir_version), path)
     described = {tensor.name: tensor for tensor in (*spec.inputs, *spec.outputs)}
 
     def described_as(name: str) -> TensorSpec:
-        return described.get(name) or TensorSpec(name, "float32", ("batch", "length", width))
+        return described.get(name) or TensorSpec(name, "float32", shape)
 
     return replace(
         spec,

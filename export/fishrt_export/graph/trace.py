@@ -26,7 +26,10 @@ from ..models.transformer import ONNX_OPSET
 IR_VERSION = 10
 
 # Sizes of the example inputs. All differ and none is 0 or 1, so that no dimension is mistaken for a constant or another one.
-_EXAMPLE_DIMS = {"batch": 2, "length": 3, "cache": 7, "frames": 5}
+_EXAMPLE_DIMS = {
+    **{"batch": 2, "length": 3, "cache": 7, "frames": 5},
+    **{"rows": 4, "tokens": 6, "patches": 9, "prefix": 11, "steps": 13},
+}
 
 Dims = Mapping[str, int | tuple[int, str]]
 """Dimensions of one graph: a smallest size, {"samples": 769}, or a multiple of another, {"samples": (hop, "frames")}."""

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from fishrt_engines.engine import GraphSpec, StatePair, TensorSpec
 
 from ..checkpoint.config import ModelConfig
-from .transformer import Stack, cache_names
+from .transformer import Transformer, cache_names
 
 
-class FastAR(Stack):
+class FastAR(Transformer):
     """The fast AR as a module: position 0 takes `hidden`, position j the embedding of code j − 1.
 
     All codebooks share one embedding table and one head.

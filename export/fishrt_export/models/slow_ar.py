@@ -12,10 +12,10 @@ from torch.nn import functional as F
 from fishrt_engines.engine import GraphSpec, StatePair, TensorSpec
 
 from ..checkpoint.config import ModelConfig
-from .transformer import Stack, cache_names
+from .transformer import Transformer, cache_names
 
 
-class SlowAR(Stack):
+class SlowAR(Transformer):
     """The slow AR as one module for prefill and step.
 
     `head_size` is the number of logits. None is a tied head: the whole vocabulary, through the token embedding.

@@ -6,7 +6,7 @@ and the mask, so that one graph serves prefill, chunked prefill and single steps
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple, cast
 
 import numpy as np
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..checkpoint.config import StackConfig
+from .stack import Stack
 
 ONNX_OPSET = 24
 
@@ -84,22 +85,16 @@ class Block(nn.Module):
         return x + cast(Tensor, self.feed_forward(self.ffn_norm(x))), keys, values
 
 
-class Stack(nn.Module):
-    """Blocks, the norm after them, and rotary tables of `max_length` rows.
+class Transformer(Stack):
+    """Blocks with caches, the norm after them, and rotary tables of `max_length` rows."""
 
-    A model adds `enter`, which makes the first block's input, and `leave`, which makes the results from the last block's output.
-    `ENTERS` and `LEAVES` name their feeds.
-    """
-
-    ENTERS: tuple[str, ...]
-    LEAVES: tuple[str, ...]
-    enter: Callable[..., Tensor]
-    leave: Callable[..., tuple[Tensor, ...]]
+    SHARED, STREAM = ("position_ids", "write_index"), ("batch", "length")
     cos: Tensor
     sin: Tensor
 
     def __init__(self, config: StackConfig, max_length: int) -> None:
         super().__init__()
+        self.width = config.dim
         self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
         cos, sin = rope_table(max_length, config.head_dim, config.rope_base)

@@ -150,25 +150,33 @@ def codec_encode_cases(config: CodecConfig | Codec, sight: int) -> list[Case]:
 
 
 def codec_decode_cases(config: CodecConfig | Codec, spec: GraphSpec, sight: int) -> list[Case]:
-    """Return cases of random codes: three frames, two rows, and codes longer than the decoder's context, `sight` frames.
+    """Return cases of random codes or latents: three frames, two rows, and more than the decoder's context, `sight` frames.
 
     One frame holds codes past the codebooks' ends, and another holds −1. A graph with a state takes them in three calls: one
     frame, most of the others, and the rest.
     """
     rng = np.random.default_rng(4)
-    sizes = np.array(config.codebook_sizes)[:, None]
     names = [tensor.name for tensor in spec.feeds]
+    axes = [tensor.shape.index("frames") for tensor in spec.feeds]
     cases = []
     for batch, frames in ((1, 3), (2, 11), (1, _longer_than(config, sight))):
-        codes = rng.integers(0, sizes, (batch, len(sizes), frames))
-        codes[0, :, -1] += sizes[:, 0]
-        codes[0, -1, 0] = -1
-        feeds = {"codes": codes, "position_ids": np.tile(np.arange(frames), (batch, 1))}
+        feeds: Feeds = {"position_ids": np.tile(np.arange(frames), (batch, 1))}
+        if names[0] == "codes":
+            feeds["codes"] = _random_codes(np.array(config.codebook_sizes)[:, None], batch, frames, rng)
+        else:
+            feeds["latents"] = rng.standard_normal(spec.feeds[0].resolve({"batch": batch, "frames": frames})).astype(np.float32)
         cuts = [1, 2 * frames // 3] if spec.states else []
-        chunks = zip(*(np.split(feeds[name], cuts, axis=-1) for name in names), strict=True)
+        chunks = zip(*(np.split(feeds[name], cuts, axis=axis) for name, axis in zip(names, axes, strict=True)), strict=True)
         calls = [dict(zip(names, map(np.ascontiguousarray, chunk), strict=True)) for chunk in chunks]
         cases.append(Case(tuple(calls), {"batch": batch} if spec.states else {}))
     return cases
+
+
+def _random_codes(sizes: Ints, batch: int, frames: int, rng: np.random.Generator) -> Ints:
+    codes = rng.integers(0, sizes, (batch, len(sizes), frames))
+    codes[0, :, -1] += sizes[:, 0]
+    codes[0, -1, 0] = -1
+    return codes
 
 
 def _longer_than(config: CodecConfig | Codec, sight: int) -> int:

@@ -22,13 +22,15 @@ from ..checkpoint.weights import expected_shapes, find_problems, fuse_weight_nor
 from ..graph.job import GraphJob
 from ..graph.verify import Margins
 from ..models.codec.dac import Dac
-from ..models.codec.dac_config import DacConfig
 from ..models.codec.decoding import decode_spec, decoding, encoding
-from ..models.codec.firefly import Firefly, Quantizer
+from ..models.codec.firefly import Firefly, FireflyConfig, Quantizer
+from ..models.codec.latent_dac import LatentDac
 from ..models.codec.load import CodecConfig, fingerprint, read_codec_config, read_stored_codec
 from .cases import codec_decode_cases, codec_encode_cases
 
 AUDIO_TOLERANCE = 1e-4
+LATENT_TOLERANCE = 1e-3
+"""For a codec of latents. Random ones are far from speech: with them, float32 differs from float64 by 1e-4 in the state."""
 COSINE_MARGIN = 1e-4
 """Rounding may choose a codebook row whose cosine is this close to the best."""
 LEVEL_MARGIN = 1e-3
@@ -42,6 +44,8 @@ class CodecSource:
     config: CodecConfig
     weights: Mapping[str, Tensor]
     fingerprint: str
+    channels: int | None = None
+    """Channels of the latents of a LatentDac; None: the codec has codes."""
 
     @property
     def kind(self) -> str:
@@ -58,12 +62,13 @@ class CodecSource:
         return Codec(
             sample_rate=config.sample_rate,
             hop=config.hop,
-            codebook_sizes=config.codebook_sizes,
+            codebook_sizes=() if self.channels else config.codebook_sizes,
             max_frames=config.max_frames,
             min_samples=config.min_samples,
             sample_multiple=config.sample_multiple,
             context=config.context,
             fingerprint=self.fingerprint,
+            channels=self.channels,
         )
 
     def module(self) -> Dac | Firefly:
@@ -73,18 +78,18 @@ class CodecSource:
     def jobs(self) -> list[GraphJob]:
         """Return the jobs of codec_encode and codec_decode. "samples" is hop · "frames" if the codec takes whole frames only."""
         config = self.config
-        codes = TensorSpec("codes", "int64", ("batch", len(config.codebook_sizes), "frames"))
         audio = TensorSpec("audio", "float32", ("batch", 1, "samples"))
         whole = config.sample_multiple == config.hop
         decode = decode_spec(self._empty())
+        coded, tolerance = decode.inputs[0], LATENT_TOLERANCE if self.channels else AUDIO_TOLERANCE
         return [
             GraphJob(
                 role="codec_encode",
-                spec=GraphSpec(file="codec_encode.onnx", inputs=(audio,), outputs=(codes,)),
+                spec=GraphSpec(file="codec_encode.onnx", inputs=(audio,), outputs=(coded,)),
                 build=lambda: encoding(self.module()),
                 weights=self.weights,
                 cases=codec_encode_cases(config, config.sight),
-                tolerance=AUDIO_TOLERANCE,
+                tolerance=tolerance,
                 dims={"samples": (config.hop, "frames") if whole else config.min_samples},
                 margins=code_margins,
             ),
@@ -94,13 +99,15 @@ class CodecSource:
                 build=lambda: decoding(self.module()),
                 weights=self.weights,
                 cases=codec_decode_cases(config, decode, config.sight),
-                tolerance=AUDIO_TOLERANCE,
+                tolerance=tolerance,
             ),
         ]
 
     def _empty(self) -> Dac | Firefly:
         with torch.device("meta"):
-            return Dac(self.config) if isinstance(self.config, DacConfig) else Firefly(self.config)
+            if isinstance(self.config, FireflyConfig):
+                return Firefly(self.config)
+            return LatentDac(self.config, self.channels) if self.channels else Dac(self.config)
 
 
 def open_codec(folder: Path) -> CodecSource:

@@ -8,6 +8,7 @@ Every layer is causal, so decoding the first t frames gives the first t · hop s
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import cast
 
 import torch
@@ -134,13 +135,20 @@ class Quantizer(nn.Module):
 
     def encode(self, features: Tensor) -> Tensor:
         """Return codes int64 [batch, codebooks, frames] of features [batch, dim, frames·downsampling]."""
+        return torch.stack([indices for indices, _ in self.search(features)], dim=1)
+
+    def quantise(self, features: Tensor) -> Tensor:
+        """Return the sum of the nearest codebook rows [batch, dim, frames] of features [batch, dim, frames·downsampling]."""
+        return torch.stack([found for _, found in self.search(features)]).sum(dim=0)
+
+    def search(self, features: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the indices int64 [batch, frames] of each codebook, and what they add to the sum, [batch, dim, frames]."""
         residual = self.pre_module(self.downsample(features))
-        codes = []
         for quantizer in self.codebooks:
             indices = quantizer.nearest(quantizer.project(residual))
-            residual = residual - quantizer.lookup(indices)
-            codes.append(indices)
-        return torch.stack(codes, dim=1)
+            found = quantizer.lookup(indices)
+            residual = residual - found
+            yield indices, found
 
     def dequantize(self, codes: Tensor) -> Tensor:
         """Return features [batch, dim, frames] of codes int64 [batch, codebooks, frames]. A code of −1 adds zeros."""
@@ -148,7 +156,11 @@ class Quantizer(nn.Module):
 
     def decode(self, codes: Tensor, carry: Carry | None = None) -> Tensor:
         """Return the decoder's features [batch, dim, frames·downsampling] of codes int64 [batch, codebooks, frames]."""
-        return cast(Tensor, self.upsample(self.post_module(self.dequantize(codes), carry), carry))
+        return self.spread(self.dequantize(codes), carry)
+
+    def spread(self, x: Tensor, carry: Carry | None = None) -> Tensor:
+        """Return the decoder's features [batch, dim, frames·downsampling] of a sum of codebook rows [batch, dim, frames]."""
+        return cast(Tensor, self.upsample(self.post_module(x, carry), carry))
 
 
 class Dac(nn.Module):

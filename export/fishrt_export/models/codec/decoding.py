@@ -14,6 +14,7 @@ from fishrt_engines.engine import GraphSpec, StatePair, TensorSpec
 from .carry import Carry
 from .dac import Dac
 from .firefly import Firefly
+from .latent_dac import LatentDac
 
 COLUMNS = "columns."
 """Prefix of the state tensors of convolutions; those of attention are key and value caches."""
@@ -22,7 +23,7 @@ COLUMNS = "columns."
 
 
 def encoding(codec: Dac | Firefly) -> nn.Module:
-    """Return the codec with `encode` as `forward`: audio in, codes out."""
+    """Return the codec with `encode` as `forward`: audio in, codes or latents out."""
     codec.forward = codec.encode
     return codec
 
@@ -47,8 +48,7 @@ def decoding(codec: Dac | Firefly) -> nn.Module:
 
 def decode_spec(empty: Dac | Firefly) -> GraphSpec:
     """Return the inputs, outputs and states of the decode graph, and move the whole codec to the meta device."""
-    books = len(empty.config.codebook_sizes)
-    inputs = [TensorSpec("codes", "int64", ("batch", books, "frames"))]
+    inputs = [coded_spec(empty)]
     if isinstance(empty, Dac):
         inputs.append(TensorSpec("position_ids", "int64", ("batch", "frames")))
     state = _state_tensors(empty)
@@ -60,6 +60,13 @@ def decode_spec(empty: Dac | Firefly) -> GraphSpec:
     )
 
 
+def coded_spec(codec: Dac | Firefly) -> TensorSpec:
+    """Return what audio becomes: codes, or latents."""
+    if isinstance(codec, LatentDac):
+        return TensorSpec("latents", "float32", ("batch", "frames", codec.channels))
+    return TensorSpec("codes", "int64", ("batch", len(codec.config.codebook_sizes), "frames"))
+
+
 def _output(state: TensorSpec) -> TensorSpec:
     kind, number = state.name.split(".")
     return TensorSpec(f"{kind}_out.{number}", state.dtype, state.shape)
@@ -69,9 +76,9 @@ def _state_tensors(empty: Dac | Firefly) -> list[TensorSpec]:
     """Return the state tensors that the layers use when one frame is decoded, numbered within each kind."""
     if isinstance(empty, Firefly) and not empty.config.causal:
         return []
-    codes = torch.zeros(1, len(empty.config.codebook_sizes), 1, dtype=torch.int64, device="meta")
-    carry = Carry(None, codes[:, 0])
-    empty.to("meta").decode(codes, carry)
+    coded, one = coded_spec(empty), {"batch": 1, "frames": 1}
+    carry = Carry(None, torch.zeros(1, 1, dtype=torch.int64, device="meta"))
+    empty.to("meta").decode(torch.zeros(coded.resolve(one), dtype=getattr(torch, coded.dtype), device="meta"), carry)
     tensors, counts = [], dict.fromkeys(carry.kinds, 0)
     for kind, tensor in zip(carry.kinds, carry.after, strict=True):
         tensors.append(TensorSpec(f"{kind}.{counts[kind]}", "float32", ("batch", *tensor.shape[1:])))
