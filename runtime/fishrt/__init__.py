@@ -28,6 +28,7 @@ from .version import __version__
 
 if TYPE_CHECKING:
     from .bundle.folder import Bundle
+    from .diffusion.denoising import Denoising
     from .errors import FishrtError
     from .language_model.sampling import Sampling
     from .request import Request
@@ -36,12 +37,25 @@ if TYPE_CHECKING:
     from .voices.store import VoiceStore
     from .voices.voice import Voice
 
-__all__ = ["TTS", "AudioChunk", "Bundle", "FishrtError", "Request", "Sampling", "Speech", "Voice", "VoiceStore", "__version__"]
+__all__ = [
+    "TTS",
+    "AudioChunk",
+    "Bundle",
+    "Denoising",
+    "FishrtError",
+    "Request",
+    "Sampling",
+    "Speech",
+    "Voice",
+    "VoiceStore",
+    "__version__",
+]
 
 _HOMES = {
     "TTS": "tts",
     "AudioChunk": "speech",
     "Bundle": "bundle.folder",
+    "Denoising": "diffusion.denoising",
     "FishrtError": "errors",
     "Request": "request",
     "Sampling": "language_model.sampling",

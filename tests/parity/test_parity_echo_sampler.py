@@ -1,4 +1,8 @@
-"""Trajectories of the diffusion model with stored noise, against the original sampler and its streaming server."""
+"""Trajectories of the diffusion model with stored noise, against the original sampler and its streaming server.
+
+sdec/* is not compared: it counts the samples of a decoder that decodes the last frames again with each block, an approximation.
+Ours has a state and is exact; what it is given is compared with oracle/*.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +13,13 @@ import numpy as np
 import pytest
 
 from echo_vectors import arrays, echo_golden, meta
+from fishrt.audio.resample import resample
 from fishrt.diffusion.denoising import Denoising
 from fishrt.diffusion.ending import Ending, first_flat, last_flat
 from fishrt.diffusion.generate import Denoiser, KeysValues, Utterance
+from fishrt.diffusion.latents import voice_latents
 from fishrt.diffusion.sampler import Block, rescaled, times
+from helpers_diffusion import diffusion_model, latent_codec
 from reference_dit import ReferenceDiT, ReferenceEngine, read_weights, reference_engines
 from tolerances import TOLERANCES
 
@@ -153,6 +160,18 @@ def test_text_without_words_is_the_token_before_every_text(dit: ReferenceDiT, en
     for ours, kind in ((found.keys, "k"), (found.values, "v")):
         wanted = a[f"stream/uncond_text_{kind}_bos"][:, 0]  # [layers, heads, head_dim]
         np.testing.assert_allclose(ours[0, :, :, 0], wanted, atol=TOLERANCES["lm"], rtol=0)
+
+
+def test_recordings_are_resampled_and_made_softer() -> None:
+    """With an encoder that gives the samples themselves, of which a multiple of 4 is kept."""
+    model, codec = diffusion_model(), latent_codec(hop=1)
+    for n, rate in enumerate(meta()["load_audio_sr"]):
+        recording = arrays()[f"load_audio/in{n}"].mean(axis=0, dtype=np.float32)
+        found = voice_latents([resample(recording, rate, codec.sample_rate)], lambda pcm: pcm[:, None], model, codec)
+        wanted = arrays()[f"load_audio/out{n}"][0]
+        assert len(found) == len(wanted) - len(wanted) % 4
+        allowed = meta()["tolerances"]["suggested"]["load_audio"]
+        np.testing.assert_allclose(found[:, 0], wanted[: len(found)], atol=allowed, rtol=0)
 
 
 def test_ends_of_speech() -> None:
