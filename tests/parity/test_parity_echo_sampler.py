@@ -12,30 +12,19 @@ from typing import Any
 import numpy as np
 import pytest
 
+from echo_runs import Recorded, Stored, finish, settings_of, voice_of
 from echo_vectors import arrays, echo_golden, meta
 from fishrt.audio.resample import resample
 from fishrt.diffusion.denoising import Denoising
 from fishrt.diffusion.ending import Ending, first_flat, last_flat
-from fishrt.diffusion.generate import Denoiser, KeysValues, Utterance
+from fishrt.diffusion.generate import Denoiser, Utterance
 from fishrt.diffusion.latents import voice_latents
 from fishrt.diffusion.sampler import Block, rescaled, times
 from helpers_diffusion import diffusion_model, latent_codec
-from reference_dit import ReferenceDiT, ReferenceEngine, read_weights, reference_engines
+from reference_dit import ReferenceDiT, read_weights, reference_engines
 from tolerances import TOLERANCES
 
 pytestmark = pytest.mark.parity
-
-
-class Stored:
-    """The noise of a run, for one text."""
-
-    def __init__(self, noise: np.ndarray) -> None:
-        self.noise = noise
-
-    def draw(self, frames: int, channels: int) -> np.ndarray:
-        drawn, self.noise = self.noise[:frames], self.noise[frames:]
-        assert drawn.shape == (frames, channels)
-        return drawn
 
 
 @pytest.fixture(scope="module")
@@ -43,36 +32,14 @@ def dit() -> ReferenceDiT:
     return ReferenceDiT(read_weights(echo_golden() / "checkpoint/echo-tts-base/pytorch_model.safetensors"))
 
 
-@pytest.fixture
-def engines(dit: ReferenceDiT) -> dict[str, ReferenceEngine]:
-    return reference_engines(dit)
-
-
-def settings_of(case: Mapping[str, Any]) -> Denoising:
-    """Return the settings of a case of either sampler."""
-    names = {
-        "num_steps": "steps",
-        "cfg_scale_text": "cfg_text",
-        "cfg_scale_speaker": "cfg_speaker",
-        "truncation_factor": "truncation",
-        "speaker_kv_scale": "force_speaker",
-        "speaker_kv_min_t": "force_min_t",
-        "speaker_kv_max_layers": "force_layers",
-        "block_sizes": "blocks",
-        "sequence_length": "frames",
-        "early_stop_on_zero": "early_stop",
-    }
-    kept = ("cfg_min_t", "cfg_max_t", "init_scale", "rescale_k", "rescale_sigma", "zero_eps", "zero_tail_frames")
-    values = {names.get(name, name): value for name, value in case.items() if name in names or name in kept}
-    return Denoising(**{"early_stop": False, **values})
-
-
-def voice_of(denoiser: Denoiser, latents: np.ndarray, mask: np.ndarray) -> KeysValues | None:
-    """Return the voice of the patches that are seen: those whose first frame is valid, which are the first ones."""
-    seen = mask[:: denoiser.model.patch]
-    count = int(seen.sum())
-    assert seen[:count].all()
-    return denoiser.voice(latents[: denoiser.model.patch * count]) if count else None
+@pytest.fixture(params=["reference", pytest.param("graphs", marks=pytest.mark.slow)])
+def engines(request: pytest.FixtureRequest, dit: ReferenceDiT) -> dict[str, Recorded]:
+    """The denoiser of the reference, and the exported graphs on the CPU."""
+    reference = reference_engines(dit)
+    if request.param == "reference":
+        return {role: Recorded(engine) for role, engine in reference.items()}
+    model = request.getfixturevalue("echo_model")
+    return {role: Recorded(model.engine(role)) for role in reference}
 
 
 def run(name: str, engines: Mapping[str, Any], denoiser: Denoiser, settings: Denoising, row: int = 0) -> np.ndarray:
@@ -85,10 +52,7 @@ def run(name: str, engines: Mapping[str, Any], denoiser: Denoiser, settings: Den
     utterance = Utterance(denoiser, tokens, voice, settings, Stored(a[f"{name}/noise"][row]), before=before)
     engines["denoise"].calls.clear()
     engines["schedule"].calls.clear()
-    parts = [a[f"{name}/noise"][row, :0] if before is None else before]
-    while utterance.stop_reason is None:
-        if (given := utterance.advance()) is not None:
-            parts.append(given)
+    given = finish(utterance)
     calls = engines["denoise"].calls
     assert utterance.step == utterance.steps == len(calls)
     batch = len(a[f"{name}/text_ids"])
@@ -101,7 +65,7 @@ def run(name: str, engines: Mapping[str, Any], denoiser: Denoiser, settings: Den
     if f"{name}/x_steps" in a:
         steps = np.stack([call["latents"][0] for call in calls])
         np.testing.assert_allclose(steps, a[f"{name}/x_steps"][:, row], atol=TOLERANCES["trajectory"], rtol=0)
-    return np.concatenate(parts)
+    return given if before is None else np.concatenate([before, given])
 
 
 def runs(kind: str) -> list[tuple[str, dict[str, Any]]]:
@@ -184,6 +148,7 @@ def test_ends_of_speech() -> None:
 
 def test_streams_whose_latents_are_known(dit: ReferenceDiT) -> None:
     """The velocity (x − target) ÷ t leads to the target: which blocks are made, what they give out, and where speech ends."""
+    hop = next(case["upstream_cropped_samples"] // case["upstream"] for case in meta()["flatten_cases"] if case["upstream"])
     for name, case in meta()["oracle_streams"].items():
         target = arrays()[f"oracle/{name}_target"][0].astype(np.float32)
         sizes = {"blocks": case["block_sizes"], "steps": case["num_steps"], **case["overrides"]}
@@ -202,7 +167,6 @@ def test_streams_whose_latents_are_known(dit: ReferenceDiT) -> None:
             given.append(len(ending.push(block.latents, last=start == len(target))))
             if ending.stopped:
                 break
-        hop = 2048
         assert calls == case["forward_calls"], name
         assert [(frames, n * hop) for frames, n in zip(case["block_sizes"], given, strict=False)] == [
             (frames, samples) for frames, _, samples in case["decode_calls"]
