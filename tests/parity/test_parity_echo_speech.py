@@ -66,7 +66,7 @@ def test_a_text_is_spoken(echo_model: EchoModel, denoiser: Denoiser, name: str) 
 
 
 def test_the_number_of_threads_changes_nothing(echo_model: EchoModel, denoiser: Denoiser) -> None:
-    """Of graphs this small; ONNX Runtime parts products by rows and columns, never by what is summed."""
+    """Of graphs this small."""
     latents = []
     for threads in (1, 2):
         files = {role: (echo_model.folder / role / echo_model.jobs[role].spec.file) for role in ROLES}
