@@ -96,6 +96,7 @@ def test_they_share_their_steps(tts: TTS) -> None:
             st.tuples(st.just("turns"), st.integers(1, 12), st.just(0)),
             st.tuples(st.just("close"), st.integers(0, 3), st.just(0)),
             st.tuples(st.just("read"), st.integers(0, 3), st.integers(1, 3)),
+            st.tuples(st.just("play"), st.integers(0, 3), st.integers(-2, 2)),
         ),
         max_size=20,
     )
@@ -121,14 +122,16 @@ def test_any_schedule_gives_what_single_requests_give(tts: TTS, schedule: list[t
             chunks += itertools.islice(stream, other)
         elif verb == "close" and what < len(going):
             going.pop(what)[1].close()
+        elif verb == "play" and what < len(going):  # its reader is ahead of the others, or behind
+            going[what][1]._job.heard_until = time.perf_counter() + other
     for _, stream, chunks in going:
         chunks += stream
     for n, stream, chunks in made:
         codes = np.concatenate([np.zeros((alone(tts, n).codes.shape[0], 0), np.int64), *(c.codes for c in chunks)], axis=1)
-        expected = alone(tts, n).codes
-        if stream._job.closed.is_set():
-            expected = expected[:, : codes.shape[1]]
-        np.testing.assert_array_equal(codes, expected)
+        pcm, expected = np.concatenate([np.zeros(0, np.float32), *(c.pcm for c in chunks)]), alone(tts, n)
+        closed = stream._job.closed.is_set()
+        np.testing.assert_array_equal(codes, expected.codes[:, : codes.shape[1] if closed else None])
+        np.testing.assert_allclose(pcm, expected.pcm[: len(pcm) if closed else None], atol=1e-4)
 
 
 def test_for_and_async_for_say_the_same(tts: TTS, scheduler: Scheduler) -> None:
@@ -279,7 +282,7 @@ def test_streams_that_would_run_dry_go_before_prompts(tts: TTS, monkeypatch: pyt
         pass
     turns.add(second, 1.0)
     first.heard_until = time.perf_counter() + 60
-    turns._part_s = 120.0  # reading a prompt takes longer than what is left to hear
+    turns._column_s = 120.0  # reading a prompt takes longer than what is left to hear
     held = 0
     while not second.row.begun:
         list(turns.turn())

@@ -1,9 +1,10 @@
 """Jobs and turns of a language model: rows of a batch, whose columns become chunks of sound.
 
-    turn    one part of a prompt ─► one column for every row ─► the chunks that are due ─► the next turn
+    turn    some prompts ─► one column for every row ─► the chunks that are due ─► the next turn
 
-A prompt waits where reading it would let a stream run dry, but not for ever. What a job gives does not depend on the others,
-except for the rounding of larger batches; see `language_model/batch.py`.
+Prompts are read one after the other, PART columns in a turn, so that nobody waits longer than for a long one. A prompt waits
+where reading it would let a stream run dry, but not for ever. What a job gives does not depend on the others, except for the
+rounding of larger batches; see `language_model/batch.py`.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from ..bundle.memory import memory_errors
 from ..codec import CodecDecoder, clamp_codes
 from ..errors import FishrtError
 from ..language_model.batch import Batch, DualAR, Parked, Row, StopReason
-from ..language_model.context import ContextStore
+from ..language_model.context import PART, ContextStore
 from ..language_model.prompt import Conversation
 from ..language_model.sampling import SeededNoise
 from ..speaking.job import ChunkSizes, Job, Task
@@ -82,7 +83,7 @@ class ColumnJob(Job):
         return self._wanted - len(self._drawn)
 
     def _has_chunk(self) -> bool:
-        return self.frames_wanted == 0 or not self.row.goes_on
+        return self.frames_wanted <= 0 or not self.row.goes_on
 
     def _piece_begun(self) -> bool:
         return self.row.begun
@@ -127,8 +128,8 @@ class ColumnTurns(Turns[ColumnJob]):
             self._batch = Batch(model, slots, contexts)
         self.can_park = model.slow.traits.parts_states
         self._held = 0
-        # Seconds of a part of a prompt, and of a step for all rows: the last ones.
-        self._part_s = self._step_s = 0.0
+        # Seconds of a column of a prompt, and of a step for all rows: the last ones.
+        self._column_s = self._step_s = 0.0
 
     def _enter(self, job: ColumnJob) -> None:
         job.slot = self._batch.admit(job.row, job.slot, job.parked)
@@ -144,28 +145,38 @@ class ColumnTurns(Turns[ColumnJob]):
         job.slot = None
 
     def _compute(self, ready: Sequence[ColumnJob]) -> None:
-        reading = [job for job in ready if not job.known and not job.row.begun]
-        if reading and self._may_read():
-            self._read(reading[0])
+        self._read_prompts([job for job in ready if not job.known and not job.row.begun])
         self._step([job for job in ready if not job.done and not job.due and job.row.begun])
 
-    def _may_read(self) -> bool:
+    def _read_prompts(self, jobs: Sequence[ColumnJob]) -> None:
+        """Read parts of prompts, in all up to PART columns: steps with all rows follow, and not one for each prompt."""
+        room = PART
+        for job in jobs:
+            while job.row.goes_on and not job.row.begun:
+                start, end = self._batch.next_part(job.row)
+                if end - start > room or not self._may_read(end - start):
+                    return
+                room -= end - start
+                self._read(job, end - start)
+
+    def _may_read(self, columns: int) -> bool:
         """Return whether no stream would run dry while a part of a prompt is read, or prompts have waited long enough."""
         now, self._held = time.perf_counter(), self._held + 1
         for job in self.jobs:
             if job.heard_until is not None and self._held <= MOST_HELD:
-                needed_s = self._part_s + job.frames_wanted * self._step_s + self._chunk_s
+                needed_s = columns * self._column_s + job.frames_wanted * self._step_s + self._chunk_s
                 if now < job.heard_until < now + needed_s:  # one that is dry already is not helped by a turn
                     return False
         self._held = 0
         return True
 
-    def _read(self, job: ColumnJob) -> None:
+    def _read(self, job: ColumnJob, columns: int) -> None:
         begun = time.perf_counter()
         with memory_errors():
             drawn = self._batch.read(job.row)
-        self._part_s = time.perf_counter() - begun
-        job.spend(self._part_s)
+        seconds = time.perf_counter() - begun
+        self._column_s = seconds / columns
+        job.spend(seconds)
         with ends(job):
             for _, column in drawn:
                 job.take(column)

@@ -223,18 +223,22 @@ class Batch:
                 drawn += self.read(row)
         return drawn
 
-    def read(self, row: Row) -> list[tuple[Row, Ints | None]]:
-        """Read the next part of the prompt of a row. After the last part draw its first column; see `advance` for the result."""
-        slot, context, (_, length) = self._rows.index(row), self._context, row.prompt.shape
+    def next_part(self, row: Row) -> tuple[int, int]:
+        """Return the first column of the prompt that `read` reads next, and the end. A head that is known is not among them."""
+        slot, context = self._rows.index(row), self._context
         if slot in self._fresh:
             self._contexts.restore(context, row.prompt[:, : row.head], slot)
             self._fresh.remove(slot)
         start = context.length(slot)
-        end = part_end(start, row.head, length)
+        return start, part_end(start, row.head, row.prompt.shape[1])
+
+    def read(self, row: Row) -> list[tuple[Row, Ints | None]]:
+        """Read the next part of the prompt of a row. After the last part draw its first column; see `advance` for the result."""
+        slot, context, (start, end) = self._rows.index(row), self._context, self.next_part(row)
         results = context.read(row.prompt[:, start:end], self._drawer.resident, slot)
         if end == row.head:
             self._contexts.keep(context, end, slot)
-        if end < length:
+        if end < row.prompt.shape[1]:
             return []
         return self._accepted({slot: row}, self._drawer.draw(results, [row.draws]))
 

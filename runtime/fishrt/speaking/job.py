@@ -97,7 +97,7 @@ class Job(ABC):
         self._buffered_s = 0.0
         self.heard_until: float | None = None
         """Time at which all sound so far has been played, if it plays since the first; None before the first."""
-        self.begun = False
+        self.begun = self._hurried = False
         self.said: list[Spoken] = []
         """What it has said: one entry for each piece that has ended."""
         self._codes: list[Ints] = []
@@ -110,7 +110,8 @@ class Job(ABC):
     def begin(self, decoder: CodecDecoder, gain: float, load_s: float) -> None:
         """Begin the first piece. gain: factor on all samples. load_s: seconds that the opening of the models took."""
         self._gain, self._load_s = gain, load_s
-        self._lengths = self._sizes(*decoder.chunk_frames)
+        self._chunk_frames = decoder.chunk_frames
+        self._lengths = self._sizes(*self._chunk_frames)
         self._stream = decoder.stream(self.task.quirks)
         self._began, self.begun = time.perf_counter(), True
         self._begin_piece()
@@ -160,6 +161,13 @@ class Job(ABC):
     def between_pieces(self) -> bool:
         """Whether a piece of text has ended, and nothing of the next was read."""
         return self.piece > 0 and not self.known and not self._piece_begun()
+
+    def hurry(self) -> None:
+        """Make the first chunks half as long, if there is none yet: others wait for their first sound, too."""
+        if not (self._hurried or self._codes or self.said):
+            least, most = self._chunk_frames
+            self._lengths, self._hurried = self._sizes((least + 1) // 2, most), True
+            self._wanted = next(self._lengths)
 
     def spend(self, seconds: float) -> None:
         """Count seconds of the model for the next chunk."""

@@ -1,6 +1,8 @@
 """Turns of jobs that run together on the same models, in one thread.
 
-turn    a share of the models' work for the jobs ─► the chunks that are due ─► the next turn
+    turn    a share of the models' work for the jobs ─► the chunks that are due ─► the next turn
+
+Jobs that have no sound yet come first: their chunks are decoded before those of others, and are shorter if several wait.
 """
 
 from __future__ import annotations
@@ -58,8 +60,12 @@ class Turns(ABC, Generic[J]):
             if job.closed.is_set():
                 job.done = True
         ready = [job for job in self.jobs if not job.done and not job.paused]
+        unheard = [job for job in ready if job.heard_until is None]
+        if len(unheard) > 1:
+            for job in unheard:
+                job.hurry()
         self._compute(ready)
-        for job in ready:
+        for job in sorted(ready, key=lambda job: job.heard_until or 0.0):  # those without sound, then the first to run dry
             if not job.done and job.due:
                 self._decode(job)
                 if not job.done:
