@@ -64,12 +64,12 @@ class CodecStream(Protocol):
     The results of `push` and `flush`, concatenated, equal `CodecDecoder.decode` of all codes at once, except for rounding.
     """
 
-    def push(self, codes: npt.NDArray[np.integer], *, last: bool = False) -> Pcm:
-        """Decode the next frames, codes as `check_codes` takes them, to pcm float32 [finished frames · hop]; may be empty.
+    def push(self, codes: Ints, *, last: bool = False) -> Pcm:
+        """Decode the next frames, codes as `check_codes` returns them, to pcm float32 [finished frames · hop]; may be empty.
 
-        last: no more codes come, as if a `flush` followed.
+        The values are not checked again. last: no more codes come, as if a `flush` followed.
 
-        Raises VoiceError as `check_codes` does, and for more frames in all than the codec takes; the stream is then unchanged.
+        Raises VoiceError for more frames in all than the codec takes; the stream is then unchanged.
         Raises GraphError for samples that are not numbers.
         """
         ...
@@ -114,9 +114,7 @@ class CodecDecoder:
         quirks: see `check_codes`.
         Raises VoiceError as `check_codes` does, GraphError for samples that are not numbers.
         """
-        if quirks.sound:
-            codes = check_codes(codes, self._codec, quirks)
-        return self.stream(quirks).push(codes, last=True)
+        return self.stream(quirks).push(check_codes(codes, self._codec, quirks), last=True)
 
 
 class StatefulStream:
@@ -133,10 +131,10 @@ class StatefulStream:
         self._state: State | None = None
         self._position = 0
 
-    def push(self, codes: npt.NDArray[np.integer], *, last: bool = False) -> Pcm:
+    def push(self, codes: Ints, *, last: bool = False) -> Pcm:
         """See `CodecStream.push`."""
-        checked = _with_absent(check_codes(codes, self._codec), self._codec)
-        frames, room = checked.shape[1], self._codec.max_frames - self._position
+        whole = _with_absent(codes, self._codec)
+        frames, room = whole.shape[1], self._codec.max_frames - self._position
         if frames > room:
             raise VoiceError(f"there are {frames} frames of codes more; the codec takes {self._codec.max_frames} in one stream")
         if self._state is None:
@@ -145,7 +143,7 @@ class StatefulStream:
                 self._state.write(name, array)
         parts = []
         for start in range(0, frames, self._most):
-            chunk = np.ascontiguousarray(checked[:, start : start + self._most])
+            chunk = np.ascontiguousarray(whole[:, start : start + self._most])
             feeds = {"codes": chunk[None]}
             if self._counts_positions:
                 feeds["position_ids"] = np.arange(self._position, self._position + chunk.shape[1], dtype=np.int64)[None]
@@ -178,13 +176,13 @@ class OverlapStream:
         self._frames: Ints = np.empty((len(self._codec.codebook_sizes), 0), np.int64)
         self._given = 0
 
-    def push(self, codes: npt.NDArray[np.integer], *, last: bool = False) -> Pcm:
+    def push(self, codes: Ints, *, last: bool = False) -> Pcm:
         """See `CodecStream.push`. The number of all frames together has no limit."""
-        checked = _with_absent(check_codes(codes, self._codec), self._codec)
-        parts, frames = [], checked.shape[1]
+        whole = _with_absent(codes, self._codec)
+        parts, frames = [], whole.shape[1]
         for start in range(0, frames, self._most):
             ends = last and start + self._most >= frames
-            parts.append(self._advance(checked[:, start : start + self._most], 0 if ends else self._context.ahead))
+            parts.append(self._advance(whole[:, start : start + self._most], 0 if ends else self._context.ahead))
         if last:
             self._begin()
         return np.concatenate(parts)
@@ -248,7 +246,7 @@ def check_codes(codes: npt.NDArray[np.integer], codec: Codec, quirks: Quirks = U
     if not 1 <= frames <= codec.max_frames:
         raise VoiceError(f"there are {frames} frames of codes; the codec takes 1 to {codec.max_frames}")
     check_entries(np.minimum(plain, 0) if quirks.sound else plain, sizes[: len(plain)], "the codes")
-    return clamp_codes(plain.astype(np.int64), codec)
+    return clamp_codes(plain.astype(np.int64), codec) if quirks.sound else plain.astype(np.int64)
 
 
 def check_integers(codes: npt.NDArray[np.integer], what: str) -> None:

@@ -184,18 +184,21 @@ def test_a_stream_begins_anew_after_its_end() -> None:
     np.testing.assert_array_equal(first, again)
 
 
-def test_a_stream_refuses_what_decoding_refuses_and_goes_on() -> None:
-    codes, stream = np.ones((3, 8), int), OverlapStream(windowed_engine(), WINDOWED)
-    pcm = [stream.push(codes[:, :4])]
+@pytest.mark.parametrize("kind", [OverlapStream, StatefulStream])
+def test_codes_are_checked_once_where_they_come_in(kind: type[OverlapStream] | type[StatefulStream]) -> None:
+    """A stream is in the house: it takes what `check_codes` or the job has let in."""
+    engine, codec = (windowed_engine(), WINDOWED) if kind is OverlapStream else (counting_engine(positions=False), STATEFUL)
+    strange = np.full((3, 1), 8)
     for wrong, says in (
-        (np.full((3, 1), 8), "8 in codebook 1"),
+        (strange, "8 in codebook 1"),
         (np.ones((3, 0), int), "0 frames"),
         (np.ones((3, 31), int), "31 frames of codes; the codec takes 1 to 30"),
     ):
         with pytest.raises(VoiceError, match=says):
-            stream.push(wrong)
-    pcm += [stream.push(codes[:, 4:]), stream.flush()]
-    np.testing.assert_array_equal(np.concatenate(pcm), CodecDecoder(windowed_engine(), WINDOWED).decode(codes))
+            CodecDecoder(engine, codec).decode(wrong)
+    assert not engine.calls
+    CodecDecoder(engine, codec).stream().push(strange, last=True)
+    assert engine.calls[0]["codes"].tolist() == [[[8]] * 3]
 
 
 def test_missing_rows_are_absent_in_a_stream_too() -> None:
