@@ -13,6 +13,7 @@ import pytest
 from onnx import helper
 
 from fishrt_engines import FishrtError, GraphError, GraphSpec, ProviderError, StatePair, TensorSpec, open_engine
+from fishrt_engines.engine import ColumnInputs
 from fishrt_engines.machine import allowed_cpus, default_threads, usable_threads
 from fishrt_engines.providers import choose_provider, find_obstacle
 
@@ -195,6 +196,10 @@ DIFFERENT = {
     "size": (replace(SUMS, inputs=renamed(SUMS.inputs, "x", shape=("batch", 1, "length", 4))), ["input x has shape"]),
     "rank": (replace(SUMS, inputs=renamed(SUMS.inputs, "x", shape=("batch", "length", 3))), ["input x has shape"]),
     "fixed in the file": (replace(SUMS, inputs=renamed(SUMS.inputs, "x", shape=("batch", "heads", "length", 3))), ["input x"]),
+    "another dimension": (replace(SUMS, inputs=renamed(SUMS.inputs, "x", shape=("rows", 1, "length", 3))), ["'rows', 1"]),
+    "columns of nothing": (replace(SUMS, columns=ColumnInputs("write_index", "nothing")), ["nothing cannot place columns"]),
+    "columns by another tensor": (replace(SUMS, columns=ColumnInputs("x", "write_index")), ["x cannot", "write_index cannot"]),
+    "rows without a cache": (replace(SUMS, columns=ColumnInputs("write_index", "x", "rows")), ["named together"]),
     "state without a tensor": (replace(SUMS, states=(*SUMS.states, StatePair("k", "k_out"))), ["k → k_out"]),
     "state that changes": (
         replace(SUMS, outputs=renamed(SUMS.outputs, "cache_out", shape=("batch", 1, "length", 3))),
@@ -209,6 +214,20 @@ def test_a_file_that_is_not_what_was_described_is_refused(tmp_path: Path, case: 
     with pytest.raises(GraphError) as caught:
         open_engine(sums(tmp_path), spec)
     assert all(text in str(caught.value) for text in says), caught.value
+
+
+def test_an_added_input_that_the_file_lacks_is_missed(tmp_path: Path) -> None:
+    positions = TensorSpec("position_ids", "int64", ("batch", "length"))
+    spec = replace(SUMS, inputs=(positions, *SUMS.inputs), columns=ColumnInputs("write_index", "position_ids", "rows", "cache"))
+    nodes = [
+        helper.make_node("TensorScatter", ["cache", "x", "write_index"], ["cache_out"], axis=-2),
+        helper.make_node("ReduceSum", ["cache_out", "axes"], ["total"], keepdims=0),
+    ]
+    path = save(tmp_path / spec.file, nodes, spec, {"axes": np.array([1, 2], np.int64)})
+    open_engine(path, replace(spec, columns=ColumnInputs("write_index", "position_ids")), threads=1)
+    with pytest.raises(GraphError, match="input rows is missing") as caught:
+        open_engine(path, spec, threads=1)
+    assert caught.value.hint == "export it again"
 
 
 @pytest.mark.parametrize("content", [b"", b"not a graph", None])

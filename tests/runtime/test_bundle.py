@@ -91,6 +91,23 @@ def defaults(**changes: Any) -> Callable[[dict[str, Any]], object]:
     return lambda m: m["model"]["sampling"].update(changes)
 
 
+def form(of: str, role: str = "slow_ar", **changes: Any) -> Callable[[dict[str, Any]], object]:
+    """Add a form to a role: of the graph of another one, with changes of its description."""
+
+    def edit(m: dict[str, Any]) -> None:
+        spec = {**m["graphs"][of]["spec"], "file": f"{role}_cpu.onnx", **changes}
+        m["graphs"][role]["forms"] = [{"provider": "cpu", "spec": spec}]
+
+    return edit
+
+
+def tensors(*described: tuple[str, str, list[object]]) -> list[dict[str, Any]]:
+    return [{"name": name, "dtype": dtype, "shape": shape} for name, dtype, shape in described]
+
+
+COLUMN = tensors(("column", "int64", ["batch", 5]))
+LOGITS = tensors(("logits", "float32", ["batch", 161]))
+
 REPEATS = {"window": 10, "temperature": 1.0, "top_p": 0.9}
 
 
@@ -134,6 +151,14 @@ REPEATS = {"window": 10, "temperature": 1.0, "top_p": 0.9}
         (lambda m: m["graphs"].pop("fast_ar"), "the graphs are slow_ar, codec_encode, codec_decode; they must be"),
         (lambda m: m["graphs"].update(other=m["graphs"]["fast_ar"]), "codec_decode, other; they must be"),
         (lambda m: m["voices"].update(default="ben"), "default voice 'ben' is not among the voices"),
+        (form("fast_ar"), ": logits of slow_ar_cpu.onnx are not as in slow_ar.onnx"),
+        (form("codec_decode"), "codes, key_cache.0, logits, prompt of slow_ar_cpu.onnx are not as in slow_ar.onnx"),
+        (form("slow_ar", states=[]), r"key_cache\.0, key_cache_out\.0 of slow_ar_cpu.onnx are not as in slow_ar.onnx"),
+        (form("fast_ar", "fast_ar", inputs=[], outputs=COLUMN, states=[]), "logits of fast_ar_cpu.onnx are not as in"),
+        (
+            form("fast_ar", "fast_ar", inputs=LOGITS, outputs=tensors(("column", "int64", [1, 4])), states=[]),
+            "column of fast_ar_cpu",
+        ),
     ],
 )
 def test_values_that_cannot_be(folder: Path, edit: Callable[[dict[str, Any]], object], says: str) -> None:

@@ -134,13 +134,19 @@ def inconsistencies(spec: GraphSpec) -> list[str]:
             wrong.append(f"the state {pair.input} → {pair.output} names a tensor that is not listed")
         elif (before.dtype, before.shape) != (after.dtype, after.shape):
             wrong.append(f"the state {pair.input} → {pair.output} changes its dtype or shape")
+    if not wrong and (columns := spec.columns) is not None:
+        feeds, states = ({t.name: len(t.shape) for t in tensors} for tensors in (spec.feeds, spec.state_tensors))
+        named = ((columns.write_index, feeds, 1), (columns.position_ids, feeds, 2), (columns.cache, states, 4))
+        wrong += [f"{name} cannot place columns" for name, ranks, rank in named if name is not None and ranks.get(name) != rank]
+        if (columns.rows is None) != (columns.cache is None):
+            wrong.append("filled rows and their cache are named together, or not at all")
     return wrong
 
 
 def differences(spec: GraphSpec, session: Any) -> list[str]:
     """Return the differences between a session's tensors and the described ones.
 
-    Fixed sizes are compared. Names of symbolic dimensions are not, since ONNX Runtime renames those that it computes.
+    Fixed sizes are compared, and the names of the inputs' symbolic dimensions; ONNX Runtime renames those that it computes.
     """
     added = spec.columns.rows if spec.columns else None
     found = []
@@ -154,14 +160,18 @@ def differences(spec: GraphSpec, session: Any) -> list[str]:
         found += [f"{kind} {name} is not described" for name in in_file if name not in by_name]
         for name in by_name.keys() & in_file.keys():
             found += _tensor_differences(f"{kind} {name}", by_name[name], element_type(in_file[name]), in_file[name].shape)
+    if added and added not in {node.name for node in session.get_inputs()}:
+        found.append(f"input {added} is missing")
     return sorted(found)
 
 
 def _tensor_differences(what: str, described: TensorSpec, dtype: str, shape: Sequence[int | str | None]) -> list[str]:
     if dtype != described.dtype:
         return [f"{what} is {dtype} instead of {described.dtype}"]
+    named = what.startswith("input")
     same = len(shape) == len(described.shape) and all(
-        in_file == wanted or not isinstance(in_file, int) for in_file, wanted in zip(shape, described.shape, strict=True)
+        in_file == wanted or not isinstance(in_file, (int, str) if named and isinstance(wanted, str) else int)
+        for in_file, wanted in zip(shape, described.shape, strict=True)
     )
     return [] if same else [f"{what} has shape {list(shape)} instead of {list(described.shape)}"]
 

@@ -315,7 +315,24 @@ class Manifest:
                 found = list(shapes[0]) if shapes else "missing"
                 which = "second" if axis == 1 else "last"
                 faults.append(f"{name} of {role} is {found}, expected a {which} dimension of {width}")
+        for graph in self.graphs.values():
+            faults += [
+                f"{', '.join(sorted(wrong))} of {form.spec.file} are not as in {graph.spec.file}"
+                for form in graph.forms
+                if (wrong := self._unlike(form.spec, graph.spec))
+            ]
         return faults
+
+    def _unlike(self, form: GraphSpec, portable: GraphSpec) -> set[str]:
+        """Return the names of tensors by which a form cannot take the calls of the portable graph. State may have another type.
+
+        A frame graph takes the slow AR's results, and gives a column.
+        """
+        if isinstance(self.model, LanguageModel) and [tensor.name for tensor in form.outputs] == ["column"]:
+            given = {tensor for tensor in self.graphs["slow_ar"].spec.results if tensor.name in ("logits", "hidden")}
+            wide = form.outputs[0].shape[-1] == 1 + self.model.num_codebooks
+            return {tensor.name for tensor in given.difference(form.feeds)} | (set() if wide else {"column"})
+        return {each[1] for each in _interface(form) ^ _interface(portable)}
 
     def _widths(self) -> list[tuple[str, str, int, int]]:
         """Return role, name, axis and size of the tensors that tell whether the graphs are of this model and codec."""
@@ -368,3 +385,10 @@ class Manifest:
         manifest = parse_dataclass(cls, data, "manifest")
         manifest.check()
         return manifest
+
+
+def _interface(spec: GraphSpec) -> set[tuple[str, str, object]]:
+    """Return all that a caller of a graph sees of it; the second of each is the name of a tensor."""
+    kinds = (("feed", spec.feeds), ("result", spec.results))
+    found: set[tuple[str, str, object]] = {(kind, tensor.name, tensor) for kind, tensors in kinds for tensor in tensors}
+    return found | {("state", tensor.name, tensor.shape) for tensor in spec.state_tensors}
