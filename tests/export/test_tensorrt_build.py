@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -213,6 +214,19 @@ def test_missing_weights_are_an_error(gpu, small):
     small.unlink()
     with pytest.raises(ExportError, match="cannot be read"):
         build_plan(request_for(small))
+
+
+@pytest.mark.parametrize("link", [os.symlink, os.link])
+def test_weights_behind_a_link_are_built(gpu, small, tmp_path, link):
+    """Hubs keep files as links; `retarget` links what it does not change."""
+    plan, _ = build_plan(request_for(small))
+    expected = plan.path.read_bytes()
+    weights = small.with_name("small.onnx.data")
+    weights.rename(tmp_path / "blob")
+    link(tmp_path / "blob", weights)
+    again, built = build_plan(request_for(small, spec=replace(SPEC, identity="of the same graph")))
+    assert built
+    assert again.path.read_bytes() == expected
 
 
 def test_too_little_device_memory_is_told_with_figures(small, tmp_path, monkeypatch):

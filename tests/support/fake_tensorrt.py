@@ -91,13 +91,25 @@ class Parser:
     @may_fail(False)
     def parse(self, model: bytes, path: str) -> bool:
         parsed = onnx.ModelProto.FromString(model)
-        onnx.load_external_data_for_model(parsed, str(Path(path).parent))
+        _read_weights(parsed, Path(path).parent)
         for node in parsed.graph.node:
             if node.op_type == "Acosh":
                 said = {"desc": "no importer is registered for this operator", "node_name": node.name, "node_operator": "Acosh"}
                 self._errors.append(SimpleNamespace(**{name: lambda text=text: text for name, text in said.items()}))
         self._network.model = parsed
         return not self._errors
+
+
+def _read_weights(model: onnx.ModelProto, folder: Path) -> None:
+    """Read weights into the model. TensorRT opens whatever file is at the place; the onnx package refuses one with links."""
+    for tensor in model.graph.initializer:
+        if tensor.external_data:
+            place = onnx.external_data_helper.ExternalDataInfo(tensor)
+            with (folder / place.location).open("rb") as file:
+                file.seek(place.offset or 0)
+                tensor.raw_data = file.read(place.length or -1)
+            tensor.data_location = onnx.TensorProto.DEFAULT
+            del tensor.external_data[:]
 
 
 class Profile:
