@@ -2,7 +2,7 @@
 # make serve                          serves speech on http://127.0.0.1:8080, for clients of OpenAI's API and others; ARGS="--port 9000"
 # make test                           installs everything, runs every test: minutes, in most of which torch traces graphs
 # make quick                          runs the tests that are not marked "slow": none traces or exports; under a minute
-# make clients                        installs clients of the server (800 MB), and tests it with them
+# make clients                        installs more clients of the server (1 GB) and Playwright, and tests it with them and a browser
 # make lint                           checks style and types
 # make smoke                          runs the benchmark once on a tiny checkpoint, to see that it works
 # make docs                           builds the documentation into site/
@@ -34,15 +34,18 @@ serve: $(VENV)/server
 # Torch traces on one core, so that two processes share the tests, and what tests/support/shared.py keeps for both.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --numprocesses 2 --dist worksteal
 
-test: venv
-	$(PYTEST) -m "not clients"
+# Each process starts servers of its own, so that a file is not shared between two.
+SERVED := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+
+test: venv $(CLIENTS)/small
+	$(PYTEST) -m "not clients and not browser"
+	$(SERVED) tests/clients -m "not large"
 
 quick: venv
-	$(PYTEST) -m "not slow and not clients"
+	$(PYTEST) -m "not slow and not clients and not browser"
 
-# Each process starts servers of its own, so that a file is not shared between two.
-clients: venv $(CLIENTS)/made
-	$(BIN)/python -m pytest tests/clients --numprocesses 2 --dist loadfile
+clients: venv $(VENV)/browser $(CLIENTS)/large
+	$(SERVED) tests/clients tests/server/test_page_browser.py
 
 lint: venv
 	$(BIN)/ruff check .
@@ -82,10 +85,23 @@ $(VENV)/dev: pyproject.toml constraints.txt | $(VENV)/made
 	@$(PIP) --editable ".[dev]"
 	@touch $@ $(VENV)/runtime $(VENV)/server
 
-$(CLIENTS)/made: tests/clients/requirements.txt tests/clients/package-lock.json | $(VENV)/made
-	@echo "Installing clients of the server (about 800 MB) …"
+# A browser itself is of the system: its package is not installed here.
+$(VENV)/browser: constraints.txt | $(VENV)/dev
+	@echo "Installing Playwright (about 170 MB) …"
+	@$(PIP) playwright
+	@touch $@
+
+CLIENTS_PIP := $(CLIENTS)/bin/python -m pip install --quiet --disable-pip-version-check --requirement tests/clients
+
+$(CLIENTS)/small: tests/clients/requirements-small.txt | $(VENV)/made
+	@echo "Installing small clients of the server (about 240 MB) …"
 	@$(PYTHON) -m venv --clear $(CLIENTS)
-	@$(CLIENTS)/bin/python -m pip install --quiet --disable-pip-version-check --requirement tests/clients/requirements.txt
+	@$(CLIENTS_PIP)/requirements-small.txt
+	@touch $@
+
+$(CLIENTS)/large: $(CLIENTS)/small tests/clients/requirements.txt tests/clients/package-lock.json
+	@echo "Installing more clients of the server (about 700 MB) …"
+	@$(CLIENTS_PIP)/requirements.txt
 	@! command -v npm >/dev/null || npm ci --prefix tests/clients --no-audit --no-fund --loglevel error
 	@touch $@
 

@@ -31,12 +31,15 @@ _RATE = 16_000
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark all tests of this folder, and skip them if there is no environment of clients."""
+    """Mark all tests of this folder, and skip those whose client is not in the environment of clients."""
     for item in items:
         if HERE in item.path.parents:
             item.add_marker("clients")
-            if not (ENVIRONMENT / "made").exists():
-                item.add_marker(pytest.mark.skip(reason="no clients are installed here: `make clients` installs and runs them"))
+            made, target = ("large", "clients") if item.get_closest_marker("large") else ("small", "test")
+            if not (ENVIRONMENT / made).exists():
+                item.add_marker(
+                    pytest.mark.skip(reason=f"the client is not installed here: `make {target}` installs and runs it")
+                )
 
 
 @dataclass(frozen=True)

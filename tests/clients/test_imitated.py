@@ -17,8 +17,8 @@ import pytest
 
 SENTENCES = ("Good morning!", "The sun is shining, and the birds are singing in the trees.")
 """The text of the fixture `text`, as an assistant sends it."""
-TAKES = 3
-"""These clients send no seed. About one take in 20 of the voice slt is not understood: one in 8,000 tests fails by chance."""
+VOICE = "ash"
+"""OpenAI's name for awb, which is understood in every take: these clients send no seed."""
 
 
 def got(server: Any, path: str, **headers: str) -> Any:
@@ -40,15 +40,11 @@ def test_open_webui_lists_without_a_key(keyed_server: Any, base: str) -> None:
 
 @pytest.mark.parametrize("base", ["", "/v1"])
 def test_open_webui_speaks(keyed_server: Any, hear: Any, share_understood: Any, text: str, tmp_path: Path, base: str) -> None:
-    body = {"input": text, "voice": "alloy", "model": "tts-1"}
-
-    def share() -> float:
-        reply = keyed_server.ask("POST", f"{base}/audio/speech", body, Authorization="Bearer secret")
-        assert (reply.status, reply.getheader("Content-Type")) == (200, "audio/mpeg")
-        (tmp_path / "speech.mp3").write_bytes(reply.read())
-        return float(share_understood(hear(tmp_path / "speech.mp3")))
-
-    assert max(share() for _ in range(TAKES)) > 0.5
+    body = {"input": text, "voice": VOICE, "model": "tts-1"}
+    reply = keyed_server.ask("POST", f"{base}/audio/speech", body, Authorization="Bearer secret")
+    assert (reply.status, reply.getheader("Content-Type")) == (200, "audio/mpeg")
+    (tmp_path / "speech.mp3").write_bytes(reply.read())
+    assert share_understood(hear(tmp_path / "speech.mp3")) > 0.5
 
 
 def test_open_webui_shows_an_error(keyed_server: Any) -> None:
@@ -91,40 +87,33 @@ def unwrapped_wav(data: bytes) -> tuple[bytes, int]:
 def test_home_assistant_joins_sentences(
     server: Any, hear: Any, share_understood: Any, tmp_path: Path, form: str, stream: bool
 ) -> None:
-    def share() -> float:
-        joined, rate = b"", 24_000
-        for sentence in SENTENCES:
-            body = {"model": "tts-1", "input": sentence, "voice": "alloy", "response_format": form, "speed": 1.0}
-            reply = server.ask("POST", "/v1/audio/speech", {**body, "stream": True} if stream else body)
-            assert reply.status == 200
-            data = reply.read()
-            if form == "mp3":
-                assert re.match(rb"\xff[\xe2-\xff]", data), "a frame comes first, without ID3"
-                if stream:
-                    assert not re.search(rb"Xing|Info", data[:200])
-            if form == "wav":
-                data, rate = unwrapped_wav(data)
-            joined += data
-        sound = tmp_path / f"joined.{'mp3' if form == 'mp3' else 'pcm'}"
-        sound.write_bytes(joined)
-        return float(share_understood(hear(sound, pcm_rate=0 if form == "mp3" else rate)))
-
-    assert max(share() for _ in range(TAKES)) > 0.5
+    joined, rate = b"", 24_000
+    for sentence in SENTENCES:
+        body = {"model": "tts-1", "input": sentence, "voice": VOICE, "response_format": form, "speed": 1.0}
+        reply = server.ask("POST", "/v1/audio/speech", {**body, "stream": True} if stream else body)
+        assert reply.status == 200
+        data = reply.read()
+        if form == "mp3":
+            assert re.match(rb"\xff[\xe2-\xff]", data), "a frame comes first, without ID3"
+            if stream:
+                assert not re.search(rb"Xing|Info", data[:200])
+        if form == "wav":
+            data, rate = unwrapped_wav(data)
+        joined += data
+    sound = tmp_path / f"joined.{'mp3' if form == 'mp3' else 'pcm'}"
+    sound.write_bytes(joined)
+    assert share_understood(hear(sound, pcm_rate=0 if form == "mp3" else rate)) > 0.5
 
 
 # SillyTavern: a key that is empty; serves every reply as an MP3
 
 
 def test_sillytavern(server: Any, hear: Any, share_understood: Any, text: str, tmp_path: Path) -> None:
-    body = {"input": text, "response_format": "mp3", "voice": "shimmer", "speed": 1, "model": "tts-1"}
-
-    def share() -> float:
-        reply = server.ask("POST", "/v1/audio/speech", body, Authorization="Bearer ")
-        assert reply.status == 200
-        (tmp_path / "speech.mp3").write_bytes(reply.read())
-        return float(share_understood(hear(tmp_path / "speech.mp3")))
-
-    assert max(share() for _ in range(TAKES)) > 0.5
+    body = {"input": text, "response_format": "mp3", "voice": VOICE, "speed": 1, "model": "tts-1"}
+    reply = server.ask("POST", "/v1/audio/speech", body, Authorization="Bearer ")
+    assert reply.status == 200
+    (tmp_path / "speech.mp3").write_bytes(reply.read())
+    assert share_understood(hear(tmp_path / "speech.mp3")) > 0.5
 
 
 # Fish Speech's api_client: MessagePack; the query's `format` is the encoding of errors

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.large
+
 
 @pytest.fixture(scope="module")
 def told(drive: Callable[..., Any]) -> Any:

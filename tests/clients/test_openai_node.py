@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 pytestmark = [
+    pytest.mark.large,
     pytest.mark.skipif(shutil.which("node") is None, reason="needs Node"),
     pytest.mark.skipif(
         not (Path(__file__).parent / "node_modules/openai").is_dir(), reason="`make clients` has not installed its packages"

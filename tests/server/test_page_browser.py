@@ -17,10 +17,11 @@ import pytest
 from browsing import LISTEN, heard, pcm, same, speak, until
 from serving import LONG, Server, serving
 
-playwright = pytest.importorskip("playwright.sync_api", reason="needs Playwright: pip install playwright")
+playwright = pytest.importorskip("playwright.sync_api", reason="needs Playwright: `make clients` installs it")
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = [pytest.mark.browser, pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")]
+"""The system's. None: Playwright's own, if it is there."""
+pytestmark = [pytest.mark.browser, pytest.mark.slow]
 
 SAID = "The quick brown fox jumps over the lazy dog."
 
@@ -40,6 +41,8 @@ def chromium(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     options = f"use-fake-ui-for-media-stream use-fake-device-for-media-stream use-file-for-fake-audio-capture={file}".split()
     options += ["autoplay-policy=no-user-gesture-required", "no-sandbox"]
     with playwright.sync_playwright() as play:
+        if CHROMIUM is None and not Path(play.chromium.executable_path).is_file():
+            pytest.skip("needs Chromium: `apt-get install chromium`, or `.venv/bin/playwright install chromium`")
         browser = play.chromium.launch(executable_path=CHROMIUM, args=[f"--{option}" for option in options])
         yield browser
         browser.close()
