@@ -122,7 +122,7 @@ class Ending:
         self.stopped = last or (settings.early_stop is True and quiet)
         upto = self._streaming_end(latents) if self._streaming else self._official_end(latents)
         given = latents[self.given : upto]
-        self.given = max(self.given, upto)
+        self.given = upto
         return given
 
     def _official_end(self, latents: Floats) -> int:
