@@ -1,7 +1,8 @@
 """Clients of a server, or threads beside each other, that measure what they hear: used by `server.py`.
 
-`python server_clients.py http URL CLIENTS REQUESTS` and `… threads BUNDLE CLIENTS REQUESTS` print JSON. Each client sends one
-request after the other, reads the samples as they come, and plays them: sound that comes later than its turn is a gap.
+`python server_clients.py http URL CLIENTS REQUESTS FRAMES` and `… threads BUNDLE CLIENTS REQUESTS FRAMES` print JSON. Each client
+sends one request after the other, for at most FRAMES frames each, reads the samples as they come, and plays them: sound that
+comes later than its turn is a gap.
 """
 
 from __future__ import annotations
@@ -25,8 +26,6 @@ TEXTS = (
     "The juice of lemons makes fine punch.",
     "The box was thrown beside the parked truck.",
 )
-MOST_FRAMES = 64
-"""Frames of a reply: full-size checkpoints of random weights do not end by themselves."""
 Parts = Iterator[float]
 """Seconds of sound in each part of a reply, as it comes."""
 
@@ -65,13 +64,13 @@ def run(speak: Callable[[str, int], Parts], clients: int, requests: int) -> dict
     return {"requests": found, "wall_s": time.perf_counter() - begun}
 
 
-def over_http(url: str) -> Callable[[str, int], Parts]:
+def over_http(url: str, frames: int) -> Callable[[str, int], Parts]:
     """Return how a client speaks by a server: samples are streamed. Without a seed, nothing comes from a cache."""
     where = urlsplit(url)
 
     def speak(text: str, seed: int) -> Parts:
         connection = http.client.HTTPConnection(str(where.hostname), where.port, timeout=600)
-        body = {"input": text, "response_format": "pcm", "stream": True, "max_new_tokens": MOST_FRAMES}
+        body = {"input": text, "response_format": "pcm", "stream": True, "max_new_tokens": frames}
         connection.request("POST", "/v1/audio/speech", json.dumps(body), {"Content-Type": "application/json"})
         reply = connection.getresponse()
         if reply.status != 200:
@@ -84,7 +83,7 @@ def over_http(url: str) -> Callable[[str, int], Parts]:
     return speak
 
 
-def in_threads(bundle: str) -> Callable[[str, int], Parts]:
+def in_threads(bundle: str, frames: int) -> Callable[[str, int], Parts]:
     """Return how a thread speaks by itself with the models that all threads share."""
     from fishrt import TTS
 
@@ -92,7 +91,7 @@ def in_threads(bundle: str) -> Callable[[str, int], Parts]:
     tts.speak(TEXTS[0], max_frames=2)
 
     def speak(text: str, seed: int) -> Parts:
-        for chunk in tts.stream(text, max_frames=MOST_FRAMES):
+        for chunk in tts.stream(text, max_frames=frames):
             if len(chunk):
                 yield chunk.duration_s
 
@@ -100,7 +99,8 @@ def in_threads(bundle: str) -> Callable[[str, int], Parts]:
 
 
 if __name__ == "__main__":
-    way, place, clients, requests = sys.argv[1:]
-    done = run({"http": over_http, "threads": in_threads}[way](place), int(clients), int(requests))
+    way, place, *counts = sys.argv[1:]
+    clients, requests, frames = map(int, counts)
+    done = run({"http": over_http, "threads": in_threads}[way](place, frames), clients, requests)
     used = resource.getrusage(resource.RUSAGE_SELF)
     print(json.dumps({**done, "cpu_s": used.ru_utime + used.ru_stime}))

@@ -45,4 +45,7 @@ def test_figures() -> None:
     assert found["slowest_first"] == pytest.approx(1.5)
     assert found["dry_streams"] == pytest.approx(1 / 3)
     one, eight = dict(found, aggregate=2.0, first_p95_s=0.1), dict(found, aggregate=5.0, first_p95_s=0.4)
-    assert server.goals({"1": one, "8": eight}) == {"aggregate": 2.5, "first_p95": 4.0, "slowest_first": found["slowest_first"]}
+    ratios = {"aggregate": 2.5, "first_p95": 4.0, "slowest_first": found["slowest_first"]}
+    assert server.goals({"1": one, "8": eight}) == {**ratios, "dry_streams": one["dry_streams"]}
+    assert server.goals({"1": dict(one, aggregate=0.9), "8": eight})["aggregate"] == pytest.approx(5.0 / 0.9, abs=1e-3)
+    assert "dry_streams" not in server.goals({"1": dict(one, aggregate=0.9), "8": eight})
