@@ -1,7 +1,7 @@
-"""Waveform ↔ codes through the two codec graphs, after checks of every length and value.
+"""Waveform ↔ codes or latents through the two codec graphs, after checks of every length and value.
 
-Codes are int64 [K, frames], row 0 the semantic codebook, values 0-based within each codebook. Waveforms are float32 [samples],
-mono, −1..1, at the codec's sample rate.
+Codes are int64 [K, frames], row 0 the semantic codebook, values 0-based within each codebook. Latents, of a codec with
+`channels`, are float32 [frames, channels]. Waveforms are float32 [samples], mono, −1..1, at the codec's sample rate.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from fishrt_engines import Array, Engine, GraphSpec, State
 
-from .arrays import Ints, Pcm
+from .arrays import Floats, Ints, Pcm, Sound
 from .bundle.features import USUAL, Codec, Quirks
 from .errors import AudioError, GraphError, VoiceError
 
@@ -25,14 +25,14 @@ _LEAST_FRAMES, _MOST_FRAMES = 4, 16
 
 
 class CodecEncoder:
-    """Waveform → codes."""
+    """Waveform → codes or latents."""
 
     def __init__(self, engine: Engine, codec: Codec) -> None:
         self._engine = engine
         self._codec = codec
 
-    def encode(self, pcm: Pcm) -> Ints:
-        """Encode pcm float32 [samples] at the codec's rate to codes int64 [K, frames].
+    def encode(self, pcm: Pcm) -> Sound:
+        """Encode pcm float32 [samples] at the codec's rate to codes int64 [K, frames] or latents float32 [frames, channels].
 
         Silence pads it to a multiple of `sample_multiple`. Raises AudioError for samples that are not numbers, too few or too
         many.
@@ -54,20 +54,24 @@ class CodecEncoder:
                 f"the audio is {seconds:.1f} s long; the codec takes at most {most:.1f} s", hint="cut it into shorter parts"
             )
         padded = np.pad(pcm, (0, -len(pcm) % codec.sample_multiple))
-        codes: Ints = self._engine.run({"audio": padded[None, None]})["codes"][0].astype(np.int64)
-        return codes
+        results = self._engine.run({"audio": padded[None, None]})
+        if codec.channels is None:
+            codes: Ints = results["codes"][0].astype(np.int64)
+            return codes
+        latents: Floats = results["latents"][0].astype(np.float32)
+        return latents
 
 
 class CodecStream(Protocol):
-    """Codes → waveform while the codes come.
+    """Codes or latents → waveform while they come.
 
-    The results of `push` and `flush`, concatenated, equal `CodecDecoder.decode` of all codes at once, except for rounding.
+    The results of `push` and `flush`, concatenated, equal `CodecDecoder.decode` of all at once, except for rounding.
     """
 
-    def push(self, codes: Ints, *, last: bool = False) -> Pcm:
-        """Decode the next frames, codes as `check_codes` returns them, to pcm float32 [finished frames · hop]; may be empty.
+    def push(self, sound: Sound, *, last: bool = False) -> Pcm:
+        """Decode the next frames, as `check_sound` returns them, to pcm float32 [finished frames · hop]; may be empty.
 
-        The values are not checked again. last: no more codes come, as if a `flush` followed.
+        The values are not checked again. last: no more frames come, as if a `flush` followed.
 
         Raises VoiceError for more frames in all than the codec takes; the stream is then unchanged.
         Raises GraphError for samples that are not numbers.
@@ -80,7 +84,7 @@ class CodecStream(Protocol):
 
 
 class CodecDecoder:
-    """Codes → waveform."""
+    """Codes or latents → waveform."""
 
     def __init__(self, engine: Engine, codec: Codec, start: Mapping[str, Array] | None = None) -> None:
         """Wrap the graph codec_decode. Raises GraphError for a graph that cannot decode piece by piece.
@@ -107,14 +111,14 @@ class CodecDecoder:
             return OverlapStream(self._engine, self._codec)
         return StatefulStream(self._engine, self._codec, {} if quirks.sound else self._start)
 
-    def decode(self, codes: npt.NDArray[np.integer], *, quirks: Quirks = USUAL) -> Pcm:
-        """Decode codes, as `check_codes` takes them, to pcm float32 [frames · hop].
+    def decode(self, sound: Sound, *, quirks: Quirks = USUAL) -> Pcm:
+        """Decode codes or latents, as `check_sound` takes them, to pcm float32 [frames · hop].
 
         Fewer rows than codebooks describe the sound more coarsely: the missing codebooks add nothing.
         quirks: see `check_codes`.
-        Raises VoiceError as `check_codes` does, GraphError for samples that are not numbers.
+        Raises VoiceError as `check_sound` does, GraphError for samples that are not numbers.
         """
-        return self.stream(quirks).push(check_codes(codes, self._codec, quirks), last=True)
+        return self.stream(quirks).push(check_sound(sound, self._codec, quirks), last=True)
 
 
 class StatefulStream:
@@ -131,24 +135,25 @@ class StatefulStream:
         self._state: State | None = None
         self._position = 0
 
-    def push(self, codes: Ints, *, last: bool = False) -> Pcm:
+    def push(self, sound: Sound, *, last: bool = False) -> Pcm:
         """See `CodecStream.push`."""
-        whole = _with_absent(codes, self._codec)
-        frames, room = whole.shape[1], self._codec.max_frames - self._position
+        whole = _with_absent(sound, self._codec)
+        frames, room = frames_of(whole), self._codec.max_frames - self._position
         if frames > room:
-            raise VoiceError(f"there are {frames} frames of codes more; the codec takes {self._codec.max_frames} in one stream")
+            more = f"there are {frames} frames of {_kind(whole)} more"
+            raise VoiceError(f"{more}; the codec takes {self._codec.max_frames} in one stream")
         if self._state is None:
             self._state = self._engine.new_state(batch=1)
             for name, array in self._start.items():
                 self._state.write(name, array)
         parts = []
         for start in range(0, frames, self._most):
-            chunk = np.ascontiguousarray(whole[:, start : start + self._most])
-            feeds = {"codes": chunk[None]}
+            chunk = part(whole, start, start + self._most)
+            feeds, end = _feeds(chunk), self._position + frames_of(chunk)
             if self._counts_positions:
-                feeds["position_ids"] = np.arange(self._position, self._position + chunk.shape[1], dtype=np.int64)[None]
+                feeds["position_ids"] = np.arange(self._position, end, dtype=np.int64)[None]
             parts.append(_pcm(self._engine.run(feeds, self._state)))
-            self._position += chunk.shape[1]
+            self._position = end
         if last:
             self._begin()
         return np.concatenate(parts)
@@ -173,35 +178,35 @@ class OverlapStream:
 
     def _begin(self) -> None:
         # Frames that are still needed: first those of the left context, whose sound was returned, then those held back.
-        self._frames: Ints = np.empty((len(self._codec.codebook_sizes), 0), np.int64)
+        self._frames = no_frames(self._codec)
         self._given = 0
 
-    def push(self, codes: Ints, *, last: bool = False) -> Pcm:
+    def push(self, sound: Sound, *, last: bool = False) -> Pcm:
         """See `CodecStream.push`. The number of all frames together has no limit."""
-        whole = _with_absent(codes, self._codec)
-        parts, frames = [], whole.shape[1]
+        whole = _with_absent(sound, self._codec)
+        parts, frames = [], frames_of(whole)
         for start in range(0, frames, self._most):
             ends = last and start + self._most >= frames
-            parts.append(self._advance(whole[:, start : start + self._most], 0 if ends else self._context.ahead))
+            parts.append(self._advance(part(whole, start, start + self._most), 0 if ends else self._context.ahead))
         if last:
             self._begin()
         return np.concatenate(parts)
 
     def flush(self) -> Pcm:
         """See `CodecStream.flush`."""
-        pcm = self._advance(self._frames[:, :0], 0)
+        pcm = self._advance(no_frames(self._codec), 0)
         self._begin()
         return pcm
 
-    def _advance(self, more: Ints, held: int) -> Pcm:
+    def _advance(self, more: Sound, held: int) -> Pcm:
         """Return the sound of all new frames except the last `held`, and keep the frames that are needed again."""
-        frames = np.concatenate([self._frames, more], axis=1)
-        hop, end = self._codec.hop, frames.shape[1] - held
+        frames = joined([self._frames, more])
+        hop, end = self._codec.hop, frames_of(frames) - held
         pcm = np.empty(0, np.float32)
         if end > self._given:
-            pcm = _pcm(self._engine.run({"codes": frames[None]}))[self._given * hop : end * hop]
+            pcm = _pcm(self._engine.run(_feeds(frames)))[self._given * hop : end * hop]
             start = max(end - self._context.left, 0)
-            frames, self._given = frames[:, start:], end - start
+            frames, self._given = part(frames, start), end - start
         self._frames = frames
         return pcm
 
@@ -218,6 +223,41 @@ def chunk_frames(spec: GraphSpec, codec: Codec) -> tuple[int, int]:
     return max(_LEAST_FRAMES, again), min(max(_MOST_FRAMES, 8 * again), codec.max_frames - again)
 
 
+def frames_of(sound: Sound) -> int:
+    """Return the number of frames of codes [k, frames], or of latents [frames, channels]."""
+    return int(sound.shape[_axis(sound)])
+
+
+def part(sound: Sound, start: int, stop: int | None = None) -> Sound:
+    """Return the frames from `start` to `stop`."""
+    return sound[start:stop] if _axis(sound) == 0 else sound[:, start:stop]
+
+
+def joined(parts: Sequence[Sound]) -> Sound:
+    """Return the frames of several, at least one."""
+    return np.concatenate(parts, axis=_axis(parts[0]))
+
+
+def no_frames(codec: Codec) -> Sound:
+    """Return codes int64 [K, 0], or latents float32 [0, channels]."""
+    if codec.channels is None:
+        return np.empty((len(codec.codebook_sizes), 0), np.int64)
+    return np.empty((0, codec.channels), np.float32)
+
+
+def _kind(sound: Sound) -> str:
+    return "latents" if sound.dtype == np.float32 else "codes"
+
+
+def _axis(sound: Sound) -> int:
+    return {"latents": 0, "codes": 1}[_kind(sound)]
+
+
+def _feeds(sound: Sound) -> dict[str, Array]:
+    """Return the feeds of the decode graph."""
+    return {_kind(sound): np.ascontiguousarray(sound)[None]}
+
+
 def _pcm(results: Mapping[str, Array]) -> Pcm:
     """Return the decode graph's audio as pcm float32 [frames · hop], a copy that no later call overwrites."""
     pcm: Pcm = results["audio"][0, 0].astype(np.float32)
@@ -226,9 +266,35 @@ def _pcm(results: Mapping[str, Array]) -> Pcm:
     return pcm
 
 
-def _with_absent(codes: Ints, codec: Codec) -> Ints:
-    """Return codes [k, frames] with a row of _ABSENT for each missing codebook: [K, frames]."""
+def _with_absent(codes: Sound, codec: Codec) -> Sound:
+    """Return codes [k, frames] with a row of _ABSENT for each missing codebook: [K, frames]; and latents as they are."""
+    if codec.channels is not None:
+        return codes
     return np.pad(codes, ((0, len(codec.codebook_sizes) - len(codes)), (0, 0)), constant_values=_ABSENT)
+
+
+def check_sound(sound: Sound, codec: Codec, quirks: Quirks = USUAL) -> Sound:
+    """Return codes as `check_codes` does, or latents as `check_latents`, whichever the codec has."""
+    if codec.channels is None:
+        return check_codes(sound, codec, quirks)
+    return check_latents(sound, codec, "the latents", codec.max_frames)
+
+
+def check_latents(latents: Sound, codec: Codec, what: str, most: int, hint: str | None = None) -> Floats:
+    """Return latents float32 [frames, channels], of a codec with channels. what: names them. most: limit of the frames.
+
+    Raises VoiceError for another shape or type, no frames or too many, and values that are not numbers.
+    """
+    found = latents.dtype if isinstance(latents, np.ndarray) else f"a {type(latents).__name__}"
+    if not isinstance(latents, np.ndarray) or latents.dtype != np.float32:
+        raise VoiceError(f"{what} are {found}; this codec takes latents, float32 [frames, {codec.channels}]", hint=hint)
+    if latents.ndim != 2 or latents.shape[1] != codec.channels or not 1 <= len(latents) <= most:
+        raise VoiceError(
+            f"{what} have shape {list(latents.shape)}; [1 to {most:,} frames, {codec.channels}] is expected", hint=hint
+        )
+    if not np.isfinite(latents).all():
+        raise VoiceError(f"{what} hold values that are not numbers", hint="encode the recording again")
+    return latents
 
 
 def check_codes(codes: npt.NDArray[np.integer], codec: Codec, quirks: Quirks = USUAL) -> Ints:

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import threading
 import time
@@ -18,20 +19,21 @@ from pathlib import Path
 from typing import Any, Unpack
 
 import numpy as np
-import numpy.typing as npt
 
 from fishrt_engines import Array, Engine
 from fishrt_engines.providers import resolve_provider
 
-from .arrays import Ints, Pcm
+from .arrays import Pcm, Sound
 from .audio.files import check_pcm
 from .audio.resample import resample
 from .bundle.codec_start import read_codec_start
+from .bundle.diffusion import Diffusion
 from .bundle.features import USUAL, Quirks
 from .bundle.folder import Bundle, embedded_bundle
 from .bundle.graphs import BundleGraphs
 from .bundle.memory import check_memory, estimate, memory_errors
 from .codec import CodecDecoder, CodecEncoder
+from .diffusion.latents import voice_latents
 from .errors import ArgumentError, FishrtError
 from .kinds.dual_ar import DualARModel
 from .kinds.model import Model
@@ -225,18 +227,25 @@ class TTS:
                 self._scheduler = Scheduler(self)
             return self._scheduler
 
-    def encode(self, pcm: Pcm, rate: int) -> Ints:
-        """Encode pcm float [samples], mono, −1..1, at `rate` Hz, to codes int64 [K, frames]. Raises AudioError."""
-        check_pcm(pcm, rate)
-        codec = self.bundle.manifest.codec
-        with memory_errors():
-            resampled = resample(pcm.astype(np.float32, copy=False), rate, codec.sample_rate)
-            return CodecEncoder(self.engines["codec_encode"], codec).encode(resampled)
+    def encode(self, pcm: Pcm, rate: int) -> Sound:
+        """Encode pcm float [samples], mono, −1..1, at `rate` Hz, to codes int64 [K, frames]. Raises AudioError.
 
-    def decode(self, codes: npt.NDArray[np.integer], *, upstream_compat: bool = False) -> Pcm:
+        For a diffusion model, return the latents of a voice, float32 [frames, channels].
+        """
+        check_pcm(pcm, rate)
+        manifest = self.bundle.manifest
+        with memory_errors():
+            resampled = resample(pcm.astype(np.float32, copy=False), rate, manifest.codec.sample_rate)
+            encode = CodecEncoder(self.engines["codec_encode"], manifest.codec).encode
+            if isinstance(manifest.model, Diffusion):
+                return voice_latents(resampled, encode, manifest.model, manifest.codec)
+            return encode(resampled)
+
+    def decode(self, codes: Sound, *, upstream_compat: bool = False) -> Pcm:
         """Decode codes of any integer type, [k, frames] or [1, k, frames], to pcm float32 [samples] at `sample_rate`.
 
-        With fewer rows than codebooks the sound is coarser. Raises VoiceError for codes that are not this codec's.
+        A codec of latents takes these, float32 [frames, channels]. With fewer rows than codebooks the sound is coarser. Raises
+        VoiceError for codes that are not this codec's.
         """
         with memory_errors():
             quirks = Quirks.of(self.bundle.manifest.language_model) if upstream_compat else USUAL
@@ -259,14 +268,14 @@ class TTS:
         """
         return self._known.voice(name)
 
-    def loudness(self, codes: Ints) -> Loudness | None:
-        """Return the loudness of a voice, codes int64 [k, frames], as the codec speaks it; None for silence."""
-        key = codes.tobytes()
+    def loudness(self, sound: Sound) -> Loudness | None:
+        """Return the loudness of a voice, codes int64 [k, frames] or latents, as the codec speaks it; None for silence."""
+        key = hashlib.sha256(sound.tobytes()).digest()
         if key not in self._levels:
             with memory_errors():
                 if len(self._levels) >= _KEPT_LEVELS:
                     self._levels.clear()
-                self._levels[key] = voice_loudness(self.decoder(), codes, self.bundle.manifest.codec)
+                self._levels[key] = voice_loudness(self.decoder(), sound, self.bundle.manifest.codec)
         return self._levels[key]
 
     def check_transcript(self, text: str, what: str) -> None:
@@ -277,9 +286,9 @@ class TTS:
         """Return the number of tokens of a text as the model reads it, without those around it."""
         return self._model.count_tokens(text)
 
-    def is_prepared(self, folder: Path) -> bool:
-        """Return whether `prepare` wrote into the folder of a voice, for this bundle."""
-        return self._model.is_prepared(folder)
+    def prepared_path(self, folder: Path) -> Path:
+        """Return the path of the file that `prepare` writes into the folder of a voice, for this bundle."""
+        return self._model.prepared_path(folder)
 
     def prepare(self, voice: VoiceLike, folder: Path | None = None) -> None:
         """Prefill the slow AR with a voice, so that requests with this voice alone and no system text start at their text.
@@ -326,5 +335,5 @@ class TTS:
     def gain(self, task: Task) -> float:
         """Return the factor on all samples of a task. It measures the loudness of a voice for which it is unknown."""
         voice = task.levelled
-        loudness = voice and (voice.loudness or self.loudness(voice.codes))
+        loudness = voice and (voice.loudness or self.loudness(voice.sound))
         return task.volume * (loudness.gain if loudness else 1.0)

@@ -131,7 +131,7 @@ def test_recordings_are_resampled_and_made_softer() -> None:
     model, codec = diffusion_model(), latent_codec(hop=1)
     for n, rate in enumerate(meta()["load_audio_sr"]):
         recording = arrays()[f"load_audio/in{n}"].mean(axis=0, dtype=np.float32)
-        found = voice_latents([resample(recording, rate, codec.sample_rate)], lambda pcm: pcm[:, None], model, codec)
+        found = voice_latents(resample(recording, rate, codec.sample_rate), lambda pcm: pcm[:, None], model, codec)
         wanted = arrays()[f"load_audio/out{n}"][0]
         assert len(found) == len(wanted) - len(wanted) % 4
         allowed = meta()["tolerances"]["suggested"]["load_audio"]

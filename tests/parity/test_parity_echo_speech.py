@@ -105,7 +105,7 @@ def test_a_recording_has_the_latents_of_the_original(echo_model: EchoModel, name
     def encoded(pcm: np.ndarray) -> np.ndarray:
         return encode.run({"audio": np.ascontiguousarray(pcm[None, None])})["latents"][0]
 
-    found = voice_latents([arrays()["ae/audio"][0]], encoded, diffusion_model(voice_part_frames=part), latent_codec(hop=hop))
+    found = voice_latents(arrays()["ae/audio"][0], encoded, diffusion_model(voice_part_frames=part), latent_codec(hop=hop))
     mask = arrays()[f"spkenc/{name}_mask"][0]
     assert mask.all()
     np.testing.assert_allclose(found, arrays()[f"spkenc/{name}_latent"][0], atol=allowed("ae_latent"), rtol=0)

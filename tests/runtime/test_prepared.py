@@ -10,7 +10,7 @@ import pytest
 
 from fishrt import TTS
 from fishrt.errors import OutputError, VoiceError
-from fishrt.language_model.context import prepared_path
+from fishrt.voices.prepared import prepared_path
 
 FRAMES = 6
 
@@ -31,9 +31,9 @@ def kept(tts: TTS, folder: Path) -> Path:
 def test_the_same_codes_cold_warm_and_from_the_disk(tts: TTS, tmp_path: Path) -> None:
     cold = codes(tts, "slt")
     np.testing.assert_array_equal(codes(tts, "slt"), cold)
-    assert not tts.is_prepared(tmp_path)
+    assert not tts.prepared_path(tmp_path).is_file()
     tts.prepare("slt", tmp_path)
-    assert tts.is_prepared(tmp_path)
+    assert tts.prepared_path(tmp_path).is_file()
     other = TTS.load(threads=1)
     other.prepare("slt", tmp_path)
     np.testing.assert_array_equal(codes(other, "slt"), cold)

@@ -15,11 +15,11 @@ from click.testing import CliRunner
 import fishrt.tts
 from fishrt.cli import main
 from fishrt.errors import PromptError
-from fishrt.language_model.context import prepared_path
 from fishrt.speaking.stream import SpeechStream
 from fishrt.speaking.warnings import piece_warnings
 from fishrt.speech import AudioChunk, PieceInfo, Progress, Speech, SpeechInfo, Timings
 from fishrt.voices.loudness import Loudness
+from fishrt.voices.prepared import prepared_path
 from fishrt.voices.store import VoiceStore, find_voice, user_folder
 from helpers_text import bundle_folder, voice
 
@@ -41,12 +41,12 @@ class FakeTts:
 
     sample_rate = RATE
 
-    def is_prepared(self, folder):
-        return prepared_path(folder, self.bundle.manifest.specs["slow_ar"].identity).is_file()
+    def prepared_path(self, folder):
+        return prepared_path(folder, self.bundle.manifest.specs["slow_ar"].identity)
 
     def prepare(self, voice, folder=None):
         self.prepared.append((voice.name, folder))
-        prepared_path(folder, self.bundle.manifest.specs["slow_ar"].identity).touch()
+        self.prepared_path(folder).touch()
 
     def speak(self, text, *, voice, seed, sampling, progress=None, **request):
         voice = voice and [self.voice(v) if isinstance(v, str) else v for v in voice]

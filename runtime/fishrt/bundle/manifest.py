@@ -22,6 +22,7 @@ from .features import Codec, LanguageModel
 from .quantisation import Quantisation
 from .strict import AGAIN, parse_dataclass
 
+AnyModel = LanguageModel | Diffusion
 SCHEMA = 4
 MANIFEST = "manifest.json"
 _CODEC = ("codec_encode", "codec_decode")
@@ -214,7 +215,7 @@ class Manifest:
     """Releases whose layout the checkpoint has, for people only."""
     recipe: str
     """Options of `fishrt export`, for people only: the precision, then those that differ from the defaults."""
-    model: LanguageModel | Diffusion
+    model: AnyModel
     codec: Codec
     tokenizer: str | None
     """File name of the tokenizer. None: the tokens are bytes."""

@@ -10,7 +10,6 @@ import click
 
 from ..bundle.folder import Bundle
 from ..errors import BundleError, OutputError, VoiceError
-from ..language_model.context import prepared_path
 from ..voices.store import bundle_voices, find_voice
 from ..voices.voice import Voice
 from .base.commands import finish, warn
@@ -92,7 +91,7 @@ def prepare(name: str, voice_dir: Path | None, engine: EngineOptions) -> None:
     except OSError as error:
         raise OutputError(f"cannot write {folder}: {error.strerror}") from None
     tts.prepare(made, folder)
-    path = prepared_path(folder, tts.bundle.manifest.specs["slow_ar"].identity)
+    path = tts.prepared_path(folder)
     count = path.stat().st_size
     finish(
         {"file": str(path), "bytes": count},

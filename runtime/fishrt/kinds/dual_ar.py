@@ -12,7 +12,7 @@ from pathlib import Path
 from ..bundle.features import USUAL, Quirks
 from ..bundle.memory import memory_errors
 from ..language_model.batch import DualAR
-from ..language_model.context import ContextStore, prepare, prepared_path
+from ..language_model.context import ContextStore, prepare
 from ..language_model.prompt import PromptBuilder
 from ..language_model.sampling import Sampling
 from ..request import Request, VoiceLike
@@ -23,6 +23,7 @@ from ..speech import Progress
 from ..text.split import check_speakers, speaker_turns
 from ..text.tokenizer import Tokenizer
 from ..voices.known import KnownVoices
+from ..voices.prepared import prepared_path
 from ..voices.voice import Voice
 from .columns import ColumnJob, ColumnTask, ColumnTurns
 from .model import Host, Model
@@ -104,22 +105,19 @@ class DualARModel(Model):
     def _take_prepared(self, name: str, voice: Voice) -> None:
         """Load the keys and values that `prepare` wrote next to the voice, if there are any."""
         folder = self._voices.prepared_folder(name)
-        if self._prepared.get(name) is not voice and folder is not None and self.is_prepared(folder):
+        if self._prepared.get(name) is not voice and folder is not None and self.prepared_path(folder).is_file():
             self._prepared[name] = voice
             self.prepare(voice, folder)
 
     def prepare(self, voice: VoiceLike, folder: Path | None) -> None:
         """Prefill the slow AR with a voice; see `Model.prepare`."""
         head = self._prompts.start(self._voices_of(Request("", voice))).head
-        path = None if folder is None else self._prepared_path(folder)
+        path = None if folder is None else self.prepared_path(folder)
         with memory_errors():
             prepare(self._host.engines["slow_ar"], head, self._contexts, path)
 
-    def is_prepared(self, folder: Path) -> bool:
-        """See `Model.is_prepared`."""
-        return self._prepared_path(folder).is_file()
-
-    def _prepared_path(self, folder: Path) -> Path:
+    def prepared_path(self, folder: Path) -> Path:
+        """See `Model.prepared_path`."""
         return prepared_path(folder, self._host.bundle.manifest.specs["slow_ar"].identity)
 
     def opened(self) -> MakeTurns:

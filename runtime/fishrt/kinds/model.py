@@ -64,8 +64,8 @@ class Model(ABC):
         """Compute what the model needs of a voice; see `TTS.prepare`."""
 
     @abstractmethod
-    def is_prepared(self, folder: Path) -> bool:
-        """Return whether `prepare` wrote into the folder of a voice, for this bundle."""
+    def prepared_path(self, folder: Path) -> Path:
+        """Return the path of the file that `prepare` writes into the folder of a voice, for this bundle."""
 
     @abstractmethod
     def forget(self) -> None:

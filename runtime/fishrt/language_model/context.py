@@ -11,7 +11,6 @@ and voice are always read by themselves, so that a request gives the same codes 
 
 from __future__ import annotations
 
-import io
 import logging
 import threading
 from collections import OrderedDict
@@ -24,7 +23,7 @@ import numpy as np
 from fishrt_engines import Engine, State
 
 from ..arrays import Ints
-from ..audio.output import write_whole
+from ..voices.prepared import read_prepared, write_prepared
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +37,6 @@ PART = 512
 LEAST_ROWS = 1024
 """Fewest rows of a cache where few sizes should be used: a long voice, a sentence, and its speech. Sizes are powers of two there,
 of rows and of batches, so that requests share captured calls."""
-_COLUMNS = "columns"
 
 
 class SlowContext:
@@ -219,53 +217,19 @@ def part_end(start: int, head: int, length: int) -> int:
     return min(start + PART, head if start < head else length)
 
 
-def prepared_path(folder: Path, graph: str) -> Path:
-    """Return the path of a prepared voice: keys and values of the slow AR, so that not even the first request computes them.
-
-    folder: the voice's, with a file for each slow AR that it was prepared for. graph: a hash of the slow AR and its weights.
-    """
-    return folder / f"prepared-{graph[:16]}.npz"
-
-
 def prepare(engine: Engine, head: Ints, contexts: ContextStore, path: Path | None) -> None:
     """Read a head, so that `contexts` has it. path: take it from the file there, or write the file if there is none."""
-    saved = None if path is None else read_prepared(path, engine, head)
-    if saved is not None:
-        contexts.add(engine, head, saved)
+    dims = {"batch": 1, "cache": head.shape[1]}
+    wanted = {t.name: (t.as_read, t.resolve(dims)) for t in engine.spec.state_tensors}
+    stored = None if path is None else read_prepared(path, head, wanted)
+    if stored is not None:
+        state = engine.new_state(**dims)
+        for name, array in stored.items():
+            state.write(name, array)
+        contexts.add(engine, head, state)
         return
     context = SlowContext(engine, len(head) - 1)
     contexts.load(context, head)
     if path is not None:
-        write_prepared(path, engine, head, context.save())
-
-
-def write_prepared(path: Path, engine: Engine, columns: Ints, saved: State) -> None:
-    """Write the result of `SlowContext.save` for `columns`. Raises OutputError."""
-    buffer = io.BytesIO()
-    np.savez(buffer, **{_COLUMNS: columns}, **{t.name: saved.read(t.name) for t in engine.spec.state_tensors})  # type: ignore[arg-type]
-    write_whole(path, buffer.getvalue())
-
-
-def read_prepared(path: Path, engine: Engine, columns: Ints) -> State | None:
-    """Return the keys and values written for these columns; None if there are none or, with a warning, if they do not fit.
-
-    They can be computed again, so a damaged file, or one of other columns, is skipped.
-    """
-    if not path.is_file():
-        return None
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            stored = {name: file[name] for name in file.files}
-        kept = stored.pop(_COLUMNS)
-    except Exception as error:  # numpy and zipfile raise whatever a damaged file makes them raise
-        log.warning("%s cannot be read (%s); the voice is read again", path, error)
-        return None
-    dims = {"batch": 1, "cache": columns.shape[1]}
-    wanted = {t.name: (t.as_read, t.resolve(dims)) for t in engine.spec.state_tensors}
-    if not np.array_equal(kept, columns) or {n: (a.dtype, a.shape) for n, a in stored.items()} != wanted:
-        log.warning("%s was made of another state of the voice; the voice is read again", path)
-        return None
-    state = engine.new_state(**dims)
-    for name, array in stored.items():
-        state.write(name, array)
-    return state
+        saved = context.save()
+        write_prepared(path, head, {name: saved.read(name) for name in wanted})

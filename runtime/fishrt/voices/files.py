@@ -2,7 +2,7 @@
 
 <store>/<name>/voice.json        transcript, and which codes there are             (fishrt)
                recording.wav     the recording as it was given, mono, float32; not in bundles
-               codes….npy        for each codec that the voice was used with
+               codes….npy        for each codec that the voice was used with; latents….npy for a codec of latents
 <store>/<name>/*.wav, *.lab      recordings, each with its words                   (fish-speech)
 <store>/index.json, <name>.npy   words and codes                                   (fish-speech.rs)
 """
@@ -22,7 +22,7 @@ from .loudness import Loudness
 
 SCHEMA = 2
 VOICE_JSON, INDEX_JSON = "voice.json", "index.json"
-RECORDING, CODES = "recording.wav", "codes.npy"
+RECORDING, CODES, LATENTS = "recording.wav", "codes.npy", "latents.npy"
 
 _MOST_NAME_BYTES = 255
 _JOINERS = "\u200c\u200d"
@@ -34,7 +34,7 @@ AUDIO_SUFFIXES = {".mp3", ".wav", ".flac", ".ogg", ".opus", ".m4a", ".wma", ".aa
 
 @dataclass(frozen=True, slots=True)
 class StoredCodes:
-    """Codes of a voice for one codec."""
+    """Codes or latents of a voice for one codec."""
 
     fingerprint: str | None
     """Fingerprint of the codec; None: unknown."""
@@ -98,8 +98,11 @@ def layout(folder: Path) -> str | None:
     return "recordings" if folder.is_dir() and recordings(folder) else None
 
 
-def check_folder(folder: Path) -> None:
-    """Check that a folder holds a voice, without reading recordings or codes. Raises VoiceError with the reason otherwise."""
+def check_folder(folder: Path, *, transcripts: bool = True) -> None:
+    """Check that a folder holds a voice, without reading recordings or codes. Raises VoiceError with the reason otherwise.
+
+    transcripts: whether each recording needs one.
+    """
     try:
         kind = layout(folder)
     except OSError as error:
@@ -110,7 +113,7 @@ def check_folder(folder: Path) -> None:
         if missing := [c.file for c in stored.codes if not os.path.isfile(folder / c.file)]:  # noqa: PTH113
             raise VoiceError(f"{folder / missing[0]} is missing", hint="add the voice again")
     elif kind == "recordings":
-        for path in recordings(folder):
+        for path in recordings(folder) if transcripts else ():
             if not path.with_suffix(".lab").is_file():
                 raise VoiceError(f"{path} has no transcript {path.stem}.lab", hint="write there the words of the recording")
     else:

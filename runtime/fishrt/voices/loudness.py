@@ -15,9 +15,9 @@ import numpy as np
 import numpy.typing as npt
 from numpy.lib.stride_tricks import sliding_window_view
 
-from ..arrays import Pcm
+from ..arrays import Pcm, Sound
 from ..bundle.features import Codec
-from ..codec import CodecDecoder
+from ..codec import CodecDecoder, part
 
 _Response = npt.NDArray[np.complex128]
 
@@ -60,13 +60,13 @@ class Loudness:
         return min(wanted, MOST_GAIN, max(1.0, MOST_PEAK / self.peak))
 
 
-def voice_loudness(decoder: CodecDecoder, codes: npt.NDArray[np.int64], codec: Codec) -> Loudness | None:
+def voice_loudness(decoder: CodecDecoder, sound: Sound, codec: Codec) -> Loudness | None:
     """Return the loudness of a voice as the codec speaks it, in its first seconds; None for silence.
 
-    codes: int64 [num_codebooks or fewer, frames]. Speech in minnow's voices had this loudness within 1 dB.
+    sound: codes int64 [num_codebooks or fewer, frames], or latents. Speech in minnow's voices had this loudness within 1 dB.
     """
     frames = max(1, round(SECONDS * codec.frame_rate))
-    return measure(decoder.decode(codes[:, :frames]), codec.sample_rate)
+    return measure(decoder.decode(part(sound, 0, frames)), codec.sample_rate)
 
 
 def measure(pcm: Pcm, rate: int) -> Loudness | None:

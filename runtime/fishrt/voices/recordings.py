@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from ..arrays import Pcm
+from ..audio.resample import resample
 from ..bundle.features import Codec, LanguageModel
+from ..bundle.manifest import AnyModel
 from ..errors import AudioError, VoiceError
 from ..text.reading import unread
 from .loudness import measure
@@ -17,6 +19,8 @@ MIN_SECONDS = 0.2
 SILENCE = 1e-3
 """A recording whose largest sample is below this (−60 dB of full scale) holds no voice."""
 
+PAUSE_S = 1.0
+"""Seconds of silence between the recordings of one voice, where a model takes them as one."""
 _SHORT = 3.0
 """Seconds from which a recording is long enough for any model, although more may be better."""
 _QUIET_LUFS = -42.0
@@ -32,39 +36,58 @@ _NOISE_FLATNESS = 0.6
 _NOISE_WINDOW = 512
 
 
-def most_seconds(lm: LanguageModel, codec: Codec) -> float:
-    """Return the length of the longest recording that codec and context take."""
-    return min(codec.max_frames, lm.max_prompt) / codec.frame_rate
+def in_turn(recordings: Sequence[tuple[Pcm, int]], pause_s: float) -> tuple[Pcm, int]:
+    """Return recordings, each `limited` pcm float32 [samples] and its rate in Hz, one after the other, with silence between."""
+    rate = recordings[0][1]
+    silence, parts = np.zeros(round(pause_s * rate), np.float32), list[Pcm]()
+    for pcm, other in recordings:
+        parts += [silence, resample(limited(pcm), other, rate)]
+    return np.concatenate(parts[1:]), rate
 
 
-def check_recording(pcm: Pcm, rate: int, lm: LanguageModel, codec: Codec, what: str) -> None:
+def limited(pcm: Pcm) -> Pcm:
+    """Return a recording, made softer if it is louder than full scale."""
+    peak: np.float32 = np.abs(pcm).max(initial=1.0)
+    return pcm / peak
+
+
+def most_seconds(model: AnyModel, codec: Codec) -> float:
+    """Return the length of the longest recording that codec and model take."""
+    frames = min(codec.max_frames, model.max_prompt) if isinstance(model, LanguageModel) else model.max_voice_frames
+    return frames / codec.frame_rate
+
+
+def check_recording(pcm: Pcm, rate: int, model: AnyModel, codec: Codec, what: str) -> None:
     """Check that a recording can be a voice. Raises AudioError, and VoiceError for silence."""
     from ..audio.files import check_pcm
 
     check_pcm(pcm, rate, what)
-    seconds, most = len(pcm) / rate, most_seconds(lm, codec)
+    seconds, most = len(pcm) / rate, most_seconds(model, codec)
     if not MIN_SECONDS <= seconds <= most:
         raise AudioError(
             f"{what} is too {'short' if seconds < MIN_SECONDS else 'long'}: {seconds:.2f} s; "
             f"a voice takes {MIN_SECONDS} s to {most:.1f} s",
-            hint=f"use clean speech of one speaker; {best_length(lm)} is best",
+            hint=f"use clean speech of one speaker; {best_length(model)} is best",
         )
     if np.abs(pcm).max() < SILENCE:
         raise VoiceError(f"{what} is silent", hint="check that the right file or channel was recorded")
 
 
-def best_length(lm: LanguageModel) -> str:
+def best_length(model: AnyModel) -> str:
     """Return the length of recording that suits a model best, in words."""
-    least, most = lm.voice_seconds
+    least, most = model.voice_seconds
     return f"{least:g} to {most:g} s"
 
 
-def doubts(pcm: Pcm, rate: int, transcript: str, lm: LanguageModel) -> Iterator[str]:
-    """Yield reasons why a recording, pcm float32 [samples] as `check_recording` takes it, may make a poor voice."""
+def doubts(pcm: Pcm, rate: int, transcript: str, model: AnyModel) -> Iterator[str]:
+    """Yield reasons why a recording, pcm float32 [samples] as `check_recording` takes it, may make a poor voice.
+
+    transcript: for a model that needs none, it is not looked at.
+    """
     seconds, sizes = len(pcm) / rate, np.abs(pcm)
-    least, most = lm.voice_seconds
+    least, most = model.voice_seconds
     if not min(_SHORT, least) <= seconds <= most:
-        yield f"is {seconds:.1f} s long; {best_length(lm)} is best for this model"
+        yield f"is {seconds:.1f} s long; {best_length(model)} is best for this model"
     if np.mean(sizes > _CLIPPED_LEVEL * sizes.max()) > _CLIPPED_PART:
         yield "is clipped: its peaks are cut off; record it with less gain"
     loudness = measure(pcm, rate)
@@ -72,10 +95,12 @@ def doubts(pcm: Pcm, rate: int, transcript: str, lm: LanguageModel) -> Iterator[
         yield f"is very quiet ({loudness.lufs:.0f} LUFS); record it with more gain"
     if _flatness(pcm) > _NOISE_FLATNESS:
         yield "sounds like noise"
+    if not isinstance(model, LanguageModel):
+        return
     if not _SLOWEST <= sum(map(_letters, transcript)) / seconds <= _FASTEST:
         letters = sum(char.isalnum() for char in transcript)
         yield f"has {seconds:.1f} s for {letters:,} letters of transcript; is every word of it there, and no other?"
-    if lm.reads is not None and (found := unread(transcript, lm.reads)):
+    if model.reads is not None and (found := unread(transcript, model.reads)):
         yield f"has a transcript that this model does not read well: {'; '.join(found)}"
 
 

@@ -16,12 +16,13 @@ from pathlib import Path
 from fishrt_engines.aside import new_folder, remove_folder, sync
 from fishrt_engines.folders import data_folder
 
-from ..arrays import Ints
+from ..arrays import Sound
 from ..audio.output import write_whole
 from ..bundle.folder import Bundle
 from ..errors import KeptVoiceError, OutputError, TakenVoiceError, UnknownVoiceError, VoiceError
 from .files import (
     CODES,
+    LATENTS,
     RECORDING,
     SCHEMA,
     VOICE_JSON,
@@ -37,6 +38,7 @@ from .files import (
     read_text,
     recordings,
 )
+from .recordings import PAUSE_S, in_turn
 from .voice import Encoder, Voice, joined, npy_bytes, read_codes
 
 log = logging.getLogger(__name__)
@@ -91,7 +93,7 @@ class VoiceStore:
                     f"there is no voice {name!r} in {self}; there are: {known}", hint="fishrt voice add NAME …"
                 )
             return Voice(key, read_codes(folder / f"{key}.npy"), read_index(folder)[key], None)
-        check_folder(folder)
+        check_folder(folder, transcripts=tts is None or tts.bundle.manifest.codec.channels is None)
         if layout(folder) == "fishrt":
             return self._load_stored(folder, tts, fingerprint)
         if tts is None:
@@ -259,25 +261,27 @@ class VoiceStore:
         codes = next((c for c in stored.codes if c.fingerprint == wanted), None)
         if codes is None and tts is not None and stored.recording is not None:
             voice = Voice.from_audio(tts, folder / stored.recording, stored.transcript, name=name)
-            added = StoredCodes(wanted, f"codes-{wanted:.16}.npy", voice.loudness)
-            self._keep(folder, replace(stored, codes=(*stored.codes, added)), {added.file: voice.codes})
+            kind = Path(_file(voice)).stem
+            added = StoredCodes(wanted, f"{kind}-{wanted:.16}.npy", voice.loudness)
+            self._keep(folder, replace(stored, codes=(*stored.codes, added)), {added.file: voice.sound})
             return voice
         codes = codes or stored.codes[0]
-        voice = Voice(name, read_codes(folder / codes.file), stored.transcript, codes.fingerprint, codes.loudness)
+        sound = read_codes(folder / codes.file, latents=True)
+        voice = Voice.of(name, sound, stored.transcript, codes.fingerprint, codes.loudness)
         if tts is None or codes.fingerprint != wanted or codes.loudness is not None:
             return voice
         voice.check(tts.bundle)
-        measured = replace(codes, loudness=tts.loudness(voice.codes))
+        measured = replace(codes, loudness=tts.loudness(voice.sound))
         self._keep(folder, replace(stored, codes=tuple(measured if c is codes else c for c in stored.codes)), {})
         return replace(voice, loudness=measured.loudness)
 
-    def _keep(self, folder: Path, stored: StoredVoice, arrays: dict[str, Ints]) -> None:
+    def _keep(self, folder: Path, stored: StoredVoice, arrays: dict[str, Sound]) -> None:
         """Write computed codes and loudness. If that fails, they are computed again the next time."""
         if self._fixed:
             return
         try:
-            for file, codes in arrays.items():
-                write_whole(folder / file, npy_bytes(codes))
+            for file, sound in arrays.items():
+                write_whole(folder / file, npy_bytes(sound))
             write_whole(folder / VOICE_JSON, stored.to_json().encode())
         except OutputError as error:
             log.debug("%s", error)
@@ -330,16 +334,23 @@ def _write_voice(folder: Path, voice: Voice) -> None:
         buffer, (pcm, rate) = io.BytesIO(), voice.recording
         soundfile.write(buffer, pcm, rate, "FLOAT", format="WAV")
         (folder / RECORDING).write_bytes(buffer.getvalue())
-    (folder / CODES).write_bytes(npy_bytes(voice.codes))
-    codes = StoredCodes(voice.fingerprint, CODES, voice.loudness)
+    (folder / _file(voice)).write_bytes(npy_bytes(voice.sound))
+    codes = StoredCodes(voice.fingerprint, _file(voice), voice.loudness)
     stored = StoredVoice(SCHEMA, voice.transcript, None if voice.recording is None else RECORDING, (codes,))
     (folder / VOICE_JSON).write_text(stored.to_json(), encoding="utf-8")
     for path in (*folder.iterdir(), folder):
         sync(path)
 
 
+def _file(voice: Voice) -> str:
+    return CODES if voice.latents is None else LATENTS
+
+
 def _load_recordings(folder: Path, tts: Encoder) -> Voice:
-    """Return one voice of all recordings in a folder, with their codes and transcripts joined."""
-    name = canonical(folder.name)
-    voices = [Voice.from_audio(tts, path, read_text(path.with_suffix(".lab")), name=name) for path in recordings(folder)]
-    return joined(voices, tts)
+    """Return one voice of all recordings in a folder, with their codes and transcripts joined, or of one after the other."""
+    from ..audio.files import read_audio
+
+    name, paths = canonical(folder.name), recordings(folder)
+    if tts.bundle.manifest.codec.channels is None:
+        return joined([Voice.from_audio(tts, path, read_text(path.with_suffix(".lab")), name=name) for path in paths], tts)
+    return replace(Voice.from_audio(tts, in_turn([read_audio(path) for path in paths], PAUSE_S), name=name), recording=None)
