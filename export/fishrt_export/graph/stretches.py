@@ -166,8 +166,12 @@ def _cut(whole: Path, path: Path, spec: GraphSpec, stack: Stack, parts: range) -
     def described_as(name: str) -> TensorSpec:
         return described.get(name) or TensorSpec(name, "float32", shape)
 
+    placed = spec.columns is not None and {spec.columns.write_index, spec.columns.position_ids} <= {
+        value.name for value in inputs
+    }
     return replace(
         spec,
+        columns=spec.columns if placed else None,  # attention needs the positions alone
         inputs=tuple(described_as(value.name or "") for value in inputs),
         outputs=tuple(described_as(name) for name in outputs),
         states=tuple(own),
