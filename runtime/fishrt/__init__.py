@@ -18,7 +18,8 @@ Speak as somebody else, from a recording and its exact words:
     voice = Voice.from_audio(tts, "anna.wav", "What Anna says in the recording.")
     tts.speak("Hello!", voice=voice, sampling=Sampling(temperature=0.5))
 
-All errors are FishrtErrors; `error.hint` is the remedy. Warnings are in `speech.info.warnings`, and in the log `fishrt`.
+All errors are FishrtErrors; `error.hint` is the remedy. Warnings are in `speech.info.warnings`; the log `fishrt` says that there
+are some.
 """
 
 from importlib import import_module as _import_module

@@ -164,7 +164,7 @@ class TTS:
             mode: str, "fast", "balanced" or "quality", the chunks of a stream; default balanced.
             upstream_compat: bool, the behaviour of the original to the letter; default False.
 
-        A piece that the model left silent, or that a limit cut off, is a warning in `info` and in the log.
+        A piece that the model left silent, or that a limit cut off, is a warning in `info`; the log says that there are some.
         Raises PromptError for text that cannot be spoken or is too long with its references, and for a system text that the model
         does not take; VoiceError for a voice that is unknown or not this bundle's; SamplingError for a limit, seed, volume or
         speed outside its range, and for a repetition penalty that the model does not have; ArgumentError for an argument of

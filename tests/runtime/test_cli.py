@@ -33,6 +33,18 @@ fake = helpers_cli.fake
 recording = helpers_cli.recording
 
 
+def test_a_file_that_is_replaced_is_told(fake, recording):
+    for command, name in (
+        (("speak", "Hello."), "speech.wav"),
+        (("speak", "Hello.", "--stream"), "speech.wav"),
+        (("speak", "Hello.", "-o", "a.flac"), "a.flac"),
+        (("codec", "encode", recording), "codes.npy"),
+        (("codec", "decode", "codes.npy", "-o", "b.wav"), "b.wav"),
+    ):
+        Path(name).unlink(missing_ok=True)
+        assert [run(*command).stderr.split(" (")[0] for _ in range(2)] == [f"Wrote {name}", f"Replaced {name}"]
+
+
 def test_speak_writes_speech_wav(fake):
     result = run("speak", "Hello.")
     assert result.exit_code == 0, result.output
@@ -215,6 +227,7 @@ def test_speech_is_played_as_it_comes(fake, card):
 def test_speech_is_played_and_written(fake, card):
     for options in (["-o", "a.flac"], ["-o", "a.wav", "--stream"]):
         assert "Played and wrote a." in run("speak", "Hi.", "--play", *options).stderr
+        assert "Played and replaced a." in run("speak", "Hi.", "--play", *options).stderr
     assert [soundfile.info(name).frames for name in files()] == [RATE, RATE]
 
 

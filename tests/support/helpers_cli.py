@@ -92,6 +92,7 @@ class FakeTts:
             return chunk
 
         job.pop, job.close = pop, job.closed.set
+        job.warnings = lambda pieces: tuple(piece_warnings(pieces, 1))
         job.describe = lambda pieces, samples, timings: replace(
             speech.info, pieces=pieces, frames=sum(p.frames for p in pieces), audio_s=samples / RATE, timings=timings
         )

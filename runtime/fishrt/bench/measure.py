@@ -6,11 +6,9 @@ measured in separate processes, with a separate folder of optimised graphs.
 
 from __future__ import annotations
 
-import logging
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -26,6 +24,7 @@ from ..bundle.folder import Bundle
 from ..errors import SamplingError
 from ..metrics import Summary, bandwidth_share, frame_bytes, per_second, rtf
 from ..progress import Progress
+from ..speaking.stream import without_warnings
 from ..tts import TTS
 from ..voices.voice import Voice
 from .child import run_child
@@ -165,23 +164,8 @@ def measure_codec(
 
 def measure_requests(tts: TTS, request: BenchRequest) -> dict[str, Any]:
     """Measure whole requests, from text to waveform. A known voice has spoken before; a new one has not."""
-    with _cut_off():
+    with without_warnings():  # the limit of frames cuts requests off on purpose
         return _measure_requests(tts, request)
-
-
-@contextmanager
-def _cut_off() -> Iterator[None]:
-    """Drop the warnings of requests: the limit of frames cuts them off on purpose."""
-    logger = logging.getLogger("fishrt.speaking.stream")
-    logger.addFilter(_below_warning)
-    try:
-        yield
-    finally:
-        logger.removeFilter(_below_warning)
-
-
-def _below_warning(record: logging.LogRecord) -> bool:
-    return record.levelno < logging.WARNING
 
 
 def _measure_requests(tts: TTS, request: BenchRequest) -> dict[str, Any]:

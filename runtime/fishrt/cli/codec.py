@@ -9,7 +9,7 @@ import click
 from ..audio.output import check_place, write_whole
 from ..errors import FishrtError
 from ..voices.voice import npy_bytes, read_codes
-from .base.commands import finish, json_to_stderr
+from .base.commands import finish, json_to_stderr, wrote
 from .base.options import EngineOptions, engine_options, format_option, json_output
 
 
@@ -38,12 +38,12 @@ def encode(audio: Path, output: str, engine: EngineOptions) -> None:
         raise FishrtError(f"cannot write {output}: codes are written as .npy", hint="name a file that ends in .npy")
     check_place(output)
     pcm, rate = read_audio(audio)
-    codes = engine.load().encode(pcm, rate)
+    codes, said = engine.load().encode(pcm, rate), wrote(output)
     write_whole(output, npy_bytes(codes))
     codebooks, frames = codes.shape
     finish(
         {"output": output, "codebooks": codebooks, "frames": frames},
-        said=f"Wrote {_place(output)} ({codebooks} codebooks, {frames:,} frames)",
+        said=f"{said} ({codebooks} codebooks, {frames:,} frames)",
     )
 
 
@@ -69,11 +69,7 @@ def decode(codes: Path, output: str, format: str | None, engine: EngineOptions) 
     stored = read_codes(codes)
     tts = engine.load()
     pcm = tts.decode(stored)
-    rate = tts.bundle.manifest.codec.sample_rate
+    rate, said = tts.bundle.manifest.codec.sample_rate, wrote(output)
     write_audio(output, pcm, rate, format)
     seconds = len(pcm) / rate
-    finish({"output": output, "sample_rate": rate, "audio_s": seconds}, said=f"Wrote {_place(output)} ({seconds:.1f} s)")
-
-
-def _place(output: str) -> str:
-    return "to standard output" if output == "-" else output
+    finish({"output": output, "sample_rate": rate, "audio_s": seconds}, said=f"{said} ({seconds:.1f} s)")

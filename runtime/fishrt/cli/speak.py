@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -16,7 +15,7 @@ from ..audio.output import check_folder, make_folder
 from ..errors import FishrtError, PromptError, UnfinishedError
 from ..text.split import check_text
 from ..voices.voice import Voice, read_codes
-from .base.commands import IncompleteError, finish, json_to_stderr, warn
+from .base.commands import IncompleteError, finish, json_to_stderr, warn, wrote
 from .base.options import (
     EngineOptions,
     Number,
@@ -28,7 +27,7 @@ from .base.options import (
     voice_dir_option,
 )
 from .base.progress import share_of_pieces
-from .base.streams import muted
+from .base.text import read_text
 
 if TYPE_CHECKING:
     from ..arrays import Pcm
@@ -57,7 +56,7 @@ _NOTES = 5
     metavar="FILE",
     help="The audio file to write or replace: .wav, .flac, .ogg (Vorbis), .opus, .mp3, .aac, or .pcm (16-bit little-endian "
     "samples without a header). Its folder must exist. - is standard output, and --json then goes to standard error.  "
-    "[default: speech.wav; none with --play]",
+    "[default: speech.wav, replaced if it exists; none with --play]",
 )
 @format_option
 @click.option(
@@ -184,6 +183,8 @@ def speak(
     with models that were trained on them.
     """
     from ..language_model.sampling import Sampling
+    from ..speaking.stream import without_warnings
+    from ..speaking.warnings import text_warnings
 
     if len(references) != len(reference_texts):
         raise click.UsageError(
@@ -200,7 +201,7 @@ def speak(
     if output == "-":
         json_to_stderr()
     target.check()
-    text = _read_text(words, file)
+    text = read_text(words, file)
     texts = _lines(text) if lines else {}
     if not texts:
         check_text(text)
@@ -222,13 +223,15 @@ def speak(
         part = share(progress.piece, progress.pieces, progress.frames)
         reporter.show(f"{piece}{progress.audio_s:.1f} s of speech", part)
 
-    info = target.speak(tts, text, {**request, "progress": show})
+    done = target.done
+    for warning in text_warnings(text, len(voices), tts.bundle.manifest):
+        warn(warning)
+    with without_warnings():
+        info = target.speak(tts, text, {**request, "progress": show})
     for warning in info.warnings:
         warn(warning)
     reporter.clear()
-    finish(
-        {"output": output, "sample_rate": tts.sample_rate, **dataclasses.asdict(info)}, said=f"{target.done} ({_summary(info)})"
-    )
+    finish({"output": output, "sample_rate": tts.sample_rate, **dataclasses.asdict(info)}, said=f"{done} ({_summary(info)})")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -260,11 +263,11 @@ class _Target:
 
     @property
     def done(self) -> str:
-        """The message after the speech."""
+        """The message after a speech that begins now."""
         if self.output is None:
             return "Played"
-        wrote = f"rote {'to standard output' if self.output == '-' else self.output}"
-        return f"Played and w{wrote}" if self.play else f"W{wrote}"
+        said = wrote(self.output)
+        return f"Played and {said[0].lower()}{said[1:]}" if self.play else said
 
     def speak(self, tts: TTS, text: str, request: dict[str, Any]) -> SpeechInfo:
         """Speak a text to the target. The request ends when nobody reads the audio any more."""
@@ -320,6 +323,8 @@ def _until(chunks: SpeechStream, faults: list[FishrtError]) -> Iterator[AudioChu
 
 def _speak_lines(tts: TTS, texts: dict[int, str], target: _Target, request: dict[str, Any]) -> None:
     """Speak each line into a separate file. Raises IncompleteError at the end if some lines could not be spoken."""
+    from ..speaking.stream import without_warnings
+
     folder, suffix, reporter = Path(str(target.output)), target.format or "wav", new_reporter()
     make_folder(folder)
     entries: list[dict[str, Any]] = []
@@ -339,7 +344,7 @@ def _speak_lines(tts: TTS, texts: dict[int, str], target: _Target, request: dict
         path = str(folder / f"{number:04}.{suffix}")
         try:
             check_text(text)
-            with muted("fishrt.speaking.stream"):  # its warnings are in `info`
+            with without_warnings():
                 info = dataclasses.replace(target, output=path, lines=False).speak(tts, text, request)
         except FishrtError as error:
             if type(error) not in (FishrtError, PromptError, UnfinishedError):  # every line would have it
@@ -370,28 +375,6 @@ def _summary(info: SpeechInfo) -> str:
 def _lines(text: str) -> dict[int, str]:
     """Return the lines that are not empty by their numbers, from 1, as an editor counts them."""
     return {number: line.strip() for number, line in enumerate(text.split("\n"), 1) if line.strip()}
-
-
-def _read_text(words: tuple[str, ...], file: Path | None) -> str:
-    if words and file is not None:
-        raise click.UsageError("give TEXT or --file, not both")
-    if words and words != ("-",):
-        return " ".join(words)
-    source = "standard input"
-    if file is not None and str(file) != "-":
-        source = str(file)
-        try:
-            data = file.read_bytes()
-        except OSError as error:
-            raise FishrtError(f"{file} cannot be read: {error.strerror}") from None
-    else:
-        if sys.stdin is None or (not words and file is None and sys.stdin.isatty()):
-            raise click.UsageError("there is no text: give it as TEXT, with --file, or on standard input")
-        data = sys.stdin.buffer.read()
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise PromptError(f"{source} is not UTF-8: {error.reason} at byte {error.start}", hint="convert it to UTF-8") from None
 
 
 def _reference(path: Path, transcript: str, tts: TTS) -> Voice:

@@ -250,8 +250,12 @@ class Job(ABC):
             provider=task.provider,
             bundle=manifest.name,
             bundle_sha256=hashlib.sha256(manifest.to_json().encode()).hexdigest(),
-            warnings=(*task.warnings, *piece_warnings(pieces, len(task.pieces))),
+            warnings=self.warnings(pieces),
         )
+
+    def warnings(self, pieces: Sequence[PieceInfo]) -> tuple[str, ...]:
+        """Return the possible faults of a speech, of which these pieces have ended."""
+        return (*self.task.warnings, *piece_warnings(pieces, len(self.task.pieces)))
 
     def close(self) -> None:
         """Let nothing more be drawn, and give no more chunks."""

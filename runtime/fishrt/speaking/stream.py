@@ -7,6 +7,7 @@ import itertools
 import logging
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
 
 import numpy as np
 
@@ -29,9 +30,8 @@ class SpeechStream(Iterator[AudioChunk]):
         self._pieces: list[PieceInfo] = []
         self._frames = self._samples = 0
         self._timings = Timings(0.0, 0.0, 0.0, None)
-        self._warned = set(job.task.warnings)
-        for warning in self._warned:
-            log.warning(warning)
+        self._told = 0
+        self._tell()
 
     def __next__(self) -> AudioChunk:
         with self._running:
@@ -73,16 +73,20 @@ class SpeechStream(Iterator[AudioChunk]):
             self._frames = 0
 
     def _log_end(self) -> None:
-        """Log the timings of the request, and the warnings that arose while the text was spoken."""
+        """Log the timings of the request, and whether there were warnings while the text was spoken."""
         info = self.info
         spent = info.timings
         log.info(
             "spoke %d pieces: %.2f s of speech in %.2f s (language model %.2f s, codec %.2f s); graphs were opened in %.2f s",
             *(len(info.pieces), info.audio_s, spent.compute_s, spent.language_model_s, spent.codec_s, spent.load_s),
         )
-        for warning in info.warnings:
-            if warning not in self._warned:
-                log.warning(warning)
+        self._tell()
+
+    def _tell(self) -> None:
+        """Log that there are new warnings; their words may be those of a private text."""
+        if len(self.warnings) > self._told:
+            log.warning("there are warnings about the speech: see its info.warnings")
+            self._told = len(self.warnings)
 
     def whole(self) -> Speech:
         """Return all the rest as one speech.
@@ -111,6 +115,11 @@ class SpeechStream(Iterator[AudioChunk]):
     def info(self) -> SpeechInfo:
         """Describe the chunks yielded so far; a piece counts when its last chunk was yielded."""
         return self._job.describe(tuple(self._pieces), self._samples, self._timings)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """Return the possible faults of the speech so far; `info` has them, too."""
+        return self._job.warnings(self._pieces)
 
 
 class AsyncSpeechStream(AsyncIterator[AudioChunk]):
@@ -157,6 +166,20 @@ class AsyncSpeechStream(AsyncIterator[AudioChunk]):
         self._closed = True
         if self._stream is not None:
             self._stream.close()
+
+
+@contextmanager
+def without_warnings() -> Iterator[None]:
+    """Let streams log no warnings in the block: the caller takes them from `info`."""
+    log.addFilter(_below_warning)
+    try:
+        yield
+    finally:
+        log.removeFilter(_below_warning)
+
+
+def _below_warning(record: logging.LogRecord) -> bool:
+    return record.levelno < logging.WARNING
 
 
 def _not_stopping(error: BaseException) -> BaseException:

@@ -101,7 +101,8 @@ def doubts(pcm: Pcm, rate: int, transcript: str, model: AnyModel) -> Iterator[st
         letters = sum(char.isalnum() for char in transcript)
         yield f"has {seconds:.1f} s for {letters:,} letters of transcript; is every word of it there, and no other?"
     if model.reads is not None and (found := unread(transcript, model.reads)):
-        yield f"has a transcript that this model does not read well: {'; '.join(found)}"
+        kinds = " and ".join(each.partition(" ")[0] for each in found)  # without its words: doubts go into logs
+        yield f"has {kinds} in its transcript that this model does not read well"
 
 
 def _letters(char: str) -> float:

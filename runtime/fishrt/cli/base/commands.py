@@ -12,6 +12,7 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import click
@@ -214,6 +215,13 @@ def finish(data: dict[str, Any], *, printed: str = "", said: str = "") -> None:
     if said and not session().silent:
         say(said)
     print_json(data)
+
+
+def wrote(output: str) -> str:
+    """Return what the writing of a result is called, before it is written: "Wrote a.wav", or "Replaced a.wav" if there is one."""
+    if output == "-":
+        return "Wrote to standard output"
+    return f"{'Replaced' if Path(output).is_file() else 'Wrote'} {output}"
 
 
 def json_to_stderr() -> None:

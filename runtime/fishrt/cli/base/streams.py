@@ -33,17 +33,6 @@ def say(text: str, *, nl: bool = True) -> None:
 
 
 @contextmanager
-def muted(name: str) -> Iterator[None]:
-    """Drop the log records of one logger inside the block."""
-    logger = logging.getLogger(name)
-    logger.disabled = True
-    try:
-        yield
-    finally:
-        logger.disabled = False
-
-
-@contextmanager
 def logging_to(handler: logging.Handler, level: int) -> Iterator[None]:
     """Give the log records of this project to a handler inside the block."""
     before = [(logger.handlers, logger.level) for logger in _LOGGERS]
