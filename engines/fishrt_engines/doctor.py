@@ -119,7 +119,7 @@ class Diagnosis:
         yield "tensorrt", self._tensorrt()
         for state in self.providers:
             yield f"provider {state.name}", "ready" if state.obstacle is None else _with_hint(state)
-        yield "provider auto", f"{self.auto.name}, since {self.auto.reason}" if self.auto else "none"
+        yield "provider auto", f"{self.auto.name} ({self.auto.reason})" if self.auto else "none"
         for name, why in NEVER_BY_ITSELF.items():
             yield "provider auto", f"never {name}, since {why}"
         if self.cache.folder is None:

@@ -77,7 +77,7 @@ def resolve_provider(name: str) -> str:
     """Return `name`, or the provider that "auto" chooses, which is logged. Raises ProviderError if it cannot be used."""
     if name == "auto":
         choice = choose_provider()
-        log.info('provider "auto" chose "%s": %s', choice.name, choice.reason)
+        log.info('provider "auto" chose "%s" (%s)', choice.name, choice.reason)
         return choice.name
     if name not in PROVIDERS:
         raise ProviderError(f"unknown provider {name!r}", hint=f"known providers: auto, {', '.join(PROVIDERS)}")
@@ -100,7 +100,7 @@ def choose_provider() -> Choice:
     if obstacle := find_obstacle("cpu"):
         raise ProviderError(f"no provider can be used: {obstacle.what}", hint=obstacle.hint)
     if obstacle := find_obstacle("cuda"):
-        return Choice("cpu", f"cuda cannot be used: {obstacle.what}")
+        return Choice("cpu", f"no cuda here: {obstacle.what}")
     return Choice("cuda", "ONNX Runtime has its CUDA provider, and there is a device with a driver")
 
 

@@ -43,7 +43,7 @@ def test_a_machine_without_devices(fake: FakeMachine) -> None:
     assert "tensorrt: no binding, no library (No module named 'tensorrt')" in told
     assert 'provider tensorrt: tensorrt is not installed; pip install "fishrt[trt]"' in told
     assert "provider coreml: it exists only on macOS" in told
-    assert "provider auto: cpu, since cuda cannot be used: the installed ONNX Runtime" in told
+    assert "provider auto: cpu (no cuda here: the installed ONNX Runtime" in told
     assert "provider auto: never tensorrt, since its plans must be built first" in told
     assert "provider auto: never coreml" in told
 
@@ -74,7 +74,7 @@ def test_a_machine_with_everything(fake: FakeMachine) -> None:
     assert "provider cuda: ready" in told
     assert "provider tensorrt: ready" in told
     assert "tensorrt: binding 1.31.1, library 11.4.0.106" in told
-    assert "provider auto: cuda, since ONNX Runtime has its CUDA provider" in told
+    assert "provider auto: cuda (ONNX Runtime has its CUDA provider" in told
 
 
 def test_both_wheels(fake: FakeMachine, tmp_path: Path) -> None:

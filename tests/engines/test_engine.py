@@ -258,7 +258,7 @@ def test_auto_logs_its_choice(engine, tmp_path: Path, caplog: pytest.LogCaptureF
     choice = choose_provider()
     with caplog.at_level(logging.INFO, "fishrt_engines"):
         assert open_engine(sums(tmp_path), SUMS, provider="auto").provider == choice.name
-    assert f'provider "auto" chose "{choice.name}": {choice.reason}' in caplog.text
+    assert f'provider "auto" chose "{choice.name}" ({choice.reason})' in caplog.text
     assert engine.provider == "cpu"
 
 

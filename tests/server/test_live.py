@@ -101,6 +101,23 @@ def test_misspelt_fields_are_named_in_the_log_once(client: TestClient, caplog: p
     assert [each.rpartition(": ")[2] for each in said] == ["sead, ?", "voise"]
 
 
+def test_the_last_event_says_what_the_model_does_not_read_well(client: TestClient) -> None:
+    said = ["minnow does not read well: digits 7"]
+    with client.websocket_connect(LIVE) as socket:
+        live = Live(socket)
+        live.start(text="Hi 7.")
+        live.send("stop")
+        while (event := live.next())["event"] == "audio":
+            pass
+        assert event == {"event": "finish", "reason": "stop", "warnings": said}
+    with client.websocket_connect(STREAM) as socket:
+        for sent in ({"type": "session.config"}, {"type": "input.text", "text": "Hi 7."}, {"type": "input.done"}):
+            socket.send_json(sent)
+        assert socket.receive_json()["type"] == "audio.start"
+        socket.receive_bytes()
+        assert socket.receive_json()["warnings"] == said
+
+
 def test_several_starts_on_one_socket_and_unknown_events(live: Live, tts: TTS) -> None:
     for voice in ("awb", "slt"):
         live.start(reference_id=voice)

@@ -17,6 +17,7 @@ from fishrt import TTS, FishrtError
 from fishrt.server.speech import openai, streams
 
 SPEECH = "/v1/audio/speech"
+WORDS = "The birds sing in the trees, and the sun shines on the sea."
 
 
 def spoken(client: TestClient, path: str = SPEECH, **fields: Any) -> Any:
@@ -88,6 +89,41 @@ def test_server_sent_events_carry_the_same_audio(client: TestClient) -> None:
     usage = done["usage"]
     assert usage["total_tokens"] == usage["input_tokens"] + usage["output_tokens"]
     assert usage["output_tokens"] * 640 == sum(len(base64.b64decode(each["audio"])) for each in deltas) / 2
+
+
+ODD = "Привет, 3 people. <break/>"
+READS = "minnow does not read well: letters П, р, и, в, е, т; digits 3; tags <break/>"
+
+
+def test_a_reply_says_what_the_model_does_not_read_well(client: TestClient, tts: TTS) -> None:
+    """In the words of the library and of `fishrt speak`, in ASCII."""
+    assert tts.speak(ODD, seed=1, max_frames=2).info.warnings[0] == READS
+    replies = [spoken(client, input=ODD, **fields) for fields in ({}, {"stream": True}, {"stream_format": "sse"})]
+    replies.append(client.post("/v1/tts", json={"text": ODD}))
+    replies.append(client.post("/generate", data={"text": ODD}))
+    for reply in replies:
+        assert json.loads(reply.headers["x-warnings"]) == [READS]
+        assert reply.headers["x-warnings"].isascii()
+    assert events(replies[2])[-1]["warnings"] == [READS]
+    items = client.post("/v1/audio/speech/batch", json={"items": [{"input": ODD}, {"input": "Hi."}]}).json()["results"]
+    assert [item.get("warnings") for item in items] == [[READS], None]
+    assert "x-warnings" not in spoken(client).headers
+
+
+def test_a_whole_reply_says_that_it_was_cut_off(client: TestClient) -> None:
+    (warning,) = json.loads(spoken(client, input=WORDS, max_new_tokens=3).headers["x-warnings"])
+    assert warning.startswith("the speech was cut off by the limit of its length")
+    done = events(spoken(client, input=WORDS, max_new_tokens=3, stream_format="sse"))[-1]
+    assert done["warnings"] == [warning]
+
+
+@pytest.mark.parametrize(
+    "text", ["<" + "tag " * 5000 + "> Hi.", "".join(map(chr, range(0x4E00, 0x4F00))), "\U0001f600" * 99 + "Hi."]
+)
+def test_warnings_in_a_header_are_short(client: TestClient, text: str) -> None:
+    found = spoken(client, input=text, max_new_tokens=3, stream=True).headers["x-warnings"]
+    assert len(found) <= 1000
+    assert json.loads(found)[0].startswith("minnow does not read well: ")
 
 
 @pytest.mark.parametrize("fields", [{"voice": "nobody"}, {"voice": {"id": "nobody"}}, {"reference_id": "nobody"}])

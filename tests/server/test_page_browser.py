@@ -109,6 +109,15 @@ def test_speech_is_heard_while_it_is_made_without_gap_or_loss(server: Server, vi
     assert page.evaluate(painted) > 1000
 
 
+def test_the_page_says_what_the_model_does_not_read_well(server: Server, visit: Any) -> None:
+    page = visit(server)
+    assert "seconds of work for each second of speech" in page.inner_text("#player")
+    speak(page, "Hi 7.")
+    assert "Warning: minnow does not read well: digits 7." in page.inner_text("#progress")
+    speak(page, "Hi.", takes=2)
+    assert "Warning" not in page.inner_text("#progress")
+
+
 def test_keys_speak_and_stop(server: Server, visit: Any) -> None:
     page = visit(server)
     page.fill("#text", LONG)

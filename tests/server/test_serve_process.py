@@ -49,6 +49,25 @@ def test_speech_over_a_socket(server: Server) -> None:
     assert len(reply.read()) > 0.3 * 32_000
 
 
+@pytest.mark.parametrize(
+    ("options", "variables", "said"),
+    [
+        ((), {}, "127.0.0.1:{}/, without a key"),
+        ((), {"FISHRT_API_KEY": "sesame"}, "127.0.0.1:{}/, with the key"),
+        (("--host", "0.0.0.0"), {}, "localhost:{}/, without a key"),
+    ],
+)
+def test_the_second_line_names_the_page_and_whether_it_needs_a_key(
+    tmp_path: Path, options: tuple[str, ...], variables: dict[str, str], said: str
+) -> None:
+    process = start(*options, "--voice-dir", str(tmp_path), **variables)
+    assert process.stdout is not None
+    first, second = process.stdout.readline(), process.stdout.readline()
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert second == f"To try it: http://{said.format(first.rpartition(':')[2].strip())}\n"
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_an_idle_server_at_once(tmp_path: Path, number: int) -> None:
     with serving(tmp_path) as server:

@@ -217,6 +217,7 @@ def test_a_client_that_goes_away_ends_its_speech(served: tuple[int, Any]) -> Non
 def test_a_real_server_tells_its_port_and_speaks_to_the_end(tmp_path: Path) -> None:
     with serving(tmp_path, "--wyoming-port", "0") as server:
         assert server.process.stdout is not None
+        server.process.stdout.readline()
         found = re.fullmatch(r"Wyoming: tcp://127\.0\.0\.1:(\d+)\n", server.process.stdout.readline())
         assert found
 

@@ -94,7 +94,7 @@ def serve(
       curl http://127.0.0.1:8080/v1/audio/speech --json '{"input": "Good morning."}' -o hello.mp3
     """
     try:
-        from ..server.run import address, listen, serve
+        from ..server.run import address, listen, page_address, serve
         from ..server.settings import Settings
     except ImportError as error:
         hint = 'pip install "fishrt[server]"'
@@ -114,6 +114,7 @@ def serve(
         tts = engine.load(voice_dir)
         _ = tts.voices  # a folder that cannot be read is an error now
         emit(f"fishrt serves {tts.bundle.manifest.name} on {address(sock)}")
+        emit(f"To try it: {page_address(sock)}, {'without a key' if settings.api_key is None else 'with the key'}")
         if wyoming is not None:
             emit(f"Wyoming: {address(wyoming, 'tcp')}")
         serve(tts, settings, sock, wyoming)

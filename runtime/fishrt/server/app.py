@@ -26,7 +26,8 @@ from .speech.wyoming import serving
 from .voices import routes as voices
 from .voices import stored
 
-_EXPOSED = "X-Seed X-Queue-Time X-Request-Id X-Ignored-Parameters X-Audio-Sample-Rate X-Audio-Channels X-Audio-Encoding".split()
+_EXPOSED = "X-Seed X-Queue-Time X-Request-Id X-Ignored-Parameters X-Warnings".split()
+_EXPOSED += "X-Audio-Sample-Rate X-Audio-Channels X-Audio-Encoding".split()
 
 
 def create_app(tts: TTS, settings: Settings, *, closing: bool = True, wyoming: socket.socket | None = None) -> FastAPI:

@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import os
+import re
 import socket
 import threading
 from collections.abc import Callable
@@ -62,6 +63,11 @@ def address(sock: socket.socket, scheme: str = "http") -> str:
     """Return the URL of a listening socket."""
     host, port = sock.getsockname()[:2]
     return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+def page_address(sock: socket.socket) -> str:
+    """Return the URL of the page for a browser on this machine: of a socket for all addresses, it is that of localhost."""
+    return re.sub(r"//(0\.0\.0\.0|\[::\]):", "//localhost:", address(sock)) + "/"
 
 
 def serve(tts: TTS, settings: Settings, sock: socket.socket, wyoming: socket.socket | None = None) -> None:

@@ -1,7 +1,8 @@
-"""Words about the fields of requests: what is expected of one that is wrong, and the names of those that change nothing."""
+"""Words about requests: what is expected of a wrong field, which fields change nothing, and what may be wrong with the speech."""
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -23,6 +24,8 @@ _EXPECTED = {
     "value_error": "{error}",
 }
 _MOST_NAMES = 20
+_MOST_BYTES, _MOST_LETTERS = 1000, 150
+"""Of all warnings in a header, and of one."""
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,39}")
 """A name that a header and a log can hold, and that is no text."""
 
@@ -42,3 +45,13 @@ def listed(names: Iterable[Any]) -> str:
 def ignored_header(names: Iterable[Any]) -> dict[str, str]:
     """Return the header that names the fields of a request that changed nothing, if there are any."""
     return {"X-Ignored-Parameters": said} if (said := listed(names)) else {}
+
+
+def warnings_header(warnings: Iterable[str]) -> dict[str, str]:
+    """Return the header that has the first warnings about a speech, if there are any: an array of JSON in ASCII."""
+    shown: list[str] = []
+    for warning in warnings:
+        shown.append(warning if len(warning) <= _MOST_LETTERS else f"{warning[: _MOST_LETTERS - 1]}…")
+        if len(json.dumps(shown)) > _MOST_BYTES:
+            shown.pop()
+    return {"X-Warnings": json.dumps(shown)} if shown else {}

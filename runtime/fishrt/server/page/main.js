@@ -162,6 +162,7 @@ function show() {
   byId("length").textContent = has ? `${take.seconds.toFixed(1)} s` : "–";
   byId("used-seed").textContent = take ? String(take.body.seed) : "–";
   const notes = [(has || running) && STATES[take?.state], take?.ignored && `Not used by this model: ${take.ignored}.`];
+  notes.push(...(take?.warnings ?? []).map((each) => `Warning: ${each}.`));
   if (player.gaps) notes.push("The server speaks slower than real time, so there are pauses.");
   const said = notes.filter(Boolean).join(" ");
   if (byId("progress").textContent !== said) byId("progress").textContent = said;

@@ -15,6 +15,7 @@ export class Take {
     this.state = "waiting"; // then speaking; done, stopped or failed
     this.firstAudio = this.rtf = null; // seconds; seconds of work for each second of speech
     this.ignored = "";
+    this.warnings = []; // what the model does not read well
   }
 
   get seconds() {
@@ -33,6 +34,7 @@ export class Take {
       const reply = await speech(body, signal);
       const queued = Number(reply.headers.get("X-Queue-Time"));
       this.ignored = reply.headers.get("X-Ignored-Parameters") ?? "";
+      this.warnings = JSON.parse(reply.headers.get("X-Warnings") ?? "[]");
       this.state = "speaking";
       let odd = new Uint8Array(0); // half a sample at the end of a part
       for (const reader = reply.body.getReader(); ; ) {

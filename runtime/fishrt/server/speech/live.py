@@ -119,6 +119,7 @@ class _Live(_Socket):
     async def _say(self, dictation: Dictation) -> None:
         speak = self._checked(await native_speak(self._service, {**dictation.fields, "input": "."}))
         speak = replace(speak, stream=True)
+        doubts: dict[str, Any] = {}
         async with aclosing(dictation.parts()) as texts:
             async for first in texts:
                 rendering = Rendering(self._service, speak.of(first), (speak.of(text) async for text in texts))
@@ -126,7 +127,8 @@ class _Live(_Socket):
                     async for part in parts:
                         for audio in _cut(part, _AUDIO_BYTES):
                             await self._send({"event": "audio", "audio": audio})
-        await self._send({"event": "finish", "reason": "stop"})
+                doubts = rendering.doubts
+        await self._send({"event": "finish", "reason": "stop", **doubts})
 
     async def _fail(self, dictation: Dictation, found: Problem) -> None:
         await self._send({"event": "finish", "reason": "error", "message": found.detail, **found.body})
@@ -177,7 +179,8 @@ class _Stream(_Socket):
                 sent += len(part)
                 for frame in _cut(part, _FRAME_BYTES):
                     await self._socket.send_bytes(frame)
-        await self._send({"type": "audio.done", "sentence_index": about["sentence_index"], "total_bytes": sent, "error": False})
+        done = {"sentence_index": about["sentence_index"], "total_bytes": sent, "error": False}
+        await self._send({"type": "audio.done", **done, **rendering.doubts})
 
     async def _fail(self, dictation: Dictation, found: Problem) -> None:
         await self._send({"type": "error", "message": found.detail, **found.body})

@@ -105,6 +105,7 @@ async def speak_batch(service: Service, data: dict[str, Any], request: Request) 
             "audio_data": base64.b64encode(audio).decode(),
             "media_type": rendering.content_type,
             "usage": rendering.usage,
+            **rendering.doubts,
         }
 
     done = await unless_gone(asyncio.gather(*(one(index, item) for index, item in enumerate(items))), request.receive)

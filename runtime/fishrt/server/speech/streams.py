@@ -12,7 +12,7 @@ import json
 import logging
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -26,13 +26,14 @@ from ...audio.encoders import open_encoder
 from ...errors import FishrtError
 from ..problems import GoneError, Problem, problem
 from ..service import Service
-from ..words import ignored_header
+from ..words import ignored_header, warnings_header
 from .fields import Speak
 
 log = logging.getLogger(__name__)
 
 _PAUSE_S = 0.25
 """Silence for a text without a letter or digit."""
+_MOST_WARNINGS = 20
 MOST_WHOLE = 64 << 20
 """Most bytes of audio that are kept for one reply."""
 _T = TypeVar("_T")
@@ -52,6 +53,8 @@ class Rendering:
         self.frames = 0
         self.samples = 0
         """Spoken so far, at the model's rate."""
+        self.warnings: list[str] = []
+        """Possible faults of the speech so far, the first of them: what the model does not read well, and what was cut off."""
         self.encoder = open_encoder(speak.format, service.tts.sample_rate, target=speak.rate, bitrate=speak.bitrate)
 
     async def bytes(self) -> AsyncGenerator[bytes]:
@@ -90,6 +93,7 @@ class Rendering:
             yield np.zeros(int(_PAUSE_S * self._service.tts.sample_rate), np.float32)
             return
         stream = await self._service.speak(speak.request, whole=not speak.stream)
+        self._warn(stream.warnings)
         try:
             async for chunk in stream:
                 self.seed, self.queued_s = chunk.seed, stream.queued_s
@@ -97,8 +101,17 @@ class Rendering:
                 self.frames += frames
                 self._service.metrics.frames.inc(frames)
                 yield chunk.pcm
+            self._warn(stream.warnings)
         finally:
             await stream.aclose()
+
+    def _warn(self, found: Sequence[str]) -> None:
+        self.warnings = list(dict.fromkeys([*self.warnings, *found]))[:_MOST_WARNINGS]
+
+    @property
+    def doubts(self) -> dict[str, list[str]]:
+        """The warnings as events and objects have them; nothing if there are none."""
+        return {"warnings": self.warnings} if self.warnings else {}
 
     @property
     def usage(self) -> dict[str, int]:
@@ -116,7 +129,7 @@ class Rendering:
             headers["X-Audio-Encoding"] = "pcm_s16le"
         headers["X-Seed"] = str(self.seed)
         headers["X-Queue-Time"] = f"{self.queued_s:.3f}"
-        headers |= ignored_header(speak.ignored)
+        headers |= ignored_header(speak.ignored) | warnings_header(self.warnings)
         headers["Cache-Control"] = "no-cache"
         if not whole:
             headers["X-Accel-Buffering"] = "no"
@@ -215,7 +228,7 @@ class _Streamed(Response):
                 log.exception("a stream failed")
             await put(_event("speech.audio.error", problem(error).body), last=True)
             return
-        await put(_event("speech.audio.done", {"usage": self._rendering.usage}), last=True)
+        await put(_event("speech.audio.done", {"usage": self._rendering.usage, **self._rendering.doubts}), last=True)
 
 
 def _delta(data: bytes) -> bytes:
