@@ -89,6 +89,14 @@ class BusyError(FishrtError):
 class TimeLimitError(FishrtError):
     """A request waited longer than it was allowed to."""
 
+    def __init__(self, waited_s: float, retry_s: int) -> None:
+        """waited_s: seconds of the wait. retry_s: seconds after which there should be room."""
+        super().__init__(f"the request waited {waited_s:.2f} s, longer than it may", hint=f"try again in {retry_s} s")
+        self.waited_s, self.retry_s = waited_s, retry_s
+
+    def __reduce__(self) -> tuple[type[TimeLimitError], tuple[float, int]]:
+        return TimeLimitError, (self.waited_s, self.retry_s)
+
 
 class UnfinishedError(FishrtError):
     """A request failed after a part of the text, `speech`, was spoken. The cause is the error that ended it."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import math
+import pickle
 import threading
 import time
 from collections.abc import Iterator
@@ -200,12 +201,23 @@ def test_the_highest_priority_is_begun_first(tts: TTS) -> None:
     assert begun == [2, 4, 1, 3]
 
 
+def test_the_end_of_a_block_ends_what_runs(tts: TTS) -> None:
+    with Scheduler(tts) as scheduler:
+        assert len(scheduler.submit(request(0, max_frames=2)).whole())
+        running = scheduler.submit(request(1, max_frames=400))
+    with pytest.raises(FishrtError, match="was closed"):
+        running.whole()
+    with pytest.raises(FishrtError, match="is closed"):
+        scheduler.submit(request(2))
+
+
 def test_a_request_that_waits_too_long_ends(tts: TTS) -> None:
     scheduler = Scheduler(tts, max_active=1)
     first = scheduler.submit(request(0, max_frames=400))
     late = scheduler.submit(request(1), timeout_s=0.0)
-    with pytest.raises(TimeLimitError, match="longer than it may"):
+    with pytest.raises(TimeLimitError, match="longer than it may") as caught:
         late.whole()
+    assert 1 <= pickle.loads(pickle.dumps(caught.value)).retry_s == caught.value.retry_s <= 30
     assert late.queued_s > 0
     first.close()
     scheduler.close()

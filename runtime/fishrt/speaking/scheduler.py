@@ -29,6 +29,7 @@ from ..request import Request, check_type
 from ..speech import AudioChunk, Progress, Speech
 from .job import MOST_BUFFERED_S, ChunkSizes, Job
 from .known import KNOWN_BYTES, KnownSpeech
+from .stats import Stats
 from .stream import SpeechStream, chunk_sizes, whole_chunks
 from .turns import MakeTurns, Speaker, Turns
 
@@ -39,27 +40,6 @@ _IDLE_S = 0.1
 _MOST_RETRY_S = 30
 PARKED_BYTES = 1_000_000_000
 """Bytes of what parked jobs have read, beyond which no other job is parked."""
-
-
-@dataclass(slots=True)
-class Stats:
-    """Counts of a scheduler: now, and since it began."""
-
-    waiting: int = 0
-    active: int = 0
-    submitted: int = 0
-    finished: int = 0
-    """Spoken to the end."""
-    cancelled: int = 0
-    refused: int = 0
-    """Because the queue was full."""
-    failed: int = 0
-    """Ended by an error, those that waited too long included."""
-    steps: int = 0
-    rows: int = 0
-    """Sum over the steps; rows ÷ steps is the mean batch."""
-    busy_s: float = 0.0
-    """Seconds in turns."""
 
 
 @dataclass(slots=True, eq=False)
@@ -106,6 +86,13 @@ class Scheduler:
         self._job_s: float | None = None
         self.fault: BaseException | None = None
         """The error that ended all active jobs, if nothing has been spoken since."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End what still runs, and the thread."""
+        self.close()
 
     def submit(
         self,
@@ -269,7 +256,7 @@ class Scheduler:
         for entry in late:
             self._waiting.remove(entry)
             self._stats.failed += 1
-            entry.job.fail(TimeLimitError(f"the request waited {now - entry.submitted:.2f} s, longer than it may"))
+            entry.job.fail(TimeLimitError(now - entry.submitted, self._retry_s()))
             entry.news()
         begin = self._ready()[: self._slots - len(self._active)]
         self._waiting = [entry for entry in self._waiting if entry not in begin]

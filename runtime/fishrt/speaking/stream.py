@@ -30,8 +30,8 @@ class SpeechStream(Iterator[AudioChunk]):
         self._pieces: list[PieceInfo] = []
         self._frames = self._samples = 0
         self._timings = Timings(0.0, 0.0, 0.0, None)
-        self._told = 0
-        self._tell()
+        self._logged = 0
+        self._log_new()
 
     def __next__(self) -> AudioChunk:
         with self._running:
@@ -80,13 +80,13 @@ class SpeechStream(Iterator[AudioChunk]):
             "spoke %d pieces: %.2f s of speech in %.2f s (language model %.2f s, codec %.2f s); graphs were opened in %.2f s",
             *(len(info.pieces), info.audio_s, spent.compute_s, spent.language_model_s, spent.codec_s, spent.load_s),
         )
-        self._tell()
+        self._log_new()
 
-    def _tell(self) -> None:
+    def _log_new(self) -> None:
         """Log that there are new warnings; their words may be those of a private text."""
-        if len(self.warnings) > self._told:
+        if len(self.warnings) > self._logged:
             log.warning("there are warnings about the speech: see its info.warnings")
-            self._told = len(self.warnings)
+            self._logged = len(self.warnings)
 
     def whole(self) -> Speech:
         """Return all the rest as one speech.
