@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ from fishrt.server.app import create_app
 from fishrt.server.edge import MOST_BYTES, canonical
 from fishrt.server.problems import problem
 from fishrt.server.settings import Settings
+from fishrt.speaking.job import Job
 from fishrt.speaking.turns import Turns
 
 Start = Callable[..., TestClient]
@@ -315,8 +319,12 @@ def test_the_description_says_what_is_there(client: TestClient) -> None:
         for operation in methods.values():
             assert "422" not in operation["responses"], path
             assert operation["summary"]
-    page = client.get("/docs").text
+    assert {"get", "post"} <= found["paths"]["/v1/health"].keys()
+    assert found["x-websockets"].keys() == {"/v1/tts/live", "/v1/audio/speech/stream"}
+    page = unescape(client.get("/docs").text)
     assert all(path in page for path in found["paths"])
+    assert all(f"WebSocket {path}" in page and said in page for path, said in found["x-websockets"].items())
+    assert '"flush"' in page
     assert "http" not in page.replace("http-equiv", "")
 
 
@@ -354,6 +362,28 @@ def test_a_key_of_any_letters_also_for_websockets(start: Start) -> None:
 def test_an_origin_that_is_none_is_refused(client: TestClient, origin: str) -> None:
     headers = {"Origin": origin.encode("latin-1"), "Host": "[::1"}
     assert client.post(SPEECH, json=HI, headers=headers).status_code == 403  # type: ignore[arg-type]
+
+
+def test_a_request_that_waits_too_long_is_answered(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that speaks has all the time that it needs."""
+    client, usual = start(max_active=1, max_wait=0.3), Turns._step
+
+    def slow(turns: Turns, jobs: list[Job]) -> None:
+        time.sleep(0.05)
+        usual(turns, jobs)
+
+    monkeypatch.setattr(Turns, "_step", slow)
+    with ThreadPoolExecutor() as pool:
+        speaking = pool.submit(client.post, SPEECH, json={"input": "The birds sing in the trees and the sun shines.", "seed": 1})
+        while not client.get("/health").json()["queue"]["active"]:
+            time.sleep(0.01)
+        for path, body in ((SPEECH, HI), (SPEECH, {**HI, "stream": True}), (f"{SPEECH}/batch", {"items": [HI]})):
+            late = client.post(path, json=body)
+            assert (late.status_code, error(late)["code"]) == (429, "waited_too_long")
+            assert 1 <= int(late.headers["retry-after"]) <= 30
+        assert not speaking.done()
+        assert speaking.result().status_code == 200
+    assert client.post(SPEECH, json=HI).status_code == 200
 
 
 def test_a_model_that_fails_is_told_by_health_until_it_speaks_again(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -401,6 +431,7 @@ def test_every_option_is_a_variable_too(monkeypatch: pytest.MonkeyPatch, tmp_pat
         "API_KEY": "a key",
         "MAX_QUEUE": "2",
         "MAX_ACTIVE": "3",
+        "MAX_WAIT": "1.5",
         "MAX_TEXT_LENGTH": "4",
         "CORS_ORIGIN": "https://a.example https://b.example",
         "STRICT_VOICES": "1",
@@ -419,6 +450,7 @@ def test_every_option_is_a_variable_too(monkeypatch: pytest.MonkeyPatch, tmp_pat
     found = serve.make_context("serve", []).params
     assert (found["host"], found["port"], found["max_queue"], found["pcm_rate"]) == ("::1", 1, 2, 8000)
     assert found["cors_origins"] == ("https://a.example", "https://b.example")
+    assert found["max_wait"] == 1.5
     assert (found["strict_voices"], found["allow_url_refs"], found["log_json"]) == (True, True, True)
     assert (found["bundle"], found["media_dir"]) == (tmp_path / "BUNDLE", tmp_path / "MEDIA_DIR")
     assert serve.make_context("serve", ["--max-queue", "9"]).params["max_queue"] == 9

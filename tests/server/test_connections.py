@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import socket
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -12,17 +11,14 @@ from typing import Any
 
 import msgpack
 import pytest
-import uvicorn
 import websockets.sync.client
 from fastapi import WebSocket
 from websockets.sync.client import connect as websocket
 
 from fishrt import TTS, FishrtError
 from fishrt.server import edge, run
-from fishrt.server.app import create_app
-from fishrt.server.settings import Settings
 from fishrt.speaking.scheduler import ScheduledStream
-from serving import LONG, speech
+from serving import LONG, serving_here, speech
 
 pytestmark = pytest.mark.slow  # it waits
 
@@ -33,22 +29,14 @@ def served(tts: TTS, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[int, Any
     for module, name in ((run, "_STALL_S"), (run, "_REQUEST_S"), (edge, "_IDLE_S")):
         monkeypatch.setattr(module, name, 0.5)
     monkeypatch.setattr(run, "_PING_S", 3.0)  # a reply fills the buffers of the system in less
-    app = create_app(tts, Settings(), closing=False)
-    server = uvicorn.Server(run.configuration(app))
+    with serving_here(tts) as here:
 
-    @app.websocket("/echo")
-    async def echo(socket: WebSocket) -> None:
-        await socket.accept()
-        await socket.send_text(await socket.receive_text())
+        @here.app.websocket("/echo")
+        async def echo(socket: WebSocket) -> None:
+            await socket.accept()
+            await socket.send_text(await socket.receive_text())
 
-    with run.listen("127.0.0.1", 0) as sock:
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})
-        thread.start()
-        while app.state.service.state == "loading":
-            time.sleep(0.01)
-        yield sock.getsockname()[1], app.state.service
-        server.should_exit = True
-        thread.join()
+        yield here.port, here.service
 
 
 def connect(port: int, sent: bytes, receive_buffer: int | None = None) -> socket.socket:
@@ -74,6 +62,18 @@ def test_a_reader_that_takes_nothing_ends_its_request(served: tuple[int, Any]) -
         while data := stalled.recv(1 << 16):
             received += data
     assert not received.endswith(b"0\r\n\r\n")
+
+
+def test_a_reader_that_takes_a_few_bytes_now_and_then_ends_its_request(served: tuple[int, Any]) -> None:
+    """It would hold its slot as long as it likes."""
+    port, service = served
+    stalled = connect(port, speech(LONG * 20, sample_rate=192_000), receive_buffer=4096)
+    assert stalled.recv(2000)
+    until = time.monotonic() + 30
+    while service.scheduler.stats.active:
+        assert time.monotonic() < until
+        assert stalled.recv(2000)  # 12 KB in each time in which it is looked at
+        time.sleep(0.08)
 
 
 def test_a_reader_that_is_slow_gets_everything(served: tuple[int, Any]) -> None:
@@ -151,6 +151,16 @@ def test_a_fault_in_the_middle_cuts_the_connection(served: tuple[int, Any], monk
         received += data
     assert received.startswith(b"HTTP/1.1 200")
     assert not received.endswith(b"0\r\n\r\n")
+    taken.clear()
+    told = connect(port, speech("Good morning.", stream_format="sse"))
+    while data := told.recv(1 << 16):
+        received += data
+        if b"0\r\n\r\n" in data:
+            break
+    assert b"speech.audio.error" in received
+    metrics = HTTPConnection("127.0.0.1", port, timeout=60)
+    metrics.request("GET", "/metrics")
+    assert b'fishrt_requests_total{route="/v1/audio/speech",status="500"} 2.0' in metrics.getresponse().read()
 
 
 def test_a_socket_whose_client_reads_nothing_is_cut(served: tuple[int, Any]) -> None:

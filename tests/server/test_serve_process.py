@@ -95,6 +95,7 @@ def test_a_second_signal_cuts_what_runs(tmp_path: Path) -> None:
         assert server.process.poll() is None
         assert server.stop() == 0
         assert "Traceback" not in server.log
+        assert "POST /v1/audio/speech 503 " in server.log
 
 
 def test_a_taken_port_is_named(tmp_path: Path) -> None:
@@ -113,6 +114,7 @@ def test_a_taken_port_is_named(tmp_path: Path) -> None:
         ("--port", "65536"),
         ("--port", "x"),
         ("--max-active", "0"),
+        ("--max-wait", "0"),
         ("--nothing",),
         ("--bundle", "nowhere"),
         ("--voice-dir", __file__),
@@ -273,3 +275,5 @@ def test_a_stream_that_nobody_reads_is_cut_at_the_end_of_the_server(tmp_path: Pa
         stalled.recv(1)
         assert server.stop() == 0
         assert "Traceback" not in server.log
+        assert "POST /v1/audio/speech 503 " in server.log
+        assert "POST /v1/audio/speech 200 " not in server.log

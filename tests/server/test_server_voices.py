@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import base64
+import gc
 import io
 import json
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -411,6 +413,40 @@ def test_names_that_mean_the_default_or_no_voice(voiced: TestClient, spoken_by: 
     assert spoken_by(voice="unconditioned") == "another"
     for name in ("Alloy", "rms.txt", "nobody.wav", "../rms", "nobody"):
         failed(speak(voiced, voice=name), 404, "voice_not_found", "there is no voice")
+
+
+def test_a_voice_called_default_speaks_only_if_it_is_named(
+    voiced: TestClient, own: VoiceStore, spoken_by: Callable[..., str]
+) -> None:
+    """As for the library and `fishrt voice list`: the default voice is the bundle's."""
+    with TTS.load(threads=1, voices=own) as tts:
+        own.add(Voice.from_audio(tts, RECORDING, WORDS, name="default"))
+        usual = tts.speak("Hi.", seed=1).info.voices
+        assert (usual, tts.default_voice) == (("awb",), "awb")
+    assert voiced.get("/v1/voices").json()["default_voice"] == "awb"
+    assert [spoken_by(**fields) for fields in ({}, {"voice": ""}, {"voice": None})] == ["awb"] * 3
+    assert spoken_by(voice="default") == "another"
+
+
+def test_a_deleted_voice_leaves_the_memory(voiced: TestClient) -> None:
+    def held(name: str) -> int:
+        gc.collect()
+        return sum(isinstance(each, Voice) and each.name == name for each in gc.get_objects())
+
+    for path in ("/v1/voices", "/v1/references"):
+        assert add(voiced, "lena").status_code == 200
+        assert speak(voiced, voice="lena").status_code == 200
+        assert held("lena") > 0
+        if path == "/v1/voices":
+            assert voiced.delete("/v1/voices/lena").status_code == 200
+        else:
+            names = {"old_reference_id": "lena", "new_reference_id": "mia"}
+            assert voiced.post("/v1/references/update", json=names).status_code == 200
+        assert speak(voiced).status_code == 200  # the scheduler has had the last request until now
+        until = time.monotonic() + 10
+        while held("lena") and time.monotonic() < until:
+            time.sleep(0.05)
+        assert held("lena") == 0, path
 
 
 @pytest.mark.parametrize("voice", [[], [[]], [["awb"]], ["awb", None], {"id": None}, {"name": "awb"}, 3, True, ["default"]])

@@ -7,7 +7,6 @@ import json
 import re
 import signal
 import socket
-import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
@@ -15,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import uvicorn
 from wyoming.audio import AudioChunk, AudioStart
 from wyoming.client import AsyncTcpClient
 from wyoming.event import Event
@@ -26,27 +24,17 @@ from wyoming.tts import Synthesize, SynthesizeChunk, SynthesizeStart, Synthesize
 from fishrt import TTS
 from fishrt.bundle.features import Reads
 from fishrt.server import run
-from fishrt.server.app import create_app
-from fishrt.server.settings import Settings
 from fishrt.server.speech.wyoming import languages_of
-from serving import LONG, serving, start
+from serving import LONG, serving, serving_here, start
 
 WORDS = "The birds sing in the trees, and the sun shines on the sea."
 
 
 @pytest.fixture(scope="module")
 def served(tts: TTS) -> Iterator[tuple[int, Any]]:
-    """The port and the service of a server."""
-    with run.listen("127.0.0.1", 0) as http, run.listen("127.0.0.1", 0) as wyoming:
-        app = create_app(tts, Settings(max_text_length=5000), closing=False, wyoming=wyoming)
-        server = uvicorn.Server(run.configuration(app))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [http]})
-        thread.start()
-        while app.state.service.state == "loading":
-            time.sleep(0.01)
-        yield wyoming.getsockname()[1], app.state.service
-        server.should_exit = True
-        thread.join()
+    """The port of Wyoming and the service of a server."""
+    with serving_here(tts, max_text_length=5000) as here:
+        yield here.wyoming, here.service
 
 
 def talk(port: int, work: Callable[[AsyncTcpClient], Awaitable[Any]]) -> Any:

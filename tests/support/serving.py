@@ -1,4 +1,4 @@
-"""A real process of `fishrt serve`, on a free port."""
+"""A real process of `fishrt serve`, on a free port; and a server in a thread of this process."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from http.client import HTTPConnection, HTTPResponse
 from pathlib import Path
 from typing import Any
@@ -73,6 +75,43 @@ def serving(folder: Path, *options: str, ready: bool = True, **variables: str) -
     finally:
         process.kill()
         process.wait()
+
+
+@dataclass(frozen=True)
+class Here:
+    """A server in a thread of this process."""
+
+    app: Any
+    port: int
+    wyoming: int
+    """Port of Wyoming's protocol."""
+
+    @property
+    def service(self) -> Any:
+        return self.app.state.service
+
+
+@contextmanager
+def serving_here(tts: Any, **settings: Any) -> Iterator[Here]:
+    """Start a server that is ready, with sockets whose buffers are small, so that it notices a slow reader soon."""
+    import uvicorn
+
+    from fishrt.server import run
+    from fishrt.server.app import create_app
+    from fishrt.server.settings import Settings
+
+    with ExitStack() as stack:
+        http, wyoming = (stack.enter_context(run.listen("127.0.0.1", 0)) for _ in range(2))
+        http.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # its connections have it, too
+        app = create_app(tts, Settings(**settings), closing=False, wyoming=wyoming)
+        server = uvicorn.Server(run.configuration(app))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [http]})
+        thread.start()
+        while app.state.service.state == "loading":
+            time.sleep(0.01)
+        yield Here(app, http.getsockname()[1], wyoming.getsockname()[1])
+        server.should_exit = True
+        thread.join()
 
 
 def start(*options: str, log: Any = subprocess.PIPE, **variables: str) -> subprocess.Popen[str]:

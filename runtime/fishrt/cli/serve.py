@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from ..errors import FishrtError
-from .base.options import EngineOptions, Whole, engine_options, quiet_option, voice_dir_option
+from .base.options import EngineOptions, Number, Whole, engine_options, quiet_option, voice_dir_option
 from .base.server_log import Log, logging_server
 from .base.streams import emit
 
@@ -36,6 +36,12 @@ from .base.streams import emit
 @click.option("--api-key-file", type=click.Path(path_type=Path), metavar="FILE", help="A file with the key in its first line.")
 @click.option(
     "--max-queue", type=Whole(min=0), default=64, show_default=True, metavar="N", help="Requests that may wait; more are refused."
+)
+@click.option(
+    "--max-wait",
+    type=Number(min=0, min_open=True),
+    metavar="S",
+    help="Seconds that a request may wait for its turn.  [default: any number]",
 )
 @click.option(
     "--max-active", type=Whole(min=1), default=8, show_default=True, metavar="N", help="Requests that speak at the same time."

@@ -184,7 +184,6 @@ def speak(
     """
     from ..language_model.sampling import Sampling
     from ..speaking.stream import without_warnings
-    from ..speaking.warnings import text_warnings
 
     if len(references) != len(reference_texts):
         raise click.UsageError(
@@ -224,8 +223,6 @@ def speak(
         reporter.show(f"{piece}{progress.audio_s:.1f} s of speech", part)
 
     done = target.done
-    for warning in text_warnings(text, len(voices), tts.bundle.manifest):
-        warn(warning)
     with without_warnings():
         info = target.speak(tts, text, {**request, "progress": show})
     for warning in info.warnings:
@@ -287,6 +284,8 @@ class _Target:
         whole: list[Pcm] = []
         writers: list[Callable[[Pcm], None]] = []
         with closing(tts.stream(text, **request)) as chunks, ExitStack() as stack:
+            for warning in chunks.warnings:
+                warn(warning)
             if self.stream:
                 writers.append(stack.enter_context(growing_audio(str(self.output), tts.sample_rate, self.format)).write)
             elif self.output is not None:

@@ -35,7 +35,7 @@ class DualARModel(Model):
     def __init__(self, host: Host, voices: KnownVoices) -> None:
         """See `Model`."""
         super().__init__(host, voices)
-        self._prepared: dict[str, Voice] = {}
+        self._prepared: dict[str, int] = {}
         self.forget()
 
     def forget(self) -> None:
@@ -105,8 +105,9 @@ class DualARModel(Model):
     def _take_prepared(self, name: str, voice: Voice) -> None:
         """Load the keys and values that `prepare` wrote next to the voice, if there are any."""
         folder = self._voices.prepared_folder(name)
-        if self._prepared.get(name) is not voice and folder is not None and self.prepared_path(folder).is_file():
-            self._prepared[name] = voice
+        key = hash((voice.codes.tobytes(), voice.transcript))
+        if self._prepared.get(name) != key and folder is not None and self.prepared_path(folder).is_file():
+            self._prepared[name] = key
             self.prepare(voice, folder)
 
     def prepare(self, voice: VoiceLike, folder: Path | None) -> None:

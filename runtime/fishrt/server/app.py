@@ -63,11 +63,11 @@ def create_app(tts: TTS, settings: Settings, *, closing: bool = True, wyoming: s
     routers += [page.routes(), docs.routes(app)]
     for router in routers:
         app.include_router(router)
-    app.openapi = lambda: docs.describe(app)  # type: ignore[method-assign]
+    every = [route for router in routers for route in router.routes]
+    app.openapi = lambda: docs.describe(app, every)  # type: ignore[method-assign]
     for kind in (HTTPException, RequestValidationError, FishrtError, GoneError, Exception):
         app.add_exception_handler(kind, _answer)
-    paths = frozenset(getattr(route, "path", "") for router in routers for route in router.routes)
-    app.add_middleware(Edge, service=service, paths=paths)
+    app.add_middleware(Edge, service=service, paths=frozenset(getattr(route, "path", "") for route in every))
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware,

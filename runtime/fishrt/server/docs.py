@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from html import escape
+from inspect import cleandoc
 from typing import Any
 
 from fastapi import APIRouter, FastAPI
 from fastapi.openapi.utils import get_openapi
 from starlette.responses import HTMLResponse
+from starlette.routing import BaseRoute, WebSocketRoute
 
 from .encodings import MSGPACK
 from .problems import NATIVE, PACKED
@@ -42,6 +44,12 @@ AUDIO: dict[int | str, dict[str, Any]] = {
 """The reply of a route that speaks."""
 
 
+def body(schema: dict[str, Any], *kinds: str) -> dict[str, Any]:
+    """Return how OpenAPI describes a body of some content types: JSON if none is named."""
+    content = {kind: {"schema": schema} for kind in kinds or ("application/json",)}
+    return {"requestBody": {"required": True, "content": content}}
+
+
 def routes(app: FastAPI) -> APIRouter:
     """Return the route of the page."""
     router = APIRouter()
@@ -53,8 +61,8 @@ def routes(app: FastAPI) -> APIRouter:
     return router
 
 
-def describe(app: FastAPI) -> dict[str, Any]:
-    """Return the OpenAPI description; FastAPI's own says that a wrong request is answered with 422."""
+def describe(app: FastAPI, every: Iterable[BaseRoute]) -> dict[str, Any]:
+    """Return the OpenAPI description; FastAPI's own says that a wrong request is answered with 422, and lacks WebSockets."""
     if app.openapi_schema is None:
         schema = get_openapi(title=app.title, version=app.version, summary=app.summary, routes=app.routes)
         for path, _, operation in _operations(schema):
@@ -69,6 +77,8 @@ def describe(app: FastAPI) -> dict[str, Any]:
         for name in ("HTTPValidationError", "ValidationError"):
             schemas.pop(name, None)
         schemas["Error"] = ERROR
+        sockets = (route for route in every if isinstance(route, WebSocketRoute))
+        schema["x-websockets"] = {route.path: cleandoc(route.endpoint.__doc__ or "") for route in sockets}
         app.openapi_schema = schema
     return app.openapi_schema
 
@@ -83,6 +93,8 @@ def _page(schema: dict[str, Any]) -> Iterator[str]:
     yield f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(schema["info"]["title"])}: routes</title>'
     yield '<meta name="viewport" content="width=device-width"><h1>Routes</h1>'
     yield '<p>Also as <a href="openapi.json">OpenAPI</a>. Everything under /v1 is there without /v1, too.</p>'
+    for path, said in schema["x-websockets"].items():
+        yield f"<h2><code>WebSocket {escape(path)}</code></h2><pre>{escape(said)}</pre>"
     for path, method, operation in _operations(schema):
         yield f"<h2><code>{method.upper()} {escape(path)}</code></h2><p><b>{escape(operation.get('summary', ''))}.</b> "
         yield f"{escape(operation.get('description', ''))}</p>"

@@ -52,7 +52,7 @@ class Edge:
         self._paths = paths
         self._held: list[_Exchange] = []
         """The requests that are not answered yet."""
-        self._app, self._settings, self._metrics = app, service.settings, service.metrics
+        self._app, self._service, self._settings, self._metrics = app, service, service.settings, service.metrics
         settings = service.settings
         self._key = settings.api_key.encode() if settings.api_key else None
         self._only_here = self._key is None and _is_loopback(settings.host)
@@ -86,7 +86,7 @@ class Edge:
                 await exchange.refuse(problem(error))
         finally:
             self._held.remove(exchange)
-            status = GONE if exchange.gone else exchange.status
+            status = exchange.end(503 if self._service.state == "draining" else 500)
             self._metrics.requests.labels(exchange.route, status).inc()
             if exchange.gone:
                 self._metrics.cancelled.inc()
@@ -234,6 +234,14 @@ class _Exchange:
             await self._send({"type": "websocket.close", "code": 1008})
             return
         await reply(found, self._scope)(self._scope, self._receive, self.send)
+
+    def end(self, cut: int) -> int:
+        """Return the status for log and metrics. cut: that of a reply that was begun, and that the server broke off."""
+        if self.gone:
+            return GONE
+        if self._scope["type"] == "http" and self.status and not self._replied:
+            return cut
+        return int(self._scope["state"].get("failed", self.status))
 
     @property
     def route(self) -> str:

@@ -11,14 +11,18 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from ..version import __version__
 from .service import Service
 
+_NOT_READY: dict[int | str, dict[str, Any]] = {503: {"description": "Not ready; `reason` says why."}}
+
 
 def routes(service: Service) -> APIRouter:
     """Return the routes."""
     router = APIRouter(tags=["Operation"])
 
-    @router.get("/health", summary="Health", responses={503: {"description": "Not ready; `reason` says why."}})
+    @router.get("/health", summary="Health", responses=_NOT_READY)
     @router.head("/health", include_in_schema=False)
-    @router.api_route("/v1/health", methods=["GET", "HEAD", "POST"], include_in_schema=False)
+    @router.get("/v1/health", summary="Health, for Fish Speech's clients", responses=_NOT_READY)
+    @router.post("/v1/health", summary="Health, for Fish Speech's clients", responses=_NOT_READY)
+    @router.head("/v1/health", include_in_schema=False)
     async def health() -> Response:
         """Answer 200 if the next request would be served, else 503 with the reason."""
         fault = service.fault

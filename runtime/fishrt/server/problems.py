@@ -23,6 +23,7 @@ from ..errors import (
     PromptError,
     SamplingError,
     TakenVoiceError,
+    TimeLimitError,
     UnknownVoiceError,
     VoiceError,
 )
@@ -94,8 +95,9 @@ def problem(error: Exception) -> Problem:
         first = error.errors()[0]
         names = [str(part) for part in first["loc"][1:]]
         return Problem(400, f"{'.'.join(names)}: {expected(first)}", param=names[0])
-    if isinstance(error, BusyError):
-        return Problem(429, f"{error}; {error.hint}", code="queue_full", headers={"Retry-After": str(error.retry_s)})
+    if isinstance(error, BusyError | TimeLimitError):
+        why = "queue_full" if isinstance(error, BusyError) else "waited_too_long"
+        return Problem(429, f"{error}; {error.hint}", code=why, headers={"Retry-After": str(error.retry_s)})
     if isinstance(error, FishrtError):
         message = f"{error}; {error.hint}" if error.hint else str(error)
         for kind, param in _PARAMS.items():

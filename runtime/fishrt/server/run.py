@@ -36,8 +36,8 @@ _REQUEST_S = 20.0
 """Longest time for the head of a request."""
 _PING_S = 20.0
 """Seconds between pings on a WebSocket."""
-_STALL_S = 60.0
-"""Longest time in which a reader takes no byte."""
+_STALL_S, _LEAST_BYTES = 60.0, 16 << 10
+"""A reader that is slower than its speech takes at least so many bytes in this time; no codec needs fewer for speech."""
 
 
 def listen(host: str, port: int, option: str = "--port") -> socket.socket:
@@ -120,7 +120,7 @@ class _Server(uvicorn.Server):
 
 
 class _Connection(H11Protocol):
-    """A connection that is cut if the head of a request does not arrive in time, or its reader takes nothing for too long."""
+    """A connection that is cut if the head of a request does not arrive in time, or its reader takes too little for too long."""
 
     _head: asyncio.TimerHandle
     """Runs while the head of a request is not whole; else it is cancelled."""
@@ -175,10 +175,10 @@ class _Connection(H11Protocol):
             self._head = self.loop.call_later(_REQUEST_S, self.transport.abort)
 
     def _watch_reader(self, before: int | None) -> None:
-        """Cut the connection if nothing was taken of `before` bytes, else look again."""
+        """Cut the connection if too little was taken of `before` bytes, else look again."""
         left = self.transport.get_write_buffer_size()
-        if before is not None and left >= before:
-            log.info("a reader took nothing for %d s; its request ends", _STALL_S)
+        if before is not None and before - left < _LEAST_BYTES:
+            log.info("a reader took less than %d bytes in %d s; its request ends", _LEAST_BYTES, _STALL_S)
             self.transport.abort()
         else:
             self._reader = self.loop.call_later(_STALL_S, self._watch_reader, left)

@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Callable
 from functools import cached_property
+from typing import Any
 
 from ..bundle.manifest import MANIFEST
 from ..errors import FishrtError
@@ -89,13 +90,15 @@ class Service:
         if self.state != "ok":
             raise Problem(503, self.reason, code=self.state, headers={"Retry-After": "2"} if self.state == "loading" else None)
 
-    async def speak(self, request: Request, *, whole: bool = False) -> ScheduledStream:
-        """Queue a request; its chunks come by `async for`, and `aclose` ends it. whole: nobody hears it before its end.
+    async def speak(self, request: Request, *, whole: bool = False, goes_on: bool = False) -> ScheduledStream:
+        """Queue a request; its chunks come by `async for`, and `aclose` ends it.
 
-        Raises BusyError if the queue is full, and the errors of a request that does not fit the model.
+        whole: nobody hears it before its end. goes_on: it is a later part of a reply, and waits for any time.
+        Raises BusyError if the queue is full, and the errors of a request that does not fit the model. Its first chunk raises
+        TimeLimitError after a long wait.
         """
-        sizes = whole_chunks if whole else None
-        queued = asyncio.ensure_future(asyncio.to_thread(self.scheduler.submit, request, sizes=sizes))
+        how: dict[str, Any] = {"sizes": whole_chunks if whole else None, "timeout_s": None if goes_on else self.settings.max_wait}
+        queued = asyncio.ensure_future(asyncio.to_thread(self.scheduler.submit, request, **how))
         try:
             return await asyncio.shield(queued)
         except asyncio.CancelledError:

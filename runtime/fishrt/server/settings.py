@@ -15,6 +15,7 @@ class Settings:
         port: TCP port; 0 lets the system choose one.
         api_key: the key that clients must send; None: everybody may use the server.
         max_queue: requests that may wait. The next one is refused with 429.
+        max_wait: seconds that a request may wait; then it is refused with 429, too. None: any time.
         max_active: requests that speak at the same time.
         max_text_length: longest text of a request, in characters; 0: any length that fits in a body.
         cors_origins: origins of web pages that may use the server, such as "https://example.com"; "*": all. Without a key,
@@ -30,6 +31,7 @@ class Settings:
     port: int = 8080
     api_key: str | None = field(default=None, repr=False)
     max_queue: int = 64
+    max_wait: float | None = None
     max_active: int = 8
     max_text_length: int = 50_000
     cors_origins: tuple[str, ...] = ()

@@ -1,8 +1,7 @@
-"""The voices that a `TTS` knows: the user's, then the bundle's, each loaded once until its files change."""
+"""The voices that a `TTS` knows: the user's, then the bundle's."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable
 from pathlib import Path
 
 from .store import VoiceStore, bundle_store, bundle_voices, find_voice
@@ -14,7 +13,7 @@ class KnownVoices:
 
     def __init__(self, own: VoiceStore, encoder: Encoder) -> None:
         self._own, self._encoder = own, encoder
-        self._loaded: dict[tuple[str, str], tuple[Hashable, Voice]] = {}
+        self._built_in = bundle_store(encoder.bundle)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -23,14 +22,8 @@ class KnownVoices:
 
     def voice(self, name: str, *, built_in: bool = False) -> Voice:
         """Return a voice of the user, else of the bundle. built_in: only of the bundle. Raises VoiceError as `find_voice`."""
-        bundle = self._encoder.bundle
-        store = bundle_store(bundle) if built_in else find_voice(name, self._own, bundle)
-        key = (str(store), name)
-        kept = self._loaded.get(key)
-        if kept is None or kept[0] != store.stamp(name):
-            voice = store.load(name, self._encoder)
-            kept = self._loaded[key] = (store.stamp(name), voice)  # after loading, which may write files
-        return kept[1]
+        own = not built_in and find_voice(name, self._own, self._encoder.bundle) is self._own
+        return (self._own if own else self._built_in).known(name, self._encoder)
 
     def prepared_folder(self, name: str) -> Path | None:
         """Return the folder for what `TTS.prepare` writes for a voice; None for one that has no folder."""

@@ -54,6 +54,8 @@ class VoiceStore:
         """Make a store of a folder. fixed: loading writes nothing, as in a bundle, whose files are hashed."""
         self._folder = None if folder is None else Path(folder)
         self._fixed = fixed
+        self._loaded: dict[tuple[str, str], tuple[Hashable, Voice]] = {}
+        """Name and fingerprint of a codec → state of the files, and the voice."""
 
     def __str__(self) -> str:
         """Return the folder's name, for messages."""
@@ -99,6 +101,19 @@ class VoiceStore:
         if tts is None:
             raise VoiceError(f"voice {name!r} is stored as audio and must be encoded first", hint="give a bundle, with --bundle")
         return _load_recordings(folder, tts)
+
+    def known(self, name: str, tts: Encoder) -> Voice:
+        """Return a voice as `load` does: it is loaded once until its files change, and forgotten when they are gone."""
+        key = canonical(name), tts.bundle.manifest.codec.fingerprint
+        kept = self._loaded.get(key)
+        if kept is None or kept[0] != self.stamp(name):
+            self._loaded = {other: each for other, each in self._loaded.items() if self.holds(other[0])}
+            voice = self.load(name, tts)
+            kept = self._loaded[key] = (self.stamp(name), voice)  # after loading, which may write files
+        return kept[1]
+
+    def _forget(self, name: str) -> None:
+        self._loaded = {key: each for key, each in self._loaded.items() if key[0] != canonical(name)}
 
     def holds(self, name: str) -> bool:
         """Return whether there is a voice of that name, maybe damaged. Raises VoiceError if the index cannot be read."""
@@ -186,6 +201,7 @@ class VoiceStore:
         """Give a voice another name. Raises as `remove` and `check_free`."""
         folder = self._own_folder(old)
         self.check_free(new)
+        self._forget(old)
         try:
             folder.rename(self.folder / canonical(new))
             sync(self.folder)
@@ -197,6 +213,7 @@ class VoiceStore:
     def remove(self, name: str) -> None:
         """Delete a voice. Raises UnknownVoiceError if there is none; KeptVoiceError if another program made it."""
         folder = self._own_folder(name)
+        self._forget(name)
         try:
             remove_folder(folder)
         except OSError as error:

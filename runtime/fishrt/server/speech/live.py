@@ -1,10 +1,6 @@
 """WebSockets: text comes in fragments, and audio goes back while it is made.
 
-`/v1/tts/live` is that of Fish Audio: MessagePack in binary frames.
-    start {request} · text · flush · stop  ─►  audio {audio} … · finish {reason: stop | error}
-`/v1/audio/speech/stream` is that of vLLM-Omni: JSON, and audio in binary frames.
-    session.config · input.text · input.done · session.close  ─►  audio.start · frames · audio.done · session.done · error
-Both take the next text after the end of one.
+Both routes take the next text after the end of one.
 """
 
 from __future__ import annotations
@@ -46,10 +42,30 @@ def routes(service: Service) -> APIRouter:
 
     @router.websocket("/v1/tts/live")
     async def live(socket: WebSocket) -> None:
+        """Speak texts that come in fragments, as Fish Audio does. Events are MessagePack in binary frames.
+
+        You send  {"event": "start", "request": {…}}   with fields of /v1/tts
+                  {"event": "text", "text": "…"}       for each fragment
+                  {"event": "flush"}                   to hear all that has come
+                  {"event": "stop"}
+        You get   {"event": "audio", "audio": bytes}   all of one start are one stream
+                  {"event": "finish", "reason": "stop"}, or "error" with a message; then the next start may come
+        """
         await _Live(service, socket).run()
 
     @router.websocket("/v1/audio/speech/stream")
     async def stream(socket: WebSocket) -> None:
+        """Speak sentence by sentence, as vLLM-Omni does. Events are JSON in text frames.
+
+        You send  {"type": "session.config", …}        with fields of /v1/audio/speech
+                  {"type": "input.text", "text": "…"}  for each fragment
+                  {"type": "input.done"}
+                  {"type": "session.close"}            to end the connection
+        You get   {"type": "audio.start", …}           with the format and the rate of a sentence
+                  its audio in binary frames
+                  {"type": "audio.done", …}
+                  {"type": "session.done", …}          after the last; before it, after a fault, {"type": "error", …}
+        """
         await _Stream(service, socket).run()
 
     return router

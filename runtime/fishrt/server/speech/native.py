@@ -13,12 +13,12 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from ..bodies import fields_of, is_form, object_of
-from ..docs import AUDIO
+from ..docs import AUDIO, body
 from ..encodings import MSGPACK
 from ..problems import Problem
 from ..service import Service
 from .fields import DIFFUSION, Speak, speak_of
-from .streams import reply, unless_gone
+from .streams import reply
 
 _BYTES = {"type": "string", "format": "binary"}
 _REFERENCE = {"type": "object", "required": ["audio", "text"], "properties": {"audio": _BYTES, "text": {"type": "string"}}}
@@ -65,30 +65,23 @@ def routes(service: Service) -> APIRouter:
         summary="Speak a text, as Fish Speech and Fish Audio do",
         response_class=Response,
         responses=AUDIO,
-        openapi_extra=_body(_TTS, "application/json", MSGPACK, "multipart/form-data"),
+        openapi_extra=body(_TTS, "application/json", MSGPACK, "multipart/form-data"),
     )
     async def tts(request: Request) -> Response:
         """Answer with audio. `?format=msgpack` is the encoding of errors; the field `format` is that of the audio."""
         fields = await fields_of(request)
-        service.check_ready()
-        speak = await unless_gone(native_speak(service, fields, lax=is_form(request)), request.receive)
-        answer = await reply(service, speak, request.receive)
-        answer.headers["Content-Disposition"] = f"attachment; filename=audio.{speak.format}"
-        return answer
+        return await reply(service, native_speak(service, fields, lax=is_form(request)), request.receive, attached=True)
 
     @router.post(
         "/generate",
         summary="Speak the text of a form",
         response_class=Response,
         responses=AUDIO,
-        openapi_extra=_body(_GENERATE, "multipart/form-data"),
+        openapi_extra=body(_GENERATE, "multipart/form-data"),
     )
     async def generate(request: Request) -> Response:
         """Answer with a wav file, or with raw samples while they are made if `stream` is true."""
-        fields = await fields_of(request)
-        service.check_ready()
-        speak = await unless_gone(_generate(service, fields), request.receive)
-        return await reply(service, speak, request.receive)
+        return await reply(service, _generate(service, await fields_of(request)), request.receive)
 
     return router
 
@@ -124,7 +117,3 @@ async def _generate(service: Service, fields: Mapping[str, Any]) -> Speak:
     if "voice_profile" in found:
         found.setdefault("voice", found.pop("voice_profile"))
     return await speak_of(service, found, object_of(params), lax=True, usual="wav")
-
-
-def _body(schema: dict[str, Any], *kinds: str) -> dict[str, Any]:
-    return {"requestBody": {"required": True, "content": {kind: {"schema": schema} for kind in kinds}}}

@@ -13,7 +13,7 @@ from starlette.responses import Response
 from ...errors import FishrtError
 from ...language_model.prompt import DIALECTS
 from ..bodies import json_object
-from ..docs import AUDIO
+from ..docs import AUDIO, body
 from ..problems import Problem, problem
 from ..service import Service
 from ..words import ignored_header
@@ -35,16 +35,14 @@ def routes(service: Service) -> APIRouter:
         summary="Speak a text",
         response_class=Response,
         responses=AUDIO,
-        openapi_extra=_body(SpeechFields.model_json_schema()),
+        openapi_extra=body(SpeechFields.model_json_schema()),
     )
     async def speech(request: Request) -> Response:
         """Answer with audio: whole, in chunks while it is made, or as server-sent events."""
-        data = await json_object(request)
-        service.check_ready()
-        speak = speak_of(service, data, accept=request.headers.get("accept", ""))
-        return await reply(service, await unless_gone(speak, request.receive), request.receive)
+        data, accept = await json_object(request), request.headers.get("accept", "")
+        return await reply(service, speak_of(service, data, accept=accept), request.receive)
 
-    @router.post("/v1/audio/speech/batch", summary="Speak several texts", openapi_extra=_body(_batch_schema()))
+    @router.post("/v1/audio/speech/batch", summary="Speak several texts", openapi_extra=body(_batch_schema()))
     async def batch(request: Request, response: Response) -> dict[str, Any]:
         """Answer with the audio of each item, or why there is none. An item without a field has that beside `items`."""
         data = await json_object(request)
@@ -154,7 +152,3 @@ def _batch_schema() -> dict[str, Any]:
     shared = {name: value for name, value in schema["properties"].items() if name != "input"}
     items = {"type": "array", "items": item, "minItems": 1, "maxItems": MOST_ITEMS}
     return {"type": "object", "properties": {"items": items, **shared}, "required": ["items"], "additionalProperties": True}
-
-
-def _body(schema: dict[str, Any]) -> dict[str, Any]:
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}

@@ -13,7 +13,7 @@ import logging
 import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, closing
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -84,15 +84,15 @@ class Rendering:
         if self._more is None:
             return
         async for speak in self._more:
-            async with aclosing(self._spoken(speak)) as parts:
+            async with aclosing(self._spoken(speak, goes_on=True)) as parts:
                 async for pcm in parts:
                     yield pcm
 
-    async def _spoken(self, speak: Speak) -> AsyncGenerator[Pcm]:
+    async def _spoken(self, speak: Speak, *, goes_on: bool = False) -> AsyncGenerator[Pcm]:
         if speak.silent:
             yield np.zeros(int(_PAUSE_S * self._service.tts.sample_rate), np.float32)
             return
-        stream = await self._service.speak(speak.request, whole=not speak.stream)
+        stream = await self._service.speak(speak.request, whole=not speak.stream, goes_on=goes_on)
         self._warn(stream.warnings)
         try:
             async for chunk in stream:
@@ -169,11 +169,15 @@ async def _collected(parts: AsyncGenerator[bytes]) -> tuple[bytes, bool]:
     return b"".join(found), True
 
 
-async def reply(service: Service, speak: Speak, receive: Receive) -> Response:
+async def reply(service: Service, checking: Coroutine[Any, Any, Speak], receive: Receive, *, attached: bool = False) -> Response:
     """Return the reply to a request, whose client `receive` watches. Raises Problem and FishrtError before the first audio.
 
+    checking: reads the fields of the request. attached: with the name of a file.
     A whole reply of more than MOST_WHOLE is sent while it is made, too.
     """
+    with closing(checking):
+        service.check_ready()
+        speak = await unless_gone(checking, receive)
     rendering = Rendering(service, speak)
     parts = rendering.bytes()
     try:
@@ -184,9 +188,12 @@ async def reply(service: Service, speak: Speak, receive: Receive) -> Response:
     except BaseException:
         await parts.aclose()
         raise
+    answer: Response = _Streamed(rendering, parts, first, sse=speak.sse)
     if ended:
-        return Response(rendering.encoder.complete(first), headers=rendering.headers(whole=True))
-    return _Streamed(rendering, parts, first, sse=speak.sse)
+        answer = Response(rendering.encoder.complete(first), headers=rendering.headers(whole=True))
+    if attached:
+        answer.headers["Content-Disposition"] = f"attachment; filename=audio.{speak.format}"
+    return answer
 
 
 class _Streamed(Response):
@@ -203,13 +210,13 @@ class _Streamed(Response):
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         async with aclosing(self._parts):
             try:
-                await unless_gone(self._send(send), receive)
+                await unless_gone(self._send(send, scope), receive)
             except GoneError:
                 pass
             except (FishrtError, Problem) as error:
                 log.warning("a reply was cut off: %s", type(error).__name__)
 
-    async def _send(self, send: Send) -> None:
+    async def _send(self, send: Send, scope: Scope) -> None:
         async def put(data: bytes, *, last: bool = False) -> None:
             await send({"type": "http.response.body", "body": data, "more_body": not last})
 
@@ -226,7 +233,9 @@ class _Streamed(Response):
         except Exception as error:
             if not isinstance(error, FishrtError | Problem):
                 log.exception("a stream failed")
-            await put(_event("speech.audio.error", problem(error).body), last=True)
+            found = problem(error)
+            scope["state"]["failed"] = found.status_code  # for log and metrics
+            await put(_event("speech.audio.error", found.body), last=True)
             return
         await put(_event("speech.audio.done", {"usage": self._rendering.usage, **self._rendering.doubts}), last=True)
 

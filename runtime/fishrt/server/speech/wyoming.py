@@ -149,10 +149,10 @@ class _Connection(Conversation):
 
     def _info(self) -> Info:
         """Return what this server can speak: the default voice comes first."""
-        manifest, library = self._service.tts.bundle.manifest, self._service.library
+        manifest, usual = self._service.tts.bundle.manifest, self._service.tts.default_voice
         languages = languages_of(manifest.model.reads)
         by = Attribution("fishrt", _URL)
-        names = sorted((entry.name for entry in library.list()), key=lambda name: (name != library.default, name))
+        names = sorted((entry.name for entry in self._service.library.list()), key=lambda name: (name != usual, name))
         voices = [
             TtsVoice(name=name, attribution=by, installed=True, description=name, version=None, languages=languages)
             for name in names

@@ -84,10 +84,13 @@ class VoiceLibrary:
     def resolve(self, name: str | None) -> VoiceLike | Sequence[VoiceLike] | None:
         """Return what a request's name of a voice means, as `Request.voice` takes it. Raises UnknownVoiceError.
 
-        The name of a voice means that voice. Otherwise "default", none and "" mean the default voice; "unconditioned" means no
-        voice; OpenAI's names mean one of the bundle's voices, or of the user's if it has none; and a file name means its stem.
+        No name and "" mean the default voice, the bundle's, as for `TTS`. The name of a voice means that voice. Otherwise
+        "default" means the default voice, too; "unconditioned" means no voice; OpenAI's names mean one of the bundle's voices, or
+        of the user's if it has none; and a file name means its stem.
         """
-        name = canonical(name or DEFAULT)
+        if not name:
+            return None
+        name = canonical(name)
         if self._has(name):
             return self._voice(name)
         if name == DEFAULT:
@@ -100,11 +103,6 @@ class VoiceLibrary:
         if suffix in AUDIO_SUFFIXES and self._has(stem):
             return self._voice(stem)
         raise self._unknown(name)
-
-    @property
-    def default(self) -> str | None:
-        """The voice that speaks if a request names none; None: the model chooses one by itself."""
-        return DEFAULT if self._has(DEFAULT) else self._tts.default_voice
 
     def load(self, name: str) -> Voice:
         """Return a voice by its own name. Raises UnknownVoiceError; VoiceError for damaged files."""

@@ -13,6 +13,7 @@ from ...audio.encode import encode_audio
 from ...voices.files import canonical
 from ...voices.voice import npy_bytes
 from ..bodies import fields_of
+from ..docs import body
 from ..problems import Problem, about
 from ..service import Service
 from ..words import ignored_header
@@ -33,6 +34,7 @@ _UPLOAD = {
         "type": {"type": "string", "enum": ["audio_sample"]},
     },
 }
+_FORM = "multipart/form-data"
 _RECORDING = {"type": "object", "required": ["audio"], "properties": {"audio": {"type": "string", "format": "binary"}}}
 
 
@@ -56,12 +58,12 @@ def routes(service: Service) -> APIRouter:
             "items": found,
             "data": found,
             "uploaded_voices": uploaded,
-            "default_voice": library.default,
+            "default_voice": service.tts.default_voice,
             "has_more": False,
         }
 
-    @router.post("/v1/audio/voices", summary="Store a voice", openapi_extra=_form(_UPLOAD))
-    @router.post("/v1/voices", summary="Store a voice", openapi_extra=_form(_UPLOAD))
+    @router.post("/v1/audio/voices", summary="Store a voice", openapi_extra=body(_UPLOAD, _FORM))
+    @router.post("/v1/voices", summary="Store a voice", openapi_extra=body(_UPLOAD, _FORM))
     async def add(request: Request, response: Response) -> Any:
         """Store a recording with its transcript as a voice, which is on disk before the reply.
 
@@ -101,7 +103,9 @@ def routes(service: Service) -> APIRouter:
         said = {"success": True, "message": f"Deleted the voice {name!r}"}
         return {"id": name, "name": name, "object": "audio.voice.deleted", "deleted": True, **said}
 
-    @router.post("/v1/audio/encoding", summary="Encode a recording", response_class=Response, openapi_extra=_form(_RECORDING))
+    @router.post(
+        "/v1/audio/encoding", summary="Encode a recording", response_class=Response, openapi_extra=body(_RECORDING, _FORM)
+    )
     async def encoding(request: Request, id: str = "", prompt: str = "", persist: bool = False) -> Response:
         """Send the codes of a recording, the first part of the form, as an .npy file: int64 [codebooks, frames].
 
@@ -160,7 +164,3 @@ def _described(entry: Entry) -> dict[str, Any]:
     """Return a voice as the lists have it. Clients take `id` or `voice_id`, and `name`."""
     ids = {"id": entry.name, "voice_id": entry.name, "name": entry.name}
     return {"object": "voice", **ids, "origin": entry.origin, "created_at": entry.created, "type": "audio_sample"}
-
-
-def _form(schema: dict[str, Any]) -> dict[str, Any]:
-    return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema}}}}

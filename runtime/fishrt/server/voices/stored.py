@@ -13,6 +13,7 @@ from starlette.responses import Response
 
 from ...voices.files import canonical
 from ..bodies import fields_of
+from ..docs import body
 from ..encodings import MSGPACK, answer
 from ..problems import Problem, about
 from ..service import Service
@@ -196,5 +197,4 @@ def _item(service: Service, entry: Entry) -> dict[str, Any]:
 
 def _body(**fields: dict[str, Any]) -> dict[str, Any]:
     schema = {"type": "object", "properties": fields, "required": list(fields)}
-    kinds = (MSGPACK, "application/json", "multipart/form-data")
-    return {"requestBody": {"required": True, "content": {kind: {"schema": schema} for kind in kinds}}}
+    return body(schema, MSGPACK, "application/json", "multipart/form-data")
