@@ -279,7 +279,7 @@ def test_export_passes_its_options_on(fake, monkeypatch, tmp_path):
         return fake.bundle
 
     monkeypatch.setattr(fishrt_export, "export_bundle", export, raising=False)
-    monkeypatch.setattr(sys.modules["fishrt.cli.export"], "peak_memory", lambda: 5_000_000)
+    monkeypatch.setattr(sys.modules["fishrt.cli.bundles.export"], "peak_memory", lambda: 5_000_000)
     result = run("export", "ckpt", "out", "--head", "full")
     assert result.exit_code == 0, result.output
     for words in ("peak memory 5.0 MB", "slow_ar.onnx", "manifest.json", 'next: fishrt speak --bundle out "Hello."'):

@@ -42,7 +42,7 @@ def test_speaking_writes_nothing_and_opens_no_socket(tmp_path: Path) -> None:
     assert [path for path in tmp_path.rglob("*") if path.is_file() and not path.is_relative_to(cache)] == []
 
 
-@pytest.mark.parametrize("module", ["fishrt_engines", "fishrt.tts", "fishrt.cli.export"])
+@pytest.mark.parametrize("module", ["fishrt_engines", "fishrt.tts", "fishrt.cli.bundles.export"])
 def test_telemetry_is_off_before_onnx_runtime_is_imported(tmp_path: Path, module: str) -> None:
     code = f"import os, sys, {module}; print(os.environ['ORT_DISABLE_TELEMETRY'], 'onnxruntime' in sys.modules)"
     assert child(code, tmp_path) == "1 False"

@@ -10,13 +10,13 @@ import click
 
 from .base.commands import EXIT_STATUSES, Commands, completion, show_help
 from .bench import bench
-from .build_trt import build_trt
+from .bundles.build_trt import build_trt
+from .bundles.export import export
+from .bundles.fetch import fetch
+from .bundles.inspect import inspect
+from .bundles.retarget import retarget
 from .codec import codec
 from .doctor import doctor
-from .export import export
-from .fetch import fetch
-from .inspect import inspect
-from .retarget import retarget
 from .serve import serve
 from .speak import speak
 from .voice import voice

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import click
 
-from ..bundle.manifest import TARGETS
-from ..errors import FishrtError
-from .base.commands import print_json
-from .base.options import json_option, quiet_option
-from .base.progress import Reporter, size
+from ...bundle.manifest import TARGETS
+from ...errors import FishrtError
+from ..base.commands import print_json
+from ..base.options import json_option, quiet_option
+from ..base.progress import Reporter, size
 
 
 @click.command(short_help="Add the graphs that another provider runs fastest.")

@@ -13,14 +13,14 @@ import click
 from fishrt_engines import GraphSpec
 from fishrt_engines.machine import peak_memory
 
-from ..bundle.folder import Bundle
-from ..bundle.manifest import MANIFEST, PRECISIONS, TARGETS, Parity, Rounding
-from ..errors import FishrtError
-from ..hub.download import download
-from ..hub.repository import Repository, names_repository
-from .base.commands import print_json
-from .base.options import CPU_TORCH, Number, Whole, downloading, json_option, quiet_option
-from .base.progress import Reporter, duration, size
+from ...bundle.folder import Bundle
+from ...bundle.manifest import MANIFEST, PRECISIONS, TARGETS, Parity, Rounding
+from ...errors import FishrtError
+from ...hub.download import download
+from ...hub.repository import Repository, names_repository
+from ..base.commands import print_json
+from ..base.options import CPU_TORCH, Number, Whole, downloading, json_option, quiet_option
+from ..base.progress import Reporter, duration, size
 
 _EXPORT_NEEDS = ("torch", "onnx", "onnxscript", "onnx_ir", "safetensors", "onnxruntime")
 

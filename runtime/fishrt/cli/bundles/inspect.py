@@ -9,15 +9,15 @@ from typing import Any
 
 import click
 
-from ..bundle.diffusion import Diffusion
-from ..bundle.features import Codec, LanguageModel
-from ..bundle.folder import Bundle
-from ..bundle.manifest import Manifest
-from ..bundle.memory import CACHE_POSITIONS, estimate
-from .base.commands import print_json
-from .base.options import json_option, load_bundle, needs_onnx, quiet_option
-from .base.progress import Reporter, size
-from .base.streams import emit
+from ...bundle.diffusion import Diffusion
+from ...bundle.features import Codec, LanguageModel
+from ...bundle.folder import Bundle
+from ...bundle.manifest import Manifest
+from ...bundle.memory import CACHE_POSITIONS, estimate
+from ..base.commands import print_json
+from ..base.options import json_option, load_bundle, needs_onnx, quiet_option
+from ..base.progress import Reporter, size
+from ..base.streams import emit
 
 
 @click.command(short_help="Show what is in a bundle, and check it.")

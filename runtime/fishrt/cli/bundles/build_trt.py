@@ -7,10 +7,10 @@ from pathlib import Path
 
 import click
 
-from ..language_model.context import FIRST_FRAMES
-from .base.commands import print_json
-from .base.options import Number, Whole, json_option, load_bundle, needs_onnx, quiet_option
-from .base.progress import Reporter
+from ...language_model.context import FIRST_FRAMES
+from ..base.commands import print_json
+from ..base.options import Number, Whole, json_option, load_bundle, needs_onnx, quiet_option
+from ..base.progress import Reporter
 
 PRECISIONS = ("bf16", "fp16", "fp8", "int8", "int4")
 

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import click
 
-from ..bundle.fetched import choose_bundle
-from ..bundle.folder import Bundle
-from ..bundle.manifest import MANIFEST
-from ..hub.download import download
-from ..hub.repository import Repository
-from .base.commands import finish, warn
-from .base.options import downloading, new_reporter, output_options
-from .base.progress import size
+from ...bundle.fetched import choose_bundle
+from ...bundle.folder import Bundle
+from ...bundle.manifest import MANIFEST
+from ...hub.download import download
+from ...hub.repository import Repository
+from ..base.commands import finish, warn
+from ..base.options import downloading, new_reporter, output_options
+from ..base.progress import size
 
 
 @click.command(short_help="Download a checkpoint or a bundle.")
