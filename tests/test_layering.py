@@ -250,6 +250,7 @@ ROOMS = {
         {"models"},
         {"graph"},
         {"sources", "targets"},
+        {"planning"},
         {"export", "retarget"},
     ),
 }

@@ -48,11 +48,13 @@ class Options:
     precision: str = "fp32"
     """See graph/recipe.py."""
     keep: Mapping[str, str] = field(default_factory=dict)
-    """Precisions by patterns for the language model's matrices; see graph/recipe.py."""
+    """Precisions by patterns for the model's matrices; see graph/recipe.py."""
     targets: Collection[str] = ()
     """Providers for which forms of the graphs are made; those for "cpu" are always made."""
     codec_int8: bool = False
     """Whether to add the codec's decoder with convolutions in 8 bits; see codec_int8.py."""
+    codec: Path | None = None
+    """The folder of a diffusion model's codec; None: in the checkpoint, or beside it."""
 
     def __post_init__(self) -> None:
         check_known("head", [self.head], HEADS)

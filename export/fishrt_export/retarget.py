@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from fishrt.bundle.diffusion import Diffusion
 from fishrt.bundle.folder import Bundle, describe_file
 from fishrt.bundle.manifest import MANIFEST, SCHEMA, TARGETS, Form, Graph, Manifest, Parity
 from fishrt.bundle.strict import AGAIN, parse_dataclass
@@ -28,6 +29,7 @@ from .graph.report import PROVIDER, Case, Expected, compare, run
 from .options import with_targets
 from .place import check_replaceable
 from .sources.cases import codec_decode_cases, codec_encode_cases, fast_ar_cases, slow_ar_cases
+from .sources.echo_cases import diffusion_cases
 from .targets.coreml import check_codec, static_form, step_usability
 from .targets.forms import make_forms
 
@@ -73,7 +75,8 @@ def _make(aside: Path, bundle: Bundle, targets: Collection[str], left_out: Colle
     kept = {role: [form for form in graph.forms if not _is_made(form, targets)] for role, graph in manifest.graphs.items()}
     if "coreml" in targets:
         check_codec(manifest.specs["codec_decode"])
-    if "tensorrt" in targets and manifest.graphs["fast_ar"].form("tensorrt", ()) is None:
+    fast = manifest.graphs.get("fast_ar")
+    if "tensorrt" in targets and fast is not None and fast.form("tensorrt", ()) is None:
         hint = "export the checkpoint with `fishrt export --target tensorrt`"
         raise ExportError(f"{manifest.name} has no frame graph, which TensorRT runs in place of the fast AR", hint=hint)
     forms = [form for graph in manifest.graphs.values() for form in graph.forms if _is_made(form, targets)]
@@ -142,14 +145,17 @@ def _compared(form: Form, graph: Graph, folder: Path, expected: list[tuple[Case,
 
 
 def _cases(role: str, manifest: Manifest) -> list[Case]:
-    lm, codec, specs = manifest.language_model, manifest.codec, manifest.specs
-    if role == "slow_ar":
-        return slow_ar_cases(lm, AudioIds(range(lm.semantic_begin_id, lm.semantic_end_id + 1), lm.end_id))
-    if role == "fast_ar":
-        return fast_ar_cases(lm, next(t.shape[1] for t in specs[role].feeds if t.name == "hidden"))  # type: ignore[arg-type]
+    codec, specs = manifest.codec, manifest.specs
     if role == "codec_encode":
         return codec_encode_cases(codec, SIGHT)
-    return codec_decode_cases(codec, specs[role], SIGHT)
+    if role == "codec_decode":
+        return codec_decode_cases(codec, specs[role], SIGHT)
+    if isinstance(manifest.model, Diffusion):
+        return diffusion_cases(role, specs[role], manifest.model.patch)
+    lm = manifest.language_model
+    if role == "slow_ar":
+        return slow_ar_cases(lm, AudioIds(range(lm.semantic_begin_id, lm.semantic_end_id + 1), lm.end_id))
+    return fast_ar_cases(lm, next(t.shape[1] for t in specs[role].feeds if t.name == "hidden"))  # type: ignore[arg-type]
 
 
 def _upgraded(folder: Path, data: dict[str, Any]) -> Manifest:

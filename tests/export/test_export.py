@@ -21,6 +21,7 @@ import fishrt.bundle.memory
 import fishrt_export.checkpoint.families
 import fishrt_export.export
 import fishrt_export.graph.job
+import fishrt_export.planning.dual_ar
 import fishrt_export.sources.codec
 from fishrt.bundle.features import Reads, SamplingDefaults
 from fishrt.bundle.folder import Bundle
@@ -30,8 +31,8 @@ from fishrt_export import Options, export_bundle
 from fishrt_export.checkpoint.families import S2
 from fishrt_export.checkpoint.names import DEFAULTS
 from fishrt_export.errors import ExportError
-from fishrt_export.export import warn_of_unknown_codes
 from fishrt_export.graph.job import Made
+from fishrt_export.planning.dual_ar import warn_of_unknown_codes
 from fishrt_export.sources.language_model import open_language_model
 from fishrt_export.targets.tensorrt.rules import Finding
 from helpers_text import language_model
@@ -223,7 +224,7 @@ def test_a_checkpoint_that_vanishes(checkpoint: Path, out: Path, monkeypatch: py
     def check(*_: object) -> None:
         shutil.rmtree(checkpoint)
 
-    monkeypatch.setattr(fishrt_export.export, "check_references", check)
+    monkeypatch.setattr(fishrt_export.planning.dual_ar, "check_references", check)
     with refused(out, "checkpoint cannot be read"):
         export_bundle(checkpoint, out)
 

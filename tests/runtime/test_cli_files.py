@@ -295,14 +295,16 @@ def test_export_passes_its_options_on(fake, monkeypatch, tmp_path):
     run("export", "ckpt", "out", "--static", "coreml")
     run("export", "ckpt", "out", "--target", "cuda", "--target", "coreml")
     run("export", "ckpt", "out", "--codec-int8")
+    run("export", "ckpt", "out", "--codec", str(tmp_path))
     plain = {"head": "audio", "family": None, "lora": None, "precision": "fp32", "keep": {}, "targets": ()}
-    plain["codec_int8"] = False
+    plain |= {"codec_int8": False, "codec": None}
     assert {(checkpoint, out) for checkpoint, out, _ in asked} == {(Path("ckpt"), Path("out"))}
     changes = [{**options, "head": "full"} for options in (plain, plain)]
     changes += [{**plain, "family": "1.5", "lora": {"path": lora, "alpha": 16.0, "rank": None}}]
     changes += [{**plain, "lora": {"path": lora, "alpha": 0.5, "rank": 8}}]
     changes += [{**plain, "precision": "int4", "keep": {"slow_ar.layers.0.*": "int8", "fast_ar.output": "fp32"}}]
     changes += [{**plain, "targets": ("coreml",)}, {**plain, "targets": ("cuda", "coreml")}, {**plain, "codec_int8": True}]
+    changes += [{**plain, "codec": tmp_path}]
     assert [options for _, _, options in asked] == changes
 
 
@@ -310,6 +312,7 @@ def test_the_help_of_export_names_every_official_checkpoint(fake):
     help_text = run("export", "--help").stdout
     for name in ("s2-pro", "openaudio-s1-mini", "fish-speech-1.5", "fish-speech-1.4", "fish-speech-1.2-sft"):
         assert f"fishaudio/{name}" in help_text
+    assert "jordand/echo-tts-base" in help_text
     for name in ("tokenizer.tiktoken", "firefly-gan-vq-fsq-4x1024-42hz-generator.pth"):
         assert name in help_text
 

@@ -447,3 +447,32 @@ def test_export_of_a_repository(hub: SmallHub, tmp_path: Path, monkeypatch: pyte
     hub.asked.clear()
     refused(run("export", CHECKPOINT, "taken"), "is not empty")
     assert hub.asked == []
+
+
+def test_export_of_a_diffusion_model_brings_its_codec(hub: SmallHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import fishrt_export
+
+    seen: list[tuple[Path, Path | None]] = []
+
+    def export(checkpoint: Path, _out: Path, options: fishrt_export.Options, **_: object) -> Bundle:
+        seen.append((checkpoint, options.codec))
+        return Bundle.load(hub.repositories[BUNDLE])
+
+    monkeypatch.setattr(fishrt_export, "export_bundle", export, raising=False)
+    monkeypatch.chdir(tmp_path)
+    golden, base, codec = OWN_GOLDEN / "echo-tts/checkpoint", "jordand/echo-tts-base", "jordand/fish-s1-dac-min"
+    for name, of in ((base, base), (codec, codec), ("someone/codec", codec)):
+        hub.repositories[name] = Path(shutil.copytree(golden / of.partition("/")[2], tmp_path / "served" / name))
+        (hub.repositories[name] / "unwanted.bin").write_bytes(bytes(100))
+    local = str(hub.repositories[base])
+    for words in ([base], [base, "--codec", "someone/codec"], [local, "--codec", "someone/codec"], [local]):
+        assert run("export", words[0], "out", *words[1:]).exit_code == 0
+    model, found = seen[0]
+    assert names(model) == {"pca_state.safetensors", "pytorch_model.safetensors"}
+    assert found is not None
+    assert names(found) == {"pytorch_model.safetensors"}
+    assert ["fish-s1-dac-min" in str(codec) for _, codec in seen] == [True, False, False, False]
+    assert ["someone--codec" in str(codec) for _, codec in seen] == [False, True, True, False]
+    assert run("fetch", base, "fetched").exit_code == 0
+    assert names(tmp_path / "fetched") == names(model)
+    refused(run("export", base, "out", "--codec", CHECKPOINT), "the repository has no codec")

@@ -10,7 +10,9 @@ from pathlib import Path
 from torch import nn
 
 from echo_vectors import meta
+from fishrt.bundle.folder import Bundle
 from fishrt_engines import Engine, open_engine
+from fishrt_export import Options, export_bundle
 from fishrt_export.graph.job import GraphJob
 from fishrt_export.models.codec.latent_dac import LatentDac
 from fishrt_export.sources.codec import CodecSource
@@ -41,6 +43,11 @@ class EchoModel:
     @cached_property
     def sources(self) -> tuple[EchoSource, CodecSource]:
         return open_echo(self.checkpoint)
+
+    @cached_property
+    def bundle(self) -> Bundle:
+        options = Options(targets=("cuda", "coreml", "tensorrt"))
+        return Bundle.load(make_once(self.folder / "bundle", lambda folder: export_bundle(self.checkpoint, folder, options)))
 
     @cached_property
     def modules(self) -> dict[str, nn.Module]:

@@ -25,6 +25,23 @@ ODD = EchoConfig(
 )
 """No size fits another: heads are not the width, their number is odd, and no encoder is like another."""
 
+EVEN = EchoConfig(
+    channels=80,
+    width=64,
+    layers=2,
+    heads=4,
+    head_dim=16,
+    hidden=96,
+    embedding=32,
+    rank=16,
+    vocabulary=256,
+    patch=4,
+    text=EncoderSizes(layers=1, dim=32, heads=2, head_dim=16, hidden=48),
+    speaker=EncoderSizes(layers=1, dim=48, heads=3, head_dim=16, hidden=64),
+    latent=EncoderSizes(layers=1, dim=48, heads=3, head_dim=16, hidden=64),
+)
+"""Widths are multiples of 16: every layer can be stored in integers. The channels are those of the golden PCA."""
+
 
 def random_weights(config: EchoConfig, seed: int = 0) -> dict[str, Tensor]:
     """Return bfloat16 tensors by the names of an official checkpoint."""

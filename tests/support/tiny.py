@@ -18,12 +18,12 @@ from fishrt.bundle.folder import Bundle
 from fishrt.language_model.batch import DualAR
 from fishrt_engines import Engine, open_engine
 from fishrt_export import Options, export_bundle
-from fishrt_export.export import halves_fit
 from fishrt_export.graph.job import GraphJob
 from fishrt_export.models.codec.dac import Dac
 from fishrt_export.models.codec.firefly import Firefly
 from fishrt_export.models.fast_ar import FastAR
 from fishrt_export.models.slow_ar import SlowAR
+from fishrt_export.planning.dual_ar import halves_fit
 from fishrt_export.sources.codec import CodecSource, open_codec
 from fishrt_export.sources.language_model import LanguageModelSource, open_language_model
 from fishrt_export.targets.forms import make_forms

@@ -95,7 +95,8 @@ class Part:
 
     def run(self, feeds: Mapping[str, Array], state: State) -> dict[str, Array]:
         """See `engine.Engine.run`."""
-        return self.back.run(self.front.run(feeds), state)
+        given = {**feeds, **self.front.run({tensor.name: feeds[tensor.name] for tensor in self.front.spec.feeds})}
+        return self.back.run({tensor.name: given[tensor.name] for tensor in self.back.spec.feeds}, state)
 
 
 class StaticState(OneRow):

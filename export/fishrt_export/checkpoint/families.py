@@ -26,10 +26,9 @@ from .names import DEFAULTS
 
 
 @dataclass(frozen=True, slots=True)
-class Family:
-    """Releases that share prompts and sampling. Fields from `main_tokens` on go into the manifest as they are."""
+class Release:
+    """A published checkpoint."""
 
-    name: str
     title: str
     licence: str
     """Licence of the published weights, as the publisher's model card states it."""
@@ -37,6 +36,13 @@ class Family:
     """Hugging Face repository of the official checkpoint."""
     files: str
     """Files of the repository that an export needs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Family(Release):
+    """Releases that share prompts and sampling. Fields from `main_tokens` on go into the manifest as they are."""
+
+    name: str
     codec: str
     """Kind of the codec; see CodecSource.kind."""
     honours: tuple[str, ...]
@@ -220,6 +226,12 @@ FISH_1_2 = replace(
     reads=Reads(("en", "zh", "ja"), characters=None, tags=()),
 )
 
+ECHO = Release(
+    title="Echo-TTS",
+    licence="CC-BY-NC-SA-4.0",
+    repository="jordand/echo-tts-base",
+    files="pytorch_model.safetensors, pca_state.safetensors, and the codec of jordand/fish-s1-dac-min",
+)
 FAMILIES = {family.name: family for family in (S2, S1, FISH_1_5, FISH_1_4, FISH_1_2)}
 
 

@@ -23,7 +23,7 @@ from fishrt.voices.store import VoiceStore
 
 from ..errors import ExportError
 from .content import read_text, reading
-from .families import Family
+from .families import Release
 from .names import REFERENCES, tells_terms
 
 DEFAULT = "default.txt"
@@ -78,10 +78,10 @@ def encode_references(references: References | None, bundle: Bundle) -> Voices |
     return Voices(references.default, references.names)
 
 
-def copy_licence(checkpoint: Path, bundle: Path, family: Family) -> Licence:
+def copy_licence(checkpoint: Path, bundle: Path, release: Release) -> Licence:
     """Copy the checkpoint's licence files (its README, if it has none) and write a note.
 
-    The licence is the one that they name, else that of the family's published weights.
+    The licence is the one that they name, else that of the published weights.
     """
     with reading(checkpoint):
         files = {p.name: p.read_bytes() for p in sorted(checkpoint.iterdir()) if tells_terms(p.name) and p.is_file()}
@@ -92,11 +92,11 @@ def copy_licence(checkpoint: Path, bundle: Path, family: Family) -> Licence:
         (bundle / name).write_bytes(files[name])
     names = [stated for name in (*readmes, *found) if (stated := _licence_name(files[name], whole_file=name in found))]
     file = copied[0] if copied else None
-    named = names[0] if names else f"{family.licence} (of the published {family.title}; the checkpoint names none)"
+    named = names[0] if names else f"{release.licence} (of the published {release.title}; the checkpoint names none)"
     (bundle / NOTE).write_text(
         "The weights in this folder were converted from a published checkpoint. They keep the terms of their publisher,\n"
         f"which the licence of fishrt does not change.\n\nLicence: {named}\n"
-        + (f"The checkpoint's own words: {file}\n" if file else f"The terms: https://huggingface.co/{family.repository}\n"),
+        + (f"The checkpoint's own words: {file}\n" if file else f"The terms: https://huggingface.co/{release.repository}\n"),
         encoding="utf-8",
     )
     return Licence(named, file)

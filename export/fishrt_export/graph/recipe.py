@@ -2,8 +2,8 @@
 
     fp32    the checkpoint's own types
     fp16    matrices, kernels and tables rounded to float16, except those with numbers beyond its range
-    int8    linear layers of the language model in 8 bits, its embeddings in float16 or bfloat16, the codec as with fp32
-    int4    as int8, except the slow AR's blocks, which have 4 bits
+    int8    linear layers of the model in 8 bits, its embeddings in float16 or bfloat16, the codec as with fp32
+    int4    as int8, except the blocks of the slow AR or the denoiser, which have 4 bits
 
 Norms, biases and rotary tables are small and stay as they are.
 """
@@ -20,6 +20,9 @@ from torch import Tensor, nn
 
 from ..errors import ExportError
 from .quantise import BITS, BLOCKS, block_size
+
+_LARGE = ("slow_ar", "denoise")
+"""Roles whose blocks are most of the work of speaking."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,13 +43,13 @@ class Recipe:
 
     precision: str = "fp32"
     keep: Mapping[str, str] = field(default_factory=dict)
-    """Precisions by patterns for the language model's matrices, such as `slow_ar.layers.0.*` or `fast_ar.output`. The last
+    """Precisions by patterns for the model's matrices, such as `slow_ar.layers.0.*` or `denoise.out_proj`. The last
     pattern that matches counts. Embeddings take fp32 and fp16 only."""
 
     def plan(
         self, modules: Mapping[str, nn.Module], weights: Mapping[str, Mapping[str, Tensor]]
     ) -> dict[str, dict[str, Storage]]:
-        """Return the storage of each matrix of the language model, by role and name.
+        """Return the storage of each matrix of the model, by role and name.
 
         A layer whose inputs no block divides is not quantised. Raises one ExportError that lists all patterns without a match.
         """
@@ -73,7 +76,7 @@ class Recipe:
         if lost := [pattern for pattern in self.keep if pattern not in matched]:
             raise ExportError(
                 f"no layer that can be stored so matches: {', '.join(f'{name}={self.keep[name]}' for name in lost)}",
-                hint="names are such as slow_ar.layers.0.attention.wqkv, slow_ar.output, fast_ar.*; embeddings take fp32 or fp16",
+                hint=f"the model has {', '.join(modules)}, with names such as {_some(modules)}; embeddings take fp32 or fp16",
             )
         return plans
 
@@ -86,7 +89,13 @@ class Recipe:
     def _usual(self, role: str, path: str) -> str:
         if self.precision not in BITS:
             return self.precision
-        return self.precision if role == "slow_ar" and path.startswith("layers.") else "int8"
+        return self.precision if role in _LARGE and path.startswith("layers.") else "int8"
+
+
+def _some(modules: Mapping[str, nn.Module]) -> str:
+    """Return the names of some linear layers: of the first role's first ones."""
+    role, module = next(iter(modules.items()))
+    return ", ".join([f"{role}.{path}" for path, part in module.named_modules() if isinstance(part, nn.Linear)][:2])
 
 
 def main_precision(plan: Mapping[str, Storage], sizes: Mapping[str, int]) -> str:

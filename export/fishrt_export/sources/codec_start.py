@@ -33,7 +33,7 @@ def write_start(folder: Path, encode_spec: GraphSpec, spec: GraphSpec, codec: Co
     The file has the state of convolutions only. Attention masks the positions before the stream.
     """
     columns = [tensor.name for tensor in spec.state_tensors if tensor.name.startswith(COLUMNS)]
-    if not columns:
+    if not columns or codec.channels is not None:  # a codec of latents is an official one
         return
     encode, decode = (open_engine(folder / graph.file, graph, provider="cpu") for graph in (encode_spec, spec))
     codes = CodecEncoder(encode, codec).encode(np.zeros(_FRAMES * codec.hop, np.float32))

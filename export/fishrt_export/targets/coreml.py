@@ -11,7 +11,7 @@ Reciprocal is not used, since CoreML adds 1e-4 to its divisor. CoreML does not c
 positions are a separate graph, the front, for the CPU.
 
     integers ─► front ─► floats ─► back ─► results
-                            state ─►     ─► state
+                   latents, state ─►     ─► state
 
 Each graph is compared with the portable one in ONNX Runtime on the CPU. ONNX Runtime's usability checker estimates from the names
 of operators how many nodes CoreML would run, also for a step of the language model, whose graph is not kept since the CPU runs
@@ -74,7 +74,7 @@ def static_form(
 ) -> Form:
     """Write the graphs of fixed sizes for codec_decode into a bundle's folder, and return the form.
 
-    portable: the spec of codec_decode. case: one row of codes, in any calls. fingerprint: the codec's, for the cache key.
+    portable: the spec of codec_decode. case: one row of codes or latents, in any calls. fingerprint: for the cache key.
     progress receives the completed part, 0..1. Raises ExportError for a graph that differs from the portable one.
     """
     made = []
@@ -124,7 +124,7 @@ def _parity(folder: Path, portable: GraphSpec, static: FixedPart, case: Case) ->
     front, back = (open_engine(folder / spec.file, spec, provider="cpu") for spec in (static.front, static.back))
     part, state, static_state = Part(front, back), whole.new_state(batch=1), back.new_state()
     report = Report(static.back, static.parity.tolerance)
-    for feeds in _calls(case, static.frames):
+    for feeds in _calls(case, portable, static.frames):
         expected, actual = whole.run(feeds, state), part.run(feeds, static_state)
         for tensor in portable.results:
             report.values(tensor.name, expected[tensor.name], actual[tensor.name])
@@ -133,12 +133,14 @@ def _parity(folder: Path, portable: GraphSpec, static: FixedPart, case: Case) ->
     return report.parity()
 
 
-def _calls(case: Case, frames: int) -> Iterator[Feeds]:
+def _calls(case: Case, spec: GraphSpec, frames: int) -> Iterator[Feeds]:
     """Yield the feeds of a case in calls of `frames` frames, at most _CALLS."""
-    whole = {name: np.concatenate([call[name] for call in case.calls], axis=-1) for name in case.calls[0]}
-    count = min(whole["codes"].shape[-1] // frames, _CALLS)
+    axes = {tensor.name: tensor.shape.index("frames") for tensor in spec.feeds}
+    whole = {name: np.concatenate([call[name] for call in case.calls], axis=axis) for name, axis in axes.items()}
+    count = min(*(array.shape[axes[name]] // frames for name, array in whole.items()), _CALLS)
     for start in range(0, count * frames, frames):
-        yield {name: np.ascontiguousarray(array[..., start : start + frames]) for name, array in whole.items()}
+        span = range(start, start + frames)
+        yield {name: np.ascontiguousarray(np.take(array, span, axes[name])) for name, array in whole.items()}
 
 
 def usability(model: ir.Model) -> Usability:

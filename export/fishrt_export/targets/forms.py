@@ -4,8 +4,8 @@
                     ├─► 16 bits ─► fused operators ─► weights as stored or packed ─► cuda: captured
                     └─► the fast AR's frame graph instead of it ─► cuda, tensorrt: a launch costs more there than a draw
 
-A CUDA device computes a language model in bfloat16 if it can, else in float16. With quantised weights it computes in float16, for
-which ONNX Runtime has kernels that multiply by them directly. A codec's graph stays in float32.
+A CUDA device computes a model in bfloat16 if it can, else in float16. With quantised weights it computes in float16, for which
+ONNX Runtime has kernels that multiply by them directly. FLOAT32 names the graphs that stay in float32.
 """
 
 from __future__ import annotations
@@ -24,6 +24,9 @@ from .precision import compute_in, keep_layout, share_weights
 
 log = logging.getLogger(__name__)
 
+FLOAT32 = ("codec", "schedule")
+"""Starts of the roles whose graphs are computed in float32 everywhere: a codec's, and that of the times, which reach 1000 rad."""
+
 
 def make_forms(folder: Path, role: str, portable: GraphSpec, targets: Collection[str], frame: Form | None = None) -> list[Form]:
     """Write the forms of one role's portable graph into its folder, and return them.
@@ -31,7 +34,7 @@ def make_forms(folder: Path, role: str, portable: GraphSpec, targets: Collection
     frame: of the fast AR, its form for TensorRT, of which those for CUDA are made.
     """
     forms = _cpu(folder, portable) if "cpu" in targets else []
-    if "cuda" in targets and role in ("slow_ar", "fast_ar"):
+    if "cuda" in targets and not role.startswith(FLOAT32):
         if role == "fast_ar" and frame is None:
             log.warning("CUDA runs the fast AR once for each code, which is slower: the export was not made with --target cuda")
         forms += _cuda(folder, frame.spec if frame else portable)
@@ -50,7 +53,7 @@ def _cpu(folder: Path, portable: GraphSpec) -> list[Form]:
 
 
 def _cuda(folder: Path, portable: GraphSpec) -> list[Form]:
-    """Return forms of a language model's graph, the fastest first."""
+    """Return forms of a model's graph, the fastest first."""
     quantised = any(node.op_type == "DequantizeLinear" for node in load(folder / portable.file).graph)
     forms = []
     for dtype in ("float16",) if quantised else ("bfloat16", "float16"):

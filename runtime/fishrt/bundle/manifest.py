@@ -115,7 +115,7 @@ class FixedPart:
     front: GraphSpec
     """The part with integer inputs, which runs on the CPU. It has no state."""
     back: GraphSpec
-    """The rest, which runs on the provider: its inputs are the results of `front`, and it has the state of the whole."""
+    """The rest, which runs on the provider: its inputs are the results of `front` and floats, and it has the whole state."""
     usability: Usability
     """Usability of `back`."""
     parity: Parity

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ...errors import ExportError, listed
 from ..content import DAMAGED, is_safetensors, read_json, reading
-from ..names import CODEC_CONFIG, tells_terms
+from ..names import CODEC_CONFIG, choose_checkpoint, tells_terms
 
 WEIGHTS = "pytorch_model.safetensors"
 PCA = "pca_state.safetensors"
@@ -73,10 +73,15 @@ def find_diffusion(folder: Path, codec: Path | None = None) -> DiffusionFiles:
     return DiffusionFiles(weights, pca, file, config if config.is_file() else None)
 
 
-def choose_diffusion(names: Sequence[str], _read: Callable[[str], Path]) -> list[str]:
-    """Return the files of the model's repository that an export needs. Raises ExportError for a repository that lacks one."""
-    if missing := [name for name in (WEIGHTS, PCA) if name not in names]:
-        raise ExportError(f"the repository lacks {listed(missing)}; it has {listed(names) or 'no files'}", hint=_NEEDS)
+def choose_files(names: Sequence[str], read: Callable[[str], Path]) -> list[str]:
+    """Return the files of a model's repository, of either kind, that an export needs. Raises ExportError if one is not there.
+
+    A diffusion model has a PCA.
+    """
+    if PCA not in names:
+        return choose_checkpoint(names, read)
+    if WEIGHTS not in names:
+        raise ExportError(f"the repository lacks {WEIGHTS}; it has {listed(names)}", hint=_NEEDS)
     return [*filter(tells_terms, names), WEIGHTS, PCA]
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from fishrt.bundle.features import LanguageModel
 from fishrt.bundle.folder import Bundle
 from fishrt_engines.engine import GraphSpec
 from fishrt_engines.trt.plans import PRECISIONS, LoweringOptions
@@ -39,7 +40,7 @@ _NUMBERS = _FLOATS | {"int32", "int64"}
 _ALL = _NUMBERS | {"bool"}
 _TABLE = [
     (_FLOATS, "Attention* ConvTranspose* Conv* CumSum Exp Gelu LayerNormalization* Log Reciprocal RMSNormalization*"),
-    (_FLOATS, "RotaryEmbedding* Round Sigmoid Sin Softmax Sqrt Tanh TensorScatter* Clip*"),
+    (_FLOATS, "RotaryEmbedding* Round Sigmoid Cos Sin Softmax Sqrt Tanh TensorScatter* Clip*"),
     (_NUMBERS, "Add* ArgMax Div* Gemm* GreaterOrEqual* Less* LessOrEqual* MatMul* Max* Min* Mul* Pad Pow* Range* ReduceL2"),
     (_NUMBERS, "ReduceMax ReduceSum Sub* TopK"),
     (_ALL, "Cast Concat* ConstantOfShape Equal* Expand Gather GatherElements Identity Reshape ScatterElements Shape Slice"),
@@ -81,19 +82,21 @@ Issue = tuple[str, str, str, str]
 def tensorrt_findings(bundle: Bundle) -> dict[str, list[Finding]]:
     """Return the findings on each lowered graph, by role; "frame" is the frame graph, if the bundle has forms for TensorRT.
 
-    The language model's graphs are checked in every precision, the codec's in float32, in which they stay. A graph that cannot be
+    The model's graphs are checked in every precision, the codec's in float32, in which they stay. A graph that cannot be
     lowered is an error. Raises ExportError for a damaged file.
     """
-    specs, max_len, found = dict(bundle.manifest.specs), bundle.manifest.language_model.max_seq_len, dict[str, list[Finding]]()
-    if frame := bundle.manifest.graphs["fast_ar"].form("tensorrt", ()):
+    manifest, found = bundle.manifest, dict[str, list[Finding]]()
+    specs, model = dict(manifest.specs), manifest.model
+    max_len = model.max_seq_len if isinstance(model, LanguageModel) else None  # a diffusion model has no caches
+    if "fast_ar" in specs and (frame := manifest.graphs["fast_ar"].form("tensorrt", ())):
         specs["frame"] = frame.spec
     for role, spec in specs.items():
         of_role: dict[Finding, None] = {}
         for precision in ["fp32"] if role.startswith("codec") else PRECISIONS:
-            model = load(bundle.file(spec.file))
+            graph = load(bundle.file(spec.file))
             options = LoweringOptions(max_len, precision, precision == "fp16", primitive_attention=False)
             try:
-                of_role |= dict.fromkeys(check_for_tensorrt(model, lower_for_tensorrt(model, spec, options, FORMS[0])))
+                of_role |= dict.fromkeys(check_for_tensorrt(graph, lower_for_tensorrt(graph, spec, options, FORMS[0])))
             except ExportError as error:
                 of_role[Finding("error", "", "", "lowering", str(error), "fishrt")] = None
         found[role] = sorted(of_role, key=lambda finding: finding.severity)

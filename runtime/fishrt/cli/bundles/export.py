@@ -16,7 +16,7 @@ from fishrt_engines.machine import peak_memory
 from ...bundle.folder import Bundle
 from ...bundle.manifest import MANIFEST, PRECISIONS, TARGETS, Parity, Rounding
 from ...errors import FishrtError
-from ...hub.download import download
+from ...hub.download import Choose, download
 from ...hub.repository import Repository, names_repository
 from ..base.commands import print_json
 from ..base.options import CPU_TORCH, Number, Whole, downloading, json_option, quiet_option
@@ -29,10 +29,11 @@ class _ExportCommand(click.Command):
     """A command whose help ends with a list of the official checkpoints."""
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        from fishrt_export.checkpoint.families import FAMILIES
+        from fishrt_export.checkpoint.families import ECHO, FAMILIES
 
+        listed = [(f.repository, f"{f.files} (--family {f.name})") for f in FAMILIES.values()]
         with formatter.section("Official checkpoints on the Hugging Face Hub"):
-            formatter.write_dl([(f.repository, f"{f.files} (--family {f.name})") for f in FAMILIES.values()])
+            formatter.write_dl([*listed, (ECHO.repository, ECHO.files)])
 
 
 def _parse_keep(_ctx: click.Context, _param: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
@@ -64,12 +65,19 @@ def _parse_keep(_ctx: click.Context, _param: click.Parameter, values: tuple[str,
 )
 @click.option("--lora-rank", type=Whole(min=1), metavar="R", help="Require this rank of the LoRA.  [default: any rank]")
 @click.option(
+    "--codec",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Folder of a diffusion model's codec, or its OWNER/NAME on the Hub.  [default: in CHECKPOINT or beside it; for a "
+    "repository the official one]",
+)
+@click.option(
     "--precision",
     type=click.Choice(PRECISIONS),
     default="fp32",
     show_default=True,
-    help="How weights are stored. fp32: as in the checkpoint. fp16: rounded to 16 bits. int8: linear layers of the language "
-    "model in 8 bits. int4: the same, but the layers of the slow AR in 4 bits.",
+    help="How weights are stored. fp32: as in the checkpoint. fp16: rounded to 16 bits. int8: linear layers of the model in 8 "
+    "bits. int4: the same, but the layers of the slow AR or of the denoiser in 4 bits.",
 )
 @click.option(
     "--keep",
@@ -105,6 +113,7 @@ def export(
     lora: Path | None,
     lora_alpha: float | None,
     lora_rank: int | None,
+    codec: Path | None,
     precision: str,
     keep: dict[str, str],
     targets: tuple[str, ...],
@@ -131,6 +140,7 @@ def export(
     reporter, begun = Reporter(quiet=quiet or as_json), time.monotonic()
     try:
         from fishrt_export import Lora, Options
+        from fishrt_export.checkpoint.diffusion.files import is_diffusion
         from fishrt_export.checkpoint.names import check_parts
         from fishrt_export.place import check_out
 
@@ -138,12 +148,12 @@ def export(
         asked = (*targets, static) if static else targets
         options = Options(head, family, merged, precision, keep, asked, codec_int8)
         check_out(out)
-        if not names_repository(checkpoint):
+        if not names_repository(checkpoint) and not is_diffusion(checkpoint):
             check_parts(checkpoint)
         from fishrt_export import export_bundle  # after what is checked without torch, which takes seconds to import
 
-        located = _located(checkpoint, revision, quiet=quiet or as_json)
-        bundle = export_bundle(located, out, options, progress=reporter.show)
+        located, codec = _located(checkpoint, revision, codec, quiet=quiet or as_json)
+        bundle = export_bundle(located, out, dataclasses.replace(options, codec=codec), progress=reporter.show)
     except ImportError as error:
         if (error.name or "").split(".")[0] not in _EXPORT_NEEDS:
             raise
@@ -157,15 +167,26 @@ def export(
         reporter.done("\n".join(_report(bundle, out, seconds, peak)))
 
 
-def _located(checkpoint: Path, revision: str | None, *, quiet: bool) -> Path:
-    """Return the checkpoint's folder; a repository of the hub is downloaded into its cache."""
-    if not names_repository(checkpoint):
-        return checkpoint
-    from fishrt_export.checkpoint.names import choose_checkpoint
+def _located(checkpoint: Path, revision: str | None, codec: Path | None, *, quiet: bool) -> tuple[Path, Path | None]:
+    """Return the folders of the checkpoint and of its codec; repositories of the hub are downloaded into its cache.
+
+    codec: None is the official one for a repository of a diffusion model.
+    """
+    from fishrt_export.checkpoint.diffusion.files import CODEC_REPOSITORY, choose_codec, choose_files, is_diffusion
 
     reporter = Reporter(quiet=quiet)
+
+    def fetch(path: Path, revision: str | None, choose: Choose) -> Path:
+        return download(Repository.parse(path.as_posix(), revision), choose, progress=downloading(reporter))
+
     try:
-        return download(Repository.parse(checkpoint.as_posix(), revision), choose_checkpoint, progress=downloading(reporter))
+        folder = checkpoint
+        if names_repository(checkpoint):
+            folder = fetch(checkpoint, revision, choose_files)
+            codec = codec or (Path(CODEC_REPOSITORY) if is_diffusion(folder) else None)
+        if codec is not None and names_repository(codec):
+            codec = fetch(codec, None, choose_codec)
+        return folder, codec
     finally:
         reporter.clear()
 

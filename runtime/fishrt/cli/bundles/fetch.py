@@ -38,12 +38,13 @@ def fetch(repository: str, folder: Path | None, revision: str | None) -> None:
     reporter, chosen = new_reporter(), list[str]()
 
     def choose(names: Sequence[str], read: Callable[[str], Path]) -> Sequence[str]:
-        from fishrt_export.checkpoint.names import choose_checkpoint, left_out
+        from fishrt_export.checkpoint.diffusion.files import choose_files
+        from fishrt_export.checkpoint.names import left_out
 
         if MANIFEST in names:
             chosen[:] = choose_bundle(names, read)
         else:
-            chosen[:] = choose_checkpoint(names, read)
+            chosen[:] = choose_files(names, read)
             if others := left_out(names):
                 warn(f"{wanted} has several sets of weights; left out: {', '.join(others)}")
         return chosen
