@@ -11,17 +11,18 @@ from pathlib import Path
 import click
 
 from . import FAMILIES, write_checkpoint
+from .echo import ECHO
 
 
 @click.command(context_settings={"show_default": True})
-@click.argument("family", type=click.Choice(list(FAMILIES)))
+@click.argument("family", type=click.Choice([*FAMILIES, ECHO]))
 @click.argument("out", type=click.Path(path_type=Path, file_okay=False))
 @click.option("--seed", default=0, help="The same seed gives the same files.")
 @click.option("--tiny", is_flag=True, help="The same layout in a few MB.")
 def main(family: str, out: Path, seed: int, tiny: bool) -> None:
     """Write a checkpoint of FAMILY into the folder OUT."""
     write_checkpoint(family, out, seed=seed, tiny=tiny, progress=lambda part: click.echo(f"writing {part}", err=True))
-    size = sum(path.stat().st_size for path in out.iterdir() if path.is_file())
+    size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     click.echo(f"{size / 1e9:.2f} GB in {out}", err=True)
 
 

@@ -19,6 +19,8 @@ from fishrt_export.models.codec.firefly import FireflyConfig
 from fishrt_export.models.codec.load import OFFICIAL, CodecConfig, official_firefly
 
 from . import tokenizer
+from .echo import ECHO, write_echo
+from .safetensors_file import BYTES, write_bfloat16
 from .sizes import FAMILIES, Release, overlaid
 from .weights import LanguageModelWeights, codec_tensors, empty_codec, language_model_shapes
 
@@ -33,14 +35,16 @@ Progress = Callable[[str], None]
 def write_checkpoint(
     family: str, out: str | Path, *, seed: int = 0, tiny: bool = False, progress: Progress = lambda _: None
 ) -> Path:
-    """Write a checkpoint of `family` (a key of FAMILIES) into the new or existing folder `out`, and return the folder.
+    """Write a checkpoint of `family` (a key of FAMILIES, or ECHO) into the new or existing folder `out`, and return the folder.
 
     The same seed gives the same files. tiny: the same layout with small widths, few layers and few text tokens, of a few MB.
     The sharded family needs little memory, the others twice the size of their largest file.
     Raises ValueError for an unknown family.
     """
+    if family == ECHO:
+        return write_echo(Path(out), seed=seed, tiny=tiny, progress=progress)
     if family not in FAMILIES:
-        raise ValueError(f"unknown family {family!r}; choose one of: {', '.join(FAMILIES)}")
+        raise ValueError(f"unknown family {family!r}; choose one of: {', '.join((*FAMILIES, ECHO))}")
     release, known, out = FAMILIES[family], KNOWN[family], Path(out)
     out.mkdir(parents=True, exist_ok=True)
     progress("tokenizer")
@@ -99,8 +103,8 @@ def _fit_vocabulary(raw: dict[str, Any], size: int, semantic: range) -> None:
 
 
 def _write_shards(out: Path, weights: LanguageModelWeights, shapes: Mapping[str, tuple[int, ...]], progress: Progress) -> None:
-    """Write shards in the format of safetensors: the length of a JSON header in 8 bytes, the header, the tensors' bytes."""
-    sizes = {name: 2 * math.prod(shape) for name, shape in shapes.items()}
+    """Write the weights in files of at most SHARD_BYTES, and their index."""
+    sizes = {name: BYTES * math.prod(shape) for name, shape in shapes.items()}
     shards: list[list[str]] = [[]]
     for name in shapes:
         if shards[-1] and sum(sizes[n] for n in shards[-1]) + sizes[name] > SHARD_BYTES:
@@ -110,23 +114,10 @@ def _write_shards(out: Path, weights: LanguageModelWeights, shapes: Mapping[str,
     for number, names in enumerate(shards, 1):
         path = out / f"model-{number:05}-of-{len(shards):05}.safetensors"
         progress(path.name)
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        offset = 0
-        for name in names:
-            header[_nested(name)] = {
-                "dtype": "BF16",
-                "shape": list(shapes[name]),
-                "data_offsets": [offset, offset + sizes[name]],
-            }
-            offset += sizes[name]
-            places[_nested(name)] = path.name
-        encoded = json.dumps(header).encode()
-        encoded += b" " * (-len(encoded) % 8)
-        with path.open("wb") as file:
-            file.write(len(encoded).to_bytes(8, "little") + encoded)
-            for name in names:
-                for piece in weights.pieces(name, shapes[name]):
-                    file.write(piece.view(torch.uint8).numpy().data)
+        flat = {_nested(name): name for name in names}
+        places |= dict.fromkeys(flat, path.name)
+        own = {nested: shapes[name] for nested, name in flat.items()}
+        write_bfloat16(path, own, lambda nested, flat=flat: weights.pieces(flat[nested], shapes[flat[nested]]))
     index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places}
     (out / INDEX).write_text(json.dumps(index, indent=1))
 

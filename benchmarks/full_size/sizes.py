@@ -112,7 +112,7 @@ _SMALL_FIREFLY = {
 }
 _SMALL_TRANSFORMER = {"n_layer": 2, "n_head": 4, "dim": 64, "intermediate_size": 128, "head_dim": 16}
 _SMALL_MODULE = {"window_size": 16, "input_dim": 64, "config": _SMALL_TRANSFORMER}
-_SMALL_DAC = {
+SMALL_DAC = {
     "encoder_dim": 4,
     "decoder_dim": 64,
     "encoder_transformer_layers": [0, 0, 0, 1],
@@ -145,13 +145,13 @@ FAMILIES = {
     "1.2": Release(_FISH_1_2, _SMALL, 32000, _firefly(4, 42), _SMALL_FIREFLY, "tokenizer.json"),
     "1.4": Release(_FISH_1_4, _SMALL, 32000, _firefly(8, 21), _SMALL_FIREFLY, "tokenizer.json"),
     "1.5": Release(_FISH_1_5, _SMALL, 100000, _firefly(8, 21), _SMALL_FIREFLY, "tokenizer.tiktoken"),
-    "s1": Release(_S1, {**_SMALL, **_SMALL_FAST}, 151643, "codec.pth", _SMALL_DAC, "tokenizer.tiktoken"),
+    "s1": Release(_S1, {**_SMALL, **_SMALL_FAST}, 151643, "codec.pth", SMALL_DAC, "tokenizer.tiktoken"),
     "s2": Release(
         _S2,
         {"text_config": _SMALL_NESTED, "audio_decoder_config": _SMALL_NESTED},
         151643,
         "codec.pth",
-        _SMALL_DAC,
+        SMALL_DAC,
         "tokenizer.json",
     ),
 }

@@ -52,9 +52,9 @@ class LanguageModelWeights:
 
     def pieces(self, name: str, shape: tuple[int, ...]) -> Iterator[Tensor]:
         """Yield bfloat16 rows of the tensor of this flat name, in order."""
-        generator = _generator(self.seed, name)
-        for start, stop in _row_ranges(shape):
-            yield self._filled(name, (stop - start, *shape[1:]), start, generator).to(torch.bfloat16)
+        drawn = generator(self.seed, name)
+        for start, stop in row_ranges(shape):
+            yield self._filled(name, (stop - start, *shape[1:]), start, drawn).to(torch.bfloat16)
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """Return the tensor of this flat name, bfloat16."""
@@ -92,7 +92,7 @@ def codec_tensors(config: CodecConfig, seed: int) -> dict[str, Tensor]:
     for name, meta in codec.state_dict().items():
         owner_name, _, kind = name.rpartition(".")
         owner = modules[owner_name]
-        x = _codec_tensor(name, kind, owner, meta.shape, _generator(seed, name))
+        x = _codec_tensor(name, kind, owner, meta.shape, generator(seed, name))
         found |= _weight_normed(name, x) if kind == "weight" and isinstance(owner, _CONVOLUTIONS) else {name: x}
     return found
 
@@ -134,12 +134,14 @@ def _weight_normed(name: str, weight: Tensor) -> Mapping[str, Tensor]:
     return {name: weight}
 
 
-def _generator(seed: int, name: str) -> torch.Generator:
+def generator(seed: int, name: str) -> torch.Generator:
+    """Return the generator of one tensor."""
     # Only 32 bits of a seed count; the odd factor spreads small seeds over all of them.
     return torch.Generator().manual_seed(zlib.crc32(name.encode()) ^ (seed * 0x9E3779B1 & 0xFFFFFFFF))
 
 
-def _row_ranges(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+def row_ranges(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+    """Yield the first row and the one after the last of each piece of a tensor."""
     step = max(1, PIECE // math.prod(shape[1:]))
     for start in range(0, shape[0], step):
         yield start, min(start + step, shape[0])
