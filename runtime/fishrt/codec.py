@@ -238,6 +238,13 @@ def joined(parts: Sequence[Sound]) -> Sound:
     return np.concatenate(parts, axis=_axis(parts[0]))
 
 
+def apart(sound: Sound) -> tuple[Ints, Floats | None]:
+    """Return codes and None, or codes int64 [0, frames] and latents."""
+    if _kind(sound) == "codes":
+        return sound.astype(np.int64, copy=False), None
+    return np.empty((0, len(sound)), np.int64), sound
+
+
 def no_frames(codec: Codec) -> Sound:
     """Return codes int64 [K, 0], or latents float32 [0, channels]."""
     if codec.channels is None:

@@ -8,7 +8,7 @@ from numbers import Integral, Real
 from typing import Any, Literal, TypedDict, get_args
 
 from .audio.speed import FASTEST, SLOWEST
-from .bundle.features import Codec
+from .diffusion.denoising import Denoising
 from .errors import ArgumentError, SamplingError
 from .language_model.sampling import Sampling
 from .voices.voice import Voice
@@ -33,11 +33,15 @@ class Options(TypedDict, total=False):
     speed: float
     mode: Mode
     upstream_compat: bool
+    denoising: Denoising | None
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
     """A text to speak, and how. Raises ArgumentError for a value of another type, SamplingError for one outside its range.
+
+    `sampling`, `system` and `upstream_compat` are for language models, `denoising` is for diffusion models; a TTS refuses those
+    of the other kind.
 
     Attributes:
         text: a text of any length; it is spoken in pieces.
@@ -46,13 +50,14 @@ class Request:
             list: no voice. A single voice is brought to the common loudness of all voices.
         sampling: None means the bundle's defaults.
         seed: at least 0; None draws one, which `SpeechInfo` has. The same seed and request give the same codes.
-        max_frames: limit for each piece of text, at most the codec's; None means as many as context and codec allow.
-            `SpeechInfo` says which pieces it cut off.
+        max_frames: limit for each piece of text, at most the codec's or the diffusion model's; None means as many as model and
+            codec allow. `SpeechInfo` says which pieces it cut off.
         system: replaces the model's usual instruction.
         volume: factor on all samples, 0.01 to 10.
         speed: factor on the speaking rate, 0.25 to 4, without another pitch. Any but 1 needs PyAV, which the extra server brings.
         mode: of a stream: "fast" halves the frames of its first chunks, "quality" quadruples them; the codes are the same.
         upstream_compat: the behaviour of the original to the letter, without the common loudness.
+        denoising: None means the bundle's defaults.
     """
 
     text: str
@@ -65,12 +70,14 @@ class Request:
     speed: float = 1.0
     mode: Mode = "balanced"
     upstream_compat: bool = False
+    denoising: Denoising | None = None
 
     def __post_init__(self) -> None:
         check_type("text", self.text, str, "a str")
         for voice in self.voices or ():
             check_type("voice", voice, (str, Voice), "the name of a voice, a Voice, or a list of them")
         check_type("sampling", self.sampling, (Sampling, type(None)), "a Sampling, such as Sampling(temperature=0.5)")
+        check_type("denoising", self.denoising, (Denoising, type(None)), "a Denoising, such as Denoising(steps=10)")
         check_type("system", self.system, (str, type(None)), "a str")
         if self.seed is not None and (not isinstance(self.seed, Integral) or self.seed < 0):
             raise SamplingError(f"the seed is {self.seed!r}", hint="it must be a whole number of at least 0")
@@ -85,11 +92,12 @@ class Request:
     def of(cls, text: str | Request, options: Mapping[str, Any]) -> Request:
         """Return the request for a text with these options, or a request with these changes.
 
-        Raises ArgumentError for an option that a request does not have; for a field of Sampling with a hint at `sampling`.
+        Raises ArgumentError for an option that a request does not have; for a field of Sampling or Denoising with a hint.
         """
-        if given := [f"{field.name}={options[field.name]!r}" for field in fields(Sampling) if field.name in options]:
-            name = given[0].split("=")[0]
-            raise ArgumentError(f"a request has no option {name}", hint=f"sampling=Sampling({', '.join(given)})")
+        for option, kind in (("sampling", Sampling), ("denoising", Denoising)):
+            if given := [f"{field.name}={options[field.name]!r}" for field in fields(kind) if field.name in options]:
+                name = given[0].split("=")[0]
+                raise ArgumentError(f"a request has no option {name}", hint=f"{option}={kind.__name__}({', '.join(given)})")
         known = [field.name for field in fields(cls) if field.init and field.name != "text"]
         if unknown := sorted(options.keys() - known):
             raise ArgumentError(f"a request has no option {unknown[0]}", hint=f"its options are {', '.join(known)}")
@@ -102,14 +110,13 @@ class Request:
             return self.voice
         return [self.voice]
 
-    def limit(self, codec: Codec) -> int:
-        """Return the most frames of a piece of text. Raises SamplingError for a max_frames that the codec does not take."""
-        most = codec.max_frames
+    def limit(self, most: int, whose: str) -> int:
+        """Return the most frames of a piece of text. Raises SamplingError for a max_frames above `most`, `whose` limit it is."""
         if self.max_frames is None:
             return most
         if not isinstance(self.max_frames, Integral) or not 1 <= self.max_frames <= most:
             raise SamplingError(
-                f"max_frames is {self.max_frames!r}", hint=f"it must be a whole number from 1 to {most:,}, the codec's limit"
+                f"max_frames is {self.max_frames!r}", hint=f"it must be a whole number from 1 to {most:,}, {whose} limit"
             )
         return int(self.max_frames)
 

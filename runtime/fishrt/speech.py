@@ -6,8 +6,9 @@ import base64
 from dataclasses import dataclass
 from pathlib import Path
 
-from .arrays import Ints, Pcm
+from .arrays import Floats, Ints, Pcm
 from .audio.encode import encode_audio, write_audio
+from .diffusion.denoising import Denoising
 from .errors import FishrtError
 from .language_model.batch import StopReason
 from .language_model.sampling import Sampling
@@ -16,14 +17,17 @@ from .text.split import excerpt
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """Progress of a request; passed to the `progress` function after every frame.
+    """Progress of a request; passed to the `progress` function after every frame, or every step of a diffusion model.
 
     Attributes:
         piece: number of the current piece of text, 0-based.
         pieces: number of all pieces of text.
-        frames: number of frames drawn so far, over all pieces.
+        frames: number of frames made so far, over all pieces.
         audio_s: seconds of speech in these frames.
         elapsed_s: seconds since the first piece began.
+        step: steps that were taken for the piece; 0 with a language model.
+        steps: all steps of the piece, some of which may not be needed.
+        expected_s: estimated seconds of speech of all pieces; None with a language model.
     """
 
     piece: int
@@ -31,6 +35,9 @@ class Progress:
     frames: int
     audio_s: float
     elapsed_s: float
+    step: int = 0
+    steps: int = 0
+    expected_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,20 +46,20 @@ class Timings:
 
     Attributes:
         load_s: opening of graphs, in the first request that needs them. Not counted in the RTF.
-        language_model_s: prompt, prefill, and drawing of frames.
-        codec_s: decoding of codes to waveform.
+        model_s: prompt, prefill, and drawing of frames; or the reading of text and voice, and the steps.
+        codec_s: decoding of codes or latents to waveform.
         ttfa_s: from the request to its first chunk with sound; None for any other chunk.
     """
 
     load_s: float
-    language_model_s: float
+    model_s: float
     codec_s: float
     ttfa_s: float | None
 
     @property
     def compute_s(self) -> float:
         """Return all seconds except those of loading."""
-        return self.language_model_s + self.codec_s
+        return self.model_s + self.codec_s
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -63,11 +70,13 @@ class AudioChunk:
         pcm: float32 [samples], mono, −1..1; may be empty.
         sample_rate: Hz.
         codes: int64 [K, frames], drawn since the chunk before. A codec that looks ahead delivers the end of their sound later.
+            Of no codebooks, [0, frames], with a diffusion model.
         piece: number of the piece of text, 0-based.
         text: the piece.
         stop_reason: None except for the last chunk of a piece: "end" if the model finished, any other value if it was cut off.
         seed: seed of the whole request.
         timings: timings of this chunk.
+        latents: float32 [frames, channels] of a diffusion model, in place of codes; None with a language model.
     """
 
     pcm: Pcm
@@ -78,6 +87,7 @@ class AudioChunk:
     stop_reason: StopReason | None
     seed: int
     timings: Timings
+    latents: Floats | None = None
 
     @property
     def duration_s(self) -> float:
@@ -98,7 +108,7 @@ class PieceInfo:
 
     Attributes:
         text: the piece.
-        frames: number of frames drawn for it; 0 if the model said nothing.
+        frames: number of frames made for it; 0 if the model said nothing.
         stop_reason: "end" if the model finished, any other value if it was cut off.
     """
 
@@ -112,8 +122,8 @@ class SpeechInfo:
     """Settings and measurements of a request: enough to repeat it.
 
     Attributes:
-        seed: seed of all draws.
-        sampling: settings, with the bundle's defaults for those that were not given.
+        seed: seed of all draws; a diffusion model adds the number of the piece.
+        sampling: settings, with the bundle's defaults for those that were not given; None with a diffusion model.
         voices: names of the voices that spoke; the bundle's own if the request named none.
         pieces: how each piece of text ended.
         frames: number of frames over all pieces.
@@ -125,10 +135,11 @@ class SpeechInfo:
         bundle_sha256: SHA-256 of the bundle's manifest, which holds the hashes of its files.
         warnings: possible faults of the speech, each once: pieces that were cut off or not spoken, text that the model does not
             read reliably.
+        denoising: settings of a diffusion model, as `sampling`; None with a language model.
     """
 
     seed: int
-    sampling: Sampling
+    sampling: Sampling | None
     voices: tuple[str, ...]
     pieces: tuple[PieceInfo, ...]
     frames: int
@@ -139,6 +150,7 @@ class SpeechInfo:
     bundle: str
     bundle_sha256: str
     warnings: tuple[str, ...] = ()
+    denoising: Denoising | None = None
 
     @property
     def stop_reasons(self) -> tuple[StopReason, ...]:
@@ -162,14 +174,16 @@ class Speech:
     Attributes:
         pcm: float32 [samples], mono, −1..1.
         sample_rate: Hz.
-        codes: int64 [K, frames].
+        codes: int64 [K, frames]; of no codebooks with a diffusion model.
         info: settings, measurements and warnings.
+        latents: float32 [frames, channels] of a diffusion model; None with a language model.
     """
 
     pcm: Pcm
     sample_rate: int
     codes: Ints
     info: SpeechInfo
+    latents: Floats | None = None
 
     @property
     def duration_s(self) -> float:

@@ -35,6 +35,7 @@ from .bundle.memory import check_memory, estimate, memory_errors
 from .codec import CodecDecoder, CodecEncoder
 from .diffusion.latents import voice_latents
 from .errors import ArgumentError, FishrtError
+from .kinds.diffusion import DiffusionModel
 from .kinds.dual_ar import DualARModel
 from .kinds.model import Model
 from .request import Options, Request, VoiceLike, check_type
@@ -54,7 +55,7 @@ VERIFIED_BYTES = 64_000_000
 """Bundles up to this size are hashed whenever they are loaded, in part of a second; `fishrt inspect --verify` hashes any."""
 
 _KEPT_LEVELS = 64
-_KINDS: Mapping[str, type[Model]] = {"dual_ar": DualARModel}
+_KINDS: Mapping[str, type[Model]] = {"dual_ar": DualARModel, "diffusion": DiffusionModel}
 
 
 class TTS:
@@ -152,7 +153,7 @@ class TTS:
     ) -> Speech:
         """Speak a text, or a `Request`, in which the options then replace fields.
 
-        progress: called after every frame.
+        progress: called after every frame, or every step of a diffusion model.
         options: fields of `Request`, which says more of each:
             voice: Voice, str, or a list of them; default None, the bundle's default voice.
             sampling: Sampling; default None, the bundle's settings.
@@ -163,12 +164,13 @@ class TTS:
             speed: float, a factor on the speaking rate from 0.25 to 4; default 1.0.
             mode: str, "fast", "balanced" or "quality", the chunks of a stream; default balanced.
             upstream_compat: bool, the behaviour of the original to the letter; default False.
+            denoising: Denoising, for a diffusion model; default None, the bundle's settings.
 
         A piece that the model left silent, or that a limit cut off, is a warning in `info`; the log says that there are some.
         Raises PromptError for text that cannot be spoken or is too long with its references, and for a system text that the model
         does not take; VoiceError for a voice that is unknown or not this bundle's; SamplingError for a limit, seed, volume or
-        speed outside its range, and for a repetition penalty that the model does not have; ArgumentError for an argument of
-        another type; AudioError for a speed without PyAV; FishrtError if the model says nothing at all, draws codes that have no
+        speed outside its range, and for settings that the model does not have; ArgumentError for an argument of another type or
+        kind of model; AudioError for a speed without PyAV; FishrtError if the model says nothing at all, draws codes that have no
         sound, or there is too little memory. Such an error in a later piece is an UnfinishedError with the `speech` before it.
         """
         return self._stream(Request.of(text, options), progress, whole_chunks).whole()

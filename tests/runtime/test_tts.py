@@ -390,4 +390,4 @@ def test_reading_a_voice_counts_as_work_of_the_language_model(tts: TTS, monkeypa
         return read(store, *args)
 
     monkeypatch.setattr(ContextStore, "restore", slow)
-    assert tts.speak("Hi.", seed=1).info.timings.language_model_s > 0.05
+    assert tts.speak("Hi.", seed=1).info.timings.model_s > 0.05

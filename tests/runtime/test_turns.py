@@ -48,7 +48,7 @@ def turn(turns: ColumnTurns) -> list[ColumnJob]:
 
 def chunks(job: ColumnJob) -> list[int]:
     """Return the frames of the chunks so far."""
-    return [codes.shape[1] for codes in job._codes]
+    return [codes.shape[1] for codes in job._given]
 
 
 def test_prompts_are_read_before_the_next_step(tts: TTS) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from math import isfinite
 from numbers import Integral, Real
-from typing import TypeGuard, TypeVar, get_args
+from typing import Any, TypeGuard, TypeVar, get_args
 
 from ..bundle.diffusion import Diffusion, contradictions, denoising_faults
 from ..errors import SamplingError
@@ -116,6 +116,19 @@ class Denoising:
         for found, rule in (*contradictions(asdict(whole)), *whole._misfits(model)):
             raise SamplingError(found, hint=rule)
         return whole
+
+    def first(self, frames: int) -> Denoising:
+        """Return resolved settings for at most so many frames: the last blocks are shorter, or left out."""
+        assert self.blocks is not None
+        left, blocks = frames, list[int]()
+        for block in self.blocks:
+            if left > 0:
+                blocks.append(min(block, left))
+                left -= block
+        per_block: tuple[Any, ...] = (self.steps, self.truncation, self.init_scale)
+        steps, truncation, init_scale = (value[: len(blocks)] if isinstance(value, tuple) else value for value in per_block)
+        shorter = Denoising(steps, truncation=truncation, init_scale=init_scale, blocks=blocks, frames=sum(blocks))
+        return shorter.over(self)
 
     def _misfits(self, model: Diffusion) -> Iterator[tuple[str, str]]:
         """Yield a pair for each resolved setting that does not fit the others or the model."""

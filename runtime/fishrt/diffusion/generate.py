@@ -53,10 +53,15 @@ class KeysValues:
         """Bytes of both."""
         return self.keys.nbytes + self.values.nbytes
 
+    @classmethod
+    def of(cls, keys: Floats, values: Floats) -> KeysValues:
+        """Return constant copies of keys and values."""
+        return cls(_constant(keys), _constant(values))
+
     def then(self, other: KeysValues) -> KeysValues:
         """Return these positions with those of `other` behind them."""
         keys, values = (np.concatenate(pair, axis=3) for pair in ((self.keys, other.keys), (self.values, other.values)))
-        return KeysValues(_constant(keys), _constant(values))
+        return KeysValues.of(keys, values)
 
     def named(self, of: str) -> dict[str, Array]:
         """Return them as feeds."""
@@ -116,7 +121,7 @@ class Denoiser:
 
     def _conditioned(self, of: str, feeds: Mapping[str, Array]) -> KeysValues:
         found = self.engines[f"{of}_cond"].run(feeds)
-        return KeysValues(_constant(found[f"{of}_keys"]), _constant(found[f"{of}_values"]))
+        return KeysValues.of(found[f"{of}_keys"], found[f"{of}_values"])
 
 
 def _constant(array: Floats) -> Floats:
@@ -185,6 +190,11 @@ class Utterance:
     def frames(self) -> int:
         """Frames that were given out."""
         return self._ending.given
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what it has read: keys and values of text, voice, and the latents before its block."""
+        return sum(array.nbytes for array in (*self._of_text.values(), *self._of_block.values()))
 
     @property
     def resumes(self) -> bool:

@@ -25,7 +25,7 @@ from ..errors import FishrtError
 from ..language_model.batch import Batch, DualAR, Parked, Row, StopReason
 from ..language_model.context import PART, ContextStore
 from ..language_model.prompt import Conversation
-from ..language_model.sampling import SeededNoise
+from ..language_model.sampling import Sampling, SeededNoise
 from ..speaking.job import ChunkSizes, Job, Task
 from ..speaking.turns import Turns, ends
 from ..speech import Progress
@@ -38,6 +38,8 @@ MOST_HELD = 1
 class ColumnTask(Task):
     """A task for a language model."""
 
+    sampling: Sampling
+    """Resolved."""
     conversation: Conversation
 
 
@@ -153,7 +155,9 @@ class ColumnTurns(Turns[ColumnJob]):
         room = PART
         for job in jobs:
             while job.row.goes_on and not job.row.begun:
+                begun = time.perf_counter()
                 start, end = self._batch.next_part(job.row)
+                job.spend(time.perf_counter() - begun)  # a known head was copied
                 if end - start > room or not self._may_read(end - start):
                     return
                 room -= end - start

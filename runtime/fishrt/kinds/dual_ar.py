@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ..bundle.features import USUAL, Quirks
 from ..bundle.memory import memory_errors
+from ..diffusion.denoising import Denoising
 from ..language_model.batch import DualAR
 from ..language_model.context import ContextStore, prepare
 from ..language_model.prompt import PromptBuilder
@@ -22,21 +23,14 @@ from ..speaking.warnings import text_warnings
 from ..speech import Progress
 from ..text.split import check_speakers, speaker_turns
 from ..text.tokenizer import Tokenizer
-from ..voices.known import KnownVoices
 from ..voices.prepared import prepared_path
 from ..voices.voice import Voice
 from .columns import ColumnJob, ColumnTask, ColumnTurns
-from .model import Host, Model
+from .model import Model, refuse
 
 
 class DualARModel(Model):
     """A language model of a slow and a fast AR."""
-
-    def __init__(self, host: Host, voices: KnownVoices) -> None:
-        """See `Model`."""
-        super().__init__(host, voices)
-        self._prepared: dict[str, int] = {}
-        self.forget()
 
     def forget(self) -> None:
         """See `Model.forget`."""
@@ -63,7 +57,8 @@ class DualARModel(Model):
 
     def _task(self, request: Request) -> ColumnTask:
         manifest, provider, prompts = self._host.bundle.manifest, self._host.provider, self._prompts
-        max_frames = request.limit(manifest.codec)
+        refuse({"denoising": request.denoising not in (None, Denoising())}, "diffusion models", self._host.bundle)
+        max_frames = request.limit(manifest.codec.max_frames, "the codec's")
         quirks = Quirks.of(manifest.language_model) if request.upstream_compat else USUAL
         pieces = prompts.split(request.text, quirks=quirks)
         voices = self._voices_of(request)
@@ -75,6 +70,7 @@ class DualARModel(Model):
         return ColumnTask(
             pieces=pieces,
             voices=tuple(v.name for v in voices),
+            denoising=None,
             sampling=(request.sampling or Sampling()).resolve(manifest.language_model.sampling),
             seed=secrets.randbits(32) if request.seed is None else int(request.seed),
             max_frames=max_frames,
@@ -88,27 +84,12 @@ class DualARModel(Model):
         )
 
     def _voices_of(self, request: Request) -> list[Voice]:
-        manifest, given = self._host.bundle.manifest, request.voices
+        manifest = self._host.bundle.manifest
         built_in = manifest.voices
-        if given is None:
-            names = () if built_in is None else built_in.ordered if speaker_turns(request.text) else (built_in.default,)
-            voices = [self._voices.voice(name, built_in=True) for name in names]
-        else:
-            voices = [self._voices.voice(v) if isinstance(v, str) else v for v in given]
-            if len(voices) == 1 and isinstance(given[0], str):
-                self._take_prepared(given[0], voices[0])
-        for v in voices:
-            v.check(self._host.bundle)
+        usual = () if built_in is None else built_in.ordered if speaker_turns(request.text) else (built_in.default,)
         # The codec may have more codebooks than the model.
-        return [replace(v, codes=v.codes[: manifest.language_model.num_codebooks]) for v in voices]
-
-    def _take_prepared(self, name: str, voice: Voice) -> None:
-        """Load the keys and values that `prepare` wrote next to the voice, if there are any."""
-        folder = self._voices.prepared_folder(name)
-        key = hash((voice.codes.tobytes(), voice.transcript))
-        if self._prepared.get(name) != key and folder is not None and self.prepared_path(folder).is_file():
-            self._prepared[name] = key
-            self.prepare(voice, folder)
+        books = manifest.language_model.num_codebooks
+        return [replace(v, codes=v.codes[:books]) for v in self._find_voices(request, usual)]
 
     def prepare(self, voice: VoiceLike, folder: Path | None) -> None:
         """Prefill the slow AR with a voice; see `Model.prepare`."""

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
 from fishrt_engines import Engine
 
+from ..bundle.features import LanguageModel
+from ..bundle.folder import Bundle
 from ..codec import CodecDecoder
+from ..errors import ArgumentError
 from ..request import Request, VoiceLike
 from ..speaking.job import ChunkSizes, Job
 from ..speaking.turns import MakeTurns
 from ..speech import Progress
 from ..voices.known import KnownVoices
-from ..voices.voice import Encoder
+from ..voices.voice import Encoder, Voice
 
 
 class Host(Encoder, Protocol):
@@ -42,6 +45,8 @@ class Model(ABC):
     def __init__(self, host: Host, voices: KnownVoices) -> None:
         """Open no graph yet. voices: those that requests can name."""
         self._host, self._voices = host, voices
+        self._prepared: dict[str, int] = {}
+        self.forget()
 
     @abstractmethod
     def job(self, request: Request, progress: Callable[[Progress], None] | None, sizes: ChunkSizes) -> Job:
@@ -63,10 +68,38 @@ class Model(ABC):
     def prepare(self, voice: VoiceLike, folder: Path | None) -> None:
         """Compute what the model needs of a voice; see `TTS.prepare`."""
 
+    def _find_voices(self, request: Request, usual: Sequence[str]) -> list[Voice]:
+        """Return the voices of a request. usual: the bundle's that speak if it names none. Raises VoiceError."""
+        given = request.voices
+        if given is None:
+            voices = [self._voices.voice(name, built_in=True) for name in usual]
+        else:
+            voices = [self._voices.voice(v) if isinstance(v, str) else v for v in given]
+            if len(voices) == 1 and isinstance(given[0], str):
+                self._take_prepared(given[0], voices[0])
+        for v in voices:
+            v.check(self._host.bundle)
+        return voices
+
+    def _take_prepared(self, name: str, voice: Voice) -> None:
+        """Load what `prepare` wrote next to the voice, if it did."""
+        folder = self._voices.prepared_folder(name)
+        key = hash((voice.sound.tobytes(), voice.transcript))
+        if self._prepared.get(name) != key and folder is not None and self.prepared_path(folder).is_file():
+            self._prepared[name] = key
+            self.prepare(voice, folder)
+
     @abstractmethod
     def prepared_path(self, folder: Path) -> Path:
         """Return the path of the file that `prepare` writes into the folder of a voice, for this bundle."""
 
     @abstractmethod
     def forget(self) -> None:
-        """Release the graphs, and what was computed of voices."""
+        """Release the graphs, and what was computed of voices. Called first when it is made."""
+
+
+def refuse(given: Mapping[str, bool], of: str, bundle: Bundle) -> None:
+    """Raise ArgumentError for the first option that is given; `of` names the kind of model that takes them."""
+    for name in (name for name, is_given in given.items() if is_given):
+        kind = "a language model" if isinstance(bundle.manifest.model, LanguageModel) else "a diffusion model"
+        raise ArgumentError(f"{name} is for {of}; {bundle.manifest.name} is {kind}", hint="leave it out")

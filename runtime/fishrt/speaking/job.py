@@ -11,13 +11,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
-from ..arrays import Ints
+from ..arrays import Sound
 from ..audio.speed import Stretcher
 from ..bundle.features import Quirks
 from ..bundle.manifest import Manifest
-from ..codec import CodecDecoder
+from ..codec import CodecDecoder, apart, frames_of, joined, part
+from ..diffusion.denoising import Denoising
 from ..errors import ArgumentError
 from ..language_model.batch import StopReason
 from ..language_model.sampling import Sampling
@@ -36,8 +36,8 @@ MOST_BUFFERED_S = 10.0
 class Spoken:
     """One piece of text, spoken."""
 
-    codes: npt.NDArray[np.int32]
-    """[C, frames]"""
+    sound: Sound
+    """Codes int32 [C, frames], or latents float32 [frames, channels]."""
     stop_reason: StopReason
 
 
@@ -48,8 +48,10 @@ class Task:
     pieces: list[str]
     voices: tuple[str, ...]
     """Names of the voices that speak."""
-    sampling: Sampling
-    """Resolved."""
+    sampling: Sampling | None
+    """Resolved; None: the model is a diffusion model."""
+    denoising: Denoising | None
+    """Resolved; None: the model is a language model."""
     seed: int
     max_frames: int
     quirks: Quirks
@@ -100,7 +102,7 @@ class Job(ABC):
         self.begun = self._hurried = False
         self.said: list[Spoken] = []
         """What it has said: one entry for each piece that has ended."""
-        self._codes: list[Ints] = []
+        self._given: list[Sound] = []
         self._chunks: deque[AudioChunk] = deque()
         self.piece = 0
         """Number of the current piece of text, 0-based."""
@@ -134,13 +136,13 @@ class Job(ABC):
         """Return whether the model has made the frames of a chunk."""
 
     @abstractmethod
-    def _next_frames(self) -> tuple[Ints, StopReason | None]:
-        """Return the codes that are due, int64 [C, frames], and why the piece ends, if it does. Raises the model's error."""
+    def _next_frames(self) -> tuple[Sound, StopReason | None]:
+        """Return the codes or latents that are due, and why the piece ends, if it does. Raises the model's error."""
 
     @property
     @abstractmethod
     def key(self) -> bytes:
-        """A hash of all that its codes depend on."""
+        """A hash of all that its codes or latents depend on."""
 
     @property
     @abstractmethod
@@ -164,7 +166,7 @@ class Job(ABC):
 
     def hurry(self) -> None:
         """Make the first chunks half as long, if there is none yet: others wait for their first sound, too."""
-        if not (self._hurried or self._codes or self.said):
+        if not (self._hurried or self._given or self.said):
             least, most = self._chunk_frames
             self._lengths, self._hurried = self._sizes((least + 1) // 2, most), True
             self._wanted = next(self._lengths)
@@ -173,11 +175,12 @@ class Job(ABC):
         """Count seconds of the model for the next chunk."""
         self._spent += seconds
 
-    def _report(self) -> None:
-        """Tell `progress` of the frames that there are."""
+    def _report(self, step: int = 0, steps: int = 0, expected_s: float | None = None) -> None:
+        """Tell `progress` of the frames that there are, and of the steps of the piece."""
         if self._progress is not None:
             audio_s, elapsed_s = self._frames / self._manifest.codec.frame_rate, time.perf_counter() - self._began
-            self._progress(Progress(self.piece, len(self.task.pieces), self._frames, audio_s, elapsed_s))
+            pieces = len(self.task.pieces)
+            self._progress(Progress(self.piece, pieces, self._frames, audio_s, elapsed_s, step, steps, expected_s))
 
     def decode(self) -> None:
         """Decode the frames that are due into a chunk. After the last of a piece the next one begins, or `done` is set.
@@ -185,9 +188,9 @@ class Job(ABC):
         Raises the model's error, and FishrtError for codes that have no sound.
         """
         task, codec, begun = self.task, self._manifest.codec, time.perf_counter()
-        codes, stop_reason = self._known_frames() if self.known else self._next_frames()
-        ends, frames = stop_reason is not None, codes.shape[1]
-        pcm = self._stream.push(codes, last=ends) if frames else self._stream.flush()
+        sound, stop_reason = self._known_frames() if self.known else self._next_frames()
+        ends = stop_reason is not None
+        pcm = self._stream.push(sound, last=ends) if frames_of(sound) else self._stream.flush()
         if self._gain != 1:
             pcm = pcm * np.float32(self._gain)
             self._clipped += int((np.abs(pcm) > 1).sum())
@@ -202,14 +205,17 @@ class Job(ABC):
         if len(pcm):
             self.heard_until = max(self.heard_until or now, now) + seconds
         self._buffered_s += seconds
-        self._chunks.append(AudioChunk(pcm, codec.sample_rate, codes, self.piece, piece, stop_reason, task.seed, timings))
-        self._codes.append(codes)
+        codes, latents = apart(sound)
+        chunk = AudioChunk(pcm, codec.sample_rate, codes, self.piece, piece, stop_reason, task.seed, timings, latents)
+        self._chunks.append(chunk)
+        self._given.append(sound)
         self._spent = self._load_s = 0.0
         if stop_reason is None:
             self._wanted = next(self._lengths)
             return
-        self.said.append(Spoken(np.concatenate(self._codes, axis=1).astype(np.int32), stop_reason))
-        self._codes, self.piece = [], self.piece + 1
+        said = joined(self._given)
+        self.said.append(Spoken(said.astype(np.int32) if latents is None else said, stop_reason))
+        self._given, self.piece = [], self.piece + 1
         if self.piece < len(task.pieces):
             self._begin_piece()
             return
@@ -217,11 +223,11 @@ class Job(ABC):
             task.warnings.append(f"{self._clipped:,} samples are clipped: use a smaller volume than {task.volume:g}")
         self.done = True
 
-    def _known_frames(self) -> tuple[Ints, StopReason | None]:
-        piece, given = self.known[self.piece], sum(codes.shape[1] for codes in self._codes)
-        codes = piece.codes[:, given : given + self._wanted].astype(np.int64)
-        self._frames += codes.shape[1]
-        return codes, piece.stop_reason if given + codes.shape[1] == piece.codes.shape[1] else None
+    def _known_frames(self) -> tuple[Sound, StopReason | None]:
+        piece, given = self.known[self.piece], sum(map(frames_of, self._given))
+        end = min(given + self._wanted, frames_of(piece.sound))
+        self._frames += end - given
+        return part(piece.sound, given, end), piece.stop_reason if end == frames_of(piece.sound) else None
 
     def fail(self, error: BaseException) -> None:
         """End the job with an error, after the chunks that it has."""
@@ -251,6 +257,7 @@ class Job(ABC):
             bundle=manifest.name,
             bundle_sha256=hashlib.sha256(manifest.to_json().encode()).hexdigest(),
             warnings=self.warnings(pieces),
+            denoising=task.denoising,
         )
 
     def warnings(self, pieces: Sequence[PieceInfo]) -> tuple[str, ...]:

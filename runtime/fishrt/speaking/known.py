@@ -1,4 +1,4 @@
-"""What was said before: the codes of requests that come again."""
+"""What was said before: the codes or latents of requests that come again."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from .job import Spoken
 
 KNOWN_BYTES = 32_000_000
-"""Most bytes of codes that are kept for requests that come again: some hours of speech."""
+"""Most bytes of codes or latents that are kept for requests that come again: some hours of speech."""
 _ENTRY_BYTES = 500
 """Bytes that an entry and each of its pieces take beside their codes, about."""
 
@@ -44,4 +44,4 @@ class KnownSpeech:
 
 
 def _nbytes(said: Sequence[Spoken]) -> int:
-    return _ENTRY_BYTES + sum(piece.codes.nbytes + _ENTRY_BYTES for piece in said)
+    return _ENTRY_BYTES + sum(piece.sound.nbytes + _ENTRY_BYTES for piece in said)

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 
 import numpy as np
 
+from ..codec import apart, joined
 from ..errors import FishrtError, UnfinishedError
 from ..request import Mode
 from ..speech import AudioChunk, PieceInfo, Speech, SpeechInfo, Timings
@@ -62,7 +63,7 @@ class SpeechStream(Iterator[AudioChunk]):
         spent, sums = chunk.timings, self._timings
         self._timings = Timings(
             sums.load_s + spent.load_s,
-            sums.language_model_s + spent.language_model_s,
+            sums.model_s + spent.model_s,
             sums.codec_s + spent.codec_s,
             spent.ttfa_s if sums.ttfa_s is None else sums.ttfa_s,
         )
@@ -77,8 +78,8 @@ class SpeechStream(Iterator[AudioChunk]):
         info = self.info
         spent = info.timings
         log.info(
-            "spoke %d pieces: %.2f s of speech in %.2f s (language model %.2f s, codec %.2f s); graphs were opened in %.2f s",
-            *(len(info.pieces), info.audio_s, spent.compute_s, spent.language_model_s, spent.codec_s, spent.load_s),
+            "spoke %d pieces: %.2f s of speech in %.2f s (model %.2f s, codec %.2f s); graphs were opened in %.2f s",
+            *(len(info.pieces), info.audio_s, spent.compute_s, spent.model_s, spent.codec_s, spent.load_s),
         )
         self._log_new()
 
@@ -104,8 +105,8 @@ class SpeechStream(Iterator[AudioChunk]):
         return self._joined(chunks)
 
     def _joined(self, chunks: list[AudioChunk]) -> Speech:
-        codes = np.concatenate([c.codes for c in chunks], axis=1)
-        return Speech(np.concatenate([c.pcm for c in chunks]), chunks[0].sample_rate, codes, self.info)
+        codes, latents = apart(joined([c.codes if c.latents is None else c.latents for c in chunks]))
+        return Speech(np.concatenate([c.pcm for c in chunks]), chunks[0].sample_rate, codes, self.info, latents)
 
     def close(self) -> None:
         """End the request after the current frame. Another thread that waits for a chunk gets none."""

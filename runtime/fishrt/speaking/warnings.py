@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from ..bundle.features import LanguageModel
 from ..bundle.manifest import Manifest
 from ..language_model.prompt import DIALECTS
 from ..speech import PieceInfo
@@ -16,10 +17,11 @@ def text_warnings(text: str, voices: int, manifest: Manifest) -> Iterator[str]:
 
     voices: the number of voices.
     """
-    lm = manifest.language_model
-    if lm.reads is not None and (found := unread(text, lm.reads)):
+    model = manifest.model
+    if model.reads is not None and (found := unread(text, model.reads)):
         yield f"{manifest.name} does not read well: {'; '.join(found)}"
-    if voices > 1 and DIALECTS[lm.prompt_dialect].turns and not speaker_turns(text):
+    turns = isinstance(model, LanguageModel) and DIALECTS[model.prompt_dialect].turns
+    if voices > 1 and turns and not speaker_turns(text):
         yield f"there are {voices} voices, but the text has no speaker tags: begin each turn with <|speaker:0|>, <|speaker:1|>, …"
 
 

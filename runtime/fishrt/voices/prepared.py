@@ -6,6 +6,7 @@ import io
 import logging
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -34,7 +35,7 @@ def write_prepared(path: Path, made_of: Sound, arrays: Mapping[str, Array]) -> N
     write_whole(path, buffer.getvalue())
 
 
-def read_prepared(path: Path, made_of: Sound, wanted: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[str, Array] | None:
+def read_prepared(path: Path, made_of: Sound, wanted: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[str, Any] | None:
     """Return what was written for these codes or latents; None if there is nothing or, with a warning, if it does not fit.
 
     wanted: type and shape of each array. They can be computed again, so a damaged file, or one of another voice, is skipped.
@@ -43,7 +44,7 @@ def read_prepared(path: Path, made_of: Sound, wanted: Mapping[str, tuple[str, tu
         return None
     try:
         with np.load(path, allow_pickle=False) as file:
-            stored: dict[str, Array] = {name: file[name] for name in file.files}
+            stored: dict[str, Any] = {name: file[name] for name in file.files}
         kept = stored.pop(_MADE_OF)
     except Exception as error:  # numpy and zipfile raise whatever a damaged file makes them raise
         log.warning("%s cannot be read (%s); the voice is read again", path, error)

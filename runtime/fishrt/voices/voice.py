@@ -17,7 +17,7 @@ from ..bundle.diffusion import Diffusion
 from ..bundle.features import LanguageModel
 from ..bundle.folder import Bundle, embedded_bundle
 from ..bundle.manifest import Manifest
-from ..codec import check_entries, check_integers, check_latents
+from ..codec import apart, check_entries, check_integers, check_latents
 from ..codec import joined as joined_frames
 from ..errors import ArgumentError, FishrtError, VoiceError
 from ..text.split import check_unicode, speakable
@@ -73,9 +73,8 @@ class Voice:
     @classmethod
     def of(cls, name: str, sound: Sound, transcript: str, fingerprint: str | None, loudness: Loudness | None = None) -> Voice:
         """Return a voice of codes, or of latents."""
-        if sound.dtype == np.float32:
-            return cls(name, np.empty((0, len(sound)), np.int64), transcript, fingerprint, loudness, latents=sound)
-        return cls(name, sound, transcript, fingerprint, loudness)
+        codes, latents = apart(sound)
+        return cls(name, codes, transcript, fingerprint, loudness, latents=latents)
 
     @property
     def sound(self) -> Sound:
