@@ -218,12 +218,12 @@ def test_the_event_loop_goes_on_and_the_queue_of_recordings_is_bounded(tts: TTS,
 
     async def run() -> list[Any]:
         encoder = VoiceEncoder(tts)
-        tasks = [asyncio.create_task(encoder.codes(wav(1))) for _ in range(33)]
+        tasks = [asyncio.create_task(encoder.sound(wav(1))) for _ in range(33)]
         await asyncio.wait([tasks[32]])
         assert not any(task.done() for task in tasks[:32])
         tasks[1].cancel()  # its client is gone, so that another may wait
         await asyncio.wait([tasks[1]])
-        later = asyncio.create_task(encoder.codes(wav(1)))
+        later = asyncio.create_task(encoder.sound(wav(1)))
         held.set()
         results = await asyncio.gather(*tasks, later, return_exceptions=True)
         encoder.close()
@@ -243,7 +243,7 @@ def test_a_remembered_recording_does_not_wait_for_others(tts: TTS, monkeypatch: 
         held = threading.Event()
         with monkeypatch.context() as patched:
             patched.setattr(TTS, "encode", lambda *_: held.wait() and np.zeros((8, 4), np.int64))
-            other = asyncio.create_task(encoder.codes(wav(1)))
+            other = asyncio.create_task(encoder.sound(wav(1)))
             await asyncio.sleep(0)
             again = await encoder.reference(SOUND, WORDS)
             waited = other.done()

@@ -38,3 +38,9 @@ def meta() -> dict[str, Any]:
 def texts() -> dict[str, Any]:
     """Return the cases of the tokeniser and of the streaming server's text rules."""
     return json.loads((echo_golden() / "text.json").read_text(encoding="utf-8"))
+
+
+@cache
+def http_cases() -> dict[str, Any]:
+    """Return requests to the streaming server: settings, plans of generations and replies; and conversions of samples."""
+    return json.loads((echo_golden() / "http.json").read_text(encoding="utf-8"))

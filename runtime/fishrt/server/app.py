@@ -17,6 +17,7 @@ from ..errors import FishrtError
 from ..tts import TTS
 from ..version import __version__
 from . import docs, health, page
+from .diffusion import echo
 from .edge import Edge
 from .problems import GONE, GoneError, problem, reply
 from .service import Service
@@ -59,7 +60,7 @@ def create_app(tts: TTS, settings: Settings, *, closing: bool = True, wyoming: s
         redirect_slashes=False,
     )
     app.state.service = service
-    routers = [part.routes(service) for part in (openai, native, stored, live, voices, health)]
+    routers = [part.routes(service) for part in (openai, native, echo, stored, live, voices, health)]
     routers += [page.routes(), docs.routes(app)]
     for router in routers:
         app.include_router(router)

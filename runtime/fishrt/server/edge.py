@@ -38,6 +38,8 @@ _OPEN = re.compile(
 )
 """Paths that need no key to be read."""
 _SPEECH = re.compile(r"/(?:v1/)?audio/speech(?=/(?:v1/)?(?:audio|models|voices)(?:/|$))")
+_ECHO = re.compile(r"^/echo(?=/)(?!/v1/audio/speech/?$)")
+"""The address of clients of one dialect, in front of a path that is the same for all."""
 _SHORT = re.compile(r"/(audio|models|voices)(?=/|$)")
 _CSP = "default-src 'self'; img-src 'self' data: blob:; media-src 'self' blob:; worker-src 'self' blob:; object-src 'none'; "
 _CSP += "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -139,7 +141,7 @@ class Edge:
 
 def canonical(path: str) -> str:
     """Return a path as its route has it: with /v1, without / at its end, and without the path of speech in front of another."""
-    path = re.sub("//+", "/", path)
+    path = _ECHO.sub("", re.sub("//+", "/", path))
     while found := _SPEECH.match(path):
         path = path[found.end() :]
     path = re.sub(r"^(/v1)+(?=/v1(/|$))", "", path)

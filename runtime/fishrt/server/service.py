@@ -9,7 +9,9 @@ from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
+from ..bundle.diffusion import Diffusion
 from ..bundle.manifest import MANIFEST
+from ..diffusion.denoising import Denoising
 from ..errors import FishrtError
 from ..request import Request
 from ..speaking.scheduler import ScheduledStream, Scheduler
@@ -53,7 +55,8 @@ class Service:
     async def load(self) -> None:
         """Speak once, so that every graph is open. Until then, requests are refused."""
         try:
-            async for _ in await self.speak(Request("Hi.", seed=0, max_frames=_SILENT)):
+            step = Denoising(1) if isinstance(self.tts.bundle.manifest.model, Diffusion) else None
+            async for _ in await self.speak(Request("Hi.", seed=0, max_frames=_SILENT, denoising=step)):
                 pass
         except Exception as error:
             if not isinstance(error, FishrtError):

@@ -13,6 +13,7 @@ _EXPECTED = {
     "string_unicode": "a text of whole characters is expected; it has half of a pair (a surrogate)",
     "string_too_short": "the text is empty",
     "string_too_long": "at most {max_length} characters are expected",
+    "too_short": "the list is empty",
     "literal_error": "{expected} is expected",
     **dict.fromkeys(("bool_type", "bool_parsing"), "true or false is expected"),
     **dict.fromkeys(("int_type", "int_parsing", "int_from_float", "int_parsing_size"), "a whole number is expected"),

@@ -227,7 +227,9 @@ class Job(ABC):
         piece, given = self.known[self.piece], sum(map(frames_of, self._given))
         end = min(given + self._wanted, frames_of(piece.sound))
         self._frames += end - given
-        return part(piece.sound, given, end), piece.stop_reason if end == frames_of(piece.sound) else None
+        sound = part(piece.sound, given, end)
+        sound = sound.astype(np.int64) if sound.dtype == np.int32 else sound  # codes are kept in less space
+        return sound, piece.stop_reason if end == frames_of(piece.sound) else None
 
     def fail(self, error: BaseException) -> None:
         """End the job with an error, after the chunks that it has."""

@@ -18,7 +18,9 @@ class KnownVoices:
     @property
     def names(self) -> tuple[str, ...]:
         """Names of the user's voices, then of the bundle's. Raises VoiceError if the user's cannot be read."""
-        return tuple(dict.fromkeys((*self._own.list(), *bundle_voices(self._encoder.bundle))))
+        bundle = self._encoder.bundle
+        own = self._own.list(transcripts=bundle.manifest.codec.channels is None)
+        return tuple(dict.fromkeys((*own, *bundle_voices(bundle))))
 
     def voice(self, name: str, *, built_in: bool = False) -> Voice:
         """Return a voice of the user, else of the bundle. built_in: only of the bundle. Raises VoiceError as `find_voice`."""

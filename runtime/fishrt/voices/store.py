@@ -69,9 +69,12 @@ class VoiceStore:
             raise VoiceError("there is no folder for voices: this user has no home", hint=hint)
         return self._folder
 
-    def list(self) -> list[str]:
-        """Return the names of all voices, sorted. Raises VoiceError if the folder or its index cannot be read."""
-        return sorted(self._survey()[0])
+    def list(self, *, transcripts: bool = True) -> list[str]:
+        """Return the names of all voices, sorted. Raises VoiceError if the folder or its index cannot be read.
+
+        transcripts: whether recordings without their words are left out.
+        """
+        return sorted(self._survey(transcripts=transcripts)[0])
 
     def left_out(self) -> dict[str, str]:
         """Return folders and index entries that are no valid voices, with the reason of each. Raises VoiceError as `list`."""
@@ -231,13 +234,13 @@ class VoiceStore:
             )
         return folder
 
-    def _survey(self) -> tuple[set[str], dict[str, str]]:
+    def _survey(self, *, transcripts: bool = True) -> tuple[set[str], dict[str, str]]:
         """Return the names of all voices, and the names that are left out, each with the reason."""
         names, left_out = set(), {}
         for path in self._folders():
             try:
                 check_name(path.name)
-                check_folder(path)
+                check_folder(path, transcripts=transcripts)
                 names.add(canonical(path.name))
             except VoiceError as error:
                 left_out[path.name] = str(error)

@@ -10,11 +10,13 @@ function show() {
   byId("volume_db-shown").textContent = `${form.volume_db.value} dB`;
 }
 
-/** Show the model's values in the empty fields. */
+/** Show the model's values in the empty fields, without the fields that it has not. */
 export function setDefaults(sampling) {
   for (const [name, value] of Object.entries(sampling)) form[name].placeholder = value ?? "all";
-  const penalty = sampling.repetition_penalty !== null;
-  for (const element of [form.repetition_penalty, form.querySelector("label[for=repetition_penalty]")]) element.hidden = !penalty;
+  for (const name of ["temperature", "top_p", "top_k", "repetition_penalty"]) {
+    const missing = !(name in sampling) || (name === "repetition_penalty" && sampling[name] === null);
+    for (const element of [form[name], form.querySelector(`label[for=${name}]`)]) element.hidden = missing;
+  }
 }
 
 /** Return the fields of a request that are set; the browser shows what is out of range, and null is returned then. */

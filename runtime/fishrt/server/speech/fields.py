@@ -16,11 +16,15 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
 
 from ...audio.formats import bit_rate
+from ...bundle.diffusion import Diffusion
+from ...bundle.features import LanguageModel
+from ...diffusion.denoising import Denoising
 from ...errors import AudioError
 from ...language_model.sampling import Sampling
 from ...request import Request, VoiceLike
 from ...text.split import SPEAKER, check_unicode, speakable
 from ...voices.voice import Voice
+from ..diffusion.fields import DIFFUSION, KEYS, LANGUAGE, DenoisingFields, denoising_of, number
 from ..problems import Problem
 from ..service import Service
 from ..voices.references import AUDIO, TEXT, find_references
@@ -61,12 +65,6 @@ SPELLINGS = {
     "opus_bitrate": (),
 }
 """Name of a field → the other spellings of it. All other fields change nothing here; a reply lists them."""
-_SPELT = frozenset(chain.from_iterable((name, *others) for name, others in SPELLINGS.items()))
-DIFFUSION = frozenset(
-    "block_sizes num_steps cfg_scale_text cfg_scale_speaker cfg_min_t cfg_max_t truncation_factor init_scale rescale_k "
-    "rescale_sigma speaker_kv_scale speaker_kv_min_t speaker_kv_max_layers guidance_mode".split()
-)
-"""Fields of the sampler of diffusion models: they change what is heard, so another model refuses them."""
 
 
 def _voice(value: Any) -> Any:
@@ -79,14 +77,6 @@ def _voice(value: Any) -> Any:
     if not isinstance(name, str):
         raise ValueError('a name, or an object such as {"id": "…"}, is expected')
     return name
-
-
-def _number(value: Any) -> Any:
-    """Return a number that some clients send as text."""
-    try:
-        return float(value) if isinstance(value, str) else value
-    except ValueError:
-        raise ValueError("a number is expected") from None
 
 
 def _format(value: Any) -> Any:
@@ -133,7 +123,7 @@ class SpeechFields(BaseModel):
     response_format: Annotated[Literal["mp3", "opus", "aac", "flac", "wav", "pcm"] | None, BeforeValidator(_format)] = Field(
         None, description="mp3 unless `stream` is true: then pcm, 16-bit little-endian mono samples. Also: format, output_format."
     )
-    speed: Annotated[float | None, BeforeValidator(_number)] = Field(
+    speed: Annotated[float | None, BeforeValidator(number)] = Field(
         None, ge=0.25, le=4, description="Speaking rate; the pitch stays. Also: prosody.speed."
     )
     volume_db: float | None = Field(None, ge=-20, le=20, description="Gain in dB. Also: prosody.volume.")
@@ -163,6 +153,15 @@ class SpeechFields(BaseModel):
     opus_bitrate: int | None = Field(None, description="bit/s, or kbit/s below 1000; -1000 is automatic.")
 
 
+def speech_schema(model: LanguageModel | Diffusion) -> dict[str, Any]:
+    """Return the JSON schema of a request to such a model."""
+    schema = SpeechFields.model_json_schema()
+    if isinstance(model, Diffusion):
+        own = {name: field for name, field in schema["properties"].items() if name not in LANGUAGE}
+        schema["properties"] = own | DenoisingFields.model_json_schema()["properties"]
+    return schema
+
+
 @dataclass(frozen=True, slots=True)
 class Speak:
     """A checked request, and the form of its reply."""
@@ -181,9 +180,10 @@ class Speak:
     style: str | None
     """In front of every text, for a model that reads tags."""
 
-    def of(self, text: str) -> Speak:
-        """Return the same request for another text."""
-        return replace(self, request=replace(self.request, text=_with_tag(text, self.style)))
+    def of(self, text: str, seed: int | None = None) -> Speak:
+        """Return the same request for another text, and with another seed if one is given."""
+        request = replace(self.request, text=_with_tag(text, self.style), seed=self.request.seed if seed is None else seed)
+        return replace(self, request=request)
 
     @property
     def silent(self) -> bool:
@@ -191,13 +191,23 @@ class Speak:
         return not speakable(self.request.text)
 
 
-async def speak_of(service: Service, *data: Mapping[str, Any], accept: str = "", usual: str = "mp3", lax: bool = False) -> Speak:
+async def speak_of(
+    service: Service,
+    *data: Mapping[str, Any],
+    accept: str = "",
+    usual: str = "mp3",
+    lax: bool = False,
+    lenient: bool = False,
+    base: Denoising | None = None,
+) -> Speak:
     """Return the checked request of a JSON object. Raises Problem.
 
     data: the object, and others with fields that it may leave out. accept: the header Accept. usual: the format of audio that is
-    not streamed. lax: numbers and truth values may be text, as in a form.
+    not streamed. lax: numbers and truth values may be text, as in a form. lenient: settings of the other kind of model are
+    ignored. base: settings of a diffusion model behind those of the request.
     """
-    found, spelt, ignored = flatten(*data)
+    model, codec = service.tts.bundle.manifest.model, service.tts.bundle.manifest.codec
+    found, spelt, ignored = flatten(model, *data, lenient=lenient)
     try:
         fields = SpeechFields.model_validate(found, strict=not lax)
     except ValidationError as error:
@@ -205,30 +215,30 @@ async def speak_of(service: Service, *data: Mapping[str, Any], accept: str = "",
         name = str(first["loc"][0])
         raise Problem(400, f"{spelt.get(name, 'input (or text)')}: {expected(first)}", param=name) from None
     _check_text(service, fields)
-    lm, codec = service.tts.bundle.manifest.language_model, service.tts.bundle.manifest.codec
-    if fields.repetition_penalty is not None and lm.sampling.repetition_penalty is None:
-        ignored.append(spelt["repetition_penalty"])
-        fields.repetition_penalty = None
-    if (fields.max_new_tokens or 0) > codec.max_frames:
+    most = codec.max_frames if isinstance(model, LanguageModel) else model.max_frames
+    limit = fields.max_new_tokens or None
+    if limit is not None and limit > most:
         ignored.append(spelt["max_new_tokens"])
-        fields.max_new_tokens = codec.max_frames
+        limit = most if isinstance(model, LanguageModel) else None
     style = (fields.instructions or "").strip() or None
-    if style and not (lm.reads is not None and "[]" in lm.reads.tags):
+    if style and not (model.reads is not None and "[]" in model.reads.tags):
         ignored.append(spelt["instructions"])
         style = None
+    sampling: Sampling | None = None
+    denoising: Denoising | None = None
+    if isinstance(model, LanguageModel):
+        sampling, unused = _sampling(fields, model)
+    else:
+        denoising, unused = denoising_of(found, model, base, limit)
+    ignored += [spelt[name] for name in unused]
     voices = await _voices(service, fields)
-    sampling = Sampling(
-        fields.temperature,
-        fields.top_p,
-        lm.vocab_size if fields.top_k in (0, -1) else fields.top_k,
-        fields.repetition_penalty,
-    )
     request = Request(
         _with_tag(fields.input, style),
         voice=voices,
         sampling=sampling,
+        denoising=denoising,
         seed=fields.seed,
-        max_frames=fields.max_new_tokens or None,
+        max_frames=limit if isinstance(model, LanguageModel) else None,
         system=fields.speaker_prompt,
         speed=fields.speed or 1.0,
         mode=fields.mode or "balanced",
@@ -253,6 +263,13 @@ async def speak_of(service: Service, *data: Mapping[str, Any], accept: str = "",
     )
 
 
+def _sampling(fields: SpeechFields, lm: LanguageModel) -> tuple[Sampling, list[str]]:
+    """Return the settings of a language model, and the fields that change nothing."""
+    unused = ["repetition_penalty"] if fields.repetition_penalty is not None and lm.sampling.repetition_penalty is None else []
+    top_k = lm.vocab_size if fields.top_k in (0, -1) else fields.top_k
+    return Sampling(fields.temperature, fields.top_p, top_k, None if unused else fields.repetition_penalty), unused
+
+
 async def _voices(service: Service, fields: SpeechFields) -> VoiceLike | Sequence[VoiceLike] | None:
     """Return the voices of a request, as `Request.voice` takes them: its references, else those that it names."""
     given = {"references": fields.references, "ref_audio": fields.ref_audio, "ref_text": fields.ref_text, "voice": fields.voice}
@@ -269,21 +286,30 @@ async def _voices(service: Service, fields: SpeechFields) -> VoiceLike | Sequenc
     return voices
 
 
-def flatten(*data: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str], list[str]]:
+def flatten(
+    model: LanguageModel | Diffusion, *data: Mapping[str, Any], lenient: bool = False
+) -> tuple[dict[str, Any], dict[str, str], list[str]]:
     """Return the fields of a request by their names; by the same names how the client spelt them; and the fields without effect.
 
-    Raises Problem for a field of the sampler of another kind of model, and for an `extra_body` that is no object.
+    Raises Problem for an `extra_body` that is no object, and for a setting of the other kind of model. lenient: it has no effect.
     """
+    diffusion = isinstance(model, Diffusion)
+    foreign = LANGUAGE if diffusion else DIFFUSION
+    names = {**SPELLINGS, **(dict.fromkeys(KEYS, ()) if diffusion else {})}
+    known = frozenset(chain.from_iterable((name, *others) for name, others in names.items()))
+    known -= foreign
     found: dict[str, Any] = {}
     spelt: dict[str, str] = {}
     ignored: list[str] = []
     for layer in chain.from_iterable(map(_layers, data)):
         given = {name: value for name, value in layer.items() if value is not None}
-        if other := next((name for name in given if name in DIFFUSION), None):
-            raise Problem(400, f"{other}: the loaded model is no diffusion model and has no such setting", param=other)
-        ignored += [name for name in given if name not in _SPELT]
-        for name, others in SPELLINGS.items():
-            spellings = [spelling for spelling in (name, *others) if spelling in given]
+        other = next((name for name in given if name in foreign), None)
+        if other and not lenient:
+            what = f"the loaded model is {'a' if diffusion else 'no'} diffusion model and has no such setting"
+            raise Problem(400, f"{other}: {what}", param=other)
+        ignored += [name for name in given if name not in known]
+        for name, others in names.items():
+            spellings = [spelling for spelling in (name, *others) if spelling in given and spelling in known]
             ignored += spellings[1:]
             if spellings and name not in found:
                 found[name], spelt[name] = given[spellings[0]], spellings[0]

@@ -12,12 +12,13 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from ...bundle.features import LanguageModel
 from ..bodies import fields_of, is_form, object_of
 from ..docs import AUDIO, body
 from ..encodings import MSGPACK
 from ..problems import Problem
 from ..service import Service
-from .fields import DIFFUSION, Speak, speak_of
+from .fields import Speak, speak_of
 from .streams import reply
 
 _BYTES = {"type": "string", "format": "binary"}
@@ -92,17 +93,15 @@ async def native_speak(service: Service, fields: Mapping[str, Any], *, lax: bool
     lax: numbers may be text.
     """
     found = {name: value for name, value in fields.items() if value is not None}
-    ignored = [name for name in found if name in DIFFUSION]
-    if found.get("reference_id") and found.get("references"):
-        ignored.append("references")
+    ignored = ["references"] if found.get("reference_id") and found.get("references") else []
     for name in ignored:
         del found[name]
-    if str(found.get("top_p")) in ("0", "0.0"):
+    if isinstance(service.tts.bundle.manifest.model, LanguageModel) and str(found.get("top_p")) in ("0", "0.0"):
         del found["top_p"]
         found["temperature"] = 0
     if not found.get("reference_id"):
         found.pop("reference_id", None)
-    speak = await speak_of(service, found, {"format": "wav"}, lax=lax)
+    speak = await speak_of(service, found, {"format": "wav"}, lax=lax, lenient=True)
     if "streaming" not in found and "stream" not in found:  # a header of these formats has no length, so nothing is lost
         speak = replace(speak, stream=speak.format not in ("wav", "flac"))
     return replace(speak, ignored=(*speak.ignored, *ignored))

@@ -10,14 +10,18 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from ...bundle.diffusion import Diffusion
+from ...bundle.features import LanguageModel
+from ...diffusion.denoising import PRESETS, Denoising
 from ...errors import FishrtError
 from ...language_model.prompt import DIALECTS
 from ..bodies import json_object
+from ..diffusion.fields import asked
 from ..docs import AUDIO, body
 from ..problems import Problem, problem
 from ..service import Service
 from ..words import ignored_header
-from .fields import SpeechFields, speak_of
+from .fields import speak_of, speech_schema
 from .streams import reply, unless_gone, whole
 
 MOST_ITEMS = 32
@@ -29,20 +33,21 @@ MOST_BATCH = 256 << 20
 def routes(service: Service) -> APIRouter:
     """Return the routes."""
     router = APIRouter(tags=["OpenAI"])
+    schema = speech_schema(service.tts.bundle.manifest.model)
 
     @router.post(
         "/v1/audio/speech",
         summary="Speak a text",
         response_class=Response,
         responses=AUDIO,
-        openapi_extra=body(SpeechFields.model_json_schema()),
+        openapi_extra=body(schema),
     )
     async def speech(request: Request) -> Response:
         """Answer with audio: whole, in chunks while it is made, or as server-sent events."""
         data, accept = await json_object(request), request.headers.get("accept", "")
         return await reply(service, speak_of(service, data, accept=accept), request.receive)
 
-    @router.post("/v1/audio/speech/batch", summary="Speak several texts", openapi_extra=body(_batch_schema()))
+    @router.post("/v1/audio/speech/batch", summary="Speak several texts", openapi_extra=body(_batch_schema(schema)))
     async def batch(request: Request, response: Response) -> dict[str, Any]:
         """Answer with the audio of each item, or why there is none. An item without a field has that beside `items`."""
         data = await json_object(request)
@@ -127,16 +132,23 @@ async def speak_batch(service: Service, data: dict[str, Any], request: Request) 
 def _model(service: Service) -> dict[str, Any]:
     """Return the model as OpenAI's clients read it, and what is known of it."""
     manifest = service.tts.bundle.manifest
-    lm, sampling = manifest.language_model, manifest.language_model.sampling
-    penalty = sampling.repetition_penalty
+    model = manifest.model
     facts = {"id": manifest.name, "name": manifest.name, "object": "model", "created": service.created, "owned_by": "fishrt"}
     return {
         **facts,
         "family": manifest.family,
-        "languages": lm.reads.languages if lm.reads else (),
+        "kind": model.kind,
+        "languages": model.reads.languages if model.reads else (),
         "sample_rate": service.tts.sample_rate,
+        "voice_seconds": model.voice_seconds,
+        **(_diffusion(model) if isinstance(model, Diffusion) else _language_model(model)),
+    }
+
+
+def _language_model(lm: LanguageModel) -> dict[str, Any]:
+    sampling, penalty = lm.sampling, lm.sampling.repetition_penalty
+    return {
         "speakers": DIALECTS[lm.prompt_dialect].turns,
-        "voice_seconds": lm.voice_seconds,
         "sampling": {
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
@@ -146,8 +158,12 @@ def _model(service: Service) -> dict[str, Any]:
     }
 
 
-def _batch_schema() -> dict[str, Any]:
-    schema = SpeechFields.model_json_schema()
+def _diffusion(model: Diffusion) -> dict[str, Any]:
+    usual = Denoising().resolve(model)
+    return {"speakers": False, "sampling": {}, "denoising": asked(usual), "presets": list(PRESETS)}
+
+
+def _batch_schema(schema: dict[str, Any]) -> dict[str, Any]:
     item = {"type": "object", "properties": schema["properties"], "required": ["input"], "additionalProperties": True}
     shared = {name: value for name, value in schema["properties"].items() if name != "input"}
     items = {"type": "array", "items": item, "minItems": 1, "maxItems": MOST_ITEMS}

@@ -14,11 +14,11 @@ from typing import TypeVar
 
 import numpy as np
 
-from ...arrays import Ints, Pcm
+from ...arrays import Pcm, Sound
 from ...audio.files import read_audio
-from ...audio.resample import resample
+from ...codec import part
 from ...tts import TTS
-from ...voices.recordings import check_recording, most_seconds
+from ...voices.recordings import PAUSE_S, check_recording, in_turn, most_seconds
 from ...voices.voice import Voice, joined
 from ..problems import Problem
 
@@ -29,7 +29,7 @@ _RETRY_S = "5"
 _SAMPLE_S = 10.0
 """Longest sample of a voice."""
 _PAUSE_S = 0.25
-"""Silence between two recordings of one voice."""
+"""Silence between two recordings of one voice, for a language model."""
 _T = TypeVar("_T")
 
 
@@ -59,9 +59,9 @@ class VoiceEncoder:
             return kept
         return await self.run(lambda: self._reference(key, audio))
 
-    async def codes(self, audio: bytes) -> Ints:
-        """Return the codes of a recording, int64 [num_codebooks, frames]. Raises AudioError, VoiceError for silence."""
-        return await self.run(lambda: self._codes(audio))
+    async def sound(self, audio: bytes) -> Sound:
+        """Return the codes or latents of a recording. Raises AudioError, VoiceError for silence."""
+        return await self.run(lambda: self._sound(audio))
 
     async def joined(self, voices: Sequence[Voice]) -> Voice:
         """Return one voice of several of one speaker."""
@@ -87,14 +87,11 @@ class VoiceEncoder:
 
     def _read(self, audio: bytes) -> tuple[Pcm, int]:
         manifest = self._tts.bundle.manifest
-        return read_audio(io.BytesIO(audio), max_seconds=most_seconds(manifest.language_model, manifest.codec))
+        return read_audio(io.BytesIO(audio), max_seconds=most_seconds(manifest.model, manifest.codec))
 
     def _joined(self, recordings: Sequence[bytes]) -> tuple[Pcm, int]:
-        pcm, rate = self._read(recordings[0])
-        for recording in recordings[1:]:
-            more, other = self._read(recording)
-            pcm = np.concatenate([pcm, np.zeros(int(_PAUSE_S * rate), np.float32), resample(more, other, rate)])
-        return pcm, rate
+        read = [self._read(recording) for recording in recordings]
+        return in_turn(read, _PAUSE_S if self._tts.bundle.manifest.codec.channels is None else PAUSE_S) if read[1:] else read[0]
 
     def _remembered(self, key: tuple[bytes, str]) -> Voice | None:
         with self._keeping:
@@ -114,19 +111,19 @@ class VoiceEncoder:
                 self._size -= _size(self._kept.popitem(last=False)[1])
         return voice
 
-    def _codes(self, audio: bytes) -> Ints:
+    def _sound(self, audio: bytes) -> Sound:
         manifest = self._tts.bundle.manifest
         pcm, rate = self._read(audio)
-        check_recording(pcm, rate, manifest.language_model, manifest.codec, "the audio")
-        return np.asarray(self._tts.encode(pcm, rate), np.int64)
+        check_recording(pcm, rate, manifest.model, manifest.codec, "the audio")
+        return self._tts.encode(pcm, rate)
 
     def _sample(self, voice: Voice) -> Pcm:
         voice.check(self._tts.bundle)
         frames = round(_SAMPLE_S * self._tts.bundle.manifest.codec.frame_rate)
-        loudness = voice.loudness or self._tts.loudness(voice.codes)
-        pcm: Pcm = self._tts.decode(voice.codes[:, :frames]) * np.float32(loudness.gain if loudness else 1.0)
+        loudness = voice.loudness or self._tts.loudness(voice.sound)
+        pcm: Pcm = self._tts.decode(part(voice.sound, 0, frames)) * np.float32(loudness.gain if loudness else 1.0)
         return pcm
 
 
 def _size(voice: Voice) -> int:
-    return voice.codes.nbytes + 4 * len(voice.transcript)
+    return voice.sound.nbytes + 4 * len(voice.transcript)

@@ -66,7 +66,7 @@ class VoiceLibrary:
         """Return all voices, by name. Raises VoiceError if the voice folder cannot be read."""
         own, built_in = self._tts.store, bundle_store(self._tts.bundle)
         found = {name: Entry(name, "bundle", _time(built_in.place(name))) for name in self._built_in}
-        found |= {name: Entry(name, "user", _time(own.place(name))) for name in own.list()}
+        found |= {name: Entry(name, "user", _time(own.place(name))) for name in self._own}
         found |= {name: Entry(name, "session", created) for name, (_, created) in dict(self._session).items()}
         return [found[name] for name in sorted(found)]
 
@@ -145,7 +145,7 @@ class VoiceLibrary:
             else:
                 raise VoiceError(f"there are already {_MOST_UNTIL_SHUTDOWN:,} voices until shutdown", hint="delete some")
         assert voice.recording is not None
-        poor = doubts(*voice.recording, voice.transcript, self._tts.bundle.manifest.language_model)
+        poor = doubts(*voice.recording, voice.transcript, self._tts.bundle.manifest.model)
         return replace(self.entry(voice.name), warnings=tuple(f"the recording {each}" for each in poor))
 
     def rename(self, old: str, new: str) -> None:
@@ -178,6 +178,10 @@ class VoiceLibrary:
         return entry
 
     @property
+    def _own(self) -> Sequence[str]:
+        return self._tts.store.list(transcripts=self._tts.bundle.manifest.codec.channels is None)
+
+    @property
     def _built_in(self) -> Sequence[str]:
         return bundle_voices(self._tts.bundle)
 
@@ -190,7 +194,7 @@ class VoiceLibrary:
 
     def _local(self, name: str) -> VoiceLike | None:
         """Return the voice for a name of OpenAI's: the largest hash, so that a new voice leaves most names where they are."""
-        local = self._built_in or self._tts.store.list()
+        local = self._built_in or self._own
         return max(local, key=lambda voice: hashlib.sha256(f"{name}\0{voice}".encode()).digest(), default=None)
 
     def _unknown(self, name: str) -> UnknownVoiceError:

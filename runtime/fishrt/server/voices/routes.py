@@ -10,6 +10,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from ...audio.encode import encode_audio
+from ...codec import frames_of
 from ...voices.files import canonical
 from ...voices.voice import npy_bytes
 from ..bodies import fields_of
@@ -83,7 +84,7 @@ def routes(service: Service) -> APIRouter:
         """Show a voice with its transcript."""
         entry = await asyncio.to_thread(library.entry, name)
         voice = await encoder.run(lambda: library.load(name))
-        seconds = voice.codes.shape[1] / service.tts.bundle.manifest.codec.frame_rate
+        seconds = frames_of(voice.sound) / service.tts.bundle.manifest.codec.frame_rate
         return {**_described(entry), "transcript": voice.transcript, "ref_text": voice.transcript, "seconds": round(seconds, 2)}
 
     @router.get("/v1/audio/voices/{name}/sample", summary="Hear a voice", response_class=Response)
@@ -107,7 +108,7 @@ def routes(service: Service) -> APIRouter:
         "/v1/audio/encoding", summary="Encode a recording", response_class=Response, openapi_extra=body(_RECORDING, _FORM)
     )
     async def encoding(request: Request, id: str = "", prompt: str = "", persist: bool = False) -> Response:
-        """Send the codes of a recording, the first part of the form, as an .npy file: int64 [codebooks, frames].
+        """Send the codes of a recording, the first part of the form, as an .npy file: int64 [codebooks, frames], or latents.
 
         With `id` and `prompt`, the transcript, it is also a voice until shutdown; with `persist=true`, for ever.
         """
@@ -117,11 +118,11 @@ def routes(service: Service) -> APIRouter:
         field, audio = await recording_of(fields, tuple(fields) or ("audio",))
         if not id:
             with about(field):
-                codes = await encoder.codes(audio)
+                sound = await encoder.sound(audio)
         else:
             await library.create(NewVoice(id, "id", [audio], field, prompt, "prompt"), keep=persist)
-            codes = library.load(id).codes
-        return Response(npy_bytes(codes), media_type="application/x-npy")
+            sound = library.load(id).sound
+        return Response(npy_bytes(sound), media_type="application/x-npy")
 
     return router
 

@@ -76,13 +76,16 @@ def routes(service: Service) -> APIRouter:
     @router.post("/v1/vqgan/encode", summary="Encode recordings", openapi_extra=_body(audios={"type": "array", "items": _AUDIO}))
     async def encode(request: Request) -> Response:
         """Return `tokens`: for each of `audios` its codes, [codebooks, frames]. In MessagePack unless JSON is asked for."""
+        if service.tts.bundle.manifest.codec.channels is not None:
+            what = "the codec of the loaded model has no codes; /v1/audio/encoding gives its latents"
+            raise Problem(400, what, param="audios")
         tokens = []
         for nth, audio in enumerate(_list(await fields_of(request), "audios")):
             data = await bytes_of(audio, field := f"audios[{nth}]")
             if data is None:
                 raise Problem(400, f"{field}: bytes or base64 are expected", param=field)
             with about(field):
-                tokens.append((await service.encoder.codes(data)).tolist())
+                tokens.append((await service.encoder.sound(data)).tolist())
         return answer({"tokens": tokens}, request.scope, packed=True)
 
     @router.post(
