@@ -150,7 +150,7 @@ class Rendering:
 
 async def whole(service: Service, speak: Speak) -> tuple[bytes, Rendering]:
     """Return the whole audio of a request, and what is known of it. Raises FishrtError, and Problem for more than MOST_WHOLE."""
-    rendering = Rendering(service, speak)
+    rendering = Rendering(service, replace(speak, stream=False))
     async with aclosing(rendering.bytes()) as parts:
         data, ended = await _collected(parts)
     if not ended:
