@@ -18,11 +18,11 @@ from starlette.websockets import WebSocketDisconnect
 
 from fishrt import TTS, FishrtError
 from fishrt.cli.serve import serve
+from fishrt.kinds.columns import ColumnJob, ColumnTurns
 from fishrt.server.app import create_app
 from fishrt.server.edge import MOST_BYTES, canonical
 from fishrt.server.problems import problem
 from fishrt.server.settings import Settings
-from fishrt.speaking.job import Job
 from fishrt.speaking.turns import Turns
 
 Start = Callable[..., TestClient]
@@ -366,13 +366,13 @@ def test_an_origin_that_is_none_is_refused(client: TestClient, origin: str) -> N
 
 def test_a_request_that_waits_too_long_is_answered(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     """One that speaks has all the time that it needs."""
-    client, usual = start(max_active=1, max_wait=0.3), Turns._step
+    client, usual = start(max_active=1, max_wait=0.3), ColumnTurns._step
 
-    def slow(turns: Turns, jobs: list[Job]) -> None:
+    def slow(turns: ColumnTurns, jobs: list[ColumnJob]) -> None:
         time.sleep(0.05)
         usual(turns, jobs)
 
-    monkeypatch.setattr(Turns, "_step", slow)
+    monkeypatch.setattr(ColumnTurns, "_step", slow)
     with ThreadPoolExecutor() as pool:
         speaking = pool.submit(client.post, SPEECH, json={"input": "The birds sing in the trees and the sun shines.", "seed": 1})
         while not client.get("/health").json()["queue"]["active"]:
