@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,10 +12,12 @@ import click
 import numpy as np
 
 from ..audio.output import check_folder, make_folder
+from ..bundle.features import LanguageModel
 from ..errors import FishrtError, PromptError, UnfinishedError
 from ..text.split import check_text
 from ..voices.voice import Voice, read_codes
 from .base.commands import IncompleteError, finish, json_to_stderr, warn, wrote
+from .base.denoising import SpeakingCommand, denoising_options
 from .base.options import (
     EngineOptions,
     Number,
@@ -41,7 +43,7 @@ _NOTES = 5
 """Most warnings about single lines that are printed; a file may have thousands."""
 
 
-@click.command(short_help="Speak a text.")
+@click.command(cls=SpeakingCommand, short_help="Speak a text.")
 @click.argument("words", metavar="[TEXT]…", nargs=-1)
 @click.option("-f", "--file", type=click.Path(path_type=Path), help="Read the text from a UTF-8 file; - is standard input.")
 @click.option(
@@ -87,10 +89,14 @@ _NOTES = 5
     type=click.Path(path_type=Path),
     metavar="FILE",
     help='A recording to imitate (wav, flac, ogg, mp3; m4a and others need: pip install "fishrt[server]") or its codes (.npy), '
-    "each with a --reference-text. Speakers are counted over --voice first.",
+    "each with a --reference-text for a language model. Speakers are counted over --voice first.",
 )
 @click.option(
-    "--reference-text", "reference_texts", multiple=True, metavar="TEXT", help="The words of the --reference, exactly as spoken."
+    "--reference-text",
+    "reference_texts",
+    multiple=True,
+    metavar="TEXT",
+    help="The words of the --reference, exactly as spoken. A diffusion model needs none.",
 )
 @click.option(
     "--temperature",
@@ -150,6 +156,7 @@ _NOTES = 5
     help='Speak faster or slower at the same pitch; 2 takes half the time. Needs: pip install "fishrt[server]".',
 )
 @click.option("--upstream-compat", is_flag=True, help="Reproduce the original implementation exactly, including its bugs.")
+@denoising_options
 @engine_options
 @output_options
 def speak(
@@ -185,10 +192,8 @@ def speak(
     from ..language_model.sampling import Sampling
     from ..speaking.stream import without_warnings
 
-    if len(references) != len(reference_texts):
-        raise click.UsageError(
-            f"{len(references)} --reference, but {len(reference_texts)} --reference-text: each needs the other"
-        )
+    if reference_texts and len(references) != len(reference_texts):
+        raise _unequal(references, reference_texts)
     if max_seconds is not None and max_frames is not None:
         raise click.UsageError("--max-seconds and --max-frames are the same limit: give one of them")
     if lines:
@@ -206,6 +211,10 @@ def speak(
         check_text(text)
     request["sampling"] = Sampling(temperature, top_p, top_k, repetition_penalty)
     tts = engine.load(voice_dir)
+    if len(references) != len(reference_texts):
+        if isinstance(tts.bundle.manifest.model, LanguageModel):
+            raise _unequal(references, reference_texts)
+        reference_texts = ("",) * len(references)
     if max_seconds is not None:
         codec = tts.bundle.manifest.codec
         max_frames = min(max(1, int(max_seconds * codec.frame_rate)), codec.max_frames)
@@ -363,6 +372,10 @@ def _speak_lines(tts: TTS, texts: dict[int, str], target: _Target, request: dict
     if failed := len(texts) - len(spoken):
         raise IncompleteError(f"{failed:,} of {len(texts):,} lines were not spoken", "the warnings say why", result())
     finish(result())
+
+
+def _unequal(references: Sequence[Path], texts: Sequence[str]) -> click.UsageError:
+    return click.UsageError(f"{len(references)} --reference, but {len(texts)} --reference-text: each needs the other")
 
 
 def _summary(info: SpeechInfo) -> str:
