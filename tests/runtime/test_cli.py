@@ -62,6 +62,7 @@ def test_speak_writes_speech_wav(fake):
         "volume": 1.0,
         "speed": 1.0,
         "upstream_compat": False,
+        "denoising": None,
     }
     assert fake.loads == [(None, {"provider": "auto", "threads": None})]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,7 @@ from .base.options import (
     Whole,
     engine_options,
     format_option,
+    load_bundle,
     new_reporter,
     output_options,
     voice_dir_option,
@@ -192,8 +193,12 @@ def speak(
     from ..language_model.sampling import Sampling
     from ..speaking.stream import without_warnings
 
-    if reference_texts and len(references) != len(reference_texts):
-        raise _unequal(references, reference_texts)
+    if len(references) != len(reference_texts):
+        if reference_texts or isinstance(load_bundle(engine.bundle).manifest.model, LanguageModel):
+            raise click.UsageError(
+                f"{len(references)} --reference, but {len(reference_texts)} --reference-text: each needs the other"
+            )
+        reference_texts = ("",) * len(references)
     if max_seconds is not None and max_frames is not None:
         raise click.UsageError("--max-seconds and --max-frames are the same limit: give one of them")
     if lines:
@@ -211,10 +216,6 @@ def speak(
         check_text(text)
     request["sampling"] = Sampling(temperature, top_p, top_k, repetition_penalty)
     tts = engine.load(voice_dir)
-    if len(references) != len(reference_texts):
-        if isinstance(tts.bundle.manifest.model, LanguageModel):
-            raise _unequal(references, reference_texts)
-        reference_texts = ("",) * len(references)
     if max_seconds is not None:
         codec = tts.bundle.manifest.codec
         max_frames = min(max(1, int(max_seconds * codec.frame_rate)), codec.max_frames)
@@ -372,10 +373,6 @@ def _speak_lines(tts: TTS, texts: dict[int, str], target: _Target, request: dict
     if failed := len(texts) - len(spoken):
         raise IncompleteError(f"{failed:,} of {len(texts):,} lines were not spoken", "the warnings say why", result())
     finish(result())
-
-
-def _unequal(references: Sequence[Path], texts: Sequence[str]) -> click.UsageError:
-    return click.UsageError(f"{len(references)} --reference, but {len(texts)} --reference-text: each needs the other")
 
 
 def _summary(info: SpeechInfo) -> str:

@@ -25,8 +25,9 @@ from ..text.split import byte_length, check_text, excerpt, split_sentences
 Variant = Literal["official", "streaming"]
 """Behaviour of the original inference code, or of the original streaming server."""
 
-_FIRST, _SECOND = (f"S{n}" for n in (1, 2))
-_PREFIX = f"[{_FIRST}] "
+FIRST, SECOND = (f"S{n}" for n in (1, 2))
+"""Speakers, as tags in square brackets name them."""
+_PREFIX = f"[{FIRST}] "
 _REPLACED = str.maketrans({"\u2026": "...", "\u2019": "'", "\u201d": '"', "\n": " ", ":": ",", ";": ",", "\u2014": ", "})
 _REPLACED_STREAMING = str.maketrans(
     {"\u2026": ",", "\u2014": ", ", "\u2013": ", ", "\n": " ", ":": ",", ";": ",", '"': "", "*": ""}
@@ -96,7 +97,7 @@ def normalise(text: str, variant: Variant = "official") -> str:
             return ""
     else:
         text = text.translate(_REPLACED)
-    named = text.startswith(("[", "(")) or _FIRST in text or _SECOND in text
+    named = text.startswith(("[", "(")) or FIRST in text or SECOND in text
     return text if named else _PREFIX + text
 
 

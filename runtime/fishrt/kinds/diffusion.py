@@ -13,7 +13,7 @@ from ..bundle.memory import memory_errors
 from ..codec import joined
 from ..diffusion.denoising import Denoising
 from ..diffusion.generate import Denoiser
-from ..diffusion.text import split, tokens
+from ..diffusion.text import FIRST, SECOND, split, tokens
 from ..diffusion.voices import VoiceKeys
 from ..errors import PromptError, VoiceError
 from ..language_model.sampling import Sampling
@@ -67,7 +67,7 @@ class DiffusionModel(Model):
         denoising = (request.denoising or Denoising()).resolve(model)
         assert denoising.frames is not None
         if tag := SPEAKER.search(request.text):
-            hint = "write [S1], [S2], … in front of the words"
+            hint = f"write [{FIRST}], [{SECOND}], … in front of the words"
             raise PromptError(f"the text has {tag[0]}, but this model knows no such turns of speakers", hint=hint)
         window_s = denoising.frames / manifest.codec.frame_rate
         pieces = split(request.text, window_s, model.max_tokens, denoising.pace, denoising.variant or "official")

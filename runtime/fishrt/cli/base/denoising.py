@@ -76,7 +76,7 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "--force-speaker": {
         "type": Number(min=0, min_open=True),
         "metavar": "FACTOR",
-        "help": "Bring a voice nearer that is imitated badly: 1.1 to 1.5.  [default: no]",
+        "help": "Bring a voice nearer that is imitated badly, such as 1.3.  [default: no]",
     },
     "--blocks": {
         "type": _Several(Whole(min=1)),

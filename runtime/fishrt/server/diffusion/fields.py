@@ -114,7 +114,7 @@ class DenoisingFields(BaseModel):
     )
     rescale_k: Annotated[_Above0 | None, _Text] = Field(None, description="Temporal rescaling of scores, with rescale_sigma.")
     rescale_sigma: Annotated[_Above0 | None, _Text] = Field(None, description="Temporal rescaling of scores, with rescale_k.")
-    speaker_kv_scale: Annotated[_Above0 | None, _Text] = Field(None, description="Brings a voice nearer: 1.1 to 1.5.")
+    speaker_kv_scale: Annotated[_Above0 | None, _Text] = Field(None, description="Brings a voice nearer; such as 1.3.")
     speaker_kv_min_t: Annotated[_Share | None, _Text] = Field(None, description="Time below which speaker_kv_scale ends.")
     speaker_kv_max_layers: Annotated[_Whole | None, _Text] = Field(None, description="Layers that speaker_kv_scale changes.")
     early_stop_on_zero: Annotated[bool | None, _Truth] = Field(None, description="End after a block that ends in silence.")
