@@ -89,7 +89,7 @@ def share_understood() -> Callable[..., float]:
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server that anybody may use; the next line of its output is the address of Wyoming."""
+    """A server that anybody may use; its output goes on with the page's address and that of Wyoming."""
     with serving(tmp_path_factory.mktemp("server"), "--wyoming-port", "0") as started:
         yield started
 
@@ -98,7 +98,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 def wyoming_url(server: Server) -> str:
     """The address of the server in Wyoming's protocol."""
     assert server.process.stdout
-    return server.process.stdout.readline().removeprefix("Wyoming: ").strip()
+    _, wyoming = (server.process.stdout.readline() for _ in range(2))
+    return wyoming.removeprefix("Wyoming: ").strip()
 
 
 @pytest.fixture(scope="session")
