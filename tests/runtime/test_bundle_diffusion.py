@@ -12,9 +12,11 @@ import pytest
 
 from fishrt.bundle.diffusion import DenoisingDefaults, denoising_faults
 from fishrt.bundle.folder import Bundle
+from fishrt.bundle.graphs import within_plans
 from fishrt.bundle.manifest import MANIFEST, Manifest
 from fishrt.bundle.memory import estimate
 from fishrt.errors import BundleError
+from fishrt_engines import ProviderError
 from helpers_cli import run
 from helpers_diffusion import diffusion_bundle, diffusion_manifest, diffusion_model, diffusion_specs, latent_codec
 from helpers_text import described, manifest
@@ -137,3 +139,8 @@ def test_inspect(tmp_path: Path) -> None:
 def test_settings_that_are_out_of_range(settings: dict[str, Any], wrong: list[str]) -> None:
     defaults = {name: getattr(DenoisingDefaults(), name) for name in DenoisingDefaults.__slots__}
     assert [what for what, _ in denoising_faults({**defaults, **settings})] == wrong
+
+
+def test_plans_of_tensorrt_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ProviderError, match="is a diffusion model, for which there are no plans"):
+        within_plans(diffusion_bundle(tmp_path / "bundle"))

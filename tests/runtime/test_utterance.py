@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fishrt.diffusion import generate
 from fishrt.diffusion.denoising import Denoising
 from fishrt.diffusion.generate import Denoiser, KeysValues, Utterance
 from fishrt.diffusion.sampler import SeededNoise
@@ -80,15 +81,20 @@ def test_a_step_feeds_what_belongs_to_it(engines: dict[str, Any]) -> None:
     assert [call["speaker_scale"][0].tolist() for call in calls] == [[1.5, 1.0], [1.0, 1.0]] * 2
 
 
-def test_schedules_are_tabulated_once_for_all_texts(engines: dict[str, Any]) -> None:
+def test_schedules_are_tabulated_once_for_all_texts(engines: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     denoiser = Denoiser(engines, MODEL)
     for steps in (3, 3, 4, 3):
         finish(utterance(denoiser, steps=steps))
     assert [len(call["t"]) for call in engines["schedule"].calls] == [3, 4]
-    for steps in range(5, 14):  # more than are kept
+    table = denoiser.table(3, 0.999)
+    assert table.shape == (3, MODEL.layers, 6, MODEL.width)
+    monkeypatch.setattr(generate, "_TABLE_BYTES", 9 * table[0].nbytes)
+    for steps in (5, 3, 4):  # 12 steps are more than 9: those of the oldest table, 4, are not kept
         denoiser.table(steps, 0.999)
-    assert denoiser.table(3, 0.999).shape == (3, MODEL.layers, 6, MODEL.width)
-    assert len(engines["schedule"].calls) == 12
+    assert [len(call["t"]) for call in engines["schedule"].calls] == [3, 4, 5, 4]
+    denoiser.table(20, 0.999)
+    denoiser.table(20, 0.999)  # kept, although it is larger than all may be
+    assert len(engines["schedule"].calls) == 5
 
 
 def test_latents_before_a_block_are_encoded_as_far_as_they_are_seen(engines: dict[str, Any]) -> None:

@@ -113,6 +113,11 @@ def within_plans(bundle: Bundle) -> Bundle:
     from fishrt_engines.trt.engine import find_built
 
     manifest = bundle.manifest
+    if not isinstance(manifest.model, LanguageModel):
+        raise ProviderError(
+            f"{manifest.name} is a diffusion model, for which there are no plans of TensorRT yet",
+            hint='use provider "cuda" or "cpu"',
+        )
     spec = manifest.specs["slow_ar"]
     with _hints(bundle, "tensorrt"):
         built = find_built(bundle.file(spec.file), spec).key.lowering.max_len

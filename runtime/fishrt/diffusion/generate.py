@@ -31,7 +31,8 @@ from .sampler import Block, Noise, Row, SeededNoise, times
 
 StopReason = Literal["end", "max_frames"]
 """Reasons of an end: silence; the end of the window."""
-_SCHEDULES_KEPT = 8
+_TABLE_BYTES = 128_000_000
+"""Most bytes of tables that are kept; the newest stays in any case. A step of the official model takes 1.2 MB."""
 _NO_TOKEN = np.zeros((1, 1), np.int64)
 """A text without words: the token before every text."""
 
@@ -108,13 +109,13 @@ class Denoiser:
             return self._wordless
 
     def table(self, steps: int, init_scale: float) -> Floats:
-        """Return what depends on the time alone, float32 [steps, layers, 6, width]; of the last few schedules it is kept."""
+        """Return what depends on the time alone, float32 [steps, layers, 6, width]; of the last schedules it is kept."""
         key = (steps, init_scale)
         with self._making:
             if key not in self._tables:
                 found = self.engines["schedule"].run({"t": times(steps, init_scale)[:-1]})
                 self._tables[key] = _constant(found["modulation"])
-                if len(self._tables) > _SCHEDULES_KEPT:
+                while len(self._tables) > 1 and sum(table.nbytes for table in self._tables.values()) > _TABLE_BYTES:
                     self._tables.popitem(last=False)
             self._tables.move_to_end(key)
             return self._tables[key]

@@ -83,6 +83,7 @@ class DiffusionModel(Model):
             speed=float(request.speed),
             levelled=voices[0] if len(voices) == 1 else None,
             provider=provider,
+            bundle_sha256=self.bundle_sha256,
             warnings=[*text_warnings(request.text, len(voices), manifest)],
             denoising=denoising.first(max_frames),
             voice=self._latents(voices),

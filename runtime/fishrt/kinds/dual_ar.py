@@ -79,6 +79,7 @@ class DualARModel(Model):
             speed=float(request.speed),
             levelled=voices[0] if len(voices) == 1 and not quirks.sound else None,
             provider=provider,
+            bundle_sha256=self.bundle_sha256,
             warnings=[*text_warnings(request.text, len(voices), manifest)],
             conversation=conversation,
         )

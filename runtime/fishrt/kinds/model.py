@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -47,6 +49,11 @@ class Model(ABC):
         self._host, self._voices = host, voices
         self._prepared: dict[str, int] = {}
         self.forget()
+
+    @cached_property
+    def bundle_sha256(self) -> str:
+        """The SHA-256 of the bundle's manifest, in hex. Its text takes as long as some frames, so that it is made once."""
+        return hashlib.sha256(self._host.bundle.manifest.to_json().encode()).hexdigest()
 
     @abstractmethod
     def job(self, request: Request, progress: Callable[[Progress], None] | None, sizes: ChunkSizes) -> Job:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import threading
 import time
 from abc import ABC, abstractmethod
@@ -60,6 +59,8 @@ class Task:
     levelled: Voice | None
     """The voice that is brought to TARGET_LUFS; None: no change of loudness."""
     provider: str
+    bundle_sha256: str
+    """Of the bundle's manifest."""
     warnings: list[str]
     """Doubts about the speech, except for pieces that ended early."""
 
@@ -257,7 +258,7 @@ class Job(ABC):
             rtf=rtf(timings.compute_s, audio_s) if audio_s else None,
             provider=task.provider,
             bundle=manifest.name,
-            bundle_sha256=hashlib.sha256(manifest.to_json().encode()).hexdigest(),
+            bundle_sha256=task.bundle_sha256,
             warnings=self.warnings(pieces),
             denoising=task.denoising,
         )
