@@ -180,6 +180,7 @@ class TTS:
     ) -> SpeechStream:
         """Speak as `speak` does, with its options, in chunks while frames are drawn: short ones first, see `chunk_sizes`.
 
+        Without settings of blocks, a diffusion model streams in blocks, which `speak` does not: see `Denoising.blocks`.
         A piece for which the model said nothing has one empty chunk. The errors of a bad request are raised here, not at the
         first chunk.
         """

@@ -136,6 +136,41 @@ def test_settings_go_over_a_preset() -> None:
         Denoising(blocks=[64]).over(preset("low"))
 
 
+@pytest.mark.parametrize(
+    ("given", "steps", "blocks"),
+    [
+        (Denoising(), (8, 15, 20), (32, 128, 480)),
+        (Denoising(cfg_text=2.0, truncation=0.8), (8, 15, 20), (32, 128, 480)),
+        (Denoising(steps=5), 5, (32, 128, 480)),
+        (Denoising(frames=100), (8, 15), (32, 68)),
+        (Denoising(frames=32), (8,), (32,)),
+        (Denoising(blocks=(16, 16)), None, (16, 16)),
+        (Denoising(steps=(9,)), (9,), None),
+        (Denoising(truncation=(0.9, 0.8, 0.8)), None, None),
+    ],
+)
+def test_a_stream_has_blocks_unless_settings_speak_of_them(given: Denoising, steps: Any, blocks: Any) -> None:
+    found = given.streamed(MODEL)
+    assert (found.steps, found.blocks) == (steps, blocks)
+    assert (found.cfg_text, found.truncation) == (given.cfg_text, given.truncation)
+    assert given.streamed(diffusion_model(blockwise=False)) == given
+    assert found.streamed(MODEL) == found
+
+
+def test_a_stream_has_all_frames_of_a_larger_window() -> None:
+    assert Denoising().streamed(diffusion_model(max_frames=800)).blocks == (32, 128, 640)
+
+
+def test_settings_of_later_pieces() -> None:
+    found = Denoising(steps=2, later=Denoising(steps=3)).resolve(MODEL)
+    assert found.later == Denoising(steps=3).resolve(MODEL)
+    assert found.first(40).later == Denoising(steps=3).resolve(MODEL).first(40)
+    with pytest.raises(SamplingError, match="641 frames"):
+        Denoising(later=Denoising(frames=641)).resolve(MODEL)
+    with pytest.raises(SamplingError, match="later is 3"):
+        Denoising(later=3)  # type: ignore[arg-type]
+
+
 def test_presets() -> None:
     assert preset(" Low-Mid ") is PRESETS["low_mid"]
     flat = preset("Independent-High-Speaker-CFG-Flat")

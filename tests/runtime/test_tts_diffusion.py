@@ -6,6 +6,7 @@ import asyncio
 import re
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,31 @@ def test_a_stream_is_the_whole(tts: TTS, denoising: Denoising, mode: Any) -> Non
     assert len(chunks) > 1
     assert [chunk.stop_reason for chunk in chunks if chunk.stop_reason] == ["max_frames"]
     assert stream.info.frames == 24
+
+
+def test_a_stream_without_settings_of_blocks_is_in_the_usual_ones(tmp_path: Path) -> None:
+    """What nobody hears before its end is not."""
+    tts = diffusion_tts(tmp_path / "bundle", denoising=DenoisingDefaults(steps=3), max_frames=180)
+    wanted = tts.speak(TEXT, seed=3, denoising=Denoising((8, 15, 20), blocks=(32, 128, 20)))
+    stream, before = tts.stream(TEXT, seed=3), calls(tts, "denoise")
+    first = next(stream)
+    assert calls(tts, "denoise") - before == 8, "the first sound comes after the steps of the first block"
+    same([first, *stream], wanted)
+    assert stream.info.denoising == wanted.info.denoising
+    same(list(tts.submit(TEXT, seed=3)), wanted)
+    (whole,) = tts.speak_many([TEXT], seed=3)
+    same(tts.speak(TEXT, seed=3), whole)
+    assert whole.info.denoising == Denoising().resolve(tts.bundle.manifest.diffusion)
+
+
+def test_later_pieces_may_have_other_settings(tts: TTS) -> None:
+    later = Denoising(steps=1, frames=24)
+    speech = tts.speak(LONG, seed=5, denoising=Denoising(steps=(2, 1), blocks=(8, 192), later=later))
+    pieces = [piece.text for piece in speech.info.pieces]
+    assert [piece.frames for piece in speech.info.pieces] == [200] + [24] * (len(pieces) - 1)
+    first = tts.speak(pieces[0], seed=5, denoising=Denoising(steps=(2, 1), blocks=(8, 192)))
+    second = tts.speak(pieces[1], seed=6, denoising=replace(later, pace=Pace(max_s=99)))
+    np.testing.assert_array_equal(speech.latents[:224], np.concatenate([first.latents, second.latents]))  # type: ignore[index, list-item]
 
 
 def test_a_stream_ends_with_the_whole(known: TTS) -> None:
@@ -312,7 +338,7 @@ def test_recordings_become_voices(tts: TTS, tmp_path: Path) -> None:
 REQUESTS = (
     Request(TEXT, seed=1, denoising=WHOLE),
     Request(LONG, seed=2, denoising=BLOCKS),
-    Request("Hi.", seed=3, voice=voice()),
+    Request("Hi.", seed=3, voice=voice(), denoising=WHOLE),
 )
 
 

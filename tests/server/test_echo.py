@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -21,12 +21,13 @@ from fishrt import TTS, FishrtError
 from fishrt.audio.encoders import pcm16
 from fishrt.diffusion.denoising import PRESETS, Denoising
 from fishrt.diffusion.text import split
-from fishrt.server.diffusion.echo import speaks_of, usual
+from fishrt.server.diffusion.echo import speak_of_echo, usual
 from fishrt.server.diffusion.fields import DIFFUSION, KEYS, LANGUAGE, MOST_STEPS, asked, denoising_of
 from fishrt.server.problems import Problem, problem
 from fishrt.server.service import Service
 from fishrt.server.settings import Settings
 from fishrt.server.speech.fields import Speak, speak_of
+from fishrt.speaking.stream import growing_chunks, whole_chunks
 from helpers_diffusion import diffusion_model
 
 SPEECH = "/echo/v1/audio/speech"
@@ -58,21 +59,18 @@ def service(echo_tts: TTS) -> Service:
 
 
 @pytest.fixture(scope="module")
-def speaks(service: Service) -> Callable[..., Sequence[Speak]]:
-    """Return the requests of the dialect's route for these fields."""
-    return lambda **fields: asyncio.run(speaks_of(service, {"input": "Hi", **fields}))
+def speak(service: Service) -> Callable[..., Speak]:
+    """Return the request of the dialect's route for these fields."""
+    return lambda **fields: asyncio.run(speak_of_echo(service, {"input": "Hi", **fields}))
 
 
-def planned(speaks: Sequence[Speak], tts: TTS) -> Plan:
+def planned(speak: Speak, tts: TTS) -> Plan:
     """Return text, blocks, steps and seed of every generation."""
-    manifest, found = tts.bundle.manifest, []
-    for speak in speaks:
-        request = speak.request
-        settings = request.denoising.resolve(manifest.diffusion)
-        window_s = manifest.diffusion.max_frames / manifest.codec.frame_rate
-        pieces = split(request.text, window_s, manifest.diffusion.max_tokens, settings.pace, settings.variant)
+    job, found = tts.job(speak.request, None, growing_chunks if speak.stream else whole_chunks), []
+    for n, piece in enumerate(job.task.pieces):
+        settings = job._settings(n)
         steps = [settings.steps] * len(settings.blocks) if isinstance(settings.steps, int) else list(settings.steps)
-        found += [(piece, list(settings.blocks), steps, request.seed + n) for n, piece in enumerate(pieces)]
+        found.append((piece, list(settings.blocks), steps, job.task.seed + n))
     return found
 
 
@@ -212,20 +210,19 @@ def test_a_limit_of_frames(service: Service) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(LANGUAGE))
-def test_settings_of_language_models_are_refused_or_ignored(service: Service, speaks: Any, name: str) -> None:
+def test_settings_of_language_models_are_refused_or_ignored(service: Service, speak: Any, name: str) -> None:
     value = "x" if name == "speaker_prompt" else 1
     found = refused(lambda: asyncio.run(speak_of(service, {"input": "Hi", name: value})))
     assert (found.status_code, found.param) == (400, name)
     assert found.detail == f"{name}: the loaded model is a diffusion model and has no such setting"
-    assert speaks(**{name: value})[0].ignored == (name,)
+    assert speak(**{name: value}).ignored == (name,)
     assert asyncio.run(speak_of(service, {"input": "Hi", name: value}, lenient=True)).ignored == (name,)
 
 
 def test_a_language_model_refuses_settings_of_diffusion_or_ignores_them(tts: TTS) -> None:
-    spoken = asyncio.run(speaks_of(Service(tts, Settings()), {"input": "Hi", "extra_body": {"num_steps": 4, "zero_eps": 1}}))
-    assert [(each.ignored, each.format, each.stream, each.request.seed) for each in spoken] == [
-        (("num_steps", "zero_eps"), "pcm", True, 0)
-    ]
+    given = {"input": "Hi", "extra_body": {"num_steps": 4, "zero_eps": 1}}
+    spoken = asyncio.run(speak_of_echo(Service(tts, Settings()), given))
+    assert (spoken.ignored, spoken.format, spoken.stream, spoken.request.seed) == (("num_steps", "zero_eps"), "pcm", True, 0)
     assert DIFFUSION < KEYS
 
 
@@ -240,7 +237,7 @@ def test_a_client_of_the_dialect_hears_a_language_model(client: TestClient, tts:
 # The dialect's own route
 
 
-def test_what_is_generated_is_what_the_server_generates(echo_tts: TTS, speaks: Any) -> None:
+def test_what_is_generated_is_what_the_server_generates(echo_tts: TTS, speak: Any) -> None:
     cases, count = http_cases(), 0
     for case in cases["http_cases"]:
         if case["path"] != "/v1/audio/speech" or case["status"] != 200 or case["body"]["input"] in ("", "日本"):
@@ -248,7 +245,7 @@ def test_what_is_generated_is_what_the_server_generates(echo_tts: TTS, speaks: A
         body = {**case["body"], "voice": None}
         long = body["input"] == "<LONG_TEXT>"
         body["input"] = cases["long_text"] if long else body["input"]
-        found = planned(speaks(**body), echo_tts)
+        found = planned(speak(**body), echo_tts)
         if "chunking_enabled" in body.get("extra_body", {}):  # the original cuts off what its tokens do not take
             assert " ".join(text.removeprefix("[S1] ") for text, *_ in found) == body["input"].strip()
             assert [part[1:] for part in found] == [([32, 128, 480], [8, 15, 20], 0), ([640], [20], 1), ([640], [20], 2)]
@@ -259,15 +256,15 @@ def test_what_is_generated_is_what_the_server_generates(echo_tts: TTS, speaks: A
     assert count == 8
 
 
-def test_what_the_server_refuses_is_refused(speaks: Any) -> None:
+def test_what_the_server_refuses_is_refused(speak: Any) -> None:
     cases, count = http_cases(), 0
     for case in cases["http_cases"]:
         if case["path"] == "/v1/audio/speech" and case["status"] >= 400 and case["voice_resolved_by_stub"]:
             if case["body"].get("response_format") == "mp3":  # there is always an encoder here
-                assert speaks(**{**case["body"], "voice": None})[0].format == "mp3"
+                assert speak(**{**case["body"], "voice": None}).format == "mp3"
                 continue
             given = {"voice": None, **case["body"]} if case["body"] else {"input": None}
-            assert refused(lambda given={**given, "voice": None}: speaks(**given)).status_code == 400
+            assert refused(lambda given={**given, "voice": None}: speak(**given)).status_code == 400
             count += 1
     assert count == 7
 
@@ -343,15 +340,16 @@ def test_a_piece_has_the_seed_and_its_number(echo: TestClient, small: TTS) -> No
         np.testing.assert_allclose(heard(reply), np.concatenate(parts), atol=2 / 32768)
 
 
-def test_the_first_piece_of_a_stream_is_in_blocks(echo_tts: TTS) -> None:
+def test_the_first_piece_of_a_stream_is_in_blocks(echo_tts: TTS, speak: Any) -> None:
     text = "The birds sing in the trees. The sun shines on the sea."
     fields = {"input": text, "truncation_factor": 0.8, "chunk_target_seconds": 1, "chunk_min_seconds": 0, "chunk_max_seconds": 2}
-    first, second = asyncio.run(speaks_of(Service(echo_tts, Settings()), fields))
-    assert (first.request.text, first.request.seed, first.request.denoising.blocks) == (f"[S1] {text[:28]}", 0, (32, 128, 480))
-    assert (second.request.text, second.request.seed, second.request.denoising.blocks) == (f"[S1] {text[29:]}", 1, (640,))
-    assert second.request.denoising.truncation == 0.8
-    (alone,) = asyncio.run(speaks_of(Service(echo_tts, Settings()), {**fields, "truncation_factor": [0.8, 0.8, 0.7]}))
-    assert alone.request.text == text
+    settings = speak(**fields).request.denoising
+    assert (settings.truncation, settings.later.truncation) == (0.8, 0.8)
+    assert [part[1:] for part in planned(speak(**fields), echo_tts)] == [
+        ([32, 128, 480], [8, 15, 20], 0),
+        ([640], [20], 1),
+    ]
+    assert speak(**{**fields, "truncation_factor": [0.8, 0.8, 0.7]}).request.denoising.later is None
 
 
 @pytest.mark.parametrize("header", ["", "data:audio/wav;base64,"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from math import isfinite
 from numbers import Integral, Real
 from typing import Any, TypeGuard, TypeVar, get_args
@@ -39,7 +39,7 @@ class Denoising:
             what is left of the block before: with 0, it is never taken back, and grows with each block.
         force_layers: at least 1. Layers from the first on that force_speaker changes; all by default.
         blocks: frames of each block of the window, for models that generate in blocks. A stream speaks a block while the next
-            is made. One block of all frames by default.
+            is made: by default it has the blocks of the preset "default", with their steps. Otherwise the window is one block.
         frames: frames of the window of a piece of text; by default those of the blocks, or else as many as the model takes.
             Speech that does not fit is cut off.
         early_stop: whether no more blocks are made once one ends in silence; yes by default.
@@ -48,6 +48,7 @@ class Denoising:
         variant: "official", by default, or "streaming": the text rules, the guidance by text, and the search for the end of
             speech are those of the original's streaming server.
         pace: lengths of the pieces of a long text.
+        later: settings of all pieces of a long text but the first; by default those of the first.
     """
 
     steps: int | Sequence[int] | None = None
@@ -69,6 +70,7 @@ class Denoising:
     zero_tail_frames: int | None = None
     variant: Variant | None = None
     pace: Pace | None = None
+    later: Denoising | None = None
 
     def __post_init__(self) -> None:
         for name in (*_PER_BLOCK, "blocks"):
@@ -94,10 +96,22 @@ class Denoising:
         own = {field.name: getattr(self, field.name) for field in fields(self)}
         return Denoising(**{name: getattr(base, name) if value is None else value for name, value in own.items()})
 
+    def streamed(self, model: Diffusion) -> Denoising:
+        """Return these settings with the blocks of a stream, and their steps, if they say nothing of blocks.
+
+        A list with a value for each block does: it is not for these. A model without blocks has none.
+        """
+        lists = any(isinstance(getattr(self, name), tuple) for name in _PER_BLOCK)
+        if self.blocks is not None or lists or not model.blockwise:
+            return self
+        usual, frames = PRESETS["default"], self.frames or model.max_frames
+        assert usual.blocks is not None
+        return self.over(Denoising(usual.steps, blocks=(*usual.blocks[:-1], max(usual.blocks[-1], frames))).first(frames))
+
     def resolve(self, model: Diffusion) -> Denoising:
         """Return these settings with a bundle's defaults for those that are None.
 
-        None is left where it means that something is not done: rescaling, force_speaker; and for the pace.
+        None is left where it means that something is not done: rescaling, force_speaker; and for the pace and later pieces.
         Raises SamplingError for settings that contradict each other, and for frames and blocks that the model does not take.
         """
         usual = Denoising(
@@ -112,13 +126,14 @@ class Denoising:
             variant="official",
         )
         whole = self.over(usual)
-        whole = whole.over(Denoising(truncation=1.0, frames=sum(whole.blocks or ())))
+        later = None if self.later is None else self.later.resolve(model)
+        whole = replace(whole.over(Denoising(truncation=1.0, frames=sum(whole.blocks or ()))), later=later)
         for found, rule in (*contradictions(asdict(whole)), *whole._misfits(model)):
             raise SamplingError(found, hint=rule)
         return whole
 
     def first(self, frames: int) -> Denoising:
-        """Return resolved settings for at most so many frames: the last blocks are shorter, or left out."""
+        """Return settings with blocks for at most so many frames: the last blocks are shorter, or left out."""
         assert self.blocks is not None
         left, blocks = frames, list[int]()
         for block in self.blocks:
@@ -127,8 +142,10 @@ class Denoising:
                 left -= block
         per_block: tuple[Any, ...] = (self.steps, self.truncation, self.init_scale)
         steps, truncation, init_scale = (value[: len(blocks)] if isinstance(value, tuple) else value for value in per_block)
-        shorter = Denoising(steps, truncation=truncation, init_scale=init_scale, blocks=blocks, frames=sum(blocks))
-        return shorter.over(self)
+        later = None if self.later is None else self.later.first(frames)
+        return replace(
+            self, steps=steps, truncation=truncation, init_scale=init_scale, blocks=blocks, frames=sum(blocks), later=later
+        )
 
     def _misfits(self, model: Diffusion) -> Iterator[tuple[str, str]]:
         """Yield a pair for each resolved setting that does not fit the others or the model."""
@@ -169,6 +186,8 @@ def _field_faults(name: str, value: object) -> Iterator[tuple[str, str]]:
         yield f"{name} is {value!r}", f"it must be one of {', '.join(get_args(Variant))}"
     if name == "pace" and not isinstance(value, Pace):
         yield f"{name} is {value!r}", "it must be a Pace"
+    if name == "later" and not isinstance(value, Denoising):
+        yield f"{name} is {value!r}", "it must be a Denoising"
 
 
 def _wrong_length(name: str, found: int, blocks: int | None) -> tuple[str, str]:

@@ -35,7 +35,7 @@ class BlockTask(Task):
     """A task for a diffusion model."""
 
     denoising: Denoising
-    """Resolved, and within `max_frames`."""
+    """Resolved, with its `later`, and within `max_frames`."""
     voice: Floats | None
     """Latents of all voices, float32 [frames, channels]; None: there is none."""
 
@@ -58,9 +58,15 @@ class BlockJob(Job):
         """See `Job`."""
         super().__init__(task, manifest, sizes, accepted, progress)
         self._made: Floats = np.empty((0, manifest.diffusion.channels), np.float32)
-        pace, window_s = task.denoising.pace or Pace(), (task.denoising.frames or 0) / manifest.codec.frame_rate
-        self._expected_s = sum(min(pace.estimate(piece), window_s) for piece in task.pieces)
+        pace = task.denoising.pace or Pace()
+        windows_s = [(self._settings(n).frames or 0) / manifest.codec.frame_rate for n in range(len(task.pieces))]
+        self._expected_s = sum(min(pace.estimate(piece), s) for piece, s in zip(task.pieces, windows_s, strict=True))
         self._resumed: list[str] = []
+
+    def _settings(self, piece: int) -> Denoising:
+        """Return the settings of a piece of text."""
+        first = self.task.denoising
+        return first if piece == 0 else first.later or first
 
     def _next_piece(self) -> None:
         self.utterance = None
@@ -93,8 +99,8 @@ class BlockJob(Job):
         if self.utterance is None:
             task = self.task
             voice = None if task.voice is None else voices.of(task.voice)
-            seed = task.seed + self.piece
-            self.utterance = Utterance(voices.denoiser, tokens(task.pieces[self.piece]), voice, task.denoising, seed)
+            text, settings = tokens(task.pieces[self.piece]), self._settings(self.piece)
+            self.utterance = Utterance(voices.denoiser, text, voice, settings, task.seed + self.piece)
         latents = self.utterance.advance()
         if latents is not None:
             self._made = np.concatenate([self._made, latents])

@@ -19,6 +19,7 @@ from ..errors import PromptError, VoiceError
 from ..language_model.sampling import Sampling
 from ..request import Request, VoiceLike
 from ..speaking.job import ChunkSizes
+from ..speaking.stream import whole_chunks
 from ..speaking.turns import MakeTurns
 from ..speaking.warnings import text_warnings
 from ..speech import Progress
@@ -52,9 +53,10 @@ class DiffusionModel(Model):
     def job(self, request: Request, progress: Callable[[Progress], None] | None, sizes: ChunkSizes) -> BlockJob:
         """See `Model.job`."""
         accepted = time.perf_counter()
-        return BlockJob(self._task(request), self._host.bundle.manifest, sizes, accepted, progress)
+        task = self._task(request, streamed=sizes is not whole_chunks)
+        return BlockJob(task, self._host.bundle.manifest, sizes, accepted, progress)
 
-    def _task(self, request: Request) -> BlockTask:
+    def _task(self, request: Request, *, streamed: bool) -> BlockTask:
         bundle, provider = self._host.bundle, self._host.provider
         manifest, model = bundle.manifest, bundle.manifest.diffusion
         given = {
@@ -64,7 +66,8 @@ class DiffusionModel(Model):
         }
         refuse(given, "language models", bundle)
         max_frames = request.limit(model.max_frames, "the model's")
-        denoising = (request.denoising or Denoising()).resolve(model)
+        settings = request.denoising or Denoising()
+        denoising = (settings.streamed(model) if streamed else settings).resolve(model)
         assert denoising.frames is not None
         if tag := SPEAKER.search(request.text):
             hint = f"write [{FIRST}], [{SECOND}], … in front of the words"

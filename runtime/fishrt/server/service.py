@@ -55,7 +55,8 @@ class Service:
     async def load(self) -> None:
         """Speak once, so that every graph is open. Until then, requests are refused."""
         try:
-            step = Denoising(1) if isinstance(self.tts.bundle.manifest.model, Diffusion) else None
+            model = self.tts.bundle.manifest.model
+            step = Denoising(1, blocks=(1,) * _SILENT if model.blockwise else None) if isinstance(model, Diffusion) else None
             async for _ in await self.speak(Request("Hi.", seed=0, max_frames=_SILENT, denoising=step)):
                 pass
         except Exception as error:

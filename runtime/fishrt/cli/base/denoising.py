@@ -61,7 +61,8 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "--steps": {
         "type": _Several(Whole(min=1)),
         "metavar": "N[,N]…",
-        "help": "Euler steps, or those of each block: fewer are faster and coarser.  [default: the bundle's]",
+        "help": "Euler steps, or those of each block: fewer are faster and coarser.  [default: the bundle's; those of --preset "
+        "default for its blocks]",
     },
     "--cfg-text": {
         "type": Number(min=0),
@@ -81,7 +82,8 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "--blocks": {
         "type": _Several(Whole(min=1)),
         "metavar": "N,N,…",
-        "help": "Frames of each block; with --stream, a block is heard while the next is made.  [default: one block]",
+        "help": "Frames of each block; with --stream or --play, a block is heard while the next is made.  [default: those of "
+        "--preset default with --stream or --play, else one block]",
     },
 }
 

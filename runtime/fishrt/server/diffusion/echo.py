@@ -6,7 +6,7 @@ blocks, text rules and formats of that server.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +15,6 @@ from starlette.responses import Response
 
 from ...bundle.diffusion import Diffusion
 from ...diffusion.denoising import PRESETS, Denoising
-from ...diffusion.text import split
 from ..bodies import json_object
 from ..docs import AUDIO, body
 from ..problems import Problem
@@ -44,7 +43,7 @@ def routes(service: Service) -> APIRouter:
     )
     async def speech(request: Request) -> Response:
         """Answer with raw samples while they are made; with mp3, wav or pcm, whole, if `stream` is false."""
-        answer = await reply(service, speaks_of(service, await json_object(request)), request.receive)
+        answer = await reply(service, speak_of_echo(service, await json_object(request)), request.receive)
         if answer.headers["Content-Type"].startswith("audio/pcm"):
             answer.headers["Content-Type"] = "application/octet-stream"
         return answer
@@ -52,13 +51,9 @@ def routes(service: Service) -> APIRouter:
     return router
 
 
-async def speaks_of(service: Service, data: Mapping[str, Any]) -> Sequence[Speak]:
-    """Return the checked requests for a JSON object, which are spoken as one; what they cannot honour is listed as ignored.
-
-    There are several if later pieces of a streamed text have other blocks than the first. Raises Problem.
-    """
-    manifest = service.tts.bundle.manifest
-    model = manifest.model
+async def speak_of_echo(service: Service, data: Mapping[str, Any]) -> Speak:
+    """Return the checked request for a JSON object; what it cannot honour is listed as ignored. Raises Problem."""
+    model = service.tts.bundle.manifest.model
     found, _, ignored = flatten(model, data, lenient=True)
     if found.get("seed") == -1:  # a new one
         del found["seed"]
@@ -77,14 +72,10 @@ async def speaks_of(service: Service, data: Mapping[str, Any]) -> Sequence[Speak
     speak = await speak_of(service, found, base=first)
     speak = replace(speak, ignored=tuple(dict.fromkeys((*ignored, *speak.ignored))))
     settings = speak.request.denoising
-    if not isinstance(model, Diffusion) or settings is None or later is None or speak.silent:
-        return [speak]
-    window_s = model.max_frames / manifest.codec.frame_rate
-    pieces = split(speak.request.text, window_s, model.max_tokens, settings.pace, "streaming")
-    seed = speak.request.seed
-    speaks = [speak.of(piece, None if seed is None else seed + n) for n, piece in enumerate(pieces)]
-    others = replace(settings, steps=later.steps, blocks=later.blocks)
-    return [speaks[0], *(replace(each, request=replace(each.request, denoising=others)) for each in speaks[1:])]
+    if settings is None or later is None:
+        return speak
+    settings = replace(settings, later=replace(settings, steps=later.steps, blocks=later.blocks))
+    return replace(speak, request=replace(speak.request, denoising=settings))
 
 
 def usual(model: Diffusion, found: Mapping[str, Any], *, stream: bool) -> tuple[Denoising, Denoising | None]:

@@ -169,24 +169,16 @@ async def _collected(parts: AsyncGenerator[bytes]) -> tuple[bytes, bool]:
     return b"".join(found), True
 
 
-async def _each(speaks: Sequence[Speak]) -> AsyncIterator[Speak]:
-    for speak in speaks:
-        yield speak
-
-
-async def reply(
-    service: Service, checking: Coroutine[Any, Any, Speak | Sequence[Speak]], receive: Receive, *, attached: bool = False
-) -> Response:
+async def reply(service: Service, checking: Coroutine[Any, Any, Speak], receive: Receive, *, attached: bool = False) -> Response:
     """Return the reply to a request, whose client `receive` watches. Raises Problem and FishrtError before the first audio.
 
-    checking: reads the fields of the request, and may return several that are spoken as one. attached: with the name of a file.
+    checking: reads the fields of the request. attached: with the name of a file.
     A whole reply of more than MOST_WHOLE is sent while it is made, too.
     """
     with closing(checking):
         service.check_ready()
-        checked = await unless_gone(checking, receive)
-    speak, *more = [checked] if isinstance(checked, Speak) else checked
-    rendering = Rendering(service, speak, _each(more) if more else None)
+        speak = await unless_gone(checking, receive)
+    rendering = Rendering(service, speak)
     parts = rendering.bytes()
     try:
         if speak.stream:
