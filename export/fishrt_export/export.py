@@ -50,9 +50,10 @@ def export_bundle(
     *,
     progress: Progress = lambda _stage, _done: None,
 ) -> Bundle:
-    """Export the checkpoint in the folder `checkpoint` as a bundle in the new or empty folder `out`, whose parent exists.
+    """Export a checkpoint as a bundle in the new or empty folder `out`, whose parent exists.
 
-    A language model may have fewer codebooks than the codec. It then speaks with the first ones.
+    checkpoint: its folder, or the file of its weights in a folder with the rest. A language model may have fewer codebooks than
+    the codec. It then speaks with the first ones.
 
     Raises ExportError for a checkpoint that is incomplete, damaged, mixed or of an unknown family, with a list of all tensors
     that do not fit; for a LoRA of another model; for an `out` that is not empty or cannot be written; for a graph that differs
@@ -60,6 +61,8 @@ def export_bundle(
     """
     checkpoint, out = Path(checkpoint), Path(out)
     check_out(out)
+    if checkpoint.is_file():
+        checkpoint, options = checkpoint.parent, replace(options, weights=checkpoint)
     progress("reading the checkpoint", 0.0)
     plan = (plan_diffusion if is_diffusion(checkpoint) else plan_dual_ar)(checkpoint, out, options)
     storage = {job.role: job.plan for job in plan.jobs}

@@ -45,8 +45,8 @@ class Options:
     """A key of families.FAMILIES; None identifies it."""
     lora: Lora | None = None
     """Merged into the language model."""
-    precision: str = "fp32"
-    """See graph/recipe.py."""
+    precision: str | None = None
+    """See graph/recipe.py. None: as the checkpoint, with its integers if it is quantised."""
     keep: Mapping[str, str] = field(default_factory=dict)
     """Precisions by patterns for the model's matrices; see graph/recipe.py."""
     targets: Collection[str] = ()
@@ -54,18 +54,22 @@ class Options:
     codec_int8: bool = False
     """Whether to add the codec's decoder with convolutions in 8 bits; see codec_int8.py."""
     codec: Path | None = None
-    """The folder of a diffusion model's codec; None: in the checkpoint, or beside it."""
+    """The codec's file, or a folder that has it; None: in the checkpoint, or beside that of a diffusion model."""
+    tokenizer: Path | None = None
+    """The tokenizer's file, or a folder that has it; None: in the checkpoint."""
+    weights: Path | None = None
+    """The file of weights; None: the first set in the checkpoint."""
 
     def __post_init__(self) -> None:
         check_known("head", [self.head], HEADS)
         check_known("family", [] if self.family is None else [self.family], FAMILIES)
-        check_known("precision", [self.precision, *self.keep.values()], PRECISIONS)
+        check_known("precision", [*filter(None, [self.precision]), *self.keep.values()], PRECISIONS)
         check_known("target", self.targets, TARGETS)
 
     @property
     def words(self) -> str:
         """The options in words, the precision first."""
-        parts = [self.precision, *(f"{name}={precision}" for name, precision in self.keep.items())]
+        parts = [self.precision or "fp32", *(f"{name}={precision}" for name, precision in self.keep.items())]
         parts += ["codec in 8 bits"] if self.codec_int8 else []
         parts += ["full head"] if self.head == "full" else []
         parts += [f"LoRA {self.lora.path.name}, alpha {self.lora.alpha:g}"] if self.lora else []

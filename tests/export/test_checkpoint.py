@@ -168,24 +168,6 @@ def test_tensors_of_no_part_are_left_out(tmp_path: Path, caplog: pytest.LogCaptu
     assert "the head among the weights is left out" in caplog.text
 
 
-@pytest.mark.parametrize("single", ["model.safetensors", None])
-@pytest.mark.parametrize("pickled", ["model.pth", None])
-def test_several_sets_of_weights_are_named(tmp_path: Path, single: str | None, pickled: str | None) -> None:
-    """The user must choose: an arbitrary choice could ignore the trained weights."""
-    weights = random_weights(NESTED)
-    write_nested(tmp_path, NESTED, weights, shards=2)
-    if single:
-        synthetic.write_safetensors(tmp_path, synthetic.nested_names(weights))
-    if pickled:
-        torch.save(weights, tmp_path / pickled)
-    names = [name for name in ("model.safetensors.index.json", single, pickled) if name]
-    if len(names) == 1:
-        assert_same_weights(open_language_model(tmp_path), weights)
-        return
-    with pytest.raises(ExportError, match=f"has {len(names)} sets of weights: {', '.join(names)}"):
-        open_language_model(tmp_path)
-
-
 # ---- configuration
 
 

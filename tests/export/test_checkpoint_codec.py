@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from fishrt_export.checkpoint.files import CodecFiles, find_codec
+from fishrt_export.checkpoint.forms.folder import Checkpoint, CodecFiles
 from fishrt_export.errors import ExportError
 from fishrt_export.models.codec.dac import Dac
 from fishrt_export.models.codec.firefly import Firefly
@@ -51,7 +51,7 @@ def firefly_folder(request: pytest.FixtureRequest, copied_codec: CopyCodec) -> P
 
 
 def edit_codec(folder: Path, edit: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
-    path = find_codec(folder).weights
+    path = Checkpoint.of(folder).codec_files().weights
     torch.save(edit(torch.load(path, weights_only=True)), path)
 
 
@@ -130,7 +130,7 @@ def test_both_spellings_of_weight_norm(any_codec: Path) -> None:
             return weights
 
         edit_codec(any_codec, spell)
-        stored = read_stored_codec(find_codec(any_codec))
+        stored = read_stored_codec(Checkpoint.of(any_codec).codec_files())
         assert any(name.endswith(wanted) for name in stored)
         assert not any(name.endswith(other) for name in stored)
         after = open_codec(any_codec)
@@ -340,7 +340,7 @@ def test_a_buffer_of_an_older_file_changes_nothing() -> None:
     names = torch.load(folder / "codec.pth", weights_only=True).keys()
     buffers = {name for name in names if name.endswith((".causal_mask", ".freqs_cis"))}
     assert len(buffers) == 6
-    assert read_stored_codec(find_codec(folder)).keys() == names - buffers
+    assert read_stored_codec(Checkpoint.of(folder).codec_files()).keys() == names - buffers
     assert open_codec(folder).problems() == []
 
 

@@ -13,12 +13,8 @@ import torch
 from test_checkpoint import NESTED, assert_same_weights, open_flat
 
 import synthetic
-from fishrt_export.checkpoint.files import (
-    find_codec,
-    find_language_model,
-    read_tensors,
-    read_weights,
-)
+from fishrt_export.checkpoint.files import read_tensors, read_weights
+from fishrt_export.checkpoint.forms.folder import Checkpoint
 from fishrt_export.checkpoint.weights import raise_if_any
 from fishrt_export.errors import ExportError
 from fishrt_export.options import Lora
@@ -50,12 +46,13 @@ def test_everything_that_does_not_fit_is_listed_at_once(tmp_path: Path) -> None:
 def test_a_folder_of_something_else(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("hello")
     with pytest.raises(ExportError, match=r"config.json, weights \(.*\), a tokenizer \(tokenizer.json or tokenizer.tiktoken\)"):
-        find_language_model(tmp_path)
+        Checkpoint.of(tmp_path).language_model()
     with pytest.raises(ExportError, match=r"codec\.pth"):
-        find_codec(tmp_path)
-    for path in (tmp_path / "absent", tmp_path / "notes.txt"):
-        with pytest.raises(ExportError, match=r"does not exist|is a file, not a folder"):
-            find_language_model(path)
+        Checkpoint.of(tmp_path).codec_files()
+    with pytest.raises(ExportError, match="does not exist"):
+        Checkpoint.of(tmp_path / "absent")
+    with pytest.raises(ExportError, match=r"lacks config\.json, a tokenizer"):
+        Checkpoint.of(tmp_path / "notes.txt").language_model()
 
 
 @pytest.mark.parametrize(
@@ -109,7 +106,7 @@ NOT_JSON: dict[str, tuple[Any, str]] = {
 NOT_WEIGHTS: dict[str, tuple[Any, str]] = {
     **STAND_INS,
     "message": (REFUSAL, "cannot be read: it is text, not weights: .*restricted"),
-    "gguf": (b"GGUF\x03\x00\x00\x00" + bytes(40), "is a GGUF file"),
+    "gguf": (b"GGUF\x03\x00\x00\x00" + bytes(40), "(GGUF file|not a safetensors file|holds no LoRA)"),
     "zeros": (bytes(4000), "is damaged"),
     "nonsense": (b"\xff\xfe\x00nonsense", "is damaged"),
     "module": (whole_module, r"holds Python objects \(torch\.nn\.modules\.linear\.Linear\)"),
@@ -240,6 +237,6 @@ def test_a_header_length_that_looks_like_a_web_page(tmp_path: Path, length: int)
 def test_names_that_are_too_long(tmp_path: Path) -> None:
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"layers.a": "x" * 300}}), encoding="utf-8")
-    for read in (lambda: read_weights(index), lambda: find_codec(Path("x" * 300))):
+    for read in (lambda: read_weights(index), lambda: Checkpoint.of(Path("x" * 300))):
         with pytest.raises(ExportError, match="File name too long"):
             read()

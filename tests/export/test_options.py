@@ -55,7 +55,7 @@ def test_a_mount_point_is_refused_before_the_work(tmp_path: Path, monkeypatch: p
 
 MISTAKES = {
     "none out": "none does not exist",
-    "taken/x out": "x is a file, not a folder",
+    "taken/x out": "lacks config.json, a tokenizer",
     "taken out": "is not a complete checkpoint: it lacks config.json, weights",
     "none taken": "taken exists and is not empty",
     "none no/out": "there is no folder",

@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -19,6 +20,7 @@ from fishrt.voices.store import VoiceStore
 from fishrt_engines.engine import GraphSpec, TensorSpec
 from helpers_cli import RATE, files, refused, run, tone
 from helpers_text import bundle_folder
+from vectors import find_golden
 
 fake = helpers_cli.fake
 recording = helpers_cli.recording
@@ -258,10 +260,9 @@ def test_inspect_finds_what_is_wrong(fake):
 
 
 def checkpoint_files():
-    """Make the folder ckpt with empty files of all parts of a checkpoint."""
-    Path("ckpt").mkdir()
-    for name in ("config.json", "model.pth", "tokenizer.json", "codec.pth"):
-        Path("ckpt", name).touch()
+    """Make the folder ckpt with all parts of a checkpoint."""
+    for half in ("lm", "codec"):
+        shutil.copytree(find_golden(None, "s2-pro") / half / "checkpoint", "ckpt", dirs_exist_ok=True)
 
 
 def test_export_passes_its_options_on(fake, monkeypatch, tmp_path):
@@ -295,16 +296,17 @@ def test_export_passes_its_options_on(fake, monkeypatch, tmp_path):
     run("export", "ckpt", "out", "--static", "coreml")
     run("export", "ckpt", "out", "--target", "cuda", "--target", "coreml")
     run("export", "ckpt", "out", "--codec-int8")
-    run("export", "ckpt", "out", "--codec", str(tmp_path))
-    plain = {"head": "audio", "family": None, "lora": None, "precision": "fp32", "keep": {}, "targets": ()}
-    plain |= {"codec_int8": False, "codec": None}
+    run("export", "ckpt", "out", "--codec", "ckpt/codec.pth", "--tokenizer", "ckpt", "--weights", "model.safetensors.index.json")
+    plain = {"head": "audio", "family": None, "lora": None, "precision": None, "keep": {}, "targets": ()}
+    plain |= {"codec_int8": False, "codec": None, "tokenizer": None, "weights": None}
     assert {(checkpoint, out) for checkpoint, out, _ in asked} == {(Path("ckpt"), Path("out"))}
     changes = [{**options, "head": "full"} for options in (plain, plain)]
     changes += [{**plain, "family": "1.5", "lora": {"path": lora, "alpha": 16.0, "rank": None}}]
     changes += [{**plain, "lora": {"path": lora, "alpha": 0.5, "rank": 8}}]
     changes += [{**plain, "precision": "int4", "keep": {"slow_ar.layers.0.*": "int8", "fast_ar.output": "fp32"}}]
     changes += [{**plain, "targets": ("coreml",)}, {**plain, "targets": ("cuda", "coreml")}, {**plain, "codec_int8": True}]
-    changes += [{**plain, "codec": tmp_path}]
+    named = {"codec": Path("ckpt/codec.pth"), "tokenizer": Path("ckpt"), "weights": Path("model.safetensors.index.json")}
+    changes += [plain | named]
     assert [options for _, _, options in asked] == changes
 
 

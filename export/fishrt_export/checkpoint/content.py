@@ -55,11 +55,15 @@ def is_safetensors(path: Path) -> bool:
     if start[8:9] == b"{" and int.from_bytes(start[:8], "little") < size:
         return True
     _refuse_stand_ins(path, start)
-    if start.startswith(b"GGUF"):
-        raise ExportError(f"{path} is a GGUF file, which is not supported", hint="export the checkpoint that it was made from")
     if line := _first_line(start):
         raise ExportError(f"{path} cannot be read: it is text, not weights: {line[:80]!r}", hint=DAMAGED)
     return start[8:9] == b"{"  # cut off
+
+
+def is_gguf(path: Path) -> bool:
+    """Return whether a file is in the GGUF format. Raises ExportError for a file that cannot be read."""
+    with reading(path), path.open("rb") as file:
+        return file.read(4) == b"GGUF"
 
 
 @contextmanager

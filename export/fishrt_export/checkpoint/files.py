@@ -1,6 +1,6 @@
-"""The files of a checkpoint and their tensors, under the names that the originals gave them.
+"""The tensors in the files of a checkpoint, under the names that the originals gave them.
 
-Only containers are interpreted here: safetensors shards and their index, and pickles. Wrappers are removed: an outer
+Only containers are interpreted here: safetensors shards and their index, GGUF files, and pickles. Wrappers are removed: an outer
 `state_dict`, and the prefixes that training frameworks put before all names.
 """
 
@@ -9,11 +9,10 @@ from __future__ import annotations
 import re
 import warnings
 import zipfile
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,64 +20,16 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import ExportError, listed
-from .content import DAMAGED, is_safetensors, read_json, reading
-from .names import CODEC, CODEC_CONFIG, CONFIG, FIREFLY, INDEX, PICKLE, TOKENIZER, TOKENIZERS, WEIGHTS, check_parts, read_places
+from .content import DAMAGED, is_gguf, is_safetensors
+from .forms.embedded import codec_tensors, language_model_tensors
+from .forms.table import find_shards
+from .names import INDEX, read_places
+from .quantised.blocks import maker
 from .weights import LANGUAGE_MODEL_PARTS, Lazy, Maker, makers
 
 _COMPILED = "_orig_mod."
 _SAFETENSORS = ".safetensors"
 _OTHER_FILE = "take the publisher's file instead"
-
-
-@dataclass(frozen=True, slots=True)
-class LanguageModelFiles:
-    """The dual-AR half of a checkpoint."""
-
-    config: dict[str, Any]
-    weights: Path
-    """The index of the shards, the single safetensors file, or the pickle."""
-    tokenizer: Path
-    """tokenizer.json or tokenizer.tiktoken."""
-
-
-@dataclass(frozen=True, slots=True)
-class CodecFiles:
-    """The codec half of a checkpoint."""
-
-    weights: Path
-    config: dict[str, Any] | None
-    """None: the codec has its family's official sizes."""
-
-
-def find_language_model(folder: Path) -> LanguageModelFiles:
-    """Find the files of the language model and read its config.
-
-    Raises one ExportError that names every missing file, and ExportError for several sets of weights or two tokenizers.
-    """
-    check_parts(folder, CONFIG, PICKLE, TOKENIZER)
-    weights = [folder / name for name in WEIGHTS if (folder / name).is_file()]
-    if len(weights) > 1 and weights[0].name == INDEX:  # a single file that the index names is a shard, not another set
-        shards = set(read_places(weights[0]).values())
-        weights = [path for path in weights if path.name not in shards]
-    tokenizers = [folder / name for name in TOKENIZERS if (folder / name).is_file()]
-    return LanguageModelFiles(read_json(folder / CONFIG), _only(weights, "sets of weights"), _only(tokenizers, "tokenizers"))
-
-
-def find_codec(folder: Path) -> CodecFiles:
-    """Find the codec by the file names of published codecs, and read its config. Raises ExportError unless there is one codec."""
-    check_parts(folder, CODEC)
-    found = [path for path in (folder / CODEC, *sorted(folder.glob(FIREFLY))) if path.is_file()]
-    config = folder / CODEC_CONFIG
-    return CodecFiles(_only(found, "codecs"), read_json(config) if config.is_file() else None)
-
-
-def _only(found: Sequence[Path], what: str) -> Path:
-    if len(found) > 1:
-        raise ExportError(
-            f"{found[0].parent} has {len(found)} {what}: {', '.join(path.name for path in found)}",
-            hint="keep the one of this model, and move the others out of the folder",
-        )
-    return found[0]
 
 
 def read_weights(path: Path) -> Mapping[str, Tensor]:
@@ -87,6 +38,8 @@ def read_weights(path: Path) -> Mapping[str, Tensor]:
     path: a file, or the index of shards. As upstream does, `model.` is removed if the first name of a pickle has it. Raises
     ExportError for a damaged, missing or foreign file.
     """
+    if is_gguf(path):
+        return Lazy({name: maker(path, tensor) for name, tensor in language_model_tensors(path).items()})
     tensors = unwrap(Lazy(_find_in_shards(path)) if path.name == INDEX else read_tensors(path), LANGUAGE_MODEL_PARTS, path)
     if isinstance(tensors, Lazy):
         return tensors
@@ -96,11 +49,13 @@ def read_weights(path: Path) -> Mapping[str, Tensor]:
 
 
 def read_tensors(path: Path) -> Mapping[str, Any]:
-    """Return the entries of a file of weights by name, those of its key `state_dict` if it has one.
+    """Return the entries of a file of weights by name, those of its key `state_dict` if it has one; of a GGUF file the codec's.
 
-    A safetensors file is recognised by its content. Its tensors are a `Lazy`, which reads them at lookup. A pickle is loaded
-    without running code. Raises ExportError.
+    A file is recognised by its content. Tensors of safetensors and GGUF are a `Lazy`, which reads them at lookup. A pickle is
+    loaded without running code. Raises ExportError.
     """
+    if is_gguf(path):
+        return Lazy({name: maker(path, tensor) for name, tensor in codec_tensors(path).items()})
     if is_safetensors(path) or path.suffix == _SAFETENSORS:
         return Lazy(_find_tensors(path))
     try:
@@ -121,6 +76,11 @@ def read_tensors(path: Path) -> Mapping[str, Any]:
 
 def _unreadable_pickle(path: Path, reason: str) -> ExportError:
     """Return the error for a pickle that torch does not load. Torch's own message is dropped: it advises an unsafe load."""
+    if match := re.search(r"\b(?:GLOBAL|class) (torchao\.\S+)", reason):
+        return ExportError(
+            f"{path} cannot be read: it holds tensors of torchao's own classes ({match[1]}), and loading them can run any code",
+            hint="export the bfloat16 checkpoint that it was made from",
+        )
     if match := re.search(r"\bGLOBAL (\S+)", reason):
         return ExportError(
             f"{path} cannot be read: it holds Python objects ({match[1]}), not only tensors, and loading them can run any code",
@@ -166,6 +126,8 @@ def only_tensors(data: Mapping[str, Any], source: str) -> dict[str, Tensor]:
     """Return the entries, float64 as float32. Raises ExportError that lists all that are not dense tensors."""
     if others := [str(name) for name, value in data.items() if not isinstance(value, Tensor) or value.layout != torch.strided]:
         raise ExportError(f"{source} holds entries that are not tensors: {listed(others)}", hint=_OTHER_FILE)
+    if larger := [name for name, value in data.items() if value.nbytes > value.untyped_storage().nbytes()]:
+        raise ExportError(f"{source} holds tensors that are larger than their data: {listed(larger)}", hint=DAMAGED)
     return {name: _narrow(value) for name, value in data.items()}
 
 
@@ -176,13 +138,7 @@ def _narrow(tensor: Tensor) -> Tensor:
 
 def _find_in_shards(index: Path) -> dict[str, Maker]:
     places = read_places(index)
-    shards = sorted(set(places.values()))
-    if outside := [name for name in shards if PurePath(name).name != name]:
-        raise ExportError(f"{index} names shards outside its folder: {listed(outside)}")
-    with reading(index.parent):
-        missing = [name for name in shards if not (index.parent / name).is_file()]
-    if missing:
-        raise ExportError(f"{index.parent} lacks shards that {INDEX} names: {listed(missing)}", hint="download them too")
+    shards = [path.name for path in find_shards(index)]
     found = {shard: _find_tensors(index.parent / shard) for shard in shards}
     for shard, tensors in found.items():
         if absent := [name for name, place in places.items() if place == shard and name not in tensors]:

@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from ..errors import ExportError, listed
-from .content import DAMAGED, read_json, reading
+from .content import DAMAGED, read_json
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -18,6 +18,8 @@ TIKTOKEN = "tokenizer.tiktoken"
 SPECIAL_TOKENS = "special_tokens.json"
 CODEC = "codec.pth"
 FIREFLY = "firefly-gan-vq-fsq-*-generator.pth"
+CODECS = (CODEC, "codec.safetensors", "firefly-gan-vq-fsq-*.pth", "firefly-gan-vq-fsq-*.safetensors")
+"""Names of codecs: the official ones, and those of safetensors and of merged weight norm."""
 CODEC_CONFIG = "codec_config.json"
 REFERENCES = "references"
 DEFAULTS = "fishrt.json"
@@ -29,10 +31,11 @@ _PARTS = {
     CONFIG: (CONFIG,),
     f"weights ({INDEX}, {SINGLE} or {PICKLE})": WEIGHTS,
     f"a tokenizer ({TOKENIZER} or {TIKTOKEN})": TOKENIZERS,
-    f"a codec ({CODEC} or {FIREFLY})": (CODEC, FIREFLY),
+    f"a codec ({CODEC} or {FIREFLY})": CODECS,
 }
 """The parts of a checkpoint in words, and the names of which each needs one."""
 _SMALL = (*TOKENIZERS, SPECIAL_TOKENS, CODEC_CONFIG, DEFAULTS)
+_GGUF = ".gguf"
 _TERMS = ("license", "licence", "notice", "readme")
 
 
@@ -45,37 +48,40 @@ def lacking(names: Collection[str], *parts: str) -> list[str]:
     return [what for what, patterns in wanted.items() if not any(fnmatchcase(name, p) for name in names for p in patterns)]
 
 
-def check_parts(folder: Path, *parts: str) -> None:
-    """Check that the folder has a file of all parts, or of these; see `lacking`. Raises ExportError."""
-    with reading(folder):
-        if not folder.is_dir():
-            fault = "is a file, not a folder" if folder.exists() else "does not exist"
-            raise ExportError(f"{folder} {fault}", hint="give the folder of an official checkpoint, or OWNER/NAME of the Hub")
-        names = [path.name for path in folder.iterdir() if path.is_file()]
-    if missing := lacking(names, *parts):
-        raise ExportError(
-            f"{folder} is not a complete checkpoint: it lacks {', '.join(missing)}",
-            hint="give the folder of a checkpoint with all its files, the codec too",
-        )
-
-
-def choose_checkpoint(names: Sequence[str], read: Callable[[str], Path]) -> list[str]:
+def choose_checkpoint(
+    names: Sequence[str], read: Callable[[str], Path], *, weights: str | None = None, given: Collection[str] = ()
+) -> list[str]:
     """Return the files of a repository that an export needs, config.json last: a folder without it is no checkpoint yet.
 
-    Of several sets of weights the first counts, in this order: shards, one safetensors file, model.pth. `read` fetches the
-    index of the shards. Raises ExportError for a repository that lacks a part.
+    Of several sets of weights `weights` counts, or the first in this order: shards, one safetensors file, model.pth, a GGUF file.
+    `read` fetches the index of the shards. given: TOKENIZER or CODEC, which come from elsewhere. Raises ExportError for a
+    repository that lacks a part, or has several GGUF files of which none is chosen.
     """
-    if missing := lacking(names):
+    sets = [name for name in WEIGHTS if name in names] or [name for name in names if name.endswith(_GGUF)]
+    chosen = weights if weights in names else next(iter(sets), None)
+    inside = (CONFIG, PICKLE, TOKENIZER, CODEC) if chosen is not None and chosen.endswith(_GGUF) else ()
+    if missing := lacking({*names, *given, *inside}):
         raise ExportError(
             f"the repository is not a checkpoint that can be exported: it lacks {', '.join(missing)}; "
             f"it has {listed(names) or 'no files'}",
-            hint="fishrt export --help lists the official repositories; put a fine-tuned model into one folder with the codec",
+            hint="fishrt export --help lists the official repositories; --codec and --tokenizer give what is elsewhere",
         )
-    weights = next(name for name in WEIGHTS if name in names)
-    shards = sorted(set(read_places(read(INDEX)).values())) if weights == INDEX else []
-    codecs = [name for name in names if name == CODEC or fnmatchcase(name, FIREFLY)]
+    if chosen is None or (weights is not None and chosen != weights) or (inside and weights is None and len(sets) > 1):
+        raise ExportError(f"the repository has {listed(sets)}", hint="choose one of these with --weights NAME")
+    shards = sorted(set(read_places(read(INDEX)).values())) if chosen == INDEX else []
+    codecs = [name for name in names if any(fnmatchcase(name, pattern) for pattern in CODECS) and CODEC not in given]
     rest = [name for name in names if name in _SMALL or name.startswith(f"{REFERENCES}/") or tells_terms(name)]
-    return [*rest, weights, *shards, *codecs, CONFIG]
+    return [*rest, chosen, *shards, *codecs, *(name for name in (CONFIG,) if name in names)]
+
+
+def choose_codec(names: Sequence[str], _read: Callable[[str], Path]) -> list[str]:
+    """Return the files of a repository that hold a language model's codec. Raises ExportError if it has none."""
+    found = [name for name in names if any(fnmatchcase(name, pattern) for pattern in CODECS)]
+    if not found:
+        raise ExportError(
+            f"the repository has no codec; it has {listed(names) or 'no files'}", hint="take that of the official repository"
+        )
+    return [*found, *(name for name in (CODEC_CONFIG,) if name in names)]
 
 
 def left_out(names: Sequence[str]) -> list[str]:

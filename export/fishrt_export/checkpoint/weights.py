@@ -24,7 +24,7 @@ LANGUAGE_MODEL_PARTS = (
     *("fast_project_in", "fast_embeddings", "fast_layers", "fast_norm", "fast_output"),
 )
 """The first parts of the names of a language model's tensors, in any form."""
-_UNUSED = ("freqs_cis", "fast_freqs_cis", "causal_mask", "score_output", "audio_encoder", "audio_projector")
+_UNUSED = ("freqs_cis", "fast_freqs_cis", "causal_mask", "_buf", "score_output", "audio_encoder", "audio_projector")
 """Computed tables, the head of reward models, and the audio input, which was never released."""
 _NESTED = {
     "text_model.lm_head.": "output.",
@@ -33,20 +33,6 @@ _NESTED = {
     "audio_decoder.": "fast_",
 }
 """Starts of the names of S2-Pro's files, and of the flat names."""
-_OTHER_FORMS = {
-    # Upstream's int4 is packed in tiles for the kernels of one kind of GPU, in groups whose size is only in the folder's name.
-    ".scales_and_zeros": "int4",
-    ".qweight": "GPTQ or AWQ",
-    ".weight.quant_state.bitsandbytes__": "bitsandbytes",
-    ".SCB": "bitsandbytes",
-    ".weight_packed": "compressed-tensors",
-    ".weight.scale": "FP8",
-    ".weight_scale": "FP8",
-    ".scale_weight": "FP8",
-    ".biases": "MLX",
-}
-"""Parts of the names of quantised tensors that are not supported, and their formats."""
-_SCALES = ".scales"
 _PIECE = 1 << 18
 _LISTED = 20
 M = TypeVar("M", bound=nn.Module)
@@ -73,15 +59,17 @@ class Lazy(Mapping[str, Tensor]):
 
 
 def makers(tensors: Mapping[str, Tensor]) -> dict[str, Maker]:
-    """Return a function for each tensor that looks it up. Renaming or dropping the functions reads no tensor."""
+    """Return a function for each tensor that makes it. Renaming or dropping the functions reads no tensor."""
+    if isinstance(tensors, Lazy):
+        return dict(tensors._makers)
     return {name: partial(tensors.__getitem__, name) for name in tensors}
 
 
-def flat_names(tensors: Mapping[str, Tensor], *, tied_head: bool) -> Mapping[str, Tensor]:
-    """Return the tensors under flat names, for the nested form of S2-Pro too, with separate wq, wk and wv joined.
+def flat_names(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Return the tensors under flat names, for the nested form of S2-Pro too.
 
-    As in the originals, tensors of no part of the model are left out, with a warning if they are unknown. A head that is tied to
-    the embedding is left out too. Raises ExportError for a LoRA.
+    As in the originals, tensors of no part of the model are left out, with a warning if they are unknown. Raises ExportError for
+    a LoRA.
     """
     if all(".lora_" in name for name in tensors):
         raise ExportError(
@@ -91,51 +79,11 @@ def flat_names(tensors: Mapping[str, Tensor], *, tied_head: bool) -> Mapping[str
     parts = {name: name.partition(".")[0] for name in tensors}
     if strange := [name for name, part in parts.items() if part not in (*LANGUAGE_MODEL_PARTS, *_UNUSED)]:
         log.warning("the weights hold tensors that belong to no part of the model and are left out: %s", listed(strange))
-    flat = {_flat_name(name): make for name, make in makers(tensors).items() if parts[name] in LANGUAGE_MODEL_PARTS}
-    if tied_head and (head := flat.pop("output.weight", None)):
-        embeddings = flat.get("embeddings.weight")
-        if embeddings is None or not torch.equal(head(), embeddings()):
-            log.warning("config.json ties the output head to the token embedding: the head among the weights is left out")
-    for name in [name for name in flat if name.endswith("attention.wq.weight")]:
-        separate = [name.replace(".wq.", f".{part}.") for part in ("wq", "wk", "wv")]
-        if all(part in flat for part in separate):
-            flat[name.replace(".wq.", ".wqkv.")] = partial(_join, [flat.pop(part) for part in separate])
-    return Lazy(flat)
+    return Lazy({_flat_name(name): make for name, make in makers(tensors).items() if parts[name] in LANGUAGE_MODEL_PARTS})
 
 
 def _flat_name(name: str) -> str:
     return next((flat + name.removeprefix(start) for start, flat in _NESTED.items() if name.startswith(start)), name)
-
-
-def _join(parts: Sequence[Maker]) -> Tensor:
-    return torch.cat([make() for make in parts])
-
-
-def dequantise(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> Mapping[str, Tensor]:
-    """Return the tensors, with each int8 `weight` [out, in] of upstream's quantiser multiplied by its `scales` [out].
-
-    expected: shapes of the model's tensors. The quantiser drops the biases of its layers; they become zeros. Raises ExportError
-    for other quantised forms. Weights and scales that do not fit are left for `find_problems`.
-    """
-    for part, form in _OTHER_FORMS.items():
-        if found := [name for name in tensors if part in name]:
-            raise ExportError(
-                f"the weights are quantised ({form}: {listed(found, 1)}), which is not supported",
-                hint="export the checkpoint that they were made from, or its form in upstream's int8",
-            )
-    result = makers(tensors)
-    for stem in [name.removesuffix(_SCALES) for name in tensors if name.endswith(_SCALES)]:
-        weight, bias = tensors.get(f"{stem}.weight"), f"{stem}.bias"
-        if weight is None or weight.dtype != torch.int8 or tensors[stem + _SCALES].shape != weight.shape[:1]:
-            continue
-        result[f"{stem}.weight"] = partial(_scale_rows, result[f"{stem}.weight"], result.pop(stem + _SCALES))
-        if bias in expected and bias not in tensors:
-            result[bias] = partial(torch.zeros, expected[bias])
-    return Lazy(result)
-
-
-def _scale_rows(weight: Maker, scales: Maker) -> Tensor:
-    return weight().float() * scales().float().unsqueeze(-1)
 
 
 def fuse_weight_norm(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

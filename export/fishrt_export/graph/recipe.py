@@ -4,6 +4,7 @@
     fp16    matrices, kernels and tables rounded to float16, except those with numbers beyond its range
     int8    linear layers of the model in 8 bits, its embeddings in float16 or bfloat16, the codec as with fp32
     int4    as int8, except the blocks of the slow AR or the denoiser, which have 4 bits
+    none    as fp32, and the checkpoint's integers where it is quantised
 
 Norms, biases and rotary tables are small and stay as they are.
 """
@@ -19,8 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ExportError
+from .kept import blocks_of, packed, stored_bits
 from .quantise import BITS, BLOCKS, block_size
 
+_TABLES = "embedding tables, of which only single rows are read"
 _LARGE = ("slow_ar", "denoise")
 """Roles whose blocks are most of the work of speaking."""
 
@@ -33,6 +36,8 @@ class Storage:
     """One of manifest.PRECISIONS."""
     block: int | None = None
     """Inputs that share a scale; None unless int8 or int4."""
+    kept: bool = False
+    """Whether the integers are the checkpoint's own; see kept.py."""
     reason: str = field(default="", compare=False)
     """Why the recipe's integers are not used."""
 
@@ -41,7 +46,8 @@ class Storage:
 class Recipe:
     """The options of an export for precision."""
 
-    precision: str = "fp32"
+    precision: str | None = "fp32"
+    """None: as the checkpoint, the integers of quantised layers too."""
     keep: Mapping[str, str] = field(default_factory=dict)
     """Precisions by patterns for the model's matrices, such as `slow_ar.layers.0.*` or `denoise.out_proj`. The last
     pattern that matches counts. Embeddings take fp32 and fp16 only."""
@@ -62,8 +68,14 @@ class Recipe:
                     continue
                 linear = isinstance(part, nn.Linear)
                 precision, reason = self._usual(role, path), ""
+                name = f"{path}.weight"
+                if self.precision is None and (found := packed(weights[role], name)) is not None:
+                    if linear and (blocks := blocks_of(integers := found.read())) is not None:
+                        plan[name] = Storage(f"int{stored_bits(integers)}", blocks.block, kept=True)
+                        continue
+                    reason = "whose integers no block of DequantizeLinear holds" if linear else _TABLES
                 if precision in BITS and not linear:
-                    reason = "embedding tables, of which only single rows are read"
+                    reason = _TABLES
                     precision = "fp16" if weights[role][f"{path}.weight"].dtype == torch.float32 else "fp32"
                 for pattern, kept in self.keep.items():
                     if fnmatchcase(f"{role}.{path}", pattern.removesuffix(".weight")) and (linear or kept not in BITS):
@@ -72,7 +84,7 @@ class Recipe:
                 block = block_size(part.in_features) if isinstance(part, nn.Linear) and precision in BITS else None
                 if precision in BITS and block is None:
                     precision, reason = "fp32", f"whose width is no multiple of {BLOCKS[-1]}"
-                plan[f"{path}.weight"] = Storage(precision, block, reason)
+                plan[name] = Storage(precision, block, reason=reason)
         if lost := [pattern for pattern in self.keep if pattern not in matched]:
             raise ExportError(
                 f"no layer that can be stored so matches: {', '.join(f'{name}={self.keep[name]}' for name in lost)}",
@@ -88,7 +100,7 @@ class Recipe:
 
     def _usual(self, role: str, path: str) -> str:
         if self.precision not in BITS:
-            return self.precision
+            return self.precision or "fp32"
         return self.precision if role in _LARGE and path.startswith("layers.") else "int8"
 
 

@@ -1,21 +1,24 @@
 """Writing of a traced graph and its weights as two files. Weights are read, converted and written one by one.
 
 A weight of 16 bits in the checkpoint keeps its type and is cast to float32 in the graph, which is bit-equal and halves the file.
-An integer weight is stored as [inputs, outputs] before a DequantizeLinear; all others keep the checkpoint's layout.
+An integer weight is stored as [inputs, outputs] before a DequantizeLinear, unsigned if it has zero points; all others keep the
+checkpoint's layout.
 
 A second graph with the same weights refers to the first one's file of weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
+import numpy as np
 import onnx_ir as ir
 import torch
 from torch import Tensor
 
+from .kept import Blocks, blocks_of, packed
 from .quantise import BITS, pack, quantise
 from .recipe import Storage
 
@@ -23,6 +26,12 @@ INLINE_BYTES = 1024
 """Smaller tensors are stored in the graph's own file."""
 SCALES = ".scales"
 """Suffix of a quantised weight's name for the initialiser of its scales."""
+
+ZEROS, BIASES, ORDER = ".zeros", ".biases", ".order"
+"""Suffixes for the zero points and biases of a checkpoint's integers and for the order of their inputs; see kept.py."""
+SHIFTS = {4: -8, 8: -128}
+"""By bits, what turns signed numbers into unsigned ones less half their range and back, by exclusive or."""
+_HALF_BYTES = (ir.DataType.INT4, ir.DataType.UINT4)
 
 _PAGE, _LINE = 4096, 64
 """Alignment of large and of small tensors in bytes, so that files can be mapped."""
@@ -57,7 +66,7 @@ def store(
             value = graph.initializers[name]
             storage = plan.get(name, Storage("fp32"))
             if storage.block is not None:
-                memory += _store_integers(graph, value, weights[name], storage, data)
+                memory += _store_integers(graph, value, weights, storage, data)
             else:
                 tensor = weights[name] if name in weights else _constant(value)
                 memory += _store_as_is(graph, value, stored_float(tensor, storage.precision), data)
@@ -81,7 +90,10 @@ def link(model: ir.Model, path: Path, stored: Path) -> None:
     for name in [name for name in graph.initializers if name.partition(".")[2] in there]:
         value = graph.initializers[name]
         if name.partition(".")[2] + SCALES in there:
-            _read_integers(graph, value, tensor(name), tensor(name + SCALES))
+            ends = [end for end in ("", SCALES, ZEROS, BIASES, ORDER) if name.partition(".")[2] + end in there]
+            found = {end: tensor(name + end) for end in ends}
+            biases, order = found.pop(BIASES, None), found.pop(ORDER, None)
+            _read_integers(graph, value, list(found.values()), biases, order)
         else:
             _read_floats(graph, value, tensor(name))
     ir.save(model, path)
@@ -106,7 +118,7 @@ class _Data:
         """Write a tensor. Return its entry in the graph: the tensor itself if it is small, else its place in the file."""
         raw = tensor.contiguous().flatten().view(torch.uint8).numpy()
         if raw.nbytes < INLINE_BYTES:
-            return ir.PackedTensor(raw, kind, shape=shape, name=name) if kind == ir.DataType.INT4 else _inline(name, tensor, kind)
+            return ir.PackedTensor(raw, kind, shape=shape, name=name) if kind in _HALF_BYTES else _inline(name, tensor, kind)
         align = _PAGE if raw.nbytes >= 16 * _PAGE else _LINE
         offset = -(-self._file.tell() // align) * align
         self._file.seek(offset)
@@ -170,47 +182,116 @@ def _cast_result(gather: ir.Node, table: ir.Value) -> None:
     gather.graph.insert_after(gather, cast)
 
 
-def _store_integers(graph: ir.Graph, value: ir.Value, weight: Tensor, storage: Storage, data: _Data) -> int:
-    """Quantise and store a weight. Return its bytes in memory."""
+def _store_integers(graph: ir.Graph, value: ir.Value, weights: Mapping[str, Tensor], storage: Storage, data: _Data) -> int:
+    """Store a weight as integers, those of the checkpoint or rounded here. Return its bytes in memory."""
     name, bits, block = value.name, BITS[storage.precision], storage.block
     assert name is not None
     assert block is not None
-    integers, scales = quantise(weight, bits, block)
-    kind = ir.DataType.INT4 if bits == 4 else ir.DataType.INT8
-    packed = pack(integers) if bits == 4 else integers
-    _read_integers(
-        graph,
-        value,
-        data.tensor(name, packed, kind, tuple(integers.shape)),
-        data.tensor(name + SCALES, scales, ir.DataType.FLOAT, tuple(scales.shape)),
-    )
-    return packed.nbytes + scales.nbytes
+    if storage.kept:
+        kept = packed(weights, name)
+        blocks = None if kept is None else blocks_of(kept.read())
+        assert blocks is not None
+    else:
+        blocks = Blocks(*quantise(weights[name], bits, block))
+    signed = blocks.zeros is None
+    kind = {4: ir.DataType.INT4, 8: ir.DataType.INT8} if signed else {4: ir.DataType.UINT4, 8: ir.DataType.UINT8}
+
+    def stored(end: str, integers: Tensor) -> ir.TensorProtocol:
+        shifted = integers if signed else integers ^ SHIFTS[bits]
+        return data.tensor(name + end, pack(shifted) if bits == 4 else _bytes(shifted, signed), kind[bits], tuple(integers.shape))
+
+    scales = data.tensor(name + SCALES, blocks.scales, ir.DataType.FLOAT, tuple(blocks.scales.shape))
+    parts = [stored("", blocks.integers), scales]
+    if blocks.zeros is not None:
+        parts.append(stored(ZEROS, blocks.zeros))
+    others = {BIASES: (blocks.biases, ir.DataType.FLOAT), ORDER: (blocks.order, ir.DataType.INT64)}
+    found = {end: data.tensor(name + end, t, kind, tuple(t.shape)) for end, (t, kind) in others.items() if t is not None}
+    _read_integers(graph, value, parts, found.get(BIASES), found.get(ORDER))
+    added = 0 if blocks.biases is None else blocks.biases.nbytes
+    return blocks.integers.numel() * bits // 8 + blocks.scales.nbytes + added
 
 
-def _read_integers(graph: ir.Graph, value: ir.Value, integers: ir.TensorProtocol, scales: ir.TensorProtocol) -> None:
-    """Make the readers of an initialiser read stored integers through a DequantizeLinear."""
-    name, block = value.name or "", integers.shape.numpy()[0] // scales.shape.numpy()[0]
-    parts = [
-        ir.Value(name=part.name, type=ir.TensorType(part.dtype), shape=ir.Shape(part.shape.numpy()), const_value=part)
-        for part in (integers, scales)
-    ]
+def _bytes(integers: Tensor, signed: bool) -> Tensor:
+    return integers if signed else integers.contiguous().view(torch.uint8)
+
+
+def _read_integers(
+    graph: ir.Graph,
+    value: ir.Value,
+    tensors: Sequence[ir.TensorProtocol],
+    biases: ir.TensorProtocol | None,
+    order: ir.TensorProtocol | None,
+) -> None:
+    """Make the readers of an initialiser read stored integers, their scales and their zeros through a DequantizeLinear.
+
+    order: of the inputs; what the readers multiply goes through a Gather. biases: see kept.py.
+    """
+    name, block = value.name or "", tensors[0].shape.numpy()[0] // tensors[1].shape.numpy()[0]
+    parts = [_value_of(tensor) for tensor in tensors]
     widen = ir.node("DequantizeLinear", parts, {"axis": 0, "block_size": block}, name=f"{name}.dequantize")
     widen.outputs[0].name = f"{name}.float32"
     graph.insert_before(graph[0], widen)
-    for node, _ in list(value.uses()):
-        _read_transposed(graph, node, widen.outputs[0])
+    products = [product for node, _ in list(value.uses()) for product in _read_transposed(graph, node, widen.outputs[0])]
+    if order is not None:
+        places = _value_of(order)
+        parts.append(places)
+        for product in products:
+            gather = ir.node("Gather", [product.inputs[0], places], {"axis": -1}, name=f"{product.name}.in_order")
+            gather.outputs[0].name = f"{product.outputs[0].name}.in_order"
+            graph.insert_before(product, gather)
+            product.replace_input_with(0, gather.outputs[0])
+    if biases is not None:
+        parts.append(_value_of(biases))
+        parts += _add_biases(graph, products, parts[-1], tensors[0].shape.numpy()[0])
     graph.initializers.pop(name)
     for part in parts:
         graph.register_initializer(part)
 
 
-def _read_transposed(graph: ir.Graph, node: ir.Node, weight: ir.Value) -> None:
-    """Connect the reader of a transposed weight [outputs, inputs] to `weight` [inputs, outputs], and drop the transposition."""
+def _add_biases(graph: ir.Graph, products: Sequence[ir.Node], biases: ir.Value, inputs: int) -> list[ir.Value]:
+    """Add the biases of groups, times the sums of each group's inputs, to products. Return new initialisers."""
+    assert biases.shape is not None
+    name, count = biases.name or "", biases.shape.numpy()[0]
+    apart, last = (
+        _value_of(ir.tensor(np.array(numbers, np.int64), name=f"{name}.{what}"))
+        for what, numbers in (("shape", [-1, count, inputs // count]), ("axis", [-1]))
+    )
+    for product in products:
+        result = product.outputs[0]
+        readers = list(result.uses())
+        tape = ir.tape.Tape()
+        groups = tape.op("Reshape", [product.inputs[0], apart])
+        sums = tape.op("ReduceSum", [groups, last], {"keepdims": 0})
+        added = tape.op("Reshape", [tape.op("MatMul", [sums, biases]), tape.op("Shape", [result])])
+        total = tape.op("Add", [result, added])
+        for n, node in enumerate(tape.nodes):
+            node.outputs[0].name = f"{result.name}.{name}.{n}"
+        for node, index in readers:
+            node.replace_input_with(index, total)
+        for n, output in enumerate(graph.outputs):
+            if output is result:
+                total.name, result.name = result.name, f"{result.name}.product"
+                total.shape, total.type = result.shape, result.type
+                graph.outputs[n] = total
+        graph.insert_after(product, tape.nodes)
+    return [apart, last]
+
+
+def _value_of(tensor: ir.TensorProtocol) -> ir.Value:
+    return ir.Value(name=tensor.name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape.numpy()), const_value=tensor)
+
+
+def _read_transposed(graph: ir.Graph, node: ir.Node, weight: ir.Value) -> list[ir.Node]:
+    """Connect the reader of a transposed weight [outputs, inputs] to `weight` [inputs, outputs], and drop the transposition.
+
+    Return the products.
+    """
     if node.op_type == "Transpose":
-        for reader, index in list(node.outputs[0].uses()):
+        readers = list(node.outputs[0].uses())
+        for reader, index in readers:
             reader.replace_input_with(index, weight)
         graph.remove(node, safe=True)
-        return
+        return [reader for reader, _ in readers]
     assert node.op_type == "Gemm", node
     assert node.attributes.get_int("transB", 0) == 1, node
     x, _, *bias = node.inputs
@@ -219,3 +300,4 @@ def _read_transposed(graph: ir.Graph, node: ir.Node, weight: ir.Value) -> None:
         nodes.append(ir.node("Add", [nodes[0].outputs[0], bias[0]]))
         nodes[0].outputs[0].name = f"{weight.name}.product"
     ir.convenience.replace_nodes_and_values(graph, node, [node], nodes, node.outputs, nodes[-1].outputs)
+    return nodes[:1]

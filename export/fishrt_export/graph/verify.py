@@ -23,13 +23,17 @@ from fishrt_engines.engine import GraphSpec
 
 from ..checkpoint.weights import Lazy
 from ..errors import ExportError
-from .quantise import dequantise, relative_error, unpack
+from .kept import Blocks
+from .quantise import relative_error, unpack
 from .recipe import Storage
 from .report import Case, Expected, Feeds, compare
-from .store import SCALES, stored_float
+from .store import BIASES, ORDER, SCALES, SHIFTS, ZEROS, stored_float
 
 WORST = 0.5
 """Largest relative error of rounding. A larger one means that the integers are of another weight."""
+
+_FOUR_BITS = (ir.DataType.INT4, ir.DataType.UINT4)
+_TYPES = {ir.DataType.FLOAT: torch.float32, ir.DataType.INT64: torch.int64}
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +129,8 @@ class Held(Lazy):
         storage = self._plan.get(name, Storage("fp32"))
         if storage.block is None:
             return stored_float(source, storage.precision).float()
-        value = dequantise(self._read(name), self._read(name + SCALES))
+        others = (self._read(name + end) if name + end in self._initializers else None for end in (ZEROS, BIASES, ORDER))
+        value = Blocks(self._read(name), self._read(name + SCALES), *others).widened()
         error = self.errors[name] = relative_error(value, source)
         if not error <= WORST:  # also when the error is NaN
             raise ExportError(
@@ -135,15 +140,20 @@ class Held(Lazy):
         return value
 
     def _read(self, name: str) -> Tensor:
-        """Return an initialiser of integers or float32. It is not mapped: mapped pages count as this process's memory."""
+        """Return an initialiser of integers or float32, unsigned integers as signed ones less half their range.
+
+        It is not mapped: mapped pages count as this process's memory.
+        """
         tensor = self._initializers[name].const_value
         assert tensor is not None
-        shape = tuple(tensor.shape.numpy())
-        if not isinstance(tensor, ir.ExternalTensor):
-            array = tensor.numpy()
-            return torch.from_numpy(array.astype(np.float32 if tensor.dtype == ir.DataType.FLOAT else np.int8))
-        raw = np.fromfile(self._path.parent / tensor.location, np.uint8, tensor.length or 0, offset=tensor.offset or 0)
+        shape, kind = tuple(tensor.shape.numpy()), tensor.dtype
+        if isinstance(tensor, ir.ExternalTensor):
+            raw = np.fromfile(self._path.parent / tensor.location, np.uint8, tensor.length or 0, offset=tensor.offset or 0)
+        else:
+            raw = np.frombuffer(tensor.tobytes(), np.uint8).copy()
         stored = torch.from_numpy(raw)
-        if tensor.dtype == ir.DataType.INT4:
-            return unpack(stored, shape)
-        return stored.view(torch.float32 if tensor.dtype == ir.DataType.FLOAT else torch.int8).view(shape)
+        if kind in _FOUR_BITS:
+            found = unpack(stored, shape)
+            return found ^ SHIFTS[4] if kind == ir.DataType.UINT4 else found
+        found = stored.view(_TYPES.get(kind, torch.int8)).view(shape)
+        return found ^ SHIFTS[8] if kind == ir.DataType.UINT8 else found

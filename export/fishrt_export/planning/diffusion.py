@@ -15,7 +15,8 @@ from .plan import Plan, draft, with_storage
 
 def plan_diffusion(checkpoint: Path, _out: Path, options: Options) -> Plan:
     """Read and check all of the checkpoint. Raises ExportError."""
-    others = {"--head full": options.head == "full", "--family": options.family, "--lora": options.lora}
+    others: dict[str, object] = {"--head full": options.head == "full", "--family": options.family, "--lora": options.lora}
+    others |= {"--weights": options.weights, "--tokenizer": options.tokenizer}
     if refused := [name for name, given in {**others, "--codec-int8": options.codec_int8}.items() if given]:
         raise ExportError(f"{refused[0]} is for language models; {checkpoint} is a diffusion model")
     if (checkpoint / REFERENCES).is_dir():

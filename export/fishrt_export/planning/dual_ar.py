@@ -10,9 +10,15 @@ from fishrt.bundle.features import LanguageModel
 from fishrt.bundle.folder import Bundle
 from fishrt.text.tokenizer import Tokenizer
 
+from ..checkpoint.forms.folder import Checkpoint
+from ..checkpoint.forms.recognise import NO_INTEGERS, Form
+from ..checkpoint.quantised.integers import without_orders
 from ..checkpoint.references import check_references
 from ..checkpoint.weights import raise_if_any
 from ..errors import ExportError
+from ..graph.job import GraphJob
+from ..graph.kept import packed
+from ..graph.quantise import BITS
 from ..options import Options
 from ..sources.codec import CodecSource, open_codec
 from ..sources.language_model import LanguageModelSource, open_language_model
@@ -25,10 +31,10 @@ log = logging.getLogger(__name__)
 
 def plan_dual_ar(checkpoint: Path, out: Path, options: Options) -> Plan:
     """Read and check all of the checkpoint. Raises ExportError."""
-    if options.codec is not None:
-        raise ExportError("--codec is for diffusion models; the codec of a language model is in its folder")
-    codec = open_codec(checkpoint)
-    language_model = open_language_model(checkpoint, family=options.family, codec=codec.kind, lora=options.lora)
+    found = Checkpoint.of(checkpoint, weights=options.weights, tokenizer=options.tokenizer, codec=options.codec)
+    found.check()
+    codec = open_codec(found)
+    language_model = open_language_model(found, family=options.family, codec=codec.kind, lora=options.lora)
     raise_if_any([*language_model.problems(), *codec.problems()])
     if not halves_fit(language_model, codec):
         raise ExportError(
@@ -36,7 +42,9 @@ def plan_dual_ar(checkpoint: Path, out: Path, options: Options) -> Plan:
             f"and the codec has {len(codec.config.codebook_sizes)}",
             hint="take both from one checkpoint",
         )
+    language_model = _stored(language_model, found.form, options)
     jobs = with_storage(options, codec, language_model.jobs(options.head))
+    _check_targets(jobs, options)
     by_role = {job.role: job for job in jobs}
     if "coreml" in options.targets:
         check_fixed(by_role["codec_decode"].spec)
@@ -44,6 +52,8 @@ def plan_dual_ar(checkpoint: Path, out: Path, options: Options) -> Plan:
         check_codec(codec.kind)
     lm = _describe(language_model, codec, options)
     manifest = draft(checkpoint, language_model.family, lm, codec, jobs, options)
+    if found.form.quantised and options.precision is None:
+        manifest = replace(manifest, recipe=options.words.replace("fp32", f"as {found.form.title}", 1))
     warn_of_unknown_codes(lm, codec.config.codebook_sizes[0])
     framed = not {"cuda", "tensorrt"}.isdisjoint(options.targets)
     frame = language_model.frame_job(lm, by_role["fast_ar"].plan) if framed else None
@@ -51,6 +61,42 @@ def plan_dual_ar(checkpoint: Path, out: Path, options: Options) -> Plan:
     plan.check_memory(checkpoint)
     plan.references = check_references(checkpoint, Bundle(out, manifest), Tokenizer.from_json(language_model.tokenizer.encode()))
     return plan
+
+
+def _stored(language_model: LanguageModelSource, form: Form, options: Options) -> LanguageModelSource:
+    """Return the model as it is stored: for integers that are kept, w2 in their order. Logs what happens to quantised weights."""
+    if not form.quantised:
+        return language_model
+    if options.precision is None:
+        if form.name in NO_INTEGERS:
+            log.warning(
+                "the weights are no integers (%s): they are stored in float32; --precision int8 takes a quarter", form.title
+            )
+        if options.lora is not None:
+            log.warning("the layers that the LoRA changes have no integers any more: they are stored in float32")
+        return replace(language_model, weights=without_orders(language_model.weights))
+    if options.precision in BITS:
+        log.warning(
+            "the weights are rounded already (%s, %d bits), and --precision %s rounds them a second time: the errors in the "
+            "report are those of the second rounding alone; without --precision the integers stay where that is exact",
+            form.title,
+            form.bits,
+            options.precision,
+        )
+    return language_model
+
+
+def _check_targets(jobs: list[GraphJob], options: Options) -> None:
+    """Raise ExportError for kept integers that a target cannot take."""
+    if "tensorrt" not in options.targets:
+        return
+    for job in jobs:
+        for name, storage in job.plan.items():
+            if storage.kept and (found := packed(job.weights, name)) and found.read().zeros is not None:
+                raise ExportError(
+                    f"TensorRT takes no zero points, which the integers of {job.role}.{name} have",
+                    hint="export for TensorRT with --precision int8",
+                )
 
 
 def _describe(language_model: LanguageModelSource, codec: CodecSource, options: Options) -> LanguageModel:

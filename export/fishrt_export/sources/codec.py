@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from fishrt.bundle.features import Codec
 from fishrt_engines.engine import GraphSpec, TensorSpec
 
-from ..checkpoint.files import find_codec
+from ..checkpoint.forms.folder import Checkpoint
 from ..checkpoint.weights import expected_shapes, find_problems, fuse_weight_norm, load
 from ..graph.job import GraphJob
 from ..graph.verify import Margins
@@ -110,9 +110,9 @@ class CodecSource:
             return LatentDac(self.config, self.channels) if self.channels else Dac(self.config)
 
 
-def open_codec(folder: Path) -> CodecSource:
+def open_codec(checkpoint: Checkpoint | Path) -> CodecSource:
     """Read the codec. Raises ExportError for missing or unreadable files. `CodecSource.problems` returns the other faults."""
-    files = find_codec(folder)
+    files = (Checkpoint.of(checkpoint) if isinstance(checkpoint, Path) else checkpoint).codec_files()
     stored = read_stored_codec(files)
     config = read_codec_config(files, stored)
     weights = fuse_weight_norm(stored)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -17,8 +17,11 @@ from fishrt.bundle.features import Reads
 from fishrt_engines.engine import GraphSpec
 
 from ..checkpoint.diffusion.files import PARTS, PCA_NAMES, DiffusionFiles, find_diffusion, read_windows
-from ..checkpoint.files import CodecFiles, read_tensors, unwrap
-from ..checkpoint.weights import Lazy, dequantise, expected_shapes, find_problems, fuse_weight_norm, load, makers, on_meta
+from ..checkpoint.files import read_tensors, unwrap
+from ..checkpoint.forms.folder import CodecFiles
+from ..checkpoint.forms.recognise import recognise
+from ..checkpoint.forms.table import read_table
+from ..checkpoint.weights import Lazy, expected_shapes, find_problems, fuse_weight_norm, load, makers, on_meta
 from ..errors import ExportError
 from ..graph.job import GraphJob
 from ..graph.trace import Dims
@@ -138,13 +141,22 @@ def open_echo(folder: Path, codec: Path | None = None) -> tuple[EchoSource, Code
     Raises ExportError for files that are missing, damaged or of another model. `problems` of both return the other faults.
     """
     files = find_diffusion(folder, codec)
+    _check_form(files.weights)
     tensors = _renamed(unwrap(read_tensors(files.weights), PARTS, files.weights))
-    config = infer_config(dequantise(tensors, {}))
+    config = infer_config(tensors)
     if config.vocabulary < BYTES:
         raise ExportError(f"{files.weights} has {config.vocabulary} embeddings of tokens; the tokens are the {BYTES} bytes")
     if config.latent is None:
         log.warning("the checkpoint has no tensors for generation in blocks: the bundle speaks whole utterances only")
     return EchoSource(config, tensors), _open_codec(files, config.channels)
+
+
+def _check_form(path: Path) -> None:
+    """Raise ExportError for quantised weights."""
+    form = recognise(read_table(path))
+    if form.name != "plain":
+        form = replace(form, refused="quantised diffusion models are not read", instead="export the model that it was made from")
+    form.check(path)
 
 
 def _open_codec(files: DiffusionFiles, channels: int) -> CodecSource:

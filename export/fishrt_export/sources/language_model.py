@@ -15,14 +15,24 @@ from fishrt.language_model.sampling import audio_ids
 from fishrt_engines.engine import GraphSpec
 
 from ..checkpoint.config import ModelConfig, read_config
-from ..checkpoint.content import read_text
 from ..checkpoint.families import Family, with_defaults
-from ..checkpoint.files import find_language_model, read_weights
+from ..checkpoint.files import read_weights
+from ..checkpoint.forms.folder import Checkpoint
 from ..checkpoint.identify import AudioIds, Evidence, find_ids, identify
 from ..checkpoint.lora import merge
-from ..checkpoint.names import TIKTOKEN
+from ..checkpoint.quantised.decode import dequantised, whole_matrices
+from ..checkpoint.quantised.integers import rows_of
 from ..checkpoint.tokenizer import read_tokenizer, read_vocabulary
-from ..checkpoint.weights import Lazy, dequantise, expected_shapes, find_problems, flat_names, load, makers, on_meta, raise_if_any
+from ..checkpoint.weights import (
+    Lazy,
+    expected_shapes,
+    find_problems,
+    flat_names,
+    load,
+    makers,
+    on_meta,
+    raise_if_any,
+)
 from ..graph.job import GraphJob
 from ..graph.recipe import Storage
 from ..models.fast_ar import FastAR, fast_ar_spec
@@ -142,7 +152,7 @@ class LanguageModelSource:
         weights = {name: make for name, make in makers(self.weights).items() if not _is_fast(name)}
         if head == "audio":
             table = weights["embeddings.weight"] if self.config.tied_head else weights["output.weight"]
-            weights["output.weight"] = lambda: table()[self.audio_head]
+            weights["output.weight"] = rows_of(table, torch.tensor(self.audio_head))
         return Lazy(weights)
 
     def fast_weights(self) -> Mapping[str, Tensor]:
@@ -166,21 +176,24 @@ class LanguageModelSource:
 
 
 def open_language_model(
-    folder: Path, *, family: str | None = None, codec: str | None = None, lora: Lora | None = None
+    checkpoint: Checkpoint | Path, *, family: str | None = None, codec: str | None = None, lora: Lora | None = None
 ) -> LanguageModelSource:
     """Read config, tokenizer and weights, and merge the LoRA.
 
     family: a key of FAMILIES; None identifies it. codec: the kind of the checkpoint's codec, see CodecSource.kind.
     Raises ExportError for files that are missing, unreadable or of several families. `problems` returns the other faults.
     """
-    files = find_language_model(folder)
-    vocabulary = None if files.tokenizer.name == TIKTOKEN else read_vocabulary(read_text(files.tokenizer), files.tokenizer)
-    known = with_defaults(identify(Evidence(files.config, vocabulary, codec), family), folder)
-    tokenizer = read_tokenizer(files.tokenizer, known)
+    if isinstance(checkpoint, Path):
+        checkpoint = Checkpoint.of(checkpoint)
+    files = checkpoint.language_model()
+    vocabulary = None if files.tokenizer_text is None else read_vocabulary(files.tokenizer_text, files.tokenizer)
+    known = with_defaults(identify(Evidence(files.config, vocabulary, codec), family), checkpoint.folder)
+    tokenizer = files.tokenizer_text or read_tokenizer(files.tokenizer, known)
     config = read_config(files.config, known)
     ids = find_ids(files.config, read_vocabulary(tokenizer, files.tokenizer), config.vocab_size, known)
     shapes = _shapes(config)
-    weights = dequantise(flat_names(read_weights(files.weights), tied_head=config.tied_head), shapes)
+    stored = dequantised(flat_names(read_weights(files.weights)), files.form, shapes)
+    weights = whole_matrices(stored, tied_head=config.tied_head)
     if lora is not None:
         raise_if_any(find_problems(shapes, weights))  # merging would hide them
         weights = merge(weights, lora)

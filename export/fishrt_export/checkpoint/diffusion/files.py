@@ -6,14 +6,14 @@ or within each other.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from ...errors import ExportError, listed
-from ..content import DAMAGED, is_safetensors, read_json, reading
+from ..content import read_json, reading
+from ..forms.table import read_header
 from ..names import CODEC_CONFIG, choose_checkpoint, tells_terms
 
 WEIGHTS = "pytorch_model.safetensors"
@@ -73,13 +73,15 @@ def find_diffusion(folder: Path, codec: Path | None = None) -> DiffusionFiles:
     return DiffusionFiles(weights, pca, file, config if config.is_file() else None)
 
 
-def choose_files(names: Sequence[str], read: Callable[[str], Path]) -> list[str]:
+def choose_files(
+    names: Sequence[str], read: Callable[[str], Path], *, weights: str | None = None, given: Collection[str] = ()
+) -> list[str]:
     """Return the files of a model's repository, of either kind, that an export needs. Raises ExportError if one is not there.
 
-    A diffusion model has a PCA.
+    A diffusion model has a PCA. weights, given: see choose_checkpoint.
     """
     if PCA not in names:
-        return choose_checkpoint(names, read)
+        return choose_checkpoint(names, read, weights=weights, given=given)
     if WEIGHTS not in names:
         raise ExportError(f"the repository lacks {WEIGHTS}; it has {listed(names)}", hint=_NEEDS)
     return [*filter(tells_terms, names), WEIGHTS, PCA]
@@ -97,16 +99,7 @@ def choose_codec(names: Sequence[str], _read: Callable[[str], Path]) -> list[str
 
 def tensor_names(path: Path) -> Collection[str]:
     """Return the names of the tensors of a safetensors file, from its header. Raises ExportError."""
-    if not is_safetensors(path):
-        raise ExportError(f"{path} cannot be read: it is damaged, or not a safetensors file", hint=DAMAGED)
-    with reading(path), path.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        header = file.read(size)
-    try:
-        names = json.loads(header)
-    except ValueError:
-        raise ExportError(f"{path} cannot be read: its header is damaged", hint=DAMAGED) from None
-    return names.keys() - {"__metadata__"}  # type: ignore[no-any-return]
+    return read_header(path).keys() - {"__metadata__"}
 
 
 def read_windows(path: Path | None) -> dict[str, int]:

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...checkpoint.files import CodecFiles, only_tensors, read_tensors, unwrap
+from ...checkpoint.files import only_tensors, read_tensors, unwrap
+from ...checkpoint.forms.folder import CodecFiles
+from ...checkpoint.quantised.decode import whole_matrices
 from ...errors import ExportError
 from .dac_config import DacConfig
 from .firefly import FireflyConfig
@@ -90,7 +92,7 @@ def read_stored_codec(files: CodecFiles) -> dict[str, Tensor]:
 
     Raises ExportError.
     """
-    data = read_tensors(files.weights)
+    data: Mapping[str, Any] = read_tensors(files.weights)
     if any("generator" in name for name in data):
         data = {name.replace("generator.", ""): value for name, value in data.items() if "generator." in name}
     data = unwrap(data, [part.rstrip(".") for part in (*_DAC, *_FIREFLY, *_BOTH)], files.weights)
@@ -106,7 +108,7 @@ def read_stored_codec(files: CodecFiles) -> dict[str, Tensor]:
         for name, value in data.items()
         if name.startswith(parts[0] + _BOTH) and not name.startswith(_IGNORED_STARTS) and not name.endswith(_IGNORED_ENDINGS)
     }
-    return only_tensors(kept, str(files.weights))
+    return only_tensors(dict(whole_matrices(kept)), str(files.weights))
 
 
 def read_codec_config(files: CodecFiles, stored: Mapping[str, Tensor]) -> CodecConfig:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shlex
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,18 +66,29 @@ def _parse_keep(_ctx: click.Context, _param: click.Parameter, values: tuple[str,
 )
 @click.option("--lora-rank", type=Whole(min=1), metavar="R", help="Require this rank of the LoRA.  [default: any rank]")
 @click.option(
+    "--weights",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="The file of weights, of several in CHECKPOINT.  [default: the first set, in the order of the originals]",
+)
+@click.option(
     "--codec",
     type=click.Path(path_type=Path),
-    metavar="DIR",
-    help="Folder of a diffusion model's codec, or its OWNER/NAME on the Hub.  [default: in CHECKPOINT or beside it; for a "
-    "repository the official one]",
+    metavar="PATH",
+    help="The codec's file or folder, or its OWNER/NAME on the Hub, where CHECKPOINT has none.  [default: in CHECKPOINT; for a "
+    "diffusion model also beside it, and for its repository the official one]",
+)
+@click.option(
+    "--tokenizer",
+    type=click.Path(path_type=Path),
+    metavar="PATH",
+    help="The tokenizer's file or folder, where CHECKPOINT has none.",
 )
 @click.option(
     "--precision",
     type=click.Choice(PRECISIONS),
-    default="fp32",
-    show_default=True,
-    help="How weights are stored. fp32: as in the checkpoint. fp16: rounded to 16 bits. int8: linear layers of the model in 8 "
+    help="How weights are stored.  [default: as in the checkpoint, with its integers if it is quantised]  fp32: the same, but "
+    "integers become floats. fp16: rounded to 16 bits. int8: linear layers of the model in 8 "
     "bits. int4: the same, but the layers of the slow AR or of the denoiser in 4 bits.",
 )
 @click.option(
@@ -113,8 +125,10 @@ def export(
     lora: Path | None,
     lora_alpha: float | None,
     lora_rank: int | None,
+    weights: Path | None,
     codec: Path | None,
-    precision: str,
+    tokenizer: Path | None,
+    precision: str | None,
     keep: dict[str, str],
     targets: tuple[str, ...],
     static: str | None,
@@ -124,8 +138,9 @@ def export(
 ) -> None:
     """Turn CHECKPOINT into the bundle OUT, and verify every graph against the torch module.
 
-    CHECKPOINT is a folder with the files of an official model, or a repository OWNER/NAME of the Hugging Face Hub. A repository
-    is downloaded into the hub's cache first; the next call resumes a download that breaks off.
+    CHECKPOINT is a folder with the files of an official model or of another form of its weights, a file of weights with the rest
+    beside it, or a repository OWNER/NAME of the Hugging Face Hub. A repository is downloaded into the hub's cache first; the next
+    call resumes a download that breaks off. `fishrt inspect CHECKPOINT` tells the form.
 
     An export takes one to seven minutes for an official model on two CPU cores, and up to 9 GB of memory. It needs torch, and no
     GPU: install torch's CPU build as https://pytorch.org/get-started/locally/ shows, then pip install "fishrt[export]". Nothing
@@ -141,18 +156,20 @@ def export(
     try:
         from fishrt_export import Lora, Options
         from fishrt_export.checkpoint.diffusion.files import is_diffusion
-        from fishrt_export.checkpoint.names import check_parts
+        from fishrt_export.checkpoint.forms.folder import Checkpoint
         from fishrt_export.place import check_out
 
         merged = None if lora is None or lora_alpha is None else Lora(lora, lora_alpha, lora_rank)
         asked = (*targets, static) if static else targets
-        options = Options(head, family, merged, precision, keep, asked, codec_int8)
+        options = Options(head, family, merged, precision, keep, asked, codec_int8, codec, tokenizer, weights)
         check_out(out)
         if not names_repository(checkpoint) and not is_diffusion(checkpoint):
-            check_parts(checkpoint)
+            given = None if codec is not None and names_repository(codec) else codec
+            parts = ("weights", "tokenizer") if given is None and codec is not None else ()
+            Checkpoint.of(checkpoint, weights=weights, tokenizer=tokenizer, codec=given).check(*parts)
         from fishrt_export import export_bundle  # after what is checked without torch, which takes seconds to import
 
-        located, codec = _located(checkpoint, revision, codec, quiet=quiet or as_json)
+        located, codec = _located(checkpoint, revision, options, quiet=quiet or as_json)
         bundle = export_bundle(located, out, dataclasses.replace(options, codec=codec), progress=reporter.show)
     except ImportError as error:
         if (error.name or "").split(".")[0] not in _EXPORT_NEEDS:
@@ -167,14 +184,17 @@ def export(
         reporter.done("\n".join(_report(bundle, out, seconds, peak)))
 
 
-def _located(checkpoint: Path, revision: str | None, codec: Path | None, *, quiet: bool) -> tuple[Path, Path | None]:
+def _located(checkpoint: Path, revision: str | None, options: Any, *, quiet: bool) -> tuple[Path, Path | None]:
     """Return the folders of the checkpoint and of its codec; repositories of the hub are downloaded into its cache.
 
-    codec: None is the official one for a repository of a diffusion model.
+    options: of the exporter. No codec is the official one for a repository of a diffusion model.
     """
+    from fishrt_export.checkpoint import names
     from fishrt_export.checkpoint.diffusion.files import CODEC_REPOSITORY, choose_codec, choose_files, is_diffusion
 
-    reporter = Reporter(quiet=quiet)
+    reporter, codec = Reporter(quiet=quiet), options.codec
+    given = [name for name, path in ((names.CODEC, codec), (names.TOKENIZER, options.tokenizer)) if path is not None]
+    weights = None if options.weights is None else options.weights.as_posix()
 
     def fetch(path: Path, revision: str | None, choose: Choose) -> Path:
         return download(Repository.parse(path.as_posix(), revision), choose, progress=downloading(reporter))
@@ -182,10 +202,10 @@ def _located(checkpoint: Path, revision: str | None, codec: Path | None, *, quie
     try:
         folder = checkpoint
         if names_repository(checkpoint):
-            folder = fetch(checkpoint, revision, choose_files)
+            folder = fetch(checkpoint, revision, partial(choose_files, weights=weights, given=given))
             codec = codec or (Path(CODEC_REPOSITORY) if is_diffusion(folder) else None)
         if codec is not None and names_repository(codec):
-            codec = fetch(codec, None, choose_codec)
+            codec = fetch(codec, None, choose_codec if is_diffusion(folder) else names.choose_codec)
         return folder, codec
     finally:
         reporter.clear()

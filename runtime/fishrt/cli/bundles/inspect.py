@@ -1,4 +1,4 @@
-"""`fishrt inspect`: the content of a bundle."""
+"""`fishrt inspect`: the content of a bundle, or of a checkpoint before its export."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ import click
 from ...bundle.diffusion import Diffusion
 from ...bundle.features import Codec, LanguageModel
 from ...bundle.folder import Bundle
-from ...bundle.manifest import Manifest
+from ...bundle.manifest import MANIFEST, Manifest
 from ...bundle.memory import CACHE_POSITIONS, estimate
+from ...hub.repository import is_reference
 from ..base.commands import print_json
 from ..base.options import json_option, load_bundle, needs_onnx, quiet_option
 from ..base.progress import Reporter, size
 from ..base.streams import emit
 
 
-@click.command(short_help="Show what is in a bundle, and check it.")
+@click.command(short_help="Show what is in a bundle or a checkpoint, and check it.")
 @click.argument("bundle", required=False, type=click.Path(path_type=Path))
 @click.option("--verify", is_flag=True, help="Compare the SHA-256 of every file with the manifest.")
 @click.option("--trt", is_flag=True, help="Check every graph against the documented rules of TensorRT's ONNX importer.")
@@ -30,7 +31,15 @@ def inspect(bundle: Path | None, verify: bool, trt: bool, quiet: bool, as_json: 
     """Show what is in BUNDLE: family, recipe, licence, memory that it needs, precision, voices, graphs and their measured errors.
 
     BUNDLE is a folder, or hf:OWNER/NAME of the Hugging Face Hub.  [default: the embedded voice]
+
+    Of the folder of a checkpoint or a file of weights: its form, what is quantised, family, licence, what is missing, and what
+    `fishrt export` makes of it. The weights are not read.
     """
+    if bundle is not None and not is_reference(bundle) and (found := _checkpoint(bundle)):
+        if verify or trt:
+            raise click.UsageError(f"--{'verify' if verify else 'trt'} is for bundles, and {bundle} is a checkpoint")
+        print_json(dataclasses.asdict(found)) if as_json else emit("\n".join(found.lines(size(found.bytes))))
+        return
     loaded = load_bundle(bundle)
     if verify:
         _verify(loaded, quiet=quiet or as_json)
@@ -57,6 +66,15 @@ def inspect(bundle: Path | None, verify: bool, trt: bool, quiet: bool, as_json: 
         emit("verified      every file has the SHA-256 of the manifest")
     if trt:
         emit("\n".join(_tensorrt(findings)))
+
+
+def _checkpoint(path: Path) -> Any:
+    """Return the exporter's description of a checkpoint; None for a bundle, or a path with neither."""
+    from fishrt_export.checkpoint.forms.describe import describe, is_checkpoint
+
+    if (path / MANIFEST).is_file() or not is_checkpoint(path):
+        return None
+    return describe(path)
 
 
 def _verify(bundle: Bundle, *, quiet: bool) -> None:
