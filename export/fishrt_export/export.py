@@ -22,6 +22,7 @@ from .checkpoint.names import TOKENIZER
 from .checkpoint.references import copy_licence, encode_references
 from .graph.job import GraphJob, Made
 from .graph.recipe import Storage
+from .graph.utterance import utterance_error
 from .options import Options
 from .place import check_out, written_aside
 from .planning.diffusion import plan_diffusion
@@ -64,14 +65,22 @@ def export_bundle(
     if checkpoint.is_file():
         checkpoint, options = checkpoint.parent, replace(options, weights=checkpoint)
     progress("reading the checkpoint", 0.0)
-    plan = (plan_diffusion if is_diffusion(checkpoint) else plan_dual_ar)(checkpoint, out, options)
+    diffusion = is_diffusion(checkpoint)
+    plan = (plan_diffusion if diffusion else plan_dual_ar)(checkpoint, out, options)
     storage = {job.role: job.plan for job in plan.jobs}
+    # Jobs hold weights: those of a diffusion model are files, which are read when they are looked up.
+    jobs = {job.role: job for job in plan.jobs if diffusion and not job.role.startswith("codec")}
+    rounded = any(stored.precision != "fp32" for role in jobs for stored in storage[role].values())
     with written_aside(out) as folder:
         if plan.tokenizer is not None:
             (folder / TOKENIZER).write_bytes(plan.tokenizer)
         licence = copy_licence(checkpoint, folder, plan.release)
         graphs, errors = _write_graphs(folder, plan, options, progress)
         write_start(folder, graphs["codec_encode"].spec, graphs["codec_decode"].spec, plan.manifest.codec)
+        if rounded:
+            progress("latents of an utterance", 1.0)
+            error = utterance_error(jobs, Bundle(folder, replace(plan.manifest, graphs=graphs)))
+            graphs["denoise"] = replace(graphs["denoise"], utterance=error)
         voices = encode_references(plan.references, Bundle(folder, replace(plan.manifest, graphs=graphs)))
         progress("hashing the files", 1.0)
         manifest = replace(

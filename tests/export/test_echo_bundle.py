@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from echo_model import EchoModel
 from echo_weights import EVEN, random_weights
+from fishrt import TTS, Denoising
 from fishrt.bundle.folder import Bundle
 from fishrt.bundle.graphs import BundleGraphs
 from fishrt_engines import open_engine
@@ -22,6 +23,8 @@ from fishrt_engines.engine import GraphSpec
 from fishrt_export import Lora, Options, export_bundle
 from fishrt_export.checkpoint.diffusion.files import find_diffusion, is_diffusion
 from fishrt_export.errors import ExportError
+from fishrt_export.graph import stretches, utterance
+from fishrt_export.graph.utterance import utterance_error
 from fishrt_export.models.echo.config import is_blockwise
 from fishrt_export.retarget import retarget
 from fishrt_export.sources.echo import open_echo
@@ -212,11 +215,26 @@ def test_a_bundle(bundle: Bundle) -> None:
     assert (manifest.family, manifest.recipe) == ("Echo-TTS", "fp32, graphs for cuda, coreml, tensorrt")
     assert manifest.licence.name.startswith("CC-BY-NC-SA-4.0")
     assert manifest.codec.channels == manifest.diffusion.channels == 80
+    assert manifest.graphs["denoise"].utterance is None, "no weight is rounded"
     assert all(graph.parity and graph.parity.max_abs_error <= graph.parity.tolerance for graph in manifest.graphs.values())
     result = run("inspect", bundle.path, "--trt")
     assert result.exit_code == 0
     assert "latents of 80 channels" in result.stdout
     assert result.stdout.count("errors: none") == len(ROLES)
+
+
+@pytest.mark.parametrize("budget", [stretches.BUDGET, 1])
+def test_the_error_of_an_utterance_is_none_without_rounding(
+    bundle: Bundle, echo_model: EchoModel, monkeypatch: pytest.MonkeyPatch, budget: int
+) -> None:
+    """Also with the module in stretches of one block."""
+    monkeypatch.setattr(stretches, "BUDGET", budget)
+    jobs = {role: job for role, job in echo_model.jobs.items() if not role.startswith("codec")}
+    found = utterance_error(jobs, bundle)
+    assert found is not None
+    assert found.error < 1e-3
+    monkeypatch.setattr(utterance, "available_memory", lambda: 1000)
+    assert utterance_error(jobs, bundle) is None
 
 
 def test_forms_for_devices(bundle: Bundle) -> None:
@@ -291,6 +309,16 @@ def test_precisions(checkpoint: Path, tmp_path: Path, precision: str) -> None:
     assert graphs["denoise"].precision == precision
     assert graphs["text_cond"].precision == ("fp16" if precision == "fp16" else "int8")
     assert graphs["codec_decode"].precision == ("fp16" if precision == "fp16" else "fp32")
+    with TTS.load(bundle, provider="cpu") as tts:
+        speech = tts.speak("Hello.", seed=1, denoising=Denoising(steps=2, blocks=(4, 4)))
+    assert speech.info.frames == 8
+    assert np.isfinite(speech.pcm).all()
+    error = graphs["denoise"].utterance
+    assert error is not None
+    assert (error.frames, error.steps, error.provider) == (32, 8, "cpu")
+    least, most = {"fp16": (0, 1e-5), "int8": (5e-4, 0.1), "int4": (5e-3, 0.3)}[precision]  # bfloat16 weights fit float16
+    assert least < error.error < most
+    assert f"latents of an utterance, on cpu: {error.error:.1%} off" in run("inspect", bundle.path).stdout
     report = bundle.manifest.quantisation
     if precision == "fp16":
         assert report is None

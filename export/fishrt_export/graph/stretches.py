@@ -23,7 +23,7 @@ from fishrt_engines.engine import GraphSpec, TensorSpec
 
 from ..models.stack import Stack
 from .report import PROVIDER, Case, Expected, Report, run
-from .verify import expect
+from .verify import expect, run_module
 
 FUSED_NORM = "SkipSimplifiedLayerNormalization"
 """ONNX Runtime's operator for a residual sum and the norm of it."""
@@ -71,9 +71,7 @@ def verify_stack(
     stretches = split(build(), budget)
     for parts in stretches:
         progress(parts.start / stretches[-1].stop)
-        stack = build()
-        stack.load_state_dict({name: weights[name] for name in _names(stack, parts)}, strict=False, assign=True)
-        stack.requires_grad_(False)
+        stack = _loaded(build, weights, parts)
         expected: list[Expected] = []
         for spec, report, of_graph in zip(specs, reports, of_graphs, strict=True):
             path, inner, stretch = folder / spec.file, spec, folder / f"{Path(spec.file).stem}.stretch.onnx"
@@ -97,6 +95,31 @@ def verify_stack(
                 stretch.unlink(missing_ok=True)
         del stack
     return [report.parity() for report in reports]
+
+
+def run_in_stretches(
+    build: Callable[[], Stack], spec: GraphSpec, weights: Mapping[str, Tensor], feeds: Mapping[str, Array]
+) -> dict[str, Array]:
+    """Return the results of a module without state, with the interface of an engine and the weights of one stretch at a time."""
+    stack, given = build(), dict(feeds)
+    stream = TensorSpec("stream", "float32", (*stack.STREAM, stack.width))
+    for parts in split(stack, BUDGET):
+        stack = _loaded(build, weights, parts)
+        inner = replace(
+            spec,
+            inputs=spec.inputs if 0 in parts else (stream, *spec.inputs),
+            outputs=spec.outputs if _is_last(stack, parts) else (stream,),
+        )
+        results, _ = run_module(_Stretch(stack, parts, inner), inner, given)
+        given |= results
+    return results
+
+
+def _loaded(build: Callable[[], Stack], weights: Mapping[str, Tensor], parts: range) -> Stack:
+    """Return the module with the weights of some parts, float32; the others are arbitrary."""
+    stack = build()
+    stack.load_state_dict({name: weights[name].float() for name in _names(stack, parts)}, strict=False, assign=True)
+    return stack.requires_grad_(False)
 
 
 class _Stretch(nn.Module):

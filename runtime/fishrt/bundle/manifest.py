@@ -19,7 +19,7 @@ from fishrt_engines.providers import PROVIDERS
 from ..errors import BundleError
 from .diffusion import Diffusion
 from .features import Codec, LanguageModel
-from .quantisation import Quantisation
+from .quantisation import Quantisation, UtteranceError
 from .strict import AGAIN, parse_dataclass
 
 AnyModel = LanguageModel | Diffusion
@@ -178,6 +178,8 @@ class Graph:
     forms: tuple[Form, ...] = ()
     coreml_step: Usability | None = None
     """The checker's result for a call of one column of a language model, whose graph is not kept: the CPU runs it."""
+    utterance: UtteranceError | None = None
+    """Of a denoiser: the error of rounded weights over an utterance. None: none is rounded, or it was not measured."""
 
     def form(self, provider: str, features: Collection[str]) -> Form | None:
         """Return the first form for a provider whose needs are among `features`; None: the portable graph is to be run."""

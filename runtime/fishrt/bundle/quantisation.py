@@ -1,4 +1,4 @@
-"""The rounding error of each quantised layer. It is for people; speaking does not need it."""
+"""The rounding errors of quantised layers, and of all of them together. They are for people; speaking does not need them."""
 
 from __future__ import annotations
 
@@ -71,3 +71,18 @@ class Quantisation:
         """Return how the layers of a graph are stored, the most frequent first, such as "int4 (24 layers), fp16 (2)"."""
         counts = Counter(layer.precision for layer in self.layers if layer.role == role).most_common()
         return ", ".join(f"{precision} ({count}{'' if n else ' layers'})" for n, (precision, count) in enumerate(counts))
+
+
+@dataclass(frozen=True, slots=True)
+class UtteranceError:
+    """Error of the latents of a short utterance of a diffusion model: of all its graphs together, measured by the export."""
+
+    error: float
+    """Root mean square of the difference from the latents with the checkpoint's weights in float32 ÷ that of these."""
+    frames: int
+    steps: int
+    provider: str
+
+    def summary(self) -> str:
+        """Return the error in words."""
+        return f"{self.error:.1%} off those of the checkpoint's weights ({self.frames} frames, {self.steps} steps)"

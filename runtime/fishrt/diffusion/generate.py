@@ -193,6 +193,11 @@ class Utterance:
         return self._ending.given
 
     @property
+    def latents(self) -> Floats:
+        """Those of all blocks so far, float32 [frames, channels], behind the ones that are continued and with all silence."""
+        return self._before
+
+    @property
     def nbytes(self) -> int:
         """Bytes of what it has read: keys and values of text, voice, and the latents before its block."""
         return sum(array.nbytes for array in (*self._of_text.values(), *self._of_block.values()))

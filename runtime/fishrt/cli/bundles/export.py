@@ -240,6 +240,7 @@ def _result(bundle: Bundle, out: Path, seconds: float, peak: int | None) -> dict
         "files": files,
         "parity": {spec.file.removesuffix(".onnx"): dataclasses.asdict(parity) for spec, parity in _measured(bundle)},
         "quantisation": m.quantisation and dataclasses.asdict(m.quantisation),
+        "utterance": next((dataclasses.asdict(graph.utterance) for graph in m.graphs.values() if graph.utterance), None),
         "codec_int8": next((dataclasses.asdict(rounding) for rounding in _roundings(bundle)), None),
         "seconds": round(seconds, 1),
         "peak_memory_bytes": peak,
@@ -261,6 +262,7 @@ def _report(bundle: Bundle, out: Path, seconds: float, peak: int | None) -> list
         lines.append(f"verified: {parity.summary(spec)} ({name}; {len(measured)} graphs compared with torch)")
     if m.quantisation:
         lines += [f"quantised: {line}" for line in m.quantisation.summary()]
+    lines += [f"latents of an utterance: {graph.utterance.summary()}" for graph in m.graphs.values() if graph.utterance]
     lines += [f"codec: {rounding.summary()}" for rounding in _roundings(bundle)]
     lines.append(f"took {duration(seconds)}, peak memory {size(peak) if peak else 'unknown'}")
     place = shlex.quote(str(out))

@@ -120,6 +120,8 @@ def _describe(bundle: Bundle) -> list[str]:
         lines += ["", f"graph {role}: {spec.file}, {_graph_size(m, spec.file)}"]
         if graph.parity:
             lines.append(f"  compared with torch, on {graph.parity.provider}: {graph.parity.summary(spec)}")
+        if graph.utterance:
+            lines.append(f"  latents of an utterance, on {graph.utterance.provider}: {graph.utterance.summary()}")
         carried = {pair.input for pair in spec.states} | {pair.output for pair in spec.states}
         for arrow, tensors in (("in ", spec.inputs), ("out", spec.outputs)):
             lines += [f"  {arrow} {t.name} {t.dtype} [{', '.join(map(str, t.shape))}]" for t in tensors if t.name not in carried]
