@@ -29,7 +29,7 @@ from .planning.diffusion import plan_diffusion
 from .planning.dual_ar import plan_dual_ar
 from .planning.plan import Plan, sizes
 from .sources.codec_start import write_start
-from .targets.codec_int8 import int8_form
+from .targets.codec.int8 import int8_form
 from .targets.coreml import static_form, step_usability
 from .targets.forms import make_forms
 from .targets.tensorrt.rules import errors, tensorrt_findings
@@ -102,7 +102,7 @@ def _write_graphs(
 
     def make(folder: Path, role: str) -> list[Form]:
         if plan.frame is None or role != "fast_ar":
-            return make_forms(folder, role, specs[role], targets)
+            return make_forms(folder, role, specs[role], targets, hop=codec.hop)
         whole = Form("tensorrt", plan.frame.spec, parity=plan.frame.run(folder).parity)
         return [*make_forms(folder, role, specs[role], targets, whole), whole]
 

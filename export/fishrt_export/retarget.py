@@ -121,7 +121,8 @@ def _link(source: str | Path, target: str | Path) -> None:
 
 
 def _with_forms(folder: Path, role: str, graph: Graph, manifest: Manifest, targets: Collection[str]) -> Graph:
-    forms, cases = make_forms(folder, role, graph.spec, targets, graph.form("tensorrt", ())), _cases(role, manifest)
+    frame, cases = graph.form("tensorrt", ()), _cases(role, manifest)
+    forms = make_forms(folder, role, graph.spec, targets, frame, hop=manifest.codec.hop)
     tolerance = 1.0 if graph.parity is None else graph.parity.tolerance
     if any(form.provider == PROVIDER for form in forms):
         engine = open_engine(folder / graph.spec.file, graph.spec, provider=PROVIDER)

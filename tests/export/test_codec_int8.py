@@ -29,7 +29,7 @@ import torch
 
 from fishrt_export import Options, export_bundle
 from fishrt_export.errors import ExportError
-from fishrt_export.targets import codec_int8 as int8
+from fishrt_export.targets.codec import int8
 
 FILE = "codec_decode_int8.onnx"
 

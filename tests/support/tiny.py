@@ -96,7 +96,7 @@ class GoldenModel:
             spec = self._job(role, head).spec
             path = self.file(role, head)
             if fast:
-                form = next(iter(make_forms(path.parent, role, spec, ["cpu"])), None)
+                form = next(iter(make_forms(path.parent, role, spec, ["cpu"], hop=self.codec.config.hop)), None)
                 spec = spec if form is None else form.spec
             self._engines[key] = open_engine(path.with_name(spec.file), spec, provider="cpu")
         return self._engines[key]

@@ -78,7 +78,8 @@ def compare(
 class Report:
     """Errors of one graph: raises ExportError at the first that is too large, and keeps the largest.
 
-    The error of numbers is the largest absolute difference, divided by max(1, largest absolute value / PEAK). That of codes with
+    The error of numbers is the largest absolute difference, divided by max(1, largest absolute value / PEAK); of a codec's state,
+    by max(1, largest absolute value), since its numbers are of any size and its audio is within −1..1. That of codes with
     margins is the largest margin of a code that differs, 0 if none does; that of other integers, the share of rows that differ.
     With rounded activations, the error of numbers is the root mean square of the difference, divided by that of the values, and
     ROUNDED is allowed.
@@ -110,10 +111,11 @@ class Report:
                     self._codes(name, value, given[name], expected.margins[n], expected.chain)
                 else:
                     self._rows(name, value, given[name])
+        of_codec = any(tensor.name == "audio" for tensor in self.spec.results)
         for name, value in expected.state.items():
-            self.values(name, value, found.state[name])
+            self.values(name, value, found.state[name], 1.0 if of_codec else PEAK)
 
-    def values(self, name: str, expected: Array, actual: Array) -> None:
+    def values(self, name: str, expected: Array, actual: Array, peak: float = PEAK) -> None:
         """Compare two arrays of numbers."""
         self._same_shape(name, expected, actual)
         wanted = expected.astype(np.float64)
@@ -122,7 +124,7 @@ class Report:
         if self.spec.rounds_activations:
             error = float(np.sqrt(np.mean(difference**2) / (np.mean(wanted**2) or 1.0)))
         else:
-            error = largest / max(1.0, float(np.abs(wanted).max()) / PEAK)
+            error = largest / max(1.0, float(np.abs(wanted).max()) / peak)
         self._add(error, f"{name} differs by {largest:.3g}")
 
     def _frames(self, name: str, expected: Array, actual: Array, sure: npt.NDArray[np.bool_]) -> None:

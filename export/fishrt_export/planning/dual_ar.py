@@ -22,7 +22,7 @@ from ..graph.quantise import BITS
 from ..options import Options
 from ..sources.codec import CodecSource, open_codec
 from ..sources.language_model import LanguageModelSource, open_language_model
-from ..targets.codec_int8 import check_codec
+from ..targets.codec.int8 import check_codec
 from ..targets.coreml import check_codec as check_fixed
 from .plan import Plan, draft, with_storage
 

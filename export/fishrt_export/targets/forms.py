@@ -1,6 +1,7 @@
 """Forms of a portable graph for CPUs, CUDA devices and TensorRT. They are made when a bundle is made; none needs torch.
 
     portable graph ─┬─► fused operators ─► cpu: one session for each graph; products with quantised weights in integers
+                    ├─► layers on rows ─► cpu: the codec's decoder
                     ├─► 16 bits ─► fused operators ─► weights as stored or packed ─► cuda: captured
                     └─► the fast AR's frame graph instead of it ─► cuda, tensorrt: a launch costs more there than a draw
 
@@ -19,6 +20,7 @@ from fishrt.bundle.manifest import Form
 from fishrt_engines.engine import GraphSpec, TensorSpec
 
 from .attention import fast_operators
+from .codec.decoder import by_rows
 from .edit import load, save
 from .precision import compute_in, keep_layout, share_weights
 
@@ -28,12 +30,21 @@ FLOAT32 = ("codec", "schedule")
 """Starts of the roles whose graphs are computed in float32 everywhere: a codec's, and that of the times, which reach 1000 rad."""
 
 
-def make_forms(folder: Path, role: str, portable: GraphSpec, targets: Collection[str], frame: Form | None = None) -> list[Form]:
+def make_forms(
+    folder: Path,
+    role: str,
+    portable: GraphSpec,
+    targets: Collection[str],
+    frame: Form | None = None,
+    *,
+    hop: int | None = None,
+) -> list[Form]:
     """Write the forms of one role's portable graph into its folder, and return them.
 
     frame: of the fast AR, its form for TensorRT, of which those for CUDA are made.
+    hop: the codec's samples of a frame, for the role codec_decode.
     """
-    forms = _cpu(folder, portable) if "cpu" in targets else []
+    forms = _cpu(folder, portable, hop if role == "codec_decode" else None) if "cpu" in targets else []
     if "cuda" in targets and not role.startswith(FLOAT32):
         if role == "fast_ar" and frame is None:
             log.warning("CUDA runs the fast AR once for each code, which is slower: the export was not made with --target cuda")
@@ -41,15 +52,16 @@ def make_forms(folder: Path, role: str, portable: GraphSpec, targets: Collection
     return forms
 
 
-def _cpu(folder: Path, portable: GraphSpec) -> list[Form]:
+def _cpu(folder: Path, portable: GraphSpec, hop: int | None) -> list[Form]:
     """Return the form for CPUs; none if the portable graph is as fast: fused norms alone are not worth a file."""
     model = load(folder / portable.file)
+    convolutions = by_rows(model, hop) if hop else {}
     rounds = any(node.op_type == "DequantizeLinear" for node in model.graph)
     spec = replace(portable, columns=fast_operators(model), rounds_activations=rounds)
-    if spec.columns is not None:
+    if spec.columns is not None or convolutions:
         spec = replace(spec, file=_named(portable, "cpu"))
         save(model, folder / spec.file)
-    return [] if spec == portable else [Form("cpu", spec)]
+    return [] if spec == portable else [Form("cpu", spec, convolutions=convolutions)]
 
 
 def _cuda(folder: Path, portable: GraphSpec) -> list[Form]:

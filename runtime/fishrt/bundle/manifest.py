@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 
 from fishrt_engines import GraphSpec
 from fishrt_engines.providers import PROVIDERS
@@ -154,6 +154,8 @@ class Form:
     activations_error: float | None = None
     """Error that rounded activations add, with `spec.rounds_activations`: its root mean square ÷ that of the results."""
     rounding: Rounding | None = None
+    convolutions: dict[str, int] = field(default_factory=dict)
+    """Convolutions of a codec on rows, by how they are computed: see `fishrt_export.targets.codec.decoder`."""
     parts: tuple[FixedPart, ...] = ()
     """Graphs of fixed sizes that run the calls instead of a graph of `spec`, which describes the calls."""
 

@@ -139,6 +139,8 @@ def _describe(bundle: Bundle) -> list[str]:
                 lines.append(f"    compared with the portable graph, on {worst.provider}: {worst.summary(form.spec)}")
             elif not form.rounding:
                 lines.append("    not compared with torch: no CPU can run it")
+            if form.convolutions:
+                lines.append(f"    convolutions: {', '.join(f'{count} as {how}' for how, count in form.convolutions.items())}")
             if form.rounding:
                 lines.append(f"    {form.rounding.summary()}")
     return lines

@@ -29,9 +29,9 @@ from fishrt.progress import PartDone
 from fishrt_engines import Engine, open_engine
 from fishrt_engines.engine import GraphSpec, TensorSpec
 
-from ..errors import ExportError
-from .attention import fast_operators
-from .edit import constant, load, numbers, only_reader, save, tidy
+from ...errors import ExportError
+from ..attention import fast_operators
+from ..edit import constant, load, numbers, only_reader, save, tidy
 
 CALL_FRAMES = 16
 CALIBRATION_FRAMES = 128 * CALL_FRAMES

@@ -1,0 +1,1 @@
+"""Forms of a codec for CPUs."""
