@@ -29,6 +29,7 @@ CHECKPOINT = Path(__file__).parents[1] / "export/minnow"
 RECIPES: dict[str, dict[str, Any]] = {
     "fp32": {},
     "int8": {"precision": "int8"},
+    "int8-rows": {"precision": "int8-rows"},
     "int4": {"precision": "int4"},
     "all-int4": {"precision": "int4", "keep": {"fast_ar.*": "int4", "slow_ar.output": "int4"}},
     "codec-int8": {"codec_int8": True},

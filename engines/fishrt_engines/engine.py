@@ -75,7 +75,8 @@ class GraphSpec:
     columns: ColumnInputs | None = None
     """Inputs of attention that writes consecutive columns at their own positions; None: a graph of standard operators."""
     rounds_activations: bool = False
-    """Whether products with quantised weights are computed in integers on a CPU: activations are rounded to 8 bits in blocks."""
+    """Whether products with quantised weights are computed in integers on a CPU: activations are rounded to 8 bits, in
+    blocks by this option or in rows by the file."""
     identity: str = ""
     """Hash of the file and its weights, by which results for this machine are cached; empty: they are not."""
 

@@ -25,7 +25,7 @@ from fishrt_engines.aside import new_folder
 
 from .checkpoint.identify import AudioIds
 from .errors import ExportError, check_known
-from .graph.report import PROVIDER, Case, Expected, compare, run
+from .graph.report import PROVIDER, Case, Expected, compare, exact, exact_file, run
 from .options import with_targets
 from .place import check_replaceable
 from .sources.cases import codec_decode_cases, codec_encode_cases, fast_ar_cases, slow_ar_cases
@@ -138,7 +138,8 @@ def _with_forms(folder: Path, role: str, graph: Graph, manifest: Manifest, targe
 def _compared(form: Form, graph: Graph, folder: Path, expected: list[tuple[Case, Expected]], tolerance: float) -> Form:
     """Return the form with its errors. Raises ExportError if they are larger than allowed."""
     against = f"the graph {graph.spec.file}"
-    found = compare(replace(form.spec, rounds_activations=False), folder, expected, tolerance, against)
+    found = compare(exact(form.spec, folder), folder, expected, tolerance, against)
+    (folder / exact_file(form.spec)).unlink(missing_ok=True)
     before = 0.0 if graph.parity is None else graph.parity.max_abs_error
     parity = Parity(before + found.max_abs_error, tolerance, PROVIDER)
     added = compare(form.spec, folder, expected, tolerance, against).max_abs_error if form.spec.rounds_activations else None

@@ -12,13 +12,13 @@ import torch
 from click.testing import CliRunner
 from torch import nn
 
-from fishrt.bundle.quantisation import LayerReport, Quantisation
+from fishrt.bundle.quantisation import ROWS, LayerReport, Quantisation
 from fishrt.cli import main
 from fishrt_engines import open_engine
 from fishrt_engines.engine import GraphSpec, TensorSpec
 from fishrt_export import Options, export_bundle
 from fishrt_export.errors import ExportError
-from fishrt_export.graph.quantise import BITS, block_size, dequantise, pack, quantise, relative_error, unpack
+from fishrt_export.graph.quantise import BITS, block_size, dequantise, pack, quantise, quantise_columns, relative_error, unpack
 from fishrt_export.graph.recipe import Recipe, Storage, main_precision
 from fishrt_export.graph.store import SCALES, store, stored_float
 from fishrt_export.graph.trace import trace
@@ -56,6 +56,19 @@ def test_error_bounds(block: int) -> None:
     ours, theirs = ((value - weight).square().reshape(70, -1, block).sum(2) for value in (dequantise(four, scales), plain))
     assert (ours <= theirs * 1.0001).all()
     assert relative_error(dequantise(four, scales), weight) < (0.11 if block == 128 else 0.085)
+
+
+def test_columns_have_one_scale_and_neighbours_that_fit_16_bits() -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(70, 256) * torch.logspace(-3, 3, 70)[:, None]
+    weight[0], weight[1] = weight[0].abs() + 3, 0  # neighbours of one sign, of which each may be the largest; nothing at all
+    integers, scales = quantise_columns(weight, 128)
+    assert torch.equal(scales[0], scales[1])
+    pairs = integers.int().T.unflatten(1, (-1, 2))
+    for one_sign in (pairs.clamp(min=0), pairs.clamp(max=0)):
+        assert 255 * one_sign.sum(2).abs().max() <= 32767
+    assert ((dequantise(integers, scales) - weight).abs() <= 0.501 * scales[0][:, None]).all()
+    assert relative_error(dequantise(integers, scales)[2:], weight[2:]) < 0.012
 
 
 def test_extreme_weights() -> None:
@@ -106,7 +119,7 @@ SPEC = GraphSpec(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8", "int4"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8", "int8-rows", "int4"])
 def test_a_graph_computes_with_what_the_file_holds(tmp_path: Path, precision: str) -> None:
     torch.manual_seed(0)
     module = Layers().requires_grad_(False)
@@ -176,6 +189,10 @@ def test_the_usual_recipes(wide: Path) -> None:
     assert plan["fast_ar.layers.0.attention.wo"] == "fp32"  # 24 inputs
     assert plan["slow_ar.output"] == plan["slow_ar.fast_project_in"] == plan["fast_ar.output"] == "int8"
     assert plan["slow_ar.embeddings"] == plan["fast_ar.embeddings"] == "fp32"  # in bfloat16, as the checkpoint has them
+    rows = planned(wide, Recipe("int8-rows"))
+    assert {rows[name] for name in ("slow_ar.layers.0.attention.wo", "fast_ar.layers.0.attention.wqkv", "slow_ar.output")} == {
+        ROWS
+    }
     assert set(planned(wide, Recipe("fp16")).values()) == {"fp16"}
     assert set(planned(wide, Recipe()).values()) == {"fp32"}
     assert "slow_ar.output" not in planned(wide, Recipe("int4"), "full")  # the head is the embedding

@@ -15,7 +15,7 @@ from fishrt_engines.engine import GraphSpec
 from ..checkpoint.weights import load
 from ..models.stack import Stack
 from .recipe import Storage
-from .report import PROVIDER, Case
+from .report import PROVIDER, Case, exact, exact_file
 from .store import link, store
 from .stretches import BUDGET, split, stretch_bytes, verify_stack
 from .trace import Dims, trace
@@ -70,11 +70,16 @@ class GraphJob:
         held = Held(path, self.weights, self.plan)
         progress("verifying", 0.5)
         forms = make_forms()
-        ours = [form.spec for form in forms if form.provider == PROVIDER]
-        specs = [*dict.fromkeys([self.spec, *map(_exact, ours), *ours])]
+        ours = {form.spec: exact(form.spec, folder) for form in forms if form.provider == PROVIDER}
+        specs = [*dict.fromkeys([self.spec, *ours.values(), *ours])]
         found = self._verify(folder, specs, held, lambda part: progress("verifying", 0.5 + 0.5 * part))
         errors = dict(zip(specs, found, strict=True))
-        return Made(errors[self.spec], memory, held.errors, tuple(_with_errors(form, errors) for form in forms))
+        made = tuple(
+            _with_errors(form, errors[ours[form.spec]], errors[form.spec]) if form.spec in ours else form for form in forms
+        )
+        for spec in ours:
+            (folder / exact_file(spec)).unlink(missing_ok=True)
+        return Made(errors[self.spec], memory, held.errors, made)
 
     def _write(self, path: Path, progress: Progress) -> int:
         progress("tracing", 0.0)
@@ -104,14 +109,6 @@ class GraphJob:
         return verify(module, specs, folder, self.cases, self.tolerance, self.margins and self.margins(module))
 
 
-def _exact(spec: GraphSpec) -> GraphSpec:
-    """Return the spec of the same file without rounding of activations, whose errors show faults of the graph."""
-    return replace(spec, rounds_activations=False)
-
-
-def _with_errors(form: Form, errors: Mapping[GraphSpec, Parity]) -> Form:
-    """Return the form with its errors, if it was verified."""
-    if form.provider != PROVIDER:
-        return form
-    added = errors[form.spec].max_abs_error if form.spec.rounds_activations else None
-    return replace(form, parity=errors[_exact(form.spec)], activations_error=added)
+def _with_errors(form: Form, parity: Parity, rounded: Parity) -> Form:
+    """Return the form with its error without rounding of activations, and with it."""
+    return replace(form, parity=parity, activations_error=rounded.max_abs_error if form.spec.rounds_activations else None)

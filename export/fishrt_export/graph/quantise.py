@@ -3,7 +3,8 @@
     weight ≈ integer · scale        symmetric: TensorRT takes no zero points
 
 A layer's weight [outputs, inputs] becomes integers [inputs, outputs] and scales [inputs / block, outputs], the layout that ONNX
-Runtime fuses into MatMulNBits.
+Runtime fuses into MatMulNBits. With `int8-rows`, all blocks of an output have the same scale, so that a CPU can also multiply
+whole columns by activations in 8 bits; see targets/rows.py.
 """
 
 from __future__ import annotations
@@ -11,9 +12,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fishrt.bundle.quantisation import ROWS
+
 from ..checkpoint.weights import one_thread
 
-BITS = {"int8": 8, "int4": 4}
+BITS = {"int8": 8, ROWS: 8, "int4": 4}
 BLOCKS = (128, 64, 32, 16)
 """Block sizes in order of preference: larger blocks have fewer scales to read. ONNX Runtime needs a power of two, at least 16."""
 
@@ -46,6 +49,27 @@ def quantise(weight: Tensor, bits: int, block: int) -> tuple[Tensor, Tensor]:
             q, scale = _round_4(part) if bits == 4 else _round_8(part)
             integers[:, start : start + rows] = q.flatten(1).T
             scales[:, start : start + rows] = scale.squeeze(2).T
+    return integers, scales
+
+
+def quantise_columns(weight: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """Quantise weight [outputs, inputs] to 8 bits as `quantise` does, with the same scale in all blocks of an output.
+
+    Neighbours of one sign, of the inputs 2i and 2i + 1, add up to at most 128. A CPU without VNNI adds two products with
+    activations of up to 255 in 16 bits: they fit, so that every CPU gives the same sums.
+    """
+    outputs, inputs = weight.shape
+    integers = torch.empty((inputs, outputs), dtype=torch.int8)
+    scales = torch.empty((inputs // block, outputs))
+    rows = max(_PIECE // inputs, 1)
+    with one_thread():
+        for start in range(0, outputs, rows):
+            part = weight[start : start + rows].float()
+            pairs = part.reshape(len(part), -1, 2)
+            sums = torch.stack([pairs.clamp(min=0).sum(2), pairs.clamp(max=0).sum(2).neg()]).amax((0, 2))
+            scale = sums.clamp_(min=_SMALLEST) / 127
+            integers[:, start : start + rows] = (part / scale.unsqueeze(1)).round_().to(torch.int8).T
+            scales[:, start : start + rows] = scale
     return integers, scales
 
 

@@ -1,10 +1,11 @@
 """Storage of a bundle's weights: one precision, and exceptions by name.
 
-    fp32    the checkpoint's own types
-    fp16    matrices, kernels and tables rounded to float16, except those with numbers beyond its range
-    int8    linear layers of the model in 8 bits, its embeddings in float16 or bfloat16, the codec as with fp32
-    int4    as int8, except the blocks of the slow AR or the denoiser, which have 4 bits
-    none    as fp32, and the checkpoint's integers where it is quantised
+    fp32        the checkpoint's own types
+    fp16        matrices, kernels and tables rounded to float16, except those with numbers beyond its range
+    int8        linear layers of the model in 8 bits, its embeddings in float16 or bfloat16, the codec as with fp32
+    int8-rows   as int8, in integers that a CPU multiplies by activations rounded by rows
+    int4        as int8, except the blocks of the slow AR or the denoiser, which have 4 bits
+    none        as fp32, and the checkpoint's integers where it is quantised
 
 Norms, biases and rotary tables are small and stay as they are.
 """
@@ -35,7 +36,7 @@ class Storage:
     precision: str
     """One of manifest.PRECISIONS."""
     block: int | None = None
-    """Inputs that share a scale; None unless int8 or int4."""
+    """Inputs of a stored scale; None for floats."""
     kept: bool = False
     """Whether the integers are the checkpoint's own; see kept.py."""
     reason: str = field(default="", compare=False)
@@ -101,7 +102,8 @@ class Recipe:
     def _usual(self, role: str, path: str) -> str:
         if self.precision not in BITS:
             return self.precision or "fp32"
-        return self.precision if role in _LARGE and path.startswith("layers.") else "int8"
+        small = self.precision == "int4" and not (role in _LARGE and path.startswith("layers."))
+        return "int8" if small else self.precision
 
 
 def _some(modules: Mapping[str, nn.Module]) -> str:

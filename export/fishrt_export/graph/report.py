@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +53,20 @@ class Expected:
     """Number of successive codebooks of which each codes the residual of the ones before."""
     sure: Sequence[npt.NDArray[np.bool_]] = ()
     """For latents, the frames [batch, frames] of every call whose codes no rounding changes: only they are compared."""
+
+
+def exact_file(spec: GraphSpec) -> str:
+    """Return the name of a form's graph without rounding of activations, which is written only to be compared."""
+    return f"{Path(spec.file).stem}.exact.onnx"
+
+
+def exact(spec: GraphSpec, folder: Path) -> GraphSpec:
+    """Return the spec of the same graph without rounding of activations, whose errors show faults of the graph.
+
+    It is an option of the engine, except for a form that has an `exact_file`.
+    """
+    file = exact_file(spec) if (folder / exact_file(spec)).exists() else spec.file
+    return replace(spec, file=file, rounds_activations=False)
 
 
 def run(engine: Engine, case: Case) -> Expected:

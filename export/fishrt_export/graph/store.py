@@ -18,8 +18,10 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
+from fishrt.bundle.quantisation import ROWS
+
 from .kept import Blocks, blocks_of, packed
-from .quantise import BITS, pack, quantise
+from .quantise import BITS, pack, quantise, quantise_columns
 from .recipe import Storage
 
 INLINE_BYTES = 1024
@@ -191,6 +193,8 @@ def _store_integers(graph: ir.Graph, value: ir.Value, weights: Mapping[str, Tens
         kept = packed(weights, name)
         blocks = None if kept is None else blocks_of(kept.read())
         assert blocks is not None
+    elif storage.precision == ROWS:
+        blocks = Blocks(*quantise_columns(weights[name], block))
     else:
         blocks = Blocks(*quantise(weights[name], bits, block))
     signed = blocks.zeros is None
@@ -206,7 +210,9 @@ def _store_integers(graph: ir.Graph, value: ir.Value, weights: Mapping[str, Tens
         parts.append(stored(ZEROS, blocks.zeros))
     others = {BIASES: (blocks.biases, ir.DataType.FLOAT), ORDER: (blocks.order, ir.DataType.INT64)}
     found = {end: data.tensor(name + end, t, kind, tuple(t.shape)) for end, (t, kind) in others.items() if t is not None}
-    _read_integers(graph, value, parts, found.get(BIASES), found.get(ORDER))
+    _read_integers(
+        graph, value, parts, found.get(BIASES), found.get(ORDER), mark={ROWS: ""} if storage.precision == ROWS else None
+    )
     added = 0 if blocks.biases is None else blocks.biases.nbytes
     return blocks.integers.numel() * bits // 8 + blocks.scales.nbytes + added
 
@@ -221,14 +227,16 @@ def _read_integers(
     tensors: Sequence[ir.TensorProtocol],
     biases: ir.TensorProtocol | None,
     order: ir.TensorProtocol | None,
+    mark: dict[str, str] | None = None,
 ) -> None:
     """Make the readers of an initialiser read stored integers, their scales and their zeros through a DequantizeLinear.
 
-    order: of the inputs; what the readers multiply goes through a Gather. biases: see kept.py.
+    mark: of that node. order: of the inputs; what the readers multiply goes through a Gather. biases: see kept.py.
     """
     name, block = value.name or "", tensors[0].shape.numpy()[0] // tensors[1].shape.numpy()[0]
     parts = [_value_of(tensor) for tensor in tensors]
-    widen = ir.node("DequantizeLinear", parts, {"axis": 0, "block_size": block}, name=f"{name}.dequantize")
+    attributes = {"axis": 0, "block_size": block}
+    widen = ir.node("DequantizeLinear", parts, attributes, name=f"{name}.dequantize", metadata_props=mark)
     widen.outputs[0].name = f"{name}.float32"
     graph.insert_before(graph[0], widen)
     products = [product for node, _ in list(value.uses()) for product in _read_transposed(graph, node, widen.outputs[0])]

@@ -1,6 +1,6 @@
 """Forms of a portable graph for CPUs, CUDA devices and TensorRT. They are made when a bundle is made; none needs torch.
 
-    portable graph ─┬─► fused operators ─► cpu: one session for each graph; products with quantised weights in integers
+    portable graph ─┬─► fused operators ─► cpu: one session for each graph; products of integers by blocks or by rows
                     ├─► layers on rows ─► cpu: the codec's decoder
                     ├─► 16 bits ─► fused operators ─► weights as stored or packed ─► cuda: captured
                     └─► the fast AR's frame graph instead of it ─► cuda, tensorrt: a launch costs more there than a draw
@@ -17,12 +17,15 @@ from dataclasses import replace
 from pathlib import Path
 
 from fishrt.bundle.manifest import Form
+from fishrt.bundle.quantisation import ROWS
 from fishrt_engines.engine import GraphSpec, TensorSpec
 
+from ..graph.report import exact_file
 from .attention import fast_operators
 from .codec.decoder import by_rows
 from .edit import load, save
 from .precision import compute_in, keep_layout, share_weights
+from .rows import multiply_rows
 
 log = logging.getLogger(__name__)
 
@@ -53,13 +56,20 @@ def make_forms(
 
 
 def _cpu(folder: Path, portable: GraphSpec, hop: int | None) -> list[Form]:
-    """Return the form for CPUs; none if the portable graph is as fast: fused norms alone are not worth a file."""
+    """Return the form for CPUs; none if the portable graph is as fast: fused norms alone are not worth a file.
+
+    A form that rounds activations by rows has the graph without this rounding beside it: see report.exact.
+    """
     model = load(folder / portable.file)
     convolutions = by_rows(model, hop) if hop else {}
     rounds = any(node.op_type == "DequantizeLinear" for node in model.graph)
+    in_rows = any(ROWS in node.metadata_props for node in model.graph)
     spec = replace(portable, columns=fast_operators(model), rounds_activations=rounds)
-    if spec.columns is not None or convolutions:
+    if spec.columns is not None or convolutions or in_rows:
         spec = replace(spec, file=_named(portable, "cpu"))
+        if in_rows:
+            save(model, folder / exact_file(spec))
+            multiply_rows(model)
         save(model, folder / spec.file)
     return [] if spec == portable else [Form("cpu", spec, convolutions=convolutions)]
 

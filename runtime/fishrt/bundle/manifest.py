@@ -19,7 +19,7 @@ from fishrt_engines.providers import PROVIDERS
 from ..errors import BundleError
 from .diffusion import Diffusion
 from .features import Codec, LanguageModel
-from .quantisation import Quantisation, UtteranceError
+from .quantisation import ROWS, Quantisation, UtteranceError
 from .strict import AGAIN, parse_dataclass
 
 AnyModel = LanguageModel | Diffusion
@@ -31,7 +31,7 @@ ROLES: Mapping[str, tuple[str, ...]] = {
     "diffusion": ("text_cond", "speaker_cond", "latent_cond", "schedule", "denoise", *_CODEC),
 }
 """Roles of the graphs by the kind of model. Only a blockwise diffusion model has latent_cond."""
-PRECISIONS = ("fp32", "fp16", "int8", "int4")
+PRECISIONS = ("fp32", "fp16", "int8", ROWS, "int4")
 """Formats of stored weights. fp32: as in the checkpoint, maybe in 16 bits. The computation is in float32 in any case."""
 TARGETS = tuple(PROVIDERS)
 """Providers for which graphs may have forms."""

@@ -130,7 +130,7 @@ def _lengths(lm: LanguageModel, asked: tuple[int, ...]) -> list[int]:
 
 def _computed_in(manifest: Manifest, asked: str | None, capability: tuple[int, int]) -> str:
     """Return the precision of the language model's plans, fp16 or bf16. Raises ProviderError; see `plan_requests`."""
-    stored = manifest.graphs["slow_ar"].precision
+    stored = manifest.graphs["slow_ar"].precision.removesuffix("-rows")
     if asked == "fp8":
         raise ProviderError(
             "fp8 needs scales for the activations of every layer, found by running the model on much speech; bundles have none",

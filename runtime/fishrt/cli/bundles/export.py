@@ -88,8 +88,9 @@ def _parse_keep(_ctx: click.Context, _param: click.Parameter, values: tuple[str,
     "--precision",
     type=click.Choice(PRECISIONS),
     help="How weights are stored.  [default: as in the checkpoint, with its integers if it is quantised]  fp32: the same, but "
-    "integers become floats. fp16: rounded to 16 bits. int8: linear layers of the model in 8 "
-    "bits. int4: the same, but the layers of the slow AR or of the denoiser in 4 bits.",
+    "integers become floats. fp16: rounded to 16 bits. int8: linear layers of the model in 8 bits. int8-rows: the same for a CPU "
+    "that speaks many requests at once, with coarser activations. int4: as int8, but the layers of the slow AR or of the "
+    "denoiser in 4 bits.",
 )
 @click.option(
     "--keep",
