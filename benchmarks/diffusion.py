@@ -22,7 +22,7 @@ from fishrt.metrics import speed_up
 from harness import HERE, Made, compare, python, shared_options, tell
 from record import RESULTS, write_record
 
-RECIPES = {recipe: ("--precision", recipe) for recipe in ("fp32", "int8", "int4")}
+RECIPES = {recipe: ("--precision", recipe) for recipe in ("fp32", "int8", "int8-rows", "int4")}
 PEERS = ("torch-fp32", "torch-bf16")
 STEPS = (40, 20, 10)
 _CALLS = [f"{what}_{rows}" for what in ("whole", "block") for rows in (1, 3)]
@@ -67,10 +67,10 @@ def main(
             "turns": turns,
             "medians": (medians := compare(turns, FIGURES)),
             "seconds_per_audio_second": {side: per_second(medians, side) for side in turns},
-            "int8_speed_up": gains(medians) if "int8" in recipes else {},
+            "speed_up": {recipe: gains(medians, recipe) for recipe in recipes},
         }
         output = output or (Path(folder, "smoke.json") if smoke else RESULTS / "diffusion.json")
-        for name in ("seconds_per_audio_second", "int8_speed_up"):
+        for name in ("seconds_per_audio_second", "speed_up"):
             tell(f"{name}: {json.dumps(found[name])}")
         tell(f"written: {write_record('diffusion', found, output)}")
 
@@ -82,10 +82,10 @@ def per_second(medians: dict[str, Any], side: str) -> dict[str, float]:
     return {str(steps): round(steps / 2 * (alone + guided) / audio_s, 3) for steps in STEPS}
 
 
-def gains(medians: dict[str, Any]) -> dict[str, float]:
-    """Return the time of the faster torch module ÷ that of int8, for each call."""
+def gains(medians: dict[str, Any], recipe: str) -> dict[str, float]:
+    """Return the time of the faster torch module ÷ that of a bundle, for each call."""
     calls = {call: medians[f"{call}_ms"] for call in _CALLS}
-    return {call: round(speed_up(of["int8"], min(of[peer] for peer in PEERS)), 2) for call, of in calls.items()}
+    return {call: round(speed_up(of[recipe], min(of[peer] for peer in PEERS)), 2) for call, of in calls.items()}
 
 
 if __name__ == "__main__":

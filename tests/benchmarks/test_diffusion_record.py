@@ -17,5 +17,6 @@ def test_half_of_the_steps_have_three_rows() -> None:
 
 def test_the_faster_module_of_torch_counts() -> None:
     calls = {f"{what}_{rows}_ms" for what in ("whole", "block") for rows in (1, 3)}
-    found = diffusion.gains({call: {"int8": 10.0, "torch-fp32": 50.0, "torch-bf16": 30.0} for call in calls})
+    medians = {call: {"int8": 10.0, "torch-fp32": 50.0, "torch-bf16": 30.0} for call in calls}
+    found = diffusion.gains(medians, "int8")
     assert found == dict.fromkeys(("whole_1", "whole_3", "block_1", "block_3"), 3.0)
