@@ -27,8 +27,8 @@ from fishrt_export.checkpoint.quantised.integers import Integers, Packed, joined
 from fishrt_export.checkpoint.quantised.layers import Layer, makers_of
 from fishrt_export.checkpoint.weights import Lazy
 from fishrt_export.errors import ExportError
-from fishrt_export.graph.kept import blocks_of, stored_bits
-from fishrt_export.graph.recipe import Storage
+from fishrt_export.graph.kept.blocks import blocks_of, stored_bits
+from fishrt_export.graph.recipe import Storage, kept_storage
 from fishrt_export.graph.store import store
 from fishrt_export.graph.verify import Held
 from fishrt_export.sources.language_model import open_language_model
@@ -86,7 +86,7 @@ FORMS = {
 
 def graph(weight: torch.Tensor) -> ir.Model:
     """y = x · weightᵀ, as the exporter traces a linear layer."""
-    x = ir.Input("x", ir.Shape(["batch", "length", 192]), ir.TensorType(ir.DataType.FLOAT))
+    x = ir.val("x", ir.DataType.FLOAT, ["batch", "length", 192])
     stored = ir.Value(name="layer.weight", const_value=ir.tensor(weight.numpy(), name="layer.weight"))
     tape = ir.tape.Tape()
     y = tape.op("MatMul", [x, tape.op("Transpose", [stored], {"perm": [1, 0]})])
@@ -122,6 +122,41 @@ def fused(path: Path) -> list[str]:
     options.log_severity_level = 3
     onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     return [node.op_type for node in onnx.load(path.with_name("optimised.onnx"), load_external_data=False).graph.node]
+
+
+TABLES = {
+    "MLX, 4 bits": mlx(4, 64),
+    "MLX, 8 bits": mlx(8, 32),
+    "blocks of GGUF": lambda: Packed(
+        lambda: Integers(torch.randint(-128, 128, (24, 192), dtype=torch.int8), torch.rand(24, 6), 8)
+    ),
+}
+
+
+@pytest.mark.parametrize("make", TABLES.values(), ids=TABLES)
+def test_a_lookup_is_a_row_of_the_widened_table(tmp_path: Path, make: Callable[[], Packed]) -> None:
+    torch.manual_seed(0)
+    integers = make().read()
+    made = Packed(lambda: integers)
+    table = made()
+    storage = kept_storage(made, table=True)
+    assert storage is not None
+    ids = ir.val("ids", ir.DataType.INT64, ["batch", "length"])
+    stored = ir.Value(name="layer.weight", const_value=ir.tensor(table.numpy(), name="layer.weight"))
+    tape = ir.tape.Tape()
+    rows = tape.op("Identity", [tape.op("Gather", [stored, ids])])
+    rows.name, rows.shape, rows.type = "y", ir.Shape(["batch", "length", 192]), ir.TensorType(ir.DataType.FLOAT)
+    model = ir.Graph([ids], [rows], nodes=tape.nodes, initializers=[stored], opset_imports={"": 24}, name="graph")
+    weights, plan = Lazy({"layer.weight": made}), {"layer.weight": storage}
+    spec = GraphSpec(
+        "table.onnx", (TensorSpec("ids", "int64", ("batch", "length")),), (TensorSpec("y", "float32", ("batch", "length", 192)),)
+    )
+    store(ir.Model(model, ir_version=10), tmp_path / spec.file, weights, plan)
+    assert (Held(tmp_path / spec.file, weights, plan)["layer.weight"] - table).abs().max() <= 2e-7 * table.abs().max()
+    wanted = np.array([[3, 0, 23], [5, 5, 1]])
+    found = open_engine(tmp_path / spec.file, spec, provider="cpu").run({"ids": wanted})["y"]
+    assert np.abs(found - table.numpy()[wanted]).max() <= 2e-7 * table.abs().max()
+    assert (tmp_path / "table.onnx.data").stat().st_size < table.nbytes / 2
 
 
 def test_what_no_block_holds() -> None:

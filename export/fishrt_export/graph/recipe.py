@@ -20,8 +20,10 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
+from ..checkpoint.quantised.integers import Packed
 from ..errors import ExportError
-from .kept import blocks_of, packed, stored_bits
+from .kept.blocks import blocks_of, packed, stored_bits
+from .kept.tables import table_parts
 from .quantise import BITS, BLOCKS, block_size
 
 _TABLES = "embedding tables, of which only single rows are read"
@@ -38,7 +40,7 @@ class Storage:
     block: int | None = None
     """Inputs of a stored scale; None for floats."""
     kept: bool = False
-    """Whether the integers are the checkpoint's own; see kept.py."""
+    """Whether the integers are the checkpoint's own; see kept/."""
     reason: str = field(default="", compare=False)
     """Why the recipe's integers are not used."""
 
@@ -67,21 +69,22 @@ class Recipe:
             for path, part in module.named_modules():
                 if not isinstance(part, nn.Linear | nn.Embedding):
                     continue
-                linear = isinstance(part, nn.Linear)
+                linear, name = isinstance(part, nn.Linear), f"{path}.weight"
                 precision, reason = self._usual(role, path), ""
-                name = f"{path}.weight"
-                if self.precision is None and (found := packed(weights[role], name)) is not None:
-                    if linear and (blocks := blocks_of(integers := found.read())) is not None:
-                        plan[name] = Storage(f"int{stored_bits(integers)}", blocks.block, kept=True)
-                        continue
-                    reason = "whose integers no block of DequantizeLinear holds" if linear else _TABLES
                 if precision in BITS and not linear:
                     reason = _TABLES
-                    precision = "fp16" if weights[role][f"{path}.weight"].dtype == torch.float32 else "fp32"
-                for pattern, kept in self.keep.items():
-                    if fnmatchcase(f"{role}.{path}", pattern.removesuffix(".weight")) and (linear or kept not in BITS):
-                        matched.add(pattern)
-                        precision, reason = kept, "" if kept in BITS else "by --keep"
+                    precision = "fp16" if weights[role][name].dtype == torch.float32 else "fp32"
+                layer = f"{role}.{path}"
+                asked = [(pattern, kept) for pattern, kept in self.keep.items() if _applies(pattern, kept, layer, linear)]
+                for pattern, kept in asked:
+                    matched.add(pattern)
+                    precision, reason = kept, "" if kept in BITS else "by --keep"
+                if not asked and self.precision is None and (found := packed(weights[role], name)) is not None:
+                    tied = path == "embeddings" and getattr(module, "output", None) is None
+                    if not tied and (stored := kept_storage(found, table=not linear)):
+                        plan[name] = stored
+                        continue
+                    reason = "which is also the head" if tied else "whose integers fit no blocks"
                 block = block_size(part.in_features) if isinstance(part, nn.Linear) and precision in BITS else None
                 if precision in BITS and block is None:
                     precision, reason = "fp32", f"whose width is no multiple of {BLOCKS[-1]}"
@@ -104,6 +107,21 @@ class Recipe:
             return self.precision or "fp32"
         small = self.precision == "int4" and not (role in _LARGE and path.startswith("layers."))
         return "int8" if small else self.precision
+
+
+def _applies(pattern: str, precision: str, layer: str, linear: bool) -> bool:
+    """Return whether an option of --keep is for a layer. linear: it is no table, which fishrt rounds to no integers."""
+    return fnmatchcase(layer, pattern.removesuffix(".weight")) and (linear or precision not in BITS)
+
+
+def kept_storage(found: Packed, *, table: bool) -> Storage | None:
+    """Return the storage of a checkpoint's own integers; None if they cannot be stored so. table: of embeddings."""
+    integers = found.read()
+    if table:
+        group = integers.values.shape[1] // integers.scales.shape[1]
+        return None if table_parts(integers) is None else Storage("int8", group, kept=True)
+    blocks = blocks_of(integers)
+    return None if blocks is None else Storage(f"int{stored_bits(integers)}", blocks.block, kept=True)
 
 
 def _some(modules: Mapping[str, nn.Module]) -> str:

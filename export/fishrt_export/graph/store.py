@@ -20,7 +20,8 @@ from torch import Tensor
 
 from fishrt.bundle.quantisation import ROWS
 
-from .kept import Blocks, blocks_of, packed
+from .kept.blocks import Blocks, blocks_of, packed
+from .kept.tables import only_looked_up, read_rows, table_parts
 from .quantise import BITS, pack, quantise, quantise_columns
 from .recipe import Storage
 
@@ -30,7 +31,7 @@ SCALES = ".scales"
 """Suffix of a quantised weight's name for the initialiser of its scales."""
 
 ZEROS, BIASES, ORDER = ".zeros", ".biases", ".order"
-"""Suffixes for the zero points and biases of a checkpoint's integers and for the order of their inputs; see kept.py."""
+"""Suffixes for the zero points and biases of a checkpoint's integers and for the order of their inputs; see kept/blocks.py."""
 SHIFTS = {4: -8, 8: -128}
 """By bits, what turns signed numbers into unsigned ones less half their range and back, by exclusive or."""
 _HALF_BYTES = (ir.DataType.INT4, ir.DataType.UINT4)
@@ -67,7 +68,9 @@ def store(
             progress(done / len(names))
             value = graph.initializers[name]
             storage = plan.get(name, Storage("fp32"))
-            if storage.block is not None:
+            if storage.kept and only_looked_up(value):
+                memory += _store_rows(graph, value, weights, data)
+            elif storage.block is not None:
                 memory += _store_integers(graph, value, weights, storage, data)
             else:
                 tensor = weights[name] if name in weights else _constant(value)
@@ -92,6 +95,11 @@ def link(model: ir.Model, path: Path, stored: Path) -> None:
     for name in [name for name in graph.initializers if name.partition(".")[2] in there]:
         value = graph.initializers[name]
         if name.partition(".")[2] + SCALES in there:
+            if only_looked_up(value):
+                of_rows = {"integers": "", "scales": SCALES, "biases": BIASES}
+                have = {what: name + end for what, end in of_rows.items() if name.partition(".")[2] + end in there}
+                read_rows(graph, value, {what: tensor(full) for what, full in have.items()})
+                continue
             ends = [end for end in ("", SCALES, ZEROS, BIASES, ORDER) if name.partition(".")[2] + end in there]
             found = {end: tensor(name + end) for end in ends}
             biases, order = found.pop(BIASES, None), found.pop(ORDER, None)
@@ -217,6 +225,22 @@ def _store_integers(graph: ir.Graph, value: ir.Value, weights: Mapping[str, Tens
     return blocks.integers.numel() * bits // 8 + blocks.scales.nbytes + added
 
 
+def _store_rows(graph: ir.Graph, value: ir.Value, weights: Mapping[str, Tensor], data: _Data) -> int:
+    """Store an embedding table of the checkpoint's integers. Return its bytes in memory."""
+    name = value.name or ""
+    kept = packed(weights, name)
+    parts = None if kept is None else table_parts(kept.read())
+    assert parts is not None
+    ends = {"integers": "", "scales": SCALES, "biases": BIASES}
+    found = {what: tensor.contiguous() for what, tensor in zip(ends, parts, strict=True) if tensor is not None}
+    stored = {}
+    for what, tensor in found.items():
+        kind = ir.DataType.INT8 if what == "integers" else ir.DataType.FLOAT
+        stored[what] = data.tensor(name + ends[what], tensor, kind, tuple(tensor.shape))
+    read_rows(graph, value, stored)
+    return sum(tensor.nbytes for tensor in found.values())
+
+
 def _bytes(integers: Tensor, signed: bool) -> Tensor:
     return integers if signed else integers.contiguous().view(torch.uint8)
 
@@ -231,7 +255,7 @@ def _read_integers(
 ) -> None:
     """Make the readers of an initialiser read stored integers, their scales and their zeros through a DequantizeLinear.
 
-    mark: of that node. order: of the inputs; what the readers multiply goes through a Gather. biases: see kept.py.
+    mark: of that node. order: of the inputs; what the readers multiply goes through a Gather. biases: see kept/blocks.py.
     """
     name, block = value.name or "", tensors[0].shape.numpy()[0] // tensors[1].shape.numpy()[0]
     parts = [_value_of(tensor) for tensor in tensors]

@@ -21,9 +21,11 @@ from fishrt.bundle.manifest import Parity
 from fishrt_engines import Array
 from fishrt_engines.engine import GraphSpec
 
+from ..checkpoint.quantised.integers import Integers
 from ..checkpoint.weights import Lazy
 from ..errors import ExportError
-from .kept import Blocks
+from .kept.blocks import Blocks
+from .kept.tables import GROUPS
 from .quantise import relative_error, unpack
 from .recipe import Storage
 from .report import Case, Expected, Feeds, compare
@@ -129,8 +131,14 @@ class Held(Lazy):
         storage = self._plan.get(name, Storage("fp32"))
         if storage.block is None:
             return stored_float(source, storage.precision).float()
-        others = (self._read(name + end) if name + end in self._initializers else None for end in (ZEROS, BIASES, ORDER))
-        value = Blocks(self._read(name), self._read(name + SCALES), *others).widened()
+        integers, scales = self._read(name), self._read(name + SCALES)
+        zeros, biases, order = (
+            self._read(name + end) if name + end in self._initializers else None for end in (ZEROS, BIASES, ORDER)
+        )
+        if name + GROUPS in self._initializers:
+            value = Integers(integers, scales, 8, biases=biases).widened()
+        else:
+            value = Blocks(integers, scales, zeros, biases, order).widened()
         error = self.errors[name] = relative_error(value, source)
         if not error <= WORST:  # also when the error is NaN
             raise ExportError(

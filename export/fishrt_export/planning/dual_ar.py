@@ -17,7 +17,7 @@ from ..checkpoint.references import check_references
 from ..checkpoint.weights import raise_if_any
 from ..errors import ExportError
 from ..graph.job import GraphJob
-from ..graph.kept import packed
+from ..graph.kept.blocks import packed
 from ..graph.quantise import BITS
 from ..options import Options
 from ..sources.codec import CodecSource, open_codec

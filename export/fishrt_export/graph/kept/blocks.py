@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..checkpoint.quantised.integers import Integers, Packed
-from ..checkpoint.weights import makers
-from .quantise import block_size, dequantise
+from ...checkpoint.quantised.integers import Integers, Packed
+from ...checkpoint.weights import makers
+from ..quantise import block_size, dequantise
 
 
 @dataclass(frozen=True, slots=True)
