@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import sys
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from tiny import GoldenModel
 
 RUNNING = pytest.StashKey[pytest.Item]()
+
+gc.set_threshold(100_000, 20, 20)  # what a trace makes lives until its end, and looking for garbage takes a tenth of its time
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

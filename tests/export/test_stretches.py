@@ -22,7 +22,7 @@ from fishrt_export.sources.language_model import open_language_model
 from fishrt_export.targets.forms import make_forms
 from synthetic import EVERYTHING, PLAIN, random_weights, write_nested
 
-DEEP = {**EVERYTHING, "n_layer": 5, "n_fast_layer": 3}
+DEEP = {**EVERYTHING, "n_layer": 3, "n_fast_layer": 2}
 
 
 def jobs_of(folder: Path, config: dict[str, object], head: str = "audio") -> list[GraphJob]:
@@ -39,12 +39,12 @@ def stack(job: GraphJob) -> Stack:
 
 def test_stretches_keep_to_the_budget(tmp_path: Path) -> None:
     job = jobs_of(tmp_path, DEEP)[0]
-    assert split(stack(job), BUDGET) == [range(6)]
-    assert split(stack(job), 1) == [range(part, part + 1) for part in range(6)]
+    assert split(stack(job), BUDGET) == [range(4)]
+    assert split(stack(job), 1) == [range(part, part + 1) for part in range(4)]
     block = sum(4 * tensor.numel() for name, tensor in job.weights.items() if name.startswith("layers.1."))
     pairs = split(stack(job), 2 * block)
     assert pairs[0].start == 0
-    assert pairs[-1].stop == 6
+    assert pairs[-1].stop == 4
     assert max(len(parts) for parts in pairs) == 2
 
 
@@ -94,7 +94,7 @@ def test_a_form_is_verified_as_it_is_and_in_stretches(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["layers.3.feed_forward.w2.weight", "norm.weight", "codebook_embeddings.weight"])
+@pytest.mark.parametrize("name", ["layers.2.feed_forward.w2.weight", "norm.weight", "codebook_embeddings.weight"])
 def test_a_weight_that_is_another_is_seen(tmp_path: Path, name: str) -> None:
     job = jobs_of(tmp_path / "checkpoint", DEEP)[0]
     job.run(tmp_path)
@@ -106,7 +106,7 @@ def test_a_weight_that_is_another_is_seen(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.slow
 def test_the_graph_of_a_module_without_weights_is_that_of_the_real_one(tmp_path: Path) -> None:
-    config = {**DEEP, "fast_dim": 16}
+    config = {**EVERYTHING, "n_layer": 1, "n_fast_layer": 1, "fast_dim": 16}
     source = open_language_model(write_nested(tmp_path / "checkpoint", config, random_weights(config)))
     for job, real in zip(source.jobs("audio"), (source.slow_ar("audio"), source.fast_ar()), strict=True):
         graphs = []
@@ -141,7 +141,7 @@ def can_be_read(weights: object, name: str) -> bool:
     return True
 
 
-LAYERS, WIDTH = 8, 1792
+LAYERS, WIDTH = 5, 1792
 MEASURE = """
 import sys
 from pathlib import Path
@@ -166,7 +166,7 @@ for n, checkpoint in enumerate((small, large)):
 
 @pytest.mark.slow
 def test_a_deep_model_takes_no_more_memory_than_a_shallow_one(tmp_path: Path) -> None:
-    """The same widths with 2 and with 8 blocks, of 480 MB in float32, in one process: the peak hardly grows."""
+    """The same widths with 2 and with 5 blocks, of 300 MB in float32, in one process: the peak hardly grows."""
     config = {
         **PLAIN,
         **{"dim": WIDTH, "n_head": 14, "n_local_heads": 2, "head_dim": 128, "intermediate_size": WIDTH, "fast_dim": 16},
@@ -189,5 +189,5 @@ def test_a_deep_model_takes_no_more_memory_than_a_shallow_one(tmp_path: Path) ->
     assert done.returncode == 0, done.stderr.decode()
     small, large = map(int, done.stdout.split())
     block_bytes = 4 * sum(tensor.numel() for tensor in blocks.values())
-    assert LAYERS * block_bytes > 450e6
+    assert LAYERS * block_bytes > 280e6
     assert large - small < 0.25 * LAYERS * block_bytes

@@ -28,11 +28,11 @@ pytest.importorskip("torch", reason="needs the export extra")
 def test_a_language_model_copies_nothing(golden_model: GoldenModel, tmp_path: Path, dtype: str) -> None:
     slow, frame = (
         golden_model._job("slow_ar", "audio").spec,
-        golden_model.lm.frame_job(golden_model.lm.describe("audio"), {}).spec,
+        golden_model.lm.frame_job(golden_model.few, {}).spec,
     )
     for role in ("slow_ar", "fast_ar"):
         copied(golden_model.file(role), tmp_path)
-    shutil.copy(golden_model.frame_file(golden_model.lm.describe("audio")), tmp_path)
+    shutil.copy(golden_model.frame_file(golden_model.few), tmp_path)
     for spec in (slow, frame):
         form = device_form(tmp_path, spec, dtype)
         assert form is None or copied_values(tmp_path / form.file) == []

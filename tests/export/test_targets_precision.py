@@ -35,7 +35,7 @@ LENGTH = 7
 def files(golden_model: GoldenModel, folder: Path) -> dict[str, Path]:
     """Return copies of the graphs of a language model, the frame graph among them, with their weights."""
     slow, fast = (copied(golden_model.file(role), folder) for role in ("slow_ar", "fast_ar"))
-    frame = golden_model.frame_file(golden_model.lm.describe("audio"))
+    frame = golden_model.frame_file(golden_model.few)
     shutil.copy(frame, folder)
     return {"slow_ar": slow, "fast_ar": fast, "frame": folder / frame.name}
 

@@ -163,6 +163,7 @@ def test_a_full_queue_refuses(tts: TTS, scheduler: Scheduler) -> None:
 def test_a_closed_request_ends_whether_it_speaks_or_waits(tts: TTS, scheduler: Scheduler) -> None:
     speaking = [scheduler.submit(request(n, max_frames=400)) for n in range(3)]
     next(speaking[0])
+    until(lambda: scheduler.stats.active == 3)
     waiting = scheduler.submit(request(4))
     waiting.close()
     assert scheduler.stats.waiting == 0

@@ -13,7 +13,9 @@ from http.client import HTTPResponse
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
+from fishrt.cli import main
 from serving import LONG, Server, serving, speech, start
 
 pytestmark = [
@@ -132,12 +134,17 @@ def test_a_taken_port_is_named(tmp_path: Path) -> None:
     ids=lambda options: options[0],
 )
 def test_a_wrong_option_is_an_error_line(tmp_path: Path, options: tuple[str, ...]) -> None:
-    process = start(*(() if "--voice-dir" in options else ("--voice-dir", str(tmp_path))), *options)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 2, said
-    assert said.startswith("error: ")
-    assert "Traceback" not in said
-    assert "Errno" not in said
+    refused(*(() if "--voice-dir" in options else ("--voice-dir", str(tmp_path))), *options)
+
+
+def refused(*options: str, **variables: str) -> str:
+    """Check that a server does not start, in this process. Return what it says."""
+    result = CliRunner().invoke(main, ["serve", "--port", "0", *options], env=variables)
+    assert result.exit_code == 2, result.output
+    assert result.stderr.startswith("error: ")
+    assert "Traceback" not in result.stderr
+    assert "Errno" not in result.stderr
+    return result.stderr
 
 
 def test_a_client_that_goes_away_ends_its_request(server: Server) -> None:
@@ -224,9 +231,7 @@ def test_logs_as_json_have_no_text_and_no_key(tmp_path: Path) -> None:
 
 
 def test_an_empty_key_in_the_environment_does_not_open_the_server(tmp_path: Path) -> None:
-    process = start("--voice-dir", str(tmp_path), FISHRT_API_KEY="")
-    _, said = process.communicate(timeout=60)
-    assert (process.returncode, said.startswith("error: the API key is empty")) == (2, True)
+    assert refused("--voice-dir", str(tmp_path), FISHRT_API_KEY="").startswith("error: the API key is empty")
 
 
 def test_options_from_the_environment_and_the_key_from_a_file(tmp_path: Path) -> None:

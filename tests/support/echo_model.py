@@ -17,7 +17,7 @@ from fishrt_export.graph.job import GraphJob
 from fishrt_export.models.codec.latent_dac import LatentDac
 from fishrt_export.sources.codec import CodecSource
 from fishrt_export.sources.echo import EchoSource, open_echo
-from shared import make_once
+from shared import make_once, trace_together
 
 
 class EchoModel:
@@ -33,10 +33,7 @@ class EchoModel:
 
         def copy(folder: Path) -> None:
             shutil.copytree(self.golden / "checkpoint", folder)
-            sizes = meta()["ae_config"]
-            windows = {"window_size": sizes["q_window"], "encoder_window_size": sizes["enc_window"]}
-            (weights,) = (path for path in folder.rglob("*.safetensors") if path.parent.name.startswith("fish"))
-            weights.with_name("codec_config.json").write_text(json.dumps(windows), encoding="utf-8")
+            state_windows(folder)
 
         return make_once(self.folder / "checkpoint", copy)
 
@@ -46,8 +43,10 @@ class EchoModel:
 
     @cached_property
     def bundle(self) -> Bundle:
-        options = Options(targets=("cuda", "coreml", "tensorrt"))
-        return Bundle.load(make_once(self.folder / "bundle", lambda folder: export_bundle(self.checkpoint, folder, options)))
+        options, path = Options(targets=("cuda", "coreml", "tensorrt")), self.folder / "bundle"
+        if not path.exists():
+            trace_together(list(self.jobs.values()))
+        return Bundle.load(make_once(path, lambda folder: export_bundle(self.checkpoint, folder, options)))
 
     @cached_property
     def modules(self) -> dict[str, nn.Module]:
@@ -67,12 +66,14 @@ class EchoModel:
     def engine(self, role: str) -> Engine:
         """Return an engine of the exported graph on the CPU."""
         if role not in self._engines:
-            job = self.jobs[role]
-
-            def run(folder: Path) -> None:
-                folder.mkdir()
-                job.run(folder)
-
-            path = make_once(self.folder / role, run) / job.spec.file
-            self._engines[role] = open_engine(path, job.spec, provider="cpu")
+            spec = self.bundle.manifest.specs[role]
+            self._engines[role] = open_engine(self.bundle.file(spec.file), spec, provider="cpu")
         return self._engines[role]
+
+
+def state_windows(folder: Path) -> None:
+    """Write the config of the golden codec, which is in `folder` with its model."""
+    sizes = meta()["ae_config"]
+    windows = {"window_size": sizes["q_window"], "encoder_window_size": sizes["enc_window"]}
+    (weights,) = (path for path in folder.rglob("*.safetensors") if path.parent.name.startswith("fish"))
+    weights.with_name("codec_config.json").write_text(json.dumps(windows), encoding="utf-8")

@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import io
 import marshal
+import os
 import pickle
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FunctionType
 from typing import Any
@@ -18,6 +19,7 @@ from filelock import FileLock
 
 import fishrt_export.graph.job
 import fishrt_export.graph.trace
+from fishrt_export.graph.job import GraphJob
 
 
 def make_once(path: Path, make: Callable[[Path], object]) -> Path:
@@ -51,6 +53,12 @@ def share_traces(folder: Path, check: Callable[[], None]) -> None:
         return ir.load(make_once(folder / f"{key}.onnx", lambda aside: ir.save(trace(*arguments), aside)))
 
     fishrt_export.graph.trace._trace, fishrt_export.graph.job.trace = checked, shared
+
+
+def trace_together(jobs: Sequence[GraphJob]) -> None:
+    """Trace the modules of jobs, as `share_traces` keeps them. Of two processes, the second begins at the end."""
+    for job in jobs[:: -1 if os.environ.get("PYTEST_XDIST_WORKER") == "gw1" else 1]:
+        fishrt_export.graph.job.trace(job.build(), job.spec, job.dims)
 
 
 def identity(value: object) -> str | None:

@@ -6,6 +6,7 @@ Tests reach these through the fixtures of conftest.py, so that each graph is exp
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from fishrt_export.planning.dual_ar import halves_fit
 from fishrt_export.sources.codec import CodecSource, open_codec
 from fishrt_export.sources.language_model import LanguageModelSource, open_language_model
 from fishrt_export.targets.forms import make_forms
-from shared import identity, make_once
+from shared import identity, make_once, trace_together
 from tolerances import TOLERANCES
 
 
@@ -78,9 +79,19 @@ class GoldenModel:
 
     @cached_property
     def bundle(self) -> Bundle:
-        targets = ("cuda", "tensorrt")
-        made = make_once(self.folder / "bundle", lambda folder: export_bundle(self.checkpoint, folder, Options(targets=targets)))
-        return Bundle.load(made)
+        """Return the bundle, of S2-Pro with forms for all devices: its frame graph, of ten codebooks, takes long to trace."""
+        whole = self.golden.name == "s2-pro"
+        options = Options(targets=("cuda", "tensorrt") if whole else ())
+        path = self.folder / "bundle"
+        if not path.exists():
+            frame = [self.lm.frame_job(self.lm.describe("audio"), {})] if whole else []
+            trace_together([*self.codec.jobs(), *self.lm.jobs("audio"), *frame])
+        return Bundle.load(make_once(path, lambda folder: export_bundle(self.checkpoint, folder, options)))
+
+    @property
+    def few(self) -> LanguageModel:
+        """Return the model with three codebooks: its frame graph has all that the family's has, and is traced soon."""
+        return replace(self.lm.describe("audio"), num_codebooks=3)
 
     def file(self, role: str, head: str = "audio") -> Path:
         """Return the file of the exported graph: the bundle's, if there is a bundle."""
@@ -113,9 +124,8 @@ class GoldenModel:
 
         return make_once(self.folder / name, run) / job.spec.file
 
-    def dual_ar(self, head: str, *, fused: bool = False) -> DualAR:
-        lm = self.lm.describe(head)
-        return DualAR(self.engine("slow_ar", head), self.frame(lm) if fused else self.engine("fast_ar"), lm)
+    def dual_ar(self, head: str) -> DualAR:
+        return DualAR(self.engine("slow_ar", head), self.engine("fast_ar"), self.lm.describe(head))
 
     def frame(self, lm: LanguageModel) -> Engine:
         """Return an engine of the frame graph of a model. See `LanguageModelSource.frame_job`."""
