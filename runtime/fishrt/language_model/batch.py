@@ -240,7 +240,7 @@ class Batch:
             self._contexts.keep(context, end, slot)
         if end < row.prompt.shape[1]:
             return []
-        return self._accepted({slot: row}, self._drawer.draw(results, [row.draws]))
+        return self._accepted({0: row}, self._drawer.draw(results, [row.draws]), slot)
 
     def advance(self, rows: Collection[Row]) -> list[tuple[Row, Ints | None]]:
         """Draw the next column of some rows that have begun, in one call. Return each with what its `accept` returned.
@@ -252,18 +252,19 @@ class Batch:
             return []
         results = self._context.step({n: row.pending() for n, row in going.items()}, self._drawer.resident)
         draws = [going[n].draws if n in going else None for n in range(results["logits"].shape[0])]
-        return self._accepted(going, self._drawer.draw(results, draws)[list(going)])
+        return self._accepted(going, self._drawer.draw(results, draws))
 
-    def _accepted(self, rows: Mapping[int, Row], columns: Ints) -> list[tuple[Row, Ints | None]]:
+    def _accepted(self, rows: Mapping[int, Row], columns: Ints, first: int = 0) -> list[tuple[Row, Ints | None]]:
+        """Give rows their columns, by their number. first: the slot of column 0."""
         spoken: list[tuple[Row, Ints | None]] = []
-        for (slot, row), column in zip(rows.items(), columns, strict=True):
+        for n, row in rows.items():
             try:
-                spoken.append((row, row.accept(column)))
+                spoken.append((row, row.accept(columns[n])))
             except FishrtError as error:
                 row.error = error
                 spoken.append((row, None))
             if not row.goes_on:
-                self._rows[slot] = None
+                self._rows[first + n] = None
         return spoken
 
     def leave(self, row: Row) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from bisect import bisect
 from collections import OrderedDict
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -115,8 +116,8 @@ class SlowContext:
         b: the slots up to the last of these, and up to a power of two where few sizes should be used. The results of the others
         mean nothing.
         """
-        count = next(size for size in self.batch_sizes if size > max(columns))
-        self._make_room(1 + max(self._lengths[slot] for slot in columns))
+        count = self.batch_sizes[bisect(self.batch_sizes, max(columns))]
+        self._make_room(1 + max([self._lengths[slot] for slot in columns]))
         # A slot that is left out has a place to write to behind its columns; if it is full, it gives up the last.
         last = self.state.dims["cache"] - 1
         self._lengths = [min(length, last) for length in self._lengths]

@@ -79,11 +79,10 @@ class StepDrawer:
         self._ids = main_ids(lm)
         self._head = self._ids if lm.head == "full" and lm.main_tokens == "audio" else slice(None)
         self._state = fast.new_state(batch=rows)
-        # The number of codes that follow from the main token, and the feeds for each of the others, filled in for each frame.
+        # The number of codes that follow from the main token, and the calls for the others, by the rows that are heard.
         self._known = lm.num_codebooks - drawn_codes(lm)
-        feeds = {codebook: _fast_feeds(codebook, self._known, rows) for codebook in range(self._known, lm.num_codebooks)}
-        self._feeds = [
-            {codebook: {name: feed[:count] for name, feed in of.items()} for codebook, of in feeds.items()}
+        self._calls = [
+            [_fast_call(codebook, self._known, count) for codebook in range(self._known, lm.num_codebooks)]
             for count in range(1 + rows)
         ]
 
@@ -95,47 +94,47 @@ class StepDrawer:
         for n, row in enumerate(rows):
             if row is None:
                 continue
-            columns[n, 0] = self._draw_main(results["logits"][n, self._head], row)
-            if columns[n, 0] != row.silent:
+            columns[n, 0] = token = self._draw_main(results["logits"][n, self._head], row)
+            if token != row.silent:
                 heard.append((n, row))
                 continue
-            for _ in self._feeds[0]:
+            for _ in self._calls[0]:
                 row.noise.fast(lm.fast_candidates)
-        if not heard:
-            return columns
-        places = slice(None) if len(heard) == len(rows) else [n for n, _ in heard]
-        hidden, frames = results["hidden"][places], columns[places]
-        codes, state = frames[:, 1:], self._state.rows(len(heard))
-        if self._known:
-            for frame in frames:
-                semantic = min(max(int(frame[0]), lm.semantic_begin_id), lm.semantic_end_id) - lm.semantic_begin_id
-                frame[1] = min(semantic, lm.codebook_width - 1)
-        for codebook, feeds in self._feeds[len(heard)].items():
-            feeds["hidden"] = hidden
-            fed = feeds["codes"]
-            if codebook == self._known:
-                fed[:, 1:] = codes[:, :codebook]
-            else:
-                fed[:, 0] = codes[:, codebook - 1]
-            logits = self._fast.run(feeds, state)["logits"]
-            for n, (_, row) in enumerate(heard):
-                codes[n, codebook] = self._draw_code(logits[n, : lm.fast_candidates], codebook, row)
-        columns[places] = frames
+        if heard:
+            places = slice(None) if len(heard) == len(rows) else [n for n, _ in heard]
+            columns[places, 1:] = self._draw_codes(results["hidden"][places], columns[places, 0], [row for _, row in heard])
         return columns
+
+    def _draw_codes(self, hidden: Floats, tokens: Ints, rows: Sequence[Draws]) -> Ints:
+        """Return the codes int64 [b, C] of frames with these main tokens, int64 [b]."""
+        lm, state = self._lm, self._state.rows(len(rows))
+        codes = np.empty((lm.num_codebooks, len(rows)), np.int64)
+        if self._known:
+            for n, token in enumerate(tokens.tolist()):
+                semantic = min(max(token, lm.semantic_begin_id), lm.semantic_end_id) - lm.semantic_begin_id
+                codes[0, n] = min(semantic, lm.codebook_width - 1)
+        for codebook, (feeds, last) in enumerate(self._calls[len(rows)], self._known):
+            feeds["hidden"] = hidden
+            if codebook:
+                last[:] = codes[codebook - 1]
+            logits = self._fast.run(feeds, state)["logits"]
+            for n, row in enumerate(rows):
+                codes[codebook, n] = self._draw_code(logits[n, : lm.fast_candidates], codebook, row)
+        return codes.T
 
     def _draw_main(self, logits: Floats, row: Draws) -> int:
         draws = 1 if self._lm.sampling.repetition_aware is None else 2
         noise = [row.noise.slow(len(self._ids)) for _ in range(draws)]
-        if row.window:
-            logits = row.window.main(logits, self._ids)
+        if window := row.window:
+            logits = window.main(logits, self._ids)
         try:
             return sample_main(logits, self._ids, row.sampling, self._lm, row.recent, noise)
         except GraphError:
             return NOT_NUMBERS
 
     def _draw_code(self, logits: Floats, codebook: int, row: Draws) -> int:
-        if row.window:
-            logits = row.window.code(logits, codebook)
+        if window := row.window:
+            logits = window.code(logits, codebook)
         if row.least_code:
             logits = logits.copy()
             logits[: row.least_code] = -np.inf
@@ -241,13 +240,14 @@ def ranks(lm: LanguageModel, top_k: int) -> dict[str, Array]:
     return made
 
 
-def _fast_feeds(codebook: int, known: int, rows: int) -> dict[str, Array]:
+def _fast_call(codebook: int, known: int, rows: int) -> tuple[dict[str, Array], Array]:
     """Return the feeds for the logits of one codebook: the positions up to it that were not fed before, and room for their codes.
 
-    Position 0 takes the hidden vector instead of a code; its code stays 0.
+    Also return the room of the last position, [rows]. Position 0 takes the hidden vector instead of a code; its code stays 0.
     """
     positions = np.tile(np.arange(0 if codebook == known else codebook, codebook + 1, dtype=np.int64), (rows, 1))
-    return {"codes": np.zeros_like(positions), "position_ids": positions, "write_index": positions[:, 0].copy()}
+    codes = np.zeros_like(positions)
+    return {"codes": codes, "position_ids": positions, "write_index": positions[:, 0].copy()}, codes[:, -1]
 
 
 def frame_spec(slow: GraphSpec, fast: GraphSpec, lm: LanguageModel) -> GraphSpec:

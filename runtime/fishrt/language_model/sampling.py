@@ -121,7 +121,9 @@ def sample(logits: Floats, sampling: Sampling, noise: Floats) -> int:
     if not math.isfinite(best):
         raise not_numbers()
     divisor = np.float32(max(sampling.temperature, 1e-5))
-    race = np.exp(logits / divisor - best / divisor)
+    race = logits / divisor
+    race -= best / divisor
+    np.exp(race, out=race)
     race /= noise
     winner = int(race.argmax())
     if winner == likeliest:
