@@ -179,6 +179,28 @@ def test_importing_fishrt_is_cheap() -> None:
     assert not subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
 
 
+def test_a_start_imports_what_it_needs() -> None:
+    """The first sound of the embedded voice: no files of audio, event loop, hub, other provider or other kind of model."""
+    code = """
+import sys
+from fishrt import TTS
+next(chunk for chunk in TTS.load(provider="cpu", threads=1).stream("Hi.", seed=1, max_frames=4) if len(chunk))
+print(*sys.modules)
+"""
+    loaded = set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
+    others = {"asyncio", "ssl", "http", "click", "soundfile", "av", "huggingface_hub"} | SERVING | HEAVY - {"onnxruntime"}
+    assert loaded & others == set()
+    assert not {name for name in loaded if name.startswith(("fishrt.cli", "fishrt.server", "fishrt.bench", "fishrt_engines.trt"))}
+    rooms = {
+        name for name in loaded if name.startswith(("fishrt.diffusion.", "fishrt.hub.", "fishrt.kinds.", "fishrt_engines.ort."))
+    }
+    assert rooms == {
+        *("fishrt.diffusion.denoising", "fishrt.diffusion.text", "fishrt.hub.repository"),
+        *(f"fishrt.kinds.{name}" for name in ("columns", "dual_ar", "model")),
+        *(f"fishrt_engines.ort.{name}" for name in ("engine", "packed", "session", "tensors")),
+    }
+
+
 def test_the_public_names_are_there() -> None:
     import fishrt
 

@@ -7,8 +7,6 @@ from pathlib import Path
 from .engine import Engine, GraphSpec
 from .errors import FishrtError, GraphError, ProviderError
 from .machine import usable_threads
-from .ort.coreml import open_coreml
-from .ort.cuda import open_cuda
 from .ort.engine import OrtEngine
 from .ort.session import Opened, differences, inconsistencies, is_memory_error, open_session, out_of_memory
 from .providers import resolve_provider
@@ -46,7 +44,11 @@ def _open(provider: str, path: Path, spec: GraphSpec, threads: int) -> Opened:
     if provider == "cpu":
         return open_session(path, spec, threads=threads)
     if provider == "cuda":
+        from .ort.cuda import open_cuda
+
         return open_cuda(path, spec, threads=threads)
     if provider == "coreml":
+        from .ort.coreml import open_coreml
+
         return open_coreml(path, spec, threads=threads)
     raise ProviderError(f"provider {provider!r} does not run {path.name} by ONNX Runtime")

@@ -10,6 +10,7 @@ import logging
 import os
 import sys
 from dataclasses import dataclass
+from functools import cache
 from importlib import metadata
 from types import ModuleType
 
@@ -135,6 +136,7 @@ def telemetry() -> bool:
     return os.environ.get(_NO_TELEMETRY, "").lower() not in ("1", "true", "yes", "on")
 
 
+@cache
 def check_wheels() -> None:
     """Check that no two distributions of ONNX Runtime are installed into one folder. Raises ProviderError otherwise.
 

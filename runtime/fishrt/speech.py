@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .arrays import Floats, Ints, Pcm
-from .audio.encode import encode_audio, write_audio
 from .diffusion.denoising import Denoising
 from .errors import FishrtError
 from .language_model.batch import StopReason
@@ -196,6 +195,8 @@ class Speech:
         format: name of the format; None takes it from the ending of the path.
         Raises AudioError for an unknown format, OutputError if the file cannot be written.
         """
+        from .audio.encode import write_audio
+
         write_audio(path, self.pcm, self.sample_rate, format)
 
     def __len__(self) -> int:
@@ -207,6 +208,8 @@ class Speech:
         return f"<Speech {self.duration_s:.2f} s, {_khz(self.sample_rate)}, {voice}, seed {self.info.seed}>"
 
     def _repr_html_(self) -> str:
+        from .audio.encode import encode_audio
+
         data = base64.b64encode(encode_audio(self.pcm, self.sample_rate, "wav")).decode()
         return f'<audio controls src="data:audio/wav;base64,{data}"></audio>'
 

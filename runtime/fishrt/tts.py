@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cached_property
 from numbers import Integral
 from pathlib import Path
-from typing import Any, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 
@@ -24,23 +24,17 @@ from fishrt_engines import Array, Engine
 from fishrt_engines.providers import resolve_provider
 
 from .arrays import Pcm, Sound
-from .audio.files import check_pcm
 from .audio.resample import resample
 from .bundle.codec_start import read_codec_start
-from .bundle.diffusion import Diffusion
 from .bundle.features import USUAL, Quirks
 from .bundle.folder import Bundle, embedded_bundle
-from .bundle.graphs import BundleGraphs
+from .bundle.graphs import SMALL_BYTES, BundleGraphs
 from .bundle.memory import check_memory, estimate, memory_errors
 from .codec import CodecDecoder, CodecEncoder
-from .diffusion.latents import voice_latents
 from .errors import ArgumentError, FishrtError
-from .kinds.diffusion import DiffusionModel
-from .kinds.dual_ar import DualARModel
 from .kinds.model import Model
 from .request import Options, Request, VoiceLike, check_type
 from .speaking.job import ChunkSizes, Job, Task
-from .speaking.scheduler import ScheduledStream, Scheduler
 from .speaking.stream import AsyncSpeechStream, SpeechStream, chunk_sizes, whole_chunks
 from .speaking.turns import MakeTurns, Turns
 from .speech import Progress, Speech
@@ -49,13 +43,23 @@ from .voices.loudness import Loudness, voice_loudness
 from .voices.store import VoiceStore, user_folder
 from .voices.voice import Voice
 
+if TYPE_CHECKING:
+    from .speaking.scheduler import ScheduledStream, Scheduler
+
 log = logging.getLogger(__name__)
 
-VERIFIED_BYTES = 64_000_000
-"""Bundles up to this size are hashed whenever they are loaded, in part of a second; `fishrt inspect --verify` hashes any."""
-
 _KEPT_LEVELS = 64
-_KINDS: Mapping[str, type[Model]] = {"dual_ar": DualARModel, "diffusion": DiffusionModel}
+
+
+def _kind(name: str) -> type[Model]:
+    """Return the kind of model of this name. What the other kind needs is not imported: a start takes notice of it."""
+    if name == "dual_ar":
+        from .kinds.dual_ar import DualARModel
+
+        return DualARModel
+    from .kinds.diffusion import DiffusionModel
+
+    return DiffusionModel
 
 
 class TTS:
@@ -71,7 +75,7 @@ class TTS:
         self.store = voices if isinstance(voices, VoiceStore) else VoiceStore(user_folder() if voices is None else voices)
         """The user's own voices."""
         self._known = KnownVoices(self.store, self)
-        self._model = _KINDS[bundle.manifest.model.kind](self, self._known)
+        self._model = _kind(bundle.manifest.model.kind)(self, self._known)
         self._levels: dict[bytes, Loudness | None] = {}
         self._engines: Mapping[str, Engine] | None = engines
         self._making = threading.Lock()
@@ -90,7 +94,8 @@ class TTS:
 
         provider: "auto", or a provider that `fishrt doctor` lists. threads: CPU threads for each graph; None means the physical
         cores. voices: the folder of the user's own voices, where `fishrt voice add` keeps them; None means the default folder.
-        The files of a bundle of up to VERIFIED_BYTES are compared with the hashes in its manifest.
+        The files of a bundle of up to SMALL_BYTES are compared with the hashes in its manifest; `fishrt inspect --verify` does
+        this with any.
         Raises BundleError and ProviderError; ArgumentError for an argument of another type; FishrtError if there is too little
         memory. The call that first needs a damaged graph raises GraphError.
         """
@@ -101,7 +106,7 @@ class TTS:
             raise ArgumentError(f"threads is {threads!r}", hint="it must be a whole number of at least 1, or None")
         if not isinstance(bundle, Bundle):
             bundle = Bundle.load(embedded_bundle() if bundle is None else bundle)
-        if bundle.manifest.total_bytes <= VERIFIED_BYTES:
+        if bundle.manifest.total_bytes <= SMALL_BYTES:
             bundle.verify()
         name = resolve_provider(provider)
         if name == "tensorrt":
@@ -226,6 +231,8 @@ class TTS:
         """What speaks for `submit` and `speak_many`. Raises FishrtError after `close`."""
         with self._making:
             if self._scheduler is None:
+                from .speaking.scheduler import Scheduler  # imports asyncio
+
                 _ = self.engines
                 self._scheduler = Scheduler(self)
             return self._scheduler
@@ -235,14 +242,13 @@ class TTS:
 
         For a diffusion model, return the latents of a voice, float32 [frames, channels].
         """
+        from .audio.files import check_pcm
+
         check_pcm(pcm, rate)
         manifest = self.bundle.manifest
         with memory_errors():
             resampled = resample(pcm.astype(np.float32, copy=False), rate, manifest.codec.sample_rate)
-            encode = CodecEncoder(self.engines["codec_encode"], manifest.codec).encode
-            if isinstance(manifest.model, Diffusion):
-                return voice_latents(resampled, encode, manifest.model, manifest.codec)
-            return encode(resampled)
+            return self._model.encode(resampled, CodecEncoder(self.engines["codec_encode"], manifest.codec))
 
     def decode(self, codes: Sound, *, upstream_compat: bool = False) -> Pcm:
         """Decode codes of any integer type, [k, frames] or [1, k, frames], to pcm float32 [samples] at `sample_rate`.
@@ -333,6 +339,8 @@ class TTS:
 
     def opened(self) -> MakeTurns:
         """Open the graphs that speaking needs. Return what makes turns for its jobs."""
+        if isinstance(self.engines, BundleGraphs):
+            self.engines.begin("codec_decode")
         return self._model.opened()
 
     def gain(self, task: Task) -> float:

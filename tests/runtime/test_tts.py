@@ -317,7 +317,7 @@ def test_altered_weights_of_a_small_bundle_are_not_spoken(tmp_path: Path, monkey
     for given in (bundle, bundle.path):
         with pytest.raises(BundleError, match=r"slow_ar\.onnx was altered"):
             TTS.load(given)
-    monkeypatch.setattr("fishrt.tts.VERIFIED_BYTES", bundle.manifest.total_bytes - 1)
+    monkeypatch.setattr("fishrt.tts.SMALL_BYTES", bundle.manifest.total_bytes - 1)
     TTS.load(bundle)
 
 

@@ -60,6 +60,7 @@ class FakeMachine:
         self.modules: dict[str, object] = {}
         self._import, self._distribution = importlib.import_module, metadata.distribution
         patch.setattr(providers, "_usable", set())
+        patch.setattr(providers, "check_wheels", providers.check_wheels.__wrapped__)
         patch.setattr(sys, "platform", "linux")
         patch.setattr(importlib, "import_module", self._module)
         patch.setattr(metadata, "distribution", self._wheel)

@@ -89,7 +89,7 @@ def graph_source(path: Path, options: Any) -> str | bytes:
     """
     parsed, folder = packed.parse_model(path), path.parent.resolve()
     places = packed.external_places(parsed)
-    files = {entry.value: (folder / entry.value).resolve() for entry in places}
+    files = {name: (folder / name).resolve() for name in {entry.value for entry in places}}
     linked = any(folder / name != file for name, file in files.items())
     if linked:
         folder = Path(os.path.commonpath([file.parent for file in files.values()]))

@@ -14,7 +14,6 @@ from pathlib import Path, PurePosixPath
 
 from ..errors import BundleError
 from ..hub.repository import is_reference
-from .fetched import bundle_folder
 from .manifest import MANIFEST, FileEntry, Manifest
 from .strict import AGAIN
 
@@ -41,7 +40,11 @@ class Bundle:
         Every file must be there and have the right size. A graph or weights that the manifest does not list are an error: ONNX
         Runtime would read them. Raises BundleError, and HubError if a repository cannot be downloaded.
         """
-        folder = bundle_folder(path) if is_reference(path) else Path(path)
+        folder = Path(path)
+        if is_reference(path):
+            from .fetched import bundle_folder
+
+            folder = bundle_folder(path)
         bundle = cls(folder, Manifest.from_json(_read_manifest(folder)))
         for name, entry in bundle.manifest.files.items():
             file = bundle.file(name)

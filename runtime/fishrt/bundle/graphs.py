@@ -7,19 +7,21 @@ import shlex
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 
 from fishrt_engines import Engine, GraphSpec, ProviderError, open_engine
 from fishrt_engines.machine import features
-from fishrt_engines.ort.coreml import Part, StaticEngine
 
+from ..errors import FishrtError
 from .features import LanguageModel
 from .folder import Bundle
 from .manifest import Form
 
 log = logging.getLogger(__name__)
 
+SMALL_BYTES = 64_000_000
+"""Bytes of a bundle that is read in a part of a second."""
 _SPEECH_ROOM = 2048
 """Positions that a prompt leaves for speech, at most half of all."""
 
@@ -39,10 +41,20 @@ class BundleGraphs(Mapping[str, Engine]):
             name = bundle.manifest.name
             log.warning("%s has no graphs for %s: the portable ones run, which is slower; %s", name, provider, hint)
         self._open: dict[str, Engine] = {}
-        self._lock = threading.Lock()
+        self._locks = {role: threading.Lock() for role in bundle.manifest.graphs}
+
+    def begin(self, role: str) -> None:
+        """Open a graph of a small bundle in a thread; large ones at once would take more memory. Who needs it waits for it."""
+
+        def open_it() -> None:
+            with suppress(FishrtError):  # the one who needs it is told
+                _ = self[role]
+
+        if role not in self._open and self._bundle.manifest.total_bytes <= SMALL_BYTES:
+            threading.Thread(target=open_it, name=f"open {role}").start()
 
     def __getitem__(self, role: str) -> Engine:
-        with self._lock:
+        with self._locks[role]:
             if role not in self._open:
                 begun = time.perf_counter()
                 self._open[role] = engine = self._opened(role)
@@ -70,6 +82,8 @@ class BundleGraphs(Mapping[str, Engine]):
 
     def _in_parts(self, form: Form) -> Engine:
         """Return an engine whose graph of a length is opened when the first call of this length comes."""
+        from fishrt_engines.ort.coreml import Part, StaticEngine
+
         by_frames = {part.frames: part for part in form.parts}
 
         def open_part(frames: int) -> Part:

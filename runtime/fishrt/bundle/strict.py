@@ -23,10 +23,11 @@ def parse_dataclass(kind: type[T], value: Any, where: str) -> T:
     if not isinstance(value, dict):
         raise BundleError(f"{where} is {value!r}; expected an object", hint=AGAIN)
     types_by_name, required = _fields(kind)  # type: ignore[arg-type]  # mypy takes no class for Hashable
-    if unknown := sorted(value.keys() - types_by_name.keys()):
-        raise BundleError(f"{where} has unknown keys: {', '.join(unknown)}", hint=UPDATE)
-    if missing := sorted(required - value.keys()):
-        raise BundleError(f"{where} lacks the keys: {', '.join(missing)}", hint=AGAIN)
+    if value.keys() != types_by_name.keys():
+        if unknown := sorted(value.keys() - types_by_name.keys()):
+            raise BundleError(f"{where} has unknown keys: {', '.join(unknown)}", hint=UPDATE)
+        if missing := sorted(required - value.keys()):
+            raise BundleError(f"{where} lacks the keys: {', '.join(missing)}", hint=AGAIN)
     return kind(**{name: _parse(types_by_name[name], item, f"{where}.{name}") for name, item in value.items()})
 
 
@@ -49,18 +50,28 @@ def _of_kind(options: tuple[Any, ...], value: dict[str, Any], where: str) -> typ
     raise BundleError(f"{where}.kind is {value['kind']!r}; known are {names}", hint=UPDATE)
 
 
+@functools.cache  # as for _fields
+def _shape(kind: Any) -> tuple[Any, tuple[Any, ...]]:
+    """Return what a type is, and its arguments: `object` for a dataclass, `Union`, dict, tuple, `Literal`; else the type."""
+    if is_dataclass(kind):
+        return object, ()
+    origin = typing.get_origin(kind)
+    return (typing.Union if origin is types.UnionType else origin or kind), typing.get_args(kind)
+
+
 def _fits(kind: Any, value: Any) -> bool:
-    if kind is float:
+    shape, arguments = _shape(kind)
+    if shape is float:
         return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
-    if kind is int:
+    if shape is int:
         return isinstance(value, int) and not isinstance(value, bool)
-    if is_dataclass(kind) or typing.get_origin(kind) is dict:
+    if shape is object or shape is dict:
         return isinstance(value, dict)
-    if typing.get_origin(kind) is tuple:
+    if shape is tuple:
         return isinstance(value, list)
-    if typing.get_origin(kind) is typing.Literal:
-        return value in typing.get_args(kind)
-    return typing.get_origin(kind) is not None or isinstance(value, kind)
+    if shape is typing.Literal:
+        return value in arguments
+    return isinstance(value, shape)
 
 
 def _kind_name(kind: Any) -> str:
@@ -69,10 +80,10 @@ def _kind_name(kind: Any) -> str:
 
 def _parse(kind: Any, value: Any, where: str) -> Any:
     """Return `value` from JSON as the type `kind`: dataclasses, dict[str, X], tuple[X, ...], unions and plain values."""
-    if is_dataclass(kind):
-        return parse_dataclass(kind, value, where)  # type: ignore[arg-type]
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (types.UnionType, typing.Union):
+    shape, arguments = _shape(kind)
+    if shape is object:
+        return parse_dataclass(kind, value, where)
+    if shape is typing.Union:
         if isinstance(value, dict) and all(map(is_dataclass, arguments)):
             return parse_dataclass(_of_kind(arguments, value, where), value, where)
         for option in arguments:
@@ -80,10 +91,10 @@ def _parse(kind: Any, value: Any, where: str) -> Any:
                 return None
             if option is not type(None) and value is not None and _fits(option, value):
                 return _parse(option, value, where)
-    elif origin is dict and isinstance(value, dict):
+    elif shape is dict and isinstance(value, dict):
         return {key: _parse(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
-    elif origin is tuple and isinstance(value, list):
-        return tuple(_parse(arguments[0], item, f"{where}[{n}]") for n, item in enumerate(value))
+    elif shape is tuple and isinstance(value, list):
+        return tuple([_parse(arguments[0], item, f"{where}[{n}]") for n, item in enumerate(value)])
     elif _fits(kind, value):
         return float(value) if kind is float else value
     raise BundleError(f"{where} is {value!r}; expected {_kind_name(kind)}", hint=AGAIN)

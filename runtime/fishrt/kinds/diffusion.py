@@ -7,12 +7,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from ..arrays import Floats
+from ..arrays import Floats, Pcm, Sound
 from ..bundle.features import USUAL
 from ..bundle.memory import memory_errors
-from ..codec import joined
+from ..codec import CodecEncoder, joined
 from ..diffusion.denoising import Denoising
 from ..diffusion.generate import Denoiser
+from ..diffusion.latents import voice_latents
 from ..diffusion.text import FIRST, SECOND, split, tokens
 from ..diffusion.voices import VoiceKeys
 from ..errors import PromptError, VoiceError
@@ -42,6 +43,11 @@ class DiffusionModel(Model):
         """The keys and values of voices, and the graphs. Raises FishrtError if the TTS is closed."""
         self._made = self._made or VoiceKeys(Denoiser(self._host.engines, self._host.bundle.manifest.diffusion))
         return self._made
+
+    def encode(self, pcm: Pcm, encoder: CodecEncoder) -> Sound:
+        """See `Model.encode`."""
+        manifest = self._host.bundle.manifest
+        return voice_latents(pcm, encoder.encode, manifest.diffusion, manifest.codec)
 
     def count_tokens(self, text: str) -> int:
         """See `Model.count_tokens`."""

@@ -11,9 +11,10 @@ from typing import Protocol
 
 from fishrt_engines import Engine
 
+from ..arrays import Pcm, Sound
 from ..bundle.features import LanguageModel
 from ..bundle.folder import Bundle
-from ..codec import CodecDecoder
+from ..codec import CodecDecoder, CodecEncoder
 from ..errors import ArgumentError
 from ..request import Request, VoiceLike
 from ..speaking.job import ChunkSizes, Job
@@ -62,6 +63,10 @@ class Model(ABC):
     @abstractmethod
     def opened(self) -> MakeTurns:
         """Open the graphs that speaking needs. Return what makes turns for such jobs."""
+
+    def encode(self, pcm: Pcm, encoder: CodecEncoder) -> Sound:
+        """Return what the model reads of a recording, float32 [samples] at the codec's rate. Raises AudioError."""
+        return encoder.encode(pcm)
 
     @abstractmethod
     def count_tokens(self, text: str) -> int:

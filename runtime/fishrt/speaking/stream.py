@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 import logging
 import threading
@@ -136,6 +135,8 @@ class AsyncSpeechStream(AsyncIterator[AudioChunk]):
         self._closed = False
 
     async def __anext__(self) -> AudioChunk:
+        import asyncio  # a start without an event loop takes notice of it
+
         try:
             chunk = await asyncio.to_thread(self._next)
         except asyncio.CancelledError:
