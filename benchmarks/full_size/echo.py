@@ -72,6 +72,12 @@ def write_echo(out: Path, *, seed: int, tiny: bool, progress: Callable[[str], No
     return out
 
 
+def random_weights(config: EchoConfig, seed: int = 0) -> dict[str, Tensor]:
+    """Return bfloat16 tensors by the names of an official checkpoint."""
+    shapes = EchoSource(config, {}).shapes()
+    return {name: torch.cat([*_pieces(name, shape, config, seed)]) for name, shape in shapes.items()}
+
+
 def _pieces(name: str, shape: tuple[int, ...], config: EchoConfig, seed: int) -> Iterator[Tensor]:
     """Yield bfloat16 rows of a tensor, in order."""
     drawn = generator(seed, name)

@@ -14,7 +14,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from echo_model import EchoModel, state_windows
-from echo_weights import EVEN, random_weights
 from fishrt import TTS, Denoising
 from fishrt.bundle.folder import Bundle
 from fishrt.bundle.graphs import BundleGraphs
@@ -30,6 +29,7 @@ from fishrt_export.retarget import retarget
 from fishrt_export.sources.echo import open_echo
 from fishrt_export.sources.echo_cases import diffusion_cases
 from fishrt_export.targets.forms import device_form
+from full_size.echo import TINY, random_weights
 from helpers_cli import run
 from helpers_text import OWN_GOLDEN
 
@@ -52,7 +52,7 @@ def edit(path: Path, change: Callable[[Weights], object]) -> None:
 
 def even(checkpoint: Path) -> Path:
     """Give a checkpoint random weights whose widths blocks of integers divide."""
-    save_file(random_weights(EVEN), checkpoint / MODEL)
+    save_file(random_weights(TINY), checkpoint / MODEL)
     state_windows(checkpoint.parent)  # so that the graphs of the codec are the shared ones
     return checkpoint
 

@@ -9,14 +9,31 @@ from pathlib import Path
 import pytest
 import torch
 
-from echo_weights import ODD, random_weights
 from fishrt_export.graph.job import GraphJob
 from fishrt_export.graph.stretches import split, verify_stack
 from fishrt_export.graph.verify import Held
-from fishrt_export.models.echo.config import EchoConfig, infer_config
+from fishrt_export.models.echo.config import EchoConfig, EncoderSizes, infer_config
 from fishrt_export.models.stack import Stack
 from fishrt_export.sources.echo import EchoSource
+from full_size.echo import random_weights
 from helpers_diffusion import diffusion_model, diffusion_specs
+
+ODD = EchoConfig(
+    channels=6,
+    width=20,
+    layers=5,
+    heads=3,
+    head_dim=8,
+    hidden=28,
+    embedding=10,
+    rank=5,
+    vocabulary=260,
+    patch=2,
+    text=EncoderSizes(layers=1, dim=18, heads=2, head_dim=4, hidden=14),
+    speaker=EncoderSizes(layers=3, dim=16, heads=1, head_dim=10, hidden=12),
+    latent=EncoderSizes(layers=2, dim=22, heads=5, head_dim=6, hidden=8),
+)
+"""No size fits another: heads are not the width, their number is odd, and no encoder is like another."""
 
 
 def jobs_of(config: EchoConfig) -> dict[str, GraphJob]:
