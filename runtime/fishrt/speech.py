@@ -5,13 +5,17 @@ from __future__ import annotations
 import base64
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from .arrays import Floats, Ints, Pcm
 from .diffusion.denoising import Denoising
 from .errors import FishrtError
-from .language_model.batch import StopReason
 from .language_model.sampling import Sampling
 from .text.split import excerpt
+
+StopReason = Literal["end", "pause", "max_frames", "max_seq_len"]
+"""Why a piece of text ended: the model finished; silence in the middle was taken for its end; the limit of frames; no position
+left in the model's context."""
 
 
 @dataclass(frozen=True, slots=True)

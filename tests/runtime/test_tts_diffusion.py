@@ -28,6 +28,7 @@ from helpers_text import bundle_folder, language_model, manifest
 
 TEXT = "Hello to all of you."
 WHOLE, BLOCKS = Denoising(steps=3, frames=24), Denoising(steps=3, blocks=(4, 8, 12))
+WINDOW = Denoising(steps=3, frames=200)
 LONG = " ".join(f"This is the sentence of number {n}, which is spoken to its end." for n in range(4))
 
 
@@ -283,9 +284,13 @@ def test_speech_after_a_long_pause_is_a_warning(known: TTS) -> None:
         return found
 
     engine._function = resumes  # type: ignore[attr-defined]
-    info = known.speak(TEXT).info
-    assert info.stop_reasons == ("end",)
-    assert info.warnings == (f'the speech of the text ends at a pause after which there is more; the first is "[S1] {TEXT}"',)
+    for speak in (known.speak, lambda *a, **o: known.submit(*a, **o).whole(), lambda *a, **o: known.submit(*a, **o).whole()):
+        speech = speak(TEXT, seed=1, denoising=WINDOW)
+        while known.scheduler.stats.active:
+            time.sleep(0.01)
+        assert speech.info.stop_reasons == ("pause",)
+        assert speech.info.warnings == (f'the speech was cut off at a pause, after which there is more: "[S1] {TEXT}"',)
+    assert calls(known, "denoise") == 6, "the last one was known, and has the warning of the first"
 
 
 def test_several_voices_are_one_after_the_other(known: TTS) -> None:

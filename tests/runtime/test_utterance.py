@@ -86,15 +86,24 @@ def test_schedules_are_tabulated_once_for_all_texts(engines: dict[str, Any], mon
     for steps in (3, 3, 4, 3):
         finish(utterance(denoiser, steps=steps))
     assert [len(call["t"]) for call in engines["schedule"].calls] == [3, 4]
-    table = denoiser.table(3, 0.999)
-    assert table.shape == (3, MODEL.layers, 6, MODEL.width)
-    monkeypatch.setattr(generate, "_TABLE_BYTES", 9 * table[0].nbytes)
+    row = denoiser.modulation(3, 0.999, 2)
+    assert row.shape == (1, MODEL.layers, 6, MODEL.width)
+    monkeypatch.setattr(generate, "_TABLE_BYTES", 9 * row.nbytes)
     for steps in (5, 3, 4):  # 12 steps are more than 9: those of the oldest table, 4, are not kept
-        denoiser.table(steps, 0.999)
+        denoiser.modulation(steps, 0.999, 0)
     assert [len(call["t"]) for call in engines["schedule"].calls] == [3, 4, 5, 4]
-    denoiser.table(20, 0.999)
-    denoiser.table(20, 0.999)  # kept, although it is larger than all may be
+    for step in range(20):  # kept, although it is larger than all may be
+        denoiser.modulation(20, 0.999, step)
     assert len(engines["schedule"].calls) == 5
+
+
+def test_many_steps_are_tabulated_in_parts(engines: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    denoiser = Denoiser(engines, MODEL)
+    whole = [denoiser.modulation(7, 0.999, step) for step in range(7)]
+    monkeypatch.setattr(generate, "TABLE_STEPS", 3)
+    denoiser = Denoiser(engines, MODEL)
+    np.testing.assert_array_equal([denoiser.modulation(7, 0.999, step) for step in range(7)], whole)
+    assert [len(call["t"]) for call in engines["schedule"].calls] == [7, 3, 3, 1]
 
 
 def test_latents_before_a_block_are_encoded_as_far_as_they_are_seen(engines: dict[str, Any]) -> None:

@@ -29,10 +29,12 @@ from .denoising import Denoising, per_block
 from .ending import Ending
 from .sampler import Block, Noise, Row, SeededNoise, times
 
-StopReason = Literal["end", "max_frames"]
-"""Reasons of an end: silence; the end of the window."""
+StopReason = Literal["end", "pause", "max_frames"]
+"""Reasons of an end: silence; a pause that was taken for it, after which there is more; the end of the window."""
 _TABLE_BYTES = 128_000_000
 """Most bytes of tables that are kept; the newest stays in any case. A step of the official model takes 1.2 MB."""
+TABLE_STEPS = 100
+"""Most steps of a table, so that any number of steps takes bounded memory."""
 _NO_TOKEN = np.zeros((1, 1), np.int64)
 """A text without words: the token before every text."""
 
@@ -75,7 +77,7 @@ class Denoiser:
     def __init__(self, engines: Mapping[str, Engine], model: Diffusion) -> None:
         """engines: by role; each is opened when it is first accessed."""
         self.engines, self.model = engines, model
-        self._tables: OrderedDict[tuple[int, float], Floats] = OrderedDict()
+        self._tables: OrderedDict[tuple[int, float, int], Floats] = OrderedDict()
         self._wordless: KeysValues | None = None
         self._making = threading.Lock()
 
@@ -108,12 +110,20 @@ class Denoiser:
                 self._wordless = self.text(_NO_TOKEN[0])
             return self._wordless
 
-    def table(self, steps: int, init_scale: float) -> Floats:
-        """Return what depends on the time alone, float32 [steps, layers, 6, width]; of the last schedules it is kept."""
-        key = (steps, init_scale)
+    def modulation(self, steps: int, init_scale: float, step: int) -> Floats:
+        """Return what depends on the time alone, of one of the steps: float32 [1, layers, 6, width].
+
+        It is a row of a table, of which the last ones are kept.
+        """
+        part, row = divmod(step, TABLE_STEPS)
+        return self._table(steps, init_scale, part)[row : row + 1]
+
+    def _table(self, steps: int, init_scale: float, part: int) -> Floats:
+        key = (steps, init_scale, part)
         with self._making:
             if key not in self._tables:
-                found = self.engines["schedule"].run({"t": times(steps, init_scale)[:-1]})
+                t = times(steps, init_scale)[:-1]
+                found = self.engines["schedule"].run({"t": t[part * TABLE_STEPS : (part + 1) * TABLE_STEPS]})
                 self._tables[key] = _constant(found["modulation"])
                 while len(self._tables) > 1 and sum(table.nbytes for table in self._tables.values()) > _TABLE_BYTES:
                     self._tables.popitem(last=False)
@@ -202,11 +212,6 @@ class Utterance:
         """Bytes of what it has read: keys and values of text, voice, and the latents before its block."""
         return sum(array.nbytes for array in (*self._of_text.values(), *self._of_block.values()))
 
-    @property
-    def resumes(self) -> bool:
-        """Whether there is speech after the pause that was taken for the end of the piece."""
-        return self._ending.resumes
-
     def advance(self) -> Floats | None:
         """Take one Euler step; the first of the text and of a block also computes what all steps share.
 
@@ -222,7 +227,7 @@ class Utterance:
             **self._of_block,
             **self._masks_of(block.rows),
             "latents": block.latents[None],
-            "modulation": self._table[block.step : block.step + 1],
+            "modulation": self._denoiser.modulation(*self._schedule, block.step),
             "speaker_scale": self._scale(block.voice_factor),
         }
         block.accept(self._denoiser.engines["denoise"].run(feeds)["velocity"][0])
@@ -252,7 +257,7 @@ class Utterance:
     def _begin_block(self) -> Block:
         denoiser, model, number = self._denoiser, self._denoiser.model, self._number
         steps, init_scale, frames, start = self._steps[number], self._init_scales[number], self._blocks[number], len(self._before)
-        self._table = denoiser.table(steps, init_scale)
+        self._schedule = (steps, init_scale)
         self._of_block = {"position_ids": np.arange(start, start + frames, dtype=np.int64)[None]}
         if model.blockwise:
             before = denoiser.before(self._before) if start else denoiser.nothing()
@@ -266,7 +271,8 @@ class Utterance:
         self._before = np.concatenate([self._before, block.latents])
         given = self._ending.push(block.latents, last=self._number == len(self._blocks))
         if self._ending.stopped:
-            self.stop_reason = "max_frames" if self._ending.end == sum(self._blocks) else "end"
+            ends: StopReason = "pause" if self._ending.resumes else "end"
+            self.stop_reason = "max_frames" if self._ending.end == sum(self._blocks) else ends
         return given
 
     def _scale(self, factor: float) -> Floats:

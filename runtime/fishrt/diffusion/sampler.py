@@ -106,7 +106,8 @@ class Block:
         """
         if not np.isfinite(velocity).all():
             raise GraphError(
-                "a graph gave velocities that are not numbers", hint="the weights of the bundle are damaged: export it again"
+                "a graph gave velocities that are not numbers",
+                hint="use settings nearer to the usual ones; if these fail, the bundle is damaged: export it again",
             )
         settings, t, following = self._settings, self.t, self._times[self.step + 1]
         v = velocity[0].copy()

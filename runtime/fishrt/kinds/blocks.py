@@ -10,24 +10,22 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from ..arrays import Floats
-from ..bundle.manifest import Manifest
 from ..bundle.memory import memory_errors
 from ..codec import CodecDecoder
 from ..diffusion.denoising import Denoising
-from ..diffusion.generate import StopReason, Utterance
+from ..diffusion.generate import Utterance
 from ..diffusion.text import Pace, tokens
 from ..diffusion.voices import VoiceKeys
 from ..errors import FishrtError
-from ..speaking.job import ChunkSizes, Job, Task
+from ..speaking.job import Job, Task
 from ..speaking.turns import Turns, ends
-from ..speech import Progress
-from ..text.split import excerpt
+from ..speech import StopReason
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,21 +45,12 @@ class BlockJob(Job):
     utterance: Utterance | None = None
     """The current piece of text; None before its first step."""
 
-    def __init__(
-        self,
-        task: BlockTask,
-        manifest: Manifest,
-        sizes: ChunkSizes,
-        accepted: float,
-        progress: Callable[[Progress], None] | None = None,
-    ) -> None:
-        """See `Job`."""
-        super().__init__(task, manifest, sizes, accepted, progress)
-        self._made: Floats = np.empty((0, manifest.diffusion.channels), np.float32)
+    def _set_up(self) -> None:
+        task, codec = self.task, self._manifest.codec
+        self._made: Floats = np.empty((0, self._manifest.diffusion.channels), np.float32)
         pace = task.denoising.pace or Pace()
-        windows_s = [(self._settings(n).frames or 0) / manifest.codec.frame_rate for n in range(len(task.pieces))]
+        windows_s = [(self._settings(n).frames or 0) / codec.frame_rate for n in range(len(task.pieces))]
         self._expected_s = sum(min(pace.estimate(piece), s) for piece, s in zip(task.pieces, windows_s, strict=True))
-        self._resumed: list[str] = []
 
     def _settings(self, piece: int) -> Denoising:
         """Return the settings of a piece of text."""
@@ -114,15 +103,7 @@ class BlockJob(Job):
     def _next_frames(self) -> tuple[Floats, StopReason | None]:
         assert self.utterance is not None
         latents, self._made = self._made[: self._wanted], self._made[self._wanted :]
-        if len(self._made) or self.utterance.stop_reason is None:
-            return latents, None
-        if self.utterance.resumes:
-            self._resumed.append(self.task.pieces[self.piece])
-        if self._resumed and self.piece + 1 == len(self.task.pieces):
-            count = f"{len(self._resumed):,} of {len(self.task.pieces):,} pieces" if self.piece else "the text"
-            what = "ends at a pause after which there is more"
-            self.task.warnings.append(f'the speech of {count} {what}; the first is "{excerpt(self._resumed[0])}"')
-        return latents, self.utterance.stop_reason
+        return latents, None if len(self._made) else self.utterance.stop_reason
 
 
 class BlockTurns(Turns[BlockJob]):

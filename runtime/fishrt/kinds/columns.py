@@ -11,24 +11,23 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from ..arrays import Ints
 from ..bundle.features import Codec, LanguageModel
-from ..bundle.manifest import Manifest
 from ..bundle.memory import memory_errors
 from ..codec import CodecDecoder, clamp_codes
 from ..errors import FishrtError
-from ..language_model.batch import Batch, DualAR, Parked, Row, StopReason
+from ..language_model.batch import Batch, DualAR, Parked, Row
 from ..language_model.context import PART, ContextStore
 from ..language_model.prompt import Conversation
 from ..language_model.sampling import Sampling, SeededNoise
-from ..speaking.job import ChunkSizes, Job, Task
+from ..speaking.job import Job, Task
 from ..speaking.turns import Turns, ends
-from ..speech import Progress
+from ..speech import StopReason
 
 MOST_HELD = 1
 """Turns in a row in which prompts wait for streams that would run dry. Where all run dry, a longer wait helps none of them."""
@@ -54,17 +53,8 @@ class ColumnJob(Job):
     parked: Parked | None = None
     """What its row has read, while it has no slot."""
 
-    def __init__(
-        self,
-        task: ColumnTask,
-        manifest: Manifest,
-        sizes: ChunkSizes,
-        accepted: float,
-        progress: Callable[[Progress], None] | None = None,
-    ) -> None:
-        """See `Job`."""
-        super().__init__(task, manifest, sizes, accepted, progress)
-        self._noise = SeededNoise(task.seed)
+    def _set_up(self) -> None:
+        self._noise = SeededNoise(self.task.seed)
         self._drawn: list[Ints] = []
 
     def _next_piece(self) -> None:

@@ -18,10 +18,9 @@ from ..bundle.manifest import Manifest
 from ..codec import CodecDecoder, apart, frames_of, joined, part
 from ..diffusion.denoising import Denoising
 from ..errors import ArgumentError
-from ..language_model.batch import StopReason
 from ..language_model.sampling import Sampling
 from ..metrics import rtf
-from ..speech import AudioChunk, PieceInfo, Progress, SpeechInfo, Timings
+from ..speech import AudioChunk, PieceInfo, Progress, SpeechInfo, StopReason, Timings
 from ..voices.voice import Voice
 from .warnings import piece_warnings
 
@@ -109,6 +108,11 @@ class Job(ABC):
         """Number of the current piece of text, 0-based."""
         self._frames = self._clipped = 0
         self._spent = self._load_s = 0.0
+        self._set_up()
+
+    @abstractmethod
+    def _set_up(self) -> None:
+        """Make what the kind of model holds beside the task; called once."""
 
     def begin(self, decoder: CodecDecoder, gain: float, load_s: float) -> None:
         """Begin the first piece. gain: factor on all samples. load_s: seconds that the opening of the models took."""

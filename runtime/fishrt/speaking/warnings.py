@@ -35,6 +35,7 @@ def piece_warnings(pieces: Sequence[PieceInfo], of: int) -> list[str]:
         "cut off at the end of the model's context (max_seq_len)": [
             p.frames > 0 and p.stop_reason == "max_seq_len" for p in pieces
         ],
+        "cut off at a pause, after which there is more": [p.stop_reason == "pause" for p in pieces],
         "not spoken: the model ended at once": [p.frames == 0 and p.stop_reason == "end" for p in pieces],
         "not spoken: the limit leaves no frame": [p.frames == 0 and p.stop_reason != "end" for p in pieces],
     }
