@@ -205,6 +205,10 @@ def test_fields_are_at_the_top_or_in_extra_body(service: Service, nested: bool) 
 def test_a_limit_of_frames(service: Service) -> None:
     speak = asyncio.run(speak_of(service, {"input": "Hi", "max_new_tokens": 64}))
     assert (speak.request.denoising.resolve(MODEL).blocks, speak.ignored) == ((64,), ())
+    for preset in ({"preset": "low"}, {"preset": "independent_high_cfg"}):
+        speak = asyncio.run(speak_of(service, {"input": "Hi", "max_new_tokens": 64, **preset}))
+        assert sum(speak.request.denoising.resolve(MODEL).blocks) == 64
+    assert planned(asyncio.run(speak_of_echo(service, {"input": "Hi", "max_new_tokens": 64})), service.tts)[0][1] == [32, 32]
     speak = asyncio.run(speak_of(service, {"input": "Hi", "max_new_tokens": 2048, "block_sizes": [32, 32]}))
     assert (speak.request.denoising.resolve(MODEL).frames, speak.ignored) == (64, ("max_new_tokens",))
 

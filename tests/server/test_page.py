@@ -11,6 +11,8 @@ from fastapi.testclient import TestClient
 
 import fishrt.server.page
 from fishrt import TTS
+from fishrt.server.diffusion.fields import KEYS
+from fishrt.server.speech.fields import SpeechFields
 
 FOLDER = Path(fishrt.server.page.__file__).parent
 FILES = sorted(path.name for path in FOLDER.iterdir() if path.suffix not in (".py", "") and path.name != "index.html")
@@ -93,3 +95,9 @@ def test_scripts_use_what_is_there() -> None:
     assert set(re.findall(r' from "\./([\w.]+)"', scripts)) | {"main.js"} == {name for name in FILES if name.endswith(".js")}
     assert set(re.findall(r'(?:src|href)="page/([\w.]+)"', INDEX)) == {"icon.svg", "style.css", "main.js"}
     assert set(re.findall(r'\b(?:for|aria-labelledby)="([\w-]+)"', INDEX)) <= set(ids)
+
+
+def test_settings_are_fields_of_requests() -> None:
+    form = INDEX[INDEX.index('<form id="settings">') :].partition("</form>")[0]
+    names = set(re.findall(r' name="(\w+)"', form))
+    assert {"seed", "preset"} < names <= SpeechFields.model_fields.keys() | KEYS

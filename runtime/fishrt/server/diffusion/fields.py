@@ -162,8 +162,9 @@ def denoising_of(
         _check_length(name, given.get(name), given.get("block_sizes"))
     own = {setting: given[name] for name, setting in _SETTINGS.items() if name in given}
     settings = Denoising(**own, frames=frames, pace=Pace(**pace) if pace else None)
-    for behind in (None if fields.preset is None else preset(fields.preset), base):
-        settings = settings if behind is None else _over(settings, behind)
+    for behind in filter(None, (None if fields.preset is None else preset(fields.preset), base)):
+        cut = settings.blocks is None and behind.blocks is not None and frames is not None
+        settings = _over(settings, behind.first(frames) if cut else behind)
     settings.resolve(model)
     return settings, ignored
 

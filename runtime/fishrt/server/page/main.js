@@ -191,7 +191,7 @@ async function load() {
   model = found;
   const facts = [model.id, model.family, words(model.languages), `${model.sample_rate / 1000}\u00a0kHz`];
   byId("model").textContent = facts.filter(Boolean).join(" · ");
-  settings.setDefaults(model.sampling);
+  settings.setDefaults(model);
   reference.advise(model.voice_seconds);
   voices.setLanguage(model.languages.length < 4 ? words(model.languages) : "");
   voices.show(list);

@@ -1,6 +1,6 @@
-// Seed, sampling, speed and volume. An empty field is left out of the request, so that the model's value counts.
+// Seed, sampling or preset, speed and volume. An empty field is left out of the request, so that the model's value counts.
 
-import { byId } from "./dom.js";
+import { byId, make } from "./dom.js";
 
 const form = byId("settings");
 const USUAL = { speed: "1", volume_db: "0" };
@@ -10,8 +10,10 @@ function show() {
   byId("volume_db-shown").textContent = `${form.volume_db.value} dB`;
 }
 
-/** Show the model's values in the empty fields, without the fields that it has not. */
-export function setDefaults(sampling) {
+/** Show the model's values in the empty fields, without the fields that it has not. presets: names, of a diffusion model. */
+export function setDefaults({ sampling, presets = [] }) {
+  form.preset.append(...presets.map((value) => make("option", { value, textContent: value.replaceAll("_", " ") })));
+  for (const element of [form.preset, form.querySelector("label[for=preset]")]) element.hidden = !presets.length;
   for (const [name, value] of Object.entries(sampling)) form[name].placeholder = value ?? "all";
   for (const name of ["temperature", "top_p", "top_k", "repetition_penalty"]) {
     const missing = !(name in sampling) || (name === "repetition_penalty" && sampling[name] === null);
@@ -23,7 +25,7 @@ export function setDefaults(sampling) {
 export function settings() {
   if (!form.reportValidity()) return null;
   const given = [...new FormData(form)].filter(([name, value]) => value !== "" && value !== USUAL[name]);
-  return Object.fromEntries(given.map(([name, value]) => [name, Number(value)]));
+  return Object.fromEntries(given.map(([name, value]) => [name, name === "preset" ? value : Number(value)]));
 }
 
 /** Set the fields as a request had them. */
