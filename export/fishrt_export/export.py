@@ -71,14 +71,15 @@ def export_bundle(
     # Jobs hold weights: those of a diffusion model are files, which are read when they are looked up.
     jobs = {job.role: job for job in plan.jobs if diffusion and not job.role.startswith("codec")}
     rounded = any(stored.precision != "fp32" for role in jobs for stored in storage[role].values())
+    share = 0.95 if rounded else 1.0  # of the time
     with written_aside(out) as folder:
         if plan.tokenizer is not None:
             (folder / TOKENIZER).write_bytes(plan.tokenizer)
         licence = copy_licence(checkpoint, folder, plan.release)
-        graphs, errors = _write_graphs(folder, plan, options, progress)
+        graphs, errors = _write_graphs(folder, plan, options, lambda stage, part: progress(stage, share * part))
         write_start(folder, graphs["codec_encode"].spec, graphs["codec_decode"].spec, plan.manifest.codec)
         if rounded:
-            progress("latents of an utterance", 1.0)
+            progress("latents of an utterance", share)
             error = utterance_error(jobs, Bundle(folder, replace(plan.manifest, graphs=graphs)))
             graphs["denoise"] = replace(graphs["denoise"], utterance=error)
         voices = encode_references(plan.references, Bundle(folder, replace(plan.manifest, graphs=graphs)))

@@ -5,14 +5,17 @@ Its weights are random, so that its speech ends with its window. Texts and their
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 
 from echo_model import EchoModel
 from fishrt import TTS, Denoising, Speech, Voice
 from fishrt.diffusion.text import Pace
+from helpers_cli import run
 
 TEXT = "Hi all."
 WHOLE, BLOCKS = Denoising(steps=2, frames=24), Denoising(steps=2, blocks=(4, 7, 13))
@@ -110,3 +113,27 @@ def test_a_prepared_voice_speaks_as_before(echo_model: EchoModel, tts: TTS, voic
     with TTS.load(echo_model.bundle, provider="cpu", threads=1, voices=tmp_path) as other:
         speech = other.speak(TEXT, voice="anna", seed=3, denoising=BLOCKS)
     np.testing.assert_array_equal(speech.latents, blocks.latents)  # type: ignore[arg-type]
+
+
+def test_commands(echo_model: EchoModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A voice without words, and a stream."""
+    monkeypatch.chdir(tmp_path)
+    soundfile.write("anna.wav", 0.3 * np.sin(np.arange(HOP * 9) * 0.05), 44100)
+    where = ["--bundle", echo_model.bundle.path, "--voice-dir", "own"]
+    done = run("voice", "add", "anna", "--audio", "anna.wav", *where)
+    assert done.exit_code == 0, done.output
+    shown = json.loads(run("voice", "show", "anna", *where, "--json").stdout)
+    assert (shown["channels"], shown["frames"], shown["transcript"]) == (80, 8, "")
+    speak = ["speak", "Hi.", *where, "--voice", "anna", "--seed", "1", "--json"]
+    whole = json.loads(run(*speak, "--steps", "2", "--max-frames", "8", "-o", "whole.wav").stdout)
+    assert (whole["denoising"]["blocks"], whole["denoising"]["steps"], whole["frames"]) == ([8], 2, 8)
+    made = json.loads(run(*speak, "--stream", "--max-frames", "40", "-o", "stream.wav").stdout)
+    assert (made["denoising"]["blocks"], made["denoising"]["steps"], made["frames"]) == ([32, 8], [8, 15], 40)
+    encoded = json.loads(run("codec", "encode", "anna.wav", *where[:2], "-o", "anna.npy", "--json").stdout)
+    assert (encoded["channels"], encoded["frames"]) == (80, 8)
+    assert run("codec", "decode", "anna.npy", *where[:2], "-o", "again.wav").exit_code == 0
+    assert soundfile.info("again.wav").frames == 8 * HOP
+    given = run("speak", "Hi.", *where, "--reference", "anna.npy", "--steps", "1", "--max-frames", "4", "--json")
+    assert json.loads(given.stdout)["voices"] == ["anna.npy"]
+    unknown = run("speak", "Hi.", *where, "--voice", "nobody")
+    assert unknown.stderr.splitlines()[-1] == "hint: fishrt voice add NAME --audio FILE"

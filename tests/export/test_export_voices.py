@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from echo_model import EchoModel
 from fishrt import TTS
 from fishrt.bundle.folder import Bundle
 from fishrt.bundle.graphs import BundleGraphs
@@ -15,6 +16,7 @@ from fishrt.text.tokenizer import Tokenizer
 from fishrt.voices.store import VoiceStore
 from fishrt_export.checkpoint.families import FAMILIES
 from fishrt_export.checkpoint.references import References, check_references, copy_licence, encode_references
+from fishrt_export.errors import ExportError
 from synthetic import write_reference
 
 
@@ -63,6 +65,23 @@ def test_the_default_voice_can_be_named(checkpoint: Path, tiny_bundle: Bundle) -
     references = checked(checkpoint, tiny_bundle)
     assert references is not None
     assert (references.default, references.names) == ("ben", ("anna", "ben"))
+
+
+def test_recordings_without_words_are_voices_of_a_diffusion_model(echo_model: EchoModel, tmp_path: Path) -> None:
+    bundle = Bundle(Path(shutil.copytree(echo_model.bundle.path, tmp_path / "bundle")), echo_model.bundle.manifest)
+    write_reference(tmp_path, "anna")
+    (tmp_path / "references/anna/a.lab").unlink()
+    references = check_references(tmp_path, bundle, None)
+    voices = encode_references(references, bundle)
+    assert voices is not None
+    assert (voices.default, voices.names) == ("anna", ("anna",))
+    voice = VoiceStore(bundle.path / "voices").load("anna")
+    assert voice.latents is not None
+    assert (voice.latents.shape, voice.transcript) == ((8, 80), "")
+    (tmp_path / "references/ben").mkdir()
+    with pytest.raises(ExportError, match="not voices") as caught:
+        check_references(tmp_path, bundle, None)
+    assert caught.value.hint == "each needs a recording"
 
 
 @pytest.mark.parametrize(

@@ -71,6 +71,7 @@ def test_voice_commands(fake, recording):
     refused(run(*add), "already", "--force")
     assert fake.loads == []
     assert run(*add, "--force").exit_code == 0
+    refused(run(*add[:5]), "Missing option '--text'")
 
     listed = run("voice", "list")
     assert listed.stdout.splitlines() == ["me too\tuser", "minna\tbundle  (default)", "otto\tbundle"]

@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
 from fishrt import TTS
+from fishrt.arrays import Pcm, Sound
 from fishrt.bundle.folder import Bundle
 from fishrt.bundle.graphs import BundleGraphs
 from fishrt.bundle.manifest import Licence, Voices
@@ -40,22 +40,21 @@ class References:
     default: str
 
 
-def check_references(checkpoint: Path, bundle: Bundle, tokenizer: Tokenizer) -> References | None:
+def check_references(checkpoint: Path, bundle: Bundle, tokenizer: Tokenizer | None) -> References | None:
     """Check all recordings before the export begins, and return them; None if there are none. Uses only the bundle's manifest.
 
+    tokenizer: None for a diffusion model, whose recordings need no transcript.
     Raises ExportError for a folder that is not a voice and for an unknown default, AudioError or VoiceError for a recording that
     cannot be read, is too short or too long, or has no transcript, PromptError for a transcript that cannot be spoken.
     """
     folder = checkpoint / REFERENCES
     if not folder.is_dir():
         return None
-    store = VoiceStore(folder)
-    names = tuple(store.list())
-    if others := store.left_out():
-        raise ExportError(
-            f"{folder} holds folders that are not voices: {'; '.join(others.values())}",
-            hint="each needs a recording and its words in a .lab file of the same name",
-        )
+    store, words = VoiceStore(folder), tokenizer is not None
+    names = tuple(store.list(transcripts=words))
+    if others := store.left_out(transcripts=words):
+        needs = "a recording and its words in a .lab file of the same name" if words else "a recording"
+        raise ExportError(f"{folder} holds folders that are not voices: {'; '.join(others.values())}", hint=f"each needs {needs}")
     if not names:
         return None
     named = folder / DEFAULT
@@ -115,18 +114,22 @@ def _licence_name(content: bytes, *, whole_file: bool) -> str | None:
 class _Listener:
     """Stand-in for a TTS during the check of recordings: checks transcripts, and takes every recording."""
 
-    def __init__(self, bundle: Bundle, tokenizer: Tokenizer) -> None:
+    def __init__(self, bundle: Bundle, tokenizer: Tokenizer | None) -> None:
         self.bundle = bundle
-        self._prompts = PromptBuilder(tokenizer, bundle.manifest.language_model)
+        self._prompts = None if tokenizer is None else PromptBuilder(tokenizer, bundle.manifest.language_model)
 
-    def encode(self, _pcm: npt.NDArray[np.float32], _rate: int) -> npt.NDArray[np.int64]:
+    def encode(self, _pcm: Pcm, _rate: int) -> Sound:
         """Return one frame of zeros."""
-        return np.zeros((len(self.bundle.manifest.codec.codebook_sizes), 1), np.int64)
+        codec = self.bundle.manifest.codec
+        if codec.channels is not None:
+            return np.zeros((1, codec.channels), np.float32)
+        return np.zeros((len(codec.codebook_sizes), 1), np.int64)
 
-    def loudness(self, _codes: npt.NDArray[np.int64]) -> Loudness | None:
+    def loudness(self, _sound: Sound) -> Loudness | None:
         """Return None: nothing can be decoded yet."""
         return None
 
     def check_transcript(self, text: str, what: str) -> None:
         """Check that the model can read a transcript. Raises PromptError."""
-        self._prompts.check_transcript(text, what)
+        if self._prompts is not None:
+            self._prompts.check_transcript(text, what)

@@ -37,7 +37,7 @@ from .echo_cases import diffusion_cases
 log = logging.getLogger(__name__)
 
 TOLERANCE = 5e-4
-VOICE_SECONDS = (10.0, 300.0)
+VOICE_SECONDS = (10.0, 297.0)
 BYTES = 256
 _ROTARY_TABLES = ".freqs_cis"
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from ..audio.output import check_place, write_whole
+from ..codec import apart
 from ..errors import FishrtError
 from ..voices.voice import npy_bytes, read_codes
 from .base.commands import finish, json_to_stderr, wrote
@@ -28,6 +29,8 @@ def codec() -> None:
 def encode(audio: Path, output: str, engine: EngineOptions) -> None:
     """Encode AUDIO (wav, flac, ogg, mp3, …; - is standard input) to codes: int64 (codebooks, frames).
 
+    With the bundle of a diffusion model, to the latents of a voice: float32 (frames, channels).
+
     AUDIO may have any sample rate; its channels are averaged.
     """
     from ..audio.files import read_audio
@@ -38,13 +41,12 @@ def encode(audio: Path, output: str, engine: EngineOptions) -> None:
         raise FishrtError(f"cannot write {output}: codes are written as .npy", hint="name a file that ends in .npy")
     check_place(output)
     pcm, rate = read_audio(audio)
-    codes, said = engine.load().encode(pcm, rate), wrote(output)
-    write_whole(output, npy_bytes(codes))
-    codebooks, frames = codes.shape
-    finish(
-        {"output": output, "codebooks": codebooks, "frames": frames},
-        said=f"{said} ({codebooks} codebooks, {frames:,} frames)",
-    )
+    sound, said = engine.load().encode(pcm, rate), wrote(output)
+    write_whole(output, npy_bytes(sound))
+    codes, latents = apart(sound)
+    kind, count = ("codebooks", len(codes)) if latents is None else ("channels", latents.shape[1])
+    frames = codes.shape[1]
+    finish({"output": output, kind: count, "frames": frames}, said=f"{said} ({count} {kind}, {frames:,} frames)")
 
 
 @codec.command(short_help="Decode codes to audio.")
@@ -60,13 +62,13 @@ def encode(audio: Path, output: str, engine: EngineOptions) -> None:
 @engine_options
 @json_output
 def decode(codes: Path, output: str, format: str | None, engine: EngineOptions) -> None:
-    """Decode CODES, an .npy file of integers (codebooks, frames), to audio."""
+    """Decode CODES, an .npy file of integers (codebooks, frames), or of latents, to audio."""
     from ..audio.encode import check_writable, write_audio
 
     if output == "-":
         json_to_stderr()
     check_writable(output, format)
-    stored = read_codes(codes)
+    stored = read_codes(codes, latents=True)
     tts = engine.load()
     pcm = tts.decode(stored)
     rate, said = tts.bundle.manifest.codec.sample_rate, wrote(output)

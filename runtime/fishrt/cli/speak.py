@@ -388,5 +388,5 @@ def _lines(text: str) -> dict[int, str]:
 
 def _reference(path: Path, transcript: str, tts: TTS) -> Voice:
     if path.suffix.lower() == ".npy":
-        return Voice(str(path), read_codes(path), transcript, None)
+        return Voice.of(str(path), read_codes(path, latents=True), transcript, None)
     return Voice.from_audio(tts, path, transcript, name=path.name)

@@ -11,7 +11,7 @@ import click
 from ..bundle.folder import Bundle
 from ..errors import BundleError, OutputError, VoiceError
 from ..voices.store import bundle_voices, find_voice
-from ..voices.voice import Voice
+from ..voices.voice import Voice, words_option
 from .base.commands import finish, warn
 from .base.options import (
     EngineOptions,
@@ -27,7 +27,10 @@ from .base.options import (
 
 @click.group(short_help="Store, list, show and remove voices.")
 def voice() -> None:
-    """Store, list, show and remove voices. A voice is a recording of one speaker with its exact transcript."""
+    """Store, list, show and remove voices. A voice is a recording of one speaker with its exact transcript.
+
+    Diffusion models need no transcript.
+    """
 
 
 @voice.command()
@@ -39,12 +42,12 @@ def voice() -> None:
     help="Recording of one speaker (wav, flac, ogg, mp3, …): 10 to 30 s for the official models, 2 to 5 s for the embedded "
     "voice. - is standard input.",
 )
-@click.option("--text", required=True, help="The words of the recording, exactly as spoken.")
+@click.option("--text", help="The words of the recording, exactly as spoken. A language model needs them, a diffusion model not.")
 @click.option("--force", is_flag=True, help="Replace your voice of this name.")
 @voice_dir_option
 @engine_options
 @output_options
-def add(name: str, audio: Path, text: str, force: bool, voice_dir: Path | None, engine: EngineOptions) -> None:
+def add(name: str, audio: Path, text: str | None, force: bool, voice_dir: Path | None, engine: EngineOptions) -> None:
     """Store a recording as voice NAME.
 
     NAME has letters and digits of any script, - and _, and inside also spaces and dots.
@@ -53,11 +56,13 @@ def add(name: str, audio: Path, text: str, force: bool, voice_dir: Path | None, 
     """
     from ..audio.files import read_audio
 
+    if text is None and words_option(load_bundle(engine.bundle)):
+        raise click.UsageError("Missing option '--text': the words of the recording, which this bundle's model needs.")
     store = user_store(voice_dir)
     store.check_free(name, force=force)
     recording = read_audio(audio)
     tts = engine.load(voice_dir)
-    made = Voice.from_audio(tts, recording, text, name=name)
+    made = Voice.from_audio(tts, recording, text or "", name=name)
     folder = store.add(made, force=force)
     if name in bundle_voices(tts.bundle):
         warn(f"the bundle has a voice {name!r}, too; yours is used")
@@ -76,7 +81,7 @@ def add(name: str, audio: Path, text: str, force: bool, voice_dir: Path | None, 
 @engine_options
 @output_options
 def prepare(name: str, voice_dir: Path | None, engine: EngineOptions) -> None:
-    """Let the bundle's language model read your voice NAME now, so that speech with it starts sooner.
+    """Let the bundle's model read your voice NAME now, so that speech with it starts sooner.
 
     The result is kept in a file, in the voice's folder, or in .prepared/NAME for a voice that another program stored.
     """
@@ -167,7 +172,8 @@ def _bundle_if_any(path: Path | None) -> Bundle | None:
 
 def _describe(made: Voice, bundle: Bundle | None, *, recorded: bool) -> dict[str, Any]:
     codebooks, frames = made.codes.shape
-    details: dict[str, Any] = {"name": made.name, "codebooks": codebooks, "frames": frames}
+    kind = {"codebooks": codebooks} if made.latents is None else {"channels": made.latents.shape[1]}
+    details: dict[str, Any] = {"name": made.name, **kind, "frames": frames}
     same_codec = bundle is not None and made.fingerprint == bundle.manifest.codec.fingerprint
     if bundle is not None and same_codec:
         details["seconds"] = round(frames / bundle.manifest.codec.frame_rate, 2)

@@ -39,7 +39,7 @@ from .files import (
     recordings,
 )
 from .recordings import PAUSE_S, in_turn
-from .voice import Encoder, Voice, joined, npy_bytes, read_codes
+from .voice import Encoder, Voice, joined, npy_bytes, read_codes, words_option
 
 log = logging.getLogger(__name__)
 
@@ -76,9 +76,9 @@ class VoiceStore:
         """
         return sorted(self._survey(transcripts=transcripts)[0])
 
-    def left_out(self) -> dict[str, str]:
-        """Return folders and index entries that are no valid voices, with the reason of each. Raises VoiceError as `list`."""
-        return self._survey()[1]
+    def left_out(self, *, transcripts: bool = True) -> dict[str, str]:
+        """Return folders and index entries that are no valid voices, with the reason of each; see `list`."""
+        return self._survey(transcripts=transcripts)[1]
 
     def load(self, name: str, tts: Encoder | None = None, *, fingerprint: str | None = None) -> Voice:
         """Return one voice. With `tts`, its codes are those of that codec, encoded from the recording if needed.
@@ -325,7 +325,7 @@ def find_voice(name: str, own: VoiceStore, bundle: Bundle | None) -> VoiceStore:
     raise UnknownVoiceError(
         f"there is no voice {name!r}; yours in {own}: {', '.join(own.list()) or 'none'}; "
         f"the bundle's: {', '.join(built_in) or 'none'}",
-        hint="fishrt voice add NAME --audio FILE --text TEXT",
+        hint=f"fishrt voice add NAME --audio FILE{words_option(bundle)}",
     )
 
 

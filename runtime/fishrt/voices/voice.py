@@ -189,7 +189,13 @@ def npy_bytes(sound: Sound) -> bytes:
 def _add_command(name: str, bundle: Bundle | Manifest) -> str:
     embedded = not isinstance(bundle, Bundle) or bundle.path == _embedded_path()
     where = "" if embedded else f" --bundle {shlex.quote(str(bundle.path))}"  # type: ignore[union-attr]
-    return f"fishrt voice add {shlex.quote(name)}{where} --force --audio FILE --text TEXT"
+    return f"fishrt voice add {shlex.quote(name)}{where} --force --audio FILE{words_option(bundle)}"
+
+
+def words_option(bundle: Bundle | Manifest | None) -> str:
+    """Return the option of `fishrt voice add` for the words of a recording; nothing if the bundle's model needs none."""
+    manifest = bundle.manifest if isinstance(bundle, Bundle) else bundle
+    return "" if manifest is not None and isinstance(manifest.model, Diffusion) else " --text TEXT"
 
 
 def _embedded_path() -> Path | None:

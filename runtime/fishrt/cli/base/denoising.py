@@ -54,9 +54,9 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "--preset": {
         "callback": _preset,
         "metavar": "NAME",
-        "help": "Settings of the original programs: default, low-mid, low and equal generate in blocks, for a stream; "
-        "independent-high-speaker-cfg, independent-high-cfg, independent-low-cfg, each also with -flat, do not. The other "
-        "options replace theirs.",
+        "help": "Settings of the original programs: default, low-mid, low and equal have blocks, for a stream; "
+        "independent-high-speaker-cfg, independent-high-cfg, independent-low-cfg, each also with -flat, have guidance and 40 "
+        "steps. The other options replace theirs.",
     },
     "--steps": {
         "type": _Several(Whole(min=1)),
