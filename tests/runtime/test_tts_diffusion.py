@@ -28,7 +28,7 @@ from helpers_text import bundle_folder, language_model, manifest
 
 TEXT = "Hello to all of you."
 WHOLE, BLOCKS = Denoising(steps=3, frames=24), Denoising(steps=3, blocks=(4, 8, 12))
-WINDOW = Denoising(steps=3, frames=200)
+WINDOW = Denoising(steps=3, blocks=(200,))
 LONG = " ".join(f"This is the sentence of number {n}, which is spoken to its end." for n in range(4))
 
 

@@ -162,9 +162,9 @@ def denoising_of(
         _check_length(name, given.get(name), given.get("block_sizes"))
     own = {setting: given[name] for name, setting in _SETTINGS.items() if name in given}
     settings = Denoising(**own, frames=frames, pace=Pace(**pace) if pace else None)
-    for behind in filter(None, (None if fields.preset is None else preset(fields.preset), base)):
-        cut = settings.blocks is None and behind.blocks is not None and frames is not None
-        settings = _over(settings, behind.first(frames) if cut else behind)
+    for usual in filter(None, (None if fields.preset is None else preset(fields.preset), base)):
+        cut = frames if settings.blocks is None and usual.blocks is not None else None
+        settings = _over(settings, usual if cut is None else usual.first(cut))
     settings.resolve(model)
     return settings, ignored
 
