@@ -21,6 +21,7 @@ import numpy as np
 from fishrt import TTS
 from fishrt.metrics import signal_over_error
 from fishrt_export import Options, export_bundle
+from fishrt_export.targets.codec import decoder
 from minnow_quality import CLASSIFIER_SENTENCES, SENTENCES, VOICES, flite
 from quality import Recogniser, VoiceClassifier, mfcc_summary, word_errors, words
 from record import write_record
@@ -53,6 +54,7 @@ def main(count: int, seeds: int, workers: int, out: Path | None) -> None:
     with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(workers) as pool:
         rows: dict[str, list[dict[str, Any]]] = {}
         sizes = {}
+        decoder.LEAST_CHANNELS = 1  # minnow's decoder is too narrow to gain from 8 bits; here it serves to hear them
         for name, options in RECIPES.items():
             bundle = export_bundle(CHECKPOINT, Path(folder, name), Options(**options))
             sizes[name] = bundle.manifest.total_bytes

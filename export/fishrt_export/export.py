@@ -118,7 +118,7 @@ def _write_graphs(
         def show(part: float) -> None:
             progress("codec in 8 bits", share + (1 - share) * part)
 
-        forms.insert(0, int8_form(folder, decode, codec.codebook_sizes, show))
+        forms.insert(0, int8_form(folder, decode, codec.codebook_sizes, codec.hop, show))
     if "coreml" in targets:
         progress("static graphs", share)
         forms.append(static_form(folder, decode, case, tolerance, codec.fingerprint))

@@ -52,7 +52,7 @@ class Options:
     targets: Collection[str] = ()
     """Providers for which forms of the graphs are made; those for "cpu" are always made."""
     codec_int8: bool = False
-    """Whether to add the codec's decoder with convolutions in 8 bits; see codec_int8.py."""
+    """Whether to add the codec's decoder with convolutions in 8 bits; see targets/codec/int8.py."""
     codec: Path | None = None
     """The codec's file, or a folder that has it; None: in the checkpoint, or beside that of a diffusion model."""
     tokenizer: Path | None = None

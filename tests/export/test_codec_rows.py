@@ -18,6 +18,7 @@ import torch
 from fishrt.bundle.manifest import Form
 from fishrt.metrics import signal_over_error
 from fishrt_engines import Engine, open_engine
+from fishrt_engines.engine import GraphSpec
 from fishrt_export.models.codec.dac import Dac
 from fishrt_export.sources.codec import AUDIO_TOLERANCE
 from fishrt_export.targets.codec import decoder
@@ -58,9 +59,14 @@ def make(model: GoldenModel, folder: Path, change: Callable[[ir.Graph], None] = 
     graph = ir.load(folder / path.name)
     change(graph.graph)
     ir.save(graph, folder / path.name)
-    spec = next(job.spec for job in model.codec.jobs() if job.role == "codec_decode")
+    spec = decode_spec_of(model)
     (form,) = make_forms(folder, "codec_decode", spec, ["cpu"], hop=model.codec.config.hop)
     return Made(folder, form, *(open_engine(folder / s.file, s, provider="cpu") for s in (spec, form.spec)))
+
+
+def decode_spec_of(model: GoldenModel) -> GraphSpec:
+    """Return the spec of the portable decoder."""
+    return next(job.spec for job in model.codec.jobs() if job.role == "codec_decode")
 
 
 @pytest.fixture
@@ -107,14 +113,18 @@ def test_the_form_says_how_it_computes(made: Made) -> None:
 @pytest.mark.parametrize("length", [32, 256, 1024, 2048])
 @pytest.mark.parametrize("dilation", [1, 3, 9])
 def test_all_wide_layers_of_the_official_decoder_are_in_tiles(length: int, dilation: int) -> None:
-    assert way(7, dilation, length, 96, 96) == "tiles"
-    assert way(1, dilation, length, 96, 96) == "product"
-    assert way(7, dilation, length, 96, 1) == "shifts"
-    assert way(7, dilation, length, 48, 48) is way(1, 1, length, 32, 64) is None
+    assert way(7, dilation, length, 96) == "tiles"
+    assert way(1, dilation, length, 96) == "product"
+    assert way(7, dilation, length, 1) == "shifts"
 
 
 def test_tiles_that_reach_far_beyond_a_frame_are_none() -> None:
-    assert way(7, 9, 8, 96, 96) == "shifts"
+    assert way(7, 9, 8, 96) == "shifts"
+
+
+def test_a_narrow_decoder_has_no_form(s2_model: GoldenModel) -> None:
+    path, spec = s2_model.file("codec_decode"), decode_spec_of(s2_model)
+    assert make_forms(path.parent, "codec_decode", spec, ["cpu"], hop=s2_model.codec.config.hop) == []
 
 
 def test_it_is_near_to_float64(s2_model: GoldenModel, engine: Engine, codes: np.ndarray) -> None:

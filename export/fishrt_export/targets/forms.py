@@ -61,7 +61,7 @@ def _cpu(folder: Path, portable: GraphSpec, hop: int | None) -> list[Form]:
     A form that rounds activations by rows has the graph without this rounding beside it: see report.exact.
     """
     model = load(folder / portable.file)
-    convolutions = by_rows(model, hop) if hop else {}
+    convolutions = by_rows(model, hop).ways if hop else {}
     rounds = any(node.op_type == "DequantizeLinear" for node in model.graph)
     in_rows = any(ROWS in node.metadata_props for node in model.graph)
     spec = replace(portable, columns=fast_operators(model), rounds_activations=rounds)

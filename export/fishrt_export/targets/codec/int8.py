@@ -1,22 +1,20 @@
-"""`fishrt export --codec-int8`: an additional graph of the codec's decoder with most convolutions in integers of 8 bits.
+"""`fishrt export --codec-int8`: an additional form of the codec's decoder with most products in integers of 8 bits.
 
-    float ─► QuantizeLinear ─► QLinearConv ─► DequantizeLinear ─► float
+    rows, float ─► QuantizeLinear ─► MatMulIntegerToFloat ─► rows, float
 
-They are the convolutions of all blocks of a DAC's decoder except the last, where rounding would be audible noise in pauses.
-Weights are symmetric with one scale for each output; activations have one scale for each tensor. Its range is the range of the
-float graph for random codes, so that no recordings are needed. ONNX has no transposed convolution of integers. It becomes a
-convolution over two inputs with `stride` outputs for each of its own, which are then interleaved.
+They are the products of all blocks of a DAC's decoder except the last, where rounding would be audible noise in pauses, and those
+of the transformer before it. Weights are symmetric with one scale for each output, or in the transformer for each block of
+inputs. What a decoder's layer reads has one scale for the whole tensor. Its range is the range of the float form for random
+codes, so that no recordings are needed.
 
-The weights that stay float are read from the portable graph's data file. The report's figures come from exact products, on a CPU
-without VNNI too.
+The report's figures come from exact products, on a CPU without VNNI too.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +29,9 @@ from fishrt_engines.engine import GraphSpec, TensorSpec
 
 from ...errors import ExportError
 from ..attention import fast_operators
-from ..edit import constant, load, numbers, only_reader, save, tidy
+from ..edit import constant, is_constant, load, numbers, producer, save, tidy
+from .decoder import by_rows, stored
+from .rows import Range
 
 CALL_FRAMES = 16
 CALIBRATION_FRAMES = 128 * CALL_FRAMES
@@ -39,44 +39,12 @@ CALIBRATION_FRAMES = 128 * CALL_FRAMES
 TEST_FRAMES = 16 * CALL_FRAMES
 LEAST_SNR = 10.0
 """Least signal-to-error ratio in dB that rounding explains, even in a decoder of random weights, where it is largest."""
-_WEIGHT = re.compile(r"(?:.*\.)?decoder\.model\.(\d+)\.block\..*conv\.weight")
-"""Name of a convolution's weight in one of the decoder's blocks, which are numbered from 1."""
+BLOCK = 128
+"""Inputs that share a scale in a product of the transformer."""
+
+_ENDS = ("ReduceMin", "ReduceMax")
 
 Floats = npt.NDArray[np.float32]
-
-
-@dataclass(frozen=True, slots=True)
-class _Range:
-    """Range of an activation; it includes 0."""
-
-    low: float
-    high: float
-
-    @property
-    def scale(self) -> float:
-        return max((self.high - self.low) / 255, 1e-8)
-
-    @property
-    def zero_point(self) -> int:
-        return min(max(round(-self.low / self.scale), 0), 255)
-
-
-@dataclass(frozen=True, slots=True)
-class _Convolution:
-    """A node to be replaced, and the Slice after it if it is a transposed convolution."""
-
-    node: ir.Node
-    trimmed: ir.Node | None
-
-    @property
-    def read(self) -> ir.Value:
-        value = self.node.inputs[0]
-        assert value is not None
-        return value
-
-    @property
-    def made(self) -> ir.Value:
-        return (self.trimmed or self.node).outputs[0]
 
 
 def check_codec(kind: str) -> None:
@@ -88,55 +56,28 @@ def check_codec(kind: str) -> None:
         )
 
 
-def int8_form(folder: Path, portable: GraphSpec, sizes: tuple[int, ...], progress: PartDone = lambda _: None) -> Form:
+def int8_form(folder: Path, portable: GraphSpec, sizes: tuple[int, ...], hop: int, progress: PartDone = lambda _: None) -> Form:
     """Write the graph into a bundle's folder, and return the form.
 
-    portable: the spec of codec_decode. sizes: the entries of each codebook. Raises ExportError for a decoder without such
-    convolutions, and for one that loses more than rounding explains.
+    portable: the spec of codec_decode. sizes: the entries of each codebook. hop: samples of a frame. Raises ExportError for a
+    decoder without such layers, and for one that loses more than rounding explains.
     """
     rng = np.random.default_rng(0)
+    ranges = _calibrated(folder, portable, hop, _codes(rng, sizes, CALIBRATION_FRAMES), progress)
     model = load(folder / portable.file)
-    found = list(_convolutions(model.graph))
-    if not found:
-        raise ExportError("the codec's decoder has no blocks that could run in 8 bits", hint="leave --codec-int8 out")
-    ranges = _calibrated(folder, portable, found, _codes(rng, sizes, CALIBRATION_FRAMES), progress)
-    made = replace(portable, file=f"{Path(portable.file).stem}_int8.onnx")
-    for n, convolution in enumerate(found):
-        _replace(model.graph, convolution, ranges, n)
-    made = replace(made, columns=fast_operators(model))
-    save(model, folder / made.file)
-    ratios = _measured(folder, portable, model, _codes(rng, sizes, TEST_FRAMES))
+    made = by_rows(model, hop, ranges)
+    _quantise_transformer(model.graph)
+    spec = replace(portable, file=f"{Path(portable.file).stem}_int8.onnx", columns=fast_operators(model), rounds_activations=True)
+    save(model, folder / spec.file)
+    ratios = _measured(folder, portable, spec, model, _codes(rng, sizes, TEST_FRAMES))
     if min(ratios) < LEAST_SNR:
         raise ExportError(
             f"the codec in 8 bits has {min(ratios):.1f} dB between signal and error; at least {LEAST_SNR:g} dB are expected",
             hint="leave --codec-int8 out",
         )
     progress(1.0)
-    rounding = Rounding(len(found), CALIBRATION_FRAMES, float(np.mean(ratios)), min(ratios))
-    return Form("cpu", made, needs=("vnni",), rounding=rounding)
-
-
-def _convolutions(graph: ir.Graph) -> Iterator[_Convolution]:
-    of_block: dict[int, list[_Convolution]] = {}
-    for node in graph:
-        if node.op_type not in ("Conv", "ConvTranspose") or not (match := _WEIGHT.fullmatch(_source(node.inputs[1]).name or "")):
-            continue
-        trimmed = only_reader(node.outputs[0], "Slice") if node.op_type == "ConvTranspose" else None
-        assert trimmed is not None or node.op_type == "Conv"
-        of_block.setdefault(int(match[1]), []).append(_Convolution(node, trimmed))
-    for block in sorted(of_block)[:-1]:
-        yield from of_block[block]
-
-
-def _source(value: ir.Value | None) -> ir.Value:
-    """Return the stored weight of a value: the input of its cast to float, or the value itself."""
-    assert value is not None
-    producer = value.producer()
-    return value if producer is None else _source(producer.inputs[0])
-
-
-def _weight(value: ir.Value | None) -> Floats:
-    return numbers(_source(value)).astype(np.float32)
+    rounding = Rounding(len(ranges), CALIBRATION_FRAMES, float(np.mean(ratios)), min(ratios))
+    return Form("cpu", spec, needs=("vnni",), rounding=rounding, convolutions=made.ways)
 
 
 def _codes(rng: np.random.Generator, sizes: tuple[int, ...], frames: int) -> list[npt.NDArray[np.int64]]:
@@ -157,39 +98,47 @@ def _decoded(engine: Engine, codes: npt.NDArray[np.int64]) -> Floats:
 
 
 def _calibrated(
-    folder: Path, portable: GraphSpec, found: list[_Convolution], streams: list[npt.NDArray[np.int64]], progress: PartDone
-) -> Mapping[str, _Range]:
-    """Return the ranges of the convolutions' inputs and outputs by name."""
-    wanted = sorted({str(value.name) for c in found for value in (c.read, c.made)})
+    folder: Path, portable: GraphSpec, hop: int, streams: list[npt.NDArray[np.int64]], progress: PartDone
+) -> Mapping[str, Range]:
+    """Return the ranges of what the layers of the float form read, by their names. Raises ExportError if none has rows."""
     model = load(folder / portable.file)
-    by_name = {value.name: value for node in model.graph for value in node.outputs}
-    outputs = []
-    for operator in ("ReduceMin", "ReduceMax"):
-        for name in wanted:
-            value = ir.Value(name=f"{name}.{operator}", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(()))
-            model.graph.append(ir.node(operator, [by_name[name]], attributes={"keepdims": 0}, outputs=[value]))
+    inner, outputs = by_rows(model, hop).inner, []
+    if not inner:
+        raise ExportError(
+            "the codec's decoder is too narrow to gain from 8 bits, or of another form", hint="leave --codec-int8 out"
+        )
+    tape = ir.tape.Tape()
+    for read in inner:
+        scale = constant(model.graph, f"{read.name}.scale", np.ones(1) if read.scale is None else read.scale, np.float32)
+        rows = tape.op("Mul", [read.rows, scale])
+        for operator in _ENDS:
+            value = ir.Value(name=f"{read.name}.{operator}", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(()))
+            tape.op(operator, [rows], {"keepdims": 0}, output=value)
             model.graph.outputs.append(value)
             outputs.append(TensorSpec(str(value.name), "float32", ()))
+    model.graph.extend(tape.nodes)
     spec = replace(portable, file=f"{Path(portable.file).stem}_ranges.onnx", outputs=(*portable.outputs, *outputs))
-    lows, highs = dict.fromkeys(wanted, 0.0), dict.fromkeys(wanted, 0.0)
+    found = {read.name: (0.0, 0.0) for read in inner}
     with _opened(model, folder, spec) as engine:
         for n, codes in enumerate(streams):
             progress(0.8 * n / len(streams))
             state = engine.new_state(batch=1)
             for feeds in _calls(codes):
                 results = engine.run(feeds, state)
-                for name in wanted:
-                    lows[name] = min(lows[name], float(results[f"{name}.ReduceMin"]))
-                    highs[name] = max(highs[name], float(results[f"{name}.ReduceMax"]))
-    return {name: _Range(lows[name], highs[name]) for name in wanted}
+                for name, (low, high) in found.items():
+                    least, most = (float(results[f"{name}.{operator}"]) for operator in _ENDS)
+                    found[name] = min(low, least), max(high, most)
+    return {name: Range(*ends) for name, ends in found.items()}
 
 
-def _measured(folder: Path, portable: GraphSpec, model: ir.Model, streams: list[npt.NDArray[np.int64]]) -> list[float]:
+def _measured(
+    folder: Path, portable: GraphSpec, spec: GraphSpec, model: ir.Model, streams: list[npt.NDArray[np.int64]]
+) -> list[float]:
     """Return the ratio of the portable graph's signal to the error of `model`, in dB, for each stream. Changes `model`."""
     make_exact(model)
-    spec = replace(portable, file=f"{Path(portable.file).stem}_exact.onnx")
-    with _opened(model, folder, spec) as exact:
-        engines = [open_engine(folder / portable.file, portable, provider="cpu"), exact]
+    exact = replace(spec, file=f"{Path(portable.file).stem}_exact.onnx")
+    with _opened(model, folder, exact) as engine:
+        engines = [open_engine(folder / portable.file, portable, provider="cpu"), engine]
         return [signal_over_error(*(_decoded(engine, codes) for engine in engines)) for codes in streams]
 
 
@@ -205,68 +154,40 @@ def _opened(model: ir.Model, folder: Path, spec: GraphSpec) -> Iterator[Engine]:
 
 
 def make_exact(model: ir.Model) -> None:
-    """Give the integer weights a form that every CPU multiplies exactly: uint8 with the zero point 128.
+    """Give the decoder's integer weights a form that every CPU multiplies exactly: uint8 with the zero point 128.
 
     The results are those of a CPU with VNNI. Other x86 CPUs add two products of uint8 and int8 in 16 bits, which saturate; ONNX
     Runtime adds products of uint8 and uint8 in 32 bits everywhere.
     """
     for node in model.graph:
-        if node.op_type == "QLinearConv":
-            for position in (3, 5):  # the weight and its zero points
-                array = _weight(node.inputs[position]) + 128
-                node.replace_input_with(position, constant(model.graph, f"{node.name}.exact.{position}", array, np.uint8))
+        if node.op_type == "MatMulIntegerToFloat":
+            for position in (1, 5):  # the weight and its zero points
+                old = node.inputs[position]
+                assert old is not None
+                node.replace_input_with(
+                    position, constant(model.graph, f"{old.name}.exact", numbers(old).astype(np.int16) + 128, np.uint8)
+                )
     tidy(model)
 
 
-def _replace(graph: ir.Graph, convolution: _Convolution, ranges: Mapping[str, _Range], number: int) -> None:
-    node = convolution.node
-    weight, bias, stride = _weight(node.inputs[1]), _weight(node.inputs[2]), 1
-    dilation = node.attributes.get_ints("dilations", [1])[0]
-    if convolution.trimmed is not None:
-        weight, stride = _of_two(weight, node.attributes.get_ints("strides", [1])[0])
-        bias = np.repeat(bias, stride)
-    read, made = ranges[str(convolution.read.name)], ranges[str(convolution.made.name)]
-    scales = np.maximum(np.abs(weight).max((1, 2)) / 127, 1e-12).astype(np.float32)
-    integers = np.clip(np.round(weight / scales[:, None, None]), -127, 127)
-
-    def stored(name: str, array: npt.ArrayLike, dtype: type[np.generic]) -> ir.Value:
-        return constant(graph, f"int8.{number}.{name}", array, dtype)
-
-    def of(name: str, found: _Range) -> list[ir.Value]:
-        return [stored(f"{name}.scale", found.scale, np.float32), stored(f"{name}.zero", found.zero_point, np.uint8)]
-
-    tape = ir.tape.Tape()
-    reads, makes = of("read", read), of("made", made)
-    x = tape.op("QuantizeLinear", [convolution.read, *reads])
-    whole = np.clip(np.round(bias / (scales * read.scale)), -(2**31), 2**31 - 1)
-    y = tape.op(
-        "QLinearConv",
-        [
-            x,
-            *reads,
-            stored("weight", integers, np.int8),
-            stored("scales", scales, np.float32),
-            stored("zeros", np.zeros(len(scales)), np.int8),
-            *makes,
-            stored("bias", whole, np.int32),
-        ],
-        attributes={"dilations": [dilation], "kernel_shape": [weight.shape[2]]},
-    )
-    if stride > 1:
-        outputs = len(scales) // stride
-        y = tape.op("Reshape", [y, stored("parts", [0, outputs, stride, -1], np.int64)])
-        y = tape.op("Transpose", [y], attributes={"perm": [0, 1, 3, 2]})
-        y = tape.op("Reshape", [y, stored("joined", [0, outputs, -1], np.int64)])
-    y = tape.op("DequantizeLinear", [y, *makes])
-    ir.convenience.replace_nodes_and_values(graph, node, [], tape.nodes, [convolution.made], [y])
-
-
-def _of_two(weight: Floats, stride: int) -> tuple[Floats, int]:
-    """Return the weight [in, out, 2·stride] of a transposed convolution as that of a convolution, [out·stride, in, 2].
-
-    It reads the input before and the input itself.
-    """
-    inputs, outputs, kernel = weight.shape
-    assert kernel == 2 * stride
-    pairs = np.stack([weight[:, :, stride:], weight[:, :, :stride]], axis=-1)
-    return np.ascontiguousarray(pairs.transpose(1, 2, 0, 3)).reshape(outputs * stride, inputs, 2), stride
+def _quantise_transformer(graph: ir.Graph) -> None:
+    """Store the weights of linear layers in 8 bits, in the form that ONNX Runtime multiplies by in integers."""
+    for node in list(graph):
+        turned = producer(node.inputs[1], "Transpose") if node.op_type == "MatMul" else None
+        if turned is None or not is_constant(turned.inputs[0]):
+            continue
+        weight = stored(turned.inputs[0]).T  # [inputs, outputs]
+        inputs, outputs = weight.shape
+        if inputs % BLOCK:
+            continue
+        blocks = weight.reshape(-1, BLOCK, outputs)
+        scales = np.maximum(np.abs(blocks).max(axis=1, keepdims=True) / 127, 1e-12)
+        name = f"int8.{turned.outputs[0].name}"
+        parts = [
+            constant(graph, name, np.round(blocks / scales).reshape(weight.shape), np.int8),
+            constant(graph, f"{name}.scales", scales[:, 0], np.float32),
+        ]
+        widen = ir.node("DequantizeLinear", parts, {"axis": 0, "block_size": BLOCK})
+        graph.insert_before(node, widen)
+        node.replace_input_with(1, widen.outputs[0])
+    # `fast_operators` removes what is left of the floats

@@ -3,7 +3,7 @@
 A layer that looks back reads its rows by frame, [batch, frames, length, channels], and in front of each frame the rows of those
 before. Sums of a frame then do not depend on which frames come in the same call, so that a stream gives the bits of the whole.
 
-Rows may be z = u − cos u of a Snake: its value is (z + 1) · scale. The weights behind it have the scale, and the bias has the 1.
+Rows may be z = u − cos u of a Snake, whose value is (z + 1) ÷ 2α: the weights and the bias behind it make up for the difference.
 State holds the value, and what a frame takes from the one before is always rounded as state is, within a call, too.
 """
 
@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from ..edit import constant
+from ..edit import MICROSOFT, constant
 from .winograd import transforms
 
 _FEW_ROWS = 64
@@ -30,12 +30,32 @@ Floats = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class Read:
-    """What a layer reads: (rows + 1) · scale, or the rows if there is no scale. name: of the layer, for its constants."""
+    """What a layer reads: rows · scale + offset, or the rows if there is neither."""
 
     name: str
+    """Name of the layer, for its constants."""
     rows: ir.Value
     channels: int
     scale: Floats | None = None
+    offset: Floats | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """Range of what a layer reads, for 8 bits; it includes 0."""
+
+    low: float
+    high: float
+
+    @property
+    def scale(self) -> float:
+        """The difference of two successive integers."""
+        return max((self.high - self.low) / 255, 1e-8)
+
+    @property
+    def zero_point(self) -> int:
+        """The integer of 0."""
+        return min(max(round(-self.low / self.scale), 0), 255)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +78,9 @@ class Rows:
         """Add the nodes to the graph."""
         self._graph.extend(self._tape.nodes)
 
-    def op(self, op_type: str, inputs: Sequence[ir.Value], **attributes: Any) -> ir.Value:
+    def op(self, op_type: str, inputs: Sequence[ir.Value], domain: str = "", **attributes: Any) -> ir.Value:
         """Add a node, and return its output."""
-        return self._tape.op(op_type, inputs, attributes)
+        return self._tape.op(op_type, inputs, attributes, domain=domain)
 
     def floats(self, name: str, array: npt.ArrayLike) -> ir.Value:
         """Return the constant float32 of this name."""
@@ -93,9 +113,9 @@ class Rows:
             ends = self.op("Concat", [first, self._value(read, self._each(read.rows, -1, channels))], axis=1)
             spans = [self._each(self._part(ends, 1, at, at - count), -1, length, channels) for at in range(0, count, length)]
             before, last = self._part(self.op("Concat", spans, axis=2), 2, 0, count), self._part(ends, 1, -count, _END)
-        if read.scale is not None:
-            before = self.op("Mul", [before, self.floats(f"{read.name}.u", 1 / read.scale)])
-            before = self.op("Sub", [before, self._one()])
+        if read.scale is not None and read.offset is not None:
+            before = self.op("Sub", [before, self.floats(f"{read.name}.offset", read.offset)])
+            before = self.op("Div", [before, self.floats(f"{read.name}.scale", read.scale)])
         return Frames(rows, before, length), self.op("Transpose", [last], perm=_SWAP)
 
     # ── layers: rows in, rows out; w is [taps, inputs, outputs] ──
@@ -110,6 +130,31 @@ class Rows:
         """Return each row and the one before beside each other."""
         shifted = self.op("Concat", [x.before, self._part(x.rows, 2, 0, -1)], axis=2)
         return self.op("Concat", [x.rows, shifted], axis=3)
+
+    def beside(self, x: Frames, taps: int, dilation: int) -> ir.Value:
+        """Return the rows that each row of a convolution reads, beside each other."""
+        whole = self.op("Concat", [x.before, x.rows], axis=2)
+        return self.op("Concat", [self._part(whole, 2, at, at + x.length) for at in range(0, taps * dilation, dilation)], axis=3)
+
+    def quantised(self, name: str, x: ir.Value, values: Range) -> ir.Value:
+        """Return x as uint8."""
+        return self.op("QuantizeLinear", [x, self.floats(f"{name}.step", values.scale), self._zero(name, values)])
+
+    def product_of_integers(self, name: str, x: ir.Value, values: Range, w: Floats, bias: Floats) -> ir.Value:
+        """Return x · w + bias of rows in uint8, with weights in int8 that have a scale for each output; w has one tap."""
+        steps = np.maximum(np.abs(w[0]).max(axis=0) / 127, 1e-12).astype(np.float32)
+        whole = constant(self._graph, f"rows.{name}.int8", np.round(w[0] / steps), np.int8)
+        zeros = constant(self._graph, f"rows.{name}.zeros", np.zeros(len(steps)), np.int8)
+        scale = self.floats(f"{name}.step", values.scale)
+        parts = [
+            self.reshape(x, -1, w.shape[1]),
+            whole,
+            scale,
+            self.floats(f"{name}.steps", steps),
+            self._zero(name, values),
+            zeros,
+        ]
+        return self.op("MatMulIntegerToFloat", [*parts, self.floats(f"{name}.bias", bias)], domain=MICROSOFT)
 
     def shifted(self, name: str, x: Frames, w: Floats, bias: Floats, dilation: int) -> ir.Value:
         """Return a convolution as the products of each row with all taps, which are then shifted and added."""
@@ -153,12 +198,13 @@ class Rows:
 
     def _value(self, read: Read, rows: ir.Value) -> ir.Value:
         """Return the values of rows, as state holds them."""
-        if read.scale is None:
+        if read.scale is None or read.offset is None:
             return rows
-        return self.op("Mul", [self.op("Add", [rows, self._one()]), self.floats(f"{read.name}.value", read.scale)])
+        scaled = self.op("Mul", [rows, self.floats(f"{read.name}.scale", read.scale)])
+        return self.op("Add", [scaled, self.floats(f"{read.name}.offset", read.offset)])
 
-    def _one(self) -> ir.Value:
-        return self.floats("one", 1)
+    def _zero(self, name: str, values: Range) -> ir.Value:
+        return constant(self._graph, f"rows.{name}.zero", values.zero_point, np.uint8)
 
     def _part(
         self, value: ir.Value, axis: int | Sequence[int], start: int | Sequence[int], stop: int | Sequence[int]
