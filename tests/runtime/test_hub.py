@@ -297,7 +297,7 @@ def test_a_repository_that_lacks_a_part_is_refused_before_anything_comes(hub: Sm
     (hub.repositories[CHECKPOINT] / "firefly-gan-vq-fsq-8x1024-21hz-generator.pth").unlink()
     with pytest.raises(ExportError, match="lacks a codec") as caught:
         fetch(folder=tmp_path / "a")
-    assert "one folder with the codec" in str(caught.value.hint)
+    assert "--codec" in str(caught.value.hint)
     assert not (tmp_path / "a").exists()
 
 
