@@ -241,7 +241,7 @@ def test_speech_that_ends_early_ends_the_piece() -> None:
     made, given = oracle(target, [1.0] * 3, blocks=[16, 32, 16])
     assert [len(part) for part in given] == [16, 5]
     np.testing.assert_allclose(np.concatenate(given), target[:21], atol=1e-6)
-    assert (made.stop_reason, made.step, made.steps, made.frames, made.resumes) == ("end", 2, 3, 21, False)
+    assert (made.stop_reason, made.step, made.steps, made.frames) == ("end", 2, 3, 21)
 
 
 def test_speech_that_fills_the_window_is_cut_off() -> None:
@@ -254,7 +254,7 @@ def test_speech_after_a_long_pause_is_told() -> None:
     target = np.random.default_rng(0).standard_normal((64, MODEL.channels)).astype(np.float32)
     target[20:42] = 0
     made, given = oracle(target, [1.0], blocks=[64])
-    assert (made.stop_reason, sum(map(len, given)), made.resumes) == ("end", 20, True)
+    assert (made.stop_reason, sum(map(len, given))) == ("pause", 20)
 
 
 def test_a_text_that_is_too_long_is_refused(engines: dict[str, Any]) -> None:

@@ -74,7 +74,8 @@ async def speak_of_echo(service: Service, data: Mapping[str, Any]) -> Speak:
     settings = speak.request.denoising
     if settings is None or later is None:
         return speak
-    settings = replace(settings, later=replace(settings, steps=later.steps, blocks=later.blocks))
+    pieces = replace(settings, steps=later.steps, blocks=later.blocks)
+    settings = replace(settings, later=pieces if settings.frames is None else pieces.first(settings.frames))
     return replace(speak, request=replace(speak.request, denoising=settings))
 
 
