@@ -37,6 +37,10 @@ class Vectors:
 
 @pytest.fixture(scope="module")
 def vectors(golden: Path) -> Vectors:
+    return vectors_of(golden)
+
+
+def vectors_of(golden: Path) -> Vectors:
     meta = json.loads((golden / "lm/meta.json").read_text(encoding="utf-8"))
     return Vectors(meta, np.load(golden / "lm/vectors.npz"))
 
@@ -267,10 +271,20 @@ def assert_enough(compared: int, total: int, head: str, least: int) -> None:
 
 
 @pytest.mark.parametrize("head", HEADS)
-@pytest.mark.parametrize("fused", [False, True], ids=["steps", "frames"])
-def test_generation(golden_model: GoldenModel, vectors: Vectors, head: str, fused: bool) -> None:
-    """Every case: greedy, with repetition penalty, or with recorded noise; drawn by the loop and by the frame graph."""
-    model, described, compared = golden_model.dual_ar(head, fused=fused), vectors.meta["generation"], 0
+def test_generation(golden_model: GoldenModel, vectors: Vectors, head: str) -> None:
+    """Every case: greedy, with repetition penalty, or with recorded noise."""
+    check_generation(golden_model.dual_ar(head), golden_model, vectors, head)
+
+
+def test_generation_by_the_frame_graph(s2_model: GoldenModel, s2_golden: Path) -> None:
+    """The same cases. test_frame.py compares the graphs of other families and rules with the loop."""
+    loop = s2_model.dual_ar("audio")
+    model = DualAR(loop.slow, s2_model.frame(loop.language_model), loop.language_model)
+    check_generation(model, s2_model, vectors_of(s2_golden), "audio")
+
+
+def check_generation(model: DualAR, golden_model: GoldenModel, vectors: Vectors, head: str) -> None:
+    described, compared = vectors.meta["generation"], 0
     assert described.keys() == {name.split("/")[1] for name in vectors.arrays if name.startswith("gen/")}
     for name, case in described.items():
         raw = vectors.arrays[f"gen/{name}/raw"]

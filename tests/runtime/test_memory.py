@@ -31,7 +31,7 @@ def test_the_need_of_a_bundle() -> None:
 
 @pytest.mark.parametrize(
     ("wrong", "says"),
-    [({"memory": -1}, "memory of fast_ar is -1 bytes"), ({"precision": "int5"}, "precision of fast_ar is 'int5'; .* int8-rows, int4")],
+    [({"memory": -1}, "memory of fast_ar is -1 bytes"), ({"precision": "int5"}, "of fast_ar is 'int5'; .* int8-rows, int4")],
 )
 def test_a_manifest_with_another_memory_or_precision(wrong: dict[str, Any], says: str) -> None:
     graphs = manifest().graphs
