@@ -16,7 +16,7 @@ pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="/proc tells what is a process's own"),
 ]
 
-WARMING, MEASURED = 40, 120
+WARMING, MEASURED = 60, 240
 FORMS = ("pcm", "wav", "mp3", "flac")
 
 

@@ -3,30 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from fishrt_engines import Array, Engine, GraphSpec, State
-from fishrt_export.graph.recipe import Recipe
 from fishrt_export.sources.language_model import open_language_model
 from synthetic import EVERYTHING, PLAIN, random_weights, write_flat
 
 PLAIN_WIDE = {**PLAIN, "head_dim": 16, "fast_head_dim": 32}
-_BLOCKS = {"dim": 64, "intermediate_size": 96, "fast_dim": 48, "fast_intermediate_size": 32}
-"""Sizes with blocks of 64, 32 and 16 if quantised."""
-EVERYTHING_WIDE = {**EVERYTHING, **_BLOCKS, "head_dim": 32, "fast_head_dim": 16}
+EVERYTHING_WIDE = {**EVERYTHING, "head_dim": 32, "fast_head_dim": 16}
 
 
 class Exported:
-    """The slow AR and the fast AR of a random model, with weights as a recipe stores them."""
+    """The slow AR and the fast AR of a random model."""
 
-    def __init__(self, folder: Path, config: dict[str, Any], precision: str = "fp32") -> None:
+    def __init__(self, folder: Path, config: dict[str, Any]) -> None:
         write_flat(folder, config, random_weights(config))
         self.source = open_language_model(folder, family="s2")
-        jobs = self.source.jobs("audio")
-        plans = Recipe(precision).plan({job.role: job.build() for job in jobs}, {job.role: job.weights for job in jobs})
-        self.folder, self.jobs = folder, {job.role: replace(job, plan=plans[job.role]) for job in jobs}
+        self.folder, self.jobs = folder, {job.role: job for job in self.source.jobs("audio")}
         for job in self.jobs.values():
             job.run(folder)
 

@@ -244,8 +244,6 @@ class OrtEngine:
         if not self.spec.states and state is not None:
             raise ValueError(f"{self.spec.file} carries no state, but one was given")
         carried = state.carried if isinstance(state, OrtState) else None
-        if not self._on_device:
-            return self._run(feeds, carried, resident)
         with self._memory.lock:
             return self._run(feeds, carried, resident)
 
@@ -274,11 +272,9 @@ class OrtEngine:
         plan = self._plan(feeds, carried)
         for name, tensor in plan.feeds:
             feed = feeds[name]
-            if not self._on_device:
+            if feed is not plan.constants.get(name):
                 tensor.put(feed)
-            elif feed is not plan.constants.get(name):
-                tensor.put(feed)
-                if is_constant(feed):
+                if self._on_device and is_constant(feed):
                     plan.constants[name] = feed
                 else:
                     plan.constants.pop(name, None)
