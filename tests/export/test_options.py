@@ -16,8 +16,8 @@ from fishrt_export.place import check_out
 UNKNOWN = [
     ({"head": "half"}, "unknown head 'half'", "audio, full"),
     ({"family": "1.6"}, r"unknown family '1\.6'", "s2, s1, 1.5, 1.4, 1.2"),
-    ({"precision": "int3"}, "unknown precision 'int3'", "fp32, fp16, int8, int4"),
-    ({"keep": {"slow_ar.*": "bf16"}}, "unknown precision 'bf16'", "fp32, fp16, int8, int4"),
+    ({"precision": "int3"}, "unknown precision 'int3'", "fp32, fp16, int8, int8-rows, int4"),
+    ({"keep": {"slow_ar.*": "bf16"}}, "unknown precision 'bf16'", "fp32, fp16, int8, int8-rows, int4"),
     ({"targets": ["tflite"]}, "unknown target 'tflite'", "cpu, cuda, tensorrt, coreml"),
 ]
 
