@@ -69,9 +69,10 @@ def test_the_number_of_threads_changes_nothing(echo_model: EchoModel, denoiser: 
     """Of graphs this small."""
     latents = []
     for threads in (1, 2):
-        files = {role: (echo_model.folder / role / echo_model.jobs[role].spec.file) for role in ROLES}
+        graphs = {role: echo_model.jobs[role].spec for role in ROLES}
         engines = {
-            role: open_engine(file, echo_model.jobs[role].spec, provider="cpu", threads=threads) for role, file in files.items()
+            role: open_engine(echo_model.bundle.path / spec.file, spec, provider="cpu", threads=threads)
+            for role, spec in graphs.items()
         }
         settings = Denoising(blocks=[32, 64], steps=3).resolve(denoiser.model)
         latents.append(finish(Utterance(Denoiser(engines, denoiser.model), tokens("[S1] Hello there."), None, settings, 3)))

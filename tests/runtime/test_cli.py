@@ -321,7 +321,7 @@ MISTAKES = {
     "codec decode RECORDING": "me.wav is audio, not codes|fishrt codec encode",
     "codec decode none.npy": "none.npy",
     "codec decode codes.npy -o a.txt": ".txt",
-    "export ckpt out --precision int5": "'int5' is not one of 'fp32', 'fp16', 'int8', 'int4'",
+    "export ckpt out --precision int5": "'int5' is not one of 'fp32', 'fp16', 'int8', 'int8-rows', 'int4'",
     "export ckpt out --keep slow_ar.output": "'slow_ar.output' is not NAME=PRECISION",
     "export ckpt out --keep =int8": "'=int8' is not NAME=PRECISION",
     "export ckpt out --keep slow_ar.output=int5": "unknown precision 'int5'",
