@@ -1,6 +1,7 @@
 # make speak TEXT="…" OUT=hello.wav   speaks with the embedded voice; installs the runtime only; VOICE=… SEED=… choose another take
 # make serve                          serves speech on http://127.0.0.1:8080, for clients of OpenAI's API and others; ARGS="--port 9000"
-# make test                           installs everything, runs every test: minutes, in most of which torch traces graphs
+# make test                           installs everything, runs the tests: minutes, in most of which torch traces graphs
+# make thorough                       runs the tests that `make test` leaves out: other sizes, deep models, memory of a server, the GPU benchmark
 # make quick                          runs the tests that are not marked "slow": none traces or exports; under a minute
 # make clients                        installs more clients of the server (1 GB) and Playwright, and tests it with them and a browser
 # make lint                           checks style and types
@@ -22,7 +23,7 @@ export FISHRT_OUT = $(value OUT)
 export FISHRT_VOICE = $(value VOICE)
 export FISHRT_SEED = $(value SEED)
 
-.PHONY: speak serve test quick clients venv lint smoke docs clean
+.PHONY: speak serve test thorough quick clients venv lint smoke docs clean
 
 speak: $(VENV)/runtime
 	@$(BIN)/fishrt speak --voice "$$FISHRT_VOICE" --seed "$$FISHRT_SEED" --output "$$FISHRT_OUT" -- "$$FISHRT_TEXT"
@@ -38,11 +39,14 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --numprocesses 2 --dis
 SERVED := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 test: venv $(CLIENTS)/small
-	$(PYTEST) -m "not clients and not browser"
+	$(PYTEST) -m "not thorough and not clients and not browser"
 	$(SERVED) tests/clients -m "not large"
 
+thorough: venv
+	$(PYTEST) -m thorough
+
 quick: venv
-	$(PYTEST) -m "not slow and not clients and not browser"
+	$(PYTEST) -m "not slow and not thorough and not clients and not browser"
 
 clients: venv $(VENV)/browser $(CLIENTS)/large
 	$(SERVED) tests/clients tests/server/test_page_browser.py

@@ -50,6 +50,9 @@ def run_gpu(*arguments: object) -> Any:
     return CliRunner().invoke(gpu.main, [str(a) for a in arguments])
 
 
+pytestmark = pytest.mark.thorough
+
+
 @pytest.fixture(scope="module")
 def folders(tiny_checkpoint, tiny_bundle, tmp_path_factory) -> tuple[Path, Path]:
     """Checkpoint and bundle in the folders where the program looks for them."""

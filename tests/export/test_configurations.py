@@ -373,6 +373,7 @@ def test_channels_are_halved_rounding_down(kind: str, channels: int, widths: lis
 # ---- whole bundles
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "kind", "head"), [("1.5", "firefly", "audio"), ("1.2", "centred firefly", "full")])
 def test_bundles_of_any_sizes_speak(tmp_path: Path, name: str, kind: str, head: str) -> None:

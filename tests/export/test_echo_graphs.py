@@ -59,6 +59,7 @@ def test_the_graphs_are_those_that_the_runtime_is_tested_with(blockwise: bool) -
     }
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 @pytest.mark.parametrize("blockwise", [True, False])
 def test_graphs_of_odd_sizes(tmp_path: Path, blockwise: bool) -> None:
@@ -70,6 +71,7 @@ def test_graphs_of_odd_sizes(tmp_path: Path, blockwise: bool) -> None:
         assert job.run(tmp_path).parity.max_abs_error <= 1e-4, job.role
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 def test_stretches_are_the_whole(tmp_path: Path) -> None:
     job = jobs_of(ODD)["denoise"]

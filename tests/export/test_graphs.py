@@ -305,6 +305,7 @@ def test_a_window_that_is_left_out_is_seen(s2_model: GoldenModel, part: str) -> 
         verify(module, [job.spec], folder, job.cases, job.tolerance, job.margins and job.margins(module))
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_graphs_of_another_codec(tmp_path: Path, dtype: torch.dtype) -> None:

@@ -164,6 +164,7 @@ for n, checkpoint in enumerate((small, large)):
 """
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 def test_a_deep_model_takes_no_more_memory_than_a_shallow_one(tmp_path: Path) -> None:
     """The same widths with 2 and with 5 blocks, of 300 MB in float32, in one process: the peak hardly grows."""

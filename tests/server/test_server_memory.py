@@ -35,6 +35,7 @@ def received(server: Server, n: int) -> int:
     return len(reply.read())
 
 
+@pytest.mark.thorough
 def test_requests_leave_nothing_behind(tmp_path: Path) -> None:
     """A leak of the sound would keep more than half of what is sent; an allocator with one arena varies by far less."""
     with serving(tmp_path, MALLOC_ARENA_MAX="1") as server:

@@ -240,6 +240,10 @@ def _is_language_model(path: Path) -> bool:
 
 
 def _only(found: Sequence[Path], what: str, option: str) -> Path:
+    if not found:  # the folder itself may have one, but another was named
+        raise ExportError(
+            f"the folder of {option} has no {what.removesuffix('s')}", hint="give the file, or a folder that has it"
+        )
     if len(found) > 1:
         raise ExportError(
             f"{found[0].parent} has {len(found)} {what}: {', '.join(path.name for path in found)}",
