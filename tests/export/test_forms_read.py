@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 import form_samples
 from fishrt_export.checkpoint.files import read_tensors, read_weights
 from fishrt_export.checkpoint.forms.folder import Checkpoint
+from fishrt_export.checkpoint.quantised.integers import Integers, Packed, joined
 from fishrt_export.checkpoint.quantised.layers import Layer, makers_of
 from fishrt_export.checkpoint.weights import Lazy
 from fishrt_export.errors import ExportError
@@ -208,3 +209,20 @@ def test_weights_are_read_one_by_one() -> None:
     found = read_weights(SAMPLES / "gguf-s2cpp-q8_0/s2-pro-q8_0.gguf")
     assert isinstance(found, Lazy)
     assert found["norm.weight"].data_ptr() != found["norm.weight"].data_ptr()
+
+
+@pytest.mark.parametrize(("bits", "offset"), [(8, 0), (4, 0), (8, -8), (4, -8)])
+def test_parts_are_joined_as_integers_only_if_they_are_of_one_kind(bits: int, offset: int) -> None:
+    """Files of mixed types have such parts: q and k in 4 bits, and v in 8."""
+
+    def part(seed: int, bits: int, offset: int) -> Packed:
+        draw = torch.Generator().manual_seed(seed)
+        values = torch.randint(0, 8, (4, 64), dtype=torch.int8, generator=draw)
+        return Packed(lambda: Integers(values, torch.rand((4, 2), generator=draw.manual_seed(seed)), bits, offset))
+
+    parts = [part(1, 4, -8), part(2, bits, offset)]
+    made, whole = joined(parts), torch.cat([each() for each in parts])
+    assert torch.equal(made(), whole)
+    assert isinstance(made, Packed) == ((bits, offset) == (4, -8))
+    if isinstance(made, Packed):
+        assert torch.equal(made.read().widened(), whole)

@@ -9,6 +9,8 @@ whole columns by activations in 8 bits; see targets/rows.py.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -39,17 +41,12 @@ def quantise(weight: Tensor, bits: int, block: int) -> tuple[Tensor, Tensor]:
     The scales are float32 [inputs / block, outputs]. With 8 bits, a block's largest value gives its scale; with 4 bits, the scale
     is searched for the least squared error.
     """
-    outputs, inputs = weight.shape
-    integers = torch.empty((inputs, outputs), dtype=torch.int8)
-    scales = torch.empty((inputs // block, outputs))
-    rows = max(_PIECE // inputs, 1)
-    with one_thread():
-        for start in range(0, outputs, rows):
-            part = weight[start : start + rows].float().reshape(-1, inputs // block, block)
-            q, scale = _round_4(part) if bits == 4 else _round_8(part)
-            integers[:, start : start + rows] = q.flatten(1).T
-            scales[:, start : start + rows] = scale.squeeze(2).T
-    return integers, scales
+
+    def rounded(part: Tensor) -> tuple[Tensor, Tensor]:
+        q, scale = (_round_4 if bits == 4 else _round_8)(part.reshape(len(part), -1, block))
+        return q.flatten(1), scale.squeeze(2)
+
+    return _in_pieces(weight, block, rounded)
 
 
 def quantise_columns(weight: Tensor, block: int) -> tuple[Tensor, Tensor]:
@@ -58,18 +55,30 @@ def quantise_columns(weight: Tensor, block: int) -> tuple[Tensor, Tensor]:
     Neighbours of one sign, of the inputs 2i and 2i + 1, add up to at most 128. A CPU without VNNI adds two products with
     activations of up to 255 in 16 bits: they fit, so that every CPU gives the same sums.
     """
+
+    def rounded(part: Tensor) -> tuple[Tensor, Tensor]:
+        pairs = part.reshape(len(part), -1, 2)
+        sums = torch.stack([pairs.clamp(min=0).sum(2), pairs.clamp(max=0).sum(2).neg()]).amax((0, 2))
+        scale = sums.clamp_(min=_SMALLEST).unsqueeze(1) / 127
+        return (part / scale).round_().to(torch.int8), scale
+
+    return _in_pieces(weight, block, rounded)
+
+
+def _in_pieces(weight: Tensor, block: int, rounded: Callable[[Tensor], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Return the integers and scales of a weight, some rows at a time.
+
+    rounded: float32 [rows, inputs] → int8 of the same shape, and the scales of each row's blocks, or one for all.
+    """
     outputs, inputs = weight.shape
     integers = torch.empty((inputs, outputs), dtype=torch.int8)
     scales = torch.empty((inputs // block, outputs))
     rows = max(_PIECE // inputs, 1)
     with one_thread():
         for start in range(0, outputs, rows):
-            part = weight[start : start + rows].float()
-            pairs = part.reshape(len(part), -1, 2)
-            sums = torch.stack([pairs.clamp(min=0).sum(2), pairs.clamp(max=0).sum(2).neg()]).amax((0, 2))
-            scale = sums.clamp_(min=_SMALLEST) / 127
-            integers[:, start : start + rows] = (part / scale.unsqueeze(1)).round_().to(torch.int8).T
-            scales[:, start : start + rows] = scale
+            q, scale = rounded(weight[start : start + rows].float())
+            integers[:, start : start + rows] = q.T
+            scales[:, start : start + rows] = scale.T
     return integers, scales
 
 

@@ -55,6 +55,12 @@ class Integers:
                     result[part] += self._spread(self.biases[part])
         return result
 
+    def shift(self) -> Tensor | None:
+        """Return the biases with `offset` in them: what is added to (values − zeros) · scales, float32 [outputs, groups]."""
+        if not self.offset:
+            return self.biases
+        return self.offset * self.scales + (0 if self.biases is None else self.biases)
+
     def rows(self, index: Tensor) -> Integers:
         """Return the integers of these outputs."""
         zeros, biases = (None if part is None else part[index] for part in (self.zeros, self.biases))
@@ -101,7 +107,7 @@ def rows_of(make: Maker, index: Tensor) -> Maker:
 
 
 def joined(parts: Sequence[Maker]) -> Maker:
-    """Return the maker of the rows of all parts."""
+    """Return the maker of the rows of all parts: of integers, if all have the same kind of them."""
 
     def join() -> Integers:
         found = [part.read() for part in parts if isinstance(part, Packed)]
@@ -111,13 +117,15 @@ def joined(parts: Sequence[Maker]) -> Maker:
     def whole() -> Tensor:
         return torch.cat([make() for make in parts])
 
-    return Packed(join, lambda _: whole()) if all(isinstance(part, Packed) and _is_simple(part) for part in parts) else whole
+    kinds = {_simple_kind(part.read()) if isinstance(part, Packed) else None for part in parts}
+    return Packed(join, lambda _: whole()) if len(kinds) == 1 and None not in kinds else whole
 
 
-def _is_simple(part: Packed) -> bool:
-    """Return whether integers are those of a scale for each block alone."""
-    found = part.read()
-    return found.zeros is None and found.biases is None and found.groups is None
+def _simple_kind(found: Integers) -> tuple[int, int, int] | None:
+    """Return bits, offset and number of groups of integers with scales alone; None if they have more."""
+    if found.zeros is not None or found.biases is not None or found.groups is not None:
+        return None
+    return found.bits, found.offset, found.scales.shape[1]
 
 
 def without_orders(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:

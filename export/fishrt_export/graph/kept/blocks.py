@@ -65,9 +65,7 @@ def blocks_of(found: Integers) -> Blocks | None:
         None if part is None else part.T.repeat_interleave(inputs // count // block, 0) for part in (found.scales, found.zeros)
     )
     assert scales is not None
-    biases = found.biases
-    if found.offset:  # of the integers, which the biases take over
-        biases = found.offset * found.scales + (0 if biases is None else biases)
+    biases = found.shift()
     return Blocks(
         found.values.T.contiguous(),
         scales.contiguous(),

@@ -22,10 +22,7 @@ def table_parts(found: Integers) -> tuple[Tensor, Tensor, Tensor | None] | None:
     width, groups = found.values.shape[1], found.scales.shape[1]
     if found.zeros is not None or found.groups is not None or width % groups:
         return None
-    biases = found.biases
-    if found.offset:  # of the integers, which the biases take over
-        biases = found.offset * found.scales + (0 if biases is None else biases)
-    return found.values, found.scales, biases
+    return found.values, found.scales, found.shift()
 
 
 def only_looked_up(value: ir.Value) -> bool:
