@@ -138,7 +138,7 @@ def _with_forms(folder: Path, role: str, graph: Graph, manifest: Manifest, targe
 def _compared(form: Form, graph: Graph, folder: Path, expected: list[tuple[Case, Expected]], tolerance: float) -> Form:
     """Return the form with its errors. Raises ExportError if they are larger than allowed."""
     against = f"the graph {graph.spec.file}"
-    found = compare(exact(form.spec, folder), folder, expected, tolerance, against)
+    found = compare(exact(form.spec, folder), folder, expected, tolerance, against, of_form=True)
     (folder / exact_file(form.spec)).unlink(missing_ok=True)
     before = 0.0 if graph.parity is None else graph.parity.max_abs_error
     parity = Parity(before + found.max_abs_error, tolerance, PROVIDER)

@@ -77,10 +77,19 @@ def run(engine: Engine, case: Case) -> Expected:
 
 
 def compare(
-    spec: GraphSpec, folder: Path, cases: Sequence[tuple[Case, Expected]], tolerance: float, reference: str = "the torch module"
+    spec: GraphSpec,
+    folder: Path,
+    cases: Sequence[tuple[Case, Expected]],
+    tolerance: float,
+    reference: str = "the torch module",
+    *,
+    of_form: bool = False,
 ) -> Parity:
-    """Return the largest error of the graph of `spec` in the cases that it takes. Raises ExportError if it is too large."""
-    report = Report(spec, tolerance, reference)
+    """Return the largest error of the graph of `spec` in the cases that it takes. Raises ExportError if it is too large.
+
+    of_form: the graph is a form, and not the portable graph; see Report.
+    """
+    report = Report(spec, tolerance, reference, of_form)
     engine = open_engine(folder / spec.file, spec, provider=PROVIDER)
     for case, expected in cases:
         if spec.columns is None or case.is_consecutive:
@@ -92,17 +101,19 @@ def compare(
 class Report:
     """Errors of one graph: raises ExportError at the first that is too large, and keeps the largest.
 
-    The error of numbers is the largest absolute difference, divided by max(1, largest absolute value / PEAK); of a codec's state,
-    by max(1, largest absolute value), since its numbers are of any size and its audio is within −1..1. That of codes with
-    margins is the largest margin of a code that differs, 0 if none does; that of other integers, the share of rows that differ.
-    With rounded activations, the error of numbers is the root mean square of the difference, divided by that of the values, and
-    ROUNDED is allowed.
+    The error of numbers is the largest absolute difference, divided by max(1, largest absolute value / PEAK). In a form of a
+    codec, the error of the state is divided by max(1, largest absolute value): sums in another order round by the size of their
+    numbers, which is any there, and the audio is within −1..1. The error of codes with margins is the largest margin of a code
+    that differs, 0 if none does; that of other integers, the share of rows that differ. With rounded activations, the error of
+    numbers is the root mean square of the difference, divided by that of the values, and ROUNDED is allowed.
     """
 
     spec: GraphSpec
     tolerance: float
     reference: str = "the torch module"
     """What the graph is compared with, for messages."""
+    of_form: bool = False
+    """Whether the graph is a form, and not the portable graph."""
     error: float = field(default=0.0, init=False)
 
     def __post_init__(self) -> None:
@@ -127,7 +138,7 @@ class Report:
                     self._rows(name, value, given[name])
         of_codec = any(tensor.name == "audio" for tensor in self.spec.results)
         for name, value in expected.state.items():
-            self.values(name, value, found.state[name], 1.0 if of_codec else PEAK)
+            self.values(name, value, found.state[name], 1.0 if self.of_form and of_codec else PEAK)
 
     def values(self, name: str, expected: Array, actual: Array, peak: float = PEAK) -> None:
         """Compare two arrays of numbers."""

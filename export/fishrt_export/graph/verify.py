@@ -60,12 +60,12 @@ def verify(
 ) -> list[Parity]:
     """Return the error of each graph of `specs`, all of this module. Raises ExportError if one is larger than allowed.
 
-    With `margins`, codes may differ whose margin is at most theirs, and latents of such codes; see report.Report. One graph at a
-    time is in memory.
+    The first is the portable graph. With `margins`, codes may differ whose margin is at most theirs, and latents of such codes;
+    see report.Report. One graph at a time is in memory.
     """
     expected = [(case, expect(module, specs[0], case, margins)) for case in cases]
     allowed = margins.allowed if margins and _has_codes(specs[0]) else tolerance
-    return [compare(spec, folder, expected, allowed) for spec in specs]
+    return [compare(spec, folder, expected, allowed, of_form=spec is not specs[0]) for spec in specs]
 
 
 def expect(module: nn.Module, spec: GraphSpec, case: Case, margins: Margins | None = None) -> Expected:
