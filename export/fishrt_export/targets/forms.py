@@ -22,7 +22,7 @@ from fishrt_engines.engine import GraphSpec, TensorSpec
 
 from ..graph.report import exact_file
 from .attention import fast_operators
-from .codec.decoder import by_rows
+from .codec.decoder import by_rows, is_wide
 from .edit import load, save
 from .precision import compute_in, keep_layout, share_weights
 from .rows import multiply_rows
@@ -61,7 +61,7 @@ def _cpu(folder: Path, portable: GraphSpec, hop: int | None) -> list[Form]:
     A form that rounds activations by rows has the graph without this rounding beside it: see report.exact.
     """
     model = load(folder / portable.file)
-    convolutions = by_rows(model, hop).ways if hop else {}
+    convolutions = by_rows(model, hop).ways if hop and is_wide(model) else {}
     rounds = any(node.op_type == "DequantizeLinear" for node in model.graph)
     in_rows = any(ROWS in node.metadata_props for node in model.graph)
     spec = replace(portable, columns=fast_operators(model), rounds_activations=rounds)

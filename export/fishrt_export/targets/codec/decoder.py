@@ -24,7 +24,7 @@ from .rows import OUTPUTS, Floats, Frames, Range, Read, Rows, tile_count
 LEAST_ALPHA = 0.01
 """A Snake keeps its sine if an |α| is below this: the error of u − cos u, 6e-8, is divided by 2α."""
 LEAST_CHANNELS = 64
-"""A decoder with fewer in its last block stays as it is: rows save products, of which it has few, and move more numbers."""
+"""A decoder with fewer in its last block gains nothing: rows save products, of which it has few, and move more numbers."""
 MOST_ROWS = 0.75
 """Minimal filtering pays if its products have at most this part of the rows of direct ones: tiles reach beyond a frame."""
 
@@ -63,13 +63,18 @@ class Made:
     """What the layers of all blocks but the last read."""
 
 
+def is_wide(model: ir.Model) -> bool:
+    """Return whether a codec's decoder in float32 gains from layers on rows."""
+    outputs = [stored(node.inputs[1]).shape[1] for node in model.graph if node.op_type == "ConvTranspose"]
+    return min(outputs, default=0) >= LEAST_CHANNELS
+
+
 def by_rows(model: ir.Model, hop: int, ranges: Mapping[str, Range] | None = None) -> Made:
-    """Replace the layers of a wide decoder in place.
+    """Replace the layers of a decoder in place.
 
     hop: samples of a frame. ranges: of rows · scale of what layers read that are computed in integers, by the name of the layer.
     """
-    spread = [stored(node.inputs[1]).shape[1] for node in model.graph if node.op_type == "ConvTranspose"]
-    return _Decoder(model, hop, ranges or {}).replace() if min(spread, default=0) >= LEAST_CHANNELS else Made({}, [])
+    return _Decoder(model, hop, ranges or {}).replace()
 
 
 def way(kernel: int, dilation: int, length: int, outputs: int) -> str:

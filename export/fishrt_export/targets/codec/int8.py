@@ -104,9 +104,7 @@ def _calibrated(
     model = load(folder / portable.file)
     inner, outputs = by_rows(model, hop).inner, []
     if not inner:
-        raise ExportError(
-            "the codec's decoder is too narrow to gain from 8 bits, or of another form", hint="leave --codec-int8 out"
-        )
+        raise ExportError("the codec's decoder has no layers of a form that 8 bits are known for", hint="leave --codec-int8 out")
     tape = ir.tape.Tape()
     for read in inner:
         scale = constant(model.graph, f"{read.name}.scale", np.ones(1) if read.scale is None else read.scale, np.float32)
