@@ -136,15 +136,24 @@ def test_the_module_draws_as_the_loop_of_another_family_does(s2_model: GoldenMod
     assert_same(s2_model, lm, ModuleEngine(s2_model, lm))
 
 
-# The exporter compares a graph with its module. Traced are those of the rules that no family has alone or together.
-@pytest.mark.parametrize(("head", "rules"), [("audio", "plain"), ("audio", "all at once"), ("full", "all at once")])
+# A trace takes long. Those of the other rules and families, alone or with all codebooks, are `thorough`.
+SOME = [("audio", "plain"), ("audio", "all at once"), ("full", "all at once")]
+
+
+@pytest.mark.parametrize(
+    ("head", "rules"),
+    [*SOME, *(pytest.param("audio", rules, marks=pytest.mark.thorough) for rules in RULES if ("audio", rules) not in SOME)],
+)
 def test_the_graph_draws_as_the_loop_does(s2_model: GoldenModel, head: str, rules: str) -> None:
     lm = short(model_of(s2_model.lm.describe(head), RULES[rules]))
     assert_same(s2_model, lm, s2_model.frame(lm))
 
 
-def test_the_graph_draws_any_token_as_the_loop_does(s2_model: GoldenModel) -> None:
-    lm = short(of_another_family(s2_model, main_tokens="any"))
+@pytest.mark.parametrize(
+    "changes", [OTHERS[0], *(pytest.param(changes, marks=pytest.mark.thorough) for changes in OTHERS[1:])], ids=str
+)
+def test_the_graph_draws_as_the_loop_of_another_family_does(s2_model: GoldenModel, changes: dict[str, Any]) -> None:
+    lm = short(of_another_family(s2_model, **changes))
     assert_same(s2_model, lm, s2_model.frame(lm))
 
 
@@ -156,6 +165,12 @@ def test_the_graph_of_a_family_draws_as_the_loop_does(golden_model: GoldenModel)
 def test_the_graph_of_all_codebooks_draws_as_the_loop_does(s2_model: GoldenModel) -> None:
     lm = s2_model.lm.describe("audio")
     assert_same(s2_model, lm, s2_model.frame(lm))
+
+
+@pytest.mark.thorough
+def test_the_graph_of_all_codebooks_of_a_family_draws_as_the_loop_does(golden_model: GoldenModel) -> None:
+    lm = golden_model.lm.describe("audio")
+    assert_same(golden_model, lm, golden_model.frame(lm))
 
 
 def test_the_noise_of_codes_that_nobody_hears_is_drawn_all_the_same(s2_model: GoldenModel) -> None:

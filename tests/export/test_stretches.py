@@ -141,7 +141,7 @@ def can_be_read(weights: object, name: str) -> bool:
     return True
 
 
-LAYERS, WIDTH = 5, 1792
+LAYERS, WIDTH = 8, 1792
 MEASURE = """
 import sys
 from pathlib import Path
@@ -167,7 +167,7 @@ for n, checkpoint in enumerate((small, large)):
 @pytest.mark.thorough
 @pytest.mark.slow
 def test_a_deep_model_takes_no_more_memory_than_a_shallow_one(tmp_path: Path) -> None:
-    """The same widths with 2 and with 5 blocks, of 300 MB in float32, in one process: the peak hardly grows."""
+    """The same widths with 2 and with 8 blocks, of 480 MB in float32, in one process: the peak hardly grows."""
     config = {
         **PLAIN,
         **{"dim": WIDTH, "n_head": 14, "n_local_heads": 2, "head_dim": 128, "intermediate_size": WIDTH, "fast_dim": 16},
@@ -190,5 +190,5 @@ def test_a_deep_model_takes_no_more_memory_than_a_shallow_one(tmp_path: Path) ->
     assert done.returncode == 0, done.stderr.decode()
     small, large = map(int, done.stdout.split())
     block_bytes = 4 * sum(tensor.numel() for tensor in blocks.values())
-    assert LAYERS * block_bytes > 280e6
+    assert LAYERS * block_bytes > 450e6
     assert large - small < 0.25 * LAYERS * block_bytes

@@ -48,7 +48,7 @@ def test_a_killed_server_keeps_what_it_confirmed(tmp_path: Path) -> None:
         except (OSError, http.client.HTTPException):
             return
 
-    for turn in range(3):
+    for turn in range(4):
         with serving(tmp_path) as server:
             before = len(confirmed)
             threads = [Thread(target=uploading, args=(server, f"turn{turn}{letter}")) for letter in "ab"]

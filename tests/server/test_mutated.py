@@ -33,7 +33,7 @@ _VALUES = st.recursive(
     _LEAVES, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
 )
 _FIELDS = st.dictionaries(st.sampled_from(_SPELLINGS) | st.text(max_size=8), _VALUES, max_size=6)
-_QUICK = settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+_QUICK = settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def check(reply: Any) -> None:
