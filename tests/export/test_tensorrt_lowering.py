@@ -233,8 +233,6 @@ def test_the_codecs_give_the_same(golden_model: GoldenModel, tmp_path: Path, pri
 @pytest.mark.parametrize("primitive", [False, True], ids=["attention", "primitive"])
 def test_a_frame_is_the_same(golden_model: GoldenModel, tmp_path: Path, precision: str, primitive: bool) -> None:
     """Columns are drawn with the same noise. In float16, codes may differ, but not main tokens."""
-    if not golden_model.fits:
-        pytest.skip("the golden language model and codec have numbers of codebooks that do not fit")
     path, spec = frame(golden_model)
     options = LoweringOptions(None, precision, fp32_attention=precision == "fp16", primitive_attention=primitive)
     engines = [open_engine(path, spec, provider="cpu"), opened(path, spec, options, tmp_path)]
@@ -251,9 +249,7 @@ def test_a_frame_is_the_same(golden_model: GoldenModel, tmp_path: Path, precisio
 
 def frame(golden_model: GoldenModel) -> tuple[Path, GraphSpec]:
     """The file of the frame graph, and its description."""
-    form = golden_model.bundle.manifest.graphs["fast_ar"].form("tensorrt", ())
-    assert form is not None
-    return golden_model.bundle.file(form.spec.file), form.spec
+    return golden_model.frame_file(golden_model.few), golden_model.lm.frame_job(golden_model.few, {}).spec
 
 
 def frame_feeds(spec: GraphSpec, batch: int, rng: np.random.Generator) -> dict[str, Array]:
@@ -292,9 +288,7 @@ def test_no_family_breaks_a_rule(golden_model: GoldenModel, options: LoweringOpt
     """The element types of all values are known: without them, the rules would find nothing."""
     specs = {job.role: job.spec for job in (*golden_model.lm.jobs("audio"), *golden_model.codec.jobs())}
     roles = (*LM, *CODECS) if options.precision == "fp32" else LM
-    graphs = [(golden_model.file(role), specs[role]) for role in roles]
-    if golden_model.fits:
-        graphs.append(frame(golden_model))
+    graphs = [*((golden_model.file(role), specs[role]) for role in roles), frame(golden_model)]
     for path, spec in graphs:
         assert_fits(*lowered(path, spec, options))
 
