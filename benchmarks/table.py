@@ -174,12 +174,46 @@ def precision_table(record: dict[str, Any]) -> str:
     return rows(head, cells)
 
 
+def server_table(record: dict[str, Any]) -> str:
+    """Return the table of a server with many clients: a row for each bundle."""
+    head = (
+        "bundle",
+        "1 client",
+        "8 clients",
+        "8, one at a time",
+        "8 threads",
+        "first sound, 1 client",
+        "first sound, 8 clients",
+        "8, one at a time",
+        "slowest ÷ median first sound, 8 clients",
+    )
+    cells = []
+    for name, found in record["bundles"].items():
+        one, eight, alone, goals = found["batch"]["1"], found["batch"]["8"], found["one at a time"]["8"], found["goals"]
+        cells.append(
+            (
+                name,
+                f"{one['aggregate']:.2f}",
+                f"{eight['aggregate']:.2f} ({goals['aggregate']:.2f} ×)",
+                f"{alone['aggregate']:.2f}",
+                f"{found['threads']['8']['aggregate']:.2f}",
+                f"{one['first_p95_s']:.2f} s",
+                f"{eight['first_p95_s']:.2f} s ({goals['first_p95']:.1f} ×)",
+                f"{alone['first_p95_s']:.1f} s",
+                f"{goals['slowest_first']:.1f}",
+            )
+        )
+    return rows(head, cells)
+
+
 Table = Callable[[dict[str, Any]], str]
 TABLES: dict[str, tuple[str, str, Table]] = {
     "cpu-short": ("README.md", "cpu", short_table),
     "cpu": ("docs/speed.md", "cpu", speed_table),
     "cpu-memory": ("docs/platforms.md", "cpu", memory_table),
     "device-memory": ("docs/platforms.md", "cpu", device_table),
+    "server": ("docs/speed.md", "server", server_table),
+    "server-rows": ("docs/speed.md", "server-rows", server_table),
     "minnow-precision": ("docs/export.md", "minnow-precision", precision_table),
     "minnow-quality": ("docs/verification.md", "minnow-quality", quality_table),
 }
