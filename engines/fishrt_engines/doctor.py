@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from . import machine
 from .errors import ProviderError
-from .folders import cache_folder
+from .folders import cache_folder, cache_limit
 from .machine import Gpu, Library
 from .providers import NEVER_BY_ITSELF, PROVIDERS, Choice, choose_provider, find_obstacle, import_onnxruntime, telemetry, version
 
@@ -68,6 +68,8 @@ class Cache:
     """None for a user without a home, unless FISHRT_CACHE names a folder."""
     bytes: int
     """Size of its files."""
+    limit_bytes: int
+    """Size that its graphs may have. Plans are beside them."""
     error: str | None
     """The reason why nothing can be written there."""
 
@@ -126,7 +128,8 @@ class Diagnosis:
             yield "cache", "no folder: this user has no home, and FISHRT_CACHE is not set"
         else:
             writable = "can be written to" if self.cache.error is None else f"cannot be written to ({self.cache.error})"
-            yield "cache", f"{self.cache.folder} {writable}; it holds {self.cache.bytes / 1e6:,.0f} MB"
+            held, most = f"{self.cache.bytes / 1e6:,.0f} MB", f"{self.cache.limit_bytes / 1e9:g} GB"
+            yield "cache", f"{self.cache.folder} {writable}; it holds {held}, of graphs {most} at most (FISHRT_CACHE_GB)"
         yield "telemetry", "on, by ORT_DISABLE_TELEMETRY" if self.telemetry else "off"
 
     def _tensorrt(self) -> str:
@@ -184,16 +187,16 @@ def _choice() -> Choice | None:
 
 
 def _cache() -> Cache:
-    folder, fault = cache_folder(), None
+    folder, most, fault = cache_folder(), cache_limit(), None
     if folder is None:
-        return Cache(None, 0, None)
+        return Cache(None, 0, most, None)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
         fault = error.strerror or str(error)
-    return Cache(str(folder), sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()), fault)
+    return Cache(str(folder), sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()), most, fault)
 
 
 def _with_hint(state: ProviderState) -> str:

@@ -9,6 +9,11 @@ import os
 import sys
 from pathlib import Path
 
+from .errors import FishrtError
+
+_CACHE_GB = 20.0
+"""The optimised graphs of two bundles of the largest model."""
+
 
 def cache_folder() -> Path | None:
     """Return the folder of optimised graphs and plans: $FISHRT_CACHE, or fishrt/graphs in the system's folder for caches."""
@@ -21,6 +26,21 @@ def cache_folder() -> Path | None:
     else:
         base = _named("XDG_CACHE_HOME") or _in_home(".cache")
     return base and base / "fishrt" / "graphs"
+
+
+def cache_limit() -> int:
+    """Return the bytes that optimised graphs may take together: $FISHRT_CACHE_GB, or 20 GB. 0 keeps none.
+
+    Plans of TensorRT do not count: they are made only if asked for. Raises FishrtError for what is no size.
+    """
+    given = os.environ.get("FISHRT_CACHE_GB") or _CACHE_GB
+    try:
+        size = float(given)
+    except ValueError:
+        size = -1.0
+    if not 0 <= size < float("inf"):
+        raise FishrtError(f"FISHRT_CACHE_GB is {given!r}", hint="set it to a number of GB, such as 20, or unset it")
+    return int(size * 1e9)
 
 
 def data_folder() -> Path | None:

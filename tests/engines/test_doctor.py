@@ -118,11 +118,11 @@ def test_what_it_tells_of_privacy(fake: FakeMachine, monkeypatch: pytest.MonkeyP
     (tmp_path / "cache" / "graph").write_bytes(bytes(3_000_000))
     monkeypatch.setenv("FISHRT_VOICE_DIR", str(tmp_path / "voices"))
     told = CliRunner().invoke(main, ["doctor"]).stdout
-    assert f"cache: {tmp_path}/cache can be written to; it holds 3 MB\n" in told
+    assert f"cache: {tmp_path}/cache can be written to; it holds 3 MB, of graphs 20 GB at most (FISHRT_CACHE_GB)\n" in told
     assert f"voices: {tmp_path}/voices\n" in told
     assert "telemetry: off\n" in told
     monkeypatch.setenv("ORT_DISABLE_TELEMETRY", "0")
     assert "telemetry: on, by ORT_DISABLE_TELEMETRY" in text()
     data = json.loads(CliRunner().invoke(main, ["doctor", "--json"]).stdout)
     assert data["telemetry"] is True
-    assert data["cache"] == {"folder": str(tmp_path / "cache"), "bytes": 3_000_000, "error": None}
+    assert data["cache"] == {"folder": str(tmp_path / "cache"), "bytes": 3_000_000, "limit_bytes": 20_000_000_000, "error": None}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 from .. import cache
 from ..engine import GraphSpec, TensorSpec
 from ..errors import FishrtError
-from ..folders import cache_folder
+from ..folders import cache_folder, cache_limit
 from ..machine import cpu_identity
 from ..providers import import_onnxruntime
 from . import packed
@@ -56,16 +57,11 @@ def open_session(path: Path, spec: GraphSpec, *, threads: int) -> Opened:
     if folder is not None and spec.identity:
         key = [spec.identity, _accuracy(spec), ort.__version__, cpu_identity()]
         kept = cache.find(folder, key)  # first: a start from the cache does not parse the graph
-        if kept is None and weight_bytes(path) >= WORTH_KEEPING:
-            kept = _keep(ort, path, spec, folder, key)
-        if kept is not None:
-            options = session_options(ort, threads)
-            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        if kept is None and (most := cache_limit()) and weight_bytes(path) >= WORTH_KEEPING:
+            kept = _keep(ort, path, spec, folder, key, most)
+        if kept is not None and (session := _from_cache(ort, kept, session_options(ort, threads))) is not None:
             log.debug("%s as it is kept in %s", path.name, kept.folder)
-            try:
-                return Opened(_session(ort, str(kept.folder / _KEPT), options))
-            except Exception as error:  # ONNX Runtime's exceptions have no common base
-                cache.discard(kept.folder, f"cannot be loaded ({error})")
+            return Opened(session)
     return Opened(_from_file(ort, path, spec, session_options(ort, threads)))
 
 
@@ -181,8 +177,28 @@ def _accuracy(spec: GraphSpec) -> str:
     return "4" if spec.rounds_activations else "0"
 
 
-def _keep(ort: Any, path: Path, spec: GraphSpec, folder: Path, key: list[str]) -> cache.Entry | None:
-    """Optimise a graph and keep it; return None, with a warning, if it cannot be written or the disk is full."""
+def _from_cache(ort: Any, kept: cache.Entry, options: Any) -> Any | None:
+    """Open a graph of the cache, which stays there while the session lives; return None if it is gone or cannot be loaded."""
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    try:
+        held = kept.hold()
+    except OSError:  # another process has just removed it
+        return None
+    try:
+        session = _session(ort, str(kept.folder / _KEPT), options)
+    except Exception as error:  # ONNX Runtime's exceptions have no common base
+        held.close()
+        cache.discard(kept.folder, f"cannot be loaded ({error})")
+        return None
+    weakref.finalize(session, held.close)
+    return session
+
+
+def _keep(ort: Any, path: Path, spec: GraphSpec, folder: Path, key: list[str], most: int) -> cache.Entry | None:
+    """Optimise a graph and keep it; return None, with a warning, if it cannot be written or the disk is full.
+
+    most: bytes that all kept graphs may take.
+    """
 
     def write(aside: Path) -> None:
         log.info("optimising %s for this machine, once; the result is cached in %s", path.name, folder)
@@ -201,7 +217,9 @@ def _keep(ort: Any, path: Path, spec: GraphSpec, folder: Path, key: list[str]) -
         weights.unlink()
 
     try:
-        return cache.keep(folder, key, write)
+        made = cache.keep(folder, key, write)
+        cache.trim(folder, most)
+        return made
     except OSError as error:
         why = error.strerror or error  # without the path: the same text for all graphs of a bundle is shown once
         log.warning("optimised graphs cannot be written to %s, and are made again at every start: %s", folder, why)

@@ -191,17 +191,15 @@ def find_plans(path: Path, spec: GraphSpec, machine: Machine) -> list[Plan]:
 
 
 def kept_plan(key: PlanKey) -> Plan | None:
-    """Return the plan of exactly this key, and mark it as the newest; None if it is missing or damaged."""
+    """Return the plan of exactly this key, which becomes the newest; None if it is missing or damaged."""
     entry = cache.find(plan_folder(), asdict(key))
     if entry is None:
         return None
     try:
-        plan = _plan(entry)
+        return _plan(entry)
     except (ValueError, KeyError, TypeError) as error:
         cache.discard(entry.folder, f"is damaged ({error})")
         return None
-    cache.mark(entry.folder)
-    return plan
 
 
 def keep_plan(key: PlanKey, spec: GraphSpec, writes: ColumnWrites | None, attention: str, serialized: Any) -> Plan:
