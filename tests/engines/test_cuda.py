@@ -223,7 +223,7 @@ def test_a_codec_stays_in_float32_and_is_not_captured(cuda: FakeCuda, s2_model: 
 def test_attention_without_a_fast_operator_has_no_form(
     exported: Exported, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("fishrt_export.targets.forms.fast_operators", lambda model, *, feed_rows=False: None)
+    monkeypatch.setattr("fishrt_export.targets.forms.fast_operators", lambda model, *, cuda=False: None)
     assert make_forms(exported.folder, "slow_ar", exported.spec("slow_ar"), ["cuda"]) == []
     assert caplog.text.count("its attention has no fast operator") == 1
 

@@ -276,6 +276,15 @@ def test_the_cases_reach_the_last_position(s2_model: GoldenModel) -> None:
     assert max(positions) == config.max_seq_len - 1
 
 
+def test_the_cases_fill_their_caches(s2_model: GoldenModel) -> None:
+    """Also those of forms, which write columns at their positions: by single steps, and by several columns behind others."""
+    cases = [case for case in slow_ar_cases(s2_model.lm.config, s2_model.lm.ids) if case.is_consecutive]
+    lengths = [[feeds["position_ids"].shape[1] for feeds in case.calls] for case in cases]
+    assert lengths == [[5, 1, 2], [9, 1, 1, 1]]
+    for case in cases:
+        assert case.calls[-1]["position_ids"].max() == case.dims["cache"] - 1
+
+
 @pytest.mark.parametrize("official", [False, True], ids=["golden", "official"])
 def test_the_cases_leave_every_window(s2_model: GoldenModel, official: bool) -> None:
     codec = DacConfig.from_json(OFFICIAL) if official else s2_model.codec.config

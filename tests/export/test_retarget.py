@@ -107,8 +107,8 @@ def test_a_form_that_differs_changes_nothing(folder: Path, monkeypatch: pytest.M
     before = sorted(path.name for path in folder.iterdir())
     real = forms.fast_operators
 
-    def wrong(model: Any, *, feed_rows: bool = False) -> Any:
-        columns = real(model, feed_rows=feed_rows)
+    def wrong(model: Any, *, cuda: bool = False) -> Any:
+        columns = real(model, cuda=cuda)
         for node in model.graph:
             if node.op_type == "SkipSimplifiedLayerNormalization":
                 node.replace_input_with(1, node.inputs[0])

@@ -51,11 +51,11 @@ def test_no_form_of_the_embedded_voice_copies() -> None:
         assert copied_values(bundle.file(form.spec.file)) == []
 
 
-@pytest.mark.parametrize(("feed_rows", "copies"), [(True, 0), (False, 1)])
-def test_rows_that_are_computed_in_the_graph_are_copied(tmp_path: Path, feed_rows: bool, copies: int) -> None:
+@pytest.mark.parametrize(("cuda", "copies"), [(True, 0), (False, 1)])
+def test_rows_that_are_computed_in_the_graph_are_copied(tmp_path: Path, cuda: bool, copies: int) -> None:
     """The attention reads their number on the host: for a device, it is a feed."""
     model = edit.load(embedded_bundle() / "slow_ar.onnx")
-    assert fast_operators(model, feed_rows=feed_rows)
+    assert fast_operators(model, cuda=cuda)
     ir.save(model, tmp_path / "form.onnx")
     assert len(copied_values(tmp_path / "form.onnx")) == copies
 

@@ -18,6 +18,7 @@ from fishrt_engines import machine
 from fishrt_engines import open as one_door
 from fishrt_engines.machine import Gpu
 from fishrt_engines.ort import cuda as ort_cuda
+from helpers_graphs import norms_apart
 
 GB = 10**9
 OLD = Gpu("an old device", (7, 5), "580.65", 8 * GB, 8 * GB)
@@ -89,7 +90,7 @@ class FakeSession:
         self.cpu_nodes: list[str] = []
         if self.captures and cuda.refuses_capture:
             raise RuntimeError(cuda.refuses_capture)
-        self._session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        self._session = onnxruntime.InferenceSession(norms_apart(self.model), options, providers=["CPUExecutionProvider"])
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._session, name)

@@ -32,7 +32,8 @@ FEW = 30
 def slow_ar_cases(config: ModelConfig | LanguageModel, ids: AudioIds) -> list[Case]:
     """Return cases of prefill and single steps: one row, two rows of different lengths, and one row at the last positions.
 
-    Shorter rows are padded on the right. The last case writes to the start of a short cache although its positions are high: a
+    Shorter rows are padded on the right. All caches are filled to their last row; alone, a row fills its own by several columns
+    in one call, as behind a known voice. The last case writes to the start of a short cache although its positions are high: a
     cache of all positions may not fit in memory. Its columns attend to the whole cache, in the graph as in the module.
     """
     rng = np.random.default_rng(1)
@@ -55,15 +56,17 @@ def _slow_ar_case(config: ModelConfig | LanguageModel, ids: AudioIds, lengths: t
             "last_index": ends - 1,
         }
     ]
-    for step in range(min(STEPS, config.max_seq_len - longest)):
+    room = min(STEPS, config.max_seq_len - longest)
+    for length in [1] * room if batch > 1 else [1, room - 1][:room]:
         calls.append(
             {
-                "prompt": random_prompt(config, ids, (batch, 1), rng),
-                "position_ids": (ends + step)[:, None],
-                "write_index": ends + step,
-                "last_index": np.zeros(batch, np.int64),
+                "prompt": random_prompt(config, ids, (batch, length), rng),
+                "position_ids": ends[:, None] + np.arange(length),
+                "write_index": ends,
+                "last_index": np.full(batch, length - 1),
             }
         )
+        ends = ends + length
     return Case(tuple(calls), {"batch": batch, "cache": longest + STEPS})
 
 

@@ -8,8 +8,8 @@ One GroupQueryAttention replaces
                              └──────────── Transpose ─────────────────── TensorScatter ─┘
 
 and reads only written rows. Columns must then be consecutive: position_ids[b] = write_index[b], write_index[b] + 1, …
-In the frame, whose caches begin empty, the positions of each call are constants. A residual sum and the norm after it are fused,
-too.
+In the frame, whose caches begin empty, the positions of each call are constants. On a CUDA device the operator also computes the
+norms of queries and keys; on a CPU it refuses them. A residual sum and the norm after it are fused, too.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ Counts = tuple[ir.Value, ir.Value]
 """int32 [batch], the last row that a call fills, and int32 [], the largest of them + 1."""
 
 
-def fast_operators(model: ir.Model, *, feed_rows: bool = False) -> ColumnInputs | None:
+def fast_operators(model: ir.Model, *, cuda: bool = False) -> ColumnInputs | None:
     """Replace operators in place. Return the inputs of the new attention; None if no attention was replaced.
 
     Attention of another form stays unchanged; other operators are replaced nevertheless.
-    feed_rows: leave `ColumnInputs.rows` to the caller. Computed in the graph, it would make a device wait for the CPU, which a
-    CUDA graph cannot contain.
+    cuda: for a CUDA device. The attention takes norms, too, and `ColumnInputs.rows` is left to the caller: computed in the graph,
+    it would make the device wait for the CPU, which a CUDA graph cannot contain.
     """
-    columns = _Attention(model.graph, feed_rows).replace()
+    columns = _Attention(model.graph, cuda).replace()
     _fuse_residual_norms(model.graph)
     model.opset_imports[MICROSOFT] = 1
     tidy(model)
@@ -50,8 +50,8 @@ def fast_operators(model: ir.Model, *, feed_rows: bool = False) -> ColumnInputs 
 class _Attention:
     """The replacement of attention in one graph; see the module."""
 
-    def __init__(self, graph: ir.Graph, feed_rows: bool) -> None:
-        self._graph, self._feed_rows = graph, feed_rows
+    def __init__(self, graph: ir.Graph, cuda: bool) -> None:
+        self._graph, self._cuda = graph, cuda
         self._columns: ColumnInputs | None = None
         self._counts: dict[tuple[ir.Value, ...], Counts | None] = {}
 
@@ -85,22 +85,24 @@ class _Attention:
         counts = self._counts[call]
         if counts is None:
             return
-        view = producer(split.inputs[0], "Reshape")
-        if view is not None and heads == list(split.outputs):
+        norms = _norms(heads[:2], 2 * table.shape.numpy()[1]) if self._cuda else []
+        view, sources = producer(split.inputs[0], "Reshape"), [*(norm.inputs[0] for norm in norms), *heads[len(norms) :]]
+        if view is not None and sources == list(split.outputs):
             before, packed = [], [view.inputs[0], None, None]
         else:
-            keep_two = constant(self._graph, "specialised.keep_two", [0, 0, -1], np.int64)
+            norms, keep_two = [], constant(self._graph, "specialised.keep_two", [0, 0, -1], np.int64)
             before = [ir.node("Reshape", [head, keep_two]) for head in heads]
             packed = [node.outputs[0] for node in before]
         query_heads, key_heads, _ = numbers(split.inputs[1]).tolist()
         grouped = ir.node(
             "GroupQueryAttention",
-            [*packed, cache, values.inputs[0], *counts, *query.inputs[1:3]],
+            [*packed, cache, values.inputs[0], *counts, *query.inputs[1:3], *_weights(norms)],
             {
                 "num_heads": query_heads,
                 "kv_num_heads": key_heads,
                 "do_rotary": 1,
                 "rotary_interleaved": query.attributes.get_int("interleaved", 0),
+                **({"qk_norm_epsilon": _epsilon(norms[0])} if norms else {}),
             },
             domain=MICROSOFT,
             num_outputs=3,
@@ -118,7 +120,7 @@ class _Attention:
         if not all(value.is_graph_input() for value in (write_index, position_ids, cache)):
             return None
         columns = ColumnInputs(str(write_index.name), str(position_ids.name))
-        if self._feed_rows:
+        if self._cuda:
             columns = replace(columns, rows=_ROWS, cache=str(cache.name))
         assert self._columns is None
         self._columns = columns
@@ -136,7 +138,7 @@ class _Attention:
         tape = ir.tape.Tape()
         last = tape.op("Gather", [position_ids, constant(self._graph, "specialised.end", -1, np.int64)], {"axis": 1})
         last_row = tape.op("Cast", [last], {"to": ir.DataType.INT32})
-        if self._feed_rows:
+        if self._cuda:
             rows = ir.Value(name=_ROWS, type=ir.TensorType(ir.DataType.INT32), shape=ir.Shape(()))
             self._graph.inputs.append(rows)
         else:
@@ -175,6 +177,24 @@ def _source_split(heads: list[ir.Value | None]) -> ir.Node | None:
     return found[0] if all(split is found[0] for split in found) else None
 
 
+def _norms(heads: list[ir.Value | None], width: int) -> list[ir.Node]:
+    """Return the norms of queries and keys; none unless both are over the `width` numbers of a head and have one epsilon."""
+    norms = [norm for value in heads if (norm := producer(value, "RMSNormalization"))]
+    weights = [_stored(norm.inputs[1]) for norm in norms]
+    fit = all(weight is not None and weight.shape.numpy() == (width,) for weight in weights)
+    fit &= all(norm.attributes.get_int("axis", -1) in (-1, 3) for norm in norms)
+    return norms if len(norms) == len(heads) and fit and len({_epsilon(norm) for norm in norms}) == 1 else []
+
+
+def _weights(norms: list[ir.Node]) -> list[ir.Value | None]:
+    """Return the weights of norms, after the inputs that are left out before them. They have the type of what they weigh."""
+    return [*[None] * 5, *(norm.inputs[1] for norm in norms)] if norms else []
+
+
+def _epsilon(norm: ir.Node) -> float:
+    return norm.attributes.get_float("epsilon", 1e-5)
+
+
 def _stored(value: ir.Value | None) -> ir.TensorProtocol | None:
     """Return the tensor of an initializer, maybe behind a Cast."""
     cast = producer(value, "Cast")
@@ -204,7 +224,7 @@ def _fuse_residual_norms(graph: ir.Graph) -> None:
         fused = ir.node(
             "SkipSimplifiedLayerNormalization",
             [*added.inputs, norm.inputs[1]],
-            {"epsilon": norm.attributes.get_float("epsilon", 1e-5)},
+            {"epsilon": _epsilon(norm)},
             domain=MICROSOFT,
             outputs=[ir.Value(), ir.Value(name=""), ir.Value(name=""), total],
         )

@@ -91,7 +91,7 @@ def device_form(folder: Path, portable: GraphSpec, dtype: str) -> GraphSpec | No
     model = load(folder / portable.file)
     if dtype != "float32":
         compute_in(model, dtype)
-    columns = fast_operators(model, feed_rows=True)
+    columns = fast_operators(model, cuda=True)
     if columns is None and portable.states:
         return None
     share_weights(model)
