@@ -23,6 +23,7 @@ from fishrt.cli import main
 from fishrt.errors import BundleError, HubError
 from fishrt.hub.download import PARTIAL, download
 from fishrt.hub.repository import Repository, names_repository
+from fishrt.progress import size
 from fishrt_export.checkpoint.names import checkpoint_name, choose_checkpoint
 from fishrt_export.errors import ExportError
 from helpers_text import OWN_GOLDEN, voice
@@ -109,12 +110,12 @@ def test_a_checkpoint_comes_with_what_an_export_needs_and_nothing_else(hub: Smal
 
 
 def test_progress_tells_bytes_of_all(hub: SmallHub, tmp_path: Path) -> None:
-    seen: list[tuple[str, int, int]] = []
+    seen: list[tuple[str, float]] = []
     download(Repository.parse(CHECKPOINT), choose_checkpoint, tmp_path / "a", lambda *told: seen.append(told))
     total = sum((hub.repositories[CHECKPOINT] / name).stat().st_size for name in NEEDED)
-    assert {whole for _, _, whole in seen} == {total}
-    assert [there for _, there, _ in seen] == sorted(there for _, there, _ in seen)
-    assert seen[-1] == ("config.json", total, total)
+    parts = [part for _, part in seen]
+    assert parts == sorted(parts)
+    assert seen[-1] == (f"downloading config.json, {size(total)} of {size(total)}", 1.0)
 
 
 @pytest.mark.parametrize("into", ["folder", "cache"])

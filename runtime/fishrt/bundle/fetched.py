@@ -7,8 +7,9 @@ from contextlib import suppress
 from pathlib import Path
 
 from ..errors import BundleError
-from ..hub.download import Progress, download
+from ..hub.download import download
 from ..hub.repository import Repository
+from ..progress import Progress
 
 
 def bundle_folder(reference: str | Path, progress: Progress | None = None) -> Path:

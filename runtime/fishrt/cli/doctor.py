@@ -10,10 +10,10 @@ from typing import Any
 import click
 
 from ..errors import BundleError
+from ..progress import size
 from ..voices.store import user_folder
 from .base.commands import finish
 from .base.options import CPU_TORCH, json_output, load_bundle
-from .base.progress import size
 
 
 @click.command(short_help="Show what this machine can do.")

@@ -17,6 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from ..errors import HubError
+from ..progress import Progress, size
 from ..version import __version__
 from .errors import endpoint, explained, is_unreachable
 from .repository import SNAPSHOTS, Repository
@@ -29,8 +30,6 @@ log = logging.getLogger(__name__)
 PARTIAL = ".partial"
 """Folder of incomplete files, inside the target folder of a download."""
 
-Progress = Callable[[str, int, int], None]
-"""Progress callback: the name of the current file, the bytes received of all files, and their total."""
 Choose = Callable[[Sequence[str], Callable[[str], Path]], Sequence[str]]
 """Chooses the files to download from the names of a repository's files. The second argument fetches a small file, to read it."""
 
@@ -100,7 +99,8 @@ def _fill(place: _Place, files: Sequence[_File], progress: Progress) -> None:
     for file in files:
 
         def report(there: int, name: str = file.name, before: int = before) -> None:
-            progress(name, before + there, total)
+            there += before
+            progress(f"downloading {name}, {size(there)} of {size(total)}", there / max(total, 1))
 
         report(0)
         place.complete(file, report)
@@ -115,13 +115,9 @@ def _check_room(place: _Place, files: Sequence[_File]) -> None:
     free = shutil.disk_usage(there).free
     if coming > free:
         raise HubError(
-            f"{place.repository} needs {_amount(coming)} more in {place.root}, and {_amount(free)} are free",
+            f"{place.repository} needs {size(coming)} more in {place.root}, and {size(free)} are free",
             hint="make room, or use another disk: name a folder there, or set HF_HOME",
         )
-
-
-def _amount(count: int) -> str:
-    return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
 
 
 class _Place:

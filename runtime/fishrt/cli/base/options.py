@@ -18,7 +18,7 @@ from ...errors import FishrtError
 from ...hub.repository import is_reference
 from ...voices.store import VoiceStore, user_folder
 from .commands import remember, session
-from .progress import Reporter, size
+from .progress import Reporter
 
 if TYPE_CHECKING:
     from ...tts import TTS
@@ -177,18 +177,9 @@ def _located(path: Path | None) -> Path | None:
         return path
     reporter = new_reporter()
     try:
-        return bundle_folder(path, downloading(reporter))
+        return bundle_folder(path, reporter.show)
     finally:
         reporter.clear()
-
-
-def downloading(reporter: Reporter) -> Callable[[str, int, int], None]:
-    """Return the function that shows the progress of a download."""
-
-    def show(name: str, there: int, total: int) -> None:
-        reporter.show(f"downloading {name}, {size(there)} of {size(total)}", there / max(total, 1))
-
-    return show
 
 
 def user_store(voice_dir: Path | None) -> VoiceStore:

@@ -19,9 +19,10 @@ from ...bundle.manifest import MANIFEST, PRECISIONS, TARGETS, Parity, Rounding
 from ...errors import FishrtError
 from ...hub.download import Choose, download
 from ...hub.repository import Repository, names_repository
+from ...progress import size
 from ..base.commands import print_json
-from ..base.options import CPU_TORCH, Number, Whole, downloading, json_option, quiet_option
-from ..base.progress import Reporter, duration, size
+from ..base.options import CPU_TORCH, Number, Whole, json_option, quiet_option
+from ..base.progress import Reporter, duration
 
 _EXPORT_NEEDS = ("torch", "onnx", "onnxscript", "onnx_ir", "safetensors", "onnxruntime")
 
@@ -198,7 +199,7 @@ def _located(checkpoint: Path, revision: str | None, options: Any, *, quiet: boo
     weights = None if options.weights is None else options.weights.as_posix()
 
     def fetch(path: Path, revision: str | None, choose: Choose) -> Path:
-        return download(Repository.parse(path.as_posix(), revision), choose, progress=downloading(reporter))
+        return download(Repository.parse(path.as_posix(), revision), choose, progress=reporter.show)
 
     try:
         folder = checkpoint

@@ -13,9 +13,9 @@ from ...bundle.folder import Bundle
 from ...bundle.manifest import MANIFEST
 from ...hub.download import download
 from ...hub.repository import Repository
+from ...progress import size
 from ..base.commands import finish, warn
-from ..base.options import downloading, new_reporter, output_options
-from ..base.progress import size
+from ..base.options import new_reporter, output_options
 
 
 @click.command(short_help="Download a checkpoint or a bundle.")
@@ -50,7 +50,7 @@ def fetch(repository: str, folder: Path | None, revision: str | None) -> None:
         return chosen
 
     try:
-        found = download(wanted, choose, folder, downloading(reporter))
+        found = download(wanted, choose, folder, reporter.show)
     finally:
         reporter.clear()
     is_bundle = MANIFEST in chosen

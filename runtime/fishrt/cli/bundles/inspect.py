@@ -15,9 +15,10 @@ from ...bundle.folder import Bundle
 from ...bundle.manifest import MANIFEST, Manifest
 from ...bundle.memory import CACHE_POSITIONS, estimate
 from ...hub.repository import is_reference
+from ...progress import size
 from ..base.commands import print_json
 from ..base.options import json_option, load_bundle, needs_onnx, quiet_option
-from ..base.progress import Reporter, size
+from ..base.progress import Reporter
 from ..base.streams import emit
 
 

@@ -9,9 +9,10 @@ import click
 
 from ...bundle.manifest import TARGETS
 from ...errors import FishrtError
+from ...progress import size
 from ..base.commands import print_json
 from ..base.options import json_option, quiet_option
-from ..base.progress import Reporter, size
+from ..base.progress import Reporter
 
 
 @click.command(short_help="Add the graphs that another provider runs fastest.")
