@@ -36,8 +36,10 @@ async def interrupted(stream: Any) -> None:
     await anext(stream)
     await stream.aclose()
     async with asyncio.timeout(60):
-        while (await asyncio.to_thread(_health))["queue"]["active"]:
-            await asyncio.sleep(0.05)
+        idle = 0
+        while idle < 3:  # a text of several sentences is idle for a moment between two
+            idle = 0 if (await asyncio.to_thread(_health))["queue"]["active"] else idle + 1
+            await asyncio.sleep(0.1)
 
 
 def _health() -> Any:
