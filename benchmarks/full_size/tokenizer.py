@@ -1,6 +1,7 @@
 """Byte-level tokenizers of the official sizes and ids that split English into whole words, as the official ones do.
 
-The first ids are the 256 bytes and pieces of words, learned from the benchmark's sentences. Fillers without ASCII follow.
+The first ids are the 256 bytes and pieces of words, learned from the texts of the benchmarks and the words of prompts until each
+word is a token. Fillers without ASCII follow.
 """
 
 from __future__ import annotations
@@ -14,8 +15,11 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from server_clients import TEXTS
+
 SENTENCES = Path(__file__).parent.parent / "held_out.txt"
-_LEARNED = 2000
+_PROMPTS = ("system", "user", "assistant", "Speak out the provided text.", "convert the provided text to speech")
+"""What prompts have beside the text that is spoken."""
 _FIRST_1_2 = ("begin_of_sequence", "end_of_sequence", "im_start", "im_sep", "im_end", "semantic", "pad")
 _FIRST_S2 = ("endoftext", "im_start", "im_end")
 _LAST_S2 = ("pad", "phoneme_start", "phoneme_end", "text", "voice", "interleave", "audio_start", "audio_end", "audio_pad")
@@ -84,8 +88,8 @@ def _learned() -> tuple[list[str], list[tuple[str, str]]]:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = list(_byte_of_name())
-    trainer = trainers.BpeTrainer(vocab_size=_LEARNED, initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator(SENTENCES.read_text().splitlines(), trainer)
+    trainer = trainers.BpeTrainer(initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator([*SENTENCES.read_text().splitlines(), *TEXTS, *_PROMPTS], trainer)
     merges = [tuple(merge) for merge in json.loads(tokenizer.to_str())["model"]["merges"]]
     return alphabet + [left + right for left, right in merges], merges
 
