@@ -254,7 +254,7 @@ ROOMS = {
     ),
     "fishrt": (
         {"arrays", "errors", "metrics", "progress", "version"},
-        {"hub"},
+        {"hub", "jobs"},
         {"audio", "bundle"},
         {"text", "codec"},
         {"voices"},
@@ -263,7 +263,7 @@ ROOMS = {
         {"speaking"},
         {"kinds"},
         {"tts"},
-        {"bench", "server"},
+        {"bench", "bulk", "server"},
         {"cli"},
     ),
     "fishrt_export": (

@@ -149,6 +149,11 @@ class TTS:
         return self.engines.provider if isinstance(self.engines, BundleGraphs) else next(iter(self.engines.values())).provider
 
     @property
+    def bundle_sha256(self) -> str:
+        """SHA-256 of the bundle's manifest, which holds the hashes of its files."""
+        return self._model.bundle_sha256
+
+    @property
     def sample_rate(self) -> int:
         """Sample rate of all speech, in Hz."""
         return self.bundle.manifest.codec.sample_rate

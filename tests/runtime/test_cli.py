@@ -712,7 +712,7 @@ def test_help_of_commands(fake):
 
 
 @pytest.mark.parametrize(
-    ("group", "first"), [([], ["speak", "serve", "voice", "export"]), (["voice"], ["add"]), (["codec"], ["decode"])]
+    ("group", "first"), [([], ["speak", "render", "serve", "voice", "export"]), (["voice"], ["add"]), (["codec"], ["decode"])]
 )
 def test_the_commands_are_listed_by_use_and_whole(fake, group, first):
     lines = run(*group, "--help").stdout.split("Commands:")[1].split("Exit status:")[0].strip().splitlines()

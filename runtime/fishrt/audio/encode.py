@@ -37,8 +37,8 @@ def write_audio(path: str | Path, pcm: Pcm, rate: int, format: str | None = None
     write_whole(path, encode_audio(pcm, rate, audio_format(path, format)))
 
 
-def encode_audio(pcm: Pcm, rate: int, format: str) -> bytes:
-    """Return pcm float32 [samples] at `rate` Hz as the bytes of a file in one of FORMATS.
+def encode_audio(pcm: Pcm, rate: int, format: str, comment: str = "") -> bytes:
+    """Return pcm float32 [samples] at `rate` Hz as the bytes of a file in one of FORMATS. comment: its tag, if it can have one.
 
     A format that cannot hold the rate gets the next higher rate that it can hold, or its highest. Raises AudioError for a rate
     that no encoder takes, and for aac without PyAV.
@@ -54,6 +54,8 @@ def encode_audio(pcm: Pcm, rate: int, format: str) -> bytes:
     endian = "LITTLE" if kind.container == "RAW" else "FILE"
     try:
         with soundfile.SoundFile(buffer, "w", rate, 1, kind.encoding, endian, kind.container) as file:
+            if comment:
+                file.comment = comment
             for start in range(0, len(samples), _BLOCK):
                 file.write(samples[start : start + _BLOCK])
     except (soundfile.SoundFileError, ValueError) as error:

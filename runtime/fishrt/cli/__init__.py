@@ -17,6 +17,7 @@ from .bundles.inspect import inspect
 from .bundles.retarget import retarget
 from .codec import codec
 from .doctor import doctor
+from .render import render
 from .serve import serve
 from .speak import speak
 from .voice import voice
@@ -36,5 +37,6 @@ def main() -> None:
     """
 
 
-for command in (speak, serve, voice, export, retarget, fetch, codec, inspect, bench, doctor, build_trt, completion, show_help):
+_ALL = (speak, render, serve, voice, export, retarget, fetch, codec, inspect, bench, doctor, build_trt, completion, show_help)
+for command in _ALL:
     main.add_command(command)

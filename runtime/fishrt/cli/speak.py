@@ -15,9 +15,10 @@ from ..audio.output import check_folder, make_folder
 from ..bundle.features import LanguageModel
 from ..errors import FishrtError, PromptError, UnfinishedError
 from ..text.split import check_text
-from ..voices.voice import Voice, read_codes
+from ..voices.voice import Voice
 from .base.commands import IncompleteError, finish, json_to_stderr, warn, wrote
 from .base.denoising import SpeakingCommand, denoising_options
+from .base.jobs import Notes
 from .base.options import (
     EngineOptions,
     Number,
@@ -30,6 +31,7 @@ from .base.options import (
     voice_dir_option,
 )
 from .base.progress import share_of_pieces
+from .base.requests import max_frames_option, sampling_options, speed_option, system_option, voices_option
 from .base.text import read_text
 
 if TYPE_CHECKING:
@@ -38,10 +40,6 @@ if TYPE_CHECKING:
     from ..speaking.stream import SpeechStream
     from ..speech import AudioChunk, Progress, SpeechInfo
     from ..tts import TTS
-
-
-_NOTES = 5
-"""Most warnings about single lines that are printed; a file may have thousands."""
 
 
 @click.command(cls=SpeakingCommand, short_help="Speak a text.")
@@ -74,14 +72,7 @@ _NOTES = 5
     is_flag=True,
     help='Play the speech on the default output device while it is made. Needs: pip install "fishrt[play]".',
 )
-@click.option(
-    "--voice",
-    "names",
-    multiple=True,
-    metavar="NAME",
-    help="A voice of yours or of the bundle; see `fishrt voice list`. The first one is speaker 0; repeat the "
-    "option for speakers 1, 2, …",
-)
+@voices_option
 @voice_dir_option
 @click.option(
     "--reference",
@@ -99,31 +90,7 @@ _NOTES = 5
     metavar="TEXT",
     help="The words of the --reference, exactly as spoken. A diffusion model needs none.",
 )
-@click.option(
-    "--temperature",
-    type=Number(min=0, max=2, max_open=True),
-    metavar="T",
-    help="Sampling temperature: a lower one is steadier, a higher one livelier; 0 is greedy decoding.  [default: the bundle's]",
-)
-@click.option(
-    "--top-p",
-    type=Number(min=0, min_open=True, max=1),
-    metavar="P",
-    help="Nucleus sampling: keep the smallest set of tokens whose probabilities add up to P.  [default: the bundle's]",
-)
-@click.option(
-    "--top-k",
-    type=Whole(min=1),
-    metavar="K",
-    help="Top-k sampling: keep the K most probable tokens.  [default: the bundle's]",
-)
-@click.option(
-    "--repetition-penalty",
-    type=Number(min=0, min_open=True, max=2),
-    metavar="R",
-    help="Make the tokens of the last frames less probable by this factor; 1 changes nothing. Only for models that are sampled "
-    "with one.  [default: the bundle's]",
-)
+@sampling_options
 @click.option(
     "--seed",
     type=Whole(min=0),
@@ -136,10 +103,8 @@ _NOTES = 5
     metavar="S",
     help="Stop each piece of a long text after S seconds of speech.  [default: the limit of the model]",
 )
-@click.option(
-    "--max-frames", type=Whole(min=1), metavar="N", help="The same limit in frames, of which `fishrt inspect` shows the rate."
-)
-@click.option("--system", metavar="TEXT", help="System text that replaces the usual instruction, for models that take one.")
+@max_frames_option
+@system_option
 @click.option(
     "--volume",
     type=Number(min=0.01, max=10),
@@ -148,14 +113,7 @@ _NOTES = 5
     metavar="FACTOR",
     help="Multiply all samples; 0.5 halves the amplitude (6 dB less).",
 )
-@click.option(
-    "--speed",
-    type=Number(min=0.25, max=4),
-    default=1.0,
-    show_default=True,
-    metavar="FACTOR",
-    help='Speak faster or slower at the same pitch; 2 takes half the time. Needs: pip install "fishrt[server]".',
-)
+@speed_option
 @click.option("--upstream-compat", is_flag=True, help="Reproduce the original implementation exactly, including its bugs.")
 @denoising_options
 @engine_options
@@ -172,10 +130,6 @@ def speak(
     voice_dir: Path | None,
     references: tuple[Path, ...],
     reference_texts: tuple[str, ...],
-    temperature: float | None,
-    top_p: float | None,
-    top_k: int | None,
-    repetition_penalty: float | None,
     max_seconds: float | None,
     max_frames: int | None,
     engine: EngineOptions,
@@ -190,7 +144,6 @@ def speak(
     order, if the model supports turns; for other models, all voices are recordings of one speaker. [Tags] such as [laughing] work
     with models that were trained on them.
     """
-    from ..language_model.sampling import Sampling
     from ..speaking.stream import without_warnings
 
     if len(references) != len(reference_texts):
@@ -214,13 +167,12 @@ def speak(
     texts = _lines(text) if lines else {}
     if not texts:
         check_text(text)
-    request["sampling"] = Sampling(temperature, top_p, top_k, repetition_penalty)
     tts = engine.load(voice_dir)
     if max_seconds is not None:
         codec = tts.bundle.manifest.codec
         max_frames = min(max(1, int(max_seconds * codec.frame_rate)), codec.max_frames)
     voices: list[VoiceLike] = [*names]
-    voices += [_reference(path, said, tts) for path, said in zip(references, reference_texts, strict=True)]
+    voices += [Voice.from_file(tts, path, said) for path, said in zip(references, reference_texts, strict=True)]
     request |= {"voice": voices or None, "max_frames": max_frames}
     if lines:
         _speak_lines(tts, texts, target, request)
@@ -337,13 +289,7 @@ def _speak_lines(tts: TTS, texts: dict[int, str], target: _Target, request: dict
     folder, suffix, reporter = Path(str(target.output)), target.format or "wav", new_reporter()
     make_folder(folder)
     entries: list[dict[str, Any]] = []
-    notes = 0
-
-    def note(text: str) -> None:
-        nonlocal notes
-        notes += 1
-        if notes <= _NOTES:
-            warn(text)
+    notes = Notes()
 
     def result() -> dict[str, Any]:
         return {"output": str(folder), "sample_rate": tts.sample_rate, "files": entries}
@@ -358,14 +304,13 @@ def _speak_lines(tts: TTS, texts: dict[int, str], target: _Target, request: dict
         except FishrtError as error:
             if type(error) not in (FishrtError, PromptError, UnfinishedError):  # every line would have it
                 raise IncompleteError(f"line {number}: {error}", error.hint, result()) from error
-            note(f"line {number} was not spoken{' to its end' if isinstance(error, UnfinishedError) else ''}: {error}")
+            notes.add(f"line {number} was not spoken{' to its end' if isinstance(error, UnfinishedError) else ''}: {error}")
             entries.append({"line": number, "output": None, "error": str(error)})
             continue
         for warning in info.warnings:
-            note(f"line {number}: {warning}")
+            notes.add(f"line {number}: {warning}")
         entries.append({"line": number, "output": path, **dataclasses.asdict(info)})
-    if notes > _NOTES:
-        warn(f"and {notes - _NOTES:,} more such warnings; --json lists them all")
+    notes.end("--json lists them all")
     spoken = [entry for entry in entries if entry["output"]]
     reporter.done(
         f"Wrote {len(spoken):,} of {len(texts):,} lines to {folder} ({sum(entry['audio_s'] for entry in spoken):.1f} s of speech)"
@@ -384,9 +329,3 @@ def _summary(info: SpeechInfo) -> str:
 def _lines(text: str) -> dict[int, str]:
     """Return the lines that are not empty by their numbers, from 1, as an editor counts them."""
     return {number: line.strip() for number, line in enumerate(text.split("\n"), 1) if line.strip()}
-
-
-def _reference(path: Path, transcript: str, tts: TTS) -> Voice:
-    if path.suffix.lower() == ".npy":
-        return Voice.of(str(path), read_codes(path, latents=True), transcript, None)
-    return Voice.from_audio(tts, path, transcript, name=path.name)

@@ -108,6 +108,13 @@ class Voice:
         voice.check(tts.bundle)
         return replace(voice, loudness=tts.loudness(voice.sound))
 
+    @classmethod
+    def from_file(cls, tts: Encoder, path: Path, transcript: str = "") -> Voice:
+        """Make a voice from a recording as `from_audio`, or from its codes or latents in an .npy file. Raises VoiceError, too."""
+        if path.suffix.lower() == ".npy":
+            return cls.of(str(path), read_codes(path, latents=True), transcript, None)
+        return cls.from_audio(tts, path, transcript, name=path.name)
+
     def check(self, bundle: Bundle | Manifest) -> None:
         """Check that a bundle can speak in this voice: transcript, codec, range of codes. Raises VoiceError otherwise."""
         manifest = bundle.manifest if isinstance(bundle, Bundle) else bundle

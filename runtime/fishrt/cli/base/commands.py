@@ -23,8 +23,8 @@ from ...version import __version__
 from .streams import emit, logging_to, say
 
 EXIT_STATUSES = (
-    "Exit status: 0 done; 2 a mistake that you can mend: the lines `error:` and `hint:` say how; 1 a fault of fishrt, or nobody "
-    "reads its output any more; 130 interrupted."
+    "Exit status: 0 done; 2 a mistake that you can mend: the lines `error:` and `hint:` say how; 1 a fault of fishrt, nobody "
+    "reads its output any more, or some rows of a job have errors; 130 interrupted."
 )
 _Callback = Callable[[click.Context, click.Parameter, bool], bool | None]
 
@@ -63,14 +63,19 @@ class Session:
 class IncompleteError(FishrtError):
     """A part of the work is done; the rest failed."""
 
-    def __init__(self, message: str, hint: str | None, data: dict[str, Any]) -> None:
-        """Make the error. data: entries of the JSON object about the finished part."""
+    def __init__(self, message: str, hint: str | None, data: dict[str, Any], status: int = 2) -> None:
+        """Make the error. data: entries of the JSON object about the finished part. status: of the exit."""
         super().__init__(message, hint=hint)
-        self.data = data
+        self.data, self.status = data, status
 
 
 class Interrupted(Exception):  # noqa: N818  # no fault
     """The user interrupted the work."""
+
+    def __init__(self, message: str, data: dict[str, Any] | None = None) -> None:
+        """Make it. data: as of IncompleteError."""
+        super().__init__(message)
+        self.data = data or {}
 
 
 class Commands(click.Group):
@@ -149,6 +154,7 @@ def _fail(session: Session, error: Exception) -> int:
         return status
     if isinstance(error, FishrtError):
         hint = error.hint
+        status = error.status if isinstance(error, IncompleteError) else status
     elif isinstance(error, click.ClickException):
         message = error.format_message()
         hint = f"{error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else 'fishrt'} --help"
@@ -161,7 +167,7 @@ def _fail(session: Session, error: Exception) -> int:
     if hint:
         say(f"hint: {hint}")
     with contextlib.suppress(FishrtError, BrokenPipeError):  # the error may be one of standard output
-        done = error.data if isinstance(error, IncompleteError) else {}
+        done = error.data if isinstance(error, IncompleteError | Interrupted) else {}
         session.finish(False, {"error": {"kind": type(error).__name__, "message": message, "hint": hint}, **done})
     return status
 

@@ -36,7 +36,7 @@ class SpeakingCommand(click.Command):
         """Write both sections."""
         sections: dict[str, list[tuple[str, str]]] = {"Options": [], "Options of diffusion models": []}
         for param in self.get_params(ctx):
-            if (record := param.get_help_record(ctx)) is not None:
+            if isinstance(param, click.Option) and (record := param.get_help_record(ctx)) is not None:
                 sections[[*sections][isinstance(param, _DiffusionOption)]].append(record)
         for title, records in sections.items():
             with formatter.section(title):
