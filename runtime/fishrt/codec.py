@@ -121,6 +121,32 @@ class CodecDecoder:
         return self.stream(quirks).push(check_sound(sound, self._codec, quirks), last=True)
 
 
+class NoSound(CodecDecoder):
+    """A decoder for those who want codes or latents alone: it opens no graph, and gives no samples."""
+
+    def __init__(self, codec: Codec) -> None:
+        self._codec = codec
+
+    @property
+    def chunk_frames(self) -> tuple[int, int]:
+        """See `CodecDecoder.chunk_frames`."""
+        return self._codec.max_frames, self._codec.max_frames
+
+    def stream(self, quirks: Quirks = USUAL) -> CodecStream:
+        """Return a stream without samples."""
+        return _Silence()
+
+
+class _Silence:
+    def push(self, sound: Sound, *, last: bool = False) -> Pcm:
+        """See `CodecStream.push`."""
+        return np.empty(0, np.float32)
+
+    def flush(self) -> Pcm:
+        """See `CodecStream.flush`."""
+        return np.empty(0, np.float32)
+
+
 class StatefulStream:
     """A `CodecStream` of a graph with state; no frames are held back."""
 

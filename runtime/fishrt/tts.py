@@ -30,7 +30,7 @@ from .bundle.features import USUAL, Quirks
 from .bundle.folder import Bundle, embedded_bundle
 from .bundle.graphs import SMALL_BYTES, BundleGraphs
 from .bundle.memory import check_memory, estimate, memory_errors
-from .codec import CodecDecoder, CodecEncoder
+from .codec import CodecDecoder, CodecEncoder, NoSound
 from .errors import ArgumentError, FishrtError
 from .kinds.model import Model
 from .request import Options, Request, VoiceLike, check_type
@@ -197,6 +197,15 @@ class TTS:
         request = Request.of(text, options)
         return self._stream(request, progress, chunk_sizes(request.mode))
 
+    def draw(
+        self, text: str | Request, *, progress: Callable[[Progress], None] | None = None, **options: Unpack[Options]
+    ) -> Speech:
+        """Speak as `speak` does, without the codec: the speech has its codes or latents, and no samples.
+
+        `decode` makes sound of them; that of one voice then has the level of its codes, not the common loudness.
+        """
+        return self._stream(Request.of(text, {**options, "speed": 1.0}), progress, whole_chunks, sound=False).whole()
+
     def astream(
         self, text: str | Request, *, progress: Callable[[Progress], None] | None = None, **options: Unpack[Options]
     ) -> AsyncSpeechStream:
@@ -321,8 +330,10 @@ class TTS:
         """Return the codec's decoder. Raises FishrtError after `close`."""
         return CodecDecoder(self.engines["codec_decode"], self.bundle.manifest.codec, self._codec_start)
 
-    def _stream(self, request: Request, progress: Callable[[Progress], None] | None, sizes: ChunkSizes) -> SpeechStream:
-        """Return the stream of a request, whose chunks the reader's thread computes."""
+    def _stream(
+        self, request: Request, progress: Callable[[Progress], None] | None, sizes: ChunkSizes, *, sound: bool = True
+    ) -> SpeechStream:
+        """Return the stream of a request, whose chunks the reader's thread computes. sound: whether they have samples."""
         job = self.job(request, progress, sizes)
         turns: Turns[Any] | None = None
 
@@ -331,7 +342,10 @@ class TTS:
             if turns is None:
                 begun = time.perf_counter()
                 with memory_errors():
-                    make_turns, gain = self.opened(), self.gain(job.task)
+                    if sound:
+                        make_turns, gain = self.opened(), self.gain(job.task)
+                    else:
+                        make_turns, gain = self._model.opened(NoSound(self.bundle.manifest.codec)), 1.0
                 turns = make_turns(1)
                 turns.add(job, gain, time.perf_counter() - begun)
             list(turns.turn())
@@ -346,7 +360,7 @@ class TTS:
         """Open the graphs that speaking needs. Return what makes turns for its jobs."""
         if isinstance(self.engines, BundleGraphs):
             self.engines.begin("codec_decode")
-        return self._model.opened()
+        return self._model.opened(self.decoder())
 
     def gain(self, task: Task) -> float:
         """Return the factor on all samples of a task. It measures the loudness of a voice for which it is unknown."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import secrets
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -11,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 import click
 import numpy as np
 
-from ..audio.output import check_folder, make_folder
+from ..audio.output import check_folder, check_place, make_folder, write_whole
 from ..bundle.features import LanguageModel
 from ..errors import FishrtError, PromptError, UnfinishedError
 from ..text.split import check_text
-from ..voices.voice import Voice
-from .base.commands import IncompleteError, finish, json_to_stderr, warn, wrote
+from ..voices.voice import Voice, npy_bytes
+from .base.commands import IncompleteError, finish, json_to_stderr, session, warn, wrote
 from .base.denoising import SpeakingCommand, denoising_options
 from .base.jobs import Notes
 from .base.options import (
@@ -32,6 +33,7 @@ from .base.options import (
 )
 from .base.progress import share_of_pieces
 from .base.requests import max_frames_option, sampling_options, speed_option, system_option, voices_option
+from .base.streams import say
 from .base.text import read_text
 
 if TYPE_CHECKING:
@@ -66,6 +68,18 @@ if TYPE_CHECKING:
     help="Write the audio while it is made: `-o - | aplay`, or `-o - | ffplay -nodisp -autoexit -`. Its wav header "
     "on standard output states no length; a file appears when it is complete. Formats other than wav and pcm need: "
     'pip install "fishrt[server]".',
+)
+@click.option(
+    "--codes",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Write the codes of the speech, an .npy file, instead of audio, for `fishrt codec decode`. The codec is not loaded.",
+)
+@click.option(
+    "--samples",
+    type=Whole(min=1),
+    metavar="N",
+    help="With --codes: draw N speeches, with seeds that follow each other, into FILE_0.npy, FILE_1.npy, …",
 )
 @click.option(
     "--play",
@@ -125,6 +139,8 @@ def speak(
     output: str | None,
     format: str | None,
     stream: bool,
+    codes: Path | None,
+    samples: int | None,
     play: bool,
     names: tuple[str, ...],
     voice_dir: Path | None,
@@ -154,7 +170,13 @@ def speak(
         reference_texts = ("",) * len(references)
     if max_seconds is not None and max_frames is not None:
         raise click.UsageError("--max-seconds and --max-frames are the same limit: give one of them")
-    if lines:
+    if codes is not None:
+        if output or format or lines or stream or play or (request["volume"], request["speed"]) != (1, 1):
+            raise click.UsageError("--codes writes codes, not audio: --output, --volume and the like are for audio")
+        drawn = _code_files(codes, samples)
+    elif samples is not None:
+        raise click.UsageError("--samples is for --codes")
+    elif lines:
         if output in (None, "-") or stream or play:
             raise click.UsageError("--lines writes files into a folder: give -o DIR, and neither --stream nor --play")
     elif output is None and not (play and not stream and format is None):
@@ -184,6 +206,9 @@ def speak(
         part = share(progress.piece, progress.pieces, progress.frames)
         reporter.show(f"{piece}{progress.audio_s:.1f} s of speech", part)
 
+    if codes is not None:
+        _draw(tts, text, drawn, {**request, "progress": show})
+        return
     done = target.done
     with without_warnings():
         info = target.speak(tts, text, {**request, "progress": show})
@@ -318,6 +343,34 @@ def _speak_lines(tts: TTS, texts: dict[int, str], target: _Target, request: dict
     if failed := len(texts) - len(spoken):
         raise IncompleteError(f"{failed:,} of {len(texts):,} lines were not spoken", "the warnings say why", result())
     finish(result())
+
+
+def _code_files(path: Path, samples: int | None) -> list[str]:
+    """Return the files for the codes of so many speeches; None: of one. Raises FishrtError for a place that cannot be written."""
+    if path.suffix.lower() != ".npy":
+        raise FishrtError(f"cannot write {path}: codes are written as .npy", hint="name a file that ends in .npy")
+    check_place(path)
+    return [str(path)] if samples is None else [str(path.with_stem(f"{path.stem}_{n}")) for n in range(samples)]
+
+
+def _draw(tts: TTS, text: str, paths: list[str], request: dict[str, Any]) -> None:
+    """Draw a speech for each file, and write its codes or latents."""
+    from ..speaking.stream import without_warnings
+
+    first = secrets.randbits(32) if request["seed"] is None else request["seed"]
+    entries: list[dict[str, Any]] = []
+    for seed, path in enumerate(paths, first):
+        done = wrote(path)
+        with without_warnings():
+            speech = tts.draw(text, **{**request, "seed": seed})
+        for warning in speech.info.warnings:
+            warn(warning)
+        write_whole(path, npy_bytes(speech.codes if speech.latents is None else speech.latents))
+        info, seconds = dataclasses.asdict(speech.info), speech.info.frames / tts.bundle.manifest.codec.frame_rate
+        entries.append({"output": path, **info, "audio_s": seconds})
+        if not session().silent:
+            say(f"{done} ({speech.info.frames:,} frames, {seconds:.1f} s, seed {seed})")
+    finish({"files": entries})
 
 
 def _summary(info: SpeechInfo) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from ..arrays import Floats, Pcm, Sound
 from ..bundle.features import USUAL
 from ..bundle.memory import memory_errors
-from ..codec import CodecEncoder, joined
+from ..codec import CodecDecoder, CodecEncoder, joined
 from ..diffusion.denoising import Denoising
 from ..diffusion.generate import Denoiser
 from ..diffusion.latents import voice_latents
@@ -126,9 +126,9 @@ class DiffusionModel(Model):
         """See `Model.prepared_path`."""
         return prepared_path(folder, self._host.bundle.manifest.specs["speaker_cond"].identity)
 
-    def opened(self) -> MakeTurns:
+    def opened(self, decoder: CodecDecoder) -> MakeTurns:
         """See `Model.opened`. The graphs that not every text needs are opened when they are first used."""
-        keys, decoder = self._keys, self._host.decoder()
+        keys = self._keys
         for role in ("text_cond", "schedule", "denoise"):
             _ = self._host.engines[role]
         return lambda slots: BlockTurns(keys, decoder)

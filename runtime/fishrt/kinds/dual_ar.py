@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ..bundle.features import USUAL, Quirks
 from ..bundle.memory import memory_errors
+from ..codec import CodecDecoder
 from ..diffusion.denoising import Denoising
 from ..language_model.batch import DualAR
 from ..language_model.context import ContextStore, prepare
@@ -103,8 +104,8 @@ class DualARModel(Model):
         """See `Model.prepared_path`."""
         return prepared_path(folder, self._host.bundle.manifest.specs["slow_ar"].identity)
 
-    def opened(self) -> MakeTurns:
+    def opened(self, decoder: CodecDecoder) -> MakeTurns:
         """See `Model.opened`."""
         engines, model = self._host.engines, self._host.bundle.manifest.language_model
         self._graphs = self._graphs or DualAR(engines["slow_ar"], engines["fast_ar"], model)
-        return partial(ColumnTurns, self._graphs, self._host.decoder(), self._contexts)
+        return partial(ColumnTurns, self._graphs, decoder, self._contexts)

@@ -37,10 +37,6 @@ class Host(Encoder, Protocol):
         """The execution provider. Raises FishrtError if the TTS is closed."""
         ...
 
-    def decoder(self) -> CodecDecoder:
-        """Return the codec's decoder."""
-        ...
-
 
 class Model(ABC):
     """How one kind of model speaks."""
@@ -61,8 +57,8 @@ class Model(ABC):
         """Return the job of a request after all checks that need no graph."""
 
     @abstractmethod
-    def opened(self) -> MakeTurns:
-        """Open the graphs that speaking needs. Return what makes turns for such jobs."""
+    def opened(self, decoder: CodecDecoder) -> MakeTurns:
+        """Open the model's graphs that speaking needs. Return what makes turns for such jobs, whose sound `decoder` makes."""
 
     def encode(self, pcm: Pcm, encoder: CodecEncoder) -> Sound:
         """Return what the model reads of a recording, float32 [samples] at the codec's rate. Raises AudioError."""
