@@ -15,8 +15,11 @@ import pytest
 import soundfile
 
 import helpers_cli
+from fake_diffusion import diffusion_tts
 from fake_render import FakeVoice, files, lines
 from fishrt.bulk.render import render
+from fishrt.cli.base.jobs import _stopping
+from fishrt.diffusion.denoising import Denoising
 from fishrt.errors import BundleError
 from fishrt.language_model.sampling import Sampling
 from fishrt.request import Request
@@ -152,6 +155,10 @@ ROWS = [
 ]
 
 
+def samples(path: Path) -> np.ndarray:
+    return soundfile.read(path, dtype="int16")[0].astype(int)
+
+
 @pytest.mark.parametrize("batch", [1, 3])
 def test_rows_equal_the_speech_of_speak(tmp_path, batch):
     """In a batch the codes of minnow are the same, and the last bits may differ."""
@@ -168,11 +175,9 @@ def test_rows_equal_the_speech_of_speak(tmp_path, batch):
         for id, request in requests.items():
             speech = tts.speak(request, seed=entries[id]["seed"])
             speech.save(tmp_path / "speech.wav")
-            expected, got = (
-                soundfile.read(path, dtype="int16")[0] for path in (tmp_path / "speech.wav", tmp_path / entries[id]["audio"])
-            )
+            expected, got = samples(tmp_path / "speech.wav"), samples(tmp_path / entries[id]["audio"])
             assert len(got) == len(expected)
-            assert np.abs(got.astype(int) - expected).max() <= (0 if batch == 1 else 1), id
+            assert np.abs(got - expected).max() <= (0 if batch == 1 else 1), id
             assert entries[id]["stop"] == list(dict.fromkeys(speech.info.stop_reasons))
             assert entries[id]["seconds"] == round(speech.duration_s, 3)
         assert entries["own"]["seed"] == 3
@@ -194,10 +199,31 @@ def test_a_reference_is_imitated_as_speak_does(tmp_path):
         report = render(tts, rows, tmp_path / "out", base=tmp_path)
         speech = tts.speak("Good morning.", voice=Voice.from_audio(tts, tmp_path / "me.flac", words), seed=1)
     speech.save(tmp_path / "speech.wav")
-    expected, got = (soundfile.read(path, dtype="int16")[0] for path in (tmp_path / "speech.wav", tmp_path / "out/audio/a.wav"))
-    assert (got == expected).all()
+    assert (samples(tmp_path / "out/audio/a.wav") == samples(tmp_path / "speech.wav")).all()
     assert report.errors == 1
     assert "transcript" in lines(tmp_path / "out/errors.jsonl")[0]["error"]
+
+
+def test_a_diffusion_model_speaks_rows_as_speak_does(tmp_path):
+    rows = [{"id": "a", "text": "Good morning.", "seed": 3}, {"id": "b", "text": "Hello.", "temperature": 0.5}]
+    tts, settings = diffusion_tts(tmp_path / "bundle"), Denoising(steps=3)
+    report = render(tts, rows, tmp_path / "out", defaults=Request("", denoising=settings))
+    assert (report.made, report.errors) == (1, 1)
+    assert "for language models" in lines(tmp_path / "out/errors.jsonl")[0]["error"]
+    tts.speak("Good morning.", seed=3, denoising=settings).save(tmp_path / "speech.wav")
+    assert (samples(tmp_path / "out/audio/a.wav") == samples(tmp_path / "speech.wav")).all()
+    again = render(tts, rows[:1], tmp_path / "out", defaults=Request("", denoising=Denoising(steps=2)))
+    assert again.made == 1, "the settings are part of the digest"
+
+
+def test_a_second_signal_ends_the_process_at_once():
+    before = signal.getsignal(signal.SIGTERM)
+    with _stopping() as stop:
+        assert not stop()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop()
+        assert signal.getsignal(signal.SIGTERM) == signal.getsignal(signal.SIGINT) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
