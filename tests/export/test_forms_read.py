@@ -14,8 +14,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import form_samples
+from fishrt_export.checkpoint import files
 from fishrt_export.checkpoint.files import read_tensors, read_weights
 from fishrt_export.checkpoint.forms.folder import Checkpoint
+from fishrt_export.checkpoint.forms.gguf import GgufTensor
+from fishrt_export.checkpoint.quantised.blocks import maker
 from fishrt_export.checkpoint.quantised.integers import Integers, Packed, joined
 from fishrt_export.checkpoint.quantised.layers import Layer, makers_of
 from fishrt_export.checkpoint.weights import Lazy
@@ -100,6 +103,21 @@ def test_mlx(bits: int, group: int) -> None:
 def test_tiles(inner: int, group: int, inputs: int) -> None:
     parts, weight = form_samples.tiles(np.random.default_rng(group), 16, inputs, group=group, inner=inner, padded=256)
     assert same_bits(layer_weight("tiles", parts, inputs), weight)
+
+
+RIGHT = {
+    **{"Q8_0": "4b684c394e1e96e8", "Q4_0": "61ac17df84ec7053", "Q4_1": "eaaeb246a220d181", "Q5_0": "be1ddbfd5ad132d6"},
+    **{"Q5_1": "ece5de8458813383", "Q2_K": "254a3997e084d2bb", "Q3_K": "5719e886bf22744e", "Q4_K": "c02026ca31f755ed"},
+    **{"Q5_K": "eee6050ad2c09315", "Q6_K": "51816c0dde110d0e"},
+}
+"""The start of the SHA-256 of the weight by `gguf.quants.dequantize` of the package gguf 0.19.0."""
+
+
+@pytest.mark.parametrize("kind", form_samples.GGUF)
+def test_blocks_of_gguf(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "blocks"
+    path.write_bytes(form_samples.gguf_blocks(kind, 24, 768))
+    assert digest(maker(path, GgufTensor(kind, (24, 768), 0, path.stat().st_size))()).startswith(RIGHT[kind])
 
 
 @pytest.mark.parametrize("block", [64, 128])
@@ -203,6 +221,18 @@ def test_masks_are_never_read(tmp_path: Path) -> None:
     shutil.copytree(SAMPLES / "fp8-per-row", tmp_path, dirs_exist_ok=True)
     found = open_language_model(Checkpoint.of(tmp_path, **HALVES)).weights
     assert not [name for name in found if "_buf" in name]
+
+
+def test_a_pickle_is_opened_again_under_its_new_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = {f"layers.{n}.weight": torch.randn(64, 64) for n in range(5)}
+    torch.save({"state_dict": {f"model.{name}": tensor for name, tensor in wanted.items()}}, tmp_path / "model.pth")
+    monkeypatch.setattr(files, "_MAPPED", 20_000)  # the first two tensors
+    opened: list[Path] = []
+    found = read_weights(tmp_path / "model.pth")
+    monkeypatch.setattr(files, "read_tensors", lambda path: opened.append(path) or read_tensors(path))
+    for name in (*wanted, *reversed(wanted)):
+        assert torch.equal(found[name], wanted[name])
+    assert len(opened) == 4
 
 
 def test_weights_are_read_one_by_one() -> None:

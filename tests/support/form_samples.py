@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,14 +86,25 @@ def tiles(
 
 
 def bnb4(
-    rng: np.random.Generator, outputs: int, inputs: int, *, block: int, nested: int | None, kind: str = "nf4"
+    rng: np.random.Generator,
+    outputs: int,
+    inputs: int,
+    *,
+    block: int,
+    nested: int | None,
+    kind: str = "nf4",
+    table: Sequence[float] | None = None,
 ) -> tuple[dict[str, Any], Floats]:
-    """As `gptq`, in blocks of the flattened weight. nested: blocks that share a scale; None: the largest values are float32."""
+    """As `gptq`, in blocks of the flattened weight. nested: blocks that share a scale; None: the largest values are float32.
+
+    table: of 16 numbers; None: any.
+    """
     count = outputs * inputs
     blocks = -(-count // block)
-    q, table = rng.integers(0, 16, count), np.sort(rng.uniform(-1, 1, 16)).astype(np.float32)
+    q = rng.integers(0, 16, count)
+    numbers = np.array(np.sort(rng.uniform(-1, 1, 16)) if table is None else table, np.float32)
     state: dict[str, Any] = {"quant_type": kind, "blocksize": block, "dtype": "float16", "shape": [outputs, inputs]}
-    parts: dict[str, Any] = {".weight.quant_map": table}
+    parts: dict[str, Any] = {".weight.quant_map": numbers}
     if nested is None:
         largest = rng.uniform(0.1, 2, blocks).astype(np.float32)
         parts[".weight.absmax"] = largest
@@ -101,8 +114,28 @@ def bnb4(
         largest = (second[eight] * scales[np.arange(blocks) // nested]).astype(np.float32) + np.float32(0.37)
         parts |= {".weight.absmax": eight.astype(np.uint8), ".weight.nested_absmax": scales, ".weight.nested_quant_map": second}
         state |= {"nested_blocksize": nested, "nested_dtype": "float32", "nested_offset": 0.37}
-    weight = (table[q] * largest[np.arange(count) // block]).astype(np.float32).reshape(outputs, inputs)
+    weight = (numbers[q] * largest[np.arange(count) // block]).astype(np.float32).reshape(outputs, inputs)
     halves = np.append(q, np.zeros(count % 2, np.int64)).reshape(-1, 2)
     parts[".weight"] = (halves[:, 0] << 4 | halves[:, 1]).astype(np.uint8)[:, None]
     parts[f".weight.quant_state.bitsandbytes__{kind}"] = np.frombuffer(json.dumps(state).encode(), np.uint8).copy()
     return parts, weight
+
+
+GGUF = {
+    **{"Q8_0": (32, 34, (0,)), "Q4_0": (32, 18, (0,)), "Q5_0": (32, 22, (0,))},
+    **{"Q4_1": (32, 20, (0, 2)), "Q5_1": (32, 24, (0, 2))},
+    **{"Q2_K": (256, 84, (80, 82)), "Q4_K": (256, 144, (0, 2)), "Q5_K": (256, 176, (0, 2))},
+    **{"Q3_K": (256, 110, (108,)), "Q6_K": (256, 210, (208,))},
+}
+"""Values and bytes of a block of each type, and the places of its float16 numbers."""
+
+
+def gguf_blocks(kind: str, outputs: int, inputs: int) -> bytes:
+    """The blocks of a weight in a type of GGUF: any bytes, with small scales."""
+    values, size, halves = GGUF[kind]
+    draw = random.Random(kind)
+    raw = np.frombuffer(draw.randbytes(outputs * inputs // values * size), np.uint8).reshape(-1, size).copy()
+    for at in halves:
+        scales = np.array([draw.uniform(-0.1, 0.1) for _ in raw], np.float16)
+        raw[:, at : at + 2] = scales.view(np.uint8).reshape(-1, 2)
+    return raw.tobytes()

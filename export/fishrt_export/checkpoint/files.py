@@ -29,6 +29,8 @@ from .weights import LANGUAGE_MODEL_PARTS, Lazy, Maker, makers
 
 _COMPILED = "_orig_mod."
 _SAFETENSORS = ".safetensors"
+_MAPPED = 256 << 20
+"""Bytes that are read of a mapped pickle before it is opened again."""
 _OTHER_FILE = "take the publisher's file instead"
 
 
@@ -45,7 +47,11 @@ def read_weights(path: Path) -> Mapping[str, Tensor]:
         return tensors
     if next(iter(tensors)).startswith("model."):
         tensors = _renamed(tensors, {name: name.removeprefix("model.") for name in tensors}, path)
-    return only_tensors(tensors, path.name)
+    tensors = only_tensors(tensors, path.name)
+    if not zipfile.is_zipfile(path):
+        return tensors
+    mapped = _Mapped(path, tensors)
+    return Lazy({name: partial(mapped.tensor, name) for name in tensors})
 
 
 def read_tensors(path: Path) -> Mapping[str, Any]:
@@ -72,6 +78,24 @@ def read_tensors(path: Path) -> Mapping[str, Any]:
         if not isinstance(name, str):
             raise ExportError(f"{path} holds an entry named {name!r}, which is not text", hint=_OTHER_FILE)
     return data
+
+
+class _Mapped:
+    """The tensors of a mapped pickle, which is opened again now and then: the pages that were read count as this process's memory
+    until the map is closed."""
+
+    def __init__(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
+        """tensors: those of the file, in its order, under any names."""
+        self._path, self._tensors, self._read = path, tensors, 0
+
+    def tensor(self, name: str) -> Tensor:
+        """Return a tensor."""
+        if self._read > _MAPPED:
+            again = read_tensors(self._path).values()
+            self._tensors, self._read = dict(zip(self._tensors, again, strict=True)), 0
+        found = self._tensors[name]
+        self._read += found.nbytes
+        return _narrow(found)
 
 
 def _unreadable_pickle(path: Path, reason: str) -> ExportError:

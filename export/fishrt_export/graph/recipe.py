@@ -5,7 +5,7 @@
     int8        linear layers of the model in 8 bits, its embeddings in float16 or bfloat16, the codec as with fp32
     int8-rows   as int8, in integers that a CPU multiplies by activations rounded by rows
     int4        as int8, except the blocks of the slow AR or the denoiser, which have 4 bits
-    none        as fp32, and the checkpoint's integers where it is quantised
+    none        as fp32, and the checkpoint's integers and codes where it is quantised
 
 Norms, biases and rotary tables are small and stay as they are.
 """
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoint.quantised.integers import Packed
+from ..checkpoint.quantised.levels import Levels
 from ..errors import ExportError
 from .kept.blocks import blocks_of, packed, stored_bits
 from .kept.tables import table_parts
@@ -36,11 +37,11 @@ class Storage:
     """Storage of one weight."""
 
     precision: str
-    """One of manifest.PRECISIONS."""
+    """One of manifest.PRECISIONS or of quantisation.LEVELS."""
     block: int | None = None
     """Inputs of a stored scale; None for floats."""
     kept: bool = False
-    """Whether the integers are the checkpoint's own; see kept/."""
+    """Whether the integers or codes are the checkpoint's own; see kept/."""
     reason: str = field(default="", compare=False)
     """Why the recipe's integers are not used."""
 
@@ -115,8 +116,10 @@ def _applies(pattern: str, precision: str, layer: str, linear: bool) -> bool:
 
 
 def kept_storage(found: Packed, *, table: bool) -> Storage | None:
-    """Return the storage of a checkpoint's own integers; None if they cannot be stored so. table: of embeddings."""
+    """Return the storage of a checkpoint's own integers or codes; None if they cannot be stored so. table: of embeddings."""
     integers = found.read()
+    if isinstance(integers, Levels):
+        return None if table or integers.kind is None else Storage(integers.kind, integers.block, kept=True)
     if table:
         group = integers.values.shape[1] // integers.scales.shape[1]
         return None if table_parts(integers) is None else Storage("int8", group, kept=True)

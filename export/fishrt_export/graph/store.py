@@ -2,25 +2,28 @@
 
 A weight of 16 bits in the checkpoint keeps its type and is cast to float32 in the graph, which is bit-equal and halves the file.
 An integer weight is stored as [inputs, outputs] before a DequantizeLinear, unsigned if it has zero points; all others keep the
-checkpoint's layout.
+checkpoint's layout. Codes of a table are stored as in kept/levels.py.
 
 A second graph with the same weights refers to the first one's file of weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
-import numpy as np
 import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from fishrt.bundle.quantisation import ROWS
+from fishrt.bundle.quantisation import LEVELS, ROWS
 
-from .kept.blocks import Blocks, blocks_of, packed
+from ..checkpoint.quantised.integers import Integers
+from ..checkpoint.quantised.levels import Levels
+from .kept import levels
+from .kept.blocks import Blocks, blocks_of, kept
+from .kept.products import read_integers
 from .kept.tables import only_looked_up, read_rows, table_parts
 from .quantise import BITS, pack, quantise, quantise_columns
 from .recipe import Storage
@@ -70,6 +73,8 @@ def store(
             storage = plan.get(name, Storage("fp32"))
             if storage.kept and only_looked_up(value):
                 memory += _store_rows(graph, value, weights, data)
+            elif storage.precision in LEVELS:
+                memory += _store_levels(graph, value, weights, storage.precision, data)
             elif storage.block is not None:
                 memory += _store_integers(graph, value, weights, storage, data)
             else:
@@ -94,7 +99,9 @@ def link(model: ir.Model, path: Path, stored: Path) -> None:
 
     for name in [name for name in graph.initializers if name.partition(".")[2] in there]:
         value = graph.initializers[name]
-        if name.partition(".")[2] + SCALES in there:
+        if kind := next((kind for kind, end in levels.LARGEST.items() if name.partition(".")[2] + end in there), None):
+            levels.read_levels(graph, value, tensor(name), tensor(name + levels.LARGEST[kind]), kind)
+        elif name.partition(".")[2] + SCALES in there:
             if only_looked_up(value):
                 of_rows = {"integers": "", "scales": SCALES, "biases": BIASES}
                 have = {what: name + end for what, end in of_rows.items() if name.partition(".")[2] + end in there}
@@ -103,7 +110,7 @@ def link(model: ir.Model, path: Path, stored: Path) -> None:
             ends = [end for end in ("", SCALES, ZEROS, BIASES, ORDER) if name.partition(".")[2] + end in there]
             found = {end: tensor(name + end) for end in ends}
             biases, order = found.pop(BIASES, None), found.pop(ORDER, None)
-            _read_integers(graph, value, list(found.values()), biases, order)
+            read_integers(graph, value, list(found.values()), biases, order)
         else:
             _read_floats(graph, value, tensor(name))
     ir.save(model, path)
@@ -198,9 +205,9 @@ def _store_integers(graph: ir.Graph, value: ir.Value, weights: Mapping[str, Tens
     assert name is not None
     assert block is not None
     if storage.kept:
-        kept = packed(weights, name)
-        blocks = None if kept is None else blocks_of(kept.read())
-        assert blocks is not None
+        found = blocks_of(kept(weights, name, Integers))
+        assert found is not None
+        blocks = found
     elif storage.precision == ROWS:
         blocks = Blocks(*quantise_columns(weights[name], block))
     else:
@@ -217,10 +224,8 @@ def _store_integers(graph: ir.Graph, value: ir.Value, weights: Mapping[str, Tens
     if blocks.zeros is not None:
         parts.append(stored(ZEROS, blocks.zeros))
     others = {BIASES: (blocks.biases, ir.DataType.FLOAT), ORDER: (blocks.order, ir.DataType.INT64)}
-    found = {end: data.tensor(name + end, t, kind, tuple(t.shape)) for end, (t, kind) in others.items() if t is not None}
-    _read_integers(
-        graph, value, parts, found.get(BIASES), found.get(ORDER), mark={ROWS: ""} if storage.precision == ROWS else None
-    )
+    more = {end: data.tensor(name + end, t, kind, tuple(t.shape)) for end, (t, kind) in others.items() if t is not None}
+    read_integers(graph, value, parts, more.get(BIASES), more.get(ORDER), mark={ROWS: ""} if storage.precision == ROWS else None)
     added = 0 if blocks.biases is None else blocks.biases.nbytes
     return blocks.integers.numel() * bits // 8 + blocks.scales.nbytes + added
 
@@ -228,8 +233,7 @@ def _store_integers(graph: ir.Graph, value: ir.Value, weights: Mapping[str, Tens
 def _store_rows(graph: ir.Graph, value: ir.Value, weights: Mapping[str, Tensor], data: _Data) -> int:
     """Store an embedding table of the checkpoint's integers. Return its bytes in memory."""
     name = value.name or ""
-    kept = packed(weights, name)
-    parts = None if kept is None else table_parts(kept.read())
+    parts = table_parts(kept(weights, name, Integers))
     assert parts is not None
     ends = {"integers": "", "scales": SCALES, "biases": BIASES}
     found = {what: tensor.contiguous() for what, tensor in zip(ends, parts, strict=True) if tensor is not None}
@@ -241,95 +245,16 @@ def _store_rows(graph: ir.Graph, value: ir.Value, weights: Mapping[str, Tensor],
     return sum(tensor.nbytes for tensor in found.values())
 
 
+def _store_levels(graph: ir.Graph, value: ir.Value, weights: Mapping[str, Tensor], kind: str, data: _Data) -> int:
+    """Store a weight as the checkpoint's codes of a table. Return its bytes in memory."""
+    name = value.name or ""
+    found = kept(weights, name, Levels)
+    blocks = tuple(found.largest.shape)
+    codes = data.tensor(name, found.codes.view(*blocks, -1), ir.DataType.UINT8, (*blocks, found.block // 2))
+    largest = data.tensor(name + levels.LARGEST[kind], found.largest.view(*blocks, 1, 1), ir.DataType.FLOAT, (*blocks, 1, 1))
+    levels.read_levels(graph, value, codes, largest, kind)
+    return found.codes.nbytes + found.largest.nbytes
+
+
 def _bytes(integers: Tensor, signed: bool) -> Tensor:
     return integers if signed else integers.contiguous().view(torch.uint8)
-
-
-def _read_integers(
-    graph: ir.Graph,
-    value: ir.Value,
-    tensors: Sequence[ir.TensorProtocol],
-    biases: ir.TensorProtocol | None,
-    order: ir.TensorProtocol | None,
-    mark: dict[str, str] | None = None,
-) -> None:
-    """Make the readers of an initialiser read stored integers, their scales and their zeros through a DequantizeLinear.
-
-    mark: of that node. order: of the inputs; what the readers multiply goes through a Gather. biases: see kept/blocks.py.
-    """
-    name, block = value.name or "", tensors[0].shape.numpy()[0] // tensors[1].shape.numpy()[0]
-    parts = [_value_of(tensor) for tensor in tensors]
-    attributes = {"axis": 0, "block_size": block}
-    widen = ir.node("DequantizeLinear", parts, attributes, name=f"{name}.dequantize", metadata_props=mark)
-    widen.outputs[0].name = f"{name}.float32"
-    graph.insert_before(graph[0], widen)
-    products = [product for node, _ in list(value.uses()) for product in _read_transposed(graph, node, widen.outputs[0])]
-    if order is not None:
-        places = _value_of(order)
-        parts.append(places)
-        for product in products:
-            gather = ir.node("Gather", [product.inputs[0], places], {"axis": -1}, name=f"{product.name}.in_order")
-            gather.outputs[0].name = f"{product.outputs[0].name}.in_order"
-            graph.insert_before(product, gather)
-            product.replace_input_with(0, gather.outputs[0])
-    if biases is not None:
-        parts.append(_value_of(biases))
-        parts += _add_biases(graph, products, parts[-1], tensors[0].shape.numpy()[0])
-    graph.initializers.pop(name)
-    for part in parts:
-        graph.register_initializer(part)
-
-
-def _add_biases(graph: ir.Graph, products: Sequence[ir.Node], biases: ir.Value, inputs: int) -> list[ir.Value]:
-    """Add the biases of groups, times the sums of each group's inputs, to products. Return new initialisers."""
-    assert biases.shape is not None
-    name, count = biases.name or "", biases.shape.numpy()[0]
-    apart, last = (
-        _value_of(ir.tensor(np.array(numbers, np.int64), name=f"{name}.{what}"))
-        for what, numbers in (("shape", [-1, count, inputs // count]), ("axis", [-1]))
-    )
-    for product in products:
-        result = product.outputs[0]
-        readers = list(result.uses())
-        tape = ir.tape.Tape()
-        groups = tape.op("Reshape", [product.inputs[0], apart])
-        sums = tape.op("ReduceSum", [groups, last], {"keepdims": 0})
-        added = tape.op("Reshape", [tape.op("MatMul", [sums, biases]), tape.op("Shape", [result])])
-        total = tape.op("Add", [result, added])
-        for n, node in enumerate(tape.nodes):
-            node.outputs[0].name = f"{result.name}.{name}.{n}"
-        for node, index in readers:
-            node.replace_input_with(index, total)
-        for n, output in enumerate(graph.outputs):
-            if output is result:
-                total.name, result.name = result.name, f"{result.name}.product"
-                total.shape, total.type = result.shape, result.type
-                graph.outputs[n] = total
-        graph.insert_after(product, tape.nodes)
-    return [apart, last]
-
-
-def _value_of(tensor: ir.TensorProtocol) -> ir.Value:
-    return ir.Value(name=tensor.name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape.numpy()), const_value=tensor)
-
-
-def _read_transposed(graph: ir.Graph, node: ir.Node, weight: ir.Value) -> list[ir.Node]:
-    """Connect the reader of a transposed weight [outputs, inputs] to `weight` [inputs, outputs], and drop the transposition.
-
-    Return the products.
-    """
-    if node.op_type == "Transpose":
-        readers = list(node.outputs[0].uses())
-        for reader, index in readers:
-            reader.replace_input_with(index, weight)
-        graph.remove(node, safe=True)
-        return [reader for reader, _ in readers]
-    assert node.op_type == "Gemm", node
-    assert node.attributes.get_int("transB", 0) == 1, node
-    x, _, *bias = node.inputs
-    nodes = [ir.node("MatMul", [x, weight])]
-    if bias:
-        nodes.append(ir.node("Add", [nodes[0].outputs[0], bias[0]]))
-        nodes[0].outputs[0].name = f"{weight.name}.product"
-    ir.convenience.replace_nodes_and_values(graph, node, [node], nodes, node.outputs, nodes[-1].outputs)
-    return nodes[:1]

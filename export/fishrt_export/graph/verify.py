@@ -22,9 +22,11 @@ from fishrt_engines import Array
 from fishrt_engines.engine import GraphSpec
 
 from ..checkpoint.quantised.integers import Integers
+from ..checkpoint.quantised.levels import TABLES, Levels
 from ..checkpoint.weights import Lazy
 from ..errors import ExportError
 from .kept.blocks import Blocks
+from .kept.levels import LARGEST
 from .kept.tables import GROUPS
 from .quantise import relative_error, unpack
 from .recipe import Storage
@@ -131,14 +133,7 @@ class Held(Lazy):
         storage = self._plan.get(name, Storage("fp32"))
         if storage.block is None:
             return stored_float(source, storage.precision).float()
-        integers, scales = self._read(name), self._read(name + SCALES)
-        zeros, biases, order = (
-            self._read(name + end) if name + end in self._initializers else None for end in (ZEROS, BIASES, ORDER)
-        )
-        if name + GROUPS in self._initializers:
-            value = Integers(integers, scales, 8, biases=biases).widened()
-        else:
-            value = Blocks(integers, scales, zeros, biases, order).widened()
+        value = self._stored(name, storage.precision, tuple(source.shape))
         error = self.errors[name] = relative_error(value, source)
         if not error <= WORST:  # also when the error is NaN
             raise ExportError(
@@ -147,21 +142,36 @@ class Held(Lazy):
             )
         return value
 
-    def _read(self, name: str) -> Tensor:
-        """Return an initialiser of integers or float32, unsigned integers as signed ones less half their range.
+    def _stored(self, name: str, precision: str, shape: tuple[int, ...]) -> Tensor:
+        """Return the weight of this shape that the file's integers or codes stand for."""
+        if precision in LARGEST:
+            codes, largest = (self._raw(name + end).view(shape[0], -1) for end in ("", LARGEST[precision]))
+            return Levels(codes, torch.tensor(TABLES[precision]), largest.view(torch.float32), shape[1]).widened()
+        integers, scales = self._read(name), self._read(name + SCALES)
+        zeros, biases, order = (
+            self._read(name + end) if name + end in self._initializers else None for end in (ZEROS, BIASES, ORDER)
+        )
+        if name + GROUPS in self._initializers:
+            return Integers(integers, scales, 8, biases=biases).widened()
+        return Blocks(integers, scales, zeros, biases, order).widened()
 
-        It is not mapped: mapped pages count as this process's memory.
-        """
-        tensor = self._initializers[name].const_value
+    def _read(self, name: str) -> Tensor:
+        """Return an initialiser of integers or float32, unsigned integers as signed ones less half their range."""
+        tensor, stored = self._initializers[name].const_value, self._raw(name)
         assert tensor is not None
         shape, kind = tuple(tensor.shape.numpy()), tensor.dtype
-        if isinstance(tensor, ir.ExternalTensor):
-            raw = np.fromfile(self._path.parent / tensor.location, np.uint8, tensor.length or 0, offset=tensor.offset or 0)
-        else:
-            raw = np.frombuffer(tensor.tobytes(), np.uint8).copy()
-        stored = torch.from_numpy(raw)
         if kind in _FOUR_BITS:
             found = unpack(stored, shape)
             return found ^ SHIFTS[4] if kind == ir.DataType.UINT4 else found
         found = stored.view(_TYPES.get(kind, torch.int8)).view(shape)
         return found ^ SHIFTS[8] if kind == ir.DataType.UINT8 else found
+
+    def _raw(self, name: str) -> Tensor:
+        """Return the bytes of an initialiser. It is not mapped: mapped pages count as this process's memory."""
+        tensor = self._initializers[name].const_value
+        assert tensor is not None
+        if isinstance(tensor, ir.ExternalTensor):
+            raw = np.fromfile(self._path.parent / tensor.location, np.uint8, tensor.length or 0, offset=tensor.offset or 0)
+        else:
+            raw = np.frombuffer(tensor.tobytes(), np.uint8).copy()
+        return torch.from_numpy(raw)

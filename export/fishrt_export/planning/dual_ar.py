@@ -6,18 +6,21 @@ import logging
 from dataclasses import replace
 from pathlib import Path
 
+from torch import nn
+
 from fishrt.bundle.features import LanguageModel
 from fishrt.bundle.folder import Bundle
+from fishrt.bundle.quantisation import LEVELS
 from fishrt.text.tokenizer import Tokenizer
 
 from ..checkpoint.forms.folder import Checkpoint
-from ..checkpoint.forms.recognise import NO_INTEGERS, Form
-from ..checkpoint.quantised.integers import without_orders
+from ..checkpoint.forms.recognise import WIDENED, Form
+from ..checkpoint.quantised.integers import Integers, without_orders
 from ..checkpoint.references import check_references
 from ..checkpoint.weights import raise_if_any
 from ..errors import ExportError
 from ..graph.job import GraphJob
-from ..graph.kept.blocks import packed
+from ..graph.kept.blocks import kept
 from ..graph.quantise import BITS
 from ..options import Options
 from ..sources.codec import CodecSource, open_codec
@@ -68,10 +71,12 @@ def _stored(language_model: LanguageModelSource, form: Form, options: Options) -
     if not form.quantised:
         return language_model
     if options.precision is None:
-        if form.name in NO_INTEGERS:
+        if form.name in WIDENED:
             log.warning(
                 "the weights are no integers (%s): they are stored in float32; --precision int8 takes a quarter", form.title
             )
+        if form.name == "bnb4":
+            log.warning("a CPU multiplies slowly by codes of a table (%s): --precision int8 speaks faster", form.title)
         if options.lora is not None:
             log.warning("the layers that the LoRA changes have no integers any more: they are stored in float32")
         return replace(language_model, weights=without_orders(language_model.weights))
@@ -91,12 +96,23 @@ def _check_targets(jobs: list[GraphJob], options: Options) -> None:
     if "tensorrt" not in options.targets:
         return
     for job in jobs:
+        module = job.build()
         for name, storage in job.plan.items():
-            if storage.kept and (found := packed(job.weights, name)) and found.read().zeros is not None:
-                raise ExportError(
-                    f"TensorRT takes no zero points, which the integers of {job.role}.{name} have",
-                    hint="export for TensorRT with --precision int8",
+            if not storage.kept:
+                continue
+            hint = "export for TensorRT with --precision int8"
+            if storage.precision in LEVELS:
+                lacks = "codes of a table, as the weights"
+            elif isinstance(module.get_submodule(name.removesuffix(".weight")), nn.Embedding):
+                lacks, hint = (
+                    "lookups in integers, as those",
+                    f"{hint}, or keep the integers of layers with --keep '*embeddings=fp32'",
                 )
+            elif kept(job.weights, name, Integers).zeros is not None:
+                lacks = "zero points, as the integers"
+            else:
+                continue
+            raise ExportError(f"TensorRT takes no {lacks} of {job.role}.{name} have", hint=hint)
 
 
 def _describe(language_model: LanguageModelSource, codec: CodecSource, options: Options) -> LanguageModel:

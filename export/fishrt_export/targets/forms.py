@@ -17,13 +17,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from fishrt.bundle.manifest import Form
-from fishrt.bundle.quantisation import ROWS
+from fishrt.bundle.quantisation import LEVELS, ROWS
 from fishrt_engines.engine import GraphSpec, TensorSpec
 
 from ..graph.report import exact_file
 from .attention import fast_operators
 from .codec.decoder import by_rows, is_wide
 from .edit import load, save
+from .levels import multiply_levels
 from .precision import compute_in, keep_layout, share_weights
 from .rows import multiply_rows
 
@@ -64,8 +65,9 @@ def _cpu(folder: Path, portable: GraphSpec, hop: int | None) -> list[Form]:
     convolutions = by_rows(model, hop).ways if hop and is_wide(model) else {}
     rounds = any(node.op_type == "DequantizeLinear" for node in model.graph)
     in_rows = any(ROWS in node.metadata_props for node in model.graph)
+    in_levels = multiply_levels(model)
     spec = replace(portable, columns=fast_operators(model), rounds_activations=rounds)
-    if spec.columns is not None or convolutions or in_rows:
+    if spec.columns is not None or convolutions or in_rows or in_levels:
         spec = replace(spec, file=_named(portable, "cpu"))
         if in_rows:
             save(model, folder / exact_file(spec))
@@ -76,7 +78,8 @@ def _cpu(folder: Path, portable: GraphSpec, hop: int | None) -> list[Form]:
 
 def _cuda(folder: Path, portable: GraphSpec) -> list[Form]:
     """Return forms of a model's graph, the fastest first."""
-    quantised = any(node.op_type == "DequantizeLinear" for node in load(folder / portable.file).graph)
+    nodes = list(load(folder / portable.file).graph)
+    quantised = any(node.op_type == "DequantizeLinear" or not node.metadata_props.keys().isdisjoint(LEVELS) for node in nodes)
     forms = []
     for dtype in ("float16",) if quantised else ("bfloat16", "float16"):
         if (spec := device_form(folder, portable, dtype)) is None:
@@ -94,6 +97,7 @@ def device_form(folder: Path, portable: GraphSpec, dtype: str) -> GraphSpec | No
     columns = fast_operators(model, cuda=True)
     if columns is None and portable.states:
         return None
+    multiply_levels(model)
     share_weights(model)
     keep_layout(model)
     spec = replace(_in(portable, dtype), file=_named(portable, dtype), columns=columns)

@@ -30,6 +30,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from fishrt.bundle.quantisation import OFFSETS
+
 from ..errors import ExportError
 from .edit import MICROSOFT, infer, initializer, is_constant, numbers, producer, tidy
 
@@ -95,9 +97,9 @@ class _Lowering:
         if node.op_type == "Transpose" and is_constant(node.inputs[0]):
             return all(reader.op_type in _ALWAYS for reader in node.outputs[0].consumers())
         if node.op_type == "Add":
-            # A bias has the type of its product; a residual sum stays in float32 with float16.
+            # A bias and offsets have the type of their product; a residual sum stays in float32 with float16.
             activations = [value for value in floats if not is_constant(value)]
-            if self._low == ir.DataType.FLOAT16 and len(activations) > 1:
+            if self._low == ir.DataType.FLOAT16 and len(activations) > 1 and OFFSETS not in node.metadata_props:
                 return False
             return any(value.dtype == self._low for value in activations)
         return node.op_type in _FOLLOW and any(value.dtype == self._low for value in floats)

@@ -19,7 +19,7 @@ from fishrt_engines.providers import PROVIDERS
 from ..errors import BundleError
 from .diffusion import Diffusion
 from .features import Codec, LanguageModel
-from .quantisation import ROWS, Quantisation, UtteranceError
+from .quantisation import LEVELS, ROWS, Quantisation, UtteranceError
 from .strict import AGAIN, parse_dataclass
 
 AnyModel = LanguageModel | Diffusion
@@ -172,7 +172,7 @@ class Graph:
     spec: GraphSpec
     """The portable graph."""
     precision: str
-    """Format of most of its weights, one of PRECISIONS."""
+    """Format of most of its weights, one of PRECISIONS or of quantisation.LEVELS."""
     memory: int
     """Bytes of its weights after ONNX Runtime has loaded it for a CPU."""
     parity: Parity | None = None
@@ -299,8 +299,8 @@ class Manifest:
             ),
             *(
                 (
-                    graph.precision in PRECISIONS,
-                    f"the precision of {role} is {graph.precision!r}; it must be one of {', '.join(PRECISIONS)}",
+                    graph.precision in (*PRECISIONS, *LEVELS),
+                    f"the precision of {role} is {graph.precision!r}; it must be one of {', '.join((*PRECISIONS, *LEVELS))}",
                 )
                 for role, graph in self.graphs.items()
             ),

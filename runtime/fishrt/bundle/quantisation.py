@@ -8,6 +8,10 @@ from dataclasses import dataclass
 ROWS = "int8-rows"
 """The precision of weights in 8 bits that a CPU multiplies by activations rounded by rows. The DequantizeLinear of such weights
 has a mark of this name."""
+OFFSETS = "offsets"
+"""The mark of the Add behind a product with integers that have an offset for each group of inputs."""
+LEVELS = ("nf4", "fp4")
+"""Precisions that only checkpoints come in, and that a bundle keeps: weights of four bits that name numbers of a table."""
 USUAL = {"int8": 0.02, ROWS: 0.03, "int4": 0.13}
 """Largest usual error by precision: normally distributed weights have 0.6 %, 1.1 % and 12 %."""
 _LISTED = 3
@@ -20,7 +24,7 @@ class LayerReport:
     name: str
     """Role of the graph, a dot, and the layer's name in the graph."""
     precision: str
-    """One of manifest.PRECISIONS."""
+    """One of manifest.PRECISIONS or of LEVELS."""
     block: int | None
     """Number of inputs that share a scale; None for a layer that was not quantised."""
     error: float

@@ -18,7 +18,7 @@ from .gguf import Gguf, GgufArray, GgufTensor, read_gguf
 
 _CODEC = ("c.", "codec_weights/")
 _LANGUAGE_MODEL = "model_weights/"
-_SIZES = {
+SIZES = {
     "dim": "fish-speech.embedding_length",
     "n_layer": "fish-speech.block_count",
     "n_head": "fish-speech.attention.head_count",
@@ -65,7 +65,7 @@ def read_config(path: Path) -> Mapping[str, Any]:
             raise ExportError(f"{path} holds a config.json that is no JSON object", hint=DAMAGED)
         return found
     file, tensors = _read(path), language_model_tensors(path)
-    config: dict[str, Any] = {name: file.values[key] for name, key in _SIZES.items() if key in file.values}
+    config: dict[str, Any] = {name: file.values[key] for name, key in SIZES.items() if key in file.values}
     if "norm_eps" in config:  # it is stored in float32
         config["norm_eps"] = float(f"{config['norm_eps']:.7g}")
     heads = config.get("n_head", 0) + 2 * config.get("n_local_heads", 0)

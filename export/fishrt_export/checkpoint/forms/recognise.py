@@ -17,8 +17,8 @@ from .table import Table, count_types
 
 SCALES_OF_FP8 = (".weight.scale", ".weight_scale", ".scale_weight")
 """What FP8 files put in the place of `.weight` for a layer's scale."""
-NO_INTEGERS = ("fp8", "bnb4")
-"""Names of quantised forms whose values are not integers times a scale."""
+WIDENED = ("fp8",)
+"""Names of quantised forms of which a bundle keeps no weights as they are."""
 QUANT_STATE = ".weight.quant_state.bitsandbytes__"
 _ORIGINAL = "export the bfloat16 checkpoint that it was made from, or take its form in GPTQ, FP8, NF4, MLX or GGUF"
 _LAYOUTS = ("gptq", "gptq_v2")
@@ -117,6 +117,7 @@ def _gguf(facts: _Facts) -> Form | None:
 
 
 _KEEPS = "the integers stay as they are"
+_KEEPS_CODES = "the codes of 4 bits stay as they are; --precision int8 speaks faster on a CPU"
 _WIDENS = "the weights become float32, for they are no integers: take --precision int8"
 
 
@@ -174,7 +175,7 @@ def _bitsandbytes(facts: _Facts) -> Form | None:
         first = found[0][0]
         count, blocks = facts.shape(f"{first}.weight"), facts.shape(f"{first}.weight.absmax")
         group = f"blocks of {2 * count[0] // blocks[0]}" if count and blocks and blocks[0] else ""
-        return Form("bnb4", f"bitsandbytes {'/'.join(kinds)}{nested}", 4, group, "bitsandbytes", len(found), _WIDENS)
+        return Form("bnb4", f"bitsandbytes {'/'.join(kinds)}{nested}", 4, group, "bitsandbytes", len(found), _KEEPS_CODES)
     if layers := facts.stems(".SCB"):
         return Form("bnb8", "bitsandbytes LLM.int8", 8, "rows", "bitsandbytes", len(layers), _KEEPS)
     return None

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..weights import Lazy, Maker, makers, one_thread
+from .levels import Levels
 
 _PIECE = 1 << 20
 """Numbers that are widened at a time."""
@@ -86,31 +87,30 @@ class Integers:
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """A weight of integers, which makes its tensor when it is called: a Maker with one more method."""
+    """A weight of a few bits, which makes its tensor when it is called: a Maker with one more method."""
 
-    read: Callable[[], Integers]
-    """Reads the integers."""
-    widen: Callable[[Integers], Tensor] = Integers.widened
+    read: Callable[[], Integers | Levels]
+    """Reads the weight as it is stored."""
+    widen: Callable[[], Tensor] | None = None
+    """Makes the tensor, if what is read would be rounded otherwise."""
 
     def __call__(self) -> Tensor:
-        return self.widen(self.read())
+        return self.read().widened() if self.widen is None else self.widen()
 
 
 def rows_of(make: Maker, index: Tensor) -> Maker:
     """Return the maker of some rows of a matrix."""
     if not isinstance(make, Packed):
         return lambda: make()[index]
-    packed = make
-    if packed.widen is Integers.widened:
-        return Packed(lambda: packed.read().rows(index))
-    return Packed(lambda: packed.read().rows(index), lambda _: packed()[index])
+    read, widen = make.read, make.widen
+    return Packed(lambda: read().rows(index), None if widen is None else lambda: widen()[index])
 
 
 def joined(parts: Sequence[Maker]) -> Maker:
     """Return the maker of the rows of all parts: of integers, if all have the same kind of them."""
 
     def join() -> Integers:
-        found = [part.read() for part in parts if isinstance(part, Packed)]
+        found = [made for part in parts if isinstance(part, Packed) and isinstance(made := part.read(), Integers)]
         values, scales = torch.cat([part.values for part in found]), torch.cat([part.scales for part in found])
         return replace(found[0], values=values, scales=scales)
 
@@ -118,12 +118,12 @@ def joined(parts: Sequence[Maker]) -> Maker:
         return torch.cat([make() for make in parts])
 
     kinds = {_simple_kind(part.read()) if isinstance(part, Packed) else None for part in parts}
-    return Packed(join, lambda _: whole()) if len(kinds) == 1 and None not in kinds else whole
+    return Packed(join, whole) if len(kinds) == 1 and None not in kinds else whole
 
 
-def _simple_kind(found: Integers) -> tuple[int, int, int] | None:
-    """Return bits, offset and number of groups of integers with scales alone; None if they have more."""
-    if found.zeros is not None or found.biases is not None or found.groups is not None:
+def _simple_kind(found: Integers | Levels) -> tuple[int, int, int] | None:
+    """Return bits, offset and number of groups of integers with scales alone; None for others."""
+    if isinstance(found, Levels) or found.zeros is not None or found.biases is not None or found.groups is not None:
         return None
     return found.bits, found.offset, found.scales.shape[1]
 
@@ -137,7 +137,7 @@ def without_orders(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     for name, make in list(found.items()):
         if not name.endswith("feed_forward.w2.weight") or not isinstance(make, Packed):
             continue
-        order = make.read().order()
+        order = _order(make.read())
         if order is None:
             continue
         found[name] = Packed(partial(_ordered, make, order))
@@ -147,8 +147,14 @@ def without_orders(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     return Lazy(found)
 
 
+def _order(found: Integers | Levels) -> Tensor | None:
+    return found.order() if isinstance(found, Integers) else None
+
+
 def _ordered(make: Packed, order: Tensor) -> Integers:
-    return make.read().ordered(order)
+    found = make.read()
+    assert isinstance(found, Integers)
+    return found.ordered(order)
 
 
 def unpack(words: Tensor, bits: int) -> Tensor:

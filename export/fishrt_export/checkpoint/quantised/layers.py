@@ -9,15 +9,17 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from math import gcd, prod
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...errors import ExportError
 from ..content import DAMAGED
 from ..forms.recognise import QUANT_STATE, SCALES_OF_FP8
 from ..weights import Maker, one_thread
 from .integers import Integers, Packed, unpack
+from .levels import BLOCKS, Levels
 
 _TILE = 16
 """Inputs of one tile of the original int4."""
@@ -140,28 +142,29 @@ def widen_fp8(layer: Layer) -> Tensor:
     return weight.mul_(scale.reshape(-1, 1))
 
 
-def widen_bnb4(layer: Layer) -> Tensor:
-    """Return an NF4 or FP4 weight: the table's numbers times the largest of each block."""
+def bnb4(layer: Layer) -> Levels:
+    """Return the codes of NF4 or FP4. Blocks run over the flattened weight: rows get smaller ones that divide them."""
     end = next(end for end in layer.parts if end.startswith(QUANT_STATE))
     state = _quant_state(layer, end)
     packed, table = layer.tensor(".weight").flatten().view(torch.uint8), layer.tensor(".weight.quant_map").float()
     largest = layer.tensor(".weight.absmax")
     shape, block = state.get("shape"), state.get("blocksize")
-    sizes = shape if isinstance(shape, list) and all(type(n) is int and n > 0 for n in shape) else []
-    count = torch.Size(sizes).numel() if sizes else 0
-    if packed.numel() != -(-count // 2) or type(block) is not int or block < 1 or len(table) != 16:
+    sizes: list[int] = [n for n in shape if type(n) is int and n > 0] if isinstance(shape, list) and len(shape) == 2 else []
+    count = prod(sizes) if len(sizes) == 2 else 0
+    if not count or len(packed) != -(-count // 2) or type(block) is not int or block < 1 or table.shape != (16,):
         raise layer.error(weight=packed, quant_map=table)
     if ".weight.nested_absmax" in layer.parts:
         largest = _nested(layer, largest, state)
     if largest.dtype == torch.uint8 or largest.numel() != -(-count // block):
         raise layer.error(weight=packed, absmax=largest)
-    halves = torch.stack((packed >> 4, packed & 15), dim=1).flatten()[:count]
-    weight = table[halves.int()]
-    whole = count // block * block
-    largest = largest.float().flatten()
-    weight[:whole].view(-1, block).mul_(largest[: count // block].unsqueeze(1))
-    weight[whole:].mul_(largest[-1])
-    return weight.view(sizes)
+    (outputs, inputs), block = sizes, min(block, count)
+    if inputs % 2:  # a row that begins within a byte
+        halves = torch.stack((packed >> 4, packed & 15), dim=1).flatten()[:count].view(outputs, inputs)
+        halves = nn.functional.pad(halves, (0, 1))
+        packed = halves[:, 0::2] << 4 | halves[:, 1::2]
+    of_rows = gcd(block, inputs, BLOCKS[-1])
+    largest = largest.float().flatten().repeat_interleave(block // of_rows)[: count // of_rows]
+    return Levels(packed.view(outputs, -1), table, largest.view(outputs, -1), inputs)
 
 
 def _nested(layer: Layer, largest: Tensor, state: Mapping[str, object]) -> Tensor:
@@ -197,8 +200,8 @@ def makers_of(form: str, layer: Layer) -> Maker:
         "mlx": lambda: Packed(partial(mlx, layer)),
         "tiles": lambda: Packed(partial(tiles, layer)),
         "int8": lambda: Packed(partial(int8, layer, ".scales")),
-        "bnb8": lambda: Packed(partial(int8, layer, ".SCB"), lambda _: widen_llm_int8(layer)),
-        "bnb4": lambda: partial(widen_bnb4, layer),
+        "bnb8": lambda: Packed(partial(int8, layer, ".SCB"), partial(widen_llm_int8, layer)),
+        "bnb4": lambda: Packed(partial(bnb4, layer)),
         "fp8": lambda: partial(widen_fp8, layer),
     }
     return readers[form]()

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +19,8 @@ from torch import Tensor
 from ...checkpoint.quantised.integers import Integers, Packed
 from ...checkpoint.weights import makers
 from ..quantise import block_size, dequantise
+
+K = TypeVar("K")
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +82,14 @@ def packed(weights: Mapping[str, Tensor], name: str) -> Packed | None:
     """Return the integers of a weight, not read yet, or None if the checkpoint has none."""
     make = makers(weights).get(name)
     return make if isinstance(make, Packed) else None
+
+
+def kept(weights: Mapping[str, Tensor], name: str, kind: type[K]) -> K:
+    """Return the integers or codes of a weight that is stored as the checkpoint has it."""
+    made = packed(weights, name)
+    found = None if made is None else made.read()
+    assert isinstance(found, kind)
+    return found
 
 
 def stored_bits(found: Integers) -> int:

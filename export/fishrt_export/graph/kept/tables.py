@@ -25,6 +25,11 @@ def table_parts(found: Integers) -> tuple[Tensor, Tensor, Tensor | None] | None:
     return found.values, found.scales, found.shift()
 
 
+def value_of(tensor: ir.TensorProtocol) -> ir.Value:
+    """Return the value of a tensor, to be an initialiser."""
+    return ir.Value(name=tensor.name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape.numpy()), const_value=tensor)
+
+
 def only_looked_up(value: ir.Value) -> bool:
     """Return whether all readers of an initialiser look up its rows."""
     return all(node.op_type == "Gather" and index == 0 and not node.attributes.get_int("axis", 0) for node, index in value.uses())
@@ -35,14 +40,10 @@ def read_rows(graph: ir.Graph, value: ir.Value, tensors: Mapping[str, ir.TensorP
 
     tensors: "integers", "scales", and "biases" if there are any.
     """
-    parts = {
-        what: ir.Value(name=t.name, type=ir.TensorType(t.dtype), shape=ir.Shape(t.shape.numpy()), const_value=t)
-        for what, t in tensors.items()
-    }
+    parts = {what: value_of(tensor) for what, tensor in tensors.items()}
     width, groups = tensors["integers"].shape.numpy()[1], tensors["scales"].shape.numpy()[1]
     group_of = np.arange(width, dtype=np.int64) // (width // groups)
-    numbers = ir.tensor(group_of, name=f"{value.name}{GROUPS}")
-    spread = ir.Value(name=numbers.name, type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([width]), const_value=numbers)
+    spread = value_of(ir.tensor(group_of, name=f"{value.name}{GROUPS}"))
     for lookup, _ in list(value.uses()):
         ids, found, tape = lookup.inputs[1], lookup.outputs[0], ir.tape.Tape()
         rows = tape.op("Cast", [tape.op("Gather", [parts["integers"], ids])], {"to": ir.DataType.FLOAT})
