@@ -27,7 +27,7 @@ SECONDS_PER_BYTE = 0.065
 
 
 @click.command()
-@click.argument("what", type=click.Choice(["ours", "fp32", "bf16", "texts"]))
+@click.argument("what", type=click.Choice(["ours", "frames", "fp32", "bf16", "texts"]))
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.option("--frames", default=32)
@@ -38,11 +38,13 @@ def main(what: str, bundle: Path, checkpoint: Path, frames: int, threads: int | 
     """Print one measurement.
 
     ours, fp32, bf16: the language model's frames, prefill and contexts, and the codec's decoding, by fishrt or by torch.
-    texts: RTF of whole requests of several lengths, by fishrt.
+    frames: the language model's frames by fishrt, and nothing else. texts: RTF of whole requests of several lengths, by fishrt.
     """
     loaded = Bundle.load(bundle)
     if what == "texts":
         found = _measure_texts(loaded, [int(n) for n in sentences.split(",")], threads)
+    elif what == "frames":
+        found = measure_frames(loaded, open_timed(loaded, provider="cpu", threads=threads)[1], TEXT, frames)
     elif what == "ours":
         tts, engines = open_timed(loaded, provider="cpu", threads=threads)
         found = _measure(loaded, engines, tts.decode, frames, codec=codec)

@@ -114,7 +114,7 @@ def _write_shards(out: Path, weights: LanguageModelWeights, shapes: Mapping[str,
     for number, names in enumerate(shards, 1):
         path = out / f"model-{number:05}-of-{len(shards):05}.safetensors"
         progress(path.name)
-        flat = {_nested(name): name for name in names}
+        flat = {nested_name(name): name for name in names}
         places |= dict.fromkeys(flat, path.name)
         own = {nested: shapes[name] for nested, name in flat.items()}
         write_bfloat16(path, own, lambda nested, flat=flat: weights.pieces(flat[nested], shapes[flat[nested]]))
@@ -122,7 +122,7 @@ def _write_shards(out: Path, weights: LanguageModelWeights, shapes: Mapping[str,
     (out / INDEX).write_text(json.dumps(index, indent=1))
 
 
-def _nested(name: str) -> str:
+def nested_name(name: str) -> str:
     """Return the name of a tensor in S2's files."""
     if name.startswith("fast_"):
         return "audio_decoder." + name.removeprefix("fast_")
