@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -14,8 +15,11 @@ import soundfile
 
 import fake_render
 from fake_render import FakeVoice, files, lines, rendered, rows_of
+from fishrt.bulk.render import RenderJob
 from fishrt.errors import ArgumentError, GraphError, OutputError
 from fishrt.jobs.folder import Commit, Folder, Shard
+from fishrt.jobs.threads import outcome
+from fishrt.request import Request
 
 
 def state(out: Path) -> dict[str, tuple[int, int]]:
@@ -277,3 +281,14 @@ def test_a_thousand_killed_runs_make_every_row_once(tmp_path):
 def test_a_manifest_is_read_whatever_its_lines_hold(tmp_path):
     (tmp_path / "manifest.jsonl").write_text("\n".join(["null", "[]", '{"id": 3}', '{"id": "r0"}', json.dumps({"id": "x"})]))
     assert rendered(rows_of(1), tmp_path).made == 1
+
+
+def test_rows_and_commits_can_be_sent_to_another_process(tmp_path):
+    settings = {"base": tmp_path, "defaults": Request(""), "format": "wav", "batch": 1}
+    job = RenderJob(fake_render.fake_tts(), b'{"text": "One."}', "jsonl", tmp_path, **settings)
+    (row,) = job.rows({})
+    with Folder.locked(tmp_path, Shard(1, 2)) as folder:
+        sent, commit = pickle.loads(pickle.dumps((row, folder.commit(job.digest_of))))
+        made = outcome(FakeVoice(), sent, commit)
+    assert (sent, made.row.target) == (row, row.target)
+    assert job.digest_of(tmp_path / row.target) == row.digest
