@@ -91,11 +91,13 @@ class Made:
         recipes: Mapping[str, Sequence[str]],
         *,
         tiny: bool,
+        size: Sequence[object] = (),
         run: Callable[..., str] = python,
     ) -> None:
-        """recipes: options of `fishrt export` by name. run: see `python`."""
+        """recipes: options of `fishrt export` by name. size: more options of `python -m full_size`. run: see `python`."""
         self.family, self.checkpoint = family, checkpoints / family
-        self._bundles, self._recipes, self._tiny, self._run = bundles, recipes, tiny, run
+        self._bundles, self._recipes, self._run = bundles, recipes, run
+        self._size = [*(["--tiny"] if tiny else []), *size]
 
     def bundle(self, recipe: str) -> Path:
         return self._bundles / f"{self.family}-{recipe}"
@@ -105,7 +107,7 @@ class Made:
         if self.checkpoint.is_dir():
             return {"made": "before"}
         begun, aside = time.perf_counter(), self.checkpoint.with_name(f"{self.checkpoint.name}.partial")
-        self._run("-m", "full_size", self.family, aside, *(["--tiny"] if self._tiny else []))
+        self._run("-m", "full_size", self.family, aside, *self._size)
         aside.rename(self.checkpoint)
         return {"seconds": round(time.perf_counter() - begun, 1)}
 

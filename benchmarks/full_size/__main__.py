@@ -19,9 +19,12 @@ from .echo import ECHO
 @click.argument("out", type=click.Path(path_type=Path, file_okay=False))
 @click.option("--seed", default=0, help="The same seed gives the same files.")
 @click.option("--tiny", is_flag=True, help="The same layout in a few MB.")
-def main(family: str, out: Path, seed: int, tiny: bool) -> None:
+@click.option("--layers", type=click.IntRange(min=1), help="Layers of S2-Pro's slow AR in place of 36; the codec is small.")
+def main(family: str, out: Path, seed: int, tiny: bool, layers: int | None) -> None:
     """Write a checkpoint of FAMILY into the folder OUT."""
-    write_checkpoint(family, out, seed=seed, tiny=tiny, progress=lambda part: click.echo(f"writing {part}", err=True))
+    write_checkpoint(
+        family, out, seed=seed, tiny=tiny, layers=layers, progress=lambda part: click.echo(f"writing {part}", err=True)
+    )
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     click.echo(f"{size / 1e9:.2f} GB in {out}", err=True)
 

@@ -33,11 +33,18 @@ Progress = Callable[[str], None]
 
 
 def write_checkpoint(
-    family: str, out: str | Path, *, seed: int = 0, tiny: bool = False, progress: Progress = lambda _: None
+    family: str,
+    out: str | Path,
+    *,
+    seed: int = 0,
+    tiny: bool = False,
+    layers: int | None = None,
+    progress: Progress = lambda _: None,
 ) -> Path:
     """Write a checkpoint of `family` (a key of FAMILIES, or ECHO) into the new or existing folder `out`, and return the folder.
 
     The same seed gives the same files. tiny: the same layout with small widths, few layers and few text tokens, of a few MB.
+    layers: of S2-Pro's slow AR in place of 36, with official widths and vocabulary; the codec is small.
     The sharded family needs little memory, the others twice the size of their largest file.
     Raises ValueError for an unknown family.
     """
@@ -53,6 +60,8 @@ def write_checkpoint(
     raw = overlaid(release.config, release.tiny) if tiny else overlaid(release.config, {})
     if tiny:
         _fit_vocabulary(raw, ids + _SPARE, semantic)
+    if layers is not None:
+        raw["text_config"]["n_layer"] = layers
     (out / CONFIG).write_text(json.dumps(raw, indent=1))
     config = read_config(raw, known)
     weights = LanguageModelWeights(config, semantic, end, seed)
@@ -63,7 +72,7 @@ def write_checkpoint(
         progress(PICKLE)
         torch.save({name: weights.tensor(name, shape) for name, shape in shapes.items()}, out / PICKLE)
     progress(release.codec)
-    _write_codec(out, release, known, seed, tiny=tiny)
+    _write_codec(out, release, known, seed, tiny=tiny or layers is not None)
     return out
 
 
