@@ -4,11 +4,13 @@
 # make thorough                       runs the tests that `make test` leaves out: other sizes, deep models, memory of a server, the GPU benchmark
 # make quick                          runs the tests that are not marked "slow": none traces or exports; under a minute
 # make clients                        installs more clients of the server (1 GB) and Playwright, and tests it with them and a browser
+# make ray                            installs Ray in an environment of its own (500 MB), and tests what runs on it
 # make lint                           checks style and types
 # make smoke                          runs the benchmark once on a tiny checkpoint, to see that it works
 # make docs                           builds the documentation into site/
 VENV   := .venv
 CLIENTS := .venv-clients
+RAY    := .venv-ray
 PYTHON ?= python3
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
@@ -23,7 +25,7 @@ export FISHRT_OUT = $(value OUT)
 export FISHRT_VOICE = $(value VOICE)
 export FISHRT_SEED = $(value SEED)
 
-.PHONY: speak serve test thorough quick clients venv lint smoke docs clean
+.PHONY: speak serve test thorough quick clients ray venv lint smoke docs clean
 
 speak: $(VENV)/runtime
 	@$(BIN)/fishrt speak --voice "$$FISHRT_VOICE" --seed "$$FISHRT_SEED" --output "$$FISHRT_OUT" -- "$$FISHRT_TEXT"
@@ -39,17 +41,20 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --numprocesses 2 --dis
 SERVED := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 test: venv $(CLIENTS)/small
-	$(PYTEST) -m "not thorough and not clients and not browser"
+	$(PYTEST) -m "not thorough and not clients and not browser and not ray"
 	$(SERVED) tests/clients -m "not large"
 
 thorough: venv
 	$(PYTEST) -m thorough
 
 quick: venv
-	$(PYTEST) -m "not slow and not thorough and not clients and not browser"
+	$(PYTEST) -m "not slow and not thorough and not clients and not browser and not ray"
 
 clients: venv $(VENV)/browser $(CLIENTS)/large
 	$(SERVED) tests/clients tests/server/test_page_browser.py
+
+ray: $(RAY)/made
+	$(RAY)/bin/python -m pytest tests/scale
 
 lint: venv
 	$(BIN)/ruff check .
@@ -109,5 +114,11 @@ $(CLIENTS)/large: $(CLIENTS)/small tests/clients/requirements.txt tests/clients/
 	@! command -v npm >/dev/null || npm ci --prefix tests/clients --no-audit --no-fund --loglevel error
 	@touch $@
 
+$(RAY)/made: pyproject.toml constraints.txt | $(VENV)/made
+	@echo "Installing Ray (about 500 MB) …"
+	@$(PYTHON) -m venv --clear $(RAY)
+	@$(RAY)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[cpu,ray]" pytest
+	@touch $@
+
 clean:
-	rm -rf $(VENV) $(CLIENTS) tests/clients/node_modules site
+	rm -rf $(VENV) $(CLIENTS) $(RAY) tests/clients/node_modules site

@@ -36,6 +36,8 @@ EXCEPTIONS = {("fishrt", "cli", "fishrt_export")}
 """The export command imports the exporter inside a function, so that only exports need torch."""
 SERVING = {"fastapi", "starlette", "uvicorn", "pydantic", "pydantic_core"}
 """Modules that only the folder `server` imports."""
+OWNED = {"server": SERVING, "scale": {"ray"}}
+"""Modules that only one folder of the runtime imports."""
 HEAVY = {"torch", "onnx", "onnxruntime", "onnxscript", "safetensors"}
 
 
@@ -87,9 +89,10 @@ def test_a_file_imports_only_from_its_own_and_lower_layers(package: str, path: P
 
 
 @pytest.mark.parametrize(("package", "path"), files(), ids=lambda value: value.name if isinstance(value, Path) else value)
-def test_only_the_server_imports_the_libraries_of_servers(package: str, path: Path) -> None:
+def test_only_its_own_folder_imports_a_large_library(package: str, path: Path) -> None:
     part = path.relative_to(package_folder(package)).parts[0]
-    assert (package, part) == ("fishrt", "server") or not set(imports(parsed(path))) & SERVING
+    for owner, modules in OWNED.items():
+        assert (package, part) == ("fishrt", owner) or not set(imports(parsed(path))) & modules
 
 
 @pytest.mark.parametrize(
@@ -263,7 +266,7 @@ ROOMS = {
         {"speaking"},
         {"kinds"},
         {"tts"},
-        {"bench", "bulk", "server"},
+        {"bench", "bulk", "scale", "server"},
         {"cli"},
     ),
     "fishrt_export": (

@@ -22,7 +22,7 @@ import numpy as np
 from fishrt.audio.encode import encode_audio
 from fishrt.bulk.render import RenderJob, Speakable
 from fishrt.errors import FishrtError
-from fishrt.jobs.engine import Report, run
+from fishrt.jobs.engine import Report, Work, run
 from fishrt.jobs.folder import Made
 from fishrt.jobs.threads import in_threads
 from fishrt.request import Request
@@ -74,13 +74,19 @@ def fake_tts() -> Any:
 
 
 def rendered(
-    rows: bytes | Iterable[Mapping[str, Any]], out: Path, worker: FakeVoice | None = None, *, job: Any = None, **options: Any
+    rows: bytes | Iterable[Mapping[str, Any]],
+    out: Path,
+    worker: FakeVoice | None = None,
+    *,
+    job: Any = None,
+    work: Work | None = None,
+    **options: Any,
 ) -> Report:
-    """Run a job of rows with the fake voice. job: further arguments of `RenderJob`."""
+    """Run a job of rows with the fake voice. job: further arguments of `RenderJob`. work: in place of threads."""
     data = rows if isinstance(rows, bytes) else b"".join(json.dumps(row).encode() + b"\n" for row in rows)
     settings = {"kind": "jsonl", "base": Path(), "defaults": Request(""), "format": "wav", "batch": 1, **(job or {})}
     made = RenderJob(fake_tts(), data, settings.pop("kind"), out, **settings)
-    return run(made, out, in_threads(worker or FakeVoice()), **options)
+    return run(made, out, work or in_threads(worker or FakeVoice()), **options)
 
 
 def rows_of(count: int, text: str = "Line") -> list[dict[str, Any]]:

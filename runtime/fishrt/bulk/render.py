@@ -18,7 +18,7 @@ from ..bundle.features import LanguageModel
 from ..bundle.manifest import Manifest
 from ..bundle.quantisation import ROWS
 from ..errors import FishrtError, PromptError, VoiceError
-from ..jobs.engine import BadRow, Known, Report, Row, Stop, Told, message, run
+from ..jobs.engine import BadRow, Known, Report, Row, Stop, Told, Work, message, run
 from ..jobs.folder import Made, Shard
 from ..jobs.threads import in_threads
 from ..language_model.prompt import DIALECTS
@@ -235,6 +235,7 @@ def render(
     batch: int | None = None,
     shard: Shard | None = None,
     limit: int | None = None,
+    spread: Callable[[int], Work] | None = None,
     tell: Told = lambda report, outcome: None,
     stop: Stop = lambda: False,
 ) -> Report:
@@ -242,7 +243,7 @@ def render(
 
     rows: dicts with the fields of `rows.Line`, or an input of this `kind` as bytes. base: the folder of relative references.
     defaults: options of rows that do not say otherwise; its text is not used. batch: rows spoken together; None means
-    USUAL_BATCH where that changes no row, else 1.
+    USUAL_BATCH where that changes no row, else 1. spread: batch → what speaks rows in other processes; None: `tts` speaks them.
     Raises as `jobs.engine.run`.
     """
     data = rows if isinstance(rows, bytes) else b"".join(canonical(row) + b"\n" for row in rows)
@@ -250,7 +251,8 @@ def render(
     batch = batch or (USUAL_BATCH if same else 1)
     usual, digested = defaults or Request(""), 1 if same else batch
     job = RenderJob(tts, data, kind, Path(out), base=Path(base), defaults=usual, format=format, batch=digested)
-    return run(job, Path(out), in_threads(Speaker(tts, batch)), shard=shard, limit=limit, tell=tell, stop=stop)
+    work = spread(batch) if spread else in_threads(Speaker(tts, batch))
+    return run(job, Path(out), work, shard=shard, limit=limit, tell=tell, stop=stop)
 
 
 def digest_of(path: Path) -> str | None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -15,6 +18,14 @@ from .base.denoising import SpeakingCommand, denoising_options
 from .base.jobs import carry_out
 from .base.options import EngineOptions, Whole, engine_options, output_options, voice_dir_option
 from .base.requests import max_frames_option, sampling_options, speed_option, system_option, voices_option
+
+if TYPE_CHECKING:
+    from ..bulk.render import Speaker
+    from ..jobs.engine import Work
+    from ..tts import TTS
+
+_HERE = "here"
+"""Value of --ray without an address."""
 
 
 def _shard(_ctx: click.Context, _param: click.Parameter, text: str | None) -> Shard | None:
@@ -58,6 +69,15 @@ def _shard(_ctx: click.Context, _param: click.Parameter, text: str | None) -> Sh
     "--shard", callback=_shard, metavar="I/N", help="Only the I-th of N parts of the rows, beside other runs in the same OUT."
 )
 @click.option("--limit", type=Whole(min=1), metavar="N", help="Speak at most N rows now, and leave the others for later.")
+@click.option(
+    "--ray",
+    is_flag=False,
+    flag_value=_HERE,
+    metavar="[ADDRESS]",
+    help="Speak rows in processes of Ray: of the cluster at ADDRESS, or of one that is started for the run. Needs: pip "
+    'install "fishrt[ray]".',
+)
+@click.option("--workers", type=Whole(min=1), metavar="N", help="Processes of --ray.  [default: 1]")
 @denoising_options
 @engine_options
 @output_options
@@ -71,6 +91,8 @@ def render(
     batch: int | None,
     shard: Shard | None,
     limit: int | None,
+    ray: str | None,
+    workers: int | None,
     engine: EngineOptions,
     **usual: Any,
 ) -> None:
@@ -85,6 +107,8 @@ def render(
     from ..request import Request
     from ..speaking.stream import without_warnings
 
+    if workers and not ray:
+        raise ArgumentError("--workers is for --ray", hint="add --ray, or speak with --batch in this process")
     check_folder(out)
     data = _read(job)
     tts = engine.load(voice_dir)
@@ -97,16 +121,41 @@ def render(
             lambda tell, stop: speak_rows(
                 *(tts, data, out),
                 kind=kind or input_format(job),
-                base=job.parent,
+                base=job.parent.absolute(),
                 defaults=defaults,
                 format=format,
                 batch=batch,
                 shard=shard,
                 limit=limit,
+                spread=_spread(ray, workers or 1, engine, tts, voice_dir) if ray else None,
                 tell=tell,
                 stop=stop,
             ),
         )
+
+
+def _spread(address: str, workers: int, engine: EngineOptions, tts: TTS, voice_dir: Path | None) -> Callable[[int], Work]:
+    """Return what speaks rows on Ray, given the batch: each worker has the same bundle, at the same place."""
+    from fishrt_engines.machine import usable_threads
+
+    from ..scale.actors import on_ray
+
+    threads = engine.threads or (max(1, usable_threads(None) // workers) if address == _HERE else 1)
+    bundle = None if engine.bundle is None else tts.bundle.path.absolute()
+    there = replace(engine, bundle=bundle, provider=tts.provider, threads=threads)
+    voices = None if voice_dir is None else voice_dir.absolute()
+    return lambda batch: on_ray(
+        *(partial(_speaker, there, voices, batch), workers),
+        batch=batch,
+        threads=threads,
+        address=None if address == _HERE else address,
+    )
+
+
+def _speaker(engine: EngineOptions, voice_dir: Path | None, batch: int) -> Speaker:
+    from ..bulk.render import Speaker
+
+    return Speaker(engine.load(voice_dir), batch)
 
 
 def _read(job: Path) -> bytes:

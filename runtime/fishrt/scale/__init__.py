@@ -1,0 +1,1 @@
+"""Work that Ray spreads over processes and machines. Only this folder imports Ray."""
