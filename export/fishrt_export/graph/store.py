@@ -145,6 +145,7 @@ class _Data:
 
 
 def _inline(name: str, tensor: Tensor, kind: ir.DataType) -> ir.TensorProtocol:
+    tensor = tensor.clone()  # a part of a mapped checkpoint would keep all its pages for as long as the graph lives
     array = tensor.view(torch.uint16).numpy().view(kind.numpy()) if kind == ir.DataType.BFLOAT16 else tensor.numpy()
     return ir.Tensor(array, dtype=kind, name=name)
 
