@@ -307,7 +307,7 @@ def test_graphs_are_opened_when_they_are_needed(tmp_path: Path) -> None:
     tts = TTS.load(fake_bundle(tmp_path / "bundle"), provider="cpu")
     with pytest.raises(GraphError, match=r"codec_decode\.onnx"):
         tts.decode(np.zeros((4, 2), int))
-    with pytest.raises(GraphError, match=r"slow_ar\.onnx"):
+    with pytest.raises(GraphError, match=r"(slow_ar|codec_decode)\.onnx"):  # opened at the same time: either fails first
         tts.speak("Hello!")
 
 

@@ -103,15 +103,22 @@ def files(out: Path) -> list[str]:
 
 
 def kill_often(out: Path, kills: int, seed: int) -> None:
-    """Begin jobs whose rows change between runs, and kill each after a random time."""
-    chance = random.Random(seed)
-    for n in range(kills):
-        rows = [*rows_of(12, f"Take {n // 8}"), {"id": "bad", "text": "fail"}]
+    """Begin jobs whose rows change between runs, and kill each after a random time, of which a whole job takes most."""
+
+    def begin(folder: Path, take: str) -> int:
         child = os.fork()
         if child == 0:
-            rendered(rows, out, FakeVoice(batch=2, wait=lambda: time.sleep(0.0004)))
+            rows = [*rows_of(12, f"Take {take}"), {"id": "bad", "text": "fail"}]
+            rendered(rows, folder, FakeVoice(batch=2, wait=lambda: time.sleep(0.0004)))
             os._exit(0)
-        time.sleep(chance.random() * 0.03)
+        return child
+
+    begun = time.monotonic()
+    os.waitpid(begin(out.with_name("timed"), "one"), 0)
+    most_s, chance = 1.2 * (time.monotonic() - begun), random.Random(seed)
+    for n in range(kills):
+        child = begin(out, str(n // 8))
+        time.sleep(chance.random() * most_s)
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
 
