@@ -51,6 +51,8 @@ BAD = {
     '{"text": "a", "speed": 9}': "speed is 9",
     '{"text": "a", "voice": "nobody"}': "no voice 'nobody'",
     '{"text": "a", "references": [{"audio": "gone.wav"}]}': "gone.wav cannot be read",
+    '{"text": "a", "references": [{"audio": "/dev/zero"}]}': "/dev/zero cannot be read: not a regular file",
+    '{"text": "a", "references": [{"audio": "a\\u0000b"}]}': "cannot be read: embedded null byte",
     '{"text": "a", "seed": ' + "1" * 5000 + "}": "a number is too long",
     "[" * 100_000: "too deep",
 }

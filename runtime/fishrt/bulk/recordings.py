@@ -6,7 +6,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from hashlib import blake2b, sha256
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from ..audio.files import read_audio
 from ..codec import frames_of
 from ..errors import AudioError, FishrtError
 from ..jobs.engine import BadRow, Known, Report, Row, Stop, Told, run
-from ..jobs.folder import Made, stamp
+from ..jobs.folder import Made, content_digest, stamp
 from ..jobs.threads import in_threads
 from ..tts import TTS
 from ..voices.files import AUDIO_SUFFIXES
@@ -62,7 +62,7 @@ class EncodeJob:
     def _row(self, number: int, id: str, path: Path, known: Known) -> Row:
         source = stamp(path)
         hashes = [entry["source"] for entry in known.get(id, ()) if {**entry.get("source", {}), **source} == entry.get("source")]
-        source["sha256"] = hashes[0]["sha256"] if hashes else sha256(path.read_bytes()).hexdigest()
+        source["sha256"] = hashes[0]["sha256"] if hashes else content_digest(path)
         words = path.with_suffix(_WORDS).read_bytes() if path.with_suffix(_WORDS).is_file() else None
         decides = (path.suffix, source["sha256"], words if self._copied else b"", self._tts.bundle.manifest.codec.fingerprint)
         digest = blake2b(repr(decides).encode(), digest_size=16).hexdigest()

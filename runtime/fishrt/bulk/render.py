@@ -19,7 +19,7 @@ from ..bundle.manifest import Manifest
 from ..bundle.quantisation import ROWS
 from ..errors import FishrtError, PromptError, VoiceError
 from ..jobs.engine import BadRow, Known, Report, Row, Stop, Told, Work, message, run
-from ..jobs.folder import Made, Shard
+from ..jobs.folder import Made, Shard, content_digest
 from ..jobs.threads import in_threads
 from ..language_model.prompt import DIALECTS
 from ..language_model.sampling import Sampling
@@ -278,6 +278,6 @@ def same_in_batches(manifest: Manifest, provider: str) -> bool:
 
 def _file_digest(path: Path) -> str:
     try:
-        return sha256(path.read_bytes()).hexdigest()
-    except OSError as error:
-        raise VoiceError(f"the reference {path} cannot be read: {error.strerror or error}") from None
+        return content_digest(path)
+    except (OSError, ValueError) as error:  # ValueError: a path with a zero byte
+        raise VoiceError(f"the reference {path} cannot be read: {getattr(error, 'strerror', None) or error}") from None

@@ -9,7 +9,9 @@ input. Each shard of a job has logs of its own, `manifest-1-of-4.jsonl`, which a
 
 from __future__ import annotations
 
+import errno
 import filecmp
+import hashlib
 import json
 import os
 import re
@@ -100,6 +102,14 @@ def stamp(path: Path) -> Entry:
     """Return the size and time of a file, by which its entry in a manifest is known to be true. Raises OSError."""
     found = path.stat()
     return {"bytes": found.st_size, "mtime_ns": found.st_mtime_ns}
+
+
+def content_digest(path: Path) -> str:
+    """Return the SHA-256 of a regular file, in hex. Raises OSError, also for a device or a pipe, which may have no end."""
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "not a regular file")
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def owned_digest(path: Path, target: str, digest_of: Callable[[Path], str | None]) -> str:
