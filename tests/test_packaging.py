@@ -79,7 +79,7 @@ def test_the_metadata_says_who_where_and_for_whom(core):
     assert all(url.startswith(core.urls["Repository"]) for url in core.urls.values())
     assert core.keywords
     assert core.license_expression == "Apache-2.0"
-    assert set(core.optional_dependencies) == {"cpu", "cuda", "trt", "play", "retarget", "server", "export", "dev"}
+    assert set(core.optional_dependencies) == {"cpu", "cuda", "trt", "play", "ray", "retarget", "server", "export", "dev"}
     assert all(core.optional_dependencies.values()), "an extra that installs nothing"
     lowest = re.fullmatch(r">=3\.(\d+).*", core.requires_python)
     assert lowest
@@ -95,7 +95,8 @@ def test_every_package_of_the_dev_extra_is_pinned(core):
     """So that `make` gives everybody the same environment."""
     pinned = {line.split("==")[0].lower() for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line}
     extras = core.optional_dependencies
-    wanted = {re.split(r"[\[<>=]", spec)[0].lower() for name in ("cpu", "export", "server", "dev") for spec in extras[name]}
+    specs = [spec for name in ("cpu", "export", "server", "ray", "dev") for spec in extras[name]]
+    wanted = {re.split(r"[\[<>=]", spec)[0].lower() for spec in specs}
     assert wanted - {"fishrt"} <= pinned
 
 
