@@ -19,6 +19,15 @@ NAMES = {
     "s1": "OpenAudio S1-mini",
     "s2": "Fish Audio S2-Pro",
 }
+NAMES_OF_FORMS = {
+    "official": "official, bfloat16",
+    "fp8": "FP8",
+    "gptq": "GPTQ, 4 bits",
+    "q8_0": "GGUF Q8_0",
+    "nf4": "NF4",
+    "official-int8": "official, `--precision int8`",
+    "nf4-int8": "NF4, `--precision int8`",
+}
 SHORT = (", int4", ", int4-codec-int8")
 """Recipes of the short table."""
 GIB = 2**30
@@ -206,6 +215,23 @@ def server_table(record: dict[str, Any]) -> str:
     return rows(head, cells)
 
 
+def checkpoints_table(record: dict[str, Any]) -> str:
+    """Return the table of exports of other forms of the weights: a row for each."""
+    head = ("form", "checkpoint", "bundle", "memory of the export", "times the official one's", "error of the weights")
+    cells = [
+        (
+            NAMES_OF_FORMS[side],
+            f"{found['checkpoint_bytes'] / 1e9:.2f} GB",
+            f"{found['bundle_bytes'] / 1e9:.2f} GB",
+            f"{found['export']['peak_memory_bytes'] / 1e9:.2f} GB",
+            f"{record['peak_ratios'][side]:.2f}",
+            f"{found['weights_error']:.1%}" if found["weights_error"] else "none",
+        )
+        for side, found in record["sides"].items()
+    ]
+    return rows(head, cells)
+
+
 Table = Callable[[dict[str, Any]], str]
 TABLES: dict[str, tuple[str, str, Table]] = {
     "cpu-short": ("README.md", "cpu", short_table),
@@ -214,6 +240,7 @@ TABLES: dict[str, tuple[str, str, Table]] = {
     "device-memory": ("docs/platforms.md", "cpu", device_table),
     "server": ("docs/speed.md", "server", server_table),
     "server-rows": ("docs/speed.md", "server-rows", server_table),
+    "checkpoints": ("docs/checkpoints.md", "checkpoints", checkpoints_table),
     "minnow-precision": ("docs/export.md", "minnow-precision", precision_table),
     "minnow-quality": ("docs/verification.md", "minnow-quality", quality_table),
 }
