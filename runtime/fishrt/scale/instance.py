@@ -43,9 +43,13 @@ def connected(address: str | None, cpus: int) -> Iterator[Any]:
     Raises FishrtError if Ray is not installed or cannot be reached, or if the cluster has fewer CPUs.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    with _started(cpus) if address is None else _joined(address, cpus) as ray:
+        yield ray
+
+
+def _imported() -> Any:
     try:
-        with _started(cpus) if address is None else _joined(address, cpus) as ray:
-            yield ray
+        return importlib.import_module("ray")
     except ImportError as error:
         raise FishrtError(f"Ray is not installed ({error})", hint='pip install "fishrt[ray]"') from error
 
@@ -58,7 +62,7 @@ def _started(cpus: int) -> Iterator[Any]:
     os.environ.setdefault("RAY_raylet_start_wait_time_s", "120")  # of 30, which a busy machine exceeds
     os.environ["RAY_AUTH_MODE"] = "token"
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    ray = importlib.import_module("ray")
+    ray = _imported()
     folder = tempfile.mkdtemp(prefix="fishrt-ray-")  # short: the path of a socket has 107 bytes
     guard = subprocess.Popen([sys.executable, "-I", "-c", _GUARD, folder], stdin=subprocess.PIPE, start_new_session=True)
     assert guard.stdin is not None
@@ -85,7 +89,7 @@ def _started(cpus: int) -> Iterator[Any]:
 @contextmanager
 def _joined(address: str, cpus: int) -> Iterator[Any]:
     """Connect to a running cluster."""
-    ray = importlib.import_module("ray")
+    ray = _imported()
     try:
         with _signals_kept():
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
